@@ -1,0 +1,1 @@
+"""Triton kernels, one file per operation; imported as ``pyllmq.triton_kernels``. None yet."""

@@ -48,6 +48,13 @@ def find_nvcc():
     return None
 
 
+def compile_or_explain(command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(" ".join(command) + "\n" + done.stdout + done.stderr, flush=True)
+    if done.returncode:
+        raise RuntimeError(f"this command failed with exit code {done.returncode}:\n{' '.join(command)}\n{done.stderr[-4000:]}")
+
+
 class BuildExtension(build_ext):
     """Compiles the sources of an extension in parallel, each with the flags that its name asks for, then links once."""
 
@@ -64,14 +71,14 @@ class BuildExtension(build_ext):
             objects.append(str(obj))
             commands.append([*(self.nvcc_compile(nvcc) if source.suffix == ".cu" else self.cxx_compile(source)), "-c", str(source), "-o", str(obj)])
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            list(pool.map(self.run, commands))
+            list(pool.map(compile_or_explain, commands))
 
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         if nvcc:  # nvcc knows where its own static cudart lies, whatever the toolkit's layout
             link = [nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL,--gc-sections", *(f"-Xcompiler={f}" for f in extra)]
         else:
             link = [self.cxx(), "-shared", "-pthread", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", *extra]
-        self.run([*link, *objects, "-o", str(output)])
+        compile_or_explain([*link, *objects, "-o", str(output)])
         if not DEBUG and not extra:
             subprocess.run(["strip", "--strip-unneeded", str(output)], check=False)
 
@@ -93,13 +100,6 @@ class BuildExtension(build_ext):
         archs = os.environ.get("PYLLMQ_CUDA_ARCHS", "80 90a").split()
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         return [nvcc, "-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-I" + str(CSRC), *codes]
-
-    @staticmethod
-    def run(command):
-        done = subprocess.run(command, capture_output=True, text=True)
-        print(" ".join(command) + "\n" + done.stdout + done.stderr, flush=True)
-        if done.returncode:
-            raise RuntimeError(f"this command failed with exit code {done.returncode}:\n{' '.join(command)}\n{done.stderr[-4000:]}")
 
 
 def sources(binding, folder, *patterns):

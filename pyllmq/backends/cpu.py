@@ -1,0 +1,184 @@
+"""The C++ back end: scalar and AVX2 kernels chosen at run time, on a thread pool of its own.
+
+Its machine layout ``cpu`` is one uint8 blob that starts with a header (magic, version, sizes); it is made once when a layer
+is loaded and holds everything but the bias. See docs/codebook_linear.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, Kernel, Problem, Support, WeightOperand, register
+
+LAYOUT = "cpu"
+
+MAX_TABLE_TOKENS = 16
+"""Up to this many tokens the table kernel reads the codes; beyond, decoding panels and one matmul is faster."""
+
+PANEL_ROWS = 1024
+"""Rows decoded at a time for large M: 1024 x 4096 fp32 is 16 MiB, one panel, whatever the layer's size."""
+
+_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def available() -> tuple[bool, str]:
+    try:
+        from .. import _cpu
+    except ImportError as error:
+        return False, f"pyllmq._cpu could not be imported ({error}); reinstall pyllmq-kernels with a C++17 compiler"
+    return True, f"{_cpu.isa()} kernels, {torch.get_num_threads()} threads"
+
+
+def prepack(operand: WeightOperand) -> WeightOperand:
+    """Checkpoint layout -> `cpu` layout. The checkpoint tensors are read, not kept."""
+    from .. import _cpu
+
+    field = {name: t.contiguous() for name, t in zip(CHECKPOINT_FIELDS, operand.tensors, strict=True)}
+    outliers = field["outlier_values"].numel()
+    rows, columns = operand.out_features, operand.in_features
+    segment_rows = field["segment_rows"]
+    size = _cpu.codebook_layout_bytes(
+        rows, columns, field["column_bits"].data_ptr(), segment_rows.data_ptr(), segment_rows.numel(), outliers
+    )
+    blob = torch.empty(size, dtype=torch.uint8)
+    _cpu.codebook_layout_pack(
+        blob.data_ptr(),
+        size,
+        rows,
+        columns,
+        field["column_bits"].data_ptr(),
+        segment_rows.data_ptr(),
+        segment_rows.numel(),
+        [t.data_ptr() if t.numel() else 0 for t in (field[f"codes_b{bits}"] for bits in range(1, 9))],
+        field["codebook"].data_ptr(),
+        field["row_scale"].data_ptr() if field["row_scale"].numel() else 0,
+        field["outlier_row_offsets"].data_ptr() if outliers else 0,
+        field["outlier_columns"].data_ptr() if outliers else 0,
+        field["outlier_columns"].element_size(),
+        field["outlier_values"].data_ptr() if outliers else 0,
+    )
+    return WeightOperand(LAYOUT, (blob,), rows, columns)
+
+
+def layout_codes(operand: WeightOperand) -> Tensor:
+    """The codes in a `cpu` operand, uint8 [N, K]: what a checkpoint is rebuilt from."""
+    from .. import _cpu
+
+    (blob,) = operand.tensors
+    codes = torch.empty(operand.out_features, operand.in_features, dtype=torch.uint8)
+    _cpu.codebook_layout_codes(blob.data_ptr(), blob.numel(), codes.data_ptr())
+    return codes
+
+
+def _match_torch_threads() -> None:
+    from .. import _cpu
+
+    threads = torch.get_num_threads()
+    if _cpu.num_threads() != threads:
+        _cpu.set_num_threads(threads)
+
+
+def codebook_linear_tables(
+    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None
+) -> Tensor:
+    from .. import _cpu
+
+    _match_torch_threads()
+    x = x.contiguous()
+    blob = tensors[0]
+    y = torch.empty(x.shape[0], out_features, dtype=x.dtype)
+    _cpu.codebook_linear(
+        blob.data_ptr(),
+        blob.numel(),
+        x.data_ptr(),
+        _DTYPE_CODE[x.dtype],
+        x.shape[0],
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else _DTYPE_CODE[bias.dtype],
+        y.data_ptr(),
+    )
+    return y
+
+
+def codebook_linear_panels(
+    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None
+) -> Tensor:
+    from .. import _cpu
+
+    _match_torch_threads()
+    blob = tensors[0]
+    x32 = x.float()
+    y = torch.empty(x.shape[0], out_features, dtype=torch.float32)
+    panel = torch.empty(min(PANEL_ROWS, out_features), in_features, dtype=torch.float32)
+    for begin in range(0, out_features, PANEL_ROWS):
+        end = min(begin + PANEL_ROWS, out_features)
+        rows = panel[: end - begin]
+        _cpu.codebook_dequantize(blob.data_ptr(), blob.numel(), begin, end, rows.data_ptr(), _DTYPE_CODE[rows.dtype])
+        y[:, begin:end] = x32 @ rows.T
+    if bias is not None:
+        y += bias.float()
+    return y.to(x.dtype)
+
+
+def codebook_dequantize(tensors: list[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    from .. import _cpu
+
+    _match_torch_threads()
+    blob = tensors[0]
+    weight = torch.empty(out_features, in_features, dtype=dtype)
+    _cpu.codebook_dequantize(blob.data_ptr(), blob.numel(), 0, out_features, weight.data_ptr(), _DTYPE_CODE[dtype])
+    return weight
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    from .. import _cpu
+
+    _match_torch_threads()
+    rows, columns = codes.shape
+    codes = codes.contiguous()
+    packed = torch.empty(rows, -(-columns * bits // 8), dtype=torch.uint8)
+    _cpu.pack_codes(codes.data_ptr(), packed.data_ptr(), rows, columns, bits)
+    return packed
+
+
+def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
+    from .. import _cpu
+
+    _match_torch_threads()
+    packed = packed.contiguous()
+    codes = torch.empty(packed.shape[0], columns, dtype=torch.uint8)
+    _cpu.unpack_codes(packed.data_ptr(), codes.data_ptr(), packed.shape[0], columns, bits)
+    return codes
+
+
+def _on_cpu(problem: Problem) -> Support:
+    if problem.device != "cpu":
+        return False, f"needs tensors on the CPU, these are on {problem.device}"
+    return available()
+
+
+def _reads_layout(problem: Problem) -> Support:
+    if problem.layout != LAYOUT:
+        wanted = f"reads the layout {LAYOUT!r}, this weight is {problem.layout!r}"
+        return False, wanted + ("; CodebookWeight.operand() prepacks it" if problem.layout == CHECKPOINT else "")
+    if problem.dtype not in _DTYPE_CODE:
+        return False, f"takes float32, bfloat16 and float16, not {problem.dtype}"
+    return _on_cpu(problem)
+
+
+def _few_tokens(problem: Problem) -> Support:
+    if problem.tokens > MAX_TABLE_TOKENS:
+        return False, f"serves up to {MAX_TABLE_TOKENS} tokens, here {problem.tokens}"
+    return _reads_layout(problem)
+
+
+def register_kernels() -> None:
+    for op, name, supports, run, because in (
+        ("codebook_linear", "cpu.tables", _few_tokens, codebook_linear_tables, "one pass over the codes, no multiply"),
+        ("codebook_linear", "cpu.panels", _reads_layout, codebook_linear_panels, "decoding is paid once for all tokens"),
+        ("codebook_dequantize", "cpu.dequantize", _reads_layout, codebook_dequantize, "decodes at the speed of the stores"),
+        ("pack_codes", "cpu.pack_codes", _on_cpu, pack_codes, "threaded"),
+        ("unpack_codes", "cpu.unpack_codes", _on_cpu, unpack_codes, "threaded"),
+    ):
+        register(Kernel(op, name, supports, run, because))

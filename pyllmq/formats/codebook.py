@@ -1,0 +1,317 @@
+"""Format `codebook`, version 1: a k-means codebook per input column, 1..8 bits per column, outliers kept in fp16.
+
+Keys of one Linear [N, K], under the module's name (docs/formats.md draws them):
+
+    codes_b{b}            uint8  [N, ceil(K_b*b/8)]   for each width b that occurs: columns of that width in ascending order
+    column_bits           uint8  [K]
+    codebook              fp16   [segments, sum_k 2**column_bits[k]]   in column order
+    segment_rows          int32  [segments]           rows of each segment; a segment has codebooks of its own
+    outlier_row_offsets   int32  [N+1]                the three outlier keys stand together or not at all
+    outlier_columns       uint16 [outliers]           int32 where K > 65536; ascending within a row
+    outlier_values        fp16   [outliers]           the full weight; the code under it stays valid
+    row_scale             fp16   [N]                  optional
+
+W[r, k] = row_scale[r] * codebook[segment of r][k][code], except at an outlier, where W[r, k] = its value.
+Source of the method: CLAQ (arXiv 2405.17233); the byte layout is this project's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends import cpu as cpu_backend
+from ..backends import prepack
+from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, WeightOperand
+
+FORMAT_VERSION = 1
+OUTLIER_KEYS = ("outlier_row_offsets", "outlier_columns", "outlier_values")
+MAX_UINT16_COLUMNS = 1 << 16
+
+
+class FormatError(ValueError):
+    """Tensors or a description that are not a valid packed weight; the message says what was found and what is allowed."""
+
+
+@dataclass(frozen=True)
+class CodebookStructure:
+    """Everything that fixes the shapes of a packed weight: what `config.json` holds for each module."""
+
+    out_features: int
+    in_features: int
+    columns: tuple[int, ...]
+    """Number of columns of width 1, 2, ..., 8."""
+    segments: int = 1
+    outliers: int = 0
+    row_scale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.out_features < 1 or self.in_features < 1:
+            raise FormatError(f"a weight of shape [{self.out_features}, {self.in_features}]; both must be at least 1")
+        if len(self.columns) != 8 or min(self.columns) < 0 or sum(self.columns) != self.in_features:
+            raise FormatError(f"columns per width {self.columns} must be 8 counts that sum to in_features = {self.in_features}")
+        if not 1 <= self.segments <= self.out_features:
+            raise FormatError(f"{self.segments} segments; allowed: 1 to out_features = {self.out_features}")
+        if not 0 <= self.outliers <= self.out_features * self.in_features:
+            raise FormatError(f"{self.outliers} outliers in a weight of {self.out_features * self.in_features} elements")
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Key -> (shape, dtype) of every tensor that a checkpoint holds for this weight."""
+        n, k = self.out_features, self.in_features
+        entries = sum(count << bits for bits, count in enumerate(self.columns, 1))
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "column_bits": ((k,), torch.uint8),
+            "codebook": ((self.segments, entries), torch.float16),
+            "segment_rows": ((self.segments,), torch.int32),
+        }
+        if self.outliers:
+            shapes["outlier_row_offsets"] = ((n + 1,), torch.int32)
+            shapes["outlier_columns"] = ((self.outliers,), outlier_column_dtype(k))
+            shapes["outlier_values"] = ((self.outliers,), torch.float16)
+        if self.row_scale:
+            shapes["row_scale"] = ((n,), torch.float16)
+        for bits, count in enumerate(self.columns, 1):
+            if count:
+                shapes[f"codes_b{bits}"] = ((n, -(-count * bits // 8)), torch.uint8)
+        return shapes
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything stored (codes, codebooks, bits vector, outliers with positions, scales), in bits per weight."""
+        return 8 * self.nbytes / (self.out_features * self.in_features)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "codebook",
+            "out_features": self.out_features,
+            "in_features": self.in_features,
+            "columns": {str(bits): count for bits, count in enumerate(self.columns, 1) if count},
+            "segments": self.segments,
+            "outliers": self.outliers,
+            "row_scale": self.row_scale,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CodebookStructure:
+        known = {"kind", "out_features", "in_features", "columns", "segments", "outliers", "row_scale"}
+        if values.get("kind") != "codebook":
+            raise FormatError(f"kind is {values.get('kind')!r}; this version of pyllmq reads: 'codebook'")
+        if set(values) != known:
+            raise FormatError(f"a codebook is described by the keys {sorted(known)}, given: {sorted(values)}")
+        widths = values["columns"]
+        if not isinstance(widths, Mapping) or not set(widths) <= set("12345678"):
+            raise FormatError(f"columns is {widths!r}; it must map widths '1' to '8' to counts")
+        counts = tuple(widths.get(str(bits), 0) for bits in range(1, 9))
+        numbers = (values["out_features"], values["in_features"], values["segments"], values["outliers"], *counts)
+        if any(isinstance(v, bool) or not isinstance(v, int) for v in numbers) or not isinstance(values["row_scale"], bool):
+            raise FormatError(f"sizes must be integers and row_scale true or false, given: {dict(values)}")
+        return cls(*numbers[:2], counts, values["segments"], values["outliers"], values["row_scale"])
+
+
+def outlier_column_dtype(in_features: int) -> torch.dtype:
+    return torch.uint16 if in_features <= MAX_UINT16_COLUMNS else torch.int32
+
+
+@dataclass(frozen=True, eq=False)
+class CodebookWeight:
+    """One packed matrix in checkpoint form. Make it with `pack` (from codes) or `from_tensors` (from a checkpoint)."""
+
+    structure: CodebookStructure
+    tensors: dict[str, Tensor]
+    _cache: dict[str, WeightOperand] = field(default_factory=dict, repr=False)
+
+    # ---- making one -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def pack(
+        cls,
+        codes: Tensor,
+        codebook: Tensor,
+        column_bits: Tensor,
+        *,
+        segment_rows: Tensor | None = None,
+        outlier_mask: Tensor | None = None,
+        outlier_weight: Tensor | None = None,
+        row_scale: Tensor | None = None,
+    ) -> CodebookWeight:
+        """Codes and codebooks of any algorithm -> the packed weight.
+
+        Args:
+            codes: uint8 [N, K], codes[r, k] < 2**column_bits[k].
+            codebook: float [segments, sum_k 2**column_bits[k]] in column order (1-D for one segment); stored as fp16.
+            column_bits: integers [K], 1..8.
+            segment_rows: integers [segments] that sum to N; None is one segment.
+            outlier_mask: bool [N, K]; where true the weight is `outlier_weight[r, k]`, stored as fp16.
+            outlier_weight: float [N, K]; needed with outlier_mask.
+            row_scale: float [N], multiplies every weight but the outliers; stored as fp16.
+
+        Raises:
+            FormatError: shapes or dtypes do not fit, a code does not fit its width, a value is not finite in fp16.
+        """
+        if codes.dtype != torch.uint8 or codes.dim() != 2 or not codes.numel():
+            raise FormatError(f"codes is {codes.dtype} {tuple(codes.shape)}; it must be a non-empty torch.uint8 matrix [N, K]")
+        n, k = codes.shape
+        if tuple(column_bits.shape) != (k,) or column_bits.is_floating_point():
+            raise FormatError(f"column_bits is {column_bits.dtype} {tuple(column_bits.shape)}; it must be {k} integers")
+        if int(column_bits.min()) < 1 or int(column_bits.max()) > 8:
+            raise FormatError(f"column_bits holds {int(column_bits.min())}..{int(column_bits.max())}; allowed: 1 to 8")
+        device = codes.device
+        column_bits = column_bits.to(device, torch.uint8)
+        if segment_rows is None:
+            segment_rows = torch.tensor([n])
+        tensors = {
+            "column_bits": column_bits,
+            "codebook": _finite_fp16("codebook", codebook.to(device).reshape(len(segment_rows), -1)),
+            "segment_rows": segment_rows.to(device, torch.int32),
+        }
+        if row_scale is not None:
+            tensors["row_scale"] = _finite_fp16("row_scale", row_scale.to(device))
+        if outlier_mask is not None and bool(outlier_mask.any()):
+            if outlier_mask.shape != codes.shape or outlier_weight is None or outlier_weight.shape != codes.shape:
+                given = None if outlier_weight is None else tuple(outlier_weight.shape)
+                raise FormatError(
+                    f"outlier_mask {tuple(outlier_mask.shape)} and outlier_weight {given} must both be [N, K] = [{n}, {k}]"
+                )
+            row, column = torch.nonzero(outlier_mask.to(device), as_tuple=True)
+            offsets = torch.zeros(n + 1, dtype=torch.int64, device=device)
+            offsets[1:] = torch.cumsum(torch.bincount(row, minlength=n), 0)
+            tensors["outlier_row_offsets"] = offsets.to(torch.int32)
+            tensors["outlier_columns"] = column.to(outlier_column_dtype(k))
+            tensors["outlier_values"] = _finite_fp16("outlier_weight", outlier_weight.to(device)[row, column])
+        for bits in column_bits.unique().tolist():
+            try:
+                tensors[f"codes_b{bits}"] = ops.pack_codes(codes[:, column_bits == bits].contiguous(), bits)
+            except (ValueError, RuntimeError) as error:
+                raise FormatError(f"the codes of the {bits}-bit columns do not fit: {error}") from error
+        return cls.from_tensors(tensors, n, k)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> CodebookWeight:
+        """Checkpoint tensors (without the module's prefix) -> the weight, after checking every byte that a kernel relies on.
+
+        Raises FormatError that names the key, what it holds and what is allowed.
+        """
+        for key in ("column_bits", "codebook", "segment_rows"):
+            if key not in tensors:
+                raise FormatError(f"the key {key!r} is missing; found: {sorted(tensors)}")
+        bits = tensors["column_bits"]
+        _expect("column_bits", bits, (in_features,), torch.uint8)
+        if int(bits.min()) < 1 or int(bits.max()) > 8:
+            raise FormatError(f"column_bits holds {int(bits.min())}..{int(bits.max())}; allowed: 1 to 8")
+        structure = CodebookStructure(
+            out_features,
+            in_features,
+            tuple(torch.bincount(bits.long(), minlength=9)[1:9].tolist()),
+            segments=tensors["segment_rows"].numel(),
+            outliers=tensors["outlier_values"].numel() if "outlier_values" in tensors else 0,
+            row_scale="row_scale" in tensors,
+        )
+        expected = structure.tensors()
+        if set(tensors) != set(expected):
+            raise FormatError(f"the keys are {sorted(tensors)}; column_bits and the outliers ask for {sorted(expected)}")
+        for key, (shape, dtype) in expected.items():
+            _expect(key, tensors[key], shape, dtype)
+        rows = tensors["segment_rows"]
+        if int(rows.min()) < 1 or int(rows.sum()) != out_features:
+            raise FormatError(f"segment_rows is {rows.tolist()}; each must be positive, and their sum out_features = {out_features}")
+        for key in ("codebook", "row_scale", "outlier_values"):
+            if key in tensors and not bool(torch.isfinite(tensors[key]).all()):
+                raise FormatError(f"{key} holds values that are not finite: the file is damaged, or was written from broken weights")
+        if structure.outliers:
+            _check_outliers(tensors["outlier_row_offsets"].long(), tensors["outlier_columns"].long(), structure)
+        return cls(structure, {key: tensors[key].contiguous() for key in expected})
+
+    # ---- what it holds ----------------------------------------------------------------------------------------------
+
+    @property
+    def out_features(self) -> int:
+        return self.structure.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.structure.in_features
+
+    @property
+    def column_bits(self) -> Tensor:
+        return self.tensors["column_bits"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored, all tensors together."""
+        return self.structure.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.structure.bits_per_weight
+
+    def unpack(self) -> Tensor:
+        """The codes, uint8 [N, K], those under outliers too."""
+        codes = self.column_bits.new_empty(self.out_features, self.in_features)
+        for bits, count in enumerate(self.structure.columns, 1):
+            if count:
+                codes[:, self.column_bits == bits] = ops.unpack_codes(self.tensors[f"codes_b{bits}"], bits, count)
+        return codes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense matrix [N, K]."""
+        return ops.codebook_dequantize(self, dtype)
+
+    # ---- how kernels read it ----------------------------------------------------------------------------------------
+
+    def checkpoint_operand(self) -> WeightOperand:
+        """The tensors as they are, in the order that the layout `checkpoint` fixes; absent ones are empty."""
+        empty = self.column_bits.new_empty(0)
+        tensors = tuple(self.tensors.get(key, empty) for key in CHECKPOINT_FIELDS)
+        return WeightOperand(CHECKPOINT, tensors, self.out_features, self.in_features)
+
+    def operand(self) -> WeightOperand:
+        """The fastest layout for the device where the tensors lie; made at the first call and kept."""
+        if "operand" not in self._cache:
+            self._cache["operand"] = prepack(self.checkpoint_operand())
+        return self._cache["operand"]
+
+    def to(self, device: torch.device | str) -> CodebookWeight:
+        return CodebookWeight(self.structure, {key: tensor.to(device) for key, tensor in self.tensors.items()})
+
+
+def codes_from_operand(operand: WeightOperand, column_bits: Tensor) -> dict[str, Tensor]:
+    """The `codes_b*` tensors of a checkpoint, rebuilt from a machine layout that replaced them in memory."""
+    if operand.layout != cpu_backend.LAYOUT:
+        raise FormatError(f"the codes cannot be rebuilt from the layout {operand.layout!r}; allowed: {cpu_backend.LAYOUT!r}")
+    codes = cpu_backend.layout_codes(operand)
+    widths = column_bits.unique().tolist()
+    return {f"codes_b{bits}": ops.pack_codes(codes[:, column_bits == bits].contiguous(), bits) for bits in widths}
+
+
+def _finite_fp16(name: str, values: Tensor) -> Tensor:
+    half = values.to(torch.float16)
+    if not bool(torch.isfinite(half).all()):
+        largest = float(values.float().abs().max())
+        raise FormatError(f"{name} holds values up to {largest:g} or not finite; fp16 ends at 65504. Rescale the weight first")
+    return half
+
+
+def _expect(key: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise FormatError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}; it must be {dtype} {shape}")
+
+
+def _check_outliers(offsets: Tensor, columns: Tensor, structure: CodebookStructure) -> None:
+    if int(offsets[0]) != 0 or int(offsets[-1]) != structure.outliers or bool((offsets.diff() < 0).any()):
+        raise FormatError(f"outlier_row_offsets must rise from 0 to the number of outliers, {structure.outliers}")
+    if int(columns.min()) < 0 or int(columns.max()) >= structure.in_features:
+        raise FormatError(f"outlier_columns holds {int(columns.max())}; allowed: 0 to {structure.in_features - 1}")
+    starts_row = torch.zeros(structure.outliers + 1, dtype=torch.bool, device=columns.device)
+    starts_row[offsets] = True
+    if bool(((columns.diff() <= 0) & ~starts_row[1:-1]).any()):
+        raise FormatError("outlier_columns must ascend within each row, each column at most once")

@@ -1,3 +1,42 @@
-"""Packed layers and kernels for compressed language models."""
+"""Packed layers and kernels for compressed language models: per-column k-means codebooks with mixed bit widths.
+
+    import pyllmq
+    report = pyllmq.compress(model, pyllmq.CLAQConfig(bits=3.12, outliers=0.005), calibration=batches)
+    pyllmq.save_pretrained(model, "packed"); model = pyllmq.from_pretrained("packed")
+
+Importing this package also lets transformers' auto classes load packed folders. See docs/index.md.
+"""
+
+from . import compression as compression
+from . import ops as functional
+from .compression.kmeans import kmeans_1d
+from .compression.model import compress
+from .compression.report import CompressionReport, LayerReport
+from .config import CLAQConfig
+from .dispatch import NoKernelError, use_backend
+from .formats import CodebookStructure, CodebookWeight, FormatError
+from .integrations.transformers import from_pretrained, on_import, save_pretrained
+from .nn import CodebookLinear
+from .swap import swap_linear
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CLAQConfig",
+    "CodebookLinear",
+    "CodebookStructure",
+    "CodebookWeight",
+    "CompressionReport",
+    "FormatError",
+    "LayerReport",
+    "NoKernelError",
+    "compress",
+    "from_pretrained",
+    "functional",
+    "kmeans_1d",
+    "save_pretrained",
+    "swap_linear",
+    "use_backend",
+]
+
+on_import()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyllmq.compress import kmeans
-from pyllmq.compress.kmeans import kmeans_1d
+from pyllmq.compression.kmeans import kmeans_1d
 
 
 def error_of(values: Tensor, centroids: Tensor, codes: Tensor, weights: Tensor | None = None) -> Tensor:

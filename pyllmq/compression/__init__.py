@@ -1,0 +1,1 @@
+"""Compressors: calibration text in, packed weights out. They know formats and layers, never kernels."""

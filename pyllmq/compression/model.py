@@ -1,0 +1,380 @@
+"""Whole-model compression: block after block, each on the inputs that the already compressed blocks before it produce."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..config import CLAQConfig
+from ..nn import CodebookLinear
+from ..swap import (
+    DEFAULT_EXCLUDE,
+    dense_weight,
+    left_dense,
+    linear_modules,
+    replace_module,
+    select_linears,
+    tied_weights,
+)
+from .calibration import Batch, as_batches
+from .claq import compress_linears
+from .report import CompressionReport, LayerReport
+
+SILENT_SHARE = 0.01
+"""Linear-like parameters left dense without being asked for are reported loudly above this share."""
+
+
+def compress(
+    model: nn.Module,
+    config: CLAQConfig,
+    calibration: Iterable[Any],
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    progress: bool = True,
+) -> CompressionReport:
+    """Compress the Linears of a transformers model (or any module tree) in place, calibrated, layer by layer.
+
+    Blocks are the members of the model's `nn.ModuleList`s, in the order in which they run. The inputs of each block are taken
+    after the blocks before it were compressed; Linears with the same input share one Hessian; no Hessian outlives its group
+    of Linears (or its block, with ``true_sequential=False``).
+
+    Args:
+        model: on any device, in any float dtype; put into eval mode for the run. Its dense weights are held until the end:
+            if anything fails, or is interrupted, the model is as it was.
+        config: `CLAQConfig`.
+        calibration: batches, each a tensor of token ids [B, L] or a dict as the model's forward takes it. With an
+            ``attention_mask`` [B, L], padding does not count.
+        include, exclude: name patterns (see `pyllmq.swap.matches`). Embeddings, norms and output heads stay dense by default;
+            Linears outside the repeated blocks are compressed only if `include` names them.
+        progress: show a tqdm bar with layer, error and time left.
+
+    Returns:
+        CompressionReport: true bits, the paper's bits, relative output error and seconds per Linear.
+
+    Raises:
+        ValueError: empty calibration, weights that are not finite, patterns that fit nothing, nothing to compress.
+    """
+    started = time.perf_counter()
+    batches = as_batches(calibration)
+    chosen = select_linears(model, include, exclude)
+    for name, owner in tied_weights(model, chosen).items():
+        raise ValueError(f"{name} shares its weight with {owner}; compressing it would untie them. Add {name!r} to exclude")
+    stages = _find_stages(model, chosen, outside=include is not None)
+    planned = [name for stage in stages for name in stage.linears]
+    if not planned:
+        raise ValueError(
+            f"nothing to compress: {len(list(linear_modules(model)))} Linears, {len(chosen)} after include and exclude, none in a repeated "
+            "block; name them in include to compress them all the same"
+        )
+    for name in planned:
+        _check_finite(name, dense_weight(chosen[name]))
+    dense, total = left_dense(model, planned, exclude)
+
+    report = CompressionReport("claq", config.to_dict(), left_dense=dense)
+    unasked = sum(item.parameters for item in dense if not item.asked)
+    if unasked > SILENT_SHARE * total:
+        names = ", ".join(item.name for item in dense if not item.asked)
+        _warn(report, f"{100 * unasked / total:.1f} % of the Linear-like parameters stay dense without being asked for: {names}. "
+              "Name them in exclude if that is wanted, in include if not")
+
+    replaced: dict[str, nn.Module] = {}
+    try:
+        with _quiet_eval(model), torch.no_grad(), tqdm(total=len(planned), disable=not progress, unit="layer") as bar:
+            device = next(model.parameters()).device
+            batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+            job = _Job(model, batches, config, replaced, report, bar)
+            for chain in _find_chains(model, stages, batches[0]):
+                _compress_chain(job, chain)
+    except BaseException:
+        for name, module in replaced.items():
+            replace_module(model, name, module)
+        raise
+    from ..integrations.transformers import mark_packed
+
+    mark_packed(model)
+    object.__setattr__(report, "seconds", time.perf_counter() - started)
+    return report
+
+
+# ---- stages: what runs as one piece ---------------------------------------------------------------------------------
+
+
+@dataclass
+class _Stage:
+    """A block that is run on its own, or (block is None) Linears that only a run of the whole model reaches."""
+
+    block: nn.Module | None
+    linears: dict[str, nn.Module] = field(default_factory=dict)
+
+
+def _find_stages(model: nn.Module, chosen: dict[str, nn.Module], outside: bool) -> list[_Stage]:
+    """One stage per block that holds chosen Linears, then one for those outside all blocks if `outside`."""
+    block_names: list[str] = []
+    for name, module in model.named_modules():
+        nested = any(name.startswith(block + ".") for block in block_names)
+        if isinstance(module, nn.ModuleList) and len(module) and not nested:
+            block_names += [f"{name}.{i}".lstrip(".") for i in range(len(module))]
+    stages, taken = [], set()
+    for block_name in block_names:
+        inside = {name: module for name, module in chosen.items() if name.startswith(block_name + ".") or name == block_name}
+        if inside:
+            stages.append(_Stage(model.get_submodule(block_name), inside))
+            taken |= set(inside)
+    rest = {name: module for name, module in chosen.items() if name not in taken}
+    if rest and (outside or not stages):
+        stages.append(_Stage(None, rest))
+    return stages
+
+
+@dataclass
+class _Call:
+    """The arguments of one call of a block, with the hidden states apart."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        # A cache would grow with every repeated run of the block; calibration never needs one.
+        kwargs = {k: None if type(v).__name__.endswith("Cache") else v for k, v in kwargs.items()}
+        args = tuple(None if type(v).__name__.endswith("Cache") else v for v in args)
+        if args and isinstance(args[0], Tensor):
+            return cls(args[0], args[1:], kwargs)
+        return cls(kwargs.pop("hidden_states"), args, kwargs)
+
+    def run(self, block: nn.Module) -> Tensor:
+        output = block(self.hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple | list) else output
+
+
+def _record_calls(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> list[list[_Call]]:
+    """Run the model on one batch; for every block, its calls in order."""
+    calls: list[list[_Call]] = [[] for _ in blocks]
+
+    def recorder(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls[index].append(_Call.of(args, dict(kwargs)))
+
+        return hook
+
+    handles = [block.register_forward_pre_hook(recorder(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    try:
+        model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _find_chains(model: nn.Module, stages: list[_Stage], batch: Batch) -> list[list[_Stage]]:
+    """Cut the stages into chains: blocks of which each takes just what the one before gave out.
+
+    A block that runs several times in one forward (shared layers) or never stands alone as a stage of the whole model, since
+    its one recorded call would not tell the whole story.
+    """
+    blocks = [stage.block for stage in stages if stage.block is not None]
+    recorded = _record_calls(model, blocks, batch)
+    chains: list[list[_Stage]] = []
+    before: tuple[nn.Module, _Call] | None = None
+    for stage, calls in zip([s for s in stages if s.block is not None], recorded, strict=True):
+        if len(calls) != 1:
+            chains.append([_Stage(None, stage.linears)])
+            before = None
+            continue
+        assert stage.block is not None
+        if before is not None and _gives(before[1].run(before[0]), calls[0].hidden):
+            chains[-1].append(stage)
+        else:
+            chains.append([stage])
+        before = (stage.block, calls[0])
+    return chains + [[stage] for stage in stages if stage.block is None]
+
+
+def _gives(output: Tensor, wanted: Tensor) -> bool:
+    if not isinstance(output, Tensor) or output.shape != wanted.shape:
+        return False
+    return bool((output.float() - wanted.float()).norm() <= 1e-3 * wanted.float().norm())
+
+
+@dataclass
+class _Job:
+    """What stays the same during one compression."""
+
+    model: nn.Module
+    batches: list[Batch]
+    config: CLAQConfig
+    replaced: dict[str, nn.Module]
+    report: CompressionReport
+    bar: tqdm
+
+
+def _compress_chain(job: _Job, chain: list[_Stage]) -> None:
+    blocks = [stage.block for stage in chain if stage.block is not None]
+    if not blocks:
+        for stage in chain:
+            _compress_stage(job, stage, lambda index: job.model(**job.batches[index]))
+        return
+    # Masks and position embeddings may differ from block to block (sliding and global attention), and an encoder's output
+    # enters every decoder block: each block's own arguments are recorded when the chain before it is done, and only the
+    # hidden states are carried from block to block.
+    recorded = []
+    for batch in job.batches:
+        calls = [block_calls[0] for block_calls in _record_calls(job.model, blocks, batch)]
+        recorded.append([call if i == 0 else replace(call, hidden=call.hidden[:0]) for i, call in enumerate(calls)])
+    hidden = [calls[0].hidden for calls in recorded]
+    for i, (stage, block) in enumerate(zip(chain, blocks, strict=True)):
+        calls = [replace(calls[i], hidden=h) for calls, h in zip(recorded, hidden, strict=True)]
+        _compress_stage(job, stage, lambda index, calls=calls, block=block: calls[index].run(block))
+        if i + 1 < len(chain):
+            hidden = [call.run(block) for call in calls]
+
+
+# ---- one stage: group the Linears by input, take the Hessian, compress ----------------------------------------------
+
+
+def _compress_stage(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> None:
+    groups = _group_by_input(job, stage, run)
+    if job.config.true_sequential:
+        for group in groups:
+            hessians = _input_hessians(job, [group], run)
+            _compress_group(job, group, hessians[0])
+    else:
+        for group, hessian in zip(groups, _input_hessians(job, groups, run), strict=True):
+            _compress_group(job, group, hessian)
+    reached = {name for group in groups for name in group}
+    for name, module in stage.linears.items():
+        if name not in reached:
+            _warn(job.report, f"{name} was never run by the calibration data; its codebooks are plain k-means of its weights")
+            _compress_group(job, {name: module}, torch.eye(dense_weight(module).shape[1]))
+
+
+def _group_by_input(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> list[dict[str, nn.Module]]:
+    """The stage's Linears in the order in which they run, those that are given the very same tensor in one group."""
+    groups: list[tuple[Tensor, int, dict[str, nn.Module]]] = []
+    seen: set[str] = set()
+
+    def recorder(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if name in seen:
+                return
+            seen.add(name)
+            x = args[0]
+            # The list keeps every input alive, so that no address is used twice.
+            for tensor, version, members in groups:
+                if tensor.data_ptr() == x.data_ptr() and tensor.shape == x.shape and version == x._version:
+                    members[name] = module
+                    return
+            groups.append((x, x._version, {name: module}))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(recorder(name)) for name, module in stage.linears.items()]
+    try:
+        for index in range(len(job.batches)):
+            run(index)
+            if len(seen) == len(stage.linears):
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [members for _, _, members in groups]
+
+
+def _input_hessians(job: _Job, groups: list[dict[str, nn.Module]], run: Callable[[int], Any]) -> list[Tensor]:
+    """H = 2/n sum x x^T over the calibration tokens, fp32 [K, K], for the common input of each group."""
+    sums: list[Tensor | None] = [None] * len(groups)
+    tokens = [0] * len(groups)
+    current = 0
+
+    def recorder(i: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach()
+            mask = job.batches[current].get("attention_mask")
+            if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
+                x = x[mask.bool()]
+            x = x.reshape(-1, x.shape[-1]).float()
+            product = x.T @ x
+            known = sums[i]
+            sums[i] = product if known is None else known.add_(product)
+            tokens[i] += x.shape[0]
+
+        return hook
+
+    handles = [next(iter(group.values())).register_forward_pre_hook(recorder(i)) for i, group in enumerate(groups)]
+    try:
+        for current in range(len(job.batches)):  # noqa: B007  (read by the hooks)
+            run(current)
+    finally:
+        for handle in handles:
+            handle.remove()
+    hessians = []
+    for i, total in enumerate(sums):
+        if total is None or tokens[i] == 0:
+            raise ValueError(f"the calibration data reaches {next(iter(groups[i]))} with no token; is the attention_mask all zero?")
+        hessians.append(total.mul_(2.0 / tokens[i]))
+    return hessians
+
+
+def _compress_group(job: _Job, group: dict[str, nn.Module], hessian: Tensor) -> None:
+    weights = {name: dense_weight(module).float() for name, module in group.items()}
+    for name, done in compress_linears(weights, hessian, job.config).items():
+        module = group[name]
+        dense = dense_weight(module)
+        bias = module.bias if isinstance(module.bias, Tensor) else None
+        layer = CodebookLinear.from_weight(done.weight.to(dense.device), None if bias is None else bias.detach(), dense.dtype)
+        job.replaced[name] = module
+        replace_module(job.model, name, layer)
+        job.report.layers.append(
+            LayerReport(
+                name=name,
+                out_features=layer.out_features,
+                in_features=layer.in_features,
+                bits_per_weight=layer.bits_per_weight,
+                paper_bits=done.paper_bits,
+                nbytes=layer.nbytes,
+                dense_nbytes=dense.numel() * dense.element_size(),
+                error=done.error,
+                seconds=done.seconds,
+            )
+        )
+        job.bar.set_postfix_str(f"{name} error {done.error:.5f}", refresh=False)
+        job.bar.update()
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ValueError(f"{name}.weight holds {bad} values that are not finite; repair the model before compressing it")
+
+
+def _warn(report: CompressionReport, message: str) -> None:
+    report.warnings.append(message)
+    warnings.warn(message, stacklevel=4)
+
+
+@contextmanager
+def _quiet_eval(model: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout) and no key-value cache, both put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model_config = getattr(model, "config", None)
+    use_cache = getattr(model_config, "use_cache", None)
+    model.eval()
+    if use_cache:
+        model_config.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        if use_cache:
+            model_config.use_cache = use_cache  # type: ignore[union-attr]

@@ -1,0 +1,1 @@
+"""Hooks into other libraries; each is imported only when that library is in use."""

@@ -1,0 +1,277 @@
+"""transformers: `quant_method: "pyllmq"` in a config.json, packed layers out of `from_pretrained`, and back.
+
+`register()` is called when transformers' quantizers are first imported (see `on_import`), so importing pyllmq does not import
+transformers.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..formats.codebook import FORMAT_VERSION, CodebookStructure, FormatError
+from ..nn import CodebookLinear
+from ..swap import as_linear, linear_modules, replace_module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHOD = "pyllmq"
+_TRIGGER = "transformers.quantizers.auto"
+
+
+# ---- registration ---------------------------------------------------------------------------------------------------
+
+
+def register() -> None:
+    """Tell transformers' auto classes about the quantization method `pyllmq`; harmless when repeated."""
+    from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    if METHOD in AUTO_QUANTIZER_MAPPING:
+        return
+
+    @register_quantization_config(METHOD)
+    class PyllmqConfig(QuantizationConfigMixin):
+        """What config.json says of a packed model: the format version and the structure of every packed module."""
+
+        def __init__(self, modules: Mapping[str, Any], format_version: int = FORMAT_VERSION, **unknown: Any) -> None:
+            unknown.pop("quant_method", None)
+            if format_version != FORMAT_VERSION:
+                raise FormatError(
+                    f"format_version is {format_version!r}; this pyllmq reads version {FORMAT_VERSION}. Update pyllmq-kernels, or "
+                    "compress the model again"
+                )
+            if unknown:
+                raise FormatError(f"quantization_config has unknown keys {sorted(unknown)}; allowed: format_version, modules")
+            if not isinstance(modules, Mapping) or not modules:
+                raise FormatError("quantization_config must name its packed modules under 'modules'; the folder is damaged")
+            self.quant_method = METHOD
+            self.format_version = format_version
+            self.modules = {name: dict(described) for name, described in modules.items()}
+            self.structures()
+
+        def structures(self) -> dict[str, CodebookStructure]:
+            found = {}
+            for name, described in self.modules.items():
+                try:
+                    found[name] = CodebookStructure.from_dict(described)
+                except FormatError as error:
+                    raise FormatError(f"quantization_config of module {name}: {error}") from error
+            return found
+
+    @register_quantizer(METHOD)
+    class PyllmqQuantizer(HfQuantizer):
+        """Swaps Linears for packed layers on the skeleton, checks that every tensor arrived, makes the machine layouts."""
+
+        requires_calibration = True
+
+        def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
+            structures = self.quantization_config.structures()
+            check_files(structures, checkpoint_files)
+            put_skeletons(model, structures)
+            return model
+
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            for name, module in packed_modules(model):
+                absent = [key for key, buffer in module._buffers.items() if not getattr(buffer, "_is_hf_initialized", False)]
+                if absent:
+                    raise FormatError(f"the folder has no tensors {name}.{{{', '.join(absent)}}}; it is incomplete, save it again")
+                try:
+                    module.prepare()
+                except FormatError as error:
+                    raise FormatError(f"{name}: {error}") from error
+            return model
+
+        def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+        @property
+        def is_compileable(self) -> bool:
+            return True
+
+
+class _RegisterAfterImport(importlib.abc.MetaPathFinder):
+    """Lets the import of transformers' quantizers run as it would, then registers the method."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        if name != _TRIGGER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_and_register(module: ModuleType) -> None:
+            execute(module)
+            register()
+
+        spec.loader.exec_module = exec_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def on_import() -> None:
+    """Register now if transformers' quantizers are imported already, else as soon as they are."""
+    if _TRIGGER in sys.modules:
+        register()
+    elif not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterAfterImport())
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def packed_modules(model: nn.Module) -> list[tuple[str, CodebookLinear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, CodebookLinear)]
+
+
+def put_skeletons(model: nn.Module, structures: Mapping[str, CodebookStructure]) -> None:
+    """Replace the Linears that `structures` names by empty packed layers of those sizes."""
+    linears = dict(linear_modules(model))
+    prefix = getattr(model, "base_model_prefix", "")
+    for name, structure in structures.items():
+        # A checkpoint of a bare encoder loads into a model with a head, and the other way round.
+        candidates = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
+        found = next((candidate for candidate in candidates if candidate in linears), None)
+        if found is None:
+            raise FormatError(f"config.json packs the module {name}, but {type(model).__name__} has no Linear of that name")
+        linear = as_linear(linears[found])
+        if (linear.out_features, linear.in_features) != (structure.out_features, structure.in_features):
+            raise FormatError(
+                f"config.json says that {name} is [{structure.out_features}, {structure.in_features}], but "
+                f"{type(model).__name__} has [{linear.out_features}, {linear.in_features}] there"
+            )
+        replace_module(model, found, CodebookLinear(structure, linear.bias is not None, linear.weight.dtype))
+
+
+def check_files(structures: Mapping[str, CodebookStructure], files: Sequence[str] | None) -> None:
+    """Compare the headers of the safetensors files with what config.json says, before anything is loaded."""
+    from safetensors import SafetensorError, safe_open
+
+    names = {"U8": "uint8", "U16": "uint16", "I32": "int32", "F16": "float16"}
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in files or ():
+        if not str(file).endswith(".safetensors"):
+            raise FormatError(f"{file} is not a safetensors file; packed models are stored as nothing else")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118  (safe_open is no dict)
+                    part = tensors.get_slice(key)
+                    found[key] = (tuple(part.get_shape()), names.get(part.get_dtype(), part.get_dtype()))
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{file} cannot be read ({error}); it is truncated or damaged, copy or compress it again") from error
+    if not files:
+        return
+    for name, structure in structures.items():
+        for key, (shape, dtype) in structure.tensors().items():
+            wanted = (shape, str(dtype).removeprefix("torch."))
+            full = f"{name}.{key}"
+            if full not in found:
+                raise FormatError(f"the tensor {full} is missing from {', '.join(map(str, files))}; the folder is incomplete")
+            if found[full] != wanted:
+                raise FormatError(f"the tensor {full} is {found[full][1]} {found[full][0]}, but config.json asks for {wanted[1]} {wanted[0]}")
+
+
+def from_pretrained(folder: str | os.PathLike[str], *, auto_class: Any = None, **kwargs: Any) -> PreTrainedModel:
+    """Load a packed model from a folder (or hub id), whatever kind of model it is.
+
+    Args:
+        folder: as written by `save_pretrained`.
+        auto_class: for example `transformers.AutoModelForCausalLM`; None takes the class that config.json names.
+        kwargs: passed on to transformers.
+
+    Raises FormatError for a folder that is damaged, incomplete, of an unknown version, or not packed at all.
+    """
+    import transformers
+
+    register()
+    config = transformers.AutoConfig.from_pretrained(folder, **_config_arguments(kwargs))
+    described = getattr(config, "quantization_config", None)
+    method = described.get("quant_method") if isinstance(described, Mapping) else getattr(described, "quant_method", None)
+    if method != METHOD:
+        raise FormatError(
+            f"{folder} is not a pyllmq folder (quant_method is {method!r}); compress it first with `pyllmq compress`, or load it with transformers"
+        )
+    if auto_class is None:
+        name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
+        auto_class = getattr(transformers, name, None) or transformers.AutoModel
+    return auto_class.from_pretrained(folder, **kwargs)
+
+
+def _config_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")}
+
+
+# ---- saving ---------------------------------------------------------------------------------------------------------
+
+
+def mark_packed(model: nn.Module) -> None:
+    """Let a transformers model know that it holds packed layers, so that `save_pretrained` writes what loading needs."""
+    if "transformers" not in sys.modules:
+        return
+    from transformers import PreTrainedModel
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    register()
+    modules = {name: module.structure.to_dict() for name, module in packed_modules(model)}
+    quantization_config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](modules=modules)
+    model.config.quantization_config = quantization_config
+    model.hf_quantizer = AUTO_QUANTIZER_MAPPING[METHOD](quantization_config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = METHOD
+
+
+def save_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str], *others: Any) -> None:
+    """Write a packed model (and `others`, such as its tokenizer) as a folder that is whole or not there.
+
+    Everything is written into a new folder beside the target, which then takes the target's place; if anything fails, an
+    earlier folder of that name stays as it was.
+    """
+    target = Path(folder).resolve()
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file; give the name of a folder")
+    mark_packed(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        for item in (model, *others):
+            item.save_pretrained(part)
+        part.chmod(0o755)
+        put_folder(part, target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def put_folder(part: Path, target: Path) -> None:
+    """Move the finished folder `part` to `target`; an earlier `target` is removed only after it was replaced."""
+    earlier = None
+    if target.exists():
+        earlier = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)) / "folder"
+        os.rename(target, earlier)
+    try:
+        os.rename(part, target)
+    except OSError:
+        if earlier is not None:
+            os.rename(earlier, target)
+        raise
+    if earlier is not None:
+        shutil.rmtree(earlier.parent, ignore_errors=True)

@@ -13,7 +13,7 @@ MAX_POINTS = 2**32 - 1
 def kmeans_1d(
     values: Tensor, k: int, weights: Tensor | None = None, method: str = "exact", seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Cluster each row of `values` into k groups of the smallest (weighted) sum of squared distances to their centroids.
+    """Cluster each row of `values` into k groups of the least (weighted) sum of squared distances to their centroids.
 
     `exact` finds the global optimum by divide-and-conquer dynamic programming (Gronlund et al. 2017, arXiv 1701.07204;
     Wang & Song 2011, Ckmeans.1d.dp); `lloyd` runs greedy k-means++ (Arthur & Vassilvitskii 2007) and Lloyd's iteration,
@@ -23,7 +23,7 @@ def kmeans_1d(
     Args:
         values: float [C, n], n >= 1; C problems. Worked on as float32, on the CPU; the results lie where `values` lies.
         k: number of centroids, 1 to 256.
-        weights: float [C, n] or [n] >= 0, each problem with one > 0. A point of weight 0 gets a code, moves no centroid.
+        weights: float [C, n] or [n] >= 0, each problem with one > 0. A point of weight 0 has a code, moves no centroid.
         method: "exact" or "lloyd".
         seed: of k-means++ (each problem starts from the same one); unused by "exact".
 

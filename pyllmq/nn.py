@@ -95,7 +95,8 @@ class CodebookLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense matrix [N, K] that this layer multiplies with."""
-        return ops.codebook_dequantize(self.operand(), dtype or self.dense_dtype)
+        dtype = dtype or self.dense_dtype
+        return ops.codebook_dequantize(self.operand(), dtype if dtype in ops.ACTIVATION_DTYPES else torch.float32).to(dtype)
 
     @property
     def weight(self) -> Tensor:

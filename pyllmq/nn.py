@@ -100,7 +100,13 @@ class CodebookLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """`dequantize()`, decoded anew at each access: for code that asks a Linear for its weight's dtype, shape or values."""
+        """`dequantize()`, decoded anew at each access: for code that asks a Linear for its weight's dtype, shape or values.
+
+        While a checkpoint is still being loaded it is an empty tensor on the meta device: models' weight initialisation looks
+        at it, and must not freeze half-loaded codes into a layout.
+        """
+        if self._operand is None:
+            return torch.empty(self.out_features, self.in_features, dtype=self.dense_dtype, device="meta")
         return self.dequantize()
 
     @property

@@ -22,6 +22,15 @@ def isa(request):
     _cpu.set_isa(before)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread():
+    """The oracle's small operations spin in OpenMP: on a busy machine they took 60 s instead of 2."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def keep_threads():
     before = _cpu.num_threads()

@@ -36,13 +36,13 @@ static inline WideWeights decode_wide(const uint8_t* codes, const uint8_t* plane
   const auto table = [](const uint8_t* from) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   };
-  const __m256i code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+  __m256i own = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));  // code - first entry of the sub-table
   WideWeights weights{_mm256_setzero_si256(), _mm256_setzero_si256()};
 #pragma GCC unroll 16
   for (int first = 0; first < entries; first += 16) {
-    // Codes of this sub-table become 0x70..0x7F, all others saturate to 0x80 and above.
-    const __m256i own = _mm256_xor_si256(code, _mm256_set1_epi8(static_cast<char>(first)));
+    // Codes of this sub-table become 0x70..0x7F, all others (smaller ones have wrapped) 0x80 and above.
     const __m256i index = _mm256_adds_epu8(own, _mm256_set1_epi8(0x70));
+    own = _mm256_sub_epi8(own, _mm256_set1_epi8(16));
     weights.low = _mm256_or_si256(weights.low, _mm256_shuffle_epi8(table(planes + first), index));
     weights.high = _mm256_or_si256(weights.high, _mm256_shuffle_epi8(table(planes + entries + first), index));
   }

@@ -1,8 +1,8 @@
 """CPU kernels. Tensors are passed as addresses (`tensor.data_ptr()`) and sizes; the caller checks shapes and dtypes.
 
 All arrays are contiguous and row-major. dtype codes: 0 fp32, 1 bf16, 2 fp16. A layout is a uint8 buffer aligned to 64
-bytes without pointers inside: it may be copied to another aligned place. Arguments that would make a kernel read or write
-outside raise ValueError.
+bytes without pointers inside: it may be copied to another aligned place. Arguments that would make a kernel read or
+write outside raise ValueError.
 """
 
 def supported_isas() -> list[str]:
@@ -62,7 +62,5 @@ def codebook_linear(
 ) -> None:
     """y [tokens, rows] = x [tokens, columns] @ W.T + bias [rows]; y has x's dtype, bias 0 = none."""
 
-def codebook_dequantize(
-    layout: int, layout_bytes: int, row_begin: int, row_end: int, out: int, out_dtype: int
-) -> None:
+def codebook_dequantize(layout: int, layout_bytes: int, row_begin: int, row_end: int, out: int, out_dtype: int) -> None:
     """out [row_end - row_begin, columns] = those rows of W: exact in fp32, else rounded to nearest even."""

@@ -130,24 +130,29 @@ class _CodebookColumns(ColumnQuantizer):
         if share > 0:
             kept = _both_tails_released(values, share) if self.keep_at is not None else _extremes(values, share)
         # Released: k-means spends centroids on the outliers too, though they are kept.
-        inliers = values if kept is None or self.keep_at is not None else values[~kept]
-
-        centroids = kmeans_1d(inliers[None], 1 << self.bits[column], method=self.method)[0][0].half()
-        codebook = centroids.float()
-        codes = torch.bucketize(values, (codebook[1:] + codebook[:-1]) / 2, out_int32=True)
-        stored = codebook[codes]
-        self.codebooks[column] = centroids
-        self.codes[column] = codes
+        inliers = None if kept is None or self.keep_at is not None else (~kept).float()
+        try:
+            centroids, codes = kmeans_1d(
+                values[None], 1 << self.bits[column], inliers, method=self.method, centroid_dtype=torch.float16
+            )
+        except ValueError as error:
+            raise self._outgrown(column, values) from error
+        self.codebooks[column], self.codes[column] = centroids[0], codes[0]
+        # index_select, not indexing: that and bucketize start torch's threads even for 4096 elements.
+        stored = centroids[0].float().index_select(0, codes[0].int())
         if kept is not None and self.kept_values is not None:
             half = values.half()
             self.kept[column], self.kept_values[column] = kept, half
             stored = torch.where(kept, half.float(), stored)
-        if not bool(torch.isfinite(stored).all()):
-            raise ValueError(
-                f"column {column} of {self.name!r} grew to {float(values.abs().max()):g} while it took up the errors of the "
-                f"columns before it; fp16 ends at {FP16_MAX:g}. Rescale the weight, or raise damping"
-            )
+            if not bool(torch.isfinite(stored).all()):
+                raise self._outgrown(column, values)
         return stored
+
+    def _outgrown(self, column: int, values: Tensor) -> ValueError:
+        return ValueError(
+            f"column {column} of {self.name!r} grew to {float(values.abs().max()):g} while it took up the errors of the "
+            f"columns before it; fp16 ends at {FP16_MAX:g}. Rescale the weight, or raise damping"
+        )
 
     def pack(self, bits: Tensor) -> CodebookWeight:
         codebook = torch.cat([self.codebooks[column] for column in range(len(self.bits))])

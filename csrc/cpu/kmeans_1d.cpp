@@ -1,8 +1,8 @@
 // Exact 1-D k-means. An optimal clustering of sorted points is a sequence of intervals, so with F_l[i] the best gain of
 // cutting the first i points into l clusters,
 //     F_l[i] = max_j F_{l-1}[j] + (S_i - S_j)^2 / (W_i - W_j),        SSE = sum w x^2 - F_k[m],
-// where S and W are the prefix sums of w x and w. The cost is Monge, hence the best j rises with i and with l: each layer
-// is a divide and conquer of O(m log m), after Gronlund et al. 2017 (arXiv 1701.07204) and Wang & Song 2011 (Ckmeans.1d.dp).
+// where S and W are the prefix sums of w x and w. The cost is Monge, hence the best j rises with i and with l: each
+// layer is a divide and conquer of O(m log m). Wang & Song 2011 (Ckmeans.1d.dp); Gronlund et al. 2017 (1701.07204).
 #include "cpu/kmeans_1d.h"
 
 #include <algorithm>

@@ -82,8 +82,8 @@ def kmeans_1d(
     if half and not bool(torch.isfinite(centroids).all()):
         problem = int((~torch.isfinite(centroids)).any(1).nonzero()[0])
         raise ValueError(
-            f"a centroid of values[{problem}] (up to {float(points[problem].abs().max()):g}) does not fit into fp16, which "
-            "ends at 65504; rescale the values or ask for torch.float32"
+            f"a centroid of values[{problem}] (up to {float(points[problem].abs().max()):g}) does not fit into fp16, "
+            "which ends at 65504; rescale the values or ask for torch.float32"
         )
     return centroids.to(values.device, centroid_dtype), codes.to(values.device)
 

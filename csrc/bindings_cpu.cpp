@@ -180,13 +180,14 @@ void bind_kmeans_1d(py::module_& m) {
   m.def(
       "kmeans_1d",
       [](Pointer values, Pointer weights, int64_t weights_stride, int64_t problems, int64_t n, int k, bool exact,
-         uint64_t seed, Pointer centroids, Pointer codes) {
+         uint64_t seed, bool half_centroids, Pointer centroids, Pointer codes) {
         const auto method = exact ? KMeans1dMethod::exact : KMeans1dMethod::lloyd;
-        kmeans_1d({as<float>(values), as<float>(weights), weights_stride, problems, n, k, method, seed,
+        kmeans_1d({as<float>(values), as<float>(weights), weights_stride, problems, n, k, method, seed, half_centroids,
                    as<float>(centroids), as<uint8_t>(codes)});
       },
       py::arg("values"), py::arg("weights"), py::arg("weights_stride"), py::arg("problems"), py::arg("n"),
-      py::arg("k"), py::arg("exact"), py::arg("seed"), py::arg("centroids"), py::arg("codes"), NoGil());
+      py::arg("k"), py::arg("exact"), py::arg("seed"), py::arg("half_centroids"), py::arg("centroids"), py::arg("codes"),
+      NoGil());
 }
 
 }  // namespace

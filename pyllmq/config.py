@@ -21,10 +21,11 @@ class CLAQConfig:
     """
 
     bits: float
-    """1 to 8, in the paper's way of counting: code bits + (16 - base width) * outliers. Codebooks and the positions of the
-    outliers are not in it; `CodebookWeight.bits_per_weight` counts everything."""
+    """1 to 8, in the paper's way of counting: code bits + (16 - base width) * outliers. Codebooks and the positions of
+    the outliers are not in it; `CodebookWeight.bits_per_weight` counts everything."""
     outliers: float = 0.0
-    """Share of the weights that is kept in fp16, 0 to 0.1. Top columns keep 2.8 times this share, the others 0.8 times."""
+    """Share of the weights that is kept in fp16, 0 to 0.1. The top 10 % of the columns keep 2.8 times this share, the
+    others 0.8 times."""
     kmeans: str = "exact"
     """"exact" (optimal) or "lloyd" (the kind of solver that the paper used)."""
     act_order: bool = True
@@ -40,9 +41,9 @@ class CLAQConfig:
     share_bits: bool = True
     """Linears with the same input (q/k/v, gate/up) get the same width in each column: serving engines merge them."""
     published: bool = False
-    """Choose columns and outliers as the released code does, oversights included: outliers from the top AND from the bottom
-    (twice the share), k-means over the outliers too, keep shares read by the position in the block, allocation in each matrix
-    by itself (`share_bits` is ignored). `kmeans` stays a free choice; only "lloyd" is what was released."""
+    """Choose columns and outliers as the released code does, oversights included: outliers from the top AND from the
+    bottom (twice the share), k-means over the outliers too, keep shares read by the position in the block, allocation
+    in each matrix by itself (`share_bits` is ignored). `kmeans` stays a free choice; only "lloyd" is what was released."""
 
     def __post_init__(self) -> None:
         _number("bits", self.bits, 1, 8)
@@ -58,8 +59,8 @@ class CLAQConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: True, False")
         if self.code_bits < 1:
             raise ValueError(
-                f"bits = {self.bits:g} with outliers = {self.outliers:g} leaves {self.code_bits:g} bits for the codes, which "
-                f"need at least 1; raise bits to {1 + (FULL_BITS - 1) * self.outliers:g} or keep fewer outliers"
+                f"bits = {self.bits:g} with outliers = {self.outliers:g} leaves {self.code_bits:g} bits for the codes, "
+                f"which need at least 1; raise bits to {1 + (FULL_BITS - 1) * self.outliers:g} or keep fewer outliers"
             )
 
     @property
@@ -74,8 +75,8 @@ class CLAQConfig:
 
     @property
     def high_bits(self) -> int:
-        """Width of the columns that get extra bits. The paper defines 2 -> 4 and 3 -> 4; elsewhere it is one bit more, an
-        extension of this library."""
+        """Width of the columns that get extra bits. The paper defines 2 -> 4 and 3 -> 4; elsewhere it is one bit
+        more, an extension of this library."""
         return {2: 4, 8: 8}.get(self.base_bits, self.base_bits + 1)
 
     @property
@@ -85,7 +86,7 @@ class CLAQConfig:
         return (self.code_bits - self.base_bits) / extra if extra else 0.0
 
     def _split_bits(self) -> tuple[int, float]:
-        """(base width, code bits). An outlier costs 16 - base, and the base follows from the code bits: search downwards."""
+        """(base width, code bits). An outlier costs 16 - base, and the base follows from the code bits: search down."""
         for base in range(math.floor(self.bits + 1e-9), 0, -1):
             code_bits = self.bits - (FULL_BITS - base) * self.outliers
             if code_bits > base - 1e-9:

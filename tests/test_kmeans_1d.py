@@ -149,6 +149,20 @@ def test_zero_weight_moves_nothing_and_is_still_coded() -> None:
     assert centroids.tolist() == [[0.5, 10.5]] and codes.tolist() == [[0, 0, 1, 1, 1, 0]]
 
 
+def test_half_centroids_are_rounded_before_codes_are_assigned() -> None:
+    torch.manual_seed(0)
+    values = torch.randn(4, 600) * torch.tensor([[1.0], [3e-5], [1e-7], [3e4]])  # normal, subnormal and large in fp16
+    single = kmeans_1d(values, 8)[0]
+    centroids, codes = kmeans_1d(values, 8, centroid_dtype=torch.float16)
+    assert centroids.dtype == torch.float16 and torch.equal(centroids, single.half())
+    assert_nearest(values, centroids, codes)
+    assert len(centroids[2].unique()) < 8  # 6e-8 apart, some coincide: the first of them is used
+    used = codes[2].unique().long()
+    assert bool((centroids[2][used[1:]] != centroids[2][used[1:] - 1]).all())
+    with pytest.raises(ValueError, match=r"centroid of values\[1\] \(up to 70000\) does not fit into fp16"):
+        kmeans_1d(torch.tensor([[1.0], [70000.0]]), 1, centroid_dtype=torch.float16)
+
+
 def test_weights_repeat_points() -> None:
     torch.manual_seed(0)
     values = torch.randn(3, 50)
@@ -232,6 +246,7 @@ def test_properties(values: list[float], weights: list[float]) -> None:
         ((torch.randn(2, 2), 2, torch.tensor([[1.0, 1], [0, 0]])), ValueError, r"weights\[1\] are all 0"),
         ((torch.randn(2, 2), 2, None, "kmeans++"), ValueError, "method is 'kmeans\\+\\+'; allowed: 'exact', 'lloyd'"),
         ((torch.randn(2, 2), 2, None, "lloyd", -1), ValueError, "seed is -1"),
+        ((torch.randn(2, 2), 2, None, "exact", 0, torch.bfloat16), ValueError, "centroid_dtype is torch.bfloat16"),
     ],
 )
 def test_bad_input_says_what_is_allowed(arguments: tuple, error: type[Exception], message: str) -> None:

@@ -1,8 +1,8 @@
 // Exact 1-D k-means. An optimal clustering of sorted points is a sequence of intervals, so with F_l[i] the best gain of
 // cutting the first i points into l clusters,
 //     F_l[i] = max_j F_{l-1}[j] + (S_i - S_j)^2 / (W_i - W_j),        SSE = sum w x^2 - F_k[m],
-// where S and W are the prefix sums of w x and w. The cost is Monge, hence the best j rises with i and with l: each layer
-// is a divide and conquer of O(m log m), after Gronlund et al. 2017 (arXiv 1701.07204) and Wang & Song 2011 (Ckmeans.1d.dp).
+// where S and W are the prefix sums of w x and w. The cost is Monge, hence the best j rises with i and with l: each
+// layer is a divide and conquer of O(m log m). Wang & Song 2011 (Ckmeans.1d.dp); Gronlund et al. 2017 (1701.07204).
 #include "cpu/kmeans_1d.h"
 
 #include "cpu/isa.h"
@@ -279,15 +279,30 @@ void store_centroids(int k, const Workspace& work, float* centroids) {
   for (; stored < k; ++stored) centroids[stored] = centroids[stored - 1];
 }
 
+// fp32 -> fp16 -> fp32, round to nearest even. Without F16C, which a plain x86-64 does not promise.
+float round_to_half(float value) {
+  if (std::fabs(value) < 0x1p-14f) {  // subnormal: multiples of 2^-24, the spacing of floats at 0.5
+    return std::copysign((std::fabs(value) + 0.5f) - 0.5f, value);
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFFu;
+  std::memcpy(&value, &bits, 4);
+  return std::fabs(value) > 65504.0f ? std::copysign(std::numeric_limits<float>::infinity(), value) : value;
+}
+
 void store_codes(const float* values, int k, const Workspace& work, const float* centroids, uint8_t* codes) {
-  int code = 0;
-  int distinct = 1;
-  while (distinct < k && centroids[distinct] > centroids[distinct - 1]) ++distinct;
+  uint8_t distinct[256] = {};  // the first code of each run of equal centroids; the others are never used
+  int last = 0;
+  for (int c = 1; c < k; ++c) {
+    if (centroids[c] > centroids[distinct[last]]) distinct[++last] = static_cast<uint8_t>(c);
+  }
+  const auto centroid = [&](int run) { return double{centroids[distinct[run]]}; };
+  int run = 0;
   for (const uint64_t entry : work.sorted) {
     const auto index = static_cast<uint32_t>(entry);
-    const double twice = 2.0 * values[index];
-    while (code + 1 < distinct && twice > double{centroids[code]} + double{centroids[code + 1]}) ++code;
-    codes[index] = static_cast<uint8_t>(code);
+    while (run < last && 2.0 * values[index] > centroid(run) + centroid(run + 1)) ++run;
+    codes[index] = distinct[run];
   }
 }
 
@@ -318,6 +333,7 @@ void solve_problem(const KMeans1dArguments& a, SplitSearch search, int64_t probl
     optimal_bounds(a.k, search, work, work.back32);
   }
   store_centroids(a.k, work, centroids);
+  if (a.half_centroids) std::transform(centroids, centroids + a.k, centroids, round_to_half);
   store_codes(values, a.k, work, centroids, a.codes + problem * a.n);
 }
 

@@ -1,4 +1,4 @@
-"""Which columns get more bits, and how many outliers each keeps: CLAQ's Outlier Order (arXiv 2405.17233) and its shares."""
+"""Which columns get more bits, and how many outliers each keeps: by CLAQ's Outlier Order (arXiv 2405.17233)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OTHER_KEEP = 0.8  # 0.1 * 2.8 + 0.9 * 0.8 = 1: the shares average to the one ask
 
 
 def outlier_order(weight: Tensor, threshold: float) -> Tensor:
-    """R_j = number of i with |W_ij| >= threshold * mean|W| (mean over the whole matrix): int64 [K] for weight [N, K]."""
+    """R_j = number of i with |W_ij| >= threshold * mean|W|, the mean over the whole matrix [N, K]: int64 [K]."""
     magnitude = weight.detach().float().abs()
     return (magnitude >= threshold * magnitude.mean(dtype=torch.float64).float()).sum(0)
 
@@ -26,8 +26,8 @@ def largest_magnitude(weight: Tensor) -> Tensor:
 def rank_columns(counts: Tensor, magnitude: Tensor | None) -> Tensor:
     """Column indices by falling count, int64 [K].
 
-    Nearly all R_j are 0 (13 * mean|w| is 10.4 sigma of a Gaussian), so ties decide. They go by falling `magnitude`, then by
-    index; magnitude None leaves them to torch.sort as the released code does.
+    Nearly all R_j are 0 (13 * mean|w| is 10.4 sigma of a Gaussian), so ties decide. They go by falling `magnitude`,
+    then by index; magnitude None leaves them to torch.sort as the released code does.
     """
     if magnitude is None:
         return torch.sort(counts, descending=True).indices
@@ -36,14 +36,14 @@ def rank_columns(counts: Tensor, magnitude: Tensor | None) -> Tensor:
 
 
 def column_bits(ranked: Tensor, base_bits: int, high_bits: int, high_fraction: float) -> Tensor:
-    """uint8 [K]: `high_bits` for the first round(high_fraction * K) columns of the ranking, `base_bits` for the others."""
+    """uint8 [K]: `high_bits` for the first round(high_fraction * K) columns of the ranking, else `base_bits`."""
     bits = torch.full_like(ranked, base_bits, dtype=torch.uint8)
     bits[ranked[: round(high_fraction * ranked.numel())]] = high_bits
     return bits
 
 
 def keep_shares(ranked: Tensor, outliers: float) -> Tensor:
-    """float64 [K]: share of each column's weights to keep; the top 10 % of the ranking keep 3.5 times that of the others."""
+    """float64 [K]: share of each column's weights to keep; 3.5 times as much in the top 10 % of the ranking."""
     shares = torch.full_like(ranked, OTHER_KEEP * outliers, dtype=torch.float64)
     shares[ranked[: round(TOP_SHARE * ranked.numel())]] = TOP_KEEP * outliers
     return shares

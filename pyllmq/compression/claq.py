@@ -35,8 +35,8 @@ class CompressedLinear:
     seconds: float
     """Wall time: this Linear's sweep and packing, and its share of the factorisation."""
     paper_bits: float
-    """Bits per weight as the paper counts them: average code width + (16 - base width) * kept share, with one of the two
-    sides of the outliers in published mode. `weight.bits_per_weight` counts everything that is stored."""
+    """Bits per weight as the paper counts them: average code width + (16 - base width) * kept share, where published
+    mode counts one of the two sides of the outliers. `weight.bits_per_weight` counts everything that is stored."""
 
 
 def compress_linears(
@@ -53,8 +53,8 @@ def compress_linears(
         name -> CompressedLinear, in the order of `weights`.
 
     Raises:
-        ValueError: no weights, shapes that do not fit, values that are not finite or outside fp16, a hessian that cannot
-            be factored; the message names the layer.
+        ValueError: no weights, shapes that do not fit, values that are not finite or outside fp16, a hessian that
+            cannot be factored; the message names the layer.
     """
     if not weights:
         raise ValueError("weights is empty; it must map at least one name to a tensor [N, K]")
@@ -130,24 +130,29 @@ class _CodebookColumns(ColumnQuantizer):
         if share > 0:
             kept = _both_tails_released(values, share) if self.keep_at is not None else _extremes(values, share)
         # Released: k-means spends centroids on the outliers too, though they are kept.
-        inliers = values if kept is None or self.keep_at is not None else values[~kept]
-
-        centroids = kmeans_1d(inliers[None], 1 << self.bits[column], method=self.method)[0][0].half()
-        codebook = centroids.float()
-        codes = torch.bucketize(values, (codebook[1:] + codebook[:-1]) / 2, out_int32=True)
-        stored = codebook[codes]
-        self.codebooks[column] = centroids
-        self.codes[column] = codes
+        inliers = None if kept is None or self.keep_at is not None else (~kept).float()
+        try:
+            centroids, codes = kmeans_1d(
+                values[None], 1 << self.bits[column], inliers, method=self.method, centroid_dtype=torch.float16
+            )
+        except ValueError as error:
+            raise self._outgrown(column, values) from error
+        self.codebooks[column], self.codes[column] = centroids[0], codes[0]
+        # index_select, not indexing: that and bucketize start torch's threads even for 4096 elements.
+        stored = centroids[0].float().index_select(0, codes[0].int())
         if kept is not None and self.kept_values is not None:
             half = values.half()
             self.kept[column], self.kept_values[column] = kept, half
             stored = torch.where(kept, half.float(), stored)
-        if not bool(torch.isfinite(stored).all()):
-            raise ValueError(
-                f"column {column} of {self.name!r} grew to {float(values.abs().max()):g} while it took up the errors of the "
-                f"columns before it; fp16 ends at {FP16_MAX:g}. Rescale the weight, or raise damping"
-            )
+            if not bool(torch.isfinite(stored).all()):
+                raise self._outgrown(column, values)
         return stored
+
+    def _outgrown(self, column: int, values: Tensor) -> ValueError:
+        return ValueError(
+            f"column {column} of {self.name!r} grew to {float(values.abs().max()):g} while it took up the errors of "
+            f"the columns before it; fp16 ends at {FP16_MAX:g}. Rescale the weight, or raise damping"
+        )
 
     def pack(self, bits: Tensor) -> CodebookWeight:
         codebook = torch.cat([self.codebooks[column] for column in range(len(self.bits))])
@@ -184,23 +189,25 @@ def _both_tails_released(values: Tensor, share: float) -> Tensor:
 
 def _check_weight(name: str, weight: Tensor, hessian: Tensor) -> None:
     if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
-        raise ValueError(f"{name!r} is {weight.dtype} {tuple(weight.shape)}; it must be a non-empty float matrix [N, K]")
+        raise ValueError(f"{name!r} is {weight.dtype} {tuple(weight.shape)}; it must be a non-empty float [N, K]")
     if tuple(hessian.shape) != (weight.shape[1],) * 2:
         raise ValueError(
             f"{name!r} is {tuple(weight.shape)} and the hessian {tuple(hessian.shape)}; with [N, K] it must be [K, K]"
         )
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
-        raise ValueError(f"{name!r} holds {bad} of {weight.numel()} weights that are not finite; look at the checkpoint")
+        raise ValueError(f"{name!r} holds {bad} of {weight.numel()} weights that are not finite; check the checkpoint")
     by_column = weight.detach().float().abs().amax(0)
     largest = float(by_column.max())
     if largest > FP16_MAX:
-        raise ValueError(f"{name!r} holds a weight of magnitude {largest:g}; codebooks are fp16, which ends at {FP16_MAX:g}. "
-                         "Rescale the weight first")
+        raise ValueError(
+            f"{name!r} holds a weight of magnitude {largest:g}; codebooks are fp16, which ends at {FP16_MAX:g}. "
+            "Rescale the weight first"
+        )
     tiny = (by_column > 0) & (by_column < FP16_TINY) & (by_column > FP16_NEGLIGIBLE * largest)
     if bool(tiny.any()):
         column = int(tiny.nonzero()[0])
         raise ValueError(
-            f"{int(tiny.sum())} columns of {name!r} are so small that fp16 codebooks lose more than 1 % of them (column "
-            f"{column}: at most {float(by_column[column]):g}, limit {FP16_TINY:.2g}). Rescale the weight first"
+            f"{int(tiny.sum())} columns of {name!r} are so small that fp16 codebooks lose more than 1 % of them "
+            f"(column {column}: at most {float(by_column[column]):g}, limit {FP16_TINY:.2g}). Rescale the weight first"
         )

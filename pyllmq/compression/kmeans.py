@@ -13,7 +13,12 @@ MAX_POINTS = 2**32 - 1
 
 
 def kmeans_1d(
-    values: Tensor, k: int, weights: Tensor | None = None, method: str = "exact", seed: int = 0
+    values: Tensor,
+    k: int,
+    weights: Tensor | None = None,
+    method: str = "exact",
+    seed: int = 0,
+    centroid_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Cluster each row of `values` into k groups of the least (weighted) sum of squared distances to their centroids.
 
@@ -28,9 +33,10 @@ def kmeans_1d(
         weights: float [C, n] or [n] >= 0, each problem with one > 0. A point of weight 0 has a code, moves no centroid.
         method: "exact" or "lloyd".
         seed: of k-means++ (each problem starts from the same one); unused by "exact".
+        centroid_dtype: torch.float32, or torch.float16: centroids are rounded to it before the codes are assigned.
 
     Returns:
-        centroids: float32 [C, k], ascending. With fewer distinct values than k the last one is repeated.
+        centroids: `centroid_dtype` [C, k], ascending. With fewer distinct values than k the last one is repeated.
         codes: uint8 [C, n], the nearest centroid, the lower one at a tie.
 
     Raises:
@@ -48,6 +54,8 @@ def kmeans_1d(
         raise ValueError(f"method is {method!r}; allowed: {', '.join(map(repr, METHODS))}")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed!r}; allowed: an integer from 0 to 2**64 - 1")
+    if centroid_dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"centroid_dtype is {centroid_dtype}; allowed: torch.float32, torch.float16")
     problems, n = values.shape
     if not 1 <= n <= MAX_POINTS:
         raise ValueError(f"values has n = {n} values per problem; allowed: 1 to {MAX_POINTS}")
@@ -71,8 +79,15 @@ def kmeans_1d(
 
     centroids = torch.empty(problems, k, dtype=torch.float32)
     codes = torch.empty(problems, n, dtype=torch.uint8)
-    _solve(points, weights, stride, k, method, seed, centroids, codes)
-    return centroids.to(values.device), codes.to(values.device)
+    half = centroid_dtype == torch.float16
+    _solve(points, weights, stride, k, method, seed, half, centroids, codes)
+    if half and not bool(torch.isfinite(centroids).all()):
+        problem = int((~torch.isfinite(centroids)).any(1).nonzero()[0])
+        raise ValueError(
+            f"a centroid of values[{problem}] (up to {float(points[problem].abs().max()):g}) does not fit into fp16, "
+            "which ends at 65504; rescale the values or ask for torch.float32"
+        )
+    return centroids.to(values.device, centroid_dtype), codes.to(values.device)
 
 
 def _solve(
@@ -82,6 +97,7 @@ def _solve(
     k: int,
     method: str,
     seed: int,
+    half_centroids: bool,
     centroids: Tensor,
     codes: Tensor,
 ) -> None:
@@ -93,6 +109,7 @@ def _solve(
         k,
         method == "exact",
         seed,
+        half_centroids,
         centroids.data_ptr(),
         codes.data_ptr(),
     )

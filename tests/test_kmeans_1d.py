@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyllmq.compress import kmeans
+from pyllmq.compression import kmeans
 from pyllmq.compression.kmeans import kmeans_1d
 
 

@@ -168,7 +168,7 @@ def test_swap_linear():
     assert pyllmq.swap_linear(model, lambda linear: CodebookLinear.from_dense(linear, bits=8), exclude=("3",)) == ["0", "2.0"]
     assert isinstance(model[2][0], CodebookLinear) and type(model[3]) is nn.Linear
     torch.testing.assert_close(model[0].dequantize(), expected, rtol=0.01, atol=0.01)
-    with pytest.raises(ValueError, match="'nothing' fits no Linear"):
+    with pytest.raises(ValueError, match="'nothing' fits nothing"):
         pyllmq.swap_linear(model, lambda linear: linear, exclude=("nothing",))
 
 

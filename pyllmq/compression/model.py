@@ -26,7 +26,7 @@ from ..swap import (
 )
 from .calibration import Batch, as_batches
 from .claq import compress_linears
-from .report import CompressionReport, LayerReport
+from .report import CompressionReport, LayerReport, summary
 
 SILENT_SHARE = 0.01
 """Linear-like parameters left dense without being asked for are reported loudly above this share."""
@@ -77,14 +77,17 @@ def compress(
         )
     for name in planned:
         _check_finite(name, dense_weight(chosen[name]))
-    dense, total = left_dense(model, planned, exclude)
+    dense, total = left_dense(model, planned, include, exclude)
 
     report = CompressionReport("claq", config.to_dict(), left_dense=dense)
     unasked = sum(item.parameters for item in dense if not item.asked)
     if unasked > SILENT_SHARE * total:
-        names = ", ".join(item.name for item in dense if not item.asked)
-        _warn(report, f"{100 * unasked / total:.1f} % of the Linear-like parameters stay dense without being asked for: {names}. "
-              "Name them in exclude if that is wanted, in include if not")
+        names = summary([item for item in dense if not item.asked])
+        _warn(
+            report,
+            f"{100 * unasked / total:.1f} % of the Linear-like parameters stay dense without being asked for: {names}. "
+            "Name them in exclude if that is wanted; Linears outside the blocks can be named in include",
+        )
 
     replaced: dict[str, nn.Module] = {}
     try:

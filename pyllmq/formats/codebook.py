@@ -300,15 +300,18 @@ def _codebook_fp16(codebook: Tensor, column_bits: Tensor, segments: int) -> Tens
         raise FormatError(f"codebook is {tuple(codebook.shape)}; it must be [segments, sum of 2**column_bits] = [{segments}, {entries}]")
     codebook = codebook.reshape(segments, entries).float()
     half = _finite_fp16("codebook", codebook)
-    column = torch.repeat_interleave(1 << column_bits.long())
-    lost = torch.zeros(segments, column_bits.numel(), device=codebook.device).index_reduce_(1, column, (codebook - half).abs(), "amax")
-    largest = torch.zeros_like(lost).index_reduce_(1, column, codebook.abs(), "amax")
-    if bool((lost > 0.01 * largest).any()):
-        worst = int((lost - 0.01 * largest).max(0).values.argmax())
-        raise FormatError(
-            f"the codebook of column {worst} ends at {float(largest[:, worst].max()):g}, where fp16 keeps less than 1 % of precision; "
-            "rescale the weight, or give row_scale"
-        )
+    width = 1 << column_bits.long()
+    first_entry = torch.cumsum(width, 0) - width
+    for entries in width.unique().tolist():
+        columns = torch.nonzero(width == entries).flatten()
+        place = first_entry[columns, None] + torch.arange(entries, device=codebook.device)
+        lost, largest = ((book[:, place]).abs().amax(-1) for book in (codebook - half.float(), codebook))
+        if bool((lost > 0.01 * largest).any()):
+            worst = int((lost - 0.01 * largest).amax(0).argmax())
+            raise FormatError(
+                f"the codebook of column {int(columns[worst])} reaches only to {float(largest[:, worst].min()):g}, where fp16 is off by "
+                "more than 1 %; rescale the weight, or give row_scale"
+            )
     return half
 
 

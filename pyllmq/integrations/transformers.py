@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "pyllmq"
-_TRIGGER = "transformers.quantizers.auto"
+_TRIGGER = "transformers.quantizers"
 
 
 # ---- registration ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Who competes: ways to hold a weight [N, K] and multiply with it, ours and the rivals, each a row of a table.
 
-A provider makes a `Layer` from a dense weight. The layer says which dense matrix it really multiplies with (after rounding
-to its format), and its result is checked against the fp64 product with that matrix before anything is timed. So the error
-printed is that of the kernel and its activations; what a format loses is a matter of the compression method.
+A provider makes a `Layer` from a dense weight. The layer says which dense matrix it really multiplies with, after
+rounding to its format, and its result is checked against the fp64 product with that matrix before anything is timed. So
+the error printed is that of the kernel and its activations; what a format loses is a matter of the compression method.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def check(provider: Provider, layer: Layer, weight: Tensor, x: Tensor) -> float:
     if not error <= provider.tolerance:
         raise WrongResultError(
             f"{provider.name} is wrong for x {list(x.shape)}, weight {list(weight.shape)}: "
-            f"relative error {error:.2g} against fp64, allowed {provider.tolerance:.2g}. It is not timed: repair it, or leave it out of the run"
+            f"relative error {error:.2g} against fp64, allowed {provider.tolerance:.2g}. "
+            "It is not timed: repair it, or leave it out of the run"
         )
     return error
 
@@ -301,27 +302,36 @@ def pack_normal(weight: Tensor, widths: Widths) -> CodebookWeight:
     )
 
 
-def pyllmq_codebook(bits: str | int | float) -> Provider:
-    """Our packed layer at `bits` (see `Widths.parse`), fp32 activations."""
+def pyllmq_codebook(bits: str | int | float, dtype: torch.dtype = torch.float32) -> Provider:
+    """Our packed layer at `bits` (see `Widths.parse`), activations in float32 or bfloat16."""
+    if dtype not in _PYLLMQ_SUFFIX:
+        raise ValueError(f"activations in {dtype} are not measured; allowed: {', '.join(map(str, _PYLLMQ_SUFFIX))}")
     widths = Widths.parse(bits)
+    suffix, tolerance = _PYLLMQ_SUFFIX[dtype]
 
     def make(weight: Tensor) -> Layer:
         packed = pack_normal(weight, widths)
-        return _codebook_layer(packed.operand(), packed.nbytes, partial(packed.dequantize, torch.float32))
+        return _codebook_layer(packed.operand(), packed.nbytes, dtype, partial(packed.dequantize, torch.float32))
 
-    return Provider(f"pyllmq {bits}", _pyllmq_available, make, 5e-4, _pyllmq_isa)
+    return Provider(f"pyllmq {bits}{suffix}", _pyllmq_available, make, tolerance, _pyllmq_isa)
 
 
-def _codebook_layer(operand: dispatch.WeightOperand, nbytes: int, dense: Callable[[], Tensor]) -> Layer:
+_PYLLMQ_SUFFIX = {torch.float32: ("", 1e-5), torch.bfloat16: (" bf16", 1e-2)}
+"""Activations -> end of the provider's name, tolerance: as torch's own in that dtype."""
+
+
+def _codebook_layer(
+    operand: dispatch.WeightOperand, nbytes: int, dtype: torch.dtype, dense: Callable[[], Tensor]
+) -> Layer:
     def copy() -> Layer:
         tensors = tuple(tensor.clone() for tensor in operand.tensors)
         moved = dispatch.WeightOperand(operand.layout, tensors, operand.out_features, operand.in_features)
-        return _codebook_layer(moved, nbytes, dense)
+        return _codebook_layer(moved, nbytes, dtype, dense)
 
     def kernel(m: int) -> str:
-        return dispatch.choose(dispatch.Problem("codebook_linear", operand.layout, "cpu", torch.float32, m)).name
+        return dispatch.choose(dispatch.Problem("codebook_linear", operand.layout, "cpu", dtype, m)).name
 
-    return Layer(lambda x: ops.codebook_linear(x, operand), dense, copy, nbytes, torch.float32, kernel)
+    return Layer(lambda x: ops.codebook_linear(x, operand), dense, copy, nbytes, dtype, kernel)
 
 
 def _pyllmq_available() -> Available:

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -88,6 +89,22 @@ def git_commit() -> str:
         return git("rev-parse", "--short=10", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def busy_share(seconds: float = 0.25) -> float | None:
+    """Share of all CPU time that others used during `seconds` of waiting; None where there is no /proc/stat."""
+
+    def ticks() -> tuple[int, int]:
+        total = [int(t) for t in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(total), total[3] + total[4]  # fields 3 and 4: idle and waiting for a disk
+
+    try:
+        before = ticks()
+        time.sleep(seconds)
+        after = ticks()
+    except (OSError, ValueError, IndexError):
+        return None
+    return 1 - (after[1] - before[1]) / max(after[0] - before[0], 1)
 
 
 def environment() -> dict[str, str]:

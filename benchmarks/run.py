@@ -17,6 +17,8 @@ from .shapes import Shape, resolve
 from .timing import COLD_BYTES, FEW_TOKENS, Samples, cold_copies, measure
 
 OPS = ("codebook_linear",)
+OUR_ACTIVATIONS = (torch.float32, torch.bfloat16)
+BUSY_SHARE = 0.1
 
 
 def run(
@@ -55,7 +57,9 @@ def run(
     """
     _check(op, tokens, device, budget_s)
     cases = resolve(shapes)
-    chosen = list(providers) if providers is not None else [*RIVALS, *(pyllmq_codebook(b) for b in _unique(bits))]
+    chosen = list(RIVALS if providers is None else providers)
+    if providers is None:
+        chosen += [pyllmq_codebook(width, dtype) for dtype in OUR_ACTIVATIONS for width in _unique(bits)]
     names = [provider.name for provider in chosen]
     if BASELINE not in names or len(set(names)) != len(names):
         raise ValueError(f"providers must have names of their own, and {BASELINE!r} among them; given: {names}")
@@ -66,6 +70,7 @@ def run(
     if plot is not None:
         plotting.require_matplotlib()
 
+    busy = record.busy_share()
     ready, left_out = [], {}
     for provider in chosen:
         ok, why = provider.available()
@@ -83,6 +88,8 @@ def run(
     print(record.table(rows))
     for name, why in left_out.items():
         print(f"not measured: {name}: {why}")
+    if busy is not None and busy > BUSY_SHARE:
+        print(f"note: other processes used {busy:.0%} of the CPUs when the run started; its times are noisy")
     if csv is not None:
         record.append(Path(csv), rows)
         print(f"{len(rows)} rows appended to {csv}")

@@ -12,19 +12,21 @@ Clock = Callable[[], int]
 """Nanoseconds, never going back."""
 
 COLD_BYTES = 256 << 20
-"""Calls rotate over more than this many bytes of weights, so that the next copy has left the caches: between two tokens a
-model's other layers do the same to a layer. 8x the 32 MiB of last-level cache that a small cloud machine sees."""
+"""Calls rotate over more than this many bytes of weights, so that the next copy has left the caches: between two tokens
+a model's other layers do the same to a layer. 8x the 32 MiB of last-level cache that a small cloud machine sees."""
 
 FEW_TOKENS = 64
 """Beyond this M the arithmetic hides where the weight lies, and one copy is enough."""
 
 WARM_UP_S = 0.1
-TURN_S = 0.03
-"""Length of one provider's turn in a round: long beside a call at M = 1, short beside the drift of a shared machine."""
+TURN_S = 0.045
+CALLS_PER_TURN = 3
+"""One provider's turn in a round lasts for both: long beside a call, short beside the drift of a shared machine."""
 
-LEAD_IN_S = 0.005
-"""Untimed calls at the start of a turn. The threads of the provider before keep spinning for a while after its last call
-(libgomp: milliseconds; pyllmq's pool: 0.2 ms) and would be charged to this one."""
+LEAD_IN_S = 0.015
+"""Untimed calls at the start of a turn, at least one. torch's threads (libgomp) spin for about 8 ms after its last call
+and would be charged to the next provider: in those 8 ms 4096x4096, 4 bits, M = 1 took 750 us in place of 435 on 2 cores.
+Rejected: turns of a single call (570 -> 770 us), a lead-in of 5 ms (the slow calls still reach the median)."""
 
 MIN_SAMPLES = 5
 
@@ -54,15 +56,13 @@ class _Runner:
     samples: Samples = field(default_factory=Samples)
     next_copy: int = 0
     spent_ns: int = 0
-    last_call_ns: int = 0
 
     def call(self, clock: Clock) -> int:
         copy = self.copies[self.next_copy]
         self.next_copy = (self.next_copy + 1) % len(self.copies)
         begin = clock()
         copy()
-        self.last_call_ns = clock() - begin
-        return self.last_call_ns
+        return clock() - begin
 
     def untimed(self, seconds: float, clock: Clock, at_least: int = 1) -> None:
         end = clock() + int(seconds * 1e9)
@@ -73,14 +73,12 @@ class _Runner:
 
     def turn(self, clock: Clock) -> None:
         begin = clock()
-        # A call 20x the lead-in loses at most 5 % to the neighbour's spinning; a lead-in would double its cost.
-        if self.last_call_ns < 20 * LEAD_IN_S * 1e9:
-            self.untimed(LEAD_IN_S, clock)
+        self.untimed(LEAD_IN_S, clock)
         end = clock() + int(TURN_S * 1e9)
-        while True:
+        calls = 0
+        while calls < CALLS_PER_TURN or clock() < end:
             self.samples.nanoseconds.append(self.call(clock))
-            if clock() >= end:
-                break
+            calls += 1
         self.spent_ns += clock() - begin
 
 

@@ -140,7 +140,7 @@ def _run_shape(
     rows = []
     for m in tokens:
         inputs = {dtype: activations(m, shape.k, dtype) for dtype in {layer.dtype for layer in layers.values()}}
-        error = {p.name: check(p, layers[p.name], weight, inputs[layers[p.name].dtype]) for p in runnable}
+        errors = {p.name: check(p, layers[p.name], weight, inputs[layers[p.name].dtype]) for p in runnable}
         calls = {}
         for name, layer in layers.items():
             wanted = cold_copies(layer.nbytes, cold_bytes) if m <= FEW_TOKENS else 1
@@ -149,7 +149,7 @@ def _run_shape(
             calls[name] = [partial(copy.run, inputs[layer.dtype]) for copy in copies[name][:wanted]]
         bar.set_postfix_str(f"{shape.name}, M = {m}")
         samples = measure(calls, budget_s=budget_s, finished=lambda name: bar.update())
-        rows += _rows(op, shape, m, runnable, layers, samples, error)
+        rows += _rows(op, shape, m, runnable, layers, samples, errors)
     return rows
 
 
@@ -160,7 +160,7 @@ def _rows(
     providers: Sequence[Provider],
     layers: dict[str, Layer],
     samples: dict[str, Samples],
-    error: dict[str, float],
+    errors: dict[str, float],
 ) -> list[Row]:
     baseline_us = samples[BASELINE].percentile_us(50)
     environment = record.environment()
@@ -187,7 +187,7 @@ def _rows(
                 p80_us=sample.percentile_us(80),
                 gweights_per_s=shape.n * shape.k / median_us / 1e3,
                 gb_per_s=layer.nbytes / median_us / 1e3,
-                relative_error=error[provider.name],
+                relative_error=errors[provider.name],
                 isa=provider.isa(),
                 **environment,
             )

@@ -25,7 +25,7 @@ CALLS_PER_TURN = 3
 
 LEAD_IN_S = 0.015
 """Untimed calls at the start of a turn, at least one. torch's threads (libgomp) spin for about 8 ms after its last call
-and would be charged to the next provider: in those 8 ms 4096x4096, 4 bits, M = 1 took 750 us in place of 435 on 2 cores.
+and would be charged to the next provider: 4096x4096, 4 bits, M = 1 then took 750 us in place of 435 on 2 cores.
 Rejected: turns of a single call (570 -> 770 us), a lead-in of 5 ms (the slow calls still reach the median)."""
 
 MIN_SAMPLES = 5

@@ -5,14 +5,13 @@
 // is a divide and conquer of O(m log m), after Gronlund et al. 2017 (arXiv 1701.07204) and Wang & Song 2011 (Ckmeans.1d.dp).
 #include "cpu/kmeans_1d.h"
 
+#include "cpu/isa.h"
+#include "cpu/thread_pool.h"
+
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <exception>
 #include <limits>
-#include <mutex>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -294,11 +293,10 @@ void store_codes(const float* values, int k, const Workspace& work, const float*
 
 // ---- launch -------------------------------------------------------------------------------------------------------
 
-SplitSearch choose_search(bool simd) {
+SplitSearch choose_search() {
 #if defined(__x86_64__)
-  if (simd && __builtin_cpu_supports("avx2")) return best_split_avx2;
+  if (active_isa() != Isa::scalar) return best_split_avx2;
 #endif
-  (void)simd;
   return best_split_scalar;
 }
 
@@ -323,29 +321,6 @@ void solve_problem(const KMeans1dArguments& a, SplitSearch search, int64_t probl
   store_codes(values, a.k, work, centroids, a.codes + problem * a.n);
 }
 
-// The one place that starts threads: problems are handed out one by one, the caller takes part, the first error wins.
-template <typename Solve>
-void for_each_problem(int64_t problems, int threads, Solve solve) {
-  std::atomic<int64_t> next{0};
-  std::exception_ptr error;
-  std::mutex error_mutex;
-  const auto run = [&] {
-    try {
-      Workspace work;
-      for (int64_t problem; (problem = next.fetch_add(1)) < problems;) solve(problem, work);
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(error_mutex);
-      if (!error) error = std::current_exception();
-      next = problems;
-    }
-  };
-  std::vector<std::thread> helpers;
-  for (int64_t t = 1; t < std::min<int64_t>(threads, problems); ++t) helpers.emplace_back(run);
-  run();
-  for (std::thread& helper : helpers) helper.join();
-  if (error) std::rethrow_exception(error);
-}
-
 }  // namespace
 
 Split best_split_scalar(const double* gain, const double* sum, const double* mass, int64_t end, int64_t first,
@@ -362,9 +337,14 @@ Split best_split_scalar(const double* gain, const double* sum, const double* mas
 // ---- entry --------------------------------------------------------------------------------------------------------
 
 void kmeans_1d(const KMeans1dArguments& arguments) {
-  const SplitSearch search = choose_search(arguments.simd);
-  for_each_problem(arguments.problems, arguments.threads,
-                   [&](int64_t problem, Workspace& work) { solve_problem(arguments, search, problem, work); });
+  const SplitSearch search = choose_search();
+  // 0.3 ms at n = 4096, k = 4 and 1.8 ms at k = 16; the workspace of a chunk serves all its problems.
+  const double cost_ns = static_cast<double>(arguments.problems) * static_cast<double>(arguments.n) * (14 + 15 * arguments.k);
+  const int64_t grain = std::max<int64_t>(1, arguments.problems / (8 * num_threads()));
+  parallel_for(arguments.problems, grain, cost_ns, [&](int64_t begin, int64_t end) {
+    Workspace work;
+    for (int64_t problem = begin; problem < end; ++problem) solve_problem(arguments, search, problem, work);
+  });
 }
 
 }  // namespace pyllmq::cpu

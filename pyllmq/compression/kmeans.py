@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.cpu import kernels
+
 METHODS = ("exact", "lloyd")
 MAX_CLUSTERS = 256
 MAX_POINTS = 2**32 - 1
@@ -69,7 +71,7 @@ def kmeans_1d(
 
     centroids = torch.empty(problems, k, dtype=torch.float32)
     codes = torch.empty(problems, n, dtype=torch.uint8)
-    _solve(points, weights, stride, k, method, seed, True, centroids, codes)
+    _solve(points, weights, stride, k, method, seed, centroids, codes)
     return centroids.to(values.device), codes.to(values.device)
 
 
@@ -80,13 +82,10 @@ def _solve(
     k: int,
     method: str,
     seed: int,
-    simd: bool,
     centroids: Tensor,
     codes: Tensor,
 ) -> None:
-    from .. import _cpu
-
-    _cpu.kmeans_1d(
+    kernels().kmeans_1d(
         points.data_ptr(),
         0 if weights is None else weights.data_ptr(),
         stride,
@@ -94,8 +93,6 @@ def _solve(
         k,
         method == "exact",
         seed,
-        torch.get_num_threads(),
-        simd,
         centroids.data_ptr(),
         codes.data_ptr(),
     )

@@ -200,7 +200,7 @@ def _nf4_available() -> Available:
         return False, "bitsandbytes is not installed (pip install bitsandbytes)"
     try:
         import bitsandbytes  # noqa: F401
-    except Exception as error:  # its import loads shared libraries of many kinds
+    except Exception as error:  # importing it loads shared libraries and may fail in many ways
         return False, f"bitsandbytes could not be imported: {error}"
     return True, f"bitsandbytes {version('bitsandbytes')}"
 
@@ -221,7 +221,7 @@ def _nf4_layer(packed: Tensor, state: Any, dense: Tensor) -> Layer:
         lambda: _nf4_layer(packed.clone(), state, dense),
         packed.nbytes + state.absmax.nbytes,
         torch.float32,
-        lambda m: "bitsandbytes.matmul_4bit",
+        lambda m: f"bitsandbytes {version('bitsandbytes')} matmul_4bit",
     )
 
 

@@ -7,12 +7,12 @@ import itertools
 
 import pytest
 import torch
-
-from pyllmq import dispatch
 from pyllmq.benchmarks import plot, providers, record, timing
 from pyllmq.benchmarks.providers import BASELINE, RIVALS, Layer, Provider, Widths, WrongResultError
 from pyllmq.benchmarks.run import run
 from pyllmq.benchmarks.shapes import MODEL_SHAPES, resolve
+
+from pyllmq import dispatch
 
 FP32 = RIVALS[0]
 
@@ -230,8 +230,8 @@ def test_mixed_widths_and_outliers_are_what_is_packed():
 ROW = record.Row(
     ratio_to_torch_fp32=3.5, op="codebook_linear", provider="pyllmq 2", kernel="cpu.tables", shape="llama, \"q\"", n=48,
     k=256, m=1, bits_per_weight=2.25, activations="float32", threads=2, samples=9, median_us=1.5, p20_us=1.25,
-    p80_us=2.0, gweights_per_s=8.0, gb_per_s=2.5, relative_error=1e-7, device="a CPU", isa="avx2", torch="2.13", pyllmq="0.1",
-    commit="abc", timestamp="2030-01-01T00:00:00+00:00",
+    p80_us=2.0, gweights_per_s=8.0, gb_per_s=2.5, relative_error=1e-7, device="a CPU", isa="avx2", torch="2.13",
+    pyllmq="0.1", commit="abc", timestamp="2030-01-01T00:00:00+00:00",
 )  # fmt: skip
 
 

@@ -95,11 +95,18 @@ class CodebookLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense matrix [N, K] that this layer multiplies with."""
-        return ops.codebook_dequantize(self.operand(), dtype or self.dense_dtype)
+        dtype = dtype or self.dense_dtype
+        return ops.codebook_dequantize(self.operand(), dtype if dtype in ops.ACTIVATION_DTYPES else torch.float32).to(dtype)
 
     @property
     def weight(self) -> Tensor:
-        """`dequantize()`, decoded anew at each access: for code that asks a Linear for its weight's dtype, shape or values."""
+        """`dequantize()`, decoded anew at each access: for code that asks a Linear for its weight's dtype, shape or values.
+
+        While a checkpoint is still being loaded it is an empty tensor on the meta device: models' weight initialisation looks
+        at it, and must not freeze half-loaded codes into a layout.
+        """
+        if self._operand is None:
+            return torch.empty(self.out_features, self.in_features, dtype=self.dense_dtype, device="meta")
         return self.dequantize()
 
     @property

@@ -72,10 +72,19 @@ def prepack(operand: WeightOperand) -> WeightOperand:
     return WeightOperand(LAYOUT, (blob,), rows, columns)
 
 
+def _checked_blob(tensors: list[Tensor], out_features: int, in_features: int) -> Tensor:
+    """The layout, after its header was compared with the shape that the caller believes in: kernels read x and write y by it."""
+    (blob,) = tensors
+    shape = kernels().codebook_layout_shape(blob.data_ptr(), blob.numel())
+    if shape != (out_features, in_features):
+        raise ValueError(f"the layout holds a weight of shape {list(shape)}, but was given as [{out_features}, {in_features}]")
+    return blob
+
+
 def layout_codes(operand: WeightOperand) -> Tensor:
     """The codes in a `cpu` operand, uint8 [N, K]: what a checkpoint is rebuilt from."""
     _cpu = kernels()
-    (blob,) = operand.tensors
+    blob = _checked_blob(list(operand.tensors), operand.out_features, operand.in_features)
     codes = torch.empty(operand.out_features, operand.in_features, dtype=torch.uint8)
     _cpu.codebook_layout_codes(blob.data_ptr(), blob.numel(), codes.data_ptr())
     return codes
@@ -86,7 +95,7 @@ def codebook_linear_tables(
 ) -> Tensor:
     _cpu = kernels()
     x = x.contiguous()
-    blob = tensors[0]
+    blob = _checked_blob(tensors, out_features, in_features)
     y = torch.empty(x.shape[0], out_features, dtype=x.dtype)
     _cpu.codebook_linear(
         blob.data_ptr(),
@@ -105,7 +114,7 @@ def codebook_linear_panels(
     x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None
 ) -> Tensor:
     _cpu = kernels()
-    blob = tensors[0]
+    blob = _checked_blob(tensors, out_features, in_features)
     x32 = x.float()
     y = torch.empty(x.shape[0], out_features, dtype=torch.float32)
     panel = torch.empty(min(PANEL_ROWS, out_features), in_features, dtype=torch.float32)
@@ -121,7 +130,7 @@ def codebook_linear_panels(
 
 def codebook_dequantize(tensors: list[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
     _cpu = kernels()
-    blob = tensors[0]
+    blob = _checked_blob(tensors, out_features, in_features)
     weight = torch.empty(out_features, in_features, dtype=dtype)
     _cpu.codebook_dequantize(blob.data_ptr(), blob.numel(), 0, out_features, weight.data_ptr(), _DTYPE_CODE[dtype])
     return weight

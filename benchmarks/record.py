@@ -44,6 +44,8 @@ class Row:
     """Bytes stored for the weight / time."""
     relative_error: float
     """Against fp64, of the kernel alone: see providers.py."""
+    others_cpu: float
+    """Share of the machine's CPU time that other processes used meanwhile: above a few percent, measure again."""
     device: str
     isa: str
     torch: str
@@ -91,20 +93,31 @@ def git_commit() -> str:
         return "unknown"
 
 
-def busy_share(seconds: float = 0.25) -> float | None:
-    """Share of all CPU time that others used during `seconds` of waiting; None where there is no /proc/stat."""
+class OthersCpu:
+    """How much of the machine other processes used since this object was made: what makes times noisy.
 
-    def ticks() -> tuple[int, int]:
-        total = [int(t) for t in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        return sum(total), total[3] + total[4]  # fields 3 and 4: idle and waiting for a disk
+    `share()` is 0 (a quiet machine) to 1; not a number where there is no /proc/stat.
+    """
 
-    try:
-        before = ticks()
-        time.sleep(seconds)
-        after = ticks()
-    except (OSError, ValueError, IndexError):
-        return None
-    return 1 - (after[1] - before[1]) / max(after[0] - before[0], 1)
+    def __init__(self) -> None:
+        self._begin = self._ticks()
+
+    def share(self) -> float:
+        now = self._ticks()
+        if self._begin is None or now is None or now[0] <= self._begin[0]:
+            return float("nan")
+        total, busy, own = (after - before for after, before in zip(now, self._begin, strict=True))
+        return min(max((busy - own) / total, 0.0), 1.0)
+
+    @staticmethod
+    def _ticks() -> tuple[float, float, float] | None:
+        """Of all CPUs together: ticks that passed, ticks that were used, ticks that this process used."""
+        try:
+            passed = [int(t) for t in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        idle = passed[3] + passed[4]  # idle, and waiting for a disk
+        return sum(passed), sum(passed) - idle, time.process_time() * os.sysconf("SC_CLK_TCK")
 
 
 def environment() -> dict[str, str]:

@@ -18,7 +18,7 @@ from .timing import COLD_BYTES, FEW_TOKENS, Samples, cold_copies, measure
 
 OPS = ("codebook_linear",)
 OUR_ACTIVATIONS = (torch.float32, torch.bfloat16)
-BUSY_SHARE = 0.1
+BUSY_SHARE = 0.05
 
 
 def run(
@@ -70,7 +70,6 @@ def run(
     if plot is not None:
         plotting.require_matplotlib()
 
-    busy = record.busy_share()
     ready, left_out = [], {}
     for provider in chosen:
         ok, why = provider.available()
@@ -88,8 +87,9 @@ def run(
     print(record.table(rows))
     for name, why in left_out.items():
         print(f"not measured: {name}: {why}")
-    if busy is not None and busy > BUSY_SHARE:
-        print(f"note: other processes used {busy:.0%} of the CPUs when the run started; its times are noisy")
+    busiest = max((row.others_cpu for row in rows), default=0.0)
+    if busiest > BUSY_SHARE:
+        print(f"note: other processes used up to {busiest:.0%} of the CPUs meanwhile; repeat the run on a quiet machine")
     if csv is not None:
         record.append(Path(csv), rows)
         print(f"{len(rows)} rows appended to {csv}")
@@ -148,8 +148,9 @@ def _run_shape(
                 copies[name].append(layer.copy())
             calls[name] = [partial(copy.run, inputs[layer.dtype]) for copy in copies[name][:wanted]]
         bar.set_postfix_str(f"{shape.name}, M = {m}")
+        others = record.OthersCpu()
         samples = measure(calls, budget_s=budget_s, finished=lambda name: bar.update())
-        rows += _rows(op, shape, m, runnable, layers, samples, errors)
+        rows += _rows(op, shape, m, runnable, layers, samples, errors, others.share())
     return rows
 
 
@@ -161,6 +162,7 @@ def _rows(
     layers: dict[str, Layer],
     samples: dict[str, Samples],
     errors: dict[str, float],
+    others_cpu: float,
 ) -> list[Row]:
     baseline_us = samples[BASELINE].percentile_us(50)
     environment = record.environment()
@@ -188,6 +190,7 @@ def _rows(
                 gweights_per_s=shape.n * shape.k / median_us / 1e3,
                 gb_per_s=layer.nbytes / median_us / 1e3,
                 relative_error=errors[provider.name],
+                others_cpu=others_cpu,
                 isa=provider.isa(),
                 **environment,
             )

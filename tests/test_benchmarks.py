@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -230,8 +231,8 @@ def test_mixed_widths_and_outliers_are_what_is_packed():
 ROW = record.Row(
     ratio_to_torch_fp32=3.5, op="codebook_linear", provider="pyllmq 2", kernel="cpu.tables", shape="llama, \"q\"", n=48,
     k=256, m=1, bits_per_weight=2.25, activations="float32", threads=2, samples=9, median_us=1.5, p20_us=1.25,
-    p80_us=2.0, gweights_per_s=8.0, gb_per_s=2.5, relative_error=1e-7, device="a CPU", isa="avx2", torch="2.13",
-    pyllmq="0.1", commit="abc", timestamp="2030-01-01T00:00:00+00:00",
+    p80_us=2.0, gweights_per_s=8.0, gb_per_s=2.5, relative_error=1e-7, others_cpu=0.25, device="a CPU", isa="avx2",
+    torch="2.13", pyllmq="0.1", commit="abc", timestamp="2030-01-01T00:00:00+00:00",
 )  # fmt: skip
 
 
@@ -287,6 +288,16 @@ def test_table_leads_with_the_ratio():
     assert [line.split()[0] for line in lines if line][1:] == ["3.50", "3.50"]
     assert len({len(line) for line in lines if line}) == 1
     assert record.table([]).startswith("x torch fp32")
+
+
+def test_share_of_other_processes(monkeypatch):
+    # 1000 ticks pass, 600 of them in use, 250 by this process.
+    ticks = iter([(0.0, 0.0, 0.0), (1000.0, 600.0, 250.0), (1000.0, 200.0, 250.0), None])
+    monkeypatch.setattr(record.OthersCpu, "_ticks", staticmethod(lambda: next(ticks)))
+    others = record.OthersCpu()
+    assert others.share() == pytest.approx(0.35)
+    assert others.share() == 0.0  # clocks of different grain must not give a negative share
+    assert math.isnan(others.share())
 
 
 def test_environment_says_where():

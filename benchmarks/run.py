@@ -89,7 +89,7 @@ def run(
         print(f"not measured: {name}: {why}")
     busiest = max((row.others_cpu for row in rows), default=0.0)
     if busiest > BUSY_SHARE:
-        print(f"note: other processes used up to {busiest:.0%} of the CPUs meanwhile; repeat the run on a quiet machine")
+        print(f"note: other processes used up to {busiest:.0%} of the CPUs; repeat the run on a quiet machine")
     if csv is not None:
         record.append(Path(csv), rows)
         print(f"{len(rows)} rows appended to {csv}")

@@ -22,6 +22,15 @@ def isa(request):
     _cpu.set_isa(before)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread():
+    """The oracle's small operations spin in OpenMP: on a busy machine they took 60 s instead of 2."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def keep_threads():
     before = _cpu.num_threads()
@@ -142,7 +151,8 @@ def test_every_shape_round_trips_and_matches(widths):
         weight = Weight(rows, columns, widths, seed=seed)
         assert torch.equal(weight.codes(), weight.all_codes), (rows, columns)
         assert torch.equal(weight.dequantize().double(), weight.dense), (rows, columns)
-        x = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed))
+        tokens = max(3, 96 // rows)  # of fewer outputs luck, not arithmetic, decides whose error is larger
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
         assert_as_good_as_torch(weight, x)
 
 
@@ -286,6 +296,8 @@ def test_wrong_sizes_and_addresses_are_refused():
 
 def test_bad_checkpoints_are_refused():
     weight = Weight(100, 300, [2, 3], outlier_fraction=0.1)
+    descending = weight.outlier_columns.int().flip(0).to(torch.uint16)
+    falling = torch.cat([torch.arange(100), torch.zeros(1)]).to(torch.int32)
     with pytest.raises(ValueError, match="codes_b2 is missing"):
         weight.pack(codes=[0] * 8)
     with pytest.raises(ValueError, match="needs 8"):
@@ -293,11 +305,11 @@ def test_bad_checkpoints_are_refused():
     with pytest.raises(ValueError, match="codebook"):
         weight.pack(codebook=0)
     with pytest.raises(ValueError, match="ascend"):
-        weight.pack(outlier_columns=weight.outlier_columns.flip(0).contiguous().data_ptr())
+        weight.pack(outlier_columns=descending.data_ptr())
     with pytest.raises(ValueError, match="allowed: 2"):
         weight.pack(outlier_columns_bytes=3)
     with pytest.raises(ValueError, match="decrease"):
-        weight.pack(outlier_row_offsets=torch.cat([torch.arange(100), torch.zeros(1)]).to(torch.int32).data_ptr())
+        weight.pack(outlier_row_offsets=falling.data_ptr())
 
     bits = weight.column_bits.clone()
     for wrong in (0, 9):

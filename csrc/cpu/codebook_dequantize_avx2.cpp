@@ -4,6 +4,7 @@
 
 #include "cpu/codebook_dequantize.h"
 #include "cpu/codebook_layout.h"
+#include "cpu/codebook_wide_avx2.h"
 
 namespace pyllmq::cpu {
 namespace {
@@ -31,11 +32,14 @@ inline BytePlanes planes_of_16(const uint16_t* codebook) {
   return {_mm256_permute2x128_si256(both, both, 0x00), _mm256_permute2x128_si256(both, both, 0x11)};
 }
 
-inline void look_up(const BytePlanes& planes, __m256i index, uint16_t* column) {
-  const __m256i low = _mm256_shuffle_epi8(planes.low, index), high = _mm256_shuffle_epi8(planes.high, index);
+inline void store_column(__m256i low, __m256i high, uint16_t* column) {
   const __m256i a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);  // rows 0-7|16-23, 8-15|24-31
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(column), _mm256_permute2x128_si256(a, b, 0x20));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(column + 16), _mm256_permute2x128_si256(a, b, 0x31));
+}
+
+inline void look_up(const BytePlanes& planes, __m256i index, uint16_t* column) {
+  store_column(_mm256_shuffle_epi8(planes.low, index), _mm256_shuffle_epi8(planes.high, index), column);
 }
 
 inline __m256i nibble(__m256i bytes, int which) {
@@ -75,11 +79,14 @@ void decode_1bit(const uint8_t* codes, const uint16_t* codebook, Block values) {
     look_up(planes_of_8(codebook + c / 4 * 8, pick[c % 4]), nibble(load(codes), c / 4), values[c]);
 }
 
-void decode_bytes(const uint8_t* codes, int width, const uint16_t* codebook, Block values) {
-  const int mask = (1 << width) - 1;
-  for (int c = 0; c < kBlockColumns; ++c)
-    for (int row = 0; row < kTileRows; ++row)
-      values[c][row] = codebook[(c << width) + (codes[c * kTileRows + row] & mask)];
+template <int Width>
+void decode_bytes(const uint8_t* codes, const uint16_t* codebook, Block values) {
+  for (int c = 0; c < kBlockColumns; ++c) {
+    alignas(32) uint8_t planes[2 << Width];
+    split_codebook(codebook + (c << Width), Width, planes);
+    const WideWeights bytes = decode_wide<Width>(codes + c * kTileRows, planes);
+    store_column(bytes.low, bytes.high, values[c]);
+  }
 }
 
 // Eight rows of eight fp16 columns.
@@ -113,7 +120,10 @@ void block(const uint8_t* block_codes, int width, const uint16_t* codebook, cons
     case 2: decode_2bit(block_codes, codebook, values); break;
     case 3: decode_3bit(block_codes, codebook, values); break;
     case 4: decode_4bit(block_codes, codebook, values); break;
-    default: decode_bytes(block_codes, width, codebook, values);
+    case 5: decode_bytes<5>(block_codes, codebook, values); break;
+    case 6: decode_bytes<6>(block_codes, codebook, values); break;
+    case 7: decode_bytes<7>(block_codes, codebook, values); break;
+    default: decode_bytes<8>(block_codes, codebook, values);
   }
   for (int row = 0; row < kTileRows; row += 8) {
     __m128i rows[8];

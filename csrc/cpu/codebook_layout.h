@@ -20,7 +20,7 @@ namespace pyllmq::cpu {
 constexpr int kTileRows = 32;
 constexpr int kBlockColumns = 8;
 constexpr int kPanelLookups = 256;     // what 16-bit accumulators of 7-bit planes hold: 256 * 127 < 2^15
-constexpr int kBytePanelColumns = 64;  // widths 5..8: 64 fp32 codebooks of 256 entries are 64 KiB of scratch
+constexpr int kBytePanelColumns = 32;  // widths 5..8: 32 codebooks of 256 fp16 entries are half of an L1 cache
 constexpr int kMaxPanelColumns = 4 * kPanelLookups;
 
 static inline int columns_per_lookup(int width) { return width == 1 ? 4 : width == 2 ? 2 : 1; }

@@ -15,12 +15,11 @@
 namespace pyllmq::cpu {
 namespace {
 
-constexpr int64_t kMaxTokenBlock = 8;
 constexpr int64_t kTableBudget = int64_t{4} << 20;  // bytes of tables alive at once; stays in a share of the L3 cache
 constexpr int64_t kChunkTiles = 16;
 // Single-thread estimates for the thread pool.
 constexpr double kNsPerLookupStep = 1.2;   // one lookup of 32 rows
-constexpr double kNsPerGatherStep = 12.0;  // one column of 32 rows
+constexpr double kNsPerDecodeStep = 5.0;  // one column of 32 rows
 constexpr double kNsPerTable = 4.0;
 // Outside of this range of |x * codebook| the fixed point or its scale would leave fp32's normal numbers.
 constexpr float kSmallestBound = 0x1p-90f;
@@ -80,7 +79,7 @@ struct Problem {
   int64_t lookup_panels;  // the first panels, those of widths 1..4
   std::vector<int64_t> first_lookup;
   int64_t lookups;
-  int64_t gathered_columns;  // of widths 5..8
+  int64_t decoded_columns;  // of widths 5..8
   std::vector<Chunk> chunks;
 
   const float* x;        // [tokens, columns]
@@ -171,18 +170,15 @@ void add_lookups(const Problem& problem, int64_t p, const Chunk& chunk, float* y
   }
 }
 
-void add_gathers(const Problem& problem, int64_t p, const Chunk& chunk, float* y, int64_t y_stride) {
+void add_decoded(const Problem& problem, int64_t p, const Chunk& chunk, float* y, int64_t y_stride) {
   const LayoutView& view = problem.view;
   const PanelRecord& panel = view.panel(p);
-  const int width = static_cast<int>(panel.width);
-  alignas(64) float codebook[kBytePanelColumns << 8];
   alignas(64) float x[kMaxTokenBlock * kBytePanelColumns];
-  problem.kernels.to_fp32[static_cast<int>(DType::fp16)](view.codebook(panel, chunk.segment), codebook,
-                                                         panel.columns << width);
   for (int64_t t = 0; t < problem.tokens; ++t)
     pick_columns(view, panel, problem.x + t * view.header().columns, x + t * kBytePanelColumns);
-  problem.kernels.gather(view.codes(panel, chunk.tile_begin), chunk.tiles, panel.tile_bytes, panel.columns, width,
-                         codebook, x, problem.tokens, y, y_stride);
+  problem.kernels.decode_multiply[panel.width - 5](view.codes(panel, chunk.tile_begin), chunk.tiles, panel.tile_bytes,
+                                                   panel.columns, view.codebook(panel, chunk.segment), x,
+                                                   problem.tokens, y, y_stride);
 }
 
 // --- the end of a row: scale, outliers, bias, dtype ----------------------------------------------------------------------
@@ -216,7 +212,7 @@ void run_chunk(const Problem& problem, const Chunk& chunk, void* y) {
     if (p < problem.lookup_panels)
       add_lookups(problem, p, chunk, sums, stride);
     else
-      add_gathers(problem, p, chunk, sums, stride);
+      add_decoded(problem, p, chunk, sums, stride);
   }
   const SegmentRecord& segment = problem.view.segment(chunk.segment);
   const int64_t row_begin = segment.row_begin + (chunk.tile_begin - segment.tile_begin) * kTileRows;
@@ -251,7 +247,7 @@ void run_block(const Problem& problem, void* y) {
       build_panel_tables(problem, rest / header.segments, rest % header.segments, panel);
     }
   });
-  const double steps = problem.lookups * kNsPerLookupStep + problem.gathered_columns * kNsPerGatherStep;
+  const double steps = problem.lookups * kNsPerLookupStep + problem.decoded_columns * kNsPerDecodeStep;
   const double cost = steps * tokens * static_cast<double>(header.tiles);
   parallel_for(static_cast<int64_t>(problem.chunks.size()), 1, cost, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) run_chunk(problem, problem.chunks[i], y);
@@ -281,7 +277,7 @@ void codebook_linear(const void* layout, int64_t layout_bytes, const void* x, DT
     problem.first_lookup.push_back(problem.lookups);
     problem.lookups += view.panel(problem.lookup_panels).lookups();
   }
-  for (int64_t p = problem.lookup_panels; p < header.panels; ++p) problem.gathered_columns += view.panel(p).columns;
+  for (int64_t p = problem.lookup_panels; p < header.panels; ++p) problem.decoded_columns += view.panel(p).columns;
 
   const int64_t tables_per_token = header.segments * problem.lookups * problem.planes() * kTableEntries;
   const int64_t block = std::min(

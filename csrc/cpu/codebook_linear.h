@@ -16,7 +16,7 @@
 //    shared, and beside a channel that is 1000 times larger two planes (14 bits) would leave nothing of the others.
 //    P = 2 is compiled for a later, explicit `precision` option.
 //
-// Widths 5..8 gather from the codebook itself. A panel whose range is not finite, or so small or large that the fixed
+// Widths 5..8 are decoded and multiplied in fp32. A panel whose range is not finite, or so small or large that the fixed
 // point would lose bits, takes a slow path in fp64 for that token: x with NaN or infinity gives what a dense matmul gives.
 #pragma once
 #include <cstdint>
@@ -26,6 +26,7 @@
 namespace pyllmq::cpu {
 
 constexpr int kPlaneBits = 7;
+constexpr int64_t kMaxTokenBlock = 8;  // tokens that share one pass over the codes
 constexpr int kMinPlanes = 2;
 constexpr int kMaxPlanes = 4;
 constexpr int kTableEntries = 16;  // bytes of one plane of one lookup's table; plane p of lookup l is at (l * P + p) * 16
@@ -45,9 +46,9 @@ struct LinearKernels {
                                       float unit, float* y);
   void (*lookup_3bit[kPrecisions])(const uint8_t* codes, int64_t tiles, int64_t lookups, const uint8_t* tables,
                                    float unit, float* y);
-  // Widths 5..8: codebook fp32 [columns, 2^width], x [tokens, kBytePanelColumns], y [tokens, y_stride].
-  void (*gather)(const uint8_t* codes, int64_t tiles, int64_t tile_bytes, int64_t columns, int width,
-                 const float* codebook, const float* x, int64_t tokens, float* y, int64_t y_stride);
+  // Index [width - 5]: codebook fp16 [columns, 2^width], x [tokens, kBytePanelColumns], y [tokens, y_stride].
+  void (*decode_multiply[4])(const uint8_t* codes, int64_t tiles, int64_t tile_bytes, int64_t columns,
+                             const uint16_t* codebook, const float* x, int64_t tokens, float* y, int64_t y_stride);
   // Index [DType].
   void (*to_fp32[3])(const void* from, float* to, int64_t count);
   void (*from_fp32[3])(const float* from, void* to, int64_t count);

@@ -4,6 +4,7 @@
 
 #include "cpu/codebook_layout.h"
 #include "cpu/codebook_linear.h"
+#include "cpu/codebook_wide_avx2.h"
 
 namespace pyllmq::cpu {
 namespace {
@@ -217,47 +218,58 @@ void lookup_3bit(const uint8_t* codes, int64_t tiles, int64_t lookups, const uin
 
 // --- widths 5..8 ----------------------------------------------------------------------------------------------------
 
-// Sums of 8 columns, then of the panel, then of the panels: a plain chain of fp32 additions over thousands of columns
-// would have several times the error of torch's blocked sum.
-template <int Tokens>
-void gather_rows(const uint8_t* codes, int64_t columns, int width, const float* codebook, const float* x, float* y,
-                 int64_t y_stride) {
-  const __m256i mask = _mm256_set1_epi32((1 << width) - 1);  // a damaged code must not read outside the codebook
-  __m256 panel_sum[Tokens];
-  for (int t = 0; t < Tokens; ++t) panel_sum[t] = _mm256_setzero_ps();
-  for (int64_t begin = 0; begin < columns; begin += kBlockColumns) {
-    const int64_t end = begin + kBlockColumns < columns ? begin + kBlockColumns : columns;
-    __m256 block_sum[Tokens];
-    for (int t = 0; t < Tokens; ++t) block_sum[t] = _mm256_setzero_ps();
-    for (int64_t k = begin; k < end; ++k) {
-      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + k * kTileRows));
-      const __m256i index = _mm256_and_si256(_mm256_cvtepu8_epi32(bytes), mask);
-      const __m256 weight = _mm256_i32gather_ps(codebook + (k << width), index, 4);
-#pragma GCC unroll 4
-      for (int t = 0; t < Tokens; ++t) {
-        const __m256 x_k = _mm256_broadcast_ss(x + t * kBytePanelColumns + k);
-        block_sum[t] = _mm256_add_ps(block_sum[t], _mm256_mul_ps(x_k, weight));
-      }
-    }
-    for (int t = 0; t < Tokens; ++t) panel_sum[t] = _mm256_add_ps(panel_sum[t], block_sum[t]);
-  }
-  for (int t = 0; t < Tokens; ++t)
-    _mm256_storeu_ps(y + t * y_stride, _mm256_add_ps(_mm256_loadu_ps(y + t * y_stride), panel_sum[t]));
+// 32 weights of one column, rows in order.
+template <int Width>
+inline void decode_column(const uint8_t* codes, const uint8_t* planes, float* weights) {
+  const WideWeights bytes = decode_wide<Width>(codes, planes);
+  const __m256i a = _mm256_unpacklo_epi8(bytes.low, bytes.high);  // rows 0-7|16-23
+  const __m256i b = _mm256_unpackhi_epi8(bytes.low, bytes.high);  // rows 8-15|24-31
+  _mm256_store_ps(weights, _mm256_cvtph_ps(_mm256_castsi256_si128(a)));
+  _mm256_store_ps(weights + 8, _mm256_cvtph_ps(_mm256_castsi256_si128(b)));
+  _mm256_store_ps(weights + 16, _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)));
+  _mm256_store_ps(weights + 24, _mm256_cvtph_ps(_mm256_extracti128_si256(b, 1)));
 }
 
-void gather(const uint8_t* codes, int64_t tiles, int64_t tile_bytes, int64_t columns, int width, const float* codebook,
-            const float* x, int64_t tokens, float* y, int64_t y_stride) {
-  for (int64_t tile = 0; tile < tiles; ++tile, codes += tile_bytes)
-    for (int row = 0; row < kTileRows; row += 8) {
-      float* out = y + tile * kTileRows + row;
-      int64_t t = 0;
-      const auto run = [&](auto kernel, int count) {
-        for (; tokens - t >= count; t += count)
-          kernel(codes + row, columns, width, codebook, x + t * kBytePanelColumns, out + t * y_stride, y_stride);
-      };
-      run(gather_rows<4>, 4);
-      run(gather_rows<1>, 1);
+inline void add_block(const float* weights, const float* x, int64_t columns, float* sums) {
+  __m256 block_sum[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) block_sum[i] = _mm256_setzero_ps();
+  for (int64_t k = 0; k < columns; ++k, weights += kTileRows) {
+    const __m256 x_k = _mm256_broadcast_ss(x + k);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      block_sum[i] = _mm256_add_ps(block_sum[i], _mm256_mul_ps(x_k, _mm256_load_ps(weights + 8 * i)));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    _mm256_storeu_ps(sums + 8 * i, _mm256_add_ps(_mm256_loadu_ps(sums + 8 * i), block_sum[i]));
+}
+
+template <int Width>
+void decode_multiply(const uint8_t* codes, int64_t tiles, int64_t tile_bytes, int64_t columns, const uint16_t* codebook,
+                     const float* x, int64_t tokens, float* y, int64_t y_stride) {
+  alignas(64) uint8_t planes[kBytePanelColumns][2 << Width];
+  for (int64_t k = 0; k < columns; ++k) split_codebook(codebook + (k << Width), Width, planes[k]);
+  for (int64_t tile = 0; tile < tiles; ++tile, codes += tile_bytes, y += kTileRows) {
+    alignas(64) float panel_sums[kMaxTokenBlock][kTileRows];
+    std::memset(panel_sums, 0, tokens * sizeof panel_sums[0]);
+    for (int64_t begin = 0; begin < columns; begin += kBlockColumns) {
+      const int64_t count = begin + kBlockColumns < columns ? kBlockColumns : columns - begin;
+      alignas(64) float weights[kBlockColumns * kTileRows];
+      for (int64_t k = 0; k < count; ++k) {
+        const uint8_t* column = codes + (begin + k) * kTileRows;
+        _mm_prefetch(reinterpret_cast<const char*>(column) + kPrefetchBytes, _MM_HINT_T0);
+        decode_column<Width>(column, planes[begin + k], weights + k * kTileRows);
+      }
+      for (int64_t t = 0; t < tokens; ++t)
+        add_block(weights, x + t * kBytePanelColumns + begin, count, panel_sums[t]);
     }
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int row = 0; row < kTileRows; row += 8) {
+        float* out = y + t * y_stride + row;
+        _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), _mm256_load_ps(panel_sums[t] + row)));
+      }
+  }
 }
 
 // --- dtypes ---------------------------------------------------------------------------------------------------------
@@ -303,7 +315,7 @@ const LinearKernels kLinearAvx2 = {
     {build_tables<2>, build_tables<3>, build_tables<4>},
     {lookup_nibbles<2>, lookup_nibbles<3>, lookup_nibbles<4>},
     {lookup_3bit<2>, lookup_3bit<3>, lookup_3bit<4>},
-    gather,
+    {decode_multiply<5>, decode_multiply<6>, decode_multiply<7>, decode_multiply<8>},
     {copy_to_fp32, bf16_row_to_fp32, fp16_row_to_fp32},
     {copy_from_fp32, fp32_row_to_bf16, fp32_row_to_fp16},
 };

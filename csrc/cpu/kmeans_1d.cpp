@@ -5,6 +5,7 @@
 // layer is a divide and conquer of O(m log m). Wang & Song 2011 (Ckmeans.1d.dp); Gronlund et al. 2017 (1701.07204).
 #include "cpu/kmeans_1d.h"
 
+#include "cpu/half.h"
 #include "cpu/isa.h"
 #include "cpu/thread_pool.h"
 
@@ -279,18 +280,6 @@ void store_centroids(int k, const Workspace& work, float* centroids) {
   for (; stored < k; ++stored) centroids[stored] = centroids[stored - 1];
 }
 
-// fp32 -> fp16 -> fp32, round to nearest even. Without F16C, which a plain x86-64 does not promise.
-float round_to_half(float value) {
-  if (std::fabs(value) < 0x1p-14f) {  // subnormal: multiples of 2^-24, the spacing of floats at 0.5
-    return std::copysign((std::fabs(value) + 0.5f) - 0.5f, value);
-  }
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFFu;
-  std::memcpy(&value, &bits, 4);
-  return std::fabs(value) > 65504.0f ? std::copysign(std::numeric_limits<float>::infinity(), value) : value;
-}
-
 void store_codes(const float* values, int k, const Workspace& work, const float* centroids, uint8_t* codes) {
   uint8_t distinct[256] = {};  // the first code of each run of equal centroids; the others are never used
   int last = 0;
@@ -333,7 +322,9 @@ void solve_problem(const KMeans1dArguments& a, SplitSearch search, int64_t probl
     optimal_bounds(a.k, search, work, work.back32);
   }
   store_centroids(a.k, work, centroids);
-  if (a.half_centroids) std::transform(centroids, centroids + a.k, centroids, round_to_half);
+  if (a.half_centroids) {
+    std::transform(centroids, centroids + a.k, centroids, [](float c) { return fp16_to_fp32(fp32_to_fp16(c)); });
+  }
   store_codes(values, a.k, work, centroids, a.codes + problem * a.n);
 }
 

@@ -19,10 +19,11 @@ def require_matplotlib() -> None:
 
 
 def latest(rows: list[Row]) -> list[Row]:
-    """The rows measured on the device and thread count of the last row, the newest of each case and provider."""
+    """The rows of the last row's device and thread count; of each case only its last run, so that ratios compare."""
     device = (rows[-1].op, rows[-1].device, rows[-1].threads)
-    newest = {(r.n, r.k, r.m, r.provider): r for r in rows if (r.op, r.device, r.threads) == device}
-    return list(newest.values())
+    rows = [r for r in rows if (r.op, r.device, r.threads) == device]
+    last_run = {(r.n, r.k, r.m): r.timestamp for r in rows}
+    return [r for r in rows if r.timestamp == last_run[r.n, r.k, r.m]]
 
 
 def draw(csv: Path, png: Path) -> None:

@@ -383,8 +383,10 @@ def test_cuda_without_a_gpu_is_a_clear_error():
 
 
 def test_plot_takes_the_newest_rows_of_one_machine():
-    old, other = dataclasses.replace(ROW, median_us=9.0), dataclasses.replace(ROW, device="another CPU")
-    assert plot.latest([old, other, ROW]) == [ROW]
+    old = dataclasses.replace(ROW, timestamp="2029-01-01T00:00:00+00:00")
+    old_rival, other = dataclasses.replace(old, provider="a rival"), dataclasses.replace(ROW, device="another CPU")
+    old_case, rival = dataclasses.replace(old, m=8), dataclasses.replace(ROW, provider="torch fp32")
+    assert plot.latest([old, old_rival, old_case, other, rival, ROW]) == [old_case, rival, ROW]
 
 
 def test_plot_of_nothing_says_what_to_do(tmp_path):

@@ -80,18 +80,14 @@ class CodebookLinear(nn.Module):
             raise ValueError(f"from_dense takes an nn.Linear or a matrix [N, K], not {type(linear_or_weight).__name__}")
         if (bits is None) == (column_bits is None):
             raise ValueError(f"give either bits or column_bits, not both or neither; given bits={bits}, column_bits={column_bits}")
-        widths = torch.full((dense.shape[1],), bits) if column_bits is None else torch.as_tensor(column_bits)
+        widths = torch.as_tensor([bits] * dense.shape[1] if column_bits is None else column_bits)
         packed = data_free.pack_columns(dense.detach(), widths, outlier_fraction=outlier_fraction, row_scale=row_scale)
         return cls.from_weight(packed, None if bias is None else bias.detach(), dense.dtype)
 
     # ---- using it ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        operand = self._operand
-        if operand is None:
-            self.prepare()
-            operand = self._operand
-        return ops.codebook_linear(x, operand, self.bias)
+        return ops.codebook_linear(x, self._operand or self.operand(), self.bias)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense matrix [N, K] that this layer multiplies with."""
@@ -225,8 +221,9 @@ class CodebookLinear(nn.Module):
             self._buffers[key] = self._buffers[key].view(torch.float16)  # type: ignore[union-attr]
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=bits.device)).dtype
         was_prepared, self._operand = self._operand is not None, None
-        if was_prepared and "layout" in self._buffers:
-            self._operand = WeightOperand(cpu_backend.LAYOUT, (self.layout,), self.out_features, self.in_features)
+        layout = self._buffers.get("layout")
+        if was_prepared and layout is not None:
+            self._operand = WeightOperand(cpu_backend.LAYOUT, (layout,), self.out_features, self.in_features)
         elif moves and self._column_bits().device.type != "meta" and bits.device.type != "meta":
             self.prepare()
         return self

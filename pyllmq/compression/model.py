@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -237,9 +238,13 @@ def _compress_chain(job: _Job, chain: list[_Stage]) -> None:
     hidden = [calls[0].hidden for calls in recorded]
     for i, (stage, block) in enumerate(zip(chain, blocks, strict=True)):
         calls = [replace(calls[i], hidden=h) for calls, h in zip(recorded, hidden, strict=True)]
-        _compress_stage(job, stage, lambda index, calls=calls, block=block: calls[index].run(block))
+        _compress_stage(job, stage, partial(_run_call, calls, block))
         if i + 1 < len(chain):
             hidden = [call.run(block) for call in calls]
+
+
+def _run_call(calls: Sequence[_Call], block: nn.Module, index: int) -> Tensor:
+    return calls[index].run(block)
 
 
 # ---- one stage: group the Linears by input, take the Hessian, compress ----------------------------------------------

@@ -115,7 +115,14 @@ class CodebookStructure:
         numbers = (values["out_features"], values["in_features"], values["segments"], values["outliers"], *counts)
         if any(isinstance(v, bool) or not isinstance(v, int) for v in numbers) or not isinstance(values["row_scale"], bool):
             raise FormatError(f"sizes must be integers and row_scale true or false, given: {dict(values)}")
-        return cls(*numbers[:2], counts, values["segments"], values["outliers"], values["row_scale"])
+        return cls(
+            values["out_features"],
+            values["in_features"],
+            counts,
+            segments=values["segments"],
+            outliers=values["outliers"],
+            row_scale=values["row_scale"],
+        )
 
 
 def outlier_column_dtype(in_features: int) -> torch.dtype:

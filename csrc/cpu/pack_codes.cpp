@@ -60,6 +60,13 @@ bool pack_row_bits(const uint8_t* codes, uint8_t* packed, int64_t columns) {
 
 template <int Bits>
 void unpack_row_bits(const uint8_t* packed, uint8_t* codes, int64_t columns) {
+  // Whole words while the row has them (spread drops the surplus): assembling 3, 5, 6 or 7 bytes costs 7 times as much.
+  for (; columns * Bits >= 64; columns -= 8, codes += 8, packed += Bits) {
+    uint64_t v;
+    std::memcpy(&v, packed, 8);
+    v = spread<Bits>(v);
+    std::memcpy(codes, &v, 8);
+  }
   for (; columns >= 8; columns -= 8, codes += 8, packed += Bits) {
     uint64_t v = 0;
     std::memcpy(&v, packed, Bits);

@@ -6,16 +6,14 @@
 //
 //   t = round(T * 2^(7P-1-e)) + 2^(7P-1),   2^e > max |T| over a panel of 256 lookups
 //
-//  * 7 bits, not 8: two looked-up bytes (low and high nibble of a step) are added as bytes before they are widened,
-//  which
-//    costs 6 vector operations per 64 lookups and plane instead of 8; and plane sums stay below 2^15, so that
-//    multiply-add can join planes at the flush.
+//  * 7 bits, not 8: two looked-up bytes (low and high nibble of a step) are added as bytes before they are widened:
+//    6 vector operations per 64 lookups and plane instead of 8; and plane sums stay below 2^15, so that multiply-add
+//    can join planes at the flush.
 //  * 16-bit accumulators: even += v; odd += v >> 8 (the trick of faiss' fast scan), flushed to fp32 after each panel.
 //  * The bias is taken off the joined upper planes as an exact integer, before anything is rounded: no cancellation.
 //  * The scale is a power of two: scaling is exact, scalar and AVX2 rows agree bit for bit.
-//  * P = 4 (28 bits) for fp32 x: below fp32's own rounding. P = 3 (21 bits) for bf16 and fp16 x: the range of a panel
-//  is
-//    shared, and beside a channel that is 1000 times larger two planes (14 bits) would leave nothing of the others.
+//  * P = 4 (28 bits) for fp32 x: below fp32's own rounding. P = 3 (21 bits) for bf16 and fp16 x: a panel shares one
+//    range, and beside a channel that is 1000 times larger two planes (14 bits) would leave nothing of the others.
 //    P = 2 is compiled for a later, explicit `precision` option.
 //
 // Widths 5..8 are decoded and multiplied in fp32. A panel whose range is not finite, or so small or large that the

@@ -47,7 +47,7 @@ void* elements(Pointer pointer, DType dtype) {
   return dtype == DType::fp32 ? static_cast<void*>(as<float>(pointer)) : static_cast<void*>(as<uint16_t>(pointer));
 }
 
-// --- isa and threads ------------------------------------------------------------------------------------------------
+// --- isa and threads -----------------------------------------------------------------------------------------------
 
 std::vector<std::string> isa_names() {
   std::vector<std::string> names;
@@ -90,7 +90,7 @@ void bind_runtime(py::module_& m) {
         py::arg("nested_tasks") = 0);
 }
 
-// --- codes ------------------------------------------------------------------------------------------------------------
+// --- codes ---------------------------------------------------------------------------------------------------------
 
 void bind_codes(py::module_& m) {
   m.def(
@@ -107,16 +107,16 @@ void bind_codes(py::module_& m) {
       py::arg("packed"), py::arg("codes"), py::arg("rows"), py::arg("columns"), py::arg("bits"), NoGil());
 }
 
-// --- the codebook format --------------------------------------------------------------------------------------------
+// --- the codebook format -------------------------------------------------------------------------------------------
 
 int64_t layout_bytes(int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows, int64_t segments,
                      int64_t outliers) {
   return codebook_layout_bytes(rows, columns, as<uint8_t>(column_bits), as<int32_t>(segment_rows), segments, outliers);
 }
 
-void layout_pack(Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows,
-                 int64_t segments, const std::vector<Pointer>& codes, Pointer codebook, Pointer row_scale,
-                 Pointer outlier_row_offsets, Pointer outlier_columns, int outlier_columns_bytes,
+void layout_pack(Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer column_bits,
+                 Pointer segment_rows, int64_t segments, const std::vector<Pointer>& codes, Pointer codebook,
+                 Pointer row_scale, Pointer outlier_row_offsets, Pointer outlier_columns, int outlier_columns_bytes,
                  Pointer outlier_values) {
   if (codes.size() != 8)
     throw std::invalid_argument("codes has " + std::to_string(codes.size()) + " pointers; needs 8, one per width 1..8");

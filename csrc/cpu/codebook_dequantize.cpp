@@ -25,8 +25,8 @@ const DequantizeKernels& dequantize_kernels() {
 
 struct RowRange {
   int64_t segment, tile;
-  int64_t tile_row;             // the weight's row that is row 0 of the tile
-  int64_t row_begin, row_end;   // the rows of the tile that are wanted, as rows of the weight
+  int64_t tile_row;            // the weight's row that is row 0 of the tile
+  int64_t row_begin, row_end;  // the rows of the tile that are wanted, as rows of the weight
 };
 
 void store_columns(const LayoutView& view, const PanelRecord& panel, int64_t slot, int64_t columns, const float* staged,
@@ -92,7 +92,8 @@ void dequantize_tile(const LayoutView& view, const DequantizeKernels& kernels, c
 RowRange tile_at(const LayoutView& view, int64_t row, int64_t row_end) {
   const SegmentRecord* first = &view.segment(0);
   const SegmentRecord* s = std::upper_bound(first, first + view.header().segments, row,
-                                            [](int64_t r, const SegmentRecord& x) { return r < x.row_begin; }) - 1;
+                                            [](int64_t r, const SegmentRecord& x) { return r < x.row_begin; }) -
+                           1;
   const int64_t tile = (row - s->row_begin) / kTileRows;
   const int64_t tile_row = s->row_begin + tile * kTileRows;
   return {s - first, s->tile_begin + tile, tile_row, row,

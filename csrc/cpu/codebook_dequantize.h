@@ -1,5 +1,5 @@
-// Rows of W of a `codebook` weight as a dense matrix: exact in fp32 (an fp16 codebook entry times an fp16 row scale has 22
-// bits), rounded to nearest even in bf16 and fp16.
+// Rows of W of a `codebook` weight as a dense matrix: exact in fp32 (an fp16 codebook entry times an fp16 row scale has
+// 22 bits), rounded to nearest even in bf16 and fp16.
 #pragma once
 #include <cstdint>
 

@@ -54,10 +54,10 @@ void decode_4bit(const uint8_t* codes, const uint16_t* codebook, Block values) {
 void decode_3bit(const uint8_t* codes, const uint16_t* codebook, Block values) {
   const __m128i pick = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
   const __m256i a = load(codes), b = load(codes + kTileRows), c = load(codes + 2 * kTileRows);
-  const __m256i spare = _mm256_or_si256(
-      _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(a, 3), _mm256_set1_epi8(0x11)),
-                      _mm256_and_si256(_mm256_srli_epi16(b, 2), _mm256_set1_epi8(0x22))),
-      _mm256_and_si256(_mm256_srli_epi16(c, 1), _mm256_set1_epi8(0x44)));
+  const __m256i spare =
+      _mm256_or_si256(_mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(a, 3), _mm256_set1_epi8(0x11)),
+                                      _mm256_and_si256(_mm256_srli_epi16(b, 2), _mm256_set1_epi8(0x22))),
+                      _mm256_and_si256(_mm256_srli_epi16(c, 1), _mm256_set1_epi8(0x44)));
   const __m256i pairs[4] = {a, b, c, spare};
   for (int k = 0; k < kBlockColumns; ++k)
     look_up(planes_of_8(codebook + 8 * k, pick), nibble(pairs[k / 2], k % 2), values[k]);
@@ -67,7 +67,8 @@ void decode_2bit(const uint8_t* codes, const uint16_t* codebook, Block values) {
   const __m128i pick[2] = {_mm_setr_epi8(0, 2, 4, 6, 0, 2, 4, 6, 0, 2, 4, 6, 0, 2, 4, 6),
                            _mm_setr_epi8(8, 8, 8, 8, 10, 10, 10, 10, 12, 12, 12, 12, 14, 14, 14, 14)};
   for (int c = 0; c < kBlockColumns; ++c)
-    look_up(planes_of_8(codebook + c / 2 * 8, pick[c % 2]), nibble(load(codes + c / 4 * kTileRows), c / 2 % 2), values[c]);
+    look_up(planes_of_8(codebook + c / 2 * 8, pick[c % 2]), nibble(load(codes + c / 4 * kTileRows), c / 2 % 2),
+            values[c]);
 }
 
 void decode_1bit(const uint8_t* codes, const uint16_t* codebook, Block values) {

@@ -63,7 +63,8 @@ void check_shape(int64_t rows, int64_t columns, const uint8_t* column_bits, cons
     if (segment_rows[s] < 1) refuse("segment_rows[" + std::to_string(s) + "] must be at least 1");
     sum += segment_rows[s];
   }
-  if (sum != rows) refuse("segment_rows sum to " + std::to_string(sum) + ", not to the " + std::to_string(rows) + " rows");
+  if (sum != rows)
+    refuse("segment_rows sum to " + std::to_string(sum) + ", not to the " + std::to_string(rows) + " rows");
   for (int64_t k = 0; k < columns; ++k)
     if (column_bits[k] < 1 || column_bits[k] > 8)
       refuse("column_bits[" + std::to_string(k) + "] = " + std::to_string(column_bits[k]) + "; allowed: 1..8");
@@ -300,7 +301,8 @@ void for_each_tile(const LayoutHeader& header, const SegmentRecord* segments, do
   const double cost = ns_per_weight * static_cast<double>(header.tiles) * kTileRows * header.columns;
   parallel_for(header.tiles, 4, cost, [&](int64_t begin, int64_t end) {
     const SegmentRecord* s = std::upper_bound(segments, segments + header.segments, begin,
-                                              [](int64_t t, const SegmentRecord& x) { return t < x.tile_begin; }) - 1;
+                                              [](int64_t t, const SegmentRecord& x) { return t < x.tile_begin; }) -
+                             1;
     std::vector<uint8_t> scratch;
     for (int64_t tile = begin; tile < end; ++tile) {
       while (tile >= s->tile_begin + s->tiles) ++s;
@@ -344,12 +346,12 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
   check_outliers(c);
   check_codes(c);
   const int64_t outliers = c.outlier_row_offsets ? c.outlier_row_offsets[c.rows] : 0;
-  const LayoutPlan plan = make_plan(c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers,
-                                    c.row_scale != nullptr);
+  const LayoutPlan plan =
+      make_plan(c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers, c.row_scale != nullptr);
   const LayoutHeader& h = plan.header;
   if (layout_bytes != h.bytes)
-    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes but this weight needs " + std::to_string(h.bytes) +
-           "; ask codebook_layout_bytes with " + std::to_string(outliers) + " outliers");
+    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes but this weight needs " +
+           std::to_string(h.bytes) + "; ask codebook_layout_bytes with " + std::to_string(outliers) + " outliers");
   if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % kAlignment != 0)
     refuse("the buffer must not be null and must be aligned to 64 bytes");
 
@@ -368,7 +370,7 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
 
   const TileWriter writer(plan, c, base);
   for_each_tile(h, plan.segments.data(), kPackNsPerWeight,
-                [&](int64_t segment, int64_t tile, std::vector<uint8_t>& scratch) { writer.write(segment, tile, scratch); });
+                [&](int64_t segment, int64_t tile, auto& scratch) { writer.write(segment, tile, scratch); });
 }
 
 void codebook_layout_codes(const void* layout, int64_t layout_bytes, uint8_t* codes_out) {

@@ -1,10 +1,10 @@
 // The machine layout of a `codebook` weight: one relocatable blob (offsets, no pointers) made from the checkpoint once.
 //
-// Rows are cut into tiles of 32 (each segment starts a new tile), columns are sorted by width, and each width is cut into
+// Rows are cut into tiles of 32 (each segment starts a new tile), columns are sorted by width, each width is cut into
 // panels. Codes are stored panel by panel, within a panel tile by tile, so that a thread with a range of tiles streams
 // contiguous bytes while the tables of one panel stay in its L1 cache.
 //
-//   widths 1, 2, 4   a nibble is a lookup of 4, 2 or 1 columns; byte r of a 32-byte step = row r, low nibble = lookup 2i,
+//   widths 1, 2, 4   a nibble is a lookup of 4, 2 or 1 columns; byte r of a 32-byte step = row r, low nibble lookup 2i,
 //                    high nibble = lookup 2i+1
 //   width 3          8 columns are 3 bytes a row: columns 0..5 sit in the low 3 bits of the six nibbles, the six spare
 //                    bits carry columns 6 (bit 3 of the three bytes) and 7 (bit 7)
@@ -25,7 +25,7 @@ constexpr int kMaxPanelColumns = 4 * kPanelLookups;
 
 static inline int columns_per_lookup(int width) { return width == 1 ? 4 : width == 2 ? 2 : 1; }
 static inline int entries_per_lookup(int width) { return width <= 3 ? 8 : 1 << width; }  // fp16 entries kept per lookup
-static inline int64_t block_bytes(int width) {  // one tile x 8 columns
+static inline int64_t block_bytes(int width) {                                           // one tile x 8 columns
   return width <= 4 ? int64_t{width} * kBlockColumns * kTileRows / 8 : kBlockColumns * kTileRows;
 }
 
@@ -35,13 +35,13 @@ struct SegmentRecord {
 
 struct PanelRecord {
   int64_t width;
-  int64_t columns;          // true columns; slots = columns rounded up to 8
+  int64_t columns;  // true columns; slots = columns rounded up to 8
   int64_t slots;
-  int64_t first_slot;       // into LayoutView::columns and max_magnitude
-  int64_t first_entry;      // into one segment's codebook
-  int64_t codes_offset;     // of tile 0, from the start of the blob
+  int64_t first_slot;    // into LayoutView::columns and max_magnitude
+  int64_t first_entry;   // into one segment's codebook
+  int64_t codes_offset;  // of tile 0, from the start of the blob
   int64_t tile_bytes;
-  int64_t first_column;     // >= 0: the panel's columns are this one and its successors; -1: scattered
+  int64_t first_column;  // >= 0: the panel's columns are this one and its successors; -1: scattered
 
   int64_t lookups() const { return slots / columns_per_lookup(static_cast<int>(width)); }
 };
@@ -103,15 +103,15 @@ static inline int read_code(const uint8_t* tile_codes, int width, int64_t slot, 
 // A weight as it stands in a checkpoint (DESIGN 4), all arrays row-major and contiguous.
 struct CodebookCheckpoint {
   int64_t rows, columns, segments;
-  const uint8_t* column_bits;              // [columns]
-  const int32_t* segment_rows;             // [segments]
-  const uint8_t* codes[9];                 // by width; [rows, packed_row_bytes(columns of that width)]
-  const uint16_t* codebook;                // fp16 [segments, sum 2^bits]
-  const uint16_t* row_scale;               // fp16 [rows] or null
-  const int32_t* outlier_row_offsets;      // [rows + 1] or null
-  const void* outlier_columns;             // uint16 or int32, ascending within a row
+  const uint8_t* column_bits;          // [columns]
+  const int32_t* segment_rows;         // [segments]
+  const uint8_t* codes[9];             // by width; [rows, packed_row_bytes(columns of that width)]
+  const uint16_t* codebook;            // fp16 [segments, sum 2^bits]
+  const uint16_t* row_scale;           // fp16 [rows] or null
+  const int32_t* outlier_row_offsets;  // [rows + 1] or null
+  const void* outlier_columns;         // uint16 or int32, ascending within a row
   int outlier_columns_bytes;
-  const uint16_t* outlier_values;          // fp16
+  const uint16_t* outlier_values;  // fp16
 };
 
 int64_t codebook_layout_bytes(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,

@@ -18,14 +18,14 @@ namespace {
 constexpr int64_t kTableBudget = int64_t{4} << 20;  // bytes of tables alive at once; stays in a share of the L3 cache
 constexpr int64_t kChunkTiles = 16;
 // Single-thread estimates for the thread pool.
-constexpr double kNsPerLookupStep = 1.2;   // one lookup of 32 rows
+constexpr double kNsPerLookupStep = 1.2;  // one lookup of 32 rows
 constexpr double kNsPerDecodeStep = 5.0;  // one column of 32 rows
 constexpr double kNsPerTable = 4.0;
 // Outside of this range of |x * codebook| the fixed point or its scale would leave fp32's normal numbers.
 constexpr float kSmallestBound = 0x1p-90f;
 constexpr float kLargestBound = 0x1p100f;
 
-// --- workspace: one growing buffer per calling thread, so that concurrent calls share nothing --------------------------
+// --- workspace: one growing buffer per calling thread, so that concurrent calls share nothing ----------------------
 
 class Workspace {
  public:
@@ -74,7 +74,7 @@ struct Chunk {
 struct Problem {
   const LayoutView& view;
   const LinearKernels& kernels;
-  int precision;         // planes - kMinPlanes
+  int precision;  // planes - kMinPlanes
   DType dtype;
   int64_t lookup_panels;  // the first panels, those of widths 1..4
   std::vector<int64_t> first_lookup;
@@ -82,10 +82,10 @@ struct Problem {
   int64_t decoded_columns;  // of widths 5..8
   std::vector<Chunk> chunks;
 
-  const float* x;        // [tokens, columns]
-  const float* bias;     // [rows] or null
-  uint8_t* tables;       // [tokens, segments, lookups, planes, 16]
-  PanelScale* scales;    // [tokens, segments, lookup_panels]
+  const float* x;      // [tokens, columns]
+  const float* bias;   // [rows] or null
+  uint8_t* tables;     // [tokens, segments, lookups, planes, 16]
+  PanelScale* scales;  // [tokens, segments, lookup_panels]
   int64_t tokens;
 
   int planes() const { return precision + kMinPlanes; }
@@ -98,7 +98,7 @@ struct Problem {
   }
 };
 
-// --- phase 1: tables --------------------------------------------------------------------------------------------------
+// --- phase 1: tables -----------------------------------------------------------------------------------------------
 
 void pick_columns(const LayoutView& view, const PanelRecord& panel, const float* x, float* picked) {
   if (panel.first_column >= 0) {
@@ -135,7 +135,7 @@ void build_panel_tables(const Problem& problem, int64_t token, int64_t segment, 
   }
 }
 
-// --- phase 2: lookups ---------------------------------------------------------------------------------------------------
+// --- phase 2: lookups ----------------------------------------------------------------------------------------------
 
 void add_exact(const Problem& problem, const PanelRecord& panel, const Chunk& chunk, int64_t token, float* y) {
   const LayoutView& view = problem.view;
@@ -158,8 +158,8 @@ void add_exact(const Problem& problem, const PanelRecord& panel, const Chunk& ch
 
 void add_lookups(const Problem& problem, int64_t p, const Chunk& chunk, float* y, int64_t y_stride) {
   const PanelRecord& panel = problem.view.panel(p);
-  const auto kernel = (panel.width == 3 ? problem.kernels.lookup_3bit
-                                        : problem.kernels.lookup_nibbles)[problem.precision];
+  const auto kernel =
+      (panel.width == 3 ? problem.kernels.lookup_3bit : problem.kernels.lookup_nibbles)[problem.precision];
   const uint8_t* codes = problem.view.codes(panel, chunk.tile_begin);
   for (int64_t t = 0; t < problem.tokens; ++t) {
     const PanelScale& scale = problem.scale(t, chunk.segment, p);
@@ -181,7 +181,7 @@ void add_decoded(const Problem& problem, int64_t p, const Chunk& chunk, float* y
                                                    problem.tokens, y, y_stride);
 }
 
-// --- the end of a row: scale, outliers, bias, dtype ----------------------------------------------------------------------
+// --- the end of a row: scale, outliers, bias, dtype ----------------------------------------------------------------
 
 void finish_rows(const Problem& problem, int64_t token, int64_t row_begin, int64_t rows, float* sums) {
   const LayoutView& view = problem.view;
@@ -271,17 +271,30 @@ void codebook_linear(const void* layout, int64_t layout_bytes, const void* x, DT
   if (tokens == 0) return;
   if (x == nullptr || y == nullptr) throw std::invalid_argument("x and y must not be null when there are tokens");
 
-  Problem problem{view, linear_kernels(), (x_dtype == DType::fp32 ? 4 : 3) - kMinPlanes, x_dtype, 0, {}, 0, 0,
-                  make_chunks(view), nullptr, nullptr, nullptr, nullptr, 0};
-  for (; problem.lookup_panels < header.panels && view.panel(problem.lookup_panels).width <= 4; ++problem.lookup_panels) {
+  Problem problem{view,
+                  linear_kernels(),
+                  (x_dtype == DType::fp32 ? 4 : 3) - kMinPlanes,
+                  x_dtype,
+                  0,
+                  {},
+                  0,
+                  0,
+                  make_chunks(view),
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  0};
+  for (; problem.lookup_panels < header.panels && view.panel(problem.lookup_panels).width <= 4;
+       ++problem.lookup_panels) {
     problem.first_lookup.push_back(problem.lookups);
     problem.lookups += view.panel(problem.lookup_panels).lookups();
   }
   for (int64_t p = problem.lookup_panels; p < header.panels; ++p) problem.decoded_columns += view.panel(p).columns;
 
   const int64_t tables_per_token = header.segments * problem.lookups * problem.planes() * kTableEntries;
-  const int64_t block = std::min(
-      tokens, std::clamp<int64_t>(kTableBudget / std::max<int64_t>(tables_per_token, 1), 1, kMaxTokenBlock));
+  const int64_t block =
+      std::min(tokens, std::clamp<int64_t>(kTableBudget / std::max<int64_t>(tables_per_token, 1), 1, kMaxTokenBlock));
   const int64_t scales = block * header.segments * problem.lookup_panels;
   thread_local Workspace workspace;
   workspace.reserve(Workspace::need<float>(block * header.columns) + Workspace::need<float>(header.rows) +

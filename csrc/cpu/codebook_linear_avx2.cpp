@@ -22,7 +22,7 @@ inline __m256 load_fp16(const uint16_t* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
-// --- tables ---------------------------------------------------------------------------------------------------------
+// --- tables --------------------------------------------------------------------------------------------------------
 
 float panel_bound(const float* x, const float* max_magnitude, int64_t slots) {
   const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
@@ -107,7 +107,7 @@ void build_tables(int width, const uint16_t* codebook, const float* x, int64_t l
   }
 }
 
-// --- lookups --------------------------------------------------------------------------------------------------------
+// --- lookups -------------------------------------------------------------------------------------------------------
 
 template <int Planes>
 struct Accumulators {
@@ -133,7 +133,8 @@ struct Accumulators {
   }
 
   inline __attribute__((always_inline)) void flush(int64_t lookups, float unit, float* y) {
-    // Rows in memory order per plane: bytes 2i are in `even`, bytes 2i+1 in `odd`; [0]: rows 0-7|16-23, [1]: 8-15|24-31.
+    // Rows in memory order per plane: bytes 2i are in `even`, bytes 2i+1 in `odd`; [0]: rows 0-7|16-23, [1]:
+    // 8-15|24-31.
     __m256i sums[Planes][2];
 #pragma GCC unroll 4
     for (int p = 0; p < Planes; ++p) {
@@ -216,7 +217,7 @@ void lookup_3bit(const uint8_t* codes, int64_t tiles, int64_t lookups, const uin
   }
 }
 
-// --- widths 5..8 ----------------------------------------------------------------------------------------------------
+// --- widths 5..8 ---------------------------------------------------------------------------------------------------
 
 // 32 weights of one column, rows in order.
 template <int Width>
@@ -261,8 +262,7 @@ void decode_multiply(const uint8_t* codes, int64_t tiles, int64_t tile_bytes, in
         _mm_prefetch(reinterpret_cast<const char*>(column) + kPrefetchBytes, _MM_HINT_T0);
         decode_column<Width>(column, planes[begin + k], weights + k * kTileRows);
       }
-      for (int64_t t = 0; t < tokens; ++t)
-        add_block(weights, x + t * kBytePanelColumns + begin, count, panel_sums[t]);
+      for (int64_t t = 0; t < tokens; ++t) add_block(weights, x + t * kBytePanelColumns + begin, count, panel_sums[t]);
     }
     for (int64_t t = 0; t < tokens; ++t)
       for (int row = 0; row < kTileRows; row += 8) {
@@ -272,7 +272,7 @@ void decode_multiply(const uint8_t* codes, int64_t tiles, int64_t tile_bytes, in
   }
 }
 
-// --- dtypes ---------------------------------------------------------------------------------------------------------
+// --- dtypes --------------------------------------------------------------------------------------------------------
 
 void copy_to_fp32(const void* from, float* to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
 void copy_from_fp32(const float* from, void* to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }

@@ -22,7 +22,8 @@ float partial_product(int width, const uint16_t* codebook, const float* x, int i
   if (width == 3) return x[0] * fp16_to_fp32(codebook[index & 7]);
   if (width == 2) return x[0] * fp16_to_fp32(codebook[index & 3]) + x[1] * fp16_to_fp32(codebook[4 + (index >> 2)]);
   const float low = x[0] * fp16_to_fp32(codebook[index & 1]) + x[1] * fp16_to_fp32(codebook[2 + (index >> 1 & 1)]);
-  const float high = x[2] * fp16_to_fp32(codebook[4 + (index >> 2 & 1)]) + x[3] * fp16_to_fp32(codebook[6 + (index >> 3)]);
+  const float high =
+      x[2] * fp16_to_fp32(codebook[4 + (index >> 2 & 1)]) + x[3] * fp16_to_fp32(codebook[6 + (index >> 3)]);
   return low + high;
 }
 
@@ -68,7 +69,8 @@ void lookup_3bit(const uint8_t* codes, int64_t tiles, int64_t lookups, const uin
     for (int row = 0; row < kTileRows; ++row) {
       int sum[Planes] = {};
       for (int64_t l = 0; l < lookups; ++l)
-        for (int p = 0; p < Planes; ++p) sum[p] += tables[(l * Planes + p) * kTableEntries + read_code(codes, 3, l, row)];
+        for (int p = 0; p < Planes; ++p)
+          sum[p] += tables[(l * Planes + p) * kTableEntries + read_code(codes, 3, l, row)];
       y[row] += flush<Planes>(sum, lookups, unit);
     }
 }
@@ -85,8 +87,8 @@ void decode_multiply(const uint8_t* codes, int64_t tiles, int64_t tile_bytes, in
         for (int64_t begin = 0; begin < columns; begin += kBlockColumns) {
           float block_sum = 0;
           for (int64_t k = begin; k < columns && k < begin + kBlockColumns; ++k)
-            block_sum += x[t * kBytePanelColumns + k] *
-                         fp16_to_fp32(codebook[(k << Width) + read_code(codes, Width, k, row)]);
+            block_sum +=
+                x[t * kBytePanelColumns + k] * fp16_to_fp32(codebook[(k << Width) + read_code(codes, Width, k, row)]);
           panel_sum += block_sum;
         }
         y[t * y_stride + row] += panel_sum;

@@ -1,7 +1,7 @@
-// Codes of 5..8 bits, one byte each, to fp16 weights by byte shuffles: the codebook is cut into sub-tables of 16 entries
-// and two byte planes; a shuffle index whose high bit is set gives zero, so every sub-table answers only its own codes
-// and the answers are joined by OR. 2^(bits-4) sub-tables cost 6 vector operations each for 32 codes.
-// Rejected: vpgatherdps from an fp32 codebook, 1.6 cycles per weight on Zen 4 at any width (here 0.3 at 5 bits, 0.8 at 8).
+// Codes of 5..8 bits, one byte each, to fp16 weights by byte shuffles: the codebook is cut into sub-tables of 16
+// entries and two byte planes; a shuffle index whose high bit is set gives zero, so every sub-table answers only its
+// own codes and the answers are joined by OR. 2^(bits-4) sub-tables cost 6 vector operations each for 32 codes.
+// Rejected: vpgatherdps from an fp32 codebook: 0.42 ns per weight and core at 5 bits, 0.54 at 8, against 0.10 and 0.42.
 // `static` because only files compiled for AVX2 may hold this code.
 #pragma once
 #include <immintrin.h>

@@ -103,7 +103,9 @@ class ThreadPool {
 
   void wake_sleepers() {
     if (sleepers_.load() == 0) return;
-    { std::lock_guard<std::mutex> lock(sleep_mutex_); }  // a worker between its last look and its wait holds this
+    {
+      std::lock_guard<std::mutex> lock(sleep_mutex_);
+    }  // a worker between its last look and its wait holds this
     wake_.notify_all();
   }
 

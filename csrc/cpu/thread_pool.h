@@ -1,5 +1,5 @@
-// Fork-join over dynamic chunks on threads of our own (no OpenMP: a pure spin pool was measured to lose 8 ms a call when
-// the machine is busy, and two OpenMP runtimes in one process fight over the cores).
+// Fork-join over dynamic chunks on threads of our own (no OpenMP: a pure spin pool was measured to lose 8 ms a call
+// when the machine is busy, and two OpenMP runtimes in one process fight over the cores).
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -18,8 +18,8 @@ using ChunkFunction = void (*)(void* context, int64_t begin, int64_t end);
 void run_chunks(int64_t count, int64_t grain, double cost_ns, ChunkFunction function, void* context);
 }  // namespace detail
 
-// Calls body(begin, end) for ranges of at most `grain` indices that cover [0, count) exactly once, on the caller and the
-// workers. cost_ns is the estimated single-thread time of it all. Nested calls, and calls made while another thread
+// Calls body(begin, end) for ranges of at most `grain` indices that cover [0, count) exactly once, on the caller and
+// the workers. cost_ns is the estimated single-thread time of it all. Nested calls, and calls made while another thread
 // uses the pool, run on the calling thread. The first exception of a body is thrown here after all threads have left.
 template <class Body>
 void parallel_for(int64_t count, int64_t grain, double cost_ns, Body&& body) {

@@ -208,3 +208,10 @@ def test_a_damaged_layout_is_refused():
             codebook_linear(x, broken)
     with pytest.raises((ValueError, RuntimeError)):
         codebook_linear(torch.randn(1, 49), pyllmq.dispatch.WeightOperand("cpu", (blob,), 40, 49))
+
+
+def test_a_weight_larger_than_one_panel(monkeypatch):
+    from pyllmq.backends import cpu
+
+    monkeypatch.setattr(cpu, "PANEL_BYTES", 4 * 50 * 64)
+    check(random_case(200, 50, (2, 3), segments=2, outliers=0.02, row_scale=True), torch.randn(80, 50), torch.randn(200))

@@ -1,0 +1,78 @@
+"""The table of kernels: every row is reachable, every refusal is explained."""
+
+import pytest
+import torch
+
+import pyllmq
+from pyllmq import NoKernelError, backends, dispatch
+from pyllmq.dispatch import Problem, choose
+
+PROBLEMS = {
+    "cpu.tables": Problem("codebook_linear", "cpu", "cpu", torch.float32, 1),
+    "cpu.panels": Problem("codebook_linear", "cpu", "cpu", torch.bfloat16, 4096),
+    "cpu.dequantize": Problem("codebook_dequantize", "cpu", "cpu", torch.float16),
+    "cpu.pack_codes": Problem("pack_codes", "", "cpu", torch.uint8),
+    "cpu.unpack_codes": Problem("unpack_codes", "", "cpu", torch.uint8),
+    "reference.codebook_linear": Problem("codebook_linear", "checkpoint", "meta", torch.float32, 1),
+    "reference.codebook_dequantize": Problem("codebook_dequantize", "checkpoint", "cpu", torch.float32),
+    "reference.pack_codes": Problem("pack_codes", "", "meta", torch.uint8),
+    "reference.unpack_codes": Problem("unpack_codes", "", "meta", torch.uint8),
+}
+
+
+def test_every_row_is_reachable():
+    assert {row.name for row in dispatch.rows()} == set(PROBLEMS)
+    for name, problem in PROBLEMS.items():
+        assert choose(problem).name == name
+    assert all(row.because for row in dispatch.rows())
+
+
+@pytest.mark.parametrize(
+    ("problem", "reasons"),
+    [
+        (Problem("codebook_linear", "cpu", "cpu", torch.float64, 1), ("not torch.float64", "prepacked as 'cpu'")),
+        (Problem("codebook_linear", "cpu", "meta", torch.float32, 1), ("these are on meta", "prepacked as 'cpu'")),
+        (Problem("codebook_linear", "cuda", "cuda", torch.float32, 1), ("this weight is 'cuda'", "reads the layout 'checkpoint'")),
+        (Problem("no_such_op", "", "cpu", torch.float32), ("no kernel of that name",)),
+    ],
+)
+def test_a_refusal_lists_every_row_with_its_reason(problem, reasons):
+    with pytest.raises(NoKernelError) as refusal:
+        choose(problem)
+    text = str(refusal.value)
+    for row in dispatch.rows(problem.op):
+        assert row.name in text
+    for reason in reasons:
+        assert reason in text
+    assert "pyllmq doctor" in text
+
+
+def test_a_forced_back_end(monkeypatch):
+    problem = PROBLEMS["cpu.pack_codes"]
+    with pyllmq.use_backend("reference"):
+        assert choose(problem).name == "reference.pack_codes"
+    assert choose(problem).name == "cpu.pack_codes"
+    monkeypatch.setenv("PYLLMQ_BACKEND", "reference")
+    choose.cache_clear()
+    try:
+        assert choose(problem).name == "reference.pack_codes"
+    finally:
+        monkeypatch.delenv("PYLLMQ_BACKEND")
+        choose.cache_clear()
+
+
+def test_an_unknown_back_end_in_the_environment_is_explained(monkeypatch):
+    monkeypatch.setenv("PYLLMQ_BACKEND", "gpu")
+    choose.cache_clear()
+    try:
+        with pytest.raises(NoKernelError, match="back end 'gpu' was asked for"):
+            choose(PROBLEMS["cpu.pack_codes"])
+    finally:
+        monkeypatch.delenv("PYLLMQ_BACKEND")
+        choose.cache_clear()
+
+
+def test_report_says_why_a_back_end_is_missing():
+    report = backends.report()
+    assert report["cpu"][0] and report["reference"][0]
+    assert all(why for _, why in report.values())

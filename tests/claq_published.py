@@ -1,7 +1,7 @@
 """CLAQ as its authors released it, rewritten in a few lines as an oracle: slow, plain, with its quirks. Test use only.
 
-Source: CLAQ (arXiv 2405.17233) and the behaviour of its released code: k-means of scikit-learn on each compensated column,
-one width or two by Outlier Order, outliers kept from both ends. Everything in fp64 but the inputs of k-means.
+Source: CLAQ (arXiv 2405.17233) and the behaviour of its released code: k-means of scikit-learn on each compensated
+column, one width or two by Outlier Order, outliers kept from both ends. Everything in fp64 but the inputs of k-means.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def kmeans_of_sklearn(values: Tensor, clusters: int) -> Tensor:
 def published_claq(
     weight: Tensor, hessian: Tensor, bits: float, keep: tuple[float, float] | None = None, damping: float = 0.01
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize weight [N, K] to an average of `bits` (2, 3, 4 or 2 < bits < 4), keeping `keep` = (share in the top tenth
-    of the columns, share in the others) of each column from above and as much from below.
+    """Quantize weight [N, K] to an average of `bits` (2 to 4), keeping `keep` = (share in the top tenth of the columns,
+    share in the others) of each column from above and as much from below.
 
     Returns:
         quantized fp64 [N, K], column bits [K], kept mask [N, K].

@@ -8,6 +8,7 @@ MAX_JOBS               parallel compiles, default: all cores
 """
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -26,11 +27,13 @@ CXX_FLAGS = [
     "-ffunction-sections", "-fdata-sections", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas",
     *([] if DEBUG else ["-DNDEBUG"]),
 ]
-# Instruction sets are switched on per file, by the end of its name, and chosen at run time: no global -march.
+# Instruction sets are switched on per file, by the end of its name, and chosen at run time: no global -march. Elsewhere
+# than on x86 those files compile to nothing and the scalar kernels run.
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-}
+} if X86 else {}
 
 
 def find_nvcc():

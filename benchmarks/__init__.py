@@ -1,1 +1,1 @@
-"""Benchmarks: rivals side by side in one run; imported as ``pyllmq.benchmarks`` so that ``pyllmq bench`` shares the harness."""
+"""Benchmarks: rivals side by side in one run. Imported as ``pyllmq.benchmarks``; `pyllmq bench` calls `run.run`."""

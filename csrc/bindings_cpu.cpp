@@ -3,22 +3,200 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <thread>
+
+#include "cpu/codebook_dequantize.h"
+#include "cpu/codebook_layout.h"
+#include "cpu/codebook_linear.h"
+#include "cpu/isa.h"
 #include "cpu/kmeans_1d.h"
+#include "cpu/pack_codes.h"
+#include "cpu/thread_pool.h"
 
 namespace py = pybind11;
 
-PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "pyllmq CPU back end (built without libtorch)";
+namespace pyllmq::cpu {
+namespace {
 
+using Pointer = uint64_t;
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+template <class T>
+T* as(Pointer pointer) {
+  if (pointer % alignof(T) != 0) throw std::invalid_argument("a pointer is not aligned to its element size");
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(pointer));
+}
+
+template <>
+void* as<void>(Pointer pointer) {
+  return reinterpret_cast<void*>(static_cast<uintptr_t>(pointer));
+}
+
+DType dtype_of(int code) {
+  if (code < 0 || code > 2)
+    throw std::invalid_argument("dtype code " + std::to_string(code) + "; allowed: 0 (fp32), 1 (bf16), 2 (fp16)");
+  return static_cast<DType>(code);
+}
+
+void* elements(Pointer pointer, DType dtype) {
+  return dtype == DType::fp32 ? static_cast<void*>(as<float>(pointer)) : static_cast<void*>(as<uint16_t>(pointer));
+}
+
+// --- isa and threads -----------------------------------------------------------------------------------------------
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (Isa isa : supported_isas()) names.emplace_back(isa_name(isa));
+  return names;
+}
+
+// How often each task ran, and on how many threads: what the thread pool's test looks at.
+py::tuple parallel_probe(int64_t tasks, double task_us, int64_t failing_task, int64_t nested_tasks) {
+  if (tasks < 0) throw std::invalid_argument("tasks = " + std::to_string(tasks) + "; must be >= 0");
+  std::vector<std::atomic<int64_t>> visits(tasks);
+  std::mutex mutex;
+  std::set<std::thread::id> threads;
+  {
+    py::gil_scoped_release release;
+    parallel_for(tasks, 1, 1e9, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (i == failing_task) throw std::runtime_error("task " + std::to_string(i) + " failed");
+        const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double, std::micro>(task_us);
+        while (std::chrono::steady_clock::now() < until) {
+        }
+        std::atomic<int64_t> nested{0};
+        parallel_for(nested_tasks, 1, 1e9, [&](int64_t b, int64_t e) { nested += e - b; });
+        visits[i] += 1 + nested;
+      }
+      std::lock_guard<std::mutex> lock(mutex);
+      threads.insert(std::this_thread::get_id());
+    });
+  }
+  return py::make_tuple(std::vector<int64_t>(visits.begin(), visits.end()), threads.size());
+}
+
+void bind_runtime(py::module_& m) {
+  m.def("supported_isas", &isa_names);
+  m.def("isa", [] { return isa_name(active_isa()); });
+  m.def("set_isa", &set_isa, py::arg("name"));
+  m.def("num_threads", &num_threads);
+  m.def("set_num_threads", &set_num_threads, py::arg("threads"), NoGil());
+  m.def("parallel_probe", &parallel_probe, py::arg("tasks"), py::arg("task_us") = 0.0, py::arg("failing_task") = -1,
+        py::arg("nested_tasks") = 0);
+}
+
+// --- codes ---------------------------------------------------------------------------------------------------------
+
+void bind_codes(py::module_& m) {
+  m.def(
+      "pack_codes",
+      [](Pointer codes, Pointer packed, int64_t rows, int64_t columns, int bits) {
+        pack_codes(as<uint8_t>(codes), as<uint8_t>(packed), rows, columns, bits);
+      },
+      py::arg("codes"), py::arg("packed"), py::arg("rows"), py::arg("columns"), py::arg("bits"), NoGil());
+  m.def(
+      "unpack_codes",
+      [](Pointer packed, Pointer codes, int64_t rows, int64_t columns, int bits) {
+        unpack_codes(as<uint8_t>(packed), as<uint8_t>(codes), rows, columns, bits);
+      },
+      py::arg("packed"), py::arg("codes"), py::arg("rows"), py::arg("columns"), py::arg("bits"), NoGil());
+}
+
+// --- the codebook format -------------------------------------------------------------------------------------------
+
+int64_t layout_bytes(int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows, int64_t segments,
+                     int64_t outliers) {
+  return codebook_layout_bytes(rows, columns, as<uint8_t>(column_bits), as<int32_t>(segment_rows), segments, outliers);
+}
+
+void layout_pack(Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer column_bits,
+                 Pointer segment_rows, int64_t segments, const std::vector<Pointer>& codes, Pointer codebook,
+                 Pointer row_scale, Pointer outlier_row_offsets, Pointer outlier_columns, int outlier_columns_bytes,
+                 Pointer outlier_values) {
+  if (codes.size() != 8)
+    throw std::invalid_argument("codes has " + std::to_string(codes.size()) + " pointers; needs 8, one per width 1..8");
+  CodebookCheckpoint checkpoint{};
+  checkpoint.rows = rows;
+  checkpoint.columns = columns;
+  checkpoint.segments = segments;
+  checkpoint.column_bits = as<uint8_t>(column_bits);
+  checkpoint.segment_rows = as<int32_t>(segment_rows);
+  for (int width = 1; width <= 8; ++width) checkpoint.codes[width] = as<uint8_t>(codes[width - 1]);
+  checkpoint.codebook = as<uint16_t>(codebook);
+  checkpoint.row_scale = as<uint16_t>(row_scale);
+  checkpoint.outlier_row_offsets = as<int32_t>(outlier_row_offsets);
+  checkpoint.outlier_columns = outlier_columns_bytes == 2 ? static_cast<void*>(as<uint16_t>(outlier_columns))
+                                                          : static_cast<void*>(as<int32_t>(outlier_columns));
+  checkpoint.outlier_columns_bytes = outlier_columns_bytes;
+  checkpoint.outlier_values = as<uint16_t>(outlier_values);
+  codebook_layout_pack(as<void>(layout), bytes, checkpoint);
+}
+
+std::pair<int64_t, int64_t> layout_shape(Pointer layout, int64_t bytes) {
+  const LayoutView view(as<void>(layout), bytes);
+  return {view.header().rows, view.header().columns};
+}
+
+void layout_codes(Pointer layout, int64_t bytes, Pointer codes_out) {
+  codebook_layout_codes(as<void>(layout), bytes, as<uint8_t>(codes_out));
+}
+
+void linear(Pointer layout, int64_t bytes, Pointer x, int x_dtype, int64_t tokens, Pointer bias, int bias_dtype,
+            Pointer y) {
+  const DType x_type = dtype_of(x_dtype), bias_type = dtype_of(bias_dtype);
+  codebook_linear(as<void>(layout), bytes, elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type,
+                  elements(y, x_type));
+}
+
+void dequantize(Pointer layout, int64_t bytes, int64_t row_begin, int64_t row_end, Pointer out, int out_dtype) {
+  const DType type = dtype_of(out_dtype);
+  codebook_dequantize(as<void>(layout), bytes, row_begin, row_end, elements(out, type), type);
+}
+
+void bind_codebook(py::module_& m) {
+  m.def("codebook_layout_bytes", &layout_bytes, py::arg("rows"), py::arg("columns"), py::arg("column_bits"),
+        py::arg("segment_rows"), py::arg("segments"), py::arg("outliers"), NoGil());
+  m.def("codebook_layout_pack", &layout_pack, py::arg("layout"), py::arg("layout_bytes"), py::arg("rows"),
+        py::arg("columns"), py::arg("column_bits"), py::arg("segment_rows"), py::arg("segments"), py::arg("codes"),
+        py::arg("codebook"), py::arg("row_scale"), py::arg("outlier_row_offsets"), py::arg("outlier_columns"),
+        py::arg("outlier_columns_bytes"), py::arg("outlier_values"), NoGil());
+  m.def("codebook_layout_shape", &layout_shape, py::arg("layout"), py::arg("layout_bytes"), NoGil());
+  m.def("codebook_layout_codes", &layout_codes, py::arg("layout"), py::arg("layout_bytes"), py::arg("codes_out"),
+        NoGil());
+  m.def("codebook_linear", &linear, py::arg("layout"), py::arg("layout_bytes"), py::arg("x"), py::arg("x_dtype"),
+        py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"), py::arg("y"), NoGil());
+  m.def("codebook_dequantize", &dequantize, py::arg("layout"), py::arg("layout_bytes"), py::arg("row_begin"),
+        py::arg("row_end"), py::arg("out"), py::arg("out_dtype"), NoGil());
+}
+
+// --- k-means ----------------------------------------------------------------------------------------------------------
+
+void bind_kmeans_1d(py::module_& m) {
   m.def(
       "kmeans_1d",
-      [](uintptr_t values, uintptr_t weights, int64_t weights_stride, int64_t problems, int64_t n, int k, bool exact,
-         uint64_t seed, int threads, bool simd, bool half_centroids, uintptr_t centroids, uintptr_t codes) {
-        using namespace pyllmq::cpu;
+      [](Pointer values, Pointer weights, int64_t weights_stride, int64_t problems, int64_t n, int k, bool exact,
+         uint64_t seed, bool half_centroids, Pointer centroids, Pointer codes) {
         const auto method = exact ? KMeans1dMethod::exact : KMeans1dMethod::lloyd;
-        kmeans_1d({reinterpret_cast<const float*>(values), reinterpret_cast<const float*>(weights), weights_stride,
-                   problems, n, k, method, seed, threads, simd, half_centroids,
-                   reinterpret_cast<float*>(centroids), reinterpret_cast<uint8_t*>(codes)});
+        kmeans_1d({as<float>(values), as<float>(weights), weights_stride, problems, n, k, method, seed, half_centroids,
+                   as<float>(centroids), as<uint8_t>(codes)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("values"), py::arg("weights"), py::arg("weights_stride"), py::arg("problems"), py::arg("n"),
+      py::arg("k"), py::arg("exact"), py::arg("seed"), py::arg("half_centroids"), py::arg("centroids"), py::arg("codes"),
+      NoGil());
+}
+
+}  // namespace
+}  // namespace pyllmq::cpu
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "pyllmq CPU back end (built without libtorch)";
+  pyllmq::cpu::bind_runtime(m);
+  pyllmq::cpu::bind_codes(m);
+  pyllmq::cpu::bind_codebook(m);
+  pyllmq::cpu::bind_kmeans_1d(m);
 }

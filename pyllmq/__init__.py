@@ -7,8 +7,7 @@
 Importing this package also lets transformers' auto classes load packed folders. See docs/index.md.
 """
 
-from . import compression as compression
-from . import ops as functional
+from . import functional as functional
 from .compression.kmeans import kmeans_1d
 from .compression.model import compress
 from .compression.report import CompressionReport, LayerReport

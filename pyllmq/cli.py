@@ -114,6 +114,8 @@ def run_compress(given: argparse.Namespace) -> int:
         raise FileExistsError(f"{output} exists and is no packed folder; give a new name, so that nothing of yours is replaced")
     if output.resolve() == Path(given.source).resolve():
         raise ValueError(f"SRC and OUT are the same folder, {output}; give another OUT")
+    if is_packed(given.source):
+        raise ValueError(f"{given.source} is already packed; compress the dense model that it was made from")
     tokenizer = load_tokenizer(given.source)
     model = load_model(given.source)
     batches = _calibration_batches(model, tokenizer, given)
@@ -225,6 +227,28 @@ def run_inspect(given: argparse.Namespace) -> int:
 
 
 # ---- bench, doctor --------------------------------------------------------------------------------------------------
+
+
+def run_bench(given: argparse.Namespace) -> int:
+    from .benchmarks.run import run
+
+    run(
+        op=given.op,
+        shapes=given.shapes.split(","),
+        bits=given.bits.split(","),
+        tokens=_integers("--m", given.m),
+        device=given.device,
+        csv=given.csv,
+        plot=given.plot,
+    )
+    return 0
+
+
+def _integers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{name} is {text!r}; give integers separated by commas, for example 1,8,512") from error
 
 
 def run_doctor(given: argparse.Namespace) -> int:

@@ -80,26 +80,29 @@ class CodebookLinear(nn.Module):
             raise ValueError(f"from_dense takes an nn.Linear or a matrix [N, K], not {type(linear_or_weight).__name__}")
         if (bits is None) == (column_bits is None):
             raise ValueError(f"give either bits or column_bits, not both or neither; given bits={bits}, column_bits={column_bits}")
-        widths = torch.full((dense.shape[1],), bits) if column_bits is None else torch.as_tensor(column_bits)
+        widths = torch.as_tensor([bits] * dense.shape[1] if column_bits is None else column_bits)
         packed = data_free.pack_columns(dense.detach(), widths, outlier_fraction=outlier_fraction, row_scale=row_scale)
         return cls.from_weight(packed, None if bias is None else bias.detach(), dense.dtype)
 
     # ---- using it ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        operand = self._operand
-        if operand is None:
-            self.prepare()
-            operand = self._operand
-        return ops.codebook_linear(x, operand, self.bias)
+        return ops.codebook_linear(x, self._operand or self.operand(), self.bias)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense matrix [N, K] that this layer multiplies with."""
-        return ops.codebook_dequantize(self.operand(), dtype or self.dense_dtype)
+        dtype = dtype or self.dense_dtype
+        return ops.codebook_dequantize(self.operand(), dtype if dtype in ops.ACTIVATION_DTYPES else torch.float32).to(dtype)
 
     @property
     def weight(self) -> Tensor:
-        """`dequantize()`, decoded anew at each access: for code that asks a Linear for its weight's dtype, shape or values."""
+        """`dequantize()`, decoded anew at each access: for code that asks a Linear for its weight's dtype, shape or values.
+
+        While a checkpoint is still being loaded it is an empty tensor on the meta device: models' weight initialisation looks
+        at it, and must not freeze half-loaded codes into a layout.
+        """
+        if self._operand is None:
+            return torch.empty(self.out_features, self.in_features, dtype=self.dense_dtype, device="meta")
         return self.dequantize()
 
     @property
@@ -154,7 +157,7 @@ class CodebookLinear(nn.Module):
         self._buffers.clear()
         self._non_persistent_buffers_set.clear()
         for key, tensor in weight.tensors.items():
-            self.register_buffer(key, tensor)
+            self.register_buffer(key, tensor.clone())  # q, k and v may come with one column_bits; safetensors wants three
         self._structure, self._operand = weight.structure, None
 
     def _checkpoint_tensors(self) -> dict[str, Tensor]:
@@ -218,8 +221,9 @@ class CodebookLinear(nn.Module):
             self._buffers[key] = self._buffers[key].view(torch.float16)  # type: ignore[union-attr]
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=bits.device)).dtype
         was_prepared, self._operand = self._operand is not None, None
-        if was_prepared and "layout" in self._buffers:
-            self._operand = WeightOperand(cpu_backend.LAYOUT, (self.layout,), self.out_features, self.in_features)
+        layout = self._buffers.get("layout")
+        if was_prepared and layout is not None:
+            self._operand = WeightOperand(cpu_backend.LAYOUT, (layout,), self.out_features, self.in_features)
         elif moves and self._column_bits().device.type != "meta" and bits.device.type != "meta":
             self.prepare()
         return self

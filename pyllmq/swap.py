@@ -50,9 +50,10 @@ def select_linears(
     for pattern in include or ():
         if not any(matches(name, [pattern]) for name in found):
             raise ValueError(f"include pattern {pattern!r} fits no Linear of the model; it has for example: {_some(found)}")
+    everything = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     for pattern in exclude:
-        if pattern not in DEFAULT_EXCLUDE and not any(matches(name, [pattern]) for name in found):
-            raise ValueError(f"exclude pattern {pattern!r} fits no Linear of the model; it has for example: {_some(found)}")
+        if pattern not in DEFAULT_EXCLUDE and not any(matches(name, [pattern]) for name in everything):
+            raise ValueError(f"exclude pattern {pattern!r} fits nothing in the model; it has for example: {_some(found)}")
     return {
         name: module
         for name, module in found.items()
@@ -118,10 +119,12 @@ class LeftDense:
     asked: bool
 
 
-def left_dense(model: nn.Module, chosen: Iterable[str], exclude: Sequence[str]) -> tuple[list[LeftDense], int]:
-    """Linear-like parameters outside `chosen`, and the number of all Linear-like parameters.
+def left_dense(
+    model: nn.Module, chosen: Iterable[str], include: Sequence[str] | None, exclude: Sequence[str]
+) -> tuple[list[LeftDense], int]:
+    """Linear-like tensors outside `chosen`, and the number of all Linear-like parameters.
 
-    Besides Linears these are 3-D parameters (stacked experts), which a search for `nn.Linear` would silently miss.
+    What `exclude` names, and what an `include` does not name, was asked for. Besides Linears these are 3-D parameters (stacked experts), which a search for `nn.Linear` would silently miss.
     """
     chosen = set(chosen)
     dense, total = [], 0
@@ -129,19 +132,27 @@ def left_dense(model: nn.Module, chosen: Iterable[str], exclude: Sequence[str]) 
         size = int(dense_weight(module).numel())
         total += size
         if name not in chosen:
-            asked = matches(name, exclude)
-            dense.append(LeftDense(name, size, "excluded" if asked else "outside the repeated blocks, or not included", asked))
+            asked, why = _why_dense(name, include, exclude, "outside the repeated blocks")
+            dense.append(LeftDense(name, size, why, asked))
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd | nn.Embedding):
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and parameter.numel() >= 1 << 12:
                 full = f"{name}.{parameter_name}".lstrip(".")
-                asked = matches(full, exclude)
-                why = "excluded" if asked else "a 3-D tensor (stacked experts?), which this version does not compress"
+                experts = "a 3-D tensor (stacked experts?), which this version does not compress"
+                asked, why = _why_dense(full, include, exclude, experts)
                 dense.append(LeftDense(full, parameter.numel(), why, asked))
                 total += parameter.numel()
     return dense, total
+
+
+def _why_dense(name: str, include: Sequence[str] | None, exclude: Sequence[str], otherwise: str) -> tuple[bool, str]:
+    if matches(name, exclude):
+        return True, "excluded"
+    if include is not None and not matches(name, include):
+        return True, "not included"
+    return False, otherwise
 
 
 def _some(names: Iterable[str], count: int = 5) -> str:

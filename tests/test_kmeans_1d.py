@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyllmq.compression import kmeans
+from pyllmq import _cpu
 from pyllmq.compression.kmeans import kmeans_1d
 
 
@@ -125,8 +125,11 @@ def test_same_bits_from_any_number_of_threads_and_from_the_scalar_code() -> None
             results.append(kmeans_1d(values, 7))
     finally:
         torch.set_num_threads(threads)
-    scalar = torch.empty(9, 7), torch.empty(9, 1500, dtype=torch.uint8)
-    kmeans._solve(values, None, 0, 7, "exact", 0, False, False, *scalar)
+    try:
+        _cpu.set_isa("scalar")
+        scalar = kmeans_1d(values, 7)
+    finally:
+        _cpu.set_isa(_cpu.supported_isas()[0])
     for centroids, codes in (*results[1:], scalar):
         assert torch.equal(centroids, results[0][0]) and torch.equal(codes, results[0][1])
 

@@ -5,14 +5,14 @@
 // layer is a divide and conquer of O(m log m). Wang & Song 2011 (Ckmeans.1d.dp); Gronlund et al. 2017 (1701.07204).
 #include "cpu/kmeans_1d.h"
 
+#include "cpu/half.h"
+#include "cpu/isa.h"
+#include "cpu/thread_pool.h"
+
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <exception>
 #include <limits>
-#include <mutex>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -280,18 +280,6 @@ void store_centroids(int k, const Workspace& work, float* centroids) {
   for (; stored < k; ++stored) centroids[stored] = centroids[stored - 1];
 }
 
-// fp32 -> fp16 -> fp32, round to nearest even. Without F16C, which a plain x86-64 does not promise.
-float round_to_half(float value) {
-  if (std::fabs(value) < 0x1p-14f) {  // subnormal: multiples of 2^-24, the spacing of floats at 0.5
-    return std::copysign((std::fabs(value) + 0.5f) - 0.5f, value);
-  }
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFFu;
-  std::memcpy(&value, &bits, 4);
-  return std::fabs(value) > 65504.0f ? std::copysign(std::numeric_limits<float>::infinity(), value) : value;
-}
-
 void store_codes(const float* values, int k, const Workspace& work, const float* centroids, uint8_t* codes) {
   uint8_t distinct[256] = {};  // the first code of each run of equal centroids; the others are never used
   int last = 0;
@@ -309,11 +297,10 @@ void store_codes(const float* values, int k, const Workspace& work, const float*
 
 // ---- launch -------------------------------------------------------------------------------------------------------
 
-SplitSearch choose_search(bool simd) {
+SplitSearch choose_search() {
 #if defined(__x86_64__)
-  if (simd && __builtin_cpu_supports("avx2")) return best_split_avx2;
+  if (active_isa() != Isa::scalar) return best_split_avx2;
 #endif
-  (void)simd;
   return best_split_scalar;
 }
 
@@ -335,31 +322,10 @@ void solve_problem(const KMeans1dArguments& a, SplitSearch search, int64_t probl
     optimal_bounds(a.k, search, work, work.back32);
   }
   store_centroids(a.k, work, centroids);
-  if (a.half_centroids) std::transform(centroids, centroids + a.k, centroids, round_to_half);
+  if (a.half_centroids) {
+    std::transform(centroids, centroids + a.k, centroids, [](float c) { return fp16_to_fp32(fp32_to_fp16(c)); });
+  }
   store_codes(values, a.k, work, centroids, a.codes + problem * a.n);
-}
-
-// The one place that starts threads: problems are handed out one by one, the caller takes part, the first error wins.
-template <typename Solve>
-void for_each_problem(int64_t problems, int threads, Solve solve) {
-  std::atomic<int64_t> next{0};
-  std::exception_ptr error;
-  std::mutex error_mutex;
-  const auto run = [&] {
-    try {
-      Workspace work;
-      for (int64_t problem; (problem = next.fetch_add(1)) < problems;) solve(problem, work);
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(error_mutex);
-      if (!error) error = std::current_exception();
-      next = problems;
-    }
-  };
-  std::vector<std::thread> helpers;
-  for (int64_t t = 1; t < std::min<int64_t>(threads, problems); ++t) helpers.emplace_back(run);
-  run();
-  for (std::thread& helper : helpers) helper.join();
-  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace
@@ -378,9 +344,14 @@ Split best_split_scalar(const double* gain, const double* sum, const double* mas
 // ---- entry --------------------------------------------------------------------------------------------------------
 
 void kmeans_1d(const KMeans1dArguments& arguments) {
-  const SplitSearch search = choose_search(arguments.simd);
-  for_each_problem(arguments.problems, arguments.threads,
-                   [&](int64_t problem, Workspace& work) { solve_problem(arguments, search, problem, work); });
+  const SplitSearch search = choose_search();
+  // 0.3 ms at n = 4096, k = 4 and 1.8 ms at k = 16; the workspace of a chunk serves all its problems.
+  const double cost_ns = static_cast<double>(arguments.problems) * static_cast<double>(arguments.n) * (14 + 15 * arguments.k);
+  const int64_t grain = std::max<int64_t>(1, arguments.problems / (8 * num_threads()));
+  parallel_for(arguments.problems, grain, cost_ns, [&](int64_t begin, int64_t end) {
+    Workspace work;
+    for (int64_t problem = begin; problem < end; ++problem) solve_problem(arguments, search, problem, work);
+  });
 }
 
 }  // namespace pyllmq::cpu

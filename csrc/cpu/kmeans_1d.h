@@ -16,8 +16,6 @@ struct KMeans1dArguments {
   int k;      // 1 .. 256
   KMeans1dMethod method;
   uint64_t seed;     // of k-means++; the exact method has no randomness
-  int threads;       // at most this many; one problem alone runs on the caller's thread
-  bool simd;         // false: scalar code even where the processor has AVX2 (the results are the same bits)
   bool half_centroids;  // round them to fp16 before codes are assigned; beyond 65504 they become infinite
   float* centroids;  // out [problems, k], ascending; repeats the last where there are fewer distinct values than k
   uint8_t* codes;    // out [problems, n], the nearest centroid, the lower one at a tie

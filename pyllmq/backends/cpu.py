@@ -6,6 +6,8 @@ is loaded and holds everything but the bias. See docs/codebook_linear.md.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -30,10 +32,19 @@ def available() -> tuple[bool, str]:
     return True, f"{_cpu.isa()} kernels, {torch.get_num_threads()} threads"
 
 
-def prepack(operand: WeightOperand) -> WeightOperand:
-    """Checkpoint layout -> `cpu` layout. The checkpoint tensors are read, not kept."""
+def kernels() -> ModuleType:
+    """The extension module, its thread pool as large as torch's (`torch.set_num_threads` is respected at every call)."""
     from .. import _cpu
 
+    threads = torch.get_num_threads()
+    if _cpu.num_threads() != threads:
+        _cpu.set_num_threads(threads)
+    return _cpu
+
+
+def prepack(operand: WeightOperand) -> WeightOperand:
+    """Checkpoint layout -> `cpu` layout. The checkpoint tensors are read, not kept."""
+    _cpu = kernels()
     field = {name: t.contiguous() for name, t in zip(CHECKPOINT_FIELDS, operand.tensors, strict=True)}
     outliers = field["outlier_values"].numel()
     rows, columns = operand.out_features, operand.in_features
@@ -61,32 +72,30 @@ def prepack(operand: WeightOperand) -> WeightOperand:
     return WeightOperand(LAYOUT, (blob,), rows, columns)
 
 
+def _checked_blob(tensors: list[Tensor], out_features: int, in_features: int) -> Tensor:
+    """The layout, after its header was compared with the shape that the caller believes in: kernels read x and write y by it."""
+    (blob,) = tensors
+    shape = kernels().codebook_layout_shape(blob.data_ptr(), blob.numel())
+    if shape != (out_features, in_features):
+        raise ValueError(f"the layout holds a weight of shape {list(shape)}, but was given as [{out_features}, {in_features}]")
+    return blob
+
+
 def layout_codes(operand: WeightOperand) -> Tensor:
     """The codes in a `cpu` operand, uint8 [N, K]: what a checkpoint is rebuilt from."""
-    from .. import _cpu
-
-    (blob,) = operand.tensors
+    _cpu = kernels()
+    blob = _checked_blob(list(operand.tensors), operand.out_features, operand.in_features)
     codes = torch.empty(operand.out_features, operand.in_features, dtype=torch.uint8)
     _cpu.codebook_layout_codes(blob.data_ptr(), blob.numel(), codes.data_ptr())
     return codes
 
 
-def _match_torch_threads() -> None:
-    from .. import _cpu
-
-    threads = torch.get_num_threads()
-    if _cpu.num_threads() != threads:
-        _cpu.set_num_threads(threads)
-
-
 def codebook_linear_tables(
     x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None
 ) -> Tensor:
-    from .. import _cpu
-
-    _match_torch_threads()
+    _cpu = kernels()
     x = x.contiguous()
-    blob = tensors[0]
+    blob = _checked_blob(tensors, out_features, in_features)
     y = torch.empty(x.shape[0], out_features, dtype=x.dtype)
     _cpu.codebook_linear(
         blob.data_ptr(),
@@ -104,10 +113,8 @@ def codebook_linear_tables(
 def codebook_linear_panels(
     x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None
 ) -> Tensor:
-    from .. import _cpu
-
-    _match_torch_threads()
-    blob = tensors[0]
+    _cpu = kernels()
+    blob = _checked_blob(tensors, out_features, in_features)
     x32 = x.float()
     y = torch.empty(x.shape[0], out_features, dtype=torch.float32)
     panel = torch.empty(min(PANEL_ROWS, out_features), in_features, dtype=torch.float32)
@@ -122,19 +129,15 @@ def codebook_linear_panels(
 
 
 def codebook_dequantize(tensors: list[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
-    from .. import _cpu
-
-    _match_torch_threads()
-    blob = tensors[0]
+    _cpu = kernels()
+    blob = _checked_blob(tensors, out_features, in_features)
     weight = torch.empty(out_features, in_features, dtype=dtype)
     _cpu.codebook_dequantize(blob.data_ptr(), blob.numel(), 0, out_features, weight.data_ptr(), _DTYPE_CODE[dtype])
     return weight
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    from .. import _cpu
-
-    _match_torch_threads()
+    _cpu = kernels()
     rows, columns = codes.shape
     codes = codes.contiguous()
     packed = torch.empty(rows, -(-columns * bits // 8), dtype=torch.uint8)
@@ -143,9 +146,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
-    from .. import _cpu
-
-    _match_torch_threads()
+    _cpu = kernels()
     packed = packed.contiguous()
     codes = torch.empty(packed.shape[0], columns, dtype=torch.uint8)
     _cpu.unpack_codes(packed.data_ptr(), codes.data_ptr(), packed.shape[0], columns, bits)

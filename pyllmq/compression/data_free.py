@@ -17,8 +17,8 @@ def pack_columns(
     """Pack `weight` [N, K] with `column_bits` [K] bits per column; least squared error for the widths asked for.
 
     Outliers are the round(N * outlier_fraction) weights of each column that lie farthest out, half of them at either end;
-    codebooks are fitted to the others. With `row_scale` each row is divided by its root mean square, and k-means weights the
-    rows by its square, so that the squared error of W itself stays what is minimised.
+    codebooks are fitted to the others. With `row_scale` each row is divided by the root mean square of its other weights, and
+    k-means weights the rows by its square, so that the squared error of W itself stays what is minimised.
     """
     n, k = weight.shape
     if not bool(torch.isfinite(weight).all()):
@@ -34,15 +34,15 @@ def pack_columns(
     columns = weight.float().T.contiguous().cpu()
     column_bits = column_bits.cpu()
 
+    kept = outlier_mask(columns, outlier_fraction)
+    importance = (~kept).float()
     scale = None
-    importance = torch.ones_like(columns)
     if row_scale:
+        inliers = importance.sum(0).clamp_min(1.0)
         # Rounded to fp16 first: what is fitted is what is stored. A row of zeros, or one below fp16, keeps scale 1.
-        scale = columns.square().mean(0).sqrt().half().float()
+        scale = ((columns * importance).square().sum(0) / inliers).sqrt().half().float()
         scale[scale == 0] = 1.0
         importance *= scale.square()
-    kept = outlier_mask(columns, outlier_fraction)
-    importance[kept] = 0.0
 
     codes = torch.empty(k, n, dtype=torch.uint8)
     centroids: list[Tensor] = [torch.empty(0)] * k

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.cpu import kernels
+
 METHODS = ("exact", "lloyd")
 MAX_CLUSTERS = 256
 MAX_POINTS = 2**32 - 1
@@ -78,7 +80,7 @@ def kmeans_1d(
     centroids = torch.empty(problems, k, dtype=torch.float32)
     codes = torch.empty(problems, n, dtype=torch.uint8)
     half = centroid_dtype == torch.float16
-    _solve(points, weights, stride, k, method, seed, True, half, centroids, codes)
+    _solve(points, weights, stride, k, method, seed, half, centroids, codes)
     if half and not bool(torch.isfinite(centroids).all()):
         problem = int((~torch.isfinite(centroids)).any(1).nonzero()[0])
         raise ValueError(
@@ -95,14 +97,11 @@ def _solve(
     k: int,
     method: str,
     seed: int,
-    simd: bool,
     half_centroids: bool,
     centroids: Tensor,
     codes: Tensor,
 ) -> None:
-    from .. import _cpu
-
-    _cpu.kmeans_1d(
+    kernels().kmeans_1d(
         points.data_ptr(),
         0 if weights is None else weights.data_ptr(),
         stride,
@@ -110,8 +109,6 @@ def _solve(
         k,
         method == "exact",
         seed,
-        torch.get_num_threads(),
-        simd,
         half_centroids,
         centroids.data_ptr(),
         codes.data_ptr(),

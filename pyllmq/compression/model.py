@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ..swap import (
 )
 from .calibration import Batch, as_batches
 from .claq import compress_linears
-from .report import CompressionReport, LayerReport
+from .report import CompressionReport, LayerReport, summary
 
 SILENT_SHARE = 0.01
 """Linear-like parameters left dense without being asked for are reported loudly above this share."""
@@ -77,14 +78,17 @@ def compress(
         )
     for name in planned:
         _check_finite(name, dense_weight(chosen[name]))
-    dense, total = left_dense(model, planned, exclude)
+    dense, total = left_dense(model, planned, include, exclude)
 
     report = CompressionReport("claq", config.to_dict(), left_dense=dense)
     unasked = sum(item.parameters for item in dense if not item.asked)
     if unasked > SILENT_SHARE * total:
-        names = ", ".join(item.name for item in dense if not item.asked)
-        _warn(report, f"{100 * unasked / total:.1f} % of the Linear-like parameters stay dense without being asked for: {names}. "
-              "Name them in exclude if that is wanted, in include if not")
+        names = summary([item for item in dense if not item.asked])
+        _warn(
+            report,
+            f"{100 * unasked / total:.1f} % of the Linear-like parameters stay dense without being asked for: {names}. "
+            "Name them in exclude if that is wanted; Linears outside the blocks can be named in include",
+        )
 
     replaced: dict[str, nn.Module] = {}
     try:
@@ -234,9 +238,13 @@ def _compress_chain(job: _Job, chain: list[_Stage]) -> None:
     hidden = [calls[0].hidden for calls in recorded]
     for i, (stage, block) in enumerate(zip(chain, blocks, strict=True)):
         calls = [replace(calls[i], hidden=h) for calls, h in zip(recorded, hidden, strict=True)]
-        _compress_stage(job, stage, lambda index, calls=calls, block=block: calls[index].run(block))
+        _compress_stage(job, stage, partial(_run_call, calls, block))
         if i + 1 < len(chain):
             hidden = [call.run(block) for call in calls]
+
+
+def _run_call(calls: Sequence[_Call], block: nn.Module, index: int) -> Tensor:
+    return calls[index].run(block)
 
 
 # ---- one stage: group the Linears by input, take the Hessian, compress ----------------------------------------------

@@ -92,9 +92,12 @@ class CompressionReport:
             f"{self.dense_nbytes / 1e6:.1f} MB -> {self.nbytes / 1e6:.1f} MB, mean error {self.mean_error:.5f}, {self.seconds:.1f} s"
         )
         if self.left_dense:
-            lines.append("left dense: " + ", ".join(_describe(self.left_dense)))
+            lines.append("left dense: " + summary(self.left_dense))
         return "\n".join(lines + [f"WARNING: {w}" for w in self.warnings])
 
 
-def _describe(left: Sequence[LeftDense]) -> list[str]:
-    return [f"{item.name} ({item.parameters / 1e6:.2f} M, {item.why})" for item in left]
+def summary(left: Sequence[LeftDense], most: int = 6) -> str:
+    """Name, size and reason of the largest tensors left dense, and how many more there are."""
+    largest = sorted(left, key=lambda item: -item.parameters)
+    named = ", ".join(f"{item.name} ({item.parameters / 1e6:.2f} M, {item.why})" for item in largest[:most])
+    return named + (f" and {len(left) - most} more" if len(left) > most else "")

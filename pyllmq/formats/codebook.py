@@ -115,7 +115,14 @@ class CodebookStructure:
         numbers = (values["out_features"], values["in_features"], values["segments"], values["outliers"], *counts)
         if any(isinstance(v, bool) or not isinstance(v, int) for v in numbers) or not isinstance(values["row_scale"], bool):
             raise FormatError(f"sizes must be integers and row_scale true or false, given: {dict(values)}")
-        return cls(*numbers[:2], counts, values["segments"], values["outliers"], values["row_scale"])
+        return cls(
+            values["out_features"],
+            values["in_features"],
+            counts,
+            segments=values["segments"],
+            outliers=values["outliers"],
+            row_scale=values["row_scale"],
+        )
 
 
 def outlier_column_dtype(in_features: int) -> torch.dtype:
@@ -171,7 +178,7 @@ class CodebookWeight:
             segment_rows = torch.tensor([n])
         tensors = {
             "column_bits": column_bits,
-            "codebook": _finite_fp16("codebook", codebook.to(device).reshape(len(segment_rows), -1)),
+            "codebook": _codebook_fp16(codebook.to(device), column_bits, len(segment_rows)),
             "segment_rows": segment_rows.to(device, torch.int32),
         }
         if row_scale is not None:
@@ -291,6 +298,28 @@ def codes_from_operand(operand: WeightOperand, column_bits: Tensor) -> dict[str,
     codes = cpu_backend.layout_codes(operand)
     widths = column_bits.unique().tolist()
     return {f"codes_b{bits}": ops.pack_codes(codes[:, column_bits == bits].contiguous(), bits) for bits in widths}
+
+
+def _codebook_fp16(codebook: Tensor, column_bits: Tensor, segments: int) -> Tensor:
+    """[segments, entries] in fp16. A codebook that fp16 would distort by more than 1 % of its largest entry is refused."""
+    entries = int((1 << column_bits.long()).sum())
+    if codebook.numel() != segments * entries:
+        raise FormatError(f"codebook is {tuple(codebook.shape)}; it must be [segments, sum of 2**column_bits] = [{segments}, {entries}]")
+    codebook = codebook.reshape(segments, entries).float()
+    half = _finite_fp16("codebook", codebook)
+    width = 1 << column_bits.long()
+    first_entry = torch.cumsum(width, 0) - width
+    for entries in width.unique().tolist():
+        columns = torch.nonzero(width == entries).flatten()
+        place = first_entry[columns, None] + torch.arange(entries, device=codebook.device)
+        lost, largest = ((book[:, place]).abs().amax(-1) for book in (codebook - half.float(), codebook))
+        if bool((lost > 0.01 * largest).any()):
+            worst = int((lost - 0.01 * largest).amax(0).argmax())
+            raise FormatError(
+                f"the codebook of column {int(columns[worst])} reaches only to {float(largest[:, worst].min()):g}, where fp16 is off by "
+                "more than 1 %; rescale the weight, or give row_scale"
+            )
+    return half
 
 
 def _finite_fp16(name: str, values: Tensor) -> Tensor:

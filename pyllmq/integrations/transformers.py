@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "pyllmq"
-_TRIGGER = "transformers.quantizers.auto"
+_TRIGGER = "transformers.quantizers"
 
 
 # ---- registration ---------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def register() -> None:
                 raise FormatError(f"quantization_config has unknown keys {sorted(unknown)}; allowed: format_version, modules")
             if not isinstance(modules, Mapping) or not modules:
                 raise FormatError("quantization_config must name its packed modules under 'modules'; the folder is damaged")
-            self.quant_method = METHOD
+            self.quant_method = METHOD  # type: ignore[assignment]
             self.format_version = format_version
             self.modules = {name: dict(described) for name, described in modules.items()}
             self.structures()
@@ -76,6 +76,7 @@ def register() -> None:
         """Swaps Linears for packed layers on the skeleton, checks that every tensor arrived, makes the machine layouts."""
 
         requires_calibration = True
+        quantization_config: PyllmqConfig
 
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
             structures = self.quantization_config.structures()
@@ -235,8 +236,8 @@ def mark_packed(model: nn.Module) -> None:
     quantization_config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](modules=modules)
     model.config.quantization_config = quantization_config
     model.hf_quantizer = AUTO_QUANTIZER_MAPPING[METHOD](quantization_config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = METHOD
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = METHOD  # type: ignore[assignment]
 
 
 def save_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str], *others: Any) -> None:

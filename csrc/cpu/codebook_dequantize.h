@@ -1,0 +1,24 @@
+// Rows of W of a `codebook` weight as a dense matrix: exact in fp32 (an fp16 codebook entry times an fp16 row scale has
+// 22 bits), rounded to nearest even in bf16 and fp16.
+#pragma once
+#include <cstdint>
+
+#include "cpu/half.h"
+
+namespace pyllmq::cpu {
+
+// One row per ISA.
+struct DequantizeKernels {
+  // One block of 8 columns of one tile: fp32 values, out[row * out_stride + column], row scale applied when not null.
+  void (*block)(const uint8_t* block_codes, int width, const uint16_t* codebook, const float* row_scale, float* out,
+                int64_t out_stride);
+};
+
+extern const DequantizeKernels kDequantizeScalar;
+extern const DequantizeKernels kDequantizeAvx2;
+
+// Rows [row_begin, row_end) to out [row_end - row_begin, columns] of out_dtype.
+void codebook_dequantize(const void* layout, int64_t layout_bytes, int64_t row_begin, int64_t row_end, void* out,
+                         DType out_dtype);
+
+}  // namespace pyllmq::cpu

@@ -1,0 +1,123 @@
+// The machine layout of a `codebook` weight: one relocatable blob (offsets, no pointers) made from the checkpoint once.
+//
+// Rows are cut into tiles of 32 (each segment starts a new tile), columns are sorted by width, each width is cut into
+// panels. Codes are stored panel by panel, within a panel tile by tile, so that a thread with a range of tiles streams
+// contiguous bytes while the tables of one panel stay in its L1 cache.
+//
+//   widths 1, 2, 4   a nibble is a lookup of 4, 2 or 1 columns; byte r of a 32-byte step = row r, low nibble lookup 2i,
+//                    high nibble = lookup 2i+1
+//   width 3          8 columns are 3 bytes a row: columns 0..5 sit in the low 3 bits of the six nibbles, the six spare
+//                    bits carry columns 6 (bit 3 of the three bytes) and 7 (bit 7)
+//   widths 5..8      one byte a code
+//
+// Every panel is padded to blocks of 8 columns whose code and codebook are zero.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace pyllmq::cpu {
+
+constexpr int kTileRows = 32;
+constexpr int kBlockColumns = 8;
+constexpr int kPanelLookups = 256;     // what 16-bit accumulators of 7-bit planes hold: 256 * 127 < 2^15
+constexpr int kBytePanelColumns = 32;  // widths 5..8: 32 codebooks of 256 fp16 entries are half of an L1 cache
+constexpr int kMaxPanelColumns = 4 * kPanelLookups;
+
+static inline int columns_per_lookup(int width) { return width == 1 ? 4 : width == 2 ? 2 : 1; }
+static inline int entries_per_lookup(int width) { return width <= 3 ? 8 : 1 << width; }  // fp16 entries kept per lookup
+static inline int64_t block_bytes(int width) {                                           // one tile x 8 columns
+  return width <= 4 ? int64_t{width} * kBlockColumns * kTileRows / 8 : kBlockColumns * kTileRows;
+}
+
+struct SegmentRecord {
+  int64_t row_begin, rows, tile_begin, tiles;
+};
+
+struct PanelRecord {
+  int64_t width;
+  int64_t columns;  // true columns; slots = columns rounded up to 8
+  int64_t slots;
+  int64_t first_slot;    // into LayoutView::columns and max_magnitude
+  int64_t first_entry;   // into one segment's codebook
+  int64_t codes_offset;  // of tile 0, from the start of the blob
+  int64_t tile_bytes;
+  int64_t first_column;  // >= 0: the panel's columns are this one and its successors; -1: scattered
+
+  int64_t lookups() const { return slots / columns_per_lookup(static_cast<int>(width)); }
+};
+
+struct LayoutHeader {
+  uint64_t magic, version, checksum;  // the checksum covers this header and the two record tables
+  int64_t bytes, rows, columns, segments, tiles, panels, slots, entries, outliers, has_row_scale;
+  int64_t segments_offset, panels_offset, columns_offset, max_magnitude_offset, codebook_offset, row_scale_offset;
+  int64_t outlier_row_offsets_offset, outlier_columns_offset, outlier_deltas_offset, outlier_values_offset;
+  int64_t codes_offset;
+};
+
+// A checked look at a blob; throws std::invalid_argument when the header does not fit the bytes.
+class LayoutView {
+ public:
+  LayoutView(const void* layout, int64_t layout_bytes);
+
+  const LayoutHeader& header() const { return *at<LayoutHeader>(0); }
+  const SegmentRecord& segment(int64_t s) const { return at<SegmentRecord>(header().segments_offset)[s]; }
+  const PanelRecord& panel(int64_t p) const { return at<PanelRecord>(header().panels_offset)[p]; }
+  const uint32_t* columns(const PanelRecord& p) const { return at<uint32_t>(header().columns_offset) + p.first_slot; }
+  const float* max_magnitude(const PanelRecord& p, int64_t segment) const {  // max |codebook| of each column
+    return at<float>(header().max_magnitude_offset) + segment * header().slots + p.first_slot;
+  }
+  const uint16_t* codebook(const PanelRecord& p, int64_t segment) const {
+    return at<uint16_t>(header().codebook_offset) + segment * header().entries + p.first_entry;
+  }
+  const uint8_t* codes(const PanelRecord& p, int64_t tile) const {
+    return at<uint8_t>(p.codes_offset) + tile * p.tile_bytes;
+  }
+  const float* row_scale() const { return header().has_row_scale ? at<float>(header().row_scale_offset) : nullptr; }
+  const uint32_t* outlier_row_offsets() const { return at<uint32_t>(header().outlier_row_offsets_offset); }
+  const uint32_t* outlier_columns() const { return at<uint32_t>(header().outlier_columns_offset); }
+  const float* outlier_deltas() const { return at<float>(header().outlier_deltas_offset); }
+  const uint16_t* outlier_values() const { return at<uint16_t>(header().outlier_values_offset); }
+
+ private:
+  template <class T>
+  const T* at(int64_t offset) const {
+    return reinterpret_cast<const T*>(base_ + offset);
+  }
+  const uint8_t* base_;
+};
+
+// Code of column `slot` (counted within the panel) and row `row` of a tile.
+static inline int read_code(const uint8_t* tile_codes, int width, int64_t slot, int row) {
+  const uint8_t* block = tile_codes + slot / kBlockColumns * block_bytes(width) + row;
+  const int column = static_cast<int>(slot % kBlockColumns);
+  if (width >= 5) return block[column * kTileRows] & ((1 << width) - 1);
+  if (width != 3) {
+    const int bit = column * width;
+    return block[bit / 8 * kTileRows] >> (bit % 8) & ((1 << width) - 1);
+  }
+  if (column < 6) return block[column / 2 * kTileRows] >> (4 * (column % 2)) & 7;
+  const int bit = 4 * (column - 6) + 3;
+  return (block[0] >> bit & 1) | (block[kTileRows] >> bit & 1) << 1 | (block[2 * kTileRows] >> bit & 1) << 2;
+}
+
+// A weight as it stands in a checkpoint (DESIGN 4), all arrays row-major and contiguous.
+struct CodebookCheckpoint {
+  int64_t rows, columns, segments;
+  const uint8_t* column_bits;          // [columns]
+  const int32_t* segment_rows;         // [segments]
+  const uint8_t* codes[9];             // by width; [rows, packed_row_bytes(columns of that width)]
+  const uint16_t* codebook;            // fp16 [segments, sum 2^bits]
+  const uint16_t* row_scale;           // fp16 [rows] or null
+  const int32_t* outlier_row_offsets;  // [rows + 1] or null
+  const void* outlier_columns;         // uint16 or int32, ascending within a row
+  int outlier_columns_bytes;
+  const uint16_t* outlier_values;  // fp16
+};
+
+int64_t codebook_layout_bytes(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,
+                              int64_t segments, int64_t outliers);
+void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookCheckpoint& checkpoint);
+// codes_out uint8 [rows, columns]: exactly the codes that were packed, also under the outliers.
+void codebook_layout_codes(const void* layout, int64_t layout_bytes, uint8_t* codes_out);
+
+}  // namespace pyllmq::cpu

@@ -1,0 +1,324 @@
+#include "cpu/codebook_linear.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/codebook_layout.h"
+#include "cpu/isa.h"
+#include "cpu/thread_pool.h"
+
+namespace pyllmq::cpu {
+namespace {
+
+constexpr int64_t kTableBudget = int64_t{4} << 20;  // bytes of tables alive at once; stays in a share of the L3 cache
+constexpr int64_t kChunkTiles = 16;
+// Single-thread estimates for the thread pool.
+constexpr double kNsPerLookupStep = 1.2;  // one lookup of 32 rows
+constexpr double kNsPerDecodeStep = 5.0;  // one column of 32 rows
+constexpr double kNsPerTable = 4.0;
+// Outside of this range of |x * codebook| the fixed point or its scale would leave fp32's normal numbers.
+constexpr float kSmallestBound = 0x1p-90f;
+constexpr float kLargestBound = 0x1p100f;
+
+// --- workspace: one growing buffer per calling thread, so that concurrent calls share nothing ----------------------
+
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { std::free(memory_); }
+
+  void reserve(int64_t bytes) {
+    used_ = 0;
+    if (bytes <= size_) return;
+    std::free(memory_);
+    size_ = 0;
+    memory_ = static_cast<uint8_t*>(std::aligned_alloc(64, rounded(bytes)));
+    if (memory_ == nullptr) throw std::bad_alloc();
+    size_ = rounded(bytes);
+  }
+  template <class T>
+  T* take(int64_t count) {
+    T* begin = reinterpret_cast<T*>(memory_ + used_);
+    used_ += rounded(count * static_cast<int64_t>(sizeof(T)));
+    return begin;
+  }
+  template <class T>
+  static int64_t need(int64_t count) {
+    return rounded(count * static_cast<int64_t>(sizeof(T)));
+  }
+
+ private:
+  static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+  uint8_t* memory_ = nullptr;
+  int64_t size_ = 0, used_ = 0;
+};
+
+enum class Path : int32_t { nothing, tables, exact };  // nothing: every product of the panel is zero
+
+struct PanelScale {
+  Path path;
+  float unit;
+};
+
+struct Chunk {
+  int64_t segment, tile_begin, tiles;
+};
+
+struct Problem {
+  const LayoutView& view;
+  const LinearKernels& kernels;
+  int precision;  // planes - kMinPlanes
+  DType dtype;
+  int64_t lookup_panels;  // the first panels, those of widths 1..4
+  std::vector<int64_t> first_lookup;
+  int64_t lookups;
+  int64_t decoded_columns;  // of widths 5..8
+  std::vector<Chunk> chunks;
+
+  const float* x;      // [tokens, columns]
+  const float* bias;   // [rows] or null
+  uint8_t* tables;     // [tokens, segments, lookups, planes, 16]
+  PanelScale* scales;  // [tokens, segments, lookup_panels]
+  int64_t tokens;
+
+  int planes() const { return precision + kMinPlanes; }
+  uint8_t* table(int64_t token, int64_t segment, int64_t panel) const {
+    const int64_t before = (token * view.header().segments + segment) * lookups + first_lookup[panel];
+    return tables + before * planes() * kTableEntries;
+  }
+  PanelScale& scale(int64_t token, int64_t segment, int64_t panel) const {
+    return scales[(token * view.header().segments + segment) * lookup_panels + panel];
+  }
+};
+
+// --- phase 1: tables -----------------------------------------------------------------------------------------------
+
+void pick_columns(const LayoutView& view, const PanelRecord& panel, const float* x, float* picked) {
+  if (panel.first_column >= 0) {
+    std::copy(x + panel.first_column, x + panel.first_column + panel.columns, picked);
+  } else {
+    const uint32_t* columns = view.columns(panel);
+    for (int64_t i = 0; i < panel.columns; ++i) picked[i] = x[columns[i]];
+  }
+  std::fill(picked + panel.columns, picked + panel.slots, 0.0f);
+}
+
+void build_panel_tables(const Problem& problem, int64_t token, int64_t segment, int64_t p) {
+  const LayoutView& view = problem.view;
+  const PanelRecord& panel = view.panel(p);
+  const int width = static_cast<int>(panel.width);
+  alignas(64) float x[kMaxPanelColumns];
+  pick_columns(view, panel, problem.x + token * view.header().columns, x);
+
+  PanelScale& scale = problem.scale(token, segment, p);
+  const float bound =
+      problem.kernels.panel_bound(x, view.max_magnitude(panel, segment), panel.slots) * columns_per_lookup(width);
+  if (bound == 0) {
+    scale = {Path::nothing, 0};
+  } else if (bound >= kSmallestBound && bound <= kLargestBound) {
+    // One part in 4096 more than the bound: room for the rounding of the products and of the fixed point.
+    const int exponent = std::ilogb(bound * (1 + 0x1p-12f)) + 1 - (kPlaneBits * problem.planes() - 1);
+    scale = {Path::tables, std::ldexp(1.0f, exponent)};
+    const float to_fixed = std::ldexp(1.0f, -exponent);
+    for (int64_t i = 0; i < panel.slots; ++i) x[i] *= to_fixed;
+    problem.kernels.build_tables[problem.precision](width, view.codebook(panel, segment), x, panel.lookups(),
+                                                    problem.table(token, segment, p));
+  } else {
+    scale = {Path::exact, 0};
+  }
+}
+
+// --- phase 2: lookups ----------------------------------------------------------------------------------------------
+
+void add_exact(const Problem& problem, const PanelRecord& panel, const Chunk& chunk, int64_t token, float* y) {
+  const LayoutView& view = problem.view;
+  const int width = static_cast<int>(panel.width);
+  const uint16_t* codebook = view.codebook(panel, chunk.segment);
+  const int64_t entries = entries_per_lookup(width) / columns_per_lookup(width);
+  alignas(64) float x[kMaxPanelColumns];
+  pick_columns(view, panel, problem.x + token * view.header().columns, x);
+  for (int64_t tile = 0; tile < chunk.tiles; ++tile) {
+    const uint8_t* codes = view.codes(panel, chunk.tile_begin + tile);
+    for (int row = 0; row < kTileRows; ++row) {
+      double sum = 0;
+      for (int64_t slot = 0; slot < panel.columns; ++slot)
+        sum += static_cast<double>(x[slot]) *
+               static_cast<double>(fp16_to_fp32(codebook[slot * entries + read_code(codes, width, slot, row)]));
+      y[tile * kTileRows + row] += static_cast<float>(sum);
+    }
+  }
+}
+
+void add_lookups(const Problem& problem, int64_t p, const Chunk& chunk, float* y, int64_t y_stride) {
+  const PanelRecord& panel = problem.view.panel(p);
+  const auto kernel =
+      (panel.width == 3 ? problem.kernels.lookup_3bit : problem.kernels.lookup_nibbles)[problem.precision];
+  const uint8_t* codes = problem.view.codes(panel, chunk.tile_begin);
+  for (int64_t t = 0; t < problem.tokens; ++t) {
+    const PanelScale& scale = problem.scale(t, chunk.segment, p);
+    if (scale.path == Path::tables)
+      kernel(codes, chunk.tiles, panel.lookups(), problem.table(t, chunk.segment, p), scale.unit, y + t * y_stride);
+    else if (scale.path == Path::exact)
+      add_exact(problem, panel, chunk, t, y + t * y_stride);
+  }
+}
+
+void add_decoded(const Problem& problem, int64_t p, const Chunk& chunk, float* y, int64_t y_stride) {
+  const LayoutView& view = problem.view;
+  const PanelRecord& panel = view.panel(p);
+  alignas(64) float x[kMaxTokenBlock * kBytePanelColumns];
+  for (int64_t t = 0; t < problem.tokens; ++t)
+    pick_columns(view, panel, problem.x + t * view.header().columns, x + t * kBytePanelColumns);
+  problem.kernels.decode_multiply[panel.width - 5](view.codes(panel, chunk.tile_begin), chunk.tiles, panel.tile_bytes,
+                                                   panel.columns, view.codebook(panel, chunk.segment), x,
+                                                   problem.tokens, y, y_stride);
+}
+
+// --- the end of a row: scale, outliers, bias, dtype ----------------------------------------------------------------
+
+void finish_rows(const Problem& problem, int64_t token, int64_t row_begin, int64_t rows, float* sums) {
+  const LayoutView& view = problem.view;
+  if (const float* scale = view.row_scale())
+    for (int64_t r = 0; r < rows; ++r) sums[r] *= scale[row_begin + r];
+  if (view.header().outliers > 0) {
+    const float* x = problem.x + token * view.header().columns;
+    const uint32_t* offsets = view.outlier_row_offsets() + row_begin;
+    const uint32_t* columns = view.outlier_columns();
+    const float* deltas = view.outlier_deltas();
+    for (int64_t r = 0; r < rows; ++r) {
+      double sum = 0;
+      for (uint32_t i = offsets[r]; i < offsets[r + 1]; ++i)
+        sum += static_cast<double>(x[columns[i]]) * static_cast<double>(deltas[i]);
+      sums[r] += static_cast<float>(sum);
+    }
+  }
+  if (problem.bias != nullptr)
+    for (int64_t r = 0; r < rows; ++r) sums[r] += problem.bias[row_begin + r];
+}
+
+void run_chunk(const Problem& problem, const Chunk& chunk, void* y) {
+  const LayoutHeader& header = problem.view.header();
+  alignas(64) float sums[kMaxTokenBlock * kChunkTiles * kTileRows];
+  const int64_t stride = chunk.tiles * kTileRows;
+  std::fill(sums, sums + problem.tokens * stride, 0.0f);
+  for (int64_t p = 0; p < header.panels; ++p) {
+    if (p < problem.lookup_panels)
+      add_lookups(problem, p, chunk, sums, stride);
+    else
+      add_decoded(problem, p, chunk, sums, stride);
+  }
+  const SegmentRecord& segment = problem.view.segment(chunk.segment);
+  const int64_t row_begin = segment.row_begin + (chunk.tile_begin - segment.tile_begin) * kTileRows;
+  const int64_t rows = std::min(stride, segment.row_begin + segment.rows - row_begin);
+  const int64_t element = problem.dtype == DType::fp32 ? 4 : 2;
+  for (int64_t t = 0; t < problem.tokens; ++t) {
+    finish_rows(problem, t, row_begin, rows, sums + t * stride);
+    problem.kernels.from_fp32[static_cast<int>(problem.dtype)](
+        sums + t * stride, static_cast<uint8_t*>(y) + (t * header.rows + row_begin) * element, rows);
+  }
+}
+
+std::vector<Chunk> make_chunks(const LayoutView& view) {
+  const LayoutHeader& header = view.header();
+  const int64_t most = std::clamp<int64_t>(header.tiles / (4 * num_threads()), 4, kChunkTiles);
+  std::vector<Chunk> chunks;
+  for (int64_t s = 0; s < header.segments; ++s) {
+    const SegmentRecord& segment = view.segment(s);
+    for (int64_t done = 0; done < segment.tiles; done += most)
+      chunks.push_back({s, segment.tile_begin + done, std::min(most, segment.tiles - done)});
+  }
+  return chunks;
+}
+
+void run_block(const Problem& problem, void* y) {
+  const LayoutHeader& header = problem.view.header();
+  const double tokens = static_cast<double>(problem.tokens);
+  const int64_t tasks = problem.tokens * header.segments * problem.lookup_panels;
+  parallel_for(tasks, 1, kNsPerTable * tokens * header.segments * problem.lookups, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = i % problem.lookup_panels, rest = i / problem.lookup_panels;
+      build_panel_tables(problem, rest / header.segments, rest % header.segments, panel);
+    }
+  });
+  const double steps = problem.lookups * kNsPerLookupStep + problem.decoded_columns * kNsPerDecodeStep;
+  const double cost = steps * tokens * static_cast<double>(header.tiles);
+  parallel_for(static_cast<int64_t>(problem.chunks.size()), 1, cost, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run_chunk(problem, problem.chunks[i], y);
+  });
+}
+
+}  // namespace
+
+const LinearKernels& linear_kernels() {
+#if defined(__x86_64__)
+  if (active_isa() == Isa::avx2) return kLinearAvx2;
+#endif
+  return kLinearScalar;
+}
+
+void codebook_linear(const void* layout, int64_t layout_bytes, const void* x, DType x_dtype, int64_t tokens,
+                     const void* bias, DType bias_dtype, void* y) {
+  const LayoutView view(layout, layout_bytes);
+  const LayoutHeader& header = view.header();
+  if (tokens < 0) throw std::invalid_argument("tokens = " + std::to_string(tokens) + "; must be >= 0");
+  if (tokens == 0) return;
+  if (x == nullptr || y == nullptr) throw std::invalid_argument("x and y must not be null when there are tokens");
+
+  Problem problem{view,
+                  linear_kernels(),
+                  (x_dtype == DType::fp32 ? 4 : 3) - kMinPlanes,
+                  x_dtype,
+                  0,
+                  {},
+                  0,
+                  0,
+                  make_chunks(view),
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  0};
+  for (; problem.lookup_panels < header.panels && view.panel(problem.lookup_panels).width <= 4;
+       ++problem.lookup_panels) {
+    problem.first_lookup.push_back(problem.lookups);
+    problem.lookups += view.panel(problem.lookup_panels).lookups();
+  }
+  for (int64_t p = problem.lookup_panels; p < header.panels; ++p) problem.decoded_columns += view.panel(p).columns;
+
+  const int64_t tables_per_token = header.segments * problem.lookups * problem.planes() * kTableEntries;
+  const int64_t block =
+      std::min(tokens, std::clamp<int64_t>(kTableBudget / std::max<int64_t>(tables_per_token, 1), 1, kMaxTokenBlock));
+  const int64_t scales = block * header.segments * problem.lookup_panels;
+  thread_local Workspace workspace;
+  workspace.reserve(Workspace::need<float>(block * header.columns) + Workspace::need<float>(header.rows) +
+                    Workspace::need<uint8_t>(block * tables_per_token) + Workspace::need<PanelScale>(scales));
+  auto* x_block = workspace.take<float>(block * header.columns);
+  auto* bias_fp32 = workspace.take<float>(header.rows);
+  problem.tables = workspace.take<uint8_t>(block * tables_per_token);
+  problem.scales = workspace.take<PanelScale>(scales);
+  if (bias != nullptr) {
+    problem.kernels.to_fp32[static_cast<int>(bias_dtype)](bias, bias_fp32, header.rows);
+    problem.bias = bias_fp32;
+  }
+
+  const int64_t element = x_dtype == DType::fp32 ? 4 : 2;
+  for (int64_t begin = 0; begin < tokens; begin += block) {
+    problem.tokens = std::min(block, tokens - begin);
+    const uint8_t* x_begin = static_cast<const uint8_t*>(x) + begin * header.columns * element;
+    problem.x = x_block;
+    if (x_dtype == DType::fp32)
+      problem.x = reinterpret_cast<const float*>(x_begin);
+    else
+      problem.kernels.to_fp32[static_cast<int>(x_dtype)](x_begin, x_block, problem.tokens * header.columns);
+    run_block(problem, static_cast<uint8_t*>(y) + begin * header.rows * element);
+  }
+}
+
+}  // namespace pyllmq::cpu

@@ -1,0 +1,323 @@
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "cpu/codebook_layout.h"
+#include "cpu/codebook_linear.h"
+#include "cpu/codebook_wide_avx2.h"
+
+namespace pyllmq::cpu {
+namespace {
+
+constexpr int kPrefetchBytes = 1024;  // 30-75 % faster than without on a weight that comes from memory
+
+// gcc 12 otherwise copies the accumulators between registers every iteration, which costs a third of the loop.
+#define PYLLMQ_PIN(x) __asm__("" : "+x"(x))
+
+inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+inline __m256i broadcast16(const uint8_t* from) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline __m256 load_fp16(const uint16_t* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+// --- tables --------------------------------------------------------------------------------------------------------
+
+float panel_bound(const float* x, const float* max_magnitude, int64_t slots) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
+  __m256i largest = _mm256_setzero_si256();
+  for (int64_t i = 0; i < slots; i += 8) {
+    const __m256 product = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(max_magnitude + i));
+    largest = _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(product), magnitude));
+  }
+  alignas(32) uint32_t lanes[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), largest);
+  uint32_t top = lanes[0];
+  for (int i = 1; i < 8; ++i) top = lanes[i] > top ? lanes[i] : top;
+  return bits_float(top);
+}
+
+// Eight fixed-point numbers, each cut into fields of 7 bits at the bytes of its 32-bit lane.
+template <int Planes>
+inline __m256i cut_into_planes(__m256 products) {
+  __m256i t = _mm256_add_epi32(_mm256_cvtps_epi32(products), _mm256_set1_epi32(1 << (kPlaneBits * Planes - 1)));
+  __m256i planes = _mm256_and_si256(t, _mm256_set1_epi32(0x7F));
+  planes = _mm256_or_si256(planes, _mm256_and_si256(_mm256_slli_epi32(t, 1), _mm256_set1_epi32(0x7F00)));
+  if constexpr (Planes >= 3)
+    planes = _mm256_or_si256(planes, _mm256_and_si256(_mm256_slli_epi32(t, 2), _mm256_set1_epi32(0x7F0000)));
+  if constexpr (Planes >= 4)
+    planes = _mm256_or_si256(planes, _mm256_and_si256(_mm256_slli_epi32(t, 3), _mm256_set1_epi32(0x7F000000)));
+  return planes;
+}
+
+template <int Planes>
+inline void store_table(__m256 entries_0_7, __m256 entries_8_15, uint8_t* table) {
+  const __m256i by_plane = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
+                                            0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i a = _mm256_shuffle_epi8(cut_into_planes<Planes>(entries_0_7), by_plane);
+  const __m256i b = _mm256_shuffle_epi8(cut_into_planes<Planes>(entries_8_15), by_plane);
+  const __m256i planes_01 = _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi32(a, b), in_order);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(table), planes_01);
+  if constexpr (Planes == 2) return;
+  const __m256i planes_23 = _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi32(a, b), in_order);
+  if constexpr (Planes == 4) _mm256_storeu_si256(reinterpret_cast<__m256i*>(table + 32), planes_23);
+  if constexpr (Planes == 3)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(table + 32), _mm256_castsi256_si128(planes_23));
+}
+
+template <int Planes>
+void build_tables(int width, const uint16_t* codebook, const float* x, int64_t lookups, uint8_t* tables) {
+  constexpr int stride = Planes * kTableEntries;
+  if (width == 4) {
+    for (int64_t l = 0; l < lookups; ++l, codebook += 16, tables += stride) {
+      const __m256 x0 = _mm256_broadcast_ss(x + l);
+      store_table<Planes>(_mm256_mul_ps(x0, load_fp16(codebook)), _mm256_mul_ps(x0, load_fp16(codebook + 8)), tables);
+    }
+  } else if (width == 3) {  // entry 8 + c = entry c: the fourth bit of a nibble belongs to another column
+    for (int64_t l = 0; l < lookups; ++l, codebook += 8, tables += stride) {
+      const __m256 products = _mm256_mul_ps(_mm256_broadcast_ss(x + l), load_fp16(codebook));
+      store_table<Planes>(products, products, tables);
+    }
+  } else if (width == 2) {
+    const __m256i second_low = _mm256_setr_epi32(4, 4, 4, 4, 5, 5, 5, 5);
+    const __m256i second_high = _mm256_setr_epi32(6, 6, 6, 6, 7, 7, 7, 7);
+    for (int64_t l = 0; l < lookups; ++l, codebook += 8, tables += stride) {
+      const __m256 both = load_fp16(codebook);
+      const __m256 x1 = _mm256_broadcast_ss(x + 2 * l + 1);
+      const __m256 first = _mm256_mul_ps(_mm256_broadcast_ss(x + 2 * l), _mm256_permute2f128_ps(both, both, 0));
+      store_table<Planes>(_mm256_add_ps(first, _mm256_mul_ps(x1, _mm256_permutevar8x32_ps(both, second_low))),
+                          _mm256_add_ps(first, _mm256_mul_ps(x1, _mm256_permutevar8x32_ps(both, second_high))), tables);
+    }
+  } else {
+    const __m256i bit0 = _mm256_setr_epi32(0, 1, 0, 1, 0, 1, 0, 1), bit1 = _mm256_setr_epi32(2, 2, 3, 3, 2, 2, 3, 3);
+    const __m256i bit2 = _mm256_setr_epi32(4, 4, 4, 4, 5, 5, 5, 5);
+    const __m256i bit3_low = _mm256_set1_epi32(6), bit3_high = _mm256_set1_epi32(7);
+    for (int64_t l = 0; l < lookups; ++l, codebook += 8, tables += stride, x += 4) {
+      const __m256 all = load_fp16(codebook);
+      const auto product = [&](int column, __m256i pick) {
+        return _mm256_mul_ps(_mm256_broadcast_ss(x + column), _mm256_permutevar8x32_ps(all, pick));
+      };
+      const __m256 low = _mm256_add_ps(product(0, bit0), product(1, bit1));
+      const __m256 third = product(2, bit2);
+      store_table<Planes>(_mm256_add_ps(low, _mm256_add_ps(third, product(3, bit3_low))),
+                          _mm256_add_ps(low, _mm256_add_ps(third, product(3, bit3_high))), tables);
+    }
+  }
+}
+
+// --- lookups -------------------------------------------------------------------------------------------------------
+
+template <int Planes>
+struct Accumulators {
+  __m256i even[Planes], odd[Planes];  // 16-bit sums; `even` holds even + 256 * odd modulo 2^16 until the flush
+
+  inline __attribute__((always_inline)) void clear() {
+#pragma GCC unroll 4
+    for (int p = 0; p < Planes; ++p) even[p] = odd[p] = _mm256_setzero_si256();
+  }
+
+  // Two lookups whose tables lie side by side.
+  inline __attribute__((always_inline)) void add(__m256i index_a, __m256i index_b, const uint8_t* tables) {
+#pragma GCC unroll 4
+    for (int p = 0; p < Planes; ++p) {
+      const __m256i a = _mm256_shuffle_epi8(broadcast16(tables + p * kTableEntries), index_a);
+      const __m256i b = _mm256_shuffle_epi8(broadcast16(tables + (Planes + p) * kTableEntries), index_b);
+      const __m256i v = _mm256_add_epi8(a, b);
+      even[p] = _mm256_add_epi16(even[p], v);
+      PYLLMQ_PIN(even[p]);
+      odd[p] = _mm256_add_epi16(odd[p], _mm256_srli_epi16(v, 8));
+      PYLLMQ_PIN(odd[p]);
+    }
+  }
+
+  inline __attribute__((always_inline)) void flush(int64_t lookups, float unit, float* y) {
+    // Rows in memory order per plane: bytes 2i are in `even`, bytes 2i+1 in `odd`; [0]: rows 0-7|16-23, [1]:
+    // 8-15|24-31.
+    __m256i sums[Planes][2];
+#pragma GCC unroll 4
+    for (int p = 0; p < Planes; ++p) {
+      const __m256i e = _mm256_sub_epi16(even[p], _mm256_slli_epi16(odd[p], 8));
+      sums[p][0] = _mm256_unpacklo_epi16(e, odd[p]);
+      sums[p][1] = _mm256_unpackhi_epi16(e, odd[p]);
+    }
+    const __m256i join = _mm256_set1_epi32(128 << 16 | 1);  // low half * 1 + high half * 128
+    const __m256i bias = _mm256_set1_epi32(static_cast<int>(lookups) * kUpperBias);
+    const __m256 upper_unit = _mm256_set1_ps(Planes == 4 ? 16384 * unit : Planes == 3 ? 128 * unit : unit);
+    const __m256 lower_unit = _mm256_set1_ps(unit);
+    __m256 part[4];  // rows 0-3|16-19, 4-7|20-23, 8-11|24-27, 12-15|28-31
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const auto joined = [&](__m256i low, __m256i high) {
+        return _mm256_madd_epi16(i % 2 ? _mm256_unpackhi_epi16(low, high) : _mm256_unpacklo_epi16(low, high), join);
+      };
+      const __m256i upper = _mm256_sub_epi32(joined(sums[Planes - 2][i / 2], sums[Planes - 1][i / 2]), bias);
+      part[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(upper), upper_unit);
+      if constexpr (Planes >= 3) {
+        const __m256i lower = joined(sums[0][i / 2], Planes == 4 ? sums[1][i / 2] : _mm256_setzero_si256());
+        part[i] = _mm256_add_ps(part[i], _mm256_mul_ps(_mm256_cvtepi32_ps(lower), lower_unit));
+      }
+    }
+    const auto add_rows = [y](int row, __m256 value) {
+      _mm256_storeu_ps(y + row, _mm256_add_ps(_mm256_loadu_ps(y + row), value));
+    };
+    add_rows(0, _mm256_permute2f128_ps(part[0], part[1], 0x20));
+    add_rows(8, _mm256_permute2f128_ps(part[2], part[3], 0x20));
+    add_rows(16, _mm256_permute2f128_ps(part[0], part[1], 0x31));
+    add_rows(24, _mm256_permute2f128_ps(part[2], part[3], 0x31));
+  }
+};
+
+template <int Planes>
+void lookup_nibbles(const uint8_t* codes, int64_t tiles, int64_t lookups, const uint8_t* tables, float unit, float* y) {
+  const __m256i low_nibble = _mm256_set1_epi8(15);
+  for (; tiles > 0; --tiles, y += kTileRows) {
+    Accumulators<Planes> sums;
+    sums.clear();
+    const uint8_t* table = tables;
+    for (int64_t step = lookups / 2; step > 0; --step) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T0);
+      const __m256i pair = load(codes);
+      sums.add(_mm256_and_si256(pair, low_nibble), _mm256_and_si256(_mm256_srli_epi16(pair, 4), low_nibble), table);
+      codes += kTileRows;
+      table += 2 * Planes * kTableEntries;
+    }
+    sums.flush(lookups, unit, y);
+  }
+}
+
+template <int Planes>
+void lookup_3bit(const uint8_t* codes, int64_t tiles, int64_t lookups, const uint8_t* tables, float unit, float* y) {
+  const __m256i low_nibble = _mm256_set1_epi8(15);
+  constexpr int pair_stride = 2 * Planes * kTableEntries;
+  for (; tiles > 0; --tiles, y += kTileRows) {
+    Accumulators<Planes> sums;
+    sums.clear();
+    const uint8_t* table = tables;
+    for (int64_t block = lookups / kBlockColumns; block > 0; --block) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes + 64, _MM_HINT_T0);
+      const auto add_pair = [&](__m256i pair, int which) __attribute__((always_inline)) {
+        sums.add(_mm256_and_si256(pair, low_nibble), _mm256_and_si256(_mm256_srli_epi16(pair, 4), low_nibble),
+                 table + which * pair_stride);
+      };
+      const __m256i a = load(codes), b = load(codes + 32), c = load(codes + 64);
+      const __m256i spare_a = _mm256_and_si256(_mm256_srli_epi16(a, 3), _mm256_set1_epi8(0x11));
+      const __m256i spare_b = _mm256_and_si256(_mm256_srli_epi16(b, 2), _mm256_set1_epi8(0x22));
+      const __m256i spare_c = _mm256_and_si256(_mm256_srli_epi16(c, 1), _mm256_set1_epi8(0x44));
+      add_pair(a, 0);
+      add_pair(b, 1);
+      add_pair(c, 2);
+      add_pair(_mm256_or_si256(_mm256_or_si256(spare_a, spare_b), spare_c), 3);
+      codes += block_bytes(3);
+      table += 4 * pair_stride;
+    }
+    sums.flush(lookups, unit, y);
+  }
+}
+
+// --- widths 5..8 ---------------------------------------------------------------------------------------------------
+
+// 32 weights of one column, rows in order.
+template <int Width>
+inline void decode_column(const uint8_t* codes, const uint8_t* planes, float* weights) {
+  const WideWeights bytes = decode_wide<Width>(codes, planes);
+  const __m256i a = _mm256_unpacklo_epi8(bytes.low, bytes.high);  // rows 0-7|16-23
+  const __m256i b = _mm256_unpackhi_epi8(bytes.low, bytes.high);  // rows 8-15|24-31
+  _mm256_store_ps(weights, _mm256_cvtph_ps(_mm256_castsi256_si128(a)));
+  _mm256_store_ps(weights + 8, _mm256_cvtph_ps(_mm256_castsi256_si128(b)));
+  _mm256_store_ps(weights + 16, _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)));
+  _mm256_store_ps(weights + 24, _mm256_cvtph_ps(_mm256_extracti128_si256(b, 1)));
+}
+
+inline void add_block(const float* weights, const float* x, int64_t columns, float* sums) {
+  __m256 block_sum[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) block_sum[i] = _mm256_setzero_ps();
+  for (int64_t k = 0; k < columns; ++k, weights += kTileRows) {
+    const __m256 x_k = _mm256_broadcast_ss(x + k);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      block_sum[i] = _mm256_add_ps(block_sum[i], _mm256_mul_ps(x_k, _mm256_load_ps(weights + 8 * i)));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    _mm256_storeu_ps(sums + 8 * i, _mm256_add_ps(_mm256_loadu_ps(sums + 8 * i), block_sum[i]));
+}
+
+template <int Width>
+void decode_multiply(const uint8_t* codes, int64_t tiles, int64_t tile_bytes, int64_t columns, const uint16_t* codebook,
+                     const float* x, int64_t tokens, float* y, int64_t y_stride) {
+  alignas(64) uint8_t planes[kBytePanelColumns][2 << Width];
+  for (int64_t k = 0; k < columns; ++k) split_codebook(codebook + (k << Width), Width, planes[k]);
+  for (int64_t tile = 0; tile < tiles; ++tile, codes += tile_bytes, y += kTileRows) {
+    alignas(64) float panel_sums[kMaxTokenBlock][kTileRows];
+    std::memset(panel_sums, 0, tokens * sizeof panel_sums[0]);
+    for (int64_t begin = 0; begin < columns; begin += kBlockColumns) {
+      const int64_t count = begin + kBlockColumns < columns ? kBlockColumns : columns - begin;
+      alignas(64) float weights[kBlockColumns * kTileRows];
+      for (int64_t k = 0; k < count; ++k) {
+        const uint8_t* column = codes + (begin + k) * kTileRows;
+        _mm_prefetch(reinterpret_cast<const char*>(column) + kPrefetchBytes, _MM_HINT_T0);
+        decode_column<Width>(column, planes[begin + k], weights + k * kTileRows);
+      }
+      for (int64_t t = 0; t < tokens; ++t) add_block(weights, x + t * kBytePanelColumns + begin, count, panel_sums[t]);
+    }
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int row = 0; row < kTileRows; row += 8) {
+        float* out = y + t * y_stride + row;
+        _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), _mm256_load_ps(panel_sums[t] + row)));
+      }
+  }
+}
+
+// --- dtypes --------------------------------------------------------------------------------------------------------
+
+void copy_to_fp32(const void* from, float* to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
+void copy_from_fp32(const float* from, void* to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
+
+void fp16_row_to_fp32(const void* from, float* to, int64_t count) {
+  const auto* half = static_cast<const uint16_t*>(from);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, load_fp16(half + i));
+  for (; i < count; ++i) to[i] = fp16_to_fp32(half[i]);
+}
+
+void bf16_row_to_fp32(const void* from, float* to, int64_t count) {
+  const auto* half = static_cast<const uint16_t*>(from);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i));
+    _mm256_storeu_ps(to + i, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
+  }
+  for (; i < count; ++i) to[i] = bf16_to_fp32(half[i]);
+}
+
+void fp32_row_to_fp16(const float* from, void* to, int64_t count) {
+  auto* half = static_cast<uint16_t*>(to);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i < count; ++i) half[i] = fp32_to_fp16(from[i]);
+}
+
+void fp32_row_to_bf16(const float* from, void* to, int64_t count) {
+  auto* half = static_cast<uint16_t*>(to);
+  for (int64_t i = 0; i < count; ++i) half[i] = fp32_to_bf16(from[i]);  // the compiler vectorises this
+}
+
+}  // namespace
+
+const LinearKernels kLinearAvx2 = {
+    panel_bound,
+    {build_tables<2>, build_tables<3>, build_tables<4>},
+    {lookup_nibbles<2>, lookup_nibbles<3>, lookup_nibbles<4>},
+    {lookup_3bit<2>, lookup_3bit<3>, lookup_3bit<4>},
+    {decode_multiply<5>, decode_multiply<6>, decode_multiply<7>, decode_multiply<8>},
+    {copy_to_fp32, bf16_row_to_fp32, fp16_row_to_fp32},
+    {copy_from_fp32, fp32_row_to_bf16, fp32_row_to_fp16},
+};
+
+}  // namespace pyllmq::cpu

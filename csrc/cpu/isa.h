@@ -1,0 +1,16 @@
+// Which instruction set the kernels use. Every operation keeps one row of function pointers per ISA and picks by
+// active_isa(); a new ISA is one more enumerator here and one more row there.
+#pragma once
+#include <string>
+#include <vector>
+
+namespace pyllmq::cpu {
+
+enum class Isa { scalar = 0, avx2 = 1 };
+
+const char* isa_name(Isa isa);
+std::vector<Isa> supported_isas();  // compiled in and usable on this machine, best first
+Isa active_isa();
+void set_isa(const std::string& name);  // throws std::invalid_argument that lists the allowed names
+
+}  // namespace pyllmq::cpu

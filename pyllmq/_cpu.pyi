@@ -1,0 +1,66 @@
+"""CPU kernels. Tensors are passed as addresses (`tensor.data_ptr()`) and sizes; the caller checks shapes and dtypes.
+
+All arrays are contiguous and row-major. dtype codes: 0 fp32, 1 bf16, 2 fp16. A layout is a uint8 buffer aligned to 64
+bytes without pointers inside: it may be copied to another aligned place. Arguments that would make a kernel read or
+write outside raise ValueError.
+"""
+
+def supported_isas() -> list[str]:
+    """Instruction sets compiled in and usable on this machine, best first."""
+
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def num_threads() -> int: ...
+def set_num_threads(threads: int) -> None:
+    """Size of the thread pool, the calling thread included: 1..1024. Waits for a running kernel."""
+
+def parallel_probe(
+    tasks: int, task_us: float = 0.0, failing_task: int = -1, nested_tasks: int = 0
+) -> tuple[list[int], int]:
+    """For tests: how often each task ran (plus its nested tasks), and on how many threads."""
+
+def pack_codes(codes: int, packed: int, rows: int, columns: int, bits: int) -> None:
+    """uint8 [rows, columns] -> uint8 [rows, ceil(columns*bits/8)], LSB first; a code >= 2**bits raises ValueError."""
+
+def unpack_codes(packed: int, codes: int, rows: int, columns: int, bits: int) -> None: ...
+def codebook_layout_bytes(
+    rows: int, columns: int, column_bits: int, segment_rows: int, segments: int, outliers: int
+) -> int:
+    """Size of a layout. column_bits uint8 [columns], segment_rows int32 [segments]; outliers: how many in all."""
+
+def codebook_layout_pack(
+    layout: int,
+    layout_bytes: int,
+    rows: int,
+    columns: int,
+    column_bits: int,
+    segment_rows: int,
+    segments: int,
+    codes: list[int],
+    codebook: int,
+    row_scale: int,
+    outlier_row_offsets: int,
+    outlier_columns: int,
+    outlier_columns_bytes: int,
+    outlier_values: int,
+) -> None:
+    """Checkpoint tensors -> layout.
+
+    codes: the addresses of codes_b1..codes_b8 (uint8 [rows, ceil(columns_b*b/8)]), 0 where a width does not occur;
+    codebook fp16 [segments, sum 2**column_bits]; row_scale fp16 [rows] or 0; outlier_row_offsets int32 [rows + 1] or 0;
+    outlier_columns uint16 or int32 (outlier_columns_bytes 2 or 4), ascending within a row; outlier_values fp16.
+    """
+
+def codebook_layout_shape(layout: int, layout_bytes: int) -> tuple[int, int]:
+    """(rows, columns) of the weight."""
+
+def codebook_layout_codes(layout: int, layout_bytes: int, codes_out: int) -> None:
+    """The inverse of packing, for the codes: uint8 [rows, columns], also those under outliers."""
+
+def codebook_linear(
+    layout: int, layout_bytes: int, x: int, x_dtype: int, tokens: int, bias: int, bias_dtype: int, y: int
+) -> None:
+    """y [tokens, rows] = x [tokens, columns] @ W.T + bias [rows]; y has x's dtype, bias 0 = none."""
+
+def codebook_dequantize(layout: int, layout_bytes: int, row_begin: int, row_end: int, out: int, out_dtype: int) -> None:
+    """out [row_end - row_begin, columns] = those rows of W: exact in fp32, else rounded to nearest even."""

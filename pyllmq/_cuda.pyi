@@ -1,0 +1,3 @@
+kernels: tuple[str, ...]
+
+def runtime_version() -> int: ...

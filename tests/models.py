@@ -1,0 +1,71 @@
+"""Tiny models of every kind, with random weights, and a tokenizer trained on the text that is on every machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def tiny_llama(**changes: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=256)  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
+
+
+def tiny_bert() -> Any:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    return BertModel(config).eval()
+
+
+def tiny_gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=256)).eval()
+
+
+def tiny_t5() -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=512, d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config).eval()
+
+
+def tiny_gemma3() -> Any:
+    """Sliding and global attention alternate: masks and rotary embeddings differ from block to block."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+                              num_key_value_heads=2, head_dim=16, sliding_window=8, sliding_window_pattern=2,
+                              max_position_embeddings=256)  # fmt: skip
+    return Gemma3ForCausalLM(config).eval()
+
+
+def tiny_mixtral() -> Any:
+    """Experts stacked in 3-D tensors."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                           num_key_value_heads=2, num_local_experts=4, max_position_embeddings=256)  # fmt: skip
+    return MixtralForCausalLM(config).eval()
+
+
+def token_batches(count: int = 4, length: int = 32, vocabulary: int = 512) -> list[torch.Tensor]:
+    return [torch.randint(0, vocabulary, (2, length)) for _ in range(count)]
+
+
+def tiny_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from pyllmq.compression.calibration import builtin_paragraphs
+
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["[UNK]", "[PAD]", "[EOS]"], show_progress=False)
+    tokenizer.train_from_iterator(builtin_paragraphs()[:200], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="[EOS]")

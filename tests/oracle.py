@@ -1,0 +1,85 @@
+"""What the kernels are measured against: short enough to believe, in fp64, with nothing of pyllmq's arithmetic in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyllmq import CodebookWeight
+
+
+@dataclass
+class Case:
+    """A random packed weight together with the parts that it was made from."""
+
+    weight: CodebookWeight
+    codes: Tensor
+    column_bits: Tensor
+    dense: Tensor  # fp64 [N, K], decoded by this file
+
+
+def random_case(
+    n: int,
+    k: int,
+    widths: tuple[int, ...] = (2,),
+    *,
+    segments: int = 1,
+    outliers: float = 0.0,
+    row_scale: bool = False,
+) -> Case:
+    column_bits = torch.tensor([widths[i] for i in torch.randint(len(widths), (k,))])
+    codes = torch.stack([torch.randint(0, 2 ** int(b), (n,)) for b in column_bits], 1).to(torch.uint8)
+    codebook = torch.randn(segments, int((2**column_bits).sum())) * 0.05
+    segment_rows = torch.full((segments,), n // segments)
+    segment_rows[-1] += n - int(segment_rows.sum())
+    mask = torch.rand(n, k) < outliers
+    values = torch.randn(n, k)
+    scale = torch.rand(n) + 0.5 if row_scale else None
+    weight = CodebookWeight.pack(
+        codes,
+        codebook,
+        column_bits,
+        segment_rows=segment_rows,
+        outlier_mask=mask,
+        outlier_weight=values,
+        row_scale=scale,
+    )
+    dense = decode(codes, codebook.half().double(), column_bits, segment_rows)
+    if scale is not None:
+        dense *= scale.half().double()[:, None]
+    dense[mask] = values[mask].half().double()
+    return Case(weight, codes, column_bits, dense)
+
+
+def decode(codes: Tensor, codebook: Tensor, column_bits: Tensor, segment_rows: Tensor) -> Tensor:
+    """W[r, k] = codebook[segment of r][start of k + code], one column at a time."""
+    n, k = codes.shape
+    dense = torch.empty(n, k, dtype=torch.float64)
+    row = 0
+    for segment, rows in enumerate(segment_rows.tolist()):
+        start = 0
+        for column in range(k):
+            entries = 2 ** int(column_bits[column])
+            book = codebook[segment, start : start + entries]
+            dense[row : row + rows, column] = book[codes[row : row + rows, column].long()]
+            start += entries
+        row += rows
+    return dense
+
+
+def assert_as_good_as_torch(actual: Tensor, exact: Tensor, *torchs: Tensor, factor: float = 2.0) -> None:
+    """The largest error against fp64 is at most `factor` times that of plain torch in the same dtype.
+
+    With few outputs torch's error is luck, so the caller may give its results for several orders of summation. Where torch
+    happens to be exact (K = 1), one rounding of the largest output in that dtype is allowed.
+    """
+    assert actual.dtype == torchs[0].dtype and actual.shape == exact.shape
+    assert bool(torch.isfinite(actual).all())
+    if exact.numel() == 0:
+        return
+    ours = float((actual.double() - exact).abs().max())
+    theirs = max(float((result.double() - exact).abs().max()) for result in torchs)
+    one_rounding = torch.finfo(actual.dtype).eps * float(exact.abs().max())
+    assert ours <= max(factor * theirs, one_rounding), f"error {ours:.3e}, torch's own {theirs:.3e}, one rounding {one_rounding:.3e}"

@@ -1,0 +1,154 @@
+"""The command line as a user meets it: each command on a small real folder, and errors that help."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pyllmq
+from pyllmq.cli import main
+
+from . import models
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("cli") / "dense"
+    models.tiny_llama(tie_word_embeddings=False).save_pretrained(path)
+    models.tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed(source, tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "packed"
+    arguments = ["compress", str(source), str(path), "--bits", "3.12", "--samples", "4", "--seqlen", "32", "--quiet"]
+    assert main(arguments) == 0
+    return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
+    return file
+
+
+def test_compress_prints_a_report_and_writes_a_folder(source, tmp_path, capsys):
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    code = main(["compress", str(source), str(out), "--method", "claq", "--bits", "2.1", "--samples", "4", "--seqlen", "32",
+                 "--report", str(report)])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert code == 0 and "model.layers.0.self_attn.q_proj" in printed and "true bits per weight" in printed
+    assert len(json.loads(report.read_text())["layers"]) == 14
+    model = pyllmq.from_pretrained(out)
+    assert isinstance(model.model.layers[0].mlp.up_proj, pyllmq.CodebookLinear)
+    structure = model.model.layers[0].mlp.up_proj.structure
+    assert structure.columns[1] > structure.columns[3] > 0 == structure.outliers
+
+
+def test_named_bits_bring_their_outliers(packed):
+    structure = pyllmq.from_pretrained(packed).model.layers[0].mlp.up_proj.structure
+    assert 0 < structure.outliers < 0.02 * structure.out_features * structure.in_features
+
+
+def test_compress_with_own_text_and_patterns(source, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["compress", str(source), str(out), "--bits", "4", "--calibration", str(text), "--samples", "2", "--seqlen", "16",
+                 "--include", "layers.1", "--exclude", "down_proj", "--quiet"]) == 0  # fmt: skip
+    capsys.readouterr()
+    assert main(["inspect", str(out), "--json"]) == 0
+    names = set(json.loads(capsys.readouterr().out))
+    assert names == {f"model.layers.1.{n}" for n in
+                     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")}  # fmt: skip
+
+
+def test_eval(packed, text, capsys):
+    assert main(["eval", str(packed), "--text", str(text), "--seqlen", "32", "--max-tokens", "100", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    model, tokenizer = pyllmq.from_pretrained(packed), pyllmq.loading.load_tokenizer(packed)
+    ids = tokenizer(text.read_text(), return_tensors="pt")["input_ids"][0, :100]
+    losses = [
+        torch.nn.functional.cross_entropy(model(input_ids=w[None]).logits[0, :-1], w[1:], reduction="sum") for w in ids.split(32)
+    ]
+    assert row["perplexity"] == pytest.approx(float(torch.exp(sum(losses) / row["tokens"])), rel=1e-4)
+    assert row["tokens"] == 96 and row["decode_tokens_per_second"] > 0
+    assert main(["eval", str(packed), "--seqlen", "64", "--max-tokens", "128"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_eval_works_on_a_dense_folder_too(source, capsys):
+    assert main(["eval", str(source), "--seqlen", "32", "--max-tokens", "64"]) == 0
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_generate(packed, capsys):
+    arguments = ["generate", str(packed), "--prompt", "The quick brown", "--max-new-tokens", "5"]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == first and first.startswith("The quick brown")
+
+
+def test_inspect(packed, capsys):
+    assert main(["inspect", str(packed)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 14 + 1 and "14 packed Linears" in lines[-1]
+    structures = pyllmq.loading.packed_structures(packed)
+    assert f"{sum(s.nbytes for s in structures.values()) / 1e6:.2f} MB" in lines[-1]
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("torch", torch.__version__.split("+")[0], "cpu        works", "cuda       missing", "reference  works", "cpu.tables"):
+        assert expected in printed
+
+
+def test_module_and_help():
+    done = subprocess.run([sys.executable, "-m", "pyllmq", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and all(c in done.stdout for c in ("compress", "eval", "generate", "inspect", "bench", "doctor"))
+    for command in ("compress", "eval", "generate", "inspect", "bench", "doctor"):
+        done = subprocess.run([sys.executable, "-m", "pyllmq", command, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0 and "--help" in done.stdout
+
+
+def test_errors_are_one_line_on_stderr(source, packed, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("keep me")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    out = str(tmp_path / "out")
+    small = ["--samples", "2", "--seqlen", "16", "--quiet"]
+    for arguments, message in (
+        (["compress", str(tmp_path / "none"), out], "no config.json"),
+        (["compress", str(source), str(mine), *small], "is no packed folder"),
+        (["compress", str(packed), str(packed), *small], "same folder"),
+        (["compress", str(packed), out, *small], "already packed"),
+        (["compress", str(source), out, "--bits", "9", *small], "1 to 8"),
+        (["compress", str(source), out, "--calibration", str(tmp_path / "empty.txt"), *small], "tokens"),
+        (["compress", str(source), out, "--calibration", str(tmp_path / "binary"), *small], "not UTF-8"),
+        (["compress", str(source), out, "--calibration", str(tmp_path / "none"), *small], "No such file"),
+        (["compress", str(source), out, "--include", "nothing", *small], "fits no Linear"),
+        (["inspect", str(source)], "not a packed folder"),
+        (["eval", str(tmp_path)], "no config.json"),
+        (["bench", "--shapes", "gpt-17"], "gpt-17"),
+        (["bench", "--m", "1,x"], "--m is"),
+    ):
+        assert main(arguments) == 1, arguments
+        err = capsys.readouterr().err.strip()
+        assert message in err and "Traceback" not in err, (arguments, err)
+    assert not (tmp_path / "out").exists() and (mine / "notes.txt").read_text() == "keep me"
+    with pytest.raises(FileNotFoundError):
+        main(["--traceback", "inspect", str(tmp_path / "none")])
+
+
+def test_bench(tmp_path, capsys):
+    csv = tmp_path / "rows.csv"
+    assert main(["bench", "--op", "codebook_linear", "--shapes", "64x64", "--bits", "2", "--m", "1", "--csv", str(csv)]) == 0
+    printed = capsys.readouterr().out
+    assert "torch fp32" in printed and "pyllmq" in printed and csv.stat().st_size > 100

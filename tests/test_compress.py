@@ -1,0 +1,251 @@
+"""pyllmq.compress on models of every kind: right inputs, right Hessians, honest report, nothing changed on failure."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import pyllmq
+from pyllmq import CLAQConfig, CodebookLinear
+from pyllmq.compression import model as pipeline
+
+from . import models
+
+CONFIG = CLAQConfig(bits=4)
+
+
+def run(model, batches=None, config=CONFIG, **kwargs):
+    batches = models.token_batches() if batches is None else batches
+    return pyllmq.compress(model, config, batches, progress=False, **kwargs)
+
+
+def packed_names(model):
+    return {name for name, module in model.named_modules() if isinstance(module, CodebookLinear)}
+
+
+def test_llama():
+    model = models.tiny_llama()
+    x = torch.randint(0, 512, (1, 20))
+    dense = model(x).logits
+    report = run(model)
+    assert len(report.layers) == 14 and packed_names(model) == {layer.name for layer in report.layers}
+    assert type(model.lm_head) is nn.Linear
+    assert [item.name for item in report.left_dense] == ["lm_head"] and not report.warnings
+    error = (model(x).logits - dense).norm() / dense.norm()
+    assert error < 0.2, "4 bits must stay near the dense model"
+    assert report.bits_per_weight == pytest.approx(
+        8 * sum(m.nbytes for m in model.modules() if isinstance(m, CodebookLinear)) / report.weights
+    )
+    assert report.bits_per_weight > 4.0 == report.paper_bits
+
+
+def test_more_bits_are_closer():
+    errors = {}
+    for bits in (2, 3, 4):
+        torch.manual_seed(0)
+        errors[bits] = run(models.tiny_llama(), config=CLAQConfig(bits=bits)).mean_error
+    assert errors[2] > errors[3] > errors[4] > 0
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_every_linear_is_given_its_own_inputs(monkeypatch, sequential):
+    """The Hessian of each group is X^T X of what its Linears see in the model whose earlier parts are already packed."""
+    model = models.tiny_llama()
+    batches = models.token_batches(3)
+    seen = {}
+    original = pipeline.compress_linears
+
+    def spy(weights, hessian, config):
+        inputs = []
+        target = model.get_submodule(next(iter(weights)))
+        handle = target.register_forward_pre_hook(lambda m, a: inputs.append(a[0].detach().flatten(0, -2)))
+        for batch in batches:
+            model(batch, use_cache=False)
+        handle.remove()
+        x = torch.cat(inputs)
+        expected = 2 / len(x) * x.T @ x
+        if sequential:
+            torch.testing.assert_close(hessian, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        seen[tuple(name.rsplit(".", 1)[1] for name in weights)] = hessian.shape
+        return original(weights, hessian, config)
+
+    monkeypatch.setattr(pipeline, "compress_linears", spy)
+    run(model, batches, CLAQConfig(bits=3, true_sequential=sequential))
+    assert set(seen) == {("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}
+
+
+def test_siblings_share_column_bits():
+    model = models.tiny_llama()
+    run(model, config=CLAQConfig(bits=2.5))
+    attention = model.model.layers[0].self_attn
+    bits = [layer.packed_weight().column_bits for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    assert torch.equal(bits[0], bits[1]) and torch.equal(bits[0], bits[2]) and len(bits[0].unique()) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [(models.tiny_bert, 12), (models.tiny_gpt2, 8), (models.tiny_gemma3, 21)],
+)
+def test_other_architectures(make, count):
+    model = make()
+    ids = torch.randint(0, 512, (2, 24))
+    dense = model(ids)[0]
+    exclude = (*pyllmq.swap.DEFAULT_EXCLUDE, *(["pooler"] if make is models.tiny_bert else []))
+    report = run(model, exclude=exclude)
+    assert len(report.layers) == count and not report.warnings
+    assert (model(ids)[0] - dense).norm() / dense.norm() < 0.25
+
+
+def test_encoder_decoder():
+    model = models.tiny_t5()
+    batches = [{"input_ids": ids, "decoder_input_ids": ids[:, :8]} for ids in models.token_batches()]
+    dense = model(**batches[0]).logits
+    report = run(model, batches)
+    names = [layer.name for layer in report.layers]
+    assert len(names) == 2 * 6 + 2 * 10
+    assert max(i for i, n in enumerate(names) if n.startswith("encoder")) < min(i for i, n in enumerate(names) if n.startswith("decoder"))
+    assert (model(**batches[0]).logits - dense).norm() / dense.norm() < 0.3
+
+
+def test_blocks_that_run_twice_and_models_without_blocks():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+        def forward(self, x):
+            return self.blocks[1](self.blocks[0](self.blocks[0](x)))
+
+    batches = [{"x": torch.randn(16, 8)} for _ in range(3)]
+    model = Twice()
+    assert {layer.name for layer in run(model, batches).layers} == {"blocks.0", "blocks.1"}
+    plain = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    report = run(plain, [{"input": torch.randn(32, 8)}])
+    assert [layer.name for layer in report.layers] == ["0", "2"]
+
+
+def test_padding_does_not_count():
+    ids = torch.randint(1, 512, (2, 16))
+    mask = torch.ones_like(ids)
+    mask[:, 8:] = 0
+    short = [{"input_ids": ids[:, :8], "attention_mask": mask[:, :8]}]
+    padded = [{"input_ids": ids, "attention_mask": mask}]
+    results = []
+    for batches in (short, padded):
+        torch.manual_seed(1)
+        model = models.tiny_bert()
+        run(model, batches, exclude=("pooler",), config=CLAQConfig(bits=3))
+        results.append(model.encoder.layer[0].attention.self.query.dequantize())
+    torch.testing.assert_close(results[0], results[1], rtol=0.05, atol=1e-3)
+
+
+def test_stacked_experts_left_dense_are_said_loudly():
+    model = models.tiny_mixtral()
+    with pytest.warns(UserWarning, match="stay dense without being asked for.*experts"):
+        report = run(model)
+    assert any("experts" in item.name for item in report.left_dense)
+    quiet = run(models.tiny_mixtral(), exclude=(*pyllmq.swap.DEFAULT_EXCLUDE, "experts"))
+    assert not quiet.warnings
+
+
+def test_outside_linears_only_when_named():
+    model = models.tiny_bert()
+    with pytest.warns(UserWarning, match="pooler.dense"):
+        run(model)
+    assert type(model.pooler.dense) is nn.Linear
+    model = models.tiny_bert()
+    report = run(model, include=["pooler", "layer.1"])
+    assert {layer.name for layer in report.layers} == {n for n in packed_names(model)}
+    assert isinstance(model.pooler.dense, CodebookLinear) and not report.warnings
+
+
+def test_experts_that_no_token_reaches():
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.ModuleDict({"used": nn.Linear(8, 8), "unused": nn.Linear(8, 8)})])
+
+        def forward(self, x):
+            return self.layers[0]["used"](x)
+
+    model = Router()
+    with pytest.warns(UserWarning, match="layers.0.unused was never run"):
+        run(model, [{"x": torch.randn(32, 8)}])
+    assert packed_names(model) == {"layers.0.used", "layers.0.unused"}
+
+
+def test_report_is_saved_whole(tmp_path):
+    report = run(models.tiny_llama())
+    report.save(tmp_path / "report.json")
+    read = json.loads((tmp_path / "report.json").read_text())
+    assert len(read["layers"]) == 14 and read["totals"]["bits_per_weight"] == report.bits_per_weight
+    assert read["config"]["bits"] == 4 and [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    text = str(report)
+    assert all(layer.name in text for layer in report.layers) and "true bits per weight" in text
+
+
+def snapshot(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}, [type(m) for m in model.modules()], model.training
+
+
+@pytest.mark.parametrize("failure", [ValueError("broken"), KeyboardInterrupt()])
+def test_a_failed_compression_leaves_the_model_as_it_was(monkeypatch, failure):
+    model = models.tiny_llama().train()
+    before = snapshot(model)
+    original, calls = pipeline.compress_linears, []
+
+    def fail_late(*args):
+        calls.append(args)
+        if len(calls) == 6:
+            raise failure
+        return original(*args)
+
+    monkeypatch.setattr(pipeline, "compress_linears", fail_late)
+    with pytest.raises(type(failure)):
+        run(model)
+    after = snapshot(model)
+    assert before[0].keys() == after[0].keys() and all(torch.equal(before[0][k], after[0][k]) for k in before[0])
+    assert before[1:] == after[1:] and model.config.use_cache
+    assert not model._forward_pre_hooks and not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], "calibration is empty"),
+        ([torch.empty(1, 0, dtype=torch.int64)], "calibration is empty"),
+        (torch.zeros(1, 4, dtype=torch.int64), "single Tensor"),
+        ("some text", "single str"),
+        (["some text"], "batch 0 is a str"),
+        ([{"input_ids": [1, 2]}], "batch 0 is a dict"),
+    ],
+)
+def test_bad_calibration(calibration, message):
+    with pytest.raises(ValueError, match=message):
+        run(models.tiny_llama(), calibration)
+
+
+def test_bad_models_and_patterns():
+    model = models.tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.inf
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight holds 1 values that are not finite"):
+        run(model)
+    assert all(torch.equal(a, b) for a, b in zip(before[0].values(), snapshot(model)[0].values(), strict=True))
+    with pytest.raises(ValueError, match="'encoder' fits no Linear"):
+        run(models.tiny_llama(), include=["encoder"])
+    with pytest.raises(ValueError, match="nothing to compress"):
+        run(models.tiny_llama(), exclude=("re:.*",))
+    tied = models.tiny_llama(tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="lm_head shares its weight with model.embed_tokens"):
+        run(tied, include=["lm_head"], exclude=())
+
+
+def test_bf16_model():
+    model = models.tiny_llama().to(torch.bfloat16)
+    x = torch.randint(0, 512, (1, 12))
+    dense = model(x).logits.float()
+    run(model)
+    y = model(x).logits
+    assert y.dtype == torch.bfloat16 and (y.float() - dense).norm() / dense.norm() < 0.2

@@ -1,0 +1,366 @@
+"""CPU kernels of the `codebook` format against an oracle in plain torch and fp64, called through the bindings."""
+
+import itertools
+
+import pytest
+import torch
+
+from pyllmq import _cpu
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ROWS = [1, 5, 31, 32, 33, 100]
+COLUMNS = [1, 2, 3, 7, 64, 255, 256, 257, 600]
+WIDTHS = [[1], [2], [3], [4], [5], [6], [7], [8], [2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8]]
+
+
+@pytest.fixture(autouse=True, params=_cpu.supported_isas())
+def isa(request):
+    before = _cpu.isa()
+    _cpu.set_isa(request.param)
+    assert _cpu.isa() == request.param
+    yield request.param
+    _cpu.set_isa(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread():
+    """The oracle's small operations spin in OpenMP: on a busy machine they took 60 s instead of 2."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    before = _cpu.num_threads()
+    yield
+    _cpu.set_num_threads(before)
+
+
+def aligned_bytes(size):
+    raw = torch.zeros(size + 64, dtype=torch.uint8)
+    start = -raw.data_ptr() % 64
+    return raw[start : start + size]
+
+
+def pack_rows(codes, bits):
+    """Plain-torch bit stream: uint8 [rows, n] -> uint8 [rows, ceil(n*bits/8)], LSB first."""
+    stream = ((codes[:, :, None] >> torch.arange(bits)) & 1).reshape(codes.shape[0], -1)
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)).reshape(codes.shape[0], -1, 8)
+    return (stream.int() << torch.arange(8)).sum(-1).to(torch.uint8).contiguous()
+
+
+class Weight:
+    """A random checkpoint, its dense fp64 oracle and its layout."""
+
+    def __init__(self, rows, columns, widths, segments=1, outlier_fraction=0.0, row_scale=False, int32=False, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.shape = rows, columns
+        self.column_bits = torch.tensor(widths)[torch.randint(len(widths), (columns,), generator=g)].to(torch.uint8)
+        cuts = torch.sort(torch.randperm(rows - 1, generator=g)[: segments - 1] + 1).values.tolist()
+        self.segment_rows = torch.diff(torch.tensor([0, *cuts, rows])).to(torch.int32)
+        entries = 2 ** self.column_bits.long()
+        self.codebook = torch.randn(segments, int(entries.sum()), generator=g).half()
+        self.all_codes = (torch.rand(rows, columns, generator=g) * entries).floor().to(torch.uint8)
+        self.packed = {
+            b: pack_rows(self.all_codes[:, self.column_bits == b], b) for b in sorted(set(self.column_bits.tolist()))
+        }
+        self.row_scale = (torch.rand(rows, generator=g) + 0.5).half() if row_scale else None
+
+        first = torch.cumsum(entries, 0) - entries
+        segment = torch.repeat_interleave(torch.arange(segments), self.segment_rows.long())
+        self.dense = self.codebook.double()[segment[:, None], first + self.all_codes.long()]
+        if row_scale:
+            self.dense = self.dense * self.row_scale.double()[:, None]
+        mask = torch.rand(rows, columns, generator=g) < outlier_fraction
+        self.outlier_offsets = torch.cat([torch.zeros(1), mask.sum(1).cumsum(0)]).to(torch.int32)
+        self.outlier_columns = mask.nonzero()[:, 1].to(torch.int32 if int32 else torch.uint16).contiguous()
+        self.outlier_values = (torch.randn(int(mask.sum()), generator=g) * 8).half()
+        self.dense[mask] = self.outlier_values.double()
+        self.layout = self.pack()
+
+    def layout_size(self):
+        return _cpu.codebook_layout_bytes(
+            *self.shape, self.column_bits.data_ptr(), self.segment_rows.data_ptr(), len(self.segment_rows),
+            len(self.outlier_values),
+        )  # fmt: skip
+
+    def pack(self, size=None, **changed):
+        layout = aligned_bytes(self.layout_size() if size is None else size)
+        arguments = {
+            "layout": layout.data_ptr(),
+            "layout_bytes": layout.numel(),
+            "rows": self.shape[0],
+            "columns": self.shape[1],
+            "column_bits": self.column_bits.data_ptr(),
+            "segment_rows": self.segment_rows.data_ptr(),
+            "segments": len(self.segment_rows),
+            "codes": [self.packed[b].data_ptr() if b in self.packed else 0 for b in range(1, 9)],
+            "codebook": self.codebook.data_ptr(),
+            "row_scale": 0 if self.row_scale is None else self.row_scale.data_ptr(),
+            "outlier_row_offsets": self.outlier_offsets.data_ptr() if len(self.outlier_values) else 0,
+            "outlier_columns": self.outlier_columns.data_ptr(),
+            "outlier_columns_bytes": self.outlier_columns.element_size(),
+            "outlier_values": self.outlier_values.data_ptr(),
+        }
+        _cpu.codebook_layout_pack(**{**arguments, **changed})
+        return layout
+
+    def codes(self):
+        out = torch.full(self.shape, 255, dtype=torch.uint8)
+        _cpu.codebook_layout_codes(self.layout.data_ptr(), self.layout.numel(), out.data_ptr())
+        return out
+
+    def linear(self, x, bias=None, layout=None):
+        layout = self.layout if layout is None else layout
+        y = torch.full((len(x), self.shape[0]), float("nan"), dtype=x.dtype)
+        _cpu.codebook_linear(
+            layout.data_ptr(), layout.numel(), x.data_ptr(), DTYPE_CODES[x.dtype], len(x),
+            0 if bias is None else bias.data_ptr(), 0 if bias is None else DTYPE_CODES[bias.dtype], y.data_ptr(),
+        )  # fmt: skip
+        return y
+
+    def dequantize(self, dtype=torch.float32, begin=0, end=None):
+        end = self.shape[0] if end is None else end
+        out = torch.full((end - begin, self.shape[1]), float("nan"), dtype=dtype)
+        _cpu.codebook_dequantize(
+            self.layout.data_ptr(), self.layout.numel(), begin, end, out.data_ptr(), DTYPE_CODES[dtype]
+        )
+        return out
+
+
+def assert_as_good_as_torch(weight, x, bias=None):
+    """Error against fp64 at most twice that of torch's own F.linear in x's dtype, both as norms over the outputs."""
+    dense_bias = None if bias is None else bias.double()
+    exact = torch.nn.functional.linear(x.double(), weight.dense, dense_bias)
+    torch_y = torch.nn.functional.linear(
+        x, weight.dense.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    ).double()
+    ours = weight.linear(x, bias).double()
+    # Room for one more rounding of a sum of this size: of a handful of outputs torch may hit one exactly by luck.
+    size = torch.linalg.norm((x.double() ** 2 @ weight.dense.T**2).sqrt() + exact.abs())
+    allowed = 2 * torch.linalg.norm(torch_y - exact) + torch.finfo(x.dtype).eps / 2 * size
+    error = torch.linalg.norm(ours - exact)
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}, size {size:.3e}"
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_every_shape_round_trips_and_matches(widths):
+    for seed, (rows, columns) in enumerate(itertools.product(ROWS, COLUMNS)):
+        weight = Weight(rows, columns, widths, seed=seed)
+        assert torch.equal(weight.codes(), weight.all_codes), (rows, columns)
+        assert torch.equal(weight.dequantize().double(), weight.dense), (rows, columns)
+        tokens = max(3, 96 // rows)  # of fewer outputs luck, not arithmetic, decides whose error is larger
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
+        assert_as_good_as_torch(weight, x)
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("outlier_fraction", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("row_scale", [False, True])
+@pytest.mark.parametrize("int32", [False, True])
+def test_segments_outliers_and_row_scale(segments, outlier_fraction, row_scale, int32):
+    weight = Weight(100, 300, [1, 2, 3, 4, 6], segments, outlier_fraction, row_scale, int32)
+    assert torch.equal(weight.codes(), weight.all_codes)
+    assert torch.equal(weight.dequantize().double(), weight.dense)
+    x = torch.randn(2, 300)
+    assert_as_good_as_torch(weight, x, torch.randn(100))
+    assert_as_good_as_torch(weight, x, torch.randn(100).half())
+
+
+@pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 16])
+def test_tokens_and_dtypes(tokens, dtype):
+    weight = Weight(70, 520, [2, 3, 4, 8], segments=2, outlier_fraction=0.02, row_scale=True)
+    x = torch.randn(tokens, 520).to(dtype)
+    assert weight.linear(x).shape == (tokens, 70)
+    if tokens:
+        assert_as_good_as_torch(weight, x, torch.randn(70).to(dtype))
+        one_by_one = torch.cat([weight.linear(row[None]) for row in x])
+        assert torch.equal(weight.linear(x), one_by_one)
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_isas_agree_bit_for_bit(widths):
+    weight = Weight(100, 600, widths, segments=2, outlier_fraction=0.01)
+    x = torch.randn(9, 600)
+    ours = weight.linear(x), weight.linear(x.bfloat16()), weight.dequantize(), weight.codes()
+    _cpu.set_isa("scalar")
+    scalar = weight.linear(x), weight.linear(x.bfloat16()), weight.dequantize(), weight.codes()
+    assert all(torch.equal(a, b) for a, b in zip(ours, scalar, strict=True))
+
+
+@pytest.mark.parametrize("widths", [[4], [3], [2, 8]], ids=str)
+def test_same_bits_for_any_number_of_threads(widths):
+    weight = Weight(1000, 600, widths, segments=3, outlier_fraction=0.01)
+    x = torch.randn(5, 600)
+    results = []
+    for threads in (1, 2, 5):
+        _cpu.set_num_threads(threads)
+        results.append((weight.linear(x), weight.dequantize(), weight.pack(), weight.codes()))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dequantize_any_row_range_rounded_to_nearest(dtype):
+    weight = Weight(100, 77, [2, 3, 5], segments=3, outlier_fraction=0.05, row_scale=True)
+    expected = weight.dense.to(torch.float32).to(dtype)
+    for begin, end in [(0, 100), (0, 1), (99, 100), (31, 33), (13, 80), (50, 50)]:
+        assert torch.equal(weight.dequantize(dtype, begin, end), expected[begin:end])
+        assert torch.equal(weight.dequantize(begin=begin, end=end).double(), weight.dense[begin:end])
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("widths", [[1], [2], [3], [4], [7]], ids=str)
+def test_non_finite_x_stays_in_its_token(widths, bad):
+    weight = Weight(40, 300, widths, outlier_fraction=0.01)
+    x = torch.randn(3, 300)
+    clean = weight.linear(x)
+    x[1, 123] = bad
+    y = weight.linear(x)
+    expected = torch.nn.functional.linear(x[1], weight.dense.float())
+    assert torch.equal(y[0], clean[0]) and torch.equal(y[2], clean[2])
+    assert not expected.isfinite().any() and not y[1].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
+def test_one_channel_ten_thousand_times_larger(dtype):
+    weight = Weight(100, 512, [2, 3, 4])
+    x = torch.randn(2, 512)
+    x[:, 200] *= 1e4 if dtype != torch.float16 else 1e3
+    assert_as_good_as_torch(weight, x.to(dtype))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38, 1e-30, 1e-20, 1e20, 1e34])
+@pytest.mark.parametrize("widths", [[1], [2], [3], [4], [6]], ids=str)
+def test_very_small_and_very_large_x(widths, size):
+    weight = Weight(40, 300, widths)
+    x = torch.randn(2, 300) * size
+    y = weight.linear(x)
+    exact = x.double() @ weight.dense.T
+    assert torch.all((y.double() - exact).abs() <= 1e-5 * exact.abs().max() + 300 * 2.0**-149)
+    assert size > 0 or torch.all(y == 0)
+
+
+def test_codebook_with_infinity_or_zeros():
+    weight = Weight(40, 64, [2, 3])
+    weight.codebook.zero_()
+    weight.layout = weight.pack()
+    assert torch.all(weight.linear(torch.randn(1, 64)) == 0)
+    weight.codebook.fill_(float("inf"))
+    weight.layout = weight.pack()
+    assert not weight.linear(torch.randn(1, 64)).isfinite().any()
+
+
+def test_layout_may_be_moved():
+    weight = Weight(100, 300, [2, 3, 4], segments=2, outlier_fraction=0.02)
+    x = torch.randn(2, 300)
+    before = weight.linear(x)
+    moved = aligned_bytes(weight.layout.numel())
+    moved.copy_(weight.layout)
+    weight.layout.zero_()
+    assert torch.equal(weight.linear(x, layout=moved), before)
+
+
+@pytest.mark.parametrize("byte", [0, 8, 16, 24, 32, 40, 56, 72, 104, 128, 176])
+def test_damaged_header_is_refused(byte):
+    weight = Weight(100, 300, [2, 3, 4])
+    weight.layout[byte] ^= 0x41
+    with pytest.raises(ValueError, match="layout"):
+        weight.linear(torch.randn(1, 300))
+    with pytest.raises(ValueError, match="layout"):
+        weight.dequantize()
+    with pytest.raises(ValueError, match="layout"):
+        weight.codes()
+
+
+def test_wrong_sizes_and_addresses_are_refused():
+    weight = Weight(100, 300, [2, 3, 4])
+    x = torch.randn(1, 300)
+    for cut in (weight.layout[:-64], weight.layout[:100], weight.layout[:0], weight.layout[1:]):
+        with pytest.raises(ValueError, match="layout"):
+            weight.linear(x, layout=cut)
+    with pytest.raises(ValueError, match="needs"):
+        weight.pack(size=weight.layout_size() + 64)
+    with pytest.raises(ValueError, match="do not lie within"):
+        _cpu.codebook_dequantize(weight.layout.data_ptr(), weight.layout.numel(), 0, 101, x.data_ptr(), 0)
+    with pytest.raises(ValueError, match="dtype code"):
+        _cpu.codebook_dequantize(weight.layout.data_ptr(), weight.layout.numel(), 0, 1, x.data_ptr(), 3)
+    with pytest.raises(ValueError, match="null"):
+        _cpu.codebook_linear(weight.layout.data_ptr(), weight.layout.numel(), 0, 0, 1, 0, 0, 0)
+    with pytest.raises(ValueError, match="tokens"):
+        _cpu.codebook_linear(weight.layout.data_ptr(), weight.layout.numel(), x.data_ptr(), 0, -1, 0, 0, x.data_ptr())
+
+
+def test_bad_checkpoints_are_refused():
+    weight = Weight(100, 300, [2, 3], outlier_fraction=0.1)
+    descending = weight.outlier_columns.int().flip(0).to(torch.uint16)
+    falling = torch.cat([torch.arange(100), torch.zeros(1)]).to(torch.int32)
+    with pytest.raises(ValueError, match="codes_b2 is missing"):
+        weight.pack(codes=[0] * 8)
+    with pytest.raises(ValueError, match="needs 8"):
+        weight.pack(codes=[0] * 7)
+    with pytest.raises(ValueError, match="codebook"):
+        weight.pack(codebook=0)
+    with pytest.raises(ValueError, match="ascend"):
+        weight.pack(outlier_columns=descending.data_ptr())
+    with pytest.raises(ValueError, match="allowed: 2"):
+        weight.pack(outlier_columns_bytes=3)
+    with pytest.raises(ValueError, match="decrease"):
+        weight.pack(outlier_row_offsets=falling.data_ptr())
+
+    bits = weight.column_bits.clone()
+    for wrong in (0, 9):
+        bits[7] = wrong
+        with pytest.raises(ValueError, match=r"column_bits\[7\]"):
+            weight.pack(column_bits=bits.data_ptr())
+    short = torch.tensor([99], dtype=torch.int32)
+    with pytest.raises(ValueError, match="sum to 99"):
+        weight.pack(segment_rows=short.data_ptr())
+    with pytest.raises(ValueError, match="segments"):
+        weight.pack(segments=0)
+    with pytest.raises(ValueError, match="shape"):
+        weight.pack(rows=0)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_pack_codes_matches_plain_torch(bits):
+    for rows, columns in itertools.product([1, 3, 70], [0, 1, 7, 8, 9, 63, 1001]):
+        codes = torch.randint(2**bits, (rows, columns), dtype=torch.uint8)
+        expected = pack_rows(codes, bits)
+        packed = torch.full((rows, (columns * bits + 7) // 8), 255, dtype=torch.uint8)
+        _cpu.pack_codes(codes.data_ptr(), packed.data_ptr(), rows, columns, bits)
+        assert torch.equal(packed, expected)
+        back = torch.full((rows, columns), 255, dtype=torch.uint8)
+        _cpu.unpack_codes(packed.data_ptr(), back.data_ptr(), rows, columns, bits)
+        assert torch.equal(back, codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+@pytest.mark.parametrize("place", [0, 16])
+def test_pack_codes_refuses_codes_that_do_not_fit(bits, place):
+    codes = torch.zeros(3, 17, dtype=torch.uint8)
+    codes[1, place] = 2**bits
+    packed = torch.zeros(3, 17, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="row 1"):
+        _cpu.pack_codes(codes.data_ptr(), packed.data_ptr(), 3, 17, bits)
+
+
+def test_pack_codes_refuses_bad_arguments():
+    codes = torch.zeros(4, dtype=torch.uint8)
+    for bits in (0, 9):
+        with pytest.raises(ValueError, match="bits"):
+            _cpu.pack_codes(codes.data_ptr(), codes.data_ptr(), 1, 4, bits)
+        with pytest.raises(ValueError, match="bits"):
+            _cpu.unpack_codes(codes.data_ptr(), codes.data_ptr(), 1, 4, bits)
+    with pytest.raises(ValueError, match="null"):
+        _cpu.unpack_codes(0, codes.data_ptr(), 1, 4, 4)
+    with pytest.raises(ValueError, match="shape"):
+        _cpu.unpack_codes(codes.data_ptr(), codes.data_ptr(), -1, 4, 4)
+
+
+def test_set_isa_lists_what_is_allowed():
+    with pytest.raises(ValueError, match="scalar"):
+        _cpu.set_isa("sse9")

@@ -1,0 +1,27 @@
+"""Importing does nothing: no output, no transformers, no threads, no compiler."""
+
+import subprocess
+import sys
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_import_is_quiet_and_light():
+    code = (
+        "import sys, threading, os; import torch; before = len(os.listdir('/proc/self/task')); import pyllmq; "
+        "assert 'transformers' not in sys.modules and 'matplotlib' not in sys.modules and 'triton' not in sys.modules, 'heavy import'; "
+        "assert len(os.listdir('/proc/self/task')) == before, 'a thread was started'"
+    )
+    assert run(code) == ("", "")
+
+
+def test_the_folders_at_the_top_import_under_pyllmq():
+    run("import pyllmq.triton_kernels, pyllmq.benchmarks")
+
+
+def test_public_names_exist():
+    run("import pyllmq; [getattr(pyllmq, name) for name in pyllmq.__all__]; [getattr(pyllmq.functional, n) for n in pyllmq.functional.__all__]")

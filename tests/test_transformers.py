@@ -1,0 +1,227 @@
+"""Packed folders through transformers: same logits, same tensors on a second save, and every kind of damage refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+import pyllmq
+from pyllmq import CLAQConfig, CodebookLinear, FormatError
+
+from . import models
+
+
+def compressed(make=models.tiny_llama, **kwargs):
+    model = make()
+    exclude = (*pyllmq.swap.DEFAULT_EXCLUDE, *(["pooler"] if make is models.tiny_bert else []))
+    pyllmq.compress(model, CLAQConfig(bits=3.12, outliers=0.005), models.token_batches(2), exclude=exclude, progress=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("packed") / "llama"
+    pyllmq.save_pretrained(compressed(), path)
+    return path
+
+
+def copy_of(folder, tmp_path):
+    target = tmp_path / "copy"
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_round_trip(tmp_path):
+    model = compressed()
+    ids = torch.randint(0, 512, (2, 16))
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path / "first")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "first", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert isinstance(loaded.model.layers[1].mlp.down_proj, CodebookLinear)
+    assert type(loaded.lm_head) is torch.nn.Linear
+    assert torch.equal(loaded(ids).logits, expected)
+    ours = pyllmq.from_pretrained(tmp_path / "first")
+    assert type(ours) is type(model) and torch.equal(ours(ids).logits, expected)
+
+    loaded.save_pretrained(tmp_path / "second")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) and first[k].dtype == second[k].dtype for k in first)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "second")]
+    assert configs[0] == configs[1] and configs[0]["quantization_config"]["quant_method"] == "pyllmq"
+
+
+def test_folder_is_really_smaller(folder, tmp_path):
+    dense = models.tiny_llama()
+    dense.save_pretrained(tmp_path)
+    linears = sum(m.weight.numel() * 4 for n, m in dense.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head")
+    saved = (tmp_path / "model.safetensors").stat().st_size - (folder / "model.safetensors").stat().st_size
+    assert saved > 0.6 * linears
+
+
+@pytest.mark.parametrize(("make", "auto"), [(models.tiny_bert, AutoModel), (models.tiny_gpt2, AutoModelForCausalLM)])
+def test_other_architectures(tmp_path, make, auto):
+    model = compressed(make)
+    ids = torch.randint(0, 512, (2, 16))
+    expected = model(ids)[0]
+    pyllmq.save_pretrained(model, tmp_path / "m")
+    for loaded in (auto.from_pretrained(tmp_path / "m"), pyllmq.from_pretrained(tmp_path / "m")):
+        assert torch.equal(loaded(ids)[0], expected)
+
+
+def test_base_model_out_of_a_folder_with_a_head(folder):
+    base = AutoModel.from_pretrained(folder)
+    assert isinstance(base.layers[0].self_attn.q_proj, CodebookLinear)
+    whole = pyllmq.from_pretrained(folder)
+    ids = torch.randint(0, 512, (1, 8))
+    assert torch.equal(base(ids)[0], whole.model(ids)[0])
+
+
+def test_sharded_folder(tmp_path):
+    model = compressed()
+    model.save_pretrained(tmp_path / "m", max_shard_size="100KB")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
+    ids = torch.randint(0, 512, (1, 8))
+    assert torch.equal(pyllmq.from_pretrained(tmp_path / "m")(ids).logits, model(ids).logits)
+
+
+def test_bf16_does_not_touch_codebooks(folder):
+    plain = pyllmq.from_pretrained(folder)
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert half.lm_head.weight.dtype == torch.bfloat16
+    for a, b in zip(plain.modules(), half.modules(), strict=True):
+        if isinstance(a, CodebookLinear):
+            for key, tensor in a.state_dict().items():
+                assert b.state_dict()[key].dtype == tensor.dtype and torch.equal(b.state_dict()[key], tensor)
+    ids = torch.randint(0, 512, (1, 8))
+    assert torch.allclose(half(ids).logits.float(), plain(ids).logits, atol=0.05)
+
+
+def test_generate(folder):
+    model = pyllmq.from_pretrained(folder)
+    ids = torch.randint(0, 512, (1, 8))
+    out = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert out.shape == (1, 14)
+    greedy = ids
+    for _ in range(6):
+        logits = model(greedy).logits[:, -1]
+        logits[:, model.generation_config.eos_token_id] = -torch.inf
+        greedy = torch.cat([greedy, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(out, greedy)
+
+
+def test_swapped_layers_are_saved_too(tmp_path):
+    model = models.tiny_llama()
+    names = pyllmq.swap_linear(model, lambda linear: CodebookLinear.from_dense(linear, bits=4))
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(0, 512, (1, 8))
+    assert len(names) == 14 and torch.equal(pyllmq.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_a_new_process_loads_it_in_either_import_order(folder):
+    ids = [[1, 2, 3, 4]]
+    expected = pyllmq.from_pretrained(folder)(torch.tensor(ids)).logits.double().sum().item()
+    for imports in ("import pyllmq, transformers", "import transformers.quantizers.auto, pyllmq", "import transformers, pyllmq"):
+        code = (
+            f"{imports}, torch; m = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}); "
+            f"print('SUM', repr(m(torch.tensor({ids})).logits.double().sum().item()))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout.split("SUM")[1]) == expected
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def first_module(described):
+    return described["modules"][Q]
+
+
+DAMAGE = {
+    "unknown version": (lambda f: edit_config(f, lambda q: q.update(format_version=2)), "reads version 1"),
+    "unknown key": (lambda f: edit_config(f, lambda q: q.update(run="import os")), "unknown keys"),
+    "no modules": (lambda f: edit_config(f, lambda q: q.update(modules={})), "packed modules"),
+    "unknown kind": (lambda f: edit_config(f, lambda q: first_module(q).update(kind="x")), "reads: 'codebook'"),
+    "widths": (lambda f: edit_config(f, lambda q: first_module(q).update(columns={"3": 63})), "sum to in_features"),
+    "shape": (lambda f: edit_config(f, lambda q: first_module(q).update(out_features=65)), r"\[65, 64\]|asks for"),
+    "other module": (lambda f: edit_config(f, lambda q: q["modules"].update({"no.such": first_module(q)})), "no.such"),
+    "outlier count": (lambda f: edit_config(f, lambda q: first_module(q).update(outliers=1)), "outlier"),
+    "missing codes": (lambda f: rewrite(f, lambda t: t.pop(f"{Q}.codes_b3")), "codes_b3 is missing"),
+    "short codebook": (lambda f: rewrite(f, lambda t: t.update({f"{Q}.codebook": t[f"{Q}.codebook"][:, :-1].contiguous()})), "codebook"),
+    "bf16 codebook": (lambda f: rewrite(f, lambda t: t.update({f"{Q}.codebook": t[f"{Q}.codebook"].bfloat16()})), "float16"),
+    "nan codebook": (lambda f: rewrite(f, lambda t: t[f"{Q}.codebook"].view(-1)[:3].fill_(torch.nan)), f"{Q}.*not finite"),
+    "outlier place": (lambda f: rewrite(f, lambda t: t.update({f"{Q}.outlier_columns": torch.full_like(t[f"{Q}.outlier_columns"], 999)})), "allowed: 0 to 63"),
+    "truncated": (lambda f: os.truncate(f / "model.safetensors", (f / "model.safetensors").stat().st_size // 2), "truncated or damaged"),
+    "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04pickle"), "truncated or damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_folders_are_refused(folder, tmp_path, damage):
+    act, message = DAMAGE[damage]
+    target = copy_of(folder, tmp_path)
+    act(target)
+    with pytest.raises(FormatError, match=message):
+        pyllmq.from_pretrained(target)
+
+
+def test_dense_folders_and_wrong_classes(folder, tmp_path):
+    models.tiny_llama().save_pretrained(tmp_path / "dense")
+    with pytest.raises(FormatError, match="not a pyllmq folder"):
+        pyllmq.from_pretrained(tmp_path / "dense")
+    from transformers import BertModel
+
+    with pytest.raises(FormatError, match="has no Linear of that name"):
+        BertModel.from_pretrained(folder)
+
+
+def test_a_failed_save_leaves_the_earlier_folder(folder, tmp_path, monkeypatch):
+    target = copy_of(folder, tmp_path)
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    model = compressed()
+
+    def fail(path):
+        raise OSError("no space left on device")
+
+    class Tokenizer:
+        save_pretrained = staticmethod(fail)
+
+    with pytest.raises(OSError, match="no space"):
+        pyllmq.save_pretrained(model, target, Tokenizer())
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["copy"], "nothing else is left behind"
+    pyllmq.save_pretrained(model, target)
+    assert torch.equal(pyllmq.from_pretrained(target).lm_head.weight, model.lm_head.weight)
+    assert [p.name for p in tmp_path.iterdir()] == ["copy"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="is a file"):
+        pyllmq.save_pretrained(model, tmp_path / "file")
+
+
+def test_only_plain_tensors_are_stored(folder):
+    assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors"}
+    with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+        assert set(tensors.metadata()) == {"format"}

@@ -39,9 +39,9 @@ def published_claq(
     damped = damped + damping * damped.diagonal().mean() * torch.eye(size, dtype=torch.float64)
     upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
 
-    # Outlier Order, counted after the columns were put in processing order: ties stay in that order.
+    # Outlier Order, counted after the columns were put in processing order; ties are left to torch's sort of floats.
     count = (work.abs() >= OUTLIER_THRESHOLD * work.abs().mean()).sum(0)
-    ranked = count.argsort(descending=True, stable=True)
+    ranked = count.float().sort(descending=True).indices
     base, high = (2, 4) if bits < 3 else (3, 4) if bits < 4 else (4, 4)
     share = (bits - base) / (high - base) if high > base else 0.0
     width = torch.full((size,), base)

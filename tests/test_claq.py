@@ -147,8 +147,8 @@ def test_corrected_mode_is_not_worse_at_equal_true_bits(
         corrected = compress_one(weight, hessian, code_bits + overhead * kept, kept)
         if corrected.weight.bits_per_weight <= published.weight.bits_per_weight:
             break
-        kept *= 0.995  # round(N * share) may keep a few more
-    assert corrected.weight.bits_per_weight > 0.99 * published.weight.bits_per_weight
+        kept *= 0.995  # round(N * share) may keep a few more: one of 384 rows in 90 % of the columns is 0.08 bits
+    assert corrected.weight.bits_per_weight > 0.96 * published.weight.bits_per_weight
     assert corrected.error <= published.error
 
 
@@ -173,7 +173,7 @@ def test_published_mode_gives_every_matrix_the_same_fraction() -> None:
     assert not torch.equal(widths["loud"], widths["quiet"])
 
 
-# ---- what is stored is what was optimised -----------------------------------------------------------------------------
+# ---- what is stored is what was optimised ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("published", [False, True])
@@ -191,22 +191,22 @@ def test_packed_weight_decodes_to_what_the_sweep_saw(
 
 
 def test_bits_by_hand() -> None:
-    weight, hessian = synthetic(400, 100)
+    weight, hessian = synthetic(400, 120)
     done = compress_one(weight, hessian, 2.12, 0.005)
     widths = done.weight.column_bits.long()
-    high = round(0.025 * 100)
-    assert int((widths == 4).sum()) == high == 2
-    kept = 10 * round(400 * 0.014) + 90 * round(400 * 0.004)
-    assert kept == 60 + 180 == done.weight.structure.outliers == int(kept_mask(done).sum())
-    assert done.paper_bits == pytest.approx((2 * 4 + 98 * 2) / 100 + 14 * kept / 40_000)
+    assert int((widths == 4).sum()) == 3 == round(0.025 * 120) and int((widths == 2).sum()) == 117
+    kept = 12 * round(400 * 0.014) + 108 * round(400 * 0.004)
+    assert kept == 72 + 216 == done.weight.structure.outliers == int(kept_mask(done).sum())
+    assert done.paper_bits == pytest.approx((3 * 4 + 117 * 2) / 120 + 14 * kept / 48_000)
     stored_bytes = (
-        400 * -(-98 * 2 // 8) + 400 * -(-2 * 4 // 8)  # codes, each row of each width in whole bytes
-        + 2 * (98 * 4 + 2 * 16)  # codebooks
-        + 100 + 4  # column_bits, segment_rows
+        400 * -(-117 * 2 // 8) + 400 * -(-3 * 4 // 8)  # codes, each row of each width in whole bytes
+        + 2 * (117 * 4 + 3 * 16)  # codebooks
+        + 120 + 4  # column_bits, segment_rows
         + 4 * 401 + kept * (2 + 2)  # outliers: offsets, columns, values
     )  # fmt: skip
     assert done.weight.nbytes == stored_bytes
-    assert done.weight.bits_per_weight == pytest.approx(8 * stored_bytes / 40_000) and done.weight.bits_per_weight > 2.12
+    assert done.weight.bits_per_weight == pytest.approx(8 * stored_bytes / 48_000)
+    assert done.weight.bits_per_weight > 2.12
     assert compress_one(weight, hessian, 2.12, 0.005, published=True).paper_bits == pytest.approx(2.12, abs=0.06)
 
 
@@ -288,7 +288,7 @@ def test_ranking_by_hand() -> None:
     assert allocate.largest_magnitude(weight).tolist() == pytest.approx([1 / 7, 13 / 7, 26 / 7])
 
 
-# ---- settings and bad input -------------------------------------------------------------------------------------------
+# ---- settings and bad input -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -363,13 +363,14 @@ def test_bad_weights_are_named() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             compress_linears(bad, hessian, config)
-    assert compress_one(column, hessian, 2).error < 0.3  # beside weights 2^11 times as large, a tiny column may round away
+    assert compress_one(column, hessian, 2).error < 0.3  # a column 2^11 times smaller than others may round away
+    hessian[0, 0] = float("nan")
     with pytest.raises(ValueError, match="hessian holds 1 of 36 values that are not finite"):
-        compress_linears({"up": weight}, hessian.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(float("nan"))), config)
+        compress_linears({"up": weight}, hessian, config)
 
 
 def test_a_column_that_outgrows_fp16_is_named() -> None:
-    """The first column of the order rounds badly and pushes its error onto the second, which is near the end of fp16."""
+    """The first column rounds badly and pushes its error onto the second, which is near the end of fp16."""
     hessian = torch.tensor([[1.0, 0.999], [0.999, 1.0]])
     weight = torch.tensor([[65504.0, 65504.0], [65504.0, 65504.0], [0.0, 65504.0], [-65504.0, 65504.0]])
     with pytest.raises(ValueError, match=r"column 1 of 'layer' grew to \d+.*fp16 ends at 65504. Rescale the weight"):

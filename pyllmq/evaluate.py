@@ -27,7 +27,12 @@ class Perplexity:
 
 @torch.inference_mode()
 def perplexity(
-    model: nn.Module, tokenizer: Any, text: str, seqlen: int = 512, max_tokens: int | None = None, progress: bool = False
+    model: nn.Module,
+    tokenizer: Any,
+    text: str,
+    seqlen: int = 512,
+    max_tokens: int | None = None,
+    progress: bool = False,
 ) -> Perplexity:
     """exp(mean negative log-likelihood) of `text`, cut into windows of `seqlen` tokens without overlap.
 

@@ -65,12 +65,16 @@ def load_model(folder: Folder, **kwargs: Any) -> Any:
 def load_causal_model(folder: Folder) -> Any:
     model = load_model(folder)
     if not is_causal(model):
-        raise ValueError(f"{folder} holds a {type(model).__name__}, which does not predict tokens; a causal language model is needed")
+        raise ValueError(
+            f"{folder} holds a {type(model).__name__}, which does not predict tokens; a causal language model is needed"
+        )
     return model
 
 
 def is_causal(model: Any) -> bool:
-    return bool(getattr(model, "can_generate", lambda: False)()) and not getattr(model.config, "is_encoder_decoder", False)
+    return bool(getattr(model, "can_generate", lambda: False)()) and not getattr(
+        model.config, "is_encoder_decoder", False
+    )
 
 
 def load_tokenizer(folder: Folder) -> Any:

@@ -42,7 +42,9 @@ class CodebookLinear(nn.Module):
     # ---- making one -------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_weight(cls, weight: CodebookWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> CodebookLinear:
+    def from_weight(
+        cls, weight: CodebookWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> CodebookLinear:
         """A layer around a packed weight; `bias` [N] is copied. `dtype` is that of the dense layer it stands for."""
         if bias is not None and tuple(bias.shape) != (weight.out_features,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [out_features] = [{weight.out_features}]")
@@ -79,7 +81,9 @@ class CodebookLinear(nn.Module):
         if not isinstance(dense, Tensor) or dense.dim() != 2:
             raise ValueError(f"from_dense takes an nn.Linear or a matrix [N, K], not {type(linear_or_weight).__name__}")
         if (bits is None) == (column_bits is None):
-            raise ValueError(f"give either bits or column_bits, not both or neither; given bits={bits}, column_bits={column_bits}")
+            raise ValueError(
+                f"give either bits or column_bits, not both or neither; given bits={bits}, column_bits={column_bits}"
+            )
         widths = torch.as_tensor([bits] * dense.shape[1] if column_bits is None else column_bits)
         packed = data_free.pack_columns(dense.detach(), widths, outlier_fraction=outlier_fraction, row_scale=row_scale)
         return cls.from_weight(packed, None if bias is None else bias.detach(), dense.dtype)
@@ -92,7 +96,9 @@ class CodebookLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense matrix [N, K] that this layer multiplies with."""
         dtype = dtype or self.dense_dtype
-        return ops.codebook_dequantize(self.operand(), dtype if dtype in ops.ACTIVATION_DTYPES else torch.float32).to(dtype)
+        return ops.codebook_dequantize(self.operand(), dtype if dtype in ops.ACTIVATION_DTYPES else torch.float32).to(
+            dtype
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -134,7 +140,9 @@ class CodebookLinear(nn.Module):
         if self._operand is not None:
             return
         if self._column_bits().device.type == "meta":
-            raise RuntimeError("this CodebookLinear has no weights yet (it is on the meta device); load a checkpoint first")
+            raise RuntimeError(
+                "this CodebookLinear has no weights yet (it is on the meta device); load a checkpoint first"
+            )
         weight = self.packed_weight()
         operand = weight.operand()
         if operand.layout != CHECKPOINT:
@@ -157,7 +165,9 @@ class CodebookLinear(nn.Module):
         self._buffers.clear()
         self._non_persistent_buffers_set.clear()
         for key, tensor in weight.tensors.items():
-            self.register_buffer(key, tensor.clone())  # q, k and v may come with one column_bits; safetensors wants three
+            self.register_buffer(
+                key, tensor.clone()
+            )  # q, k and v may come with one column_bits; safetensors wants three
         self._structure, self._operand = weight.structure, None
 
     def _checkpoint_tensors(self) -> dict[str, Tensor]:

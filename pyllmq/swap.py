@@ -49,11 +49,15 @@ def select_linears(
     found = dict(linear_modules(model))
     for pattern in include or ():
         if not any(matches(name, [pattern]) for name in found):
-            raise ValueError(f"include pattern {pattern!r} fits no Linear of the model; it has for example: {_some(found)}")
+            raise ValueError(
+                f"include pattern {pattern!r} fits no Linear of the model; it has for example: {_some(found)}"
+            )
     everything = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     for pattern in exclude:
         if pattern not in DEFAULT_EXCLUDE and not any(matches(name, [pattern]) for name in everything):
-            raise ValueError(f"exclude pattern {pattern!r} fits nothing in the model; it has for example: {_some(found)}")
+            raise ValueError(
+                f"exclude pattern {pattern!r} fits nothing in the model; it has for example: {_some(found)}"
+            )
     return {
         name: module
         for name, module in found.items()
@@ -124,7 +128,8 @@ def left_dense(
 ) -> tuple[list[LeftDense], int]:
     """Linear-like tensors outside `chosen`, and the number of all Linear-like parameters.
 
-    What `exclude` names, and what an `include` does not name, was asked for. Besides Linears these are 3-D parameters (stacked experts), which a search for `nn.Linear` would silently miss.
+    What `exclude` names, and what an `include` does not name, was asked for. Besides Linears these are 3-D parameters
+    (stacked experts), which a search for `nn.Linear` would silently miss.
     """
     chosen = set(chosen)
     dense, total = [], 0

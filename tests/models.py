@@ -10,15 +10,17 @@ import torch
 def tiny_llama(**changes: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=256)  # fmt: skip
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
 
 
 def tiny_bert() -> Any:
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    config = BertConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
     return BertModel(config).eval()
 
 
@@ -31,7 +33,9 @@ def tiny_gpt2() -> Any:
 def tiny_t5() -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(vocab_size=512, d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    config = T5Config(
+        vocab_size=512, d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
     return T5ForConditionalGeneration(config).eval()
 
 

@@ -82,4 +82,6 @@ def assert_as_good_as_torch(actual: Tensor, exact: Tensor, *torchs: Tensor, fact
     ours = float((actual.double() - exact).abs().max())
     theirs = max(float((result.double() - exact).abs().max()) for result in torchs)
     one_rounding = torch.finfo(actual.dtype).eps * float(exact.abs().max())
-    assert ours <= max(factor * theirs, one_rounding), f"error {ours:.3e}, torch's own {theirs:.3e}, one rounding {one_rounding:.3e}"
+    assert ours <= max(factor * theirs, one_rounding), (
+        f"error {ours:.3e}, torch's own {theirs:.3e}, one rounding {one_rounding:.3e}"
+    )

@@ -8,12 +8,12 @@ import math
 
 import pytest
 import torch
+
+from pyllmq import dispatch
 from pyllmq.benchmarks import plot, providers, record, timing
 from pyllmq.benchmarks.providers import BASELINE, RIVALS, Layer, Provider, Widths, WrongResultError
 from pyllmq.benchmarks.run import run
 from pyllmq.benchmarks.shapes import MODEL_SHAPES, resolve
-
-from pyllmq import dispatch
 
 FP32 = RIVALS[0]
 

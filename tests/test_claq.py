@@ -85,9 +85,7 @@ def encoder() -> dict[str, tuple[Tensor, Tensor]]:
 # ---- against the released algorithm ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("bits", "outliers"), [(2, 0.0), (3, 0.0), (4, 0.0), (2.1, 0.0), (2.12, 0.005), (3.12, 0.005)]
-)
+@pytest.mark.parametrize(("bits", "outliers"), [(2, 0.0), (3, 0.0), (4, 0.0), (2.1, 0.0), (2.12, 0.005), (3.12, 0.005)])
 @pytest.mark.parametrize("source", ["synthetic", "encoder"])
 def test_published_mode_is_at_the_released_error(
     bits: float, outliers: float, source: str, request: pytest.FixtureRequest

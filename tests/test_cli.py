@@ -62,8 +62,9 @@ def test_compress_with_own_text_and_patterns(source, text, tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(out), "--json"]) == 0
     names = set(json.loads(capsys.readouterr().out))
-    assert names == {f"model.layers.1.{n}" for n in
-                     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")}  # fmt: skip
+    attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj")
+    layer = "model.layers.1"
+    assert names == {f"{layer}.self_attn.{n}" for n in attention} | {f"{layer}.mlp.{n}" for n in mlp}
 
 
 def test_eval(packed, text, capsys):
@@ -72,7 +73,8 @@ def test_eval(packed, text, capsys):
     model, tokenizer = pyllmq.from_pretrained(packed), pyllmq.loading.load_tokenizer(packed)
     ids = tokenizer(text.read_text(), return_tensors="pt")["input_ids"][0, :100]
     losses = [
-        torch.nn.functional.cross_entropy(model(input_ids=w[None]).logits[0, :-1], w[1:], reduction="sum") for w in ids.split(32)
+        torch.nn.functional.cross_entropy(model(input_ids=w[None]).logits[0, :-1], w[1:], reduction="sum")
+        for w in ids.split(32)
     ]
     assert row["perplexity"] == pytest.approx(float(torch.exp(sum(losses) / row["tokens"])), rel=1e-4)
     assert row["tokens"] == 96 and row["decode_tokens_per_second"] > 0
@@ -104,13 +106,22 @@ def test_inspect(packed, capsys):
 def test_doctor(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for expected in ("torch", torch.__version__.split("+")[0], "cpu        works", "cuda       missing", "reference  works", "cpu.tables"):
+    for expected in (
+        "torch",
+        torch.__version__.split("+")[0],
+        "cpu        works",
+        "cuda       missing",
+        "reference  works",
+        "cpu.tables",
+    ):
         assert expected in printed
 
 
 def test_module_and_help():
     done = subprocess.run([sys.executable, "-m", "pyllmq", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and all(c in done.stdout for c in ("compress", "eval", "generate", "inspect", "bench", "doctor"))
+    assert done.returncode == 0 and all(
+        c in done.stdout for c in ("compress", "eval", "generate", "inspect", "bench", "doctor")
+    )
     for command in ("compress", "eval", "generate", "inspect", "bench", "doctor"):
         done = subprocess.run([sys.executable, "-m", "pyllmq", command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "--help" in done.stdout
@@ -149,6 +160,9 @@ def test_errors_are_one_line_on_stderr(source, packed, tmp_path, capsys):
 
 def test_bench(tmp_path, capsys):
     csv = tmp_path / "rows.csv"
-    assert main(["bench", "--op", "codebook_linear", "--shapes", "64x64", "--bits", "2", "--m", "1", "--csv", str(csv)]) == 0
+    assert (
+        main(["bench", "--op", "codebook_linear", "--shapes", "64x64", "--bits", "2", "--m", "1", "--csv", str(csv)])
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "torch fp32" in printed and "pyllmq" in printed and csv.stat().st_size > 100

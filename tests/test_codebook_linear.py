@@ -1,6 +1,7 @@
 """codebook_linear and codebook_dequantize against fp64, on every back end; gradients, compile, errors.
 
-Grid: M 1, 2, 7, 16 (tables), 65 (decoded panels). N and K are odd, below, at and above a tile of 32 rows and a panel of 256 lookups.
+Grid: M 1, 2, 7, 16 (tables), 65 (decoded panels). N and K are odd, below, at and above a tile of 32 rows and
+a panel of 256 lookups.
 Left out: N and K beyond 600 (interior to the same loops) and widths 5, 6, 7 apart from mixes (same path as 8).
 """
 
@@ -29,7 +30,8 @@ def check(case, x, bias=None, backend="cpu"):
     dense = case.dense.to(x.dtype)
     orders = [torch.randperm(x.shape[1]) for _ in range(1 if exact.numel() >= 256 else 16)]
     torchs = [
-        torch.nn.functional.linear(x[:, order], dense[:, order], None if bias is None else bias.to(x.dtype)) for order in orders
+        torch.nn.functional.linear(x[:, order], dense[:, order], None if bias is None else bias.to(x.dtype))
+        for order in orders
     ]
     assert_as_good_as_torch(actual, exact, *torchs)
 
@@ -55,7 +57,12 @@ def test_shapes_of_a_mix_with_everything(backend, n, k, tokens):
 @pytest.mark.parametrize("extra", ["plain", "outliers", "segments", "row_scale"])
 def test_activation_dtypes(dtype, tokens, extra):
     case = random_case(
-        96, 320, (2, 4), segments=3 if extra == "segments" else 1, outliers=0.02 * (extra == "outliers"), row_scale=extra == "row_scale"
+        96,
+        320,
+        (2, 4),
+        segments=3 if extra == "segments" else 1,
+        outliers=0.02 * (extra == "outliers"),
+        row_scale=extra == "row_scale",
     )
     check(case, torch.randn(tokens, 320).to(dtype), torch.randn(96).to(dtype))
 
@@ -91,7 +98,9 @@ def test_leading_dimensions(shape):
 def test_input_that_is_not_contiguous():
     case = random_case(24, 40)
     x = torch.randn(40, 6).T
-    torch.testing.assert_close(codebook_linear(x, case.weight), codebook_linear(x.contiguous(), case.weight), rtol=0, atol=0)
+    torch.testing.assert_close(
+        codebook_linear(x, case.weight), codebook_linear(x.contiguous(), case.weight), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -162,7 +171,9 @@ def test_opcheck(backend, with_bias):
         operand = CodebookWeight(case.weight.structure, case.weight.tensors).operand()
         x = torch.randn(4, 14, requires_grad=True)
         bias = torch.randn(9, requires_grad=True) if with_bias else None
-        torch.library.opcheck(torch.ops.pyllmq.codebook_linear.default, (x, list(operand.tensors), operand.layout, 9, bias))
+        torch.library.opcheck(
+            torch.ops.pyllmq.codebook_linear.default, (x, list(operand.tensors), operand.layout, 9, bias)
+        )
         torch.library.opcheck(
             torch.ops.pyllmq.codebook_dequantize.default, (list(operand.tensors), operand.layout, 9, 14, torch.float32)
         )
@@ -214,4 +225,6 @@ def test_a_weight_larger_than_one_panel(monkeypatch):
     from pyllmq.backends import cpu
 
     monkeypatch.setattr(cpu, "PANEL_BYTES", 4 * 50 * 64)
-    check(random_case(200, 50, (2, 3), segments=2, outliers=0.02, row_scale=True), torch.randn(80, 50), torch.randn(200))
+    check(
+        random_case(200, 50, (2, 3), segments=2, outliers=0.02, row_scale=True), torch.randn(80, 50), torch.randn(200)
+    )

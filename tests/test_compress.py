@@ -104,7 +104,9 @@ def test_encoder_decoder():
     report = run(model, batches)
     names = [layer.name for layer in report.layers]
     assert len(names) == 2 * 6 + 2 * 10
-    assert max(i for i, n in enumerate(names) if n.startswith("encoder")) < min(i for i, n in enumerate(names) if n.startswith("decoder"))
+    assert max(i for i, n in enumerate(names) if n.startswith("encoder")) < min(
+        i for i, n in enumerate(names) if n.startswith("decoder")
+    )
     assert (model(**batches[0]).logits - dense).norm() / dense.norm() < 0.3
 
 
@@ -156,7 +158,7 @@ def test_outside_linears_only_when_named():
     assert type(model.pooler.dense) is nn.Linear
     model = models.tiny_bert()
     report = run(model, include=["pooler", "layer.1"])
-    assert {layer.name for layer in report.layers} == {n for n in packed_names(model)}
+    assert {layer.name for layer in report.layers} == set(packed_names(model))
     assert isinstance(model.pooler.dense, CodebookLinear) and not report.warnings
 
 
@@ -186,7 +188,11 @@ def test_report_is_saved_whole(tmp_path):
 
 
 def snapshot(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}, [type(m) for m in model.modules()], model.training
+    return (
+        {key: value.clone() for key, value in model.state_dict().items()},
+        [type(m) for m in model.modules()],
+        model.training,
+    )
 
 
 @pytest.mark.parametrize("failure", [ValueError("broken"), KeyboardInterrupt()])

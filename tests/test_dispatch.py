@@ -32,7 +32,10 @@ def test_every_row_is_reachable():
     [
         (Problem("codebook_linear", "cpu", "cpu", torch.float64, 1), ("not torch.float64", "prepacked as 'cpu'")),
         (Problem("codebook_linear", "cpu", "meta", torch.float32, 1), ("these are on meta", "prepacked as 'cpu'")),
-        (Problem("codebook_linear", "cuda", "cuda", torch.float32, 1), ("this weight is 'cuda'", "reads the layout 'checkpoint'")),
+        (
+            Problem("codebook_linear", "cuda", "cuda", torch.float32, 1),
+            ("this weight is 'cuda'", "reads the layout 'checkpoint'"),
+        ),
         (Problem("no_such_op", "", "cpu", torch.float32), ("no kernel of that name",)),
     ],
 )

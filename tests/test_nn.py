@@ -28,7 +28,8 @@ def same(a, b):
 def test_from_dense_is_the_best_for_its_bits():
     linear = nn.Linear(40, 200)
     errors = [
-        float((CodebookLinear.from_dense(linear, bits=bits).dequantize() - linear.weight.detach()).square().sum()) for bits in range(1, 9)
+        float((CodebookLinear.from_dense(linear, bits=bits).dequantize() - linear.weight.detach()).square().sum())
+        for bits in range(1, 9)
     ]
     assert all(more > less for more, less in zip(errors, errors[1:], strict=False))
     weight = linear.weight.detach()
@@ -167,7 +168,10 @@ def test_no_bias():
 def test_swap_linear():
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Sequential(nn.Linear(32, 8)), nn.Linear(8, 4))
     expected = model[0].weight.clone()
-    assert pyllmq.swap_linear(model, lambda linear: CodebookLinear.from_dense(linear, bits=8), exclude=("3",)) == ["0", "2.0"]
+    assert pyllmq.swap_linear(model, lambda linear: CodebookLinear.from_dense(linear, bits=8), exclude=("3",)) == [
+        "0",
+        "2.0",
+    ]
     assert isinstance(model[2][0], CodebookLinear) and type(model[3]) is nn.Linear
     torch.testing.assert_close(model[0].dequantize(), expected, rtol=0.01, atol=0.01)
     with pytest.raises(ValueError, match="'nothing' fits nothing"):

@@ -20,7 +20,9 @@ from . import models
 def compressed(make=models.tiny_llama, **kwargs):
     model = make()
     exclude = (*pyllmq.swap.DEFAULT_EXCLUDE, *(["pooler"] if make is models.tiny_bert else []))
-    pyllmq.compress(model, CLAQConfig(bits=3.12, outliers=0.005), models.token_batches(2), exclude=exclude, progress=False)
+    pyllmq.compress(
+        model, CLAQConfig(bits=3.12, outliers=0.005), models.token_batches(2), exclude=exclude, progress=False
+    )
     return model
 
 
@@ -64,7 +66,9 @@ def test_round_trip(tmp_path):
 def test_folder_is_really_smaller(folder, tmp_path):
     dense = models.tiny_llama()
     dense.save_pretrained(tmp_path)
-    linears = sum(m.weight.numel() * 4 for n, m in dense.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head")
+    linears = sum(
+        m.weight.numel() * 4 for n, m in dense.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
+    )
     saved = (tmp_path / "model.safetensors").stat().st_size - (folder / "model.safetensors").stat().st_size
     assert saved > 0.6 * linears
 
@@ -131,12 +135,18 @@ def test_swapped_layers_are_saved_too(tmp_path):
 def test_a_new_process_loads_it_in_either_import_order(folder):
     ids = [[1, 2, 3, 4]]
     expected = pyllmq.from_pretrained(folder)(torch.tensor(ids)).logits.double().sum().item()
-    for imports in ("import pyllmq, transformers", "import transformers.quantizers.auto, pyllmq", "import transformers, pyllmq"):
+    for imports in (
+        "import pyllmq, transformers",
+        "import transformers.quantizers.auto, pyllmq",
+        "import transformers, pyllmq",
+    ):
         code = (
             f"{imports}, torch; m = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}); "
             f"print('SUM', repr(m(torch.tensor({ids})).logits.double().sum().item()))"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
         assert done.returncode == 0, done.stderr
         assert float(done.stdout.split("SUM")[1]) == expected
 
@@ -145,6 +155,10 @@ def rewrite(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit(folder, key, change):
+    rewrite(folder, lambda tensors: tensors.update({f"{Q}.{key}": change(tensors[f"{Q}.{key}"])}))
 
 
 def edit_config(folder, change):
@@ -170,11 +184,11 @@ DAMAGE = {
     "other module": (lambda f: edit_config(f, lambda q: q["modules"].update({"no.such": first_module(q)})), "no.such"),
     "outlier count": (lambda f: edit_config(f, lambda q: first_module(q).update(outliers=1)), "outlier"),
     "missing codes": (lambda f: rewrite(f, lambda t: t.pop(f"{Q}.codes_b3")), "codes_b3 is missing"),
-    "short codebook": (lambda f: rewrite(f, lambda t: t.update({f"{Q}.codebook": t[f"{Q}.codebook"][:, :-1].contiguous()})), "codebook"),
-    "bf16 codebook": (lambda f: rewrite(f, lambda t: t.update({f"{Q}.codebook": t[f"{Q}.codebook"].bfloat16()})), "float16"),
-    "nan codebook": (lambda f: rewrite(f, lambda t: t[f"{Q}.codebook"].view(-1)[:3].fill_(torch.nan)), f"{Q}.*not finite"),
-    "outlier place": (lambda f: rewrite(f, lambda t: t.update({f"{Q}.outlier_columns": torch.full_like(t[f"{Q}.outlier_columns"], 999)})), "allowed: 0 to 63"),
-    "truncated": (lambda f: os.truncate(f / "model.safetensors", (f / "model.safetensors").stat().st_size // 2), "truncated or damaged"),
+    "short codebook": (lambda f: edit(f, "codebook", lambda t: t[:, :-1].contiguous()), "codebook"),
+    "bf16 codebook": (lambda f: edit(f, "codebook", torch.Tensor.bfloat16), "float16"),
+    "nan codebook": (lambda f: edit(f, "codebook", lambda t: t * torch.nan), f"{Q}.*not finite"),
+    "outlier place": (lambda f: edit(f, "outlier_columns", lambda t: torch.full_like(t, 999)), "allowed: 0 to 63"),
+    "truncated": (lambda f: os.truncate(f / "model.safetensors", 5000), "truncated or damaged"),
     "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04pickle"), "truncated or damaged"),
 }  # fmt: skip
 

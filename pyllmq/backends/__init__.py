@@ -24,7 +24,12 @@ def prepack(operand: WeightOperand) -> WeightOperand:
 
 def report() -> dict[str, tuple[bool, str]]:
     """For every back end: does it work here, and why (not)."""
-    return {"cpu": cpu.available(), "cuda": cuda_available(), "triton": triton_available(), "reference": reference.available()}
+    return {
+        "cpu": cpu.available(),
+        "cuda": cuda_available(),
+        "triton": triton_available(),
+        "reference": reference.available(),
+    }
 
 
 def cuda_available() -> tuple[bool, str]:

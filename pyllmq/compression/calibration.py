@@ -33,7 +33,9 @@ def builtin_sentences() -> list[str]:
     return list(dict.fromkeys(s for s in found if 6 <= len(s.split()) <= 60))
 
 
-def sentence_batches(tokenizer: Any, sentences: Sequence[str], batch_size: int = 16, max_length: int = 128) -> list[Batch]:
+def sentence_batches(
+    tokenizer: Any, sentences: Sequence[str], batch_size: int = 16, max_length: int = 128
+) -> list[Batch]:
     """Padded batches with an attention mask, for encoders."""
     return [
         dict(
@@ -75,7 +77,9 @@ def as_batches(calibration: Iterable[Any]) -> list[Batch]:
         if isinstance(batch, Tensor):
             batch = {"input_ids": batch}
         if not isinstance(batch, Mapping) or not batch or not all(isinstance(v, Tensor) for v in batch.values()):
-            raise ValueError(f"calibration batch {i} is a {type(batch).__name__}; allowed: a tensor of token ids, or a dict of tensors")
+            raise ValueError(
+                f"calibration batch {i} is a {type(batch).__name__}; allowed: a tensor of token ids, or a dict of tensors"
+            )
         batches.append({key: value for key, value in batch.items() if key != "labels"})
     if not batches or not any(v.numel() for b in batches for v in b.values()):
         raise ValueError("calibration is empty; give at least one batch, better 128 sequences of real text")

@@ -39,9 +39,7 @@ class CompressedLinear:
     mode counts one of the two sides of the outliers. `weight.bits_per_weight` counts everything that is stored."""
 
 
-def compress_linears(
-    weights: Mapping[str, Tensor], hessian: Tensor, config: CLAQConfig
-) -> dict[str, CompressedLinear]:
+def compress_linears(weights: Mapping[str, Tensor], hessian: Tensor, config: CLAQConfig) -> dict[str, CompressedLinear]:
     """Compress Linears that share one input (q/k/v, gate/up, or a single one); the Hessian is factored once.
 
     Args:
@@ -86,9 +84,7 @@ def compress_linears(
     return compressed
 
 
-def _column_plans(
-    weights: Mapping[str, Tensor], order: Tensor, config: CLAQConfig
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _column_plans(weights: Mapping[str, Tensor], order: Tensor, config: CLAQConfig) -> dict[str, tuple[Tensor, Tensor]]:
     """name -> (column bits uint8 [K], share of each column's weights to keep, float64 [K])."""
     counts = {name: allocate.outlier_order(w, config.outlier_order_threshold) for name, w in weights.items()}
 

@@ -23,9 +23,13 @@ def pack_columns(
     n, k = weight.shape
     if not bool(torch.isfinite(weight).all()):
         bad = int((~torch.isfinite(weight)).sum())
-        raise ValueError(f"the weight [{n}, {k}] holds {bad} values that are not finite; repair the model before packing it")
+        raise ValueError(
+            f"the weight [{n}, {k}] holds {bad} values that are not finite; repair the model before packing it"
+        )
     if column_bits.is_floating_point() or tuple(column_bits.shape) != (k,):
-        raise ValueError(f"column_bits is {column_bits.dtype} {tuple(column_bits.shape)}; it must be {k} integers, one per column")
+        raise ValueError(
+            f"column_bits is {column_bits.dtype} {tuple(column_bits.shape)}; it must be {k} integers, one per column"
+        )
     if k and not 1 <= int(column_bits.min()) <= int(column_bits.max()) <= 8:
         raise ValueError(f"bits range from {int(column_bits.min())} to {int(column_bits.max())}; allowed: 1 to 8")
     if not 0.0 <= outlier_fraction <= MAX_OUTLIER_FRACTION:

@@ -68,13 +68,15 @@ def compress(
     batches = as_batches(calibration)
     chosen = select_linears(model, include, exclude)
     for name, owner in tied_weights(model, chosen).items():
-        raise ValueError(f"{name} shares its weight with {owner}; compressing it would untie them. Add {name!r} to exclude")
+        raise ValueError(
+            f"{name} shares its weight with {owner}; compressing it would untie them. Add {name!r} to exclude"
+        )
     stages = _find_stages(model, chosen, outside=include is not None)
     planned = [name for stage in stages for name in stage.linears]
     if not planned:
         raise ValueError(
-            f"nothing to compress: {len(list(linear_modules(model)))} Linears, {len(chosen)} after include and exclude, none in a repeated "
-            "block; name them in include to compress them all the same"
+            f"nothing to compress: {len(list(linear_modules(model)))} Linears, {len(chosen)} after include and exclude, none of "
+            "them in a repeated block; name them in include to compress them all the same"
         )
     for name in planned:
         _check_finite(name, dense_weight(chosen[name]))
@@ -129,7 +131,9 @@ def _find_stages(model: nn.Module, chosen: dict[str, nn.Module], outside: bool) 
             block_names += [f"{name}.{i}".lstrip(".") for i in range(len(module))]
     stages, taken = [], set()
     for block_name in block_names:
-        inside = {name: module for name, module in chosen.items() if name.startswith(block_name + ".") or name == block_name}
+        inside = {
+            name: module for name, module in chosen.items() if name.startswith(block_name + ".") or name == block_name
+        }
         if inside:
             stages.append(_Stage(model.get_submodule(block_name), inside))
             taken |= set(inside)
@@ -262,7 +266,10 @@ def _compress_stage(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> None
     reached = {name for group in groups for name in group}
     for name, module in stage.linears.items():
         if name not in reached:
-            _warn(job.report, f"{name} was never run by the calibration data; its codebooks are plain k-means of its weights")
+            _warn(
+                job.report,
+                f"{name} was never run by the calibration data; its codebooks are plain k-means of its weights",
+            )
             _compress_group(job, {name: module}, torch.eye(dense_weight(module).shape[1]))
 
 
@@ -328,7 +335,9 @@ def _input_hessians(job: _Job, groups: list[dict[str, nn.Module]], run: Callable
     hessians = []
     for i, total in enumerate(sums):
         if total is None or tokens[i] == 0:
-            raise ValueError(f"the calibration data reaches {next(iter(groups[i]))} with no token; is the attention_mask all zero?")
+            raise ValueError(
+                f"the calibration data reaches {next(iter(groups[i]))} with no token; is the attention_mask all zero?"
+            )
         hessians.append(total.mul_(2.0 / tokens[i]))
     return hessians
 
@@ -339,7 +348,9 @@ def _compress_group(job: _Job, group: dict[str, nn.Module], hessian: Tensor) -> 
         module = group[name]
         dense = dense_weight(module)
         bias = module.bias if isinstance(module.bias, Tensor) else None
-        layer = CodebookLinear.from_weight(done.weight.to(dense.device), None if bias is None else bias.detach(), dense.dtype)
+        layer = CodebookLinear.from_weight(
+            done.weight.to(dense.device), None if bias is None else bias.detach(), dense.dtype
+        )
         job.replaced[name] = module
         replace_module(job.model, name, layer)
         job.report.layers.append(
@@ -362,7 +373,9 @@ def _compress_group(job: _Job, group: dict[str, nn.Module], hessian: Tensor) -> 
 def _check_finite(name: str, weight: Tensor) -> None:
     if not bool(torch.isfinite(weight).all()):
         bad = int((~torch.isfinite(weight)).sum())
-        raise ValueError(f"{name}.weight holds {bad} values that are not finite; repair the model before compressing it")
+        raise ValueError(
+            f"{name}.weight holds {bad} values that are not finite; repair the model before compressing it"
+        )
 
 
 def _warn(report: CompressionReport, message: str) -> None:

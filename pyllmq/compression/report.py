@@ -29,7 +29,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What `pyllmq.compress` returns. `bits_per_weight` counts every byte stored; `paper_bits` counts as the method's paper does."""
+    """What `pyllmq.compress` returns.
+
+    `bits_per_weight` counts every byte stored; `paper_bits` counts as the method's paper does.
+    """
 
     method: str
     config: dict[str, Any]
@@ -56,7 +59,9 @@ class CompressionReport:
 
     @property
     def paper_bits(self) -> float:
-        return sum(layer.paper_bits * layer.out_features * layer.in_features for layer in self.layers) / max(self.weights, 1)
+        return sum(layer.paper_bits * layer.out_features * layer.in_features for layer in self.layers) / max(
+            self.weights, 1
+        )
 
     @property
     def mean_error(self) -> float:
@@ -85,11 +90,13 @@ class CompressionReport:
         for layer in self.layers:
             shape = f"{layer.out_features}x{layer.in_features}"
             lines.append(
-                f"{layer.name:<{width}}  {shape:>13}  {layer.bits_per_weight:9.3f}  {layer.paper_bits:10.3f}  {layer.error:8.5f}  {layer.seconds:7.2f}"
+                f"{layer.name:<{width}}  {shape:>13}  {layer.bits_per_weight:9.3f}  {layer.paper_bits:10.3f}  "
+                f"{layer.error:8.5f}  {layer.seconds:7.2f}"
             )
         lines.append(
-            f"{len(self.layers)} Linears: {self.bits_per_weight:.3f} true bits per weight ({self.paper_bits:.3f} as the paper counts), "
-            f"{self.dense_nbytes / 1e6:.1f} MB -> {self.nbytes / 1e6:.1f} MB, mean error {self.mean_error:.5f}, {self.seconds:.1f} s"
+            f"{len(self.layers)} Linears: {self.bits_per_weight:.3f} true bits per weight ({self.paper_bits:.3f} as the paper "
+            f"counts), {self.dense_nbytes / 1e6:.1f} MB -> {self.nbytes / 1e6:.1f} MB, mean error {self.mean_error:.5f}, "
+            f"{self.seconds:.1f} s"
         )
         if self.left_dense:
             lines.append("left dense: " + summary(self.left_dense))

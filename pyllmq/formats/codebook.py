@@ -55,11 +55,15 @@ class CodebookStructure:
         if self.out_features < 1 or self.in_features < 1:
             raise FormatError(f"a weight of shape [{self.out_features}, {self.in_features}]; both must be at least 1")
         if len(self.columns) != 8 or min(self.columns) < 0 or sum(self.columns) != self.in_features:
-            raise FormatError(f"columns per width {self.columns} must be 8 counts that sum to in_features = {self.in_features}")
+            raise FormatError(
+                f"columns per width {self.columns} must be 8 counts that sum to in_features = {self.in_features}"
+            )
         if not 1 <= self.segments <= self.out_features:
             raise FormatError(f"{self.segments} segments; allowed: 1 to out_features = {self.out_features}")
         if not 0 <= self.outliers <= self.out_features * self.in_features:
-            raise FormatError(f"{self.outliers} outliers in a weight of {self.out_features * self.in_features} elements")
+            raise FormatError(
+                f"{self.outliers} outliers in a weight of {self.out_features * self.in_features} elements"
+            )
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Key -> (shape, dtype) of every tensor that a checkpoint holds for this weight."""
@@ -113,7 +117,9 @@ class CodebookStructure:
             raise FormatError(f"columns is {widths!r}; it must map widths '1' to '8' to counts")
         counts = tuple(widths.get(str(bits), 0) for bits in range(1, 9))
         numbers = (values["out_features"], values["in_features"], values["segments"], values["outliers"], *counts)
-        if any(isinstance(v, bool) or not isinstance(v, int) for v in numbers) or not isinstance(values["row_scale"], bool):
+        if any(isinstance(v, bool) or not isinstance(v, int) for v in numbers) or not isinstance(
+            values["row_scale"], bool
+        ):
             raise FormatError(f"sizes must be integers and row_scale true or false, given: {dict(values)}")
         return cls(
             values["out_features"],
@@ -166,7 +172,9 @@ class CodebookWeight:
             FormatError: shapes or dtypes do not fit, a code does not fit its width, a value is not finite in fp16.
         """
         if codes.dtype != torch.uint8 or codes.dim() != 2 or not codes.numel():
-            raise FormatError(f"codes is {codes.dtype} {tuple(codes.shape)}; it must be a non-empty torch.uint8 matrix [N, K]")
+            raise FormatError(
+                f"codes is {codes.dtype} {tuple(codes.shape)}; it must be a non-empty torch.uint8 matrix [N, K]"
+            )
         n, k = codes.shape
         if tuple(column_bits.shape) != (k,) or column_bits.is_floating_point():
             raise FormatError(f"column_bits is {column_bits.dtype} {tuple(column_bits.shape)}; it must be {k} integers")
@@ -225,15 +233,21 @@ class CodebookWeight:
         )
         expected = structure.tensors()
         if set(tensors) != set(expected):
-            raise FormatError(f"the keys are {sorted(tensors)}; column_bits and the outliers ask for {sorted(expected)}")
+            raise FormatError(
+                f"the keys are {sorted(tensors)}; column_bits and the outliers ask for {sorted(expected)}"
+            )
         for key, (shape, dtype) in expected.items():
             _expect(key, tensors[key], shape, dtype)
         rows = tensors["segment_rows"]
         if int(rows.min()) < 1 or int(rows.sum()) != out_features:
-            raise FormatError(f"segment_rows is {rows.tolist()}; each must be positive, and their sum out_features = {out_features}")
+            raise FormatError(
+                f"segment_rows is {rows.tolist()}; each must be positive, and their sum out_features = {out_features}"
+            )
         for key in ("codebook", "row_scale", "outlier_values"):
             if key in tensors and not bool(torch.isfinite(tensors[key]).all()):
-                raise FormatError(f"{key} holds values that are not finite: the file is damaged, or was written from broken weights")
+                raise FormatError(
+                    f"{key} holds values that are not finite: the file is damaged, or was written from broken weights"
+                )
         if structure.outliers:
             _check_outliers(tensors["outlier_row_offsets"].long(), tensors["outlier_columns"].long(), structure)
         return cls(structure, {key: tensors[key].contiguous() for key in expected})
@@ -294,7 +308,9 @@ class CodebookWeight:
 def codes_from_operand(operand: WeightOperand, column_bits: Tensor) -> dict[str, Tensor]:
     """The `codes_b*` tensors of a checkpoint, rebuilt from a machine layout that replaced them in memory."""
     if operand.layout != cpu_backend.LAYOUT:
-        raise FormatError(f"the codes cannot be rebuilt from the layout {operand.layout!r}; allowed: {cpu_backend.LAYOUT!r}")
+        raise FormatError(
+            f"the codes cannot be rebuilt from the layout {operand.layout!r}; allowed: {cpu_backend.LAYOUT!r}"
+        )
     codes = cpu_backend.layout_codes(operand)
     widths = column_bits.unique().tolist()
     return {f"codes_b{bits}": ops.pack_codes(codes[:, column_bits == bits].contiguous(), bits) for bits in widths}
@@ -304,7 +320,9 @@ def _codebook_fp16(codebook: Tensor, column_bits: Tensor, segments: int) -> Tens
     """[segments, entries] in fp16. A codebook that fp16 would distort by more than 1 % of its largest entry is refused."""
     entries = int((1 << column_bits.long()).sum())
     if codebook.numel() != segments * entries:
-        raise FormatError(f"codebook is {tuple(codebook.shape)}; it must be [segments, sum of 2**column_bits] = [{segments}, {entries}]")
+        raise FormatError(
+            f"codebook is {tuple(codebook.shape)}; it must be [segments, sum of 2**column_bits] = [{segments}, {entries}]"
+        )
     codebook = codebook.reshape(segments, entries).float()
     half = _finite_fp16("codebook", codebook)
     width = 1 << column_bits.long()
@@ -316,8 +334,8 @@ def _codebook_fp16(codebook: Tensor, column_bits: Tensor, segments: int) -> Tens
         if bool((lost > 0.01 * largest).any()):
             worst = int((lost - 0.01 * largest).amax(0).argmax())
             raise FormatError(
-                f"the codebook of column {int(columns[worst])} reaches only to {float(largest[:, worst].min()):g}, where fp16 is off by "
-                "more than 1 %; rescale the weight, or give row_scale"
+                f"the codebook of column {int(columns[worst])} reaches only to {float(largest[:, worst].min()):g}, where fp16 is "
+                "off by more than 1 %; rescale the weight, or give row_scale"
             )
     return half
 
@@ -326,7 +344,9 @@ def _finite_fp16(name: str, values: Tensor) -> Tensor:
     half = values.to(torch.float16)
     if not bool(torch.isfinite(half).all()):
         largest = float(values.float().abs().max())
-        raise FormatError(f"{name} holds values up to {largest:g} or not finite; fp16 ends at 65504. Rescale the weight first")
+        raise FormatError(
+            f"{name} holds values up to {largest:g} or not finite; fp16 ends at 65504. Rescale the weight first"
+        )
     return half
 
 

@@ -54,9 +54,13 @@ def register() -> None:
                     "compress the model again"
                 )
             if unknown:
-                raise FormatError(f"quantization_config has unknown keys {sorted(unknown)}; allowed: format_version, modules")
+                raise FormatError(
+                    f"quantization_config has unknown keys {sorted(unknown)}; allowed: format_version, modules"
+                )
             if not isinstance(modules, Mapping) or not modules:
-                raise FormatError("quantization_config must name its packed modules under 'modules'; the folder is damaged")
+                raise FormatError(
+                    "quantization_config must name its packed modules under 'modules'; the folder is damaged"
+                )
             self.quant_method = METHOD  # type: ignore[assignment]
             self.format_version = format_version
             self.modules = {name: dict(described) for name, described in modules.items()}
@@ -86,9 +90,13 @@ def register() -> None:
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             for name, module in packed_modules(model):
-                absent = [key for key, buffer in module._buffers.items() if not getattr(buffer, "_is_hf_initialized", False)]
+                absent = [
+                    key for key, buffer in module._buffers.items() if not getattr(buffer, "_is_hf_initialized", False)
+                ]
                 if absent:
-                    raise FormatError(f"the folder has no tensors {name}.{{{', '.join(absent)}}}; it is incomplete, save it again")
+                    raise FormatError(
+                        f"the folder has no tensors {name}.{{{', '.join(absent)}}}; it is incomplete, save it again"
+                    )
                 try:
                     module.prepare()
                 except FormatError as error:
@@ -151,7 +159,9 @@ def put_skeletons(model: nn.Module, structures: Mapping[str, CodebookStructure])
         candidates = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
         found = next((candidate for candidate in candidates if candidate in linears), None)
         if found is None:
-            raise FormatError(f"config.json packs the module {name}, but {type(model).__name__} has no Linear of that name")
+            raise FormatError(
+                f"config.json packs the module {name}, but {type(model).__name__} has no Linear of that name"
+            )
         linear = as_linear(linears[found])
         if (linear.out_features, linear.in_features) != (structure.out_features, structure.in_features):
             raise FormatError(
@@ -176,7 +186,9 @@ def check_files(structures: Mapping[str, CodebookStructure], files: Sequence[str
                     part = tensors.get_slice(key)
                     found[key] = (tuple(part.get_shape()), names.get(part.get_dtype(), part.get_dtype()))
         except (SafetensorError, OSError) as error:
-            raise FormatError(f"{file} cannot be read ({error}); it is truncated or damaged, copy or compress it again") from error
+            raise FormatError(
+                f"{file} cannot be read ({error}); it is truncated or damaged, copy or compress it again"
+            ) from error
     if not files:
         return
     for name, structure in structures.items():
@@ -184,9 +196,13 @@ def check_files(structures: Mapping[str, CodebookStructure], files: Sequence[str
             wanted = (shape, str(dtype).removeprefix("torch."))
             full = f"{name}.{key}"
             if full not in found:
-                raise FormatError(f"the tensor {full} is missing from {', '.join(map(str, files))}; the folder is incomplete")
+                raise FormatError(
+                    f"the tensor {full} is missing from {', '.join(map(str, files))}; the folder is incomplete"
+                )
             if found[full] != wanted:
-                raise FormatError(f"the tensor {full} is {found[full][1]} {found[full][0]}, but config.json asks for {wanted[1]} {wanted[0]}")
+                raise FormatError(
+                    f"the tensor {full} is {found[full][1]} {found[full][0]}, but config.json asks for {wanted[1]} {wanted[0]}"
+                )
 
 
 def from_pretrained(folder: str | os.PathLike[str], *, auto_class: Any = None, **kwargs: Any) -> PreTrainedModel:
@@ -204,10 +220,13 @@ def from_pretrained(folder: str | os.PathLike[str], *, auto_class: Any = None, *
     register()
     config = transformers.AutoConfig.from_pretrained(folder, **_config_arguments(kwargs))
     described = getattr(config, "quantization_config", None)
-    method = described.get("quant_method") if isinstance(described, Mapping) else getattr(described, "quant_method", None)
+    method = (
+        described.get("quant_method") if isinstance(described, Mapping) else getattr(described, "quant_method", None)
+    )
     if method != METHOD:
         raise FormatError(
-            f"{folder} is not a pyllmq folder (quant_method is {method!r}); compress it first with `pyllmq compress`, or load it with transformers"
+            f"{folder} is not a pyllmq folder (quant_method is {method!r}); compress it first with `pyllmq compress`, or load it "
+            "with transformers"
         )
     if auto_class is None:
         name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
@@ -216,7 +235,11 @@ def from_pretrained(folder: str | os.PathLike[str], *, auto_class: Any = None, *
 
 
 def _config_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")}
+    return {
+        k: v
+        for k, v in kwargs.items()
+        if k in ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+    }
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 sanitize: $(BUILT)
 	PYLLMQ_CUDA=0 PYLLMQ_DEBUG=1 CXXFLAGS="$(SANITIZE)" $(RUN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  PYTHONPATH=build/sanitize/lib PYLLMQ_SANITIZED=1 $(RUN)/python -m pytest -m kernels -p no:cacheprovider
+	  PYTHONPATH=build/sanitize/lib PYLLMQ_SANITIZED=1 $(RUN)/pytest -m kernels -p no:cacheprovider
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

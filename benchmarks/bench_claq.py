@@ -28,7 +28,7 @@ def test_compress_one_linear(benchmark, capsys, bits: float, outliers: float) ->
         lambda: claq.compress_linears({"linear": weight}, hessian, CLAQConfig(bits=bits, outliers=outliers))["linear"], rounds=1
     )
     seconds = benchmark.stats.stats.median
-    benchmark.extra_info |= {"bits_per_weight": done.weight.bits_per_weight, "error": done.error, "threads": torch.get_num_threads()}
+    benchmark.extra_info |= {"bits_per_weight": done.weight.bits_per_weight, "error": done.error}
     with capsys.disabled():
         print(
             f"\nCLAQ {bits:g} bits, {N}x{K}, {torch.get_num_threads()} threads: {seconds:.1f} s in all, of which {factor_s:.1f} s "

@@ -10,6 +10,14 @@ import pytest
 import torch
 
 
+def pytest_sessionstart(session):
+    """A sanitizer run that silently tested the ordinary build would prove nothing."""
+    if "PYLLMQ_SANITIZED" in os.environ:
+        import pyllmq
+
+        assert "sanitize" in pyllmq.__file__, f"the sanitized build is not the one imported: {pyllmq.__file__}"
+
+
 @pytest.fixture(autouse=True)
 def seed(request):
     """Fresh but repeatable numbers for each test, whatever ran before."""

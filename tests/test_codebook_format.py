@@ -11,6 +11,8 @@ from pyllmq import CodebookStructure, CodebookWeight, FormatError
 
 from .oracle import random_case
 
+pytestmark = pytest.mark.kernels
+
 
 @settings(max_examples=60, deadline=None)
 @given(

@@ -14,6 +14,8 @@ from torch import Tensor
 from pyllmq import _cpu
 from pyllmq.compression.kmeans import kmeans_1d
 
+pytestmark = pytest.mark.kernels
+
 
 def error_of(values: Tensor, centroids: Tensor, codes: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum of squared errors of each problem, fp64 [C]."""

@@ -9,6 +9,8 @@ import pytest
 
 from pyllmq import _cpu
 
+pytestmark = pytest.mark.kernels
+
 LONG_TASK_US = 2000.0  # long enough for a sleeping worker to wake and take part
 
 

@@ -51,7 +51,10 @@ def packed_structures(folder: Folder) -> dict[str, CodebookStructure]:
 
 
 def load_model(folder: Folder, **kwargs: Any) -> Any:
-    """The model of a folder, packed or dense, in eval mode; dense weights keep their dtype."""
+    """The model of a folder, packed or dense, in eval mode; dense weights keep their dtype.
+
+    Models that bring their own code are refused by transformers: nothing in a folder is executed.
+    """
     import transformers
 
     config = read_config(folder)

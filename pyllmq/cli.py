@@ -16,13 +16,15 @@ from typing import Any
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     given = parser.parse_args(arguments)
-    warnings.showwarning = _show_warning
     if given.command in ("compress", "eval", "generate"):
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
     try:
-        return given.run(given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.showwarning = _show_warning
+            return given.run(given)
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         if given.traceback:
             raise

@@ -217,3 +217,17 @@ def test_from_weight_checks_the_bias():
     with pytest.raises(ValueError, match=r"\[5\]"):
         CodebookLinear.from_weight(case.weight, torch.zeros(6))
     assert isinstance(FormatError("x"), ValueError)
+
+
+@pytest.mark.skipif("PYLLMQ_SANITIZED" in __import__("os").environ, reason="inductor's compiled code is not sanitized")
+def test_compiled_module_is_one_graph():
+    _, layer = make(outlier_fraction=0.02)
+    block = nn.Sequential(layer, nn.GELU(), CodebookLinear.from_dense(nn.Linear(48, 64), bits=3))
+    x = torch.randn(5, 64, requires_grad=True)
+    expected = block(x)
+    compiled = torch.compile(block, fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    compiled(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.autograd.grad(block(x).sum(), x)[0])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x[:1]), expected[:1])

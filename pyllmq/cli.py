@@ -164,7 +164,7 @@ def run_compress(given: argparse.Namespace) -> int:
     save_pretrained(model, output, tokenizer)
     if given.report:
         report.save(given.report)
-    print(str(report).splitlines()[-1] if given.quiet else report)
+    print(report.totals() if given.quiet else report)
     print(f"written to {output}; load it with pyllmq.from_pretrained({str(output)!r})")
     return 0
 

@@ -93,14 +93,18 @@ class CompressionReport:
                 f"{layer.name:<{width}}  {shape:>13}  {layer.bits_per_weight:9.3f}  {layer.paper_bits:10.3f}  "
                 f"{layer.error:8.5f}  {layer.seconds:7.2f}"
             )
-        lines.append(
+        lines.append(self.totals())
+        if self.left_dense:
+            lines.append("left dense: " + summary(self.left_dense))
+        return "\n".join(lines)
+
+    def totals(self) -> str:
+        """One line: Linears, true and paper bits, megabytes before and after, mean error, time."""
+        return (
             f"{len(self.layers)} Linears: {self.bits_per_weight:.3f} true bits per weight ({self.paper_bits:.3f} as the paper "
             f"counts), {self.dense_nbytes / 1e6:.1f} MB -> {self.nbytes / 1e6:.1f} MB, mean error {self.mean_error:.5f}, "
             f"{self.seconds:.1f} s"
         )
-        if self.left_dense:
-            lines.append("left dense: " + summary(self.left_dense))
-        return "\n".join(lines + [f"WARNING: {w}" for w in self.warnings])
 
 
 def summary(left: Sequence[LeftDense], most: int = 6) -> str:

@@ -147,10 +147,12 @@ void layout_codes(Pointer layout, int64_t bytes, Pointer codes_out) {
 }
 
 void linear(Pointer layout, int64_t bytes, Pointer x, int x_dtype, int64_t tokens, Pointer bias, int bias_dtype,
-            Pointer y) {
+            Pointer y, int path) {
+  if (path < 0 || path > 1)
+    throw std::invalid_argument("path " + std::to_string(path) + "; allowed: 0 (tables), 1 (decode)");
   const DType x_type = dtype_of(x_dtype), bias_type = dtype_of(bias_dtype);
   codebook_linear(as<void>(layout), bytes, elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type,
-                  elements(y, x_type));
+                  elements(y, x_type), static_cast<LinearPath>(path));
 }
 
 void dequantize(Pointer layout, int64_t bytes, int64_t row_begin, int64_t row_end, Pointer out, int out_dtype) {
@@ -169,7 +171,8 @@ void bind_codebook(py::module_& m) {
   m.def("codebook_layout_codes", &layout_codes, py::arg("layout"), py::arg("layout_bytes"), py::arg("codes_out"),
         NoGil());
   m.def("codebook_linear", &linear, py::arg("layout"), py::arg("layout_bytes"), py::arg("x"), py::arg("x_dtype"),
-        py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"), py::arg("y"), NoGil());
+        py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"), py::arg("y"), py::arg("path") = 0,
+        NoGil());
   m.def("codebook_dequantize", &dequantize, py::arg("layout"), py::arg("layout_bytes"), py::arg("row_begin"),
         py::arg("row_end"), py::arg("out"), py::arg("out_dtype"), NoGil());
 }

@@ -7,10 +7,16 @@ import torch
 
 from pyllmq import _cpu
 
+pytestmark = pytest.mark.kernels
+
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROWS = [1, 5, 31, 32, 33, 100]
 COLUMNS = [1, 2, 3, 7, 64, 255, 256, 257, 600]
+PATHS = {"tables": 0, "decode": 1}
 WIDTHS = [[1], [2], [3], [4], [5], [6], [7], [8], [2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8]]
+
+
+both_paths = pytest.mark.parametrize("path", PATHS)
 
 
 @pytest.fixture(autouse=True, params=_cpu.supported_isas())
@@ -112,12 +118,13 @@ class Weight:
         _cpu.codebook_layout_codes(self.layout.data_ptr(), self.layout.numel(), out.data_ptr())
         return out
 
-    def linear(self, x, bias=None, layout=None):
+    def linear(self, x, bias=None, layout=None, path="tables"):
         layout = self.layout if layout is None else layout
         y = torch.full((len(x), self.shape[0]), float("nan"), dtype=x.dtype)
         _cpu.codebook_linear(
             layout.data_ptr(), layout.numel(), x.data_ptr(), DTYPE_CODES[x.dtype], len(x),
             0 if bias is None else bias.data_ptr(), 0 if bias is None else DTYPE_CODES[bias.dtype], y.data_ptr(),
+            PATHS[path],
         )  # fmt: skip
         return y
 
@@ -130,14 +137,14 @@ class Weight:
         return out
 
 
-def assert_as_good_as_torch(weight, x, bias=None):
+def assert_as_good_as_torch(weight, x, bias=None, path="tables"):
     """Error against fp64 at most twice that of torch's own F.linear in x's dtype, both as norms over the outputs."""
     dense_bias = None if bias is None else bias.double()
     exact = torch.nn.functional.linear(x.double(), weight.dense, dense_bias)
     torch_y = torch.nn.functional.linear(
         x, weight.dense.to(x.dtype), None if bias is None else bias.to(x.dtype)
     ).double()
-    ours = weight.linear(x, bias).double()
+    ours = weight.linear(x, bias, path=path).double()
     # Room for one more rounding of a sum of this size: of a handful of outputs torch may hit one exactly by luck.
     size = torch.linalg.norm((x.double() ** 2 @ weight.dense.T**2).sqrt() + exact.abs())
     allowed = 2 * torch.linalg.norm(torch_y - exact) + torch.finfo(x.dtype).eps / 2 * size
@@ -145,49 +152,84 @@ def assert_as_good_as_torch(weight, x, bias=None):
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}, size {size:.3e}"
 
 
+@both_paths
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-def test_every_shape_round_trips_and_matches(widths):
+def test_every_shape_round_trips_and_matches(widths, path):
     for seed, (rows, columns) in enumerate(itertools.product(ROWS, COLUMNS)):
         weight = Weight(rows, columns, widths, seed=seed)
         assert torch.equal(weight.codes(), weight.all_codes), (rows, columns)
         assert torch.equal(weight.dequantize().double(), weight.dense), (rows, columns)
         tokens = max(3, 96 // rows)  # of fewer outputs luck, not arithmetic, decides whose error is larger
         x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
-        assert_as_good_as_torch(weight, x)
+        assert_as_good_as_torch(weight, x, path=path)
 
 
+@both_paths
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize("outlier_fraction", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("row_scale", [False, True])
 @pytest.mark.parametrize("int32", [False, True])
-def test_segments_outliers_and_row_scale(segments, outlier_fraction, row_scale, int32):
+def test_segments_outliers_and_row_scale(segments, outlier_fraction, row_scale, int32, path):
     weight = Weight(100, 300, [1, 2, 3, 4, 6], segments, outlier_fraction, row_scale, int32)
     assert torch.equal(weight.codes(), weight.all_codes)
     assert torch.equal(weight.dequantize().double(), weight.dense)
     x = torch.randn(2, 300)
-    assert_as_good_as_torch(weight, x, torch.randn(100))
-    assert_as_good_as_torch(weight, x, torch.randn(100).half())
+    assert_as_good_as_torch(weight, x, torch.randn(100), path)
+    assert_as_good_as_torch(weight, x, torch.randn(100).half(), path)
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 16])
+def test_tokens_and_dtypes(tokens, dtype, path):
+    weight = Weight(70, 520, [2, 3, 4, 8], segments=2, outlier_fraction=0.02, row_scale=True)
+    x = torch.randn(tokens, 520).to(dtype)
+    assert weight.linear(x, path=path).shape == (tokens, 70)
+    if tokens:
+        assert_as_good_as_torch(weight, x, torch.randn(70).to(dtype), path)
+        one_by_one = torch.cat([weight.linear(row[None], path=path) for row in x])
+        assert torch.equal(weight.linear(x, path=path), one_by_one)
+
+
+@pytest.mark.parametrize("widths", [[4], [1, 3, 6], [2, 8]], ids=str)
+def test_decode_gives_each_token_the_same_bits_beside_any_others(widths):
+    weight = Weight(45, 300, widths, segments=2, outlier_fraction=0.02, row_scale=True)
+    x = torch.randn(70, 300)
+    all_tokens = weight.linear(x, path="decode")
+    assert_as_good_as_torch(weight, x, path="decode")
+    for tokens in range(1, 70):
+        assert torch.equal(weight.linear(x[:tokens], path="decode"), all_tokens[:tokens]), tokens
 
 
 @pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
-@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 16])
-def test_tokens_and_dtypes(tokens, dtype):
-    weight = Weight(70, 520, [2, 3, 4, 8], segments=2, outlier_fraction=0.02, row_scale=True)
-    x = torch.randn(tokens, 520).to(dtype)
-    assert weight.linear(x).shape == (tokens, 70)
-    if tokens:
-        assert_as_good_as_torch(weight, x, torch.randn(70).to(dtype))
-        one_by_one = torch.cat([weight.linear(row[None]) for row in x])
-        assert torch.equal(weight.linear(x), one_by_one)
+def test_decode_cuts_very_many_tokens_into_passes(dtype):
+    weight = Weight(5, 40, [2, 5], outlier_fraction=0.02)
+    x = torch.randn(1100, 40).to(dtype)
+    assert_as_good_as_torch(weight, x, torch.randn(5).to(dtype), "decode")
+    assert torch.equal(weight.linear(x, path="decode")[700:], weight.linear(x[700:], path="decode"))
 
 
+def test_decode_uses_the_exact_outlier_where_the_row_scale_is_zero_or_the_code_is_infinite():
+    weight = Weight(40, 64, [3], outlier_fraction=1.0, row_scale=True)
+    weight.codebook.fill_(float("inf"))
+    weight.row_scale.zero_()
+    weight.layout = weight.pack()
+    assert_as_good_as_torch(weight, torch.randn(9, 64), path="decode")
+
+
+@both_paths
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-def test_isas_agree_bit_for_bit(widths):
-    weight = Weight(100, 600, widths, segments=2, outlier_fraction=0.01)
+def test_isas_agree_bit_for_bit(widths, path):
+    weight = Weight(100, 600, widths, segments=2, outlier_fraction=0.01, row_scale=path == "decode")
     x = torch.randn(9, 600)
-    ours = weight.linear(x), weight.linear(x.bfloat16()), weight.dequantize(), weight.codes()
+
+    def results():
+        both = weight.linear(x, path=path), weight.linear(x.bfloat16(), path=path)
+        return *both, weight.dequantize(), weight.codes()
+
+    ours = results()
     _cpu.set_isa("scalar")
-    scalar = weight.linear(x), weight.linear(x.bfloat16()), weight.dequantize(), weight.codes()
+    scalar = results()
     assert all(torch.equal(a, b) for a, b in zip(ours, scalar, strict=True))
 
 
@@ -198,7 +240,8 @@ def test_same_bits_for_any_number_of_threads(widths):
     results = []
     for threads in (1, 2, 5):
         _cpu.set_num_threads(threads)
-        results.append((weight.linear(x), weight.dequantize(), weight.pack(), weight.codes()))
+        both = weight.linear(x), weight.linear(x, path="decode")
+        results.append((*both, weight.dequantize(), weight.pack(), weight.codes()))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -212,46 +255,50 @@ def test_dequantize_any_row_range_rounded_to_nearest(dtype):
         assert torch.equal(weight.dequantize(begin=begin, end=end).double(), weight.dense[begin:end])
 
 
+@both_paths
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("widths", [[1], [2], [3], [4], [7]], ids=str)
-def test_non_finite_x_stays_in_its_token(widths, bad):
+def test_non_finite_x_stays_in_its_token(widths, bad, path):
     weight = Weight(40, 300, widths, outlier_fraction=0.01)
     x = torch.randn(3, 300)
-    clean = weight.linear(x)
+    clean = weight.linear(x, path=path)
     x[1, 123] = bad
-    y = weight.linear(x)
+    y = weight.linear(x, path=path)
     expected = torch.nn.functional.linear(x[1], weight.dense.float())
     assert torch.equal(y[0], clean[0]) and torch.equal(y[2], clean[2])
     assert not expected.isfinite().any() and not y[1].isfinite().any()
 
 
+@both_paths
 @pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
-def test_one_channel_ten_thousand_times_larger(dtype):
+def test_one_channel_ten_thousand_times_larger(dtype, path):
     weight = Weight(100, 512, [2, 3, 4])
     x = torch.randn(2, 512)
     x[:, 200] *= 1e4 if dtype != torch.float16 else 1e3
-    assert_as_good_as_torch(weight, x.to(dtype))
+    assert_as_good_as_torch(weight, x.to(dtype), path=path)
 
 
+@both_paths
 @pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38, 1e-30, 1e-20, 1e20, 1e34])
 @pytest.mark.parametrize("widths", [[1], [2], [3], [4], [6]], ids=str)
-def test_very_small_and_very_large_x(widths, size):
+def test_very_small_and_very_large_x(widths, size, path):
     weight = Weight(40, 300, widths)
     x = torch.randn(2, 300) * size
-    y = weight.linear(x)
+    y = weight.linear(x, path=path)
     exact = x.double() @ weight.dense.T
     assert torch.all((y.double() - exact).abs() <= 1e-5 * exact.abs().max() + 300 * 2.0**-149)
     assert size > 0 or torch.all(y == 0)
 
 
-def test_codebook_with_infinity_or_zeros():
+@both_paths
+def test_codebook_with_infinity_or_zeros(path):
     weight = Weight(40, 64, [2, 3])
     weight.codebook.zero_()
     weight.layout = weight.pack()
-    assert torch.all(weight.linear(torch.randn(1, 64)) == 0)
+    assert torch.all(weight.linear(torch.randn(1, 64), path=path) == 0)
     weight.codebook.fill_(float("inf"))
     weight.layout = weight.pack()
-    assert not weight.linear(torch.randn(1, 64)).isfinite().any()
+    assert not weight.linear(torch.randn(1, 64), path=path).isfinite().any()
 
 
 def test_layout_may_be_moved():
@@ -290,6 +337,8 @@ def test_wrong_sizes_and_addresses_are_refused():
         _cpu.codebook_dequantize(weight.layout.data_ptr(), weight.layout.numel(), 0, 1, x.data_ptr(), 3)
     with pytest.raises(ValueError, match="null"):
         _cpu.codebook_linear(weight.layout.data_ptr(), weight.layout.numel(), 0, 0, 1, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"path 2; allowed: 0 \(tables\), 1 \(decode\)"):
+        _cpu.codebook_linear(weight.layout.data_ptr(), weight.layout.numel(), x.data_ptr(), 0, 1, 0, 0, x.data_ptr(), 2)
     with pytest.raises(ValueError, match="tokens"):
         _cpu.codebook_linear(weight.layout.data_ptr(), weight.layout.numel(), x.data_ptr(), 0, -1, 0, 0, x.data_ptr())
 

@@ -2,15 +2,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/codebook_layout.h"
+#include "cpu/codebook_linear_decode.h"
 #include "cpu/isa.h"
 #include "cpu/thread_pool.h"
+#include "cpu/workspace.h"
 
 namespace pyllmq::cpu {
 namespace {
@@ -24,41 +24,6 @@ constexpr double kNsPerTable = 4.0;
 // Outside of this range of |x * codebook| the fixed point or its scale would leave fp32's normal numbers.
 constexpr float kSmallestBound = 0x1p-90f;
 constexpr float kLargestBound = 0x1p100f;
-
-// --- workspace: one growing buffer per calling thread, so that concurrent calls share nothing ----------------------
-
-class Workspace {
- public:
-  Workspace() = default;
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() { std::free(memory_); }
-
-  void reserve(int64_t bytes) {
-    used_ = 0;
-    if (bytes <= size_) return;
-    std::free(memory_);
-    size_ = 0;
-    memory_ = static_cast<uint8_t*>(std::aligned_alloc(64, rounded(bytes)));
-    if (memory_ == nullptr) throw std::bad_alloc();
-    size_ = rounded(bytes);
-  }
-  template <class T>
-  T* take(int64_t count) {
-    T* begin = reinterpret_cast<T*>(memory_ + used_);
-    used_ += rounded(count * static_cast<int64_t>(sizeof(T)));
-    return begin;
-  }
-  template <class T>
-  static int64_t need(int64_t count) {
-    return rounded(count * static_cast<int64_t>(sizeof(T)));
-  }
-
- private:
-  static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-  uint8_t* memory_ = nullptr;
-  int64_t size_ = 0, used_ = 0;
-};
 
 enum class Path : int32_t { nothing, tables, exact };  // nothing: every product of the panel is zero
 
@@ -264,12 +229,13 @@ const LinearKernels& linear_kernels() {
 }
 
 void codebook_linear(const void* layout, int64_t layout_bytes, const void* x, DType x_dtype, int64_t tokens,
-                     const void* bias, DType bias_dtype, void* y) {
+                     const void* bias, DType bias_dtype, void* y, LinearPath path) {
   const LayoutView view(layout, layout_bytes);
   const LayoutHeader& header = view.header();
   if (tokens < 0) throw std::invalid_argument("tokens = " + std::to_string(tokens) + "; must be >= 0");
   if (tokens == 0) return;
   if (x == nullptr || y == nullptr) throw std::invalid_argument("x and y must not be null when there are tokens");
+  if (path == LinearPath::decode) return codebook_linear_decode(view, x, x_dtype, tokens, bias, bias_dtype, y);
 
   Problem problem{view,
                   linear_kernels(),

@@ -6,6 +6,7 @@ is loaded and holds everything but the bias. See docs/codebook_linear.md.
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -15,16 +16,16 @@ from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, Kernel, Problem, Support, 
 
 LAYOUT = "cpu"
 
-MAX_TABLE_TOKENS = 64
-"""Up to this many tokens the table kernel reads the codes; beyond, decoding and one matmul is faster.
+MAX_TABLE_TOKENS = 8
+"""Up to this many tokens the table kernel reads the codes; beyond, they are decoded once for all tokens.
 
-Measured at N=K=4096, 2 threads, ms at M = 16 / 32 / 64 / 128: 4 bit 8.2 / 14.5 / 27 / 53 by tables, 18.7 / 23 / 29 / 43 by
-decoding; 2 bit 4.4 / 8.1 / 14 / 27 and 17.5 / 22 / 27 / 40.
+Measured at N=K=4096, 2 threads, fp32, ms at M = 4 / 8 / 16: 4 bit 1.6 / 3.2 / 8.3 by tables, 1.6 / 2.4 / 3.3 by
+decoding; 2 bit 0.85 / 1.6 / 3.0 and 1.6 / 2.2 / 3.4. Rejected: decoding of large panels followed by torch.mm, 58 ms at
+M = 128 (decode kernel 20, dense torch 33) and 405 ms at M = 2048 (342, 370).
 """
 
-PANEL_BYTES = 64 << 20
-"""Decoded weights alive at a time for large M. Few large panels: after each matmul torch's OpenMP threads spin for some ms
-and hold the cores; 8 panels of 512 rows were measured at 128 ms where one of 4096 rows took 23."""
+_TABLES, _DECODE = 0, 1
+"""`path` of _cpu.codebook_linear (LinearPath in csrc/cpu/codebook_linear.h)."""
 
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -37,10 +38,16 @@ def available() -> tuple[bool, str]:
     return True, f"{_cpu.isa()} kernels, {torch.get_num_threads()} threads"
 
 
+@cache
+def _extension() -> ModuleType:
+    from .. import _cpu  # an import statement at every call would cost 1 us
+
+    return _cpu
+
+
 def kernels() -> ModuleType:
     """The extension module, its thread pool as large as torch's (`torch.set_num_threads` is respected at every call)."""
-    from .. import _cpu
-
+    _cpu = _extension()
     threads = torch.get_num_threads()
     if _cpu.num_threads() != threads:
         _cpu.set_num_threads(threads)
@@ -80,9 +87,11 @@ def prepack(operand: WeightOperand) -> WeightOperand:
 def _checked_blob(tensors: list[Tensor], out_features: int, in_features: int) -> Tensor:
     """The layout, after its header was compared with the shape that the caller believes in: kernels read x and write y by it."""
     (blob,) = tensors
-    shape = kernels().codebook_layout_shape(blob.data_ptr(), blob.numel())
+    shape = _extension().codebook_layout_shape(blob.data_ptr(), blob.numel())
     if shape != (out_features, in_features):
-        raise ValueError(f"the layout holds a weight of shape {list(shape)}, but was given as [{out_features}, {in_features}]")
+        raise ValueError(
+            f"the layout holds a weight of shape {list(shape)}, but was given as [{out_features}, {in_features}]"
+        )
     return blob
 
 
@@ -95,8 +104,8 @@ def layout_codes(operand: WeightOperand) -> Tensor:
     return codes
 
 
-def codebook_linear_tables(
-    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None
+def _codebook_linear(
+    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None, path: int
 ) -> Tensor:
     _cpu = kernels()
     x = x.contiguous()
@@ -111,27 +120,21 @@ def codebook_linear_tables(
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else _DTYPE_CODE[bias.dtype],
         y.data_ptr(),
+        path,
     )
     return y
 
 
-def codebook_linear_panels(
+def codebook_linear_tables(
     x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None
 ) -> Tensor:
-    _cpu = kernels()
-    blob = _checked_blob(tensors, out_features, in_features)
-    x32 = x.float()
-    y = torch.empty(x.shape[0], out_features, dtype=torch.float32)
-    panel_rows = min(max(PANEL_BYTES // (4 * in_features), 32), out_features)
-    panel = torch.empty(panel_rows, in_features, dtype=torch.float32)
-    for begin in range(0, out_features, panel_rows):
-        end = min(begin + panel_rows, out_features)
-        rows = panel[: end - begin]
-        _cpu.codebook_dequantize(blob.data_ptr(), blob.numel(), begin, end, rows.data_ptr(), _DTYPE_CODE[rows.dtype])
-        y[:, begin:end] = x32 @ rows.T
-    if bias is not None:
-        y += bias.float()
-    return y.to(x.dtype)
+    return _codebook_linear(x, tensors, out_features, in_features, bias, _TABLES)
+
+
+def codebook_linear_decode(
+    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None
+) -> Tensor:
+    return _codebook_linear(x, tensors, out_features, in_features, bias, _DECODE)
 
 
 def codebook_dequantize(tensors: list[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -183,8 +186,14 @@ def _few_tokens(problem: Problem) -> Support:
 def register_kernels() -> None:
     for op, name, supports, run, because in (
         ("codebook_linear", "cpu.tables", _few_tokens, codebook_linear_tables, "one pass over the codes, no multiply"),
-        ("codebook_linear", "cpu.panels", _reads_layout, codebook_linear_panels, "decoding is paid once for all tokens"),
-        ("codebook_dequantize", "cpu.dequantize", _reads_layout, codebook_dequantize, "decodes at the speed of the stores"),
+        ("codebook_linear", "cpu.decode", _reads_layout, codebook_linear_decode, "decoding is paid once for them all"),
+        (
+            "codebook_dequantize",
+            "cpu.dequantize",
+            _reads_layout,
+            codebook_dequantize,
+            "decodes at the speed of the stores",
+        ),
         ("pack_codes", "cpu.pack_codes", _on_cpu, pack_codes, "threaded"),
         ("unpack_codes", "cpu.unpack_codes", _on_cpu, unpack_codes, "threaded"),
     ):

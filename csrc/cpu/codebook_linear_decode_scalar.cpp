@@ -1,0 +1,49 @@
+// The reference row. std::fma, although it is slow without hardware for it: the SIMD rows then agree bit for bit.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cpu/codebook_linear_decode.h"
+
+namespace pyllmq::cpu {
+namespace {
+
+void split_codebook(int width, const uint16_t* codebook, int64_t slots, uint8_t* split) {
+  const int64_t bytes = int64_t{2} << width;
+  for (int64_t slot = 0; slot < slots; ++slot)
+    std::memcpy(split + slot * split_bytes(width), reinterpret_cast<const uint8_t*>(codebook) + slot * bytes, bytes);
+}
+
+void decode(int width, const uint8_t* codes, const uint8_t* split, int64_t slots, const float* row_scale,
+            float* weights) {
+  for (int64_t slot = 0; slot < slots; ++slot)
+    for (int row = 0; row < kTileRows; ++row) {
+      uint16_t entry;
+      std::memcpy(&entry, split + slot * split_bytes(width) + 2 * read_code(codes, width, slot, row), 2);
+      const float value = fp16_to_fp32(entry);
+      weights[(row / kHalfRows * kDecodedColumns + slot) * kHalfRows + row % kHalfRows] =
+          row_scale ? value * row_scale[row] : value;
+    }
+}
+
+void multiply(const float* weights, const float* x, int64_t slots, int64_t tokens, float* sums) {
+  for (int64_t g = 0; g < token_groups(tokens); ++g) {
+    const int64_t begin = group_begin(tokens, g), count = group_begin(tokens, g + 1) - begin;
+    for (int64_t t = 0; t < count; ++t)
+      for (int row = 0; row < kTileRows; ++row) {
+        const float* column = weights + row / kHalfRows * kDecodedColumns * kHalfRows + row % kHalfRows;
+        for (int64_t first = 0; first < slots; first += kChainColumns) {
+          float sum = 0;
+          for (int64_t slot = first; slot < std::min(slots, first + kChainColumns); ++slot)
+            sum = std::fma(x[begin * slots + slot * count + t], column[slot * kHalfRows], sum);
+          sums[(begin + t) * kTileRows + row] += sum;
+        }
+      }
+  }
+}
+
+}  // namespace
+
+const DecodeKernels kDecodeScalar = {split_codebook, decode, multiply};
+
+}  // namespace pyllmq::cpu

@@ -7,8 +7,8 @@
 namespace pyllmq::cpu {
 namespace {
 
-// The same block of the next tile in a panel of 256 lookups: it arrives while this tile is multiplied. 8-11 % faster than
-// without on a weight that comes from memory (4 and 2 bit, 8 and 16 tokens); 1024 bytes: 0-8 %.
+// The same block of the next tile in a panel of 256 lookups: it arrives while this tile is multiplied. 8-11 % faster
+// than without on a weight that comes from memory (4 and 2 bit, 8 and 16 tokens); 1024 bytes: 0-8 %.
 constexpr int kPrefetchBytes = 4096;
 
 // --- decode --------------------------------------------------------------------------------------------------------

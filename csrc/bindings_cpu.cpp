@@ -148,8 +148,9 @@ void layout_codes(Pointer layout, int64_t bytes, Pointer codes_out) {
 
 void linear(Pointer layout, int64_t bytes, Pointer x, int x_dtype, int64_t tokens, Pointer bias, int bias_dtype,
             Pointer y, int path) {
-  if (path < 0 || path > 1)
-    throw std::invalid_argument("path " + std::to_string(path) + "; allowed: 0 (tables), 1 (decode)");
+  if (path < 0 || path > 2)
+    throw std::invalid_argument("path " + std::to_string(path) +
+                                "; allowed: 0 (tables), 1 (decode), 2 (automatic)");
   const DType x_type = dtype_of(x_dtype), bias_type = dtype_of(bias_dtype);
   codebook_linear(as<void>(layout), bytes, elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type,
                   elements(y, x_type), static_cast<LinearPath>(path));
@@ -177,7 +178,7 @@ void bind_codebook(py::module_& m) {
         py::arg("row_end"), py::arg("out"), py::arg("out_dtype"), NoGil());
 }
 
-// --- k-means ----------------------------------------------------------------------------------------------------------
+// --- k-means -------------------------------------------------------------------------------------------------------
 
 void bind_kmeans_1d(py::module_& m) {
   m.def(

@@ -1,7 +1,7 @@
 """codebook_linear and codebook_dequantize against fp64, on every back end; gradients, compile, errors.
 
-Grid: M 1, 2, 7, 16 (tables), 65 (decoded). N and K are odd, below, at and above a tile of 32 rows and a panel of 256
-lookups.
+Grid: M 1, 2 (tables), 7, 16 (tables or decoded), 65 (decoded). N and K are odd, below, at and above a tile of 32 rows
+and a panel of 256 lookups.
 Left out: N and K beyond 600 (interior to the same loops) and widths 5, 6, 7 apart from mixes (same path as 8).
 """
 
@@ -195,7 +195,7 @@ def test_errors_name_what_was_given_and_what_is_allowed():
         codebook_linear(torch.randn(2, 6, device="meta"), case.weight)
     with pyllmq.use_backend("reference"), pytest.raises(NoKernelError) as refusal:
         codebook_linear(torch.randn(2, 6), prepacked(case))
-    for row in ("cpu.tables", "cpu.decode", "reference.codebook_linear: reads the layout 'checkpoint'"):
+    for row in ("cpu.tables", "cpu.tables_or_decode", "cpu.decode", "reference.codebook_linear: reads the layout 'checkpoint'"):
         assert row in str(refusal.value)
     with pytest.raises(ValueError, match="'gpu' does not exist; allowed: cpu, reference"), pyllmq.use_backend("gpu"):
         pass

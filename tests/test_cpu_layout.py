@@ -12,11 +12,11 @@ pytestmark = pytest.mark.kernels
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROWS = [1, 5, 31, 32, 33, 100]
 COLUMNS = [1, 2, 3, 7, 64, 255, 256, 257, 600]
-PATHS = {"tables": 0, "decode": 1}
+PATHS = {"tables": 0, "decode": 1, "automatic": 2}
 WIDTHS = [[1], [2], [3], [4], [5], [6], [7], [8], [2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8]]
 
 
-both_paths = pytest.mark.parametrize("path", PATHS)
+both_paths = pytest.mark.parametrize("path", ["tables", "decode"])
 
 
 @pytest.fixture(autouse=True, params=_cpu.supported_isas())
@@ -201,6 +201,20 @@ def test_decode_gives_each_token_the_same_bits_beside_any_others(widths):
         assert torch.equal(weight.linear(x[:tokens], path="decode"), all_tokens[:tokens]), tokens
 
 
+@pytest.mark.parametrize(
+    ("widths", "tokens", "path"),
+    [([1], 16, "tables"), ([2], 8, "tables"), ([2], 64, "decode"), ([3], 2, "tables"), ([4], 8, "decode"),
+     ([2, 3], 64, "decode"), ([8], 1, "tables"), ([8], 9, "decode")],
+    ids=str,
+)  # fmt: skip
+def test_automatic_path_goes_by_width_and_tokens(widths, tokens, path):
+    weight = Weight(100, 600, widths)
+    x = torch.randn(tokens, 600)
+    results = {name: weight.linear(x, path=name) for name in PATHS}
+    assert not torch.equal(results["tables"], results["decode"])  # else this test could not tell them apart
+    assert torch.equal(results["automatic"], results[path])
+
+
 @pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
 def test_decode_cuts_very_many_tokens_into_passes(dtype):
     weight = Weight(5, 40, [2, 5], outlier_fraction=0.02)
@@ -337,8 +351,8 @@ def test_wrong_sizes_and_addresses_are_refused():
         _cpu.codebook_dequantize(weight.layout.data_ptr(), weight.layout.numel(), 0, 1, x.data_ptr(), 3)
     with pytest.raises(ValueError, match="null"):
         _cpu.codebook_linear(weight.layout.data_ptr(), weight.layout.numel(), 0, 0, 1, 0, 0, 0)
-    with pytest.raises(ValueError, match=r"path 2; allowed: 0 \(tables\), 1 \(decode\)"):
-        _cpu.codebook_linear(weight.layout.data_ptr(), weight.layout.numel(), x.data_ptr(), 0, 1, 0, 0, x.data_ptr(), 2)
+    with pytest.raises(ValueError, match=r"path 3; allowed: 0 \(tables\), 1 \(decode\), 2 \(automatic\)"):
+        _cpu.codebook_linear(weight.layout.data_ptr(), weight.layout.numel(), x.data_ptr(), 0, 1, 0, 0, x.data_ptr(), 3)
     with pytest.raises(ValueError, match="tokens"):
         _cpu.codebook_linear(weight.layout.data_ptr(), weight.layout.numel(), x.data_ptr(), 0, -1, 0, 0, x.data_ptr())
 

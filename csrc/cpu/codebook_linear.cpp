@@ -63,6 +63,30 @@ struct Problem {
   }
 };
 
+// --- choice of the path ----------------------------------------------------------------------------------------------
+
+// ps per weight on one core, [width - 1]; fits of N = K = 1024, 1..32 tokens.
+struct PathCost {
+  double table_fp32, table_half;  // per token
+  double table_pass;              // per pass of kMaxTokenBlock tokens: widths 5..8 are decoded there too
+  double decode;                  // once
+};
+constexpr PathCost kPathCost[8] = {{12, 10, 0, 70},   {22, 18, 0, 70},   {45, 34, 0, 70},    {44, 34, 0, 70},
+                                   {29, 29, 80, 100}, {29, 29, 120, 145}, {29, 29, 225, 245}, {29, 29, 430, 460}};
+constexpr double kMultiplyCost = 19.5;  // per token, after decoding
+
+LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens) {
+  const double passes = static_cast<double>((tokens + kMaxTokenBlock - 1) / kMaxTokenBlock);
+  double tables = 0, decode = 0;
+  for (int64_t p = 0; p < view.header().panels; ++p) {
+    const PathCost& cost = kPathCost[view.panel(p).width - 1];
+    const double slots = static_cast<double>(view.panel(p).slots), per_token = static_cast<double>(tokens) * slots;
+    tables += per_token * (dtype == DType::fp32 ? cost.table_fp32 : cost.table_half) + slots * passes * cost.table_pass;
+    decode += per_token * kMultiplyCost + slots * cost.decode;
+  }
+  return decode < tables ? LinearPath::decode : LinearPath::tables;
+}
+
 // --- phase 1: tables -----------------------------------------------------------------------------------------------
 
 void pick_columns(const LayoutView& view, const PanelRecord& panel, const float* x, float* picked) {
@@ -235,6 +259,7 @@ void codebook_linear(const void* layout, int64_t layout_bytes, const void* x, DT
   if (tokens < 0) throw std::invalid_argument("tokens = " + std::to_string(tokens) + "; must be >= 0");
   if (tokens == 0) return;
   if (x == nullptr || y == nullptr) throw std::invalid_argument("x and y must not be null when there are tokens");
+  if (path == LinearPath::automatic) path = cheaper_path(view, x_dtype, tokens);
   if (path == LinearPath::decode) return codebook_linear_decode(view, x, x_dtype, tokens, bias, bias_dtype, y);
 
   Problem problem{view,

@@ -61,8 +61,9 @@ extern const LinearKernels kLinearScalar;
 extern const LinearKernels kLinearAvx2;
 const LinearKernels& linear_kernels();  // of the active ISA
 
-// tables: what stands above, the same cost for each token; decode: codebook_linear_decode.h, the decoding is paid once.
-enum class LinearPath { tables = 0, decode = 1 };
+// tables: what stands above, the same cost for each token; decode: codebook_linear_decode.h, the decoding is paid once;
+// automatic: the one of the two that costs less for the weight's widths.
+enum class LinearPath { tables = 0, decode = 1, automatic = 2 };
 
 // x and y [tokens, columns] and [tokens, rows], both of x_dtype; bias [rows] or null.
 void codebook_linear(const void* layout, int64_t layout_bytes, const void* x, DType x_dtype, int64_t tokens,

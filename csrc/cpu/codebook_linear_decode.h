@@ -1,7 +1,7 @@
 // y[M,N] = x[M,K] @ W^T + bias for a `codebook` weight and more tokens than partial-product tables pay for: the codes
 // of 32 rows x 256 columns are decoded once into fp32 weights that stay in the L1 cache, and a register-blocked
-// multiply runs all tokens over them. Plain fp32 arithmetic on exact weights (row scale and outliers included), so NaN and
-// infinity need no path of their own.
+// multiply runs all tokens over them. Plain fp32 arithmetic on exact weights (row scale and outliers included), so NaN
+// and infinity need no path of their own.
 //
 //   weights  [2 halves, columns, 16 rows]: a half of 256 columns is 16 KiB, half of an L1 cache; with the 32 rows of a
 //            column side by side each half would use only every other set of it

@@ -6,6 +6,7 @@ is loaded and holds everything but the bias. See docs/codebook_linear.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
@@ -16,15 +17,18 @@ from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, Kernel, Problem, Support, 
 
 LAYOUT = "cpu"
 
-MAX_TABLE_TOKENS = 8
-"""Up to this many tokens the table kernel reads the codes; beyond, they are decoded once for all tokens.
+MAX_TABLE_TOKENS = 3
+"""Up to this many tokens, partial-product tables are the fastest path for every width."""
+
+MAX_AUTOMATIC_TOKENS = 64
+"""Up to this many tokens the kernel chooses by the weight's widths, beyond all codes are decoded once for all tokens.
 
 Measured at N=K=4096, 2 threads, fp32, ms at M = 4 / 8 / 16: 4 bit 1.6 / 3.2 / 8.3 by tables, 1.6 / 2.4 / 3.3 by
 decoding; 2 bit 0.85 / 1.6 / 3.0 and 1.6 / 2.2 / 3.4. Rejected: decoding of large panels followed by torch.mm, 58 ms at
 M = 128 (decode kernel 20, dense torch 33) and 405 ms at M = 2048 (342, 370).
 """
 
-_TABLES, _DECODE = 0, 1
+_TABLES, _DECODE, _AUTOMATIC = 0, 1, 2
 """`path` of _cpu.codebook_linear (LinearPath in csrc/cpu/codebook_linear.h)."""
 
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -131,6 +135,12 @@ def codebook_linear_tables(
     return _codebook_linear(x, tensors, out_features, in_features, bias, _TABLES)
 
 
+def codebook_linear_tables_or_decode(
+    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None
+) -> Tensor:
+    return _codebook_linear(x, tensors, out_features, in_features, bias, _AUTOMATIC)
+
+
 def codebook_linear_decode(
     x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None
 ) -> Tensor:
@@ -177,15 +187,31 @@ def _reads_layout(problem: Problem) -> Support:
     return _on_cpu(problem)
 
 
-def _few_tokens(problem: Problem) -> Support:
-    if problem.tokens > MAX_TABLE_TOKENS:
-        return False, f"serves up to {MAX_TABLE_TOKENS} tokens, here {problem.tokens}"
-    return _reads_layout(problem)
+def _up_to(max_tokens: int) -> Callable[[Problem], Support]:
+    def supports(problem: Problem) -> Support:
+        if problem.tokens > max_tokens:
+            return False, f"serves up to {max_tokens} tokens, here {problem.tokens}"
+        return _reads_layout(problem)
+
+    return supports
 
 
 def register_kernels() -> None:
     for op, name, supports, run, because in (
-        ("codebook_linear", "cpu.tables", _few_tokens, codebook_linear_tables, "one pass over the codes, no multiply"),
+        (
+            "codebook_linear",
+            "cpu.tables",
+            _up_to(MAX_TABLE_TOKENS),
+            codebook_linear_tables,
+            "one pass over the codes, no multiply",
+        ),
+        (
+            "codebook_linear",
+            "cpu.tables_or_decode",
+            _up_to(MAX_AUTOMATIC_TOKENS),
+            codebook_linear_tables_or_decode,
+            "by the weight's widths",
+        ),
         ("codebook_linear", "cpu.decode", _reads_layout, codebook_linear_decode, "decoding is paid once for them all"),
         (
             "codebook_dequantize",

@@ -164,6 +164,7 @@ def plot(rows: list[dict[str, float]], causal: bool, path: Path) -> None:
     axes.axhline(rows[0]["dense_fidelity"], color="gray", linestyle="--", label="dense")
     axes.set_xlabel("true bits per weight (everything stored)")
     axes.set_ylabel("perplexity" if causal else "cosine with the dense model's embeddings")
+    axes.margins(0.12)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

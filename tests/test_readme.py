@@ -1,0 +1,46 @@
+"""The Python in README.md runs as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyllmq.compression import calibration
+
+from . import models
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture
+def where_the_examples_run(tmp_path, monkeypatch):
+    models.tiny_llama().save_pretrained(tmp_path / "my-model")
+    models.tiny_tokenizer().save_pretrained(tmp_path / "my-model")
+    (tmp_path / "text.txt").write_text("\n".join(calibration.builtin_paragraphs()[:60]), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_examples_run(where_the_examples_run):
+    first, second = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    names = {}
+    exec(first, names)
+    assert names["report"].bits_per_weight > 3 and len(names["report"].layers) == 14
+    assert type(names["model"]).__name__ == "LlamaForCausalLM" and (where_the_examples_run / "my-model-packed").is_dir()
+
+    pyllmq = names["pyllmq"]
+    names |= {
+        "model": models.tiny_llama(),
+        "linear": torch.nn.Linear(16, 32),
+        "codes": torch.randint(0, 4, (8, 6)).to(torch.uint8),
+        "codebook": torch.randn(24),
+        "column_bits": torch.full((6,), 2),
+        "x": torch.randn(3, 6),
+        "values": torch.randn(5, 100),
+    }
+    exec(second, names)
+    assert names["layer"].bits_per_weight > 3
+    assert sum(isinstance(m, pyllmq.CodebookLinear) for m in names["model"].modules()) == 14
+    torch.testing.assert_close(names["y"], names["x"] @ names["weight"].dequantize().T)
+    assert names["centroids"].shape == (5, 16) and names["codes"].shape == (5, 100)

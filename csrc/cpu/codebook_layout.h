@@ -100,7 +100,7 @@ static inline int read_code(const uint8_t* tile_codes, int width, int64_t slot, 
   return (block[0] >> bit & 1) | (block[kTileRows] >> bit & 1) << 1 | (block[2 * kTileRows] >> bit & 1) << 2;
 }
 
-// A weight as it stands in a checkpoint (DESIGN 4), all arrays row-major and contiguous.
+// A weight as it stands in a checkpoint (docs/formats.md), all arrays row-major and contiguous.
 struct CodebookCheckpoint {
   int64_t rows, columns, segments;
   const uint8_t* column_bits;          // [columns]

@@ -1,4 +1,4 @@
-// b-bit codes <-> bytes, LSB first within a row's bit stream, rows padded with zero bits to whole bytes (DESIGN 4).
+// b-bit codes <-> bytes, LSB first within a row's bit stream, rows padded with zero bits to whole bytes (docs/formats.md).
 #pragma once
 #include <cstdint>
 

@@ -255,3 +255,38 @@ def test_bf16_model():
     run(model)
     y = model(x).logits
     assert y.dtype == torch.bfloat16 and (y.float() - dense).norm() / dense.norm() < 0.2
+
+
+def test_blocks_that_run_in_another_order_or_hide_their_input():
+    class Reversed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.late = nn.ModuleList([nn.Linear(8, 8)])
+            self.early = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+        def forward(self, x):
+            for block in (*self.early, *self.late):
+                x = block(x)
+            return x
+
+    model = Reversed()
+    report = run(model, [{"x": torch.randn(64, 8)}])
+    assert [layer.name for layer in report.layers] == ["early.0", "early.1", "late.0"]
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Linear(8, 8)
+
+        def forward(self, *, stuff):
+            return self.block(stuff)
+
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Named(), Named()])
+
+        def forward(self, x):
+            return self.blocks[1](stuff=self.blocks[0](stuff=x))
+
+    assert len(run(Hidden(), [{"x": torch.randn(64, 8)}]).layers) == 2

@@ -107,7 +107,7 @@ def compress(
     from ..integrations.transformers import mark_packed
 
     mark_packed(model)
-    object.__setattr__(report, "seconds", time.perf_counter() - started)
+    report.seconds = time.perf_counter() - started
     return report
 
 
@@ -152,26 +152,28 @@ class _Call:
     kwargs: dict[str, Any]
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+        """None if no argument can be told to be the hidden states."""
         # A cache would grow with every repeated run of the block; calibration never needs one.
         kwargs = {k: None if type(v).__name__.endswith("Cache") else v for k, v in kwargs.items()}
         args = tuple(None if type(v).__name__.endswith("Cache") else v for v in args)
         if args and isinstance(args[0], Tensor):
             return cls(args[0], args[1:], kwargs)
-        return cls(kwargs.pop("hidden_states"), args, kwargs)
+        hidden = kwargs.pop("hidden_states", None)
+        return cls(hidden, args, kwargs) if isinstance(hidden, Tensor) else None
 
     def run(self, block: nn.Module) -> Tensor:
         output = block(self.hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple | list) else output
 
 
-def _record_calls(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> list[list[_Call]]:
-    """Run the model on one batch; for every block, its calls in order."""
-    calls: list[list[_Call]] = [[] for _ in blocks]
+def _record_calls(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> list[tuple[int, _Call | None]]:
+    """Run the model on one batch; the calls of all blocks in the order in which they happen, each with its block's index."""
+    calls: list[tuple[int, _Call | None]] = []
 
     def recorder(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[index].append(_Call.of(args, dict(kwargs)))
+            calls.append((index, _Call.of(args, dict(kwargs))))
 
         return hook
 
@@ -187,24 +189,27 @@ def _record_calls(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -
 def _find_chains(model: nn.Module, stages: list[_Stage], batch: Batch) -> list[list[_Stage]]:
     """Cut the stages into chains: blocks of which each takes just what the one before gave out.
 
-    A block that runs several times in one forward (shared layers) or never stands alone as a stage of the whole model, since
-    its one recorded call would not tell the whole story.
+    Stages come in the order in which the model runs them. A block that runs several times in one forward (shared layers), or
+    whose hidden states cannot be told from its other arguments, or that never runs, becomes a stage of the whole model: one
+    recorded call would not tell its whole story.
     """
-    blocks = [stage.block for stage in stages if stage.block is not None]
-    recorded = _record_calls(model, blocks, batch)
+    staged = [(stage, stage.block) for stage in stages if stage.block is not None]
+    recorded = _record_calls(model, [block for _, block in staged], batch)
+    ran = list(dict.fromkeys(index for index, _ in recorded))
     chains: list[list[_Stage]] = []
     before: tuple[nn.Module, _Call] | None = None
-    for stage, calls in zip([s for s in stages if s.block is not None], recorded, strict=True):
-        if len(calls) != 1:
+    for index in [*ran, *(i for i in range(len(staged)) if i not in ran)]:
+        stage, block = staged[index]
+        calls = [call for at, call in recorded if at == index]
+        if len(calls) != 1 or calls[0] is None:
             chains.append([_Stage(None, stage.linears)])
             before = None
             continue
-        assert stage.block is not None
         if before is not None and _gives(before[1].run(before[0]), calls[0].hidden):
             chains[-1].append(stage)
         else:
             chains.append([stage])
-        before = (stage.block, calls[0])
+        before = (block, calls[0])
     return chains + [[stage] for stage in stages if stage.block is None]
 
 
@@ -237,7 +242,12 @@ def _compress_chain(job: _Job, chain: list[_Stage]) -> None:
     # hidden states are carried from block to block.
     recorded = []
     for batch in job.batches:
-        calls = [block_calls[0] for block_calls in _record_calls(job.model, blocks, batch)]
+        calls = [call for _, call in _record_calls(job.model, blocks, batch) if call is not None]
+        if len(calls) != len(blocks):
+            raise ValueError(
+                f"a calibration batch runs {len(calls)} of {len(blocks)} blocks that the first batch ran once each; batches must "
+                "take the same way through the model"
+            )
         recorded.append([call if i == 0 else replace(call, hidden=call.hidden[:0]) for i, call in enumerate(calls)])
     hidden = [calls[0].hidden for calls in recorded]
     for i, (stage, block) in enumerate(zip(chain, blocks, strict=True)):

@@ -27,7 +27,7 @@ class LayerReport:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class CompressionReport:
     """What `pyllmq.compress` returns.
 

@@ -146,13 +146,19 @@ void layout_codes(Pointer layout, int64_t bytes, Pointer codes_out) {
   codebook_layout_codes(as<void>(layout), bytes, as<uint8_t>(codes_out));
 }
 
-void linear(Pointer layout, int64_t bytes, Pointer x, int x_dtype, int64_t tokens, Pointer bias, int bias_dtype,
-            Pointer y, int path) {
+// rows and columns: what the caller made y and x for. x is read and y written by the layout's own shape.
+void linear(Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer x, int x_dtype, int64_t tokens,
+            Pointer bias, int bias_dtype, Pointer y, int path) {
+  const LayoutView view(as<void>(layout), bytes);
+  if (view.header().rows != rows || view.header().columns != columns)
+    throw std::invalid_argument("the layout holds a weight of shape [" + std::to_string(view.header().rows) + ", " +
+                                std::to_string(view.header().columns) + "], but was given as [" +
+                                std::to_string(rows) + ", " + std::to_string(columns) + "]");
   if (path < 0 || path > 2)
     throw std::invalid_argument("path " + std::to_string(path) +
                                 "; allowed: 0 (tables), 1 (decode), 2 (automatic)");
   const DType x_type = dtype_of(x_dtype), bias_type = dtype_of(bias_dtype);
-  codebook_linear(as<void>(layout), bytes, elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type,
+  codebook_linear(view, elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type,
                   elements(y, x_type), static_cast<LinearPath>(path));
 }
 
@@ -171,9 +177,9 @@ void bind_codebook(py::module_& m) {
   m.def("codebook_layout_shape", &layout_shape, py::arg("layout"), py::arg("layout_bytes"), NoGil());
   m.def("codebook_layout_codes", &layout_codes, py::arg("layout"), py::arg("layout_bytes"), py::arg("codes_out"),
         NoGil());
-  m.def("codebook_linear", &linear, py::arg("layout"), py::arg("layout_bytes"), py::arg("x"), py::arg("x_dtype"),
-        py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"), py::arg("y"), py::arg("path") = 0,
-        NoGil());
+  m.def("codebook_linear", &linear, py::arg("layout"), py::arg("layout_bytes"), py::arg("rows"), py::arg("columns"),
+        py::arg("x"), py::arg("x_dtype"), py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"), py::arg("y"),
+        py::arg("path") = 0, NoGil());
   m.def("codebook_dequantize", &dequantize, py::arg("layout"), py::arg("layout_bytes"), py::arg("row_begin"),
         py::arg("row_end"), py::arg("out"), py::arg("out_dtype"), NoGil());
 }

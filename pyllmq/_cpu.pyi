@@ -58,9 +58,20 @@ def codebook_layout_codes(layout: int, layout_bytes: int, codes_out: int) -> Non
     """The inverse of packing, for the codes: uint8 [rows, columns], also those under outliers."""
 
 def codebook_linear(
-    layout: int, layout_bytes: int, x: int, x_dtype: int, tokens: int, bias: int, bias_dtype: int, y: int
+    layout: int,
+    layout_bytes: int,
+    rows: int,
+    columns: int,
+    x: int,
+    x_dtype: int,
+    tokens: int,
+    bias: int,
+    bias_dtype: int,
+    y: int,
+    path: int = 0,
 ) -> None:
-    """y [tokens, rows] = x [tokens, columns] @ W.T + bias [rows]; y has x's dtype, bias 0 = none."""
+    """y [tokens, rows] = x [tokens, columns] @ W.T + bias [rows]; y has x's dtype, bias 0 = none; path 0 tables, 1 decode,
+    2 automatic. A layout of another shape than [rows, columns] is an error."""
 
 def codebook_dequantize(layout: int, layout_bytes: int, row_begin: int, row_end: int, out: int, out_dtype: int) -> None:
     """out [row_end - row_begin, columns] = those rows of W: exact in fp32, else rounded to nearest even."""

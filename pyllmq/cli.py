@@ -110,7 +110,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     b.add_argument("--m", default="1,8,512", metavar="M,M", help="numbers of tokens")
     b.add_argument("--device", default="cpu", help="cpu")
-    b.add_argument("--csv", metavar="FILE", default="pyllmq_bench.csv", help="append the rows to this file; '' for none")
+    b.add_argument(
+        "--csv", metavar="FILE", default="pyllmq_bench.csv", help="append the rows to this file; '' for none"
+    )
     b.add_argument("--plot", metavar="FILE", help="draw this PNG from the CSV")
     b.set_defaults(run=run_bench)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backends import cpu as _cpu_backend
 from .backends import reference as _reference_backend
-from .dispatch import Problem, WeightOperand, choose
+from .dispatch import WeightOperand, kernel_for
 
 _cpu_backend.register_kernels()
 _reference_backend.register_kernels()
@@ -93,10 +93,10 @@ def _codebook_linear(
         bias_place = "" if bias is None else f" and bias on {bias.device}"
         raise ValueError(f"x is on {x.device}{bias_place}, the weight on {device}; move them to one device")
     in_features = x.shape[-1]
-    rows = x.reshape(-1, in_features)
-    kernel = choose(Problem("codebook_linear", layout, device.type, x.dtype, rows.shape[0]))
+    rows = x if x.dim() == 2 else x.reshape(-1, in_features)
+    kernel = kernel_for("codebook_linear", layout, device.type, x.dtype, rows.shape[0])
     y = kernel.run(rows, weight, out_features, in_features, None if bias is None else bias.contiguous())
-    return y.view(*x.shape[:-1], out_features)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def _codebook_linear_fake(
@@ -138,7 +138,7 @@ def codebook_dequantize(weight: PackedWeight | WeightOperand, dtype: torch.dtype
 def _codebook_dequantize(
     weight: list[Tensor], layout: str, out_features: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
-    kernel = choose(Problem("codebook_dequantize", layout, weight[0].device.type, dtype))
+    kernel = kernel_for("codebook_dequantize", layout, weight[0].device.type, dtype)
     return kernel.run(weight, out_features, in_features, dtype)
 
 
@@ -184,11 +184,11 @@ def _check_byte_matrix(name: str, tensor: Tensor) -> None:
 
 
 def _pack_codes(codes: Tensor, bits: int) -> Tensor:
-    return choose(Problem("pack_codes", "", codes.device.type, codes.dtype)).run(codes, bits)
+    return kernel_for("pack_codes", "", codes.device.type, codes.dtype).run(codes, bits)
 
 
 def _unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
-    return choose(Problem("unpack_codes", "", packed.device.type, packed.dtype)).run(packed, bits, columns)
+    return kernel_for("unpack_codes", "", packed.device.type, packed.dtype).run(packed, bits, columns)
 
 
 # ---- registration ---------------------------------------------------------------------------------------------------

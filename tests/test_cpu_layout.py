@@ -122,7 +122,7 @@ class Weight:
         layout = self.layout if layout is None else layout
         y = torch.full((len(x), self.shape[0]), float("nan"), dtype=x.dtype)
         _cpu.codebook_linear(
-            layout.data_ptr(), layout.numel(), x.data_ptr(), DTYPE_CODES[x.dtype], len(x),
+            layout.data_ptr(), layout.numel(), *self.shape, x.data_ptr(), DTYPE_CODES[x.dtype], len(x),
             0 if bias is None else bias.data_ptr(), 0 if bias is None else DTYPE_CODES[bias.dtype], y.data_ptr(),
             PATHS[path],
         )  # fmt: skip
@@ -349,12 +349,15 @@ def test_wrong_sizes_and_addresses_are_refused():
         _cpu.codebook_dequantize(weight.layout.data_ptr(), weight.layout.numel(), 0, 101, x.data_ptr(), 0)
     with pytest.raises(ValueError, match="dtype code"):
         _cpu.codebook_dequantize(weight.layout.data_ptr(), weight.layout.numel(), 0, 1, x.data_ptr(), 3)
+    layout = weight.layout.data_ptr(), weight.layout.numel()
     with pytest.raises(ValueError, match="null"):
-        _cpu.codebook_linear(weight.layout.data_ptr(), weight.layout.numel(), 0, 0, 1, 0, 0, 0)
+        _cpu.codebook_linear(*layout, *weight.shape, 0, 0, 1, 0, 0, 0)
     with pytest.raises(ValueError, match=r"path 3; allowed: 0 \(tables\), 1 \(decode\), 2 \(automatic\)"):
-        _cpu.codebook_linear(weight.layout.data_ptr(), weight.layout.numel(), x.data_ptr(), 0, 1, 0, 0, x.data_ptr(), 3)
+        _cpu.codebook_linear(*layout, *weight.shape, x.data_ptr(), 0, 1, 0, 0, x.data_ptr(), 3)
     with pytest.raises(ValueError, match="tokens"):
-        _cpu.codebook_linear(weight.layout.data_ptr(), weight.layout.numel(), x.data_ptr(), 0, -1, 0, 0, x.data_ptr())
+        _cpu.codebook_linear(*layout, *weight.shape, x.data_ptr(), 0, -1, 0, 0, x.data_ptr())
+    with pytest.raises(ValueError, match=r"was given as \[1, 1\]"):
+        _cpu.codebook_linear(*layout, 1, 1, x.data_ptr(), 0, 1, 0, 0, x.data_ptr())
 
 
 def test_bad_checkpoints_are_refused():

@@ -57,23 +57,23 @@ def test_a_forced_back_end(monkeypatch):
         assert choose(problem).name == "reference.pack_codes"
     assert choose(problem).name == "cpu.pack_codes"
     monkeypatch.setenv("PYLLMQ_BACKEND", "reference")
-    choose.cache_clear()
+    dispatch.kernel_for.cache_clear()
     try:
         assert choose(problem).name == "reference.pack_codes"
     finally:
         monkeypatch.delenv("PYLLMQ_BACKEND")
-        choose.cache_clear()
+        dispatch.kernel_for.cache_clear()
 
 
 def test_an_unknown_back_end_in_the_environment_is_explained(monkeypatch):
     monkeypatch.setenv("PYLLMQ_BACKEND", "gpu")
-    choose.cache_clear()
+    dispatch.kernel_for.cache_clear()
     try:
         with pytest.raises(NoKernelError, match="back end 'gpu' was asked for"):
             choose(PROBLEMS["cpu.pack_codes"])
     finally:
         monkeypatch.delenv("PYLLMQ_BACKEND")
-        choose.cache_clear()
+        dispatch.kernel_for.cache_clear()
 
 
 def test_report_says_why_a_back_end_is_missing():

@@ -252,9 +252,8 @@ const LinearKernels& linear_kernels() {
   return kLinearScalar;
 }
 
-void codebook_linear(const void* layout, int64_t layout_bytes, const void* x, DType x_dtype, int64_t tokens,
-                     const void* bias, DType bias_dtype, void* y, LinearPath path) {
-  const LayoutView view(layout, layout_bytes);
+void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
+                     DType bias_dtype, void* y, LinearPath path) {
   const LayoutHeader& header = view.header();
   if (tokens < 0) throw std::invalid_argument("tokens = " + std::to_string(tokens) + "; must be >= 0");
   if (tokens == 0) return;

@@ -22,6 +22,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/codebook_layout.h"
 #include "cpu/half.h"
 
 namespace pyllmq::cpu {
@@ -66,7 +67,7 @@ const LinearKernels& linear_kernels();  // of the active ISA
 enum class LinearPath { tables = 0, decode = 1, automatic = 2 };
 
 // x and y [tokens, columns] and [tokens, rows], both of x_dtype; bias [rows] or null.
-void codebook_linear(const void* layout, int64_t layout_bytes, const void* x, DType x_dtype, int64_t tokens,
-                     const void* bias, DType bias_dtype, void* y, LinearPath path);
+void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
+                     DType bias_dtype, void* y, LinearPath path);
 
 }  // namespace pyllmq::cpu

@@ -111,16 +111,18 @@ def layout_codes(operand: WeightOperand) -> Tensor:
 def _codebook_linear(
     x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None, path: int
 ) -> Tensor:
-    _cpu = kernels()
+    blob = tensors[0]
     x = x.contiguous()
-    blob = _checked_blob(tensors, out_features, in_features)
-    y = torch.empty(x.shape[0], out_features, dtype=x.dtype)
-    _cpu.codebook_linear(
+    tokens, dtype = x.shape[0], x.dtype
+    y = torch.empty(tokens, out_features, dtype=dtype)
+    kernels().codebook_linear(
         blob.data_ptr(),
         blob.numel(),
+        out_features,
+        in_features,
         x.data_ptr(),
-        _DTYPE_CODE[x.dtype],
-        x.shape[0],
+        _DTYPE_CODE[dtype],
+        tokens,
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else _DTYPE_CODE[bias.dtype],
         y.data_ptr(),

@@ -25,7 +25,8 @@ def test_compress_one_linear(benchmark, capsys, bits: float, outliers: float) ->
     factor_s = time.perf_counter() - started
     assert factor.damping == 0.01
     done = benchmark.pedantic(
-        lambda: claq.compress_linears({"linear": weight}, hessian, CLAQConfig(bits=bits, outliers=outliers))["linear"], rounds=1
+        lambda: claq.compress_linears({"linear": weight}, hessian, CLAQConfig(bits=bits, outliers=outliers))["linear"],
+        rounds=1,
     )
     seconds = benchmark.stats.stats.median
     benchmark.extra_info |= {"bits_per_weight": done.weight.bits_per_weight, "error": done.error}

@@ -1,7 +1,8 @@
 """`pytest benchmarks`: codebook_linear and its rivals, one test each, in about a minute.
 
 pytest-benchmark times one provider after the other, so these numbers serve to compare a change with the commit before
-(--benchmark-autosave, --benchmark-compare). For ratios between providers use `pyllmq bench`, which interleaves them.
+(--benchmark-autosave, --benchmark-compare). Ratios between providers come from the last test, which is `pyllmq bench` on a
+small set: interleaved, printed as a table, appended to a CSV.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from pyllmq.benchmarks.providers import RIVALS, Layer, Provider, activations, check, dense_weight, pyllmq_codebook
+from pyllmq.benchmarks.run import run
 from pyllmq.benchmarks.timing import FEW_TOKENS, cold_copies
 
 N, K = 2048, 2048
@@ -53,3 +55,14 @@ def test_codebook_linear(benchmark, name: str, m: int) -> None:
             rounds=10 if m > FEW_TOKENS else 200,
             warmup_rounds=2 if m > FEW_TOKENS else 20,
         )
+
+
+def test_side_by_side(capsys) -> None:
+    """The interleaved table of `pyllmq bench` for this size, appended to pyllmq_bench.csv in the current folder."""
+    with capsys.disabled():
+        print()
+        rows = run(
+            shapes=[f"{N}x{K}"], bits=[2, 3, 4], tokens=[1, 8], csv="pyllmq_bench.csv", budget_s=0.4, progress=False
+        )
+    ours = [row for row in rows if row.provider.startswith("pyllmq") and row.m == 1]
+    assert len(ours) >= 3 and all(row.relative_error < 1e-2 for row in rows if row.provider.startswith("pyllmq"))

@@ -290,3 +290,25 @@ def test_blocks_that_run_in_another_order_or_hide_their_input():
             return self.blocks[1](stuff=self.blocks[0](stuff=x))
 
     assert len(run(Hidden(), [{"x": torch.randn(64, 8)}]).layers) == 2
+
+
+def test_the_encoders_padding_takes_no_token_from_the_decoder(monkeypatch):
+    counted = {}
+    original = pipeline.compress_linears
+
+    def spy(weights, hessian, config):
+        counted[next(iter(weights))] = hessian
+        return original(weights, hessian, config)
+
+    monkeypatch.setattr(pipeline, "compress_linears", spy)
+    ids = torch.randint(1, 512, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[:, 6:] = 0
+    hessians = []
+    for attention_mask in (torch.ones_like(ids), mask):
+        torch.manual_seed(2)
+        model = models.tiny_t5()
+        batch = {"input_ids": ids, "attention_mask": attention_mask, "decoder_input_ids": ids}
+        run(model, [batch], config=CLAQConfig(bits=4))
+        hessians.append(counted["decoder.block.0.layer.0.SelfAttention.q"])
+    torch.testing.assert_close(hessians[0], hessians[1])

@@ -322,9 +322,11 @@ def _input_hessians(job: _Job, groups: list[dict[str, nn.Module]], run: Callable
     current = 0
 
     def recorder(i: int) -> Callable[..., None]:
+        name = next(iter(groups[i]))
+
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
-            mask = job.batches[current].get("attention_mask")
+            mask = _token_mask(job.batches[current], name)
             if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
                 x = x[mask.bool()]
             x = x.reshape(-1, x.shape[-1]).float()
@@ -350,6 +352,19 @@ def _input_hessians(job: _Job, groups: list[dict[str, nn.Module]], run: Callable
             )
         hessians.append(total.mul_(2.0 / tokens[i]))
     return hessians
+
+
+def _token_mask(batch: Batch, name: str) -> Tensor | None:
+    """Which tokens of a Linear's input are real, [B, L].
+
+    In a decoder that has ids of its own it is their mask; where those are as long as the encoder's, cross attention's view of
+    the encoder is then taken whole, padding included: better some padding than real tokens lost.
+    """
+    mask = batch.get("attention_mask")
+    decoder_ids = batch.get("decoder_input_ids")
+    if decoder_ids is None or "decoder" not in name or (mask is not None and mask.shape != decoder_ids.shape):
+        return mask
+    return batch.get("decoder_attention_mask")
 
 
 def _compress_group(job: _Job, group: dict[str, nn.Module], hessian: Tensor) -> None:

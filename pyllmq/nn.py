@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .backends import cpu as cpu_backend
+from .backends import prepack
 from .compression import data_free
 from .dispatch import CHECKPOINT, WeightOperand
 from .formats.codebook import CodebookStructure, CodebookWeight, FormatError, codes_from_operand
@@ -53,7 +54,7 @@ class CodebookLinear(nn.Module):
         layer._set_weight(weight)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone().to(weight.column_bits.device, dtype))
-        layer.prepare()
+        layer._make_layout(weight)
         return layer
 
     @classmethod
@@ -143,8 +144,11 @@ class CodebookLinear(nn.Module):
             raise RuntimeError(
                 "this CodebookLinear has no weights yet (it is on the meta device); load a checkpoint first"
             )
-        weight = self.packed_weight()
-        operand = weight.operand()
+        self._make_layout(self.packed_weight())
+
+    def _make_layout(self, weight: CodebookWeight) -> None:
+        """`weight` is what the buffers hold, already checked; its codes leave the buffers for the machine layout."""
+        operand = prepack(weight.checkpoint_operand())
         if operand.layout != CHECKPOINT:
             for key in [key for key in self._buffers if key.startswith("codes_b")]:
                 delattr(self, key)
@@ -165,9 +169,8 @@ class CodebookLinear(nn.Module):
         self._buffers.clear()
         self._non_persistent_buffers_set.clear()
         for key, tensor in weight.tensors.items():
-            self.register_buffer(
-                key, tensor.clone()
-            )  # q, k and v may come with one column_bits; safetensors wants three
+            # q, k and v may come with one column_bits; safetensors wants three
+            self.register_buffer(key, tensor.clone())
         self._structure, self._operand = weight.structure, None
 
     def _checkpoint_tensors(self) -> dict[str, Tensor]:
@@ -215,7 +218,7 @@ class CodebookLinear(nn.Module):
             target = weight.column_bits.device if self.bias.device.type == "meta" else self.bias.device
             self.bias = nn.Parameter(bias.detach().to(target, self.bias.dtype, copy=True))
         self._set_weight(weight)
-        self.prepare()
+        self._make_layout(weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CodebookLinear:
         """Moves between devices; every packed tensor keeps its dtype, since a codebook cast to bf16 would lose 3 of its bits."""

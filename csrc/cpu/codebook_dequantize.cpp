@@ -32,7 +32,7 @@ struct RowRange {
 void store_columns(const LayoutView& view, const PanelRecord& panel, int64_t slot, int64_t columns, const float* staged,
                    void* out_row, DType dtype) {
   const auto* convert = linear_kernels().from_fp32;
-  const int64_t element = dtype == DType::fp32 ? 4 : 2;
+  const int64_t element = element_bytes(dtype);
   if (panel.first_column >= 0) {
     convert[static_cast<int>(dtype)](staged, static_cast<uint8_t*>(out_row) + (panel.first_column + slot) * element,
                                      columns);
@@ -63,7 +63,7 @@ void store_outliers(const LayoutView& view, int64_t row, void* out_row, DType dt
 void dequantize_tile(const LayoutView& view, const DequantizeKernels& kernels, const RowRange& range, uint8_t* out,
                      DType dtype) {
   const LayoutHeader& header = view.header();
-  const int64_t row_bytes = header.columns * (dtype == DType::fp32 ? 4 : 2);
+  const int64_t row_bytes = header.columns * element_bytes(dtype);
   alignas(64) float staged[kTileRows * kStagedColumns];
   alignas(64) float scale[kTileRows] = {};
   if (view.row_scale())
@@ -116,7 +116,7 @@ void codebook_dequantize(const void* layout, int64_t layout_bytes, int64_t row_b
   for (int64_t row = row_begin; row < row_end; row = ranges.back().row_end)
     ranges.push_back(tile_at(view, row, row_end));
   const DequantizeKernels& kernels = dequantize_kernels();
-  const int64_t row_bytes = header.columns * (out_dtype == DType::fp32 ? 4 : 2);
+  const int64_t row_bytes = header.columns * element_bytes(out_dtype);
   const int64_t tiles = static_cast<int64_t>(ranges.size());
   parallel_for(tiles, 1, kNsPerWeight * tiles * kTileRows * header.columns, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)

@@ -335,6 +335,19 @@ LayoutView::LayoutView(const void* layout, int64_t layout_bytes) : base_(static_
     refuse("the header is damaged (checksum); pack the checkpoint again");
 }
 
+std::vector<TileChunk> tile_chunks(const LayoutView& view, int64_t most_tiles) {
+  std::vector<TileChunk> chunks;
+  for (int64_t s = 0; s < view.header().segments; ++s) {
+    const SegmentRecord& segment = view.segment(s);
+    for (int64_t done = 0; done < segment.tiles; done += most_tiles) {
+      const int64_t tiles = std::min(most_tiles, segment.tiles - done), row = done * kTileRows;
+      chunks.push_back({s, segment.tile_begin + done, tiles, segment.row_begin + row,
+                        std::min(tiles * kTileRows, segment.rows - row)});
+    }
+  }
+  return chunks;
+}
+
 int64_t codebook_layout_bytes(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,
                               int64_t segments, int64_t outliers) {
   check_shape(rows, columns, column_bits, segment_rows, segments, outliers);

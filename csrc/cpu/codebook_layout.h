@@ -86,6 +86,14 @@ class LayoutView {
   const uint8_t* base_;
 };
 
+// Consecutive tiles of one segment, the rows of the weight that they hold: what one task of a thread works on.
+struct TileChunk {
+  int64_t segment, tile_begin, tiles, row_begin, rows;
+};
+
+// All tiles in chunks of at most `most_tiles`.
+std::vector<TileChunk> tile_chunks(const LayoutView& view, int64_t most_tiles);
+
 // Code of column `slot` (counted within the panel) and row `row` of a tile.
 static inline int read_code(const uint8_t* tile_codes, int width, int64_t slot, int row) {
   const uint8_t* block = tile_codes + slot / kBlockColumns * block_bytes(width) + row;

@@ -32,10 +32,6 @@ struct PanelScale {
   float unit;
 };
 
-struct Chunk {
-  int64_t segment, tile_begin, tiles;
-};
-
 struct Problem {
   const LayoutView& view;
   const LinearKernels& kernels;
@@ -45,7 +41,7 @@ struct Problem {
   std::vector<int64_t> first_lookup;
   int64_t lookups;
   int64_t decoded_columns;  // of widths 5..8
-  std::vector<Chunk> chunks;
+  std::vector<TileChunk> chunks;
 
   const float* x;      // [tokens, columns]
   const float* bias;   // [rows] or null
@@ -126,7 +122,7 @@ void build_panel_tables(const Problem& problem, int64_t token, int64_t segment, 
 
 // --- phase 2: lookups ----------------------------------------------------------------------------------------------
 
-void add_exact(const Problem& problem, const PanelRecord& panel, const Chunk& chunk, int64_t token, float* y) {
+void add_exact(const Problem& problem, const PanelRecord& panel, const TileChunk& chunk, int64_t token, float* y) {
   const LayoutView& view = problem.view;
   const int width = static_cast<int>(panel.width);
   const uint16_t* codebook = view.codebook(panel, chunk.segment);
@@ -145,7 +141,7 @@ void add_exact(const Problem& problem, const PanelRecord& panel, const Chunk& ch
   }
 }
 
-void add_lookups(const Problem& problem, int64_t p, const Chunk& chunk, float* y, int64_t y_stride) {
+void add_lookups(const Problem& problem, int64_t p, const TileChunk& chunk, float* y, int64_t y_stride) {
   const PanelRecord& panel = problem.view.panel(p);
   const auto kernel =
       (panel.width == 3 ? problem.kernels.lookup_3bit : problem.kernels.lookup_nibbles)[problem.precision];
@@ -159,7 +155,7 @@ void add_lookups(const Problem& problem, int64_t p, const Chunk& chunk, float* y
   }
 }
 
-void add_decoded(const Problem& problem, int64_t p, const Chunk& chunk, float* y, int64_t y_stride) {
+void add_decoded(const Problem& problem, int64_t p, const TileChunk& chunk, float* y, int64_t y_stride) {
   const LayoutView& view = problem.view;
   const PanelRecord& panel = view.panel(p);
   alignas(64) float x[kMaxTokenBlock * kBytePanelColumns];
@@ -192,7 +188,7 @@ void finish_rows(const Problem& problem, int64_t token, int64_t row_begin, int64
     for (int64_t r = 0; r < rows; ++r) sums[r] += problem.bias[row_begin + r];
 }
 
-void run_chunk(const Problem& problem, const Chunk& chunk, void* y) {
+void run_chunk(const Problem& problem, const TileChunk& chunk, void* y) {
   const LayoutHeader& header = problem.view.header();
   alignas(64) float sums[kMaxTokenBlock * kChunkTiles * kTileRows];
   const int64_t stride = chunk.tiles * kTileRows;
@@ -203,27 +199,12 @@ void run_chunk(const Problem& problem, const Chunk& chunk, void* y) {
     else
       add_decoded(problem, p, chunk, sums, stride);
   }
-  const SegmentRecord& segment = problem.view.segment(chunk.segment);
-  const int64_t row_begin = segment.row_begin + (chunk.tile_begin - segment.tile_begin) * kTileRows;
-  const int64_t rows = std::min(stride, segment.row_begin + segment.rows - row_begin);
-  const int64_t element = problem.dtype == DType::fp32 ? 4 : 2;
   for (int64_t t = 0; t < problem.tokens; ++t) {
-    finish_rows(problem, t, row_begin, rows, sums + t * stride);
+    finish_rows(problem, t, chunk.row_begin, chunk.rows, sums + t * stride);
     problem.kernels.from_fp32[static_cast<int>(problem.dtype)](
-        sums + t * stride, static_cast<uint8_t*>(y) + (t * header.rows + row_begin) * element, rows);
+        sums + t * stride,
+        static_cast<uint8_t*>(y) + (t * header.rows + chunk.row_begin) * element_bytes(problem.dtype), chunk.rows);
   }
-}
-
-std::vector<Chunk> make_chunks(const LayoutView& view) {
-  const LayoutHeader& header = view.header();
-  const int64_t most = std::clamp<int64_t>(header.tiles / (4 * num_threads()), 4, kChunkTiles);
-  std::vector<Chunk> chunks;
-  for (int64_t s = 0; s < header.segments; ++s) {
-    const SegmentRecord& segment = view.segment(s);
-    for (int64_t done = 0; done < segment.tiles; done += most)
-      chunks.push_back({s, segment.tile_begin + done, std::min(most, segment.tiles - done)});
-  }
-  return chunks;
 }
 
 void run_block(const Problem& problem, void* y) {
@@ -252,6 +233,14 @@ const LinearKernels& linear_kernels() {
   return kLinearScalar;
 }
 
+const float* rows_in_fp32(const LinearKernels& kernels, const void* x, DType dtype, int64_t begin, int64_t count,
+                          int64_t columns, float* converted) {
+  const void* first = static_cast<const uint8_t*>(x) + begin * columns * element_bytes(dtype);
+  if (dtype == DType::fp32) return static_cast<const float*>(first);
+  kernels.to_fp32[static_cast<int>(dtype)](first, converted, count * columns);
+  return converted;
+}
+
 void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
                      DType bias_dtype, void* y, LinearPath path) {
   const LayoutHeader& header = view.header();
@@ -269,7 +258,7 @@ void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64
                   {},
                   0,
                   0,
-                  make_chunks(view),
+                  tile_chunks(view, std::clamp<int64_t>(header.tiles / (4 * num_threads()), 4, kChunkTiles)),
                   nullptr,
                   nullptr,
                   nullptr,
@@ -293,21 +282,12 @@ void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64
   auto* bias_fp32 = workspace.take<float>(header.rows);
   problem.tables = workspace.take<uint8_t>(block * tables_per_token);
   problem.scales = workspace.take<PanelScale>(scales);
-  if (bias != nullptr) {
-    problem.kernels.to_fp32[static_cast<int>(bias_dtype)](bias, bias_fp32, header.rows);
-    problem.bias = bias_fp32;
-  }
+  if (bias != nullptr) problem.bias = rows_in_fp32(problem.kernels, bias, bias_dtype, 0, 1, header.rows, bias_fp32);
 
-  const int64_t element = x_dtype == DType::fp32 ? 4 : 2;
   for (int64_t begin = 0; begin < tokens; begin += block) {
     problem.tokens = std::min(block, tokens - begin);
-    const uint8_t* x_begin = static_cast<const uint8_t*>(x) + begin * header.columns * element;
-    problem.x = x_block;
-    if (x_dtype == DType::fp32)
-      problem.x = reinterpret_cast<const float*>(x_begin);
-    else
-      problem.kernels.to_fp32[static_cast<int>(x_dtype)](x_begin, x_block, problem.tokens * header.columns);
-    run_block(problem, static_cast<uint8_t*>(y) + begin * header.rows * element);
+    problem.x = rows_in_fp32(problem.kernels, x, x_dtype, begin, problem.tokens, header.columns, x_block);
+    run_block(problem, static_cast<uint8_t*>(y) + begin * header.rows * element_bytes(x_dtype));
   }
 }
 

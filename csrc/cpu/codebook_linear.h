@@ -62,6 +62,10 @@ extern const LinearKernels kLinearScalar;
 extern const LinearKernels kLinearAvx2;
 const LinearKernels& linear_kernels();  // of the active ISA
 
+// Rows [begin, begin + count) of x [., columns] in fp32: x itself where it is fp32, else converted into `converted`.
+const float* rows_in_fp32(const LinearKernels& kernels, const void* x, DType dtype, int64_t begin, int64_t count,
+                          int64_t columns, float* converted);
+
 // tables: what stands above, the same cost for each token; decode: codebook_linear_decode.h, the decoding is paid once;
 // automatic: the one of the two that costs less for the weight's widths.
 enum class LinearPath { tables = 0, decode = 1, automatic = 2 };

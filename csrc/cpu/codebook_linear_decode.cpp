@@ -26,10 +26,6 @@ const DecodeKernels& decode_kernels() {
   return kDecodeScalar;
 }
 
-struct Chunk {
-  int64_t segment, tile_begin, tiles;
-};
-
 // The part of a panel that lies in a block of 256 slots; widths 5..8 have panels of 32 columns.
 struct Piece {
   const PanelRecord* panel;
@@ -84,17 +80,6 @@ std::vector<Block> make_blocks(const LayoutView& view) {
   return blocks;
 }
 
-std::vector<Chunk> make_chunks(const LayoutView& view) {
-  const int64_t most = std::clamp<int64_t>(view.header().tiles / (4 * num_threads()), 1, kChunkTiles);
-  std::vector<Chunk> chunks;
-  for (int64_t s = 0; s < view.header().segments; ++s) {
-    const SegmentRecord& segment = view.segment(s);
-    for (int64_t done = 0; done < segment.tiles; done += most)
-      chunks.push_back({s, segment.tile_begin + done, std::min(most, segment.tiles - done)});
-  }
-  return chunks;
-}
-
 std::vector<uint32_t> slots_by_column(const LayoutView& view) {
   std::vector<uint32_t> slot_of(view.header().columns);
   for (int64_t p = 0; p < view.header().panels; ++p) {
@@ -133,8 +118,8 @@ void pack_block(const Problem& problem, const Block& block) {
 
 class ChunkOutliers {
  public:
-  // Rows [row_begin, row_end) of the weight; row_begin is row 0 of the chunk's first tile.
-  void gather(const Problem& problem, int64_t row_begin, int64_t row_end, int64_t tiles) {
+  void gather(const Problem& problem, const TileChunk& chunk) {
+    const int64_t row_begin = chunk.row_begin, row_end = chunk.row_begin + chunk.rows, tiles = chunk.tiles;
     tiles_ = tiles;
     if (problem.slot_of.empty()) return;
     const LayoutView& view = problem.view;
@@ -183,7 +168,7 @@ struct ChunkMemory {
   float* row;      // [tiles, 32]
 };
 
-void multiply_block(const Problem& problem, int64_t b, const Chunk& chunk, const ChunkOutliers& outliers,
+void multiply_block(const Problem& problem, int64_t b, const TileChunk& chunk, const ChunkOutliers& outliers,
                     const ChunkMemory& memory) {
   const LayoutView& view = problem.view;
   const Block& block = problem.blocks[b];
@@ -211,23 +196,19 @@ void multiply_block(const Problem& problem, int64_t b, const Chunk& chunk, const
   }
 }
 
-void store_token(const Problem& problem, int64_t token, const Chunk& chunk, int64_t row_begin, int64_t rows,
-                 const ChunkMemory& memory) {
+void store_token(const Problem& problem, int64_t token, const TileChunk& chunk, const ChunkMemory& memory) {
   for (int64_t tile = 0; tile < chunk.tiles; ++tile) {
     const float* sums = memory.sums + (tile * problem.tokens + token) * kTileRows;
     std::copy(sums, sums + kTileRows, memory.row + tile * kTileRows);
   }
   if (problem.bias != nullptr)
-    for (int64_t r = 0; r < rows; ++r) memory.row[r] += problem.bias[row_begin + r];
-  const int64_t element = problem.dtype == DType::fp32 ? 4 : 2;
+    for (int64_t r = 0; r < chunk.rows; ++r) memory.row[r] += problem.bias[chunk.row_begin + r];
+  const int64_t first = token * problem.view.header().rows + chunk.row_begin;
   problem.conversions.from_fp32[static_cast<int>(problem.dtype)](
-      memory.row, problem.y + (token * problem.view.header().rows + row_begin) * element, rows);
+      memory.row, problem.y + first * element_bytes(problem.dtype), chunk.rows);
 }
 
-void run_chunk(const Problem& problem, const Chunk& chunk) {
-  const SegmentRecord& segment = problem.view.segment(chunk.segment);
-  const int64_t row_begin = segment.row_begin + (chunk.tile_begin - segment.tile_begin) * kTileRows;
-  const int64_t rows = std::min(chunk.tiles * kTileRows, segment.row_begin + segment.rows - row_begin);
+void run_chunk(const Problem& problem, const TileChunk& chunk) {
   const int64_t sums = chunk.tiles * problem.tokens * kTileRows;
 
   thread_local Workspace workspace;
@@ -244,17 +225,17 @@ void run_chunk(const Problem& problem, const Chunk& chunk) {
 
   std::fill(memory.sums, memory.sums + sums, 0.0f);
   if (const float* scale = problem.view.row_scale()) {
-    std::copy(scale + row_begin, scale + row_begin + rows, memory.scale);
-    std::fill(memory.scale + rows, memory.scale + chunk.tiles * kTileRows, 1.0f);
+    std::copy(scale + chunk.row_begin, scale + chunk.row_begin + chunk.rows, memory.scale);
+    std::fill(memory.scale + chunk.rows, memory.scale + chunk.tiles * kTileRows, 1.0f);
   }
   outliers.clear();
-  outliers.gather(problem, row_begin, row_begin + rows, chunk.tiles);
+  outliers.gather(problem, chunk);
   for (size_t b = 0; b < problem.blocks.size(); ++b)
     multiply_block(problem, static_cast<int64_t>(b), chunk, outliers, memory);
-  for (int64_t t = 0; t < problem.tokens; ++t) store_token(problem, t, chunk, row_begin, rows, memory);
+  for (int64_t t = 0; t < problem.tokens; ++t) store_token(problem, t, chunk, memory);
 }
 
-void run_tokens(const Problem& problem, const std::vector<Chunk>& chunks) {
+void run_tokens(const Problem& problem, const std::vector<TileChunk>& chunks) {
   const LayoutHeader& header = problem.view.header();
   const double tokens = static_cast<double>(problem.tokens);
   const double slots = static_cast<double>(header.slots), rows = static_cast<double>(header.tiles * kTileRows);
@@ -284,7 +265,8 @@ void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype
                   nullptr,
                   nullptr,
                   nullptr};
-  const std::vector<Chunk> chunks = make_chunks(view);
+  const int64_t most_tiles = std::clamp<int64_t>(header.tiles / (4 * num_threads()), 1, kChunkTiles);
+  const std::vector<TileChunk> chunks = tile_chunks(view, most_tiles);
   const int64_t most = std::clamp<int64_t>(kPackedBytes / (4 * header.slots), kFewestTokens, kMostTokens);
   const int64_t passes = (tokens + most - 1) / most, block = (tokens + passes - 1) / passes;
   const int64_t converted = x_dtype == DType::fp32 ? 0 : block * header.columns;
@@ -295,22 +277,12 @@ void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype
   problem.packed = workspace.take<float>(block * header.slots);
   auto* bias_fp32 = workspace.take<float>(header.rows);
   auto* x_fp32 = workspace.take<float>(converted);
-  if (bias != nullptr) {
-    problem.conversions.to_fp32[static_cast<int>(bias_dtype)](bias, bias_fp32, header.rows);
-    problem.bias = bias_fp32;
-  }
+  if (bias != nullptr) problem.bias = rows_in_fp32(problem.conversions, bias, bias_dtype, 0, 1, header.rows, bias_fp32);
 
-  const int64_t element = x_dtype == DType::fp32 ? 4 : 2;
   for (int64_t begin = 0; begin < tokens; begin += block) {
     problem.tokens = std::min(block, tokens - begin);
-    const uint8_t* x_begin = static_cast<const uint8_t*>(x) + begin * header.columns * element;
-    if (x_dtype == DType::fp32) {
-      problem.x = reinterpret_cast<const float*>(x_begin);
-    } else {
-      problem.conversions.to_fp32[static_cast<int>(x_dtype)](x_begin, x_fp32, problem.tokens * header.columns);
-      problem.x = x_fp32;
-    }
-    problem.y = static_cast<uint8_t*>(y) + begin * header.rows * element;
+    problem.x = rows_in_fp32(problem.conversions, x, x_dtype, begin, problem.tokens, header.columns, x_fp32);
+    problem.y = static_cast<uint8_t*>(y) + begin * header.rows * element_bytes(x_dtype);
     run_tokens(problem, chunks);
   }
 }

@@ -8,6 +8,8 @@ namespace pyllmq::cpu {
 
 enum class DType { fp32 = 0, bf16 = 1, fp16 = 2 };
 
+static inline int64_t element_bytes(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
+
 static inline uint32_t float_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);

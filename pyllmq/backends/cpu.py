@@ -7,7 +7,7 @@ is loaded and holds everything but the bias. See docs/codebook_linear.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -108,7 +108,7 @@ def layout_codes(operand: WeightOperand) -> Tensor:
     return codes
 
 
-def _codebook_linear(
+def codebook_linear(
     x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None, path: int
 ) -> Tensor:
     blob = tensors[0]
@@ -129,24 +129,6 @@ def _codebook_linear(
         path,
     )
     return y
-
-
-def codebook_linear_tables(
-    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None
-) -> Tensor:
-    return _codebook_linear(x, tensors, out_features, in_features, bias, _TABLES)
-
-
-def codebook_linear_tables_or_decode(
-    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None
-) -> Tensor:
-    return _codebook_linear(x, tensors, out_features, in_features, bias, _AUTOMATIC)
-
-
-def codebook_linear_decode(
-    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None
-) -> Tensor:
-    return _codebook_linear(x, tensors, out_features, in_features, bias, _DECODE)
 
 
 def codebook_dequantize(tensors: list[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -204,17 +186,23 @@ def register_kernels() -> None:
             "codebook_linear",
             "cpu.tables",
             _up_to(MAX_TABLE_TOKENS),
-            codebook_linear_tables,
+            partial(codebook_linear, path=_TABLES),
             "one pass over the codes, no multiply",
         ),
         (
             "codebook_linear",
             "cpu.tables_or_decode",
             _up_to(MAX_AUTOMATIC_TOKENS),
-            codebook_linear_tables_or_decode,
+            partial(codebook_linear, path=_AUTOMATIC),
             "by the weight's widths",
         ),
-        ("codebook_linear", "cpu.decode", _reads_layout, codebook_linear_decode, "decoding is paid once for them all"),
+        (
+            "codebook_linear",
+            "cpu.decode",
+            _reads_layout,
+            partial(codebook_linear, path=_DECODE),
+            "decoding is paid once for them all",
+        ),
         (
             "codebook_dequantize",
             "cpu.dequantize",

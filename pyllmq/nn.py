@@ -12,7 +12,7 @@ from . import ops
 from .backends import cpu as cpu_backend
 from .backends import prepack
 from .compression import data_free
-from .dispatch import CHECKPOINT, WeightOperand
+from .dispatch import CHECKPOINT, DEFAULT_PRECISION, WeightOperand
 from .formats.codebook import CodebookStructure, CodebookWeight, FormatError, codes_from_operand
 
 
@@ -34,6 +34,7 @@ class CodebookLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = structure.in_features, structure.out_features
         self.dense_dtype = dtype
+        self.precision = DEFAULT_PRECISION
         self._structure = structure
         self._operand: WeightOperand | None = None
         for key, (shape, key_dtype) in structure.tensors().items():
@@ -92,7 +93,7 @@ class CodebookLinear(nn.Module):
     # ---- using it ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.codebook_linear(x, self._operand or self.operand(), self.bias)
+        return ops.codebook_linear(x, self._operand or self.operand(), self.bias, self.precision)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense matrix [N, K] that this layer multiplies with."""

@@ -8,9 +8,7 @@ from pyllmq import NoKernelError, backends, dispatch
 from pyllmq.dispatch import Problem, choose
 
 PROBLEMS = {
-    "cpu.tables": Problem("codebook_linear", "cpu", "cpu", torch.float32, 1),
-    "cpu.tables_or_decode": Problem("codebook_linear", "cpu", "cpu", torch.float16, 20),
-    "cpu.decode": Problem("codebook_linear", "cpu", "cpu", torch.bfloat16, 4096),
+    "cpu.codebook_linear": Problem("codebook_linear", "cpu", "cpu", torch.float32, 1),
     "cpu.dequantize": Problem("codebook_dequantize", "cpu", "cpu", torch.float16),
     "cpu.pack_codes": Problem("pack_codes", "", "cpu", torch.uint8),
     "cpu.unpack_codes": Problem("unpack_codes", "", "cpu", torch.uint8),

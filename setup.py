@@ -51,6 +51,7 @@ ISA_FLAGS = {
         "-mavx512vnni",
         "-mfma",
         "-mf16c",
+        "-Wno-uninitialized",  # gcc 12 warns about its own AVX-512 headers (GCC bug 105593)
     ],
 }
 

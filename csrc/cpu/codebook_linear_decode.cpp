@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/codebook_linear.h"
+#include "cpu/codebook_linear_decode_int16.h"
 #include "cpu/isa.h"
 #include "cpu/thread_pool.h"
 #include "cpu/workspace.h"
@@ -21,12 +22,13 @@ constexpr double kNsPerPackedElement = 0.5;
 constexpr double kNsPerMultiply = 0.02;
 constexpr double kNsPerDecodedWeight = 0.1;
 
-const DecodeKernels& decode_kernels(StepOrder order, Precision) {
+const DecodeKernels& decode_kernels(StepOrder order, Precision precision) {
+  const bool fp32 = precision == Precision::exact;
 #if defined(__x86_64__)
-  if (active_isa() == Isa::avx512 && order == StepOrder::fours) return kDecodeAvx512;
-  if (active_isa() != Isa::scalar && order == StepOrder::rows) return kDecodeAvx2;
+  if (active_isa() == Isa::avx512 && order == StepOrder::fours) return fp32 ? kDecodeAvx512 : kDecodeInt16Avx512;
+  if (active_isa() != Isa::scalar && order == StepOrder::rows) return fp32 ? kDecodeAvx2 : kDecodeInt16Avx2;
 #endif
-  return kDecodeScalar;
+  return fp32 ? kDecodeScalar : kDecodeInt16Scalar;
 }
 
 // The part of a panel that lies in a block of 256 slots; widths 5..8 have panels of 32 columns.

@@ -101,6 +101,7 @@ void multiply_group(const float* weights, const float* x, int64_t slots, float* 
   while (slots > 0) {
     int64_t chain = slots < kChainColumns ? slots : kChainColumns;
     slots -= chain;
+    asm volatile("" ::: "memory");  // else gcc 12 carries the fp32 sums from chain to chain on the stack
     __m512 sum[Tokens][2];
 #pragma GCC unroll 12
     for (int t = 0; t < Tokens; ++t) sum[t][0] = sum[t][1] = _mm512_setzero_ps();

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -25,10 +26,33 @@ constexpr double kNsPerDecodedWeight = 0.1;
 const DecodeKernels& decode_kernels(StepOrder order, Precision precision) {
   const bool fp32 = precision == Precision::exact;
 #if defined(__x86_64__)
-  if (active_isa() == Isa::avx512 && order == StepOrder::fours) return fp32 ? kDecodeAvx512 : kDecodeInt16Avx512;
-  if (active_isa() != Isa::scalar && order == StepOrder::rows) return fp32 ? kDecodeAvx2 : kDecodeInt16Avx2;
+  const Isa isa = active_isa();
+  if (isa == Isa::amx && order == StepOrder::fours && !fp32) return kDecodeAmx;
+  if (isa >= Isa::avx512 && order == StepOrder::fours) return fp32 ? kDecodeAvx512 : kDecodeInt16Avx512;
+  if (isa >= Isa::avx2 && order == StepOrder::rows) return fp32 ? kDecodeAvx2 : kDecodeInt16Avx2;
 #endif
   return fp32 ? kDecodeScalar : kDecodeInt16Scalar;
+}
+
+// Weights of so few rows or columns are multiplied in fp32: rounding errors need company to average out.
+constexpr int64_t kFewestRows = 32, kFewestColumns = 64;
+
+// bf16 weights: infinity cannot be split in two, and an outlier is divided by the row scale that multiplies the sum.
+// (int16 weights: x carries the column's magnitude and `pack` looks at it.)
+bool weights_fit(const LayoutView& view, const DecodeKernels& kernels) {
+  if (!kernels.scale_in_sums) return true;
+  if (view.header().rows < kFewestRows || view.header().columns < kFewestColumns) return false;
+  if (kernels.relative) return true;
+  const auto finite = [](float value) { return std::isfinite(value); };
+  const LayoutHeader& header = view.header();
+  for (int64_t s = 0; s < header.segments; ++s)
+    for (int64_t p = 0; p < header.panels; ++p) {
+      const float* magnitude = view.max_magnitude(view.panel(p), s);
+      if (!std::all_of(magnitude, magnitude + view.panel(p).columns, finite)) return false;
+    }
+  if (view.row_scale() == nullptr || header.outliers == 0) return true;
+  return std::all_of(view.row_scale(), view.row_scale() + header.rows,
+                     [&](float scale) { return finite(scale) && scale != 0; });
 }
 
 // The part of a panel that lies in a block of 256 slots; widths 5..8 have panels of 32 columns.
@@ -369,8 +393,9 @@ void put_fp32(uint8_t* weights, int64_t slot, int row, float value) {
 void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
                             DType bias_dtype, void* y, Precision precision) {
   const LayoutHeader& header = view.header();
-  const DecodeKernels& permitted = decode_kernels(header.order, precision);
   const DecodeKernels& exact = decode_kernels(header.order, Precision::exact);
+  const DecodeKernels& fastest = decode_kernels(header.order, precision);
+  const DecodeKernels& permitted = weights_fit(view, fastest) ? fastest : exact;
   Problem problem{view,
                   &permitted,
                   row_kernels(),

@@ -1,10 +1,10 @@
 // Decoded weights of 16 bits (codebook_linear_decode.h) for `high` and `fast`: a multiply-add of int16 pairs does twice
 // the work of an fp32 one.
 //
-//   weight   round(C / max |C of the column| * 8191); x carries the column's maximum
+//   weight   round(C / max |C of the column| * 16383); x carries the column's maximum
 //   x        int16 with one fp32 unit per token and kFlushColumns columns:
-//              unit = max(max |x| / 32767, sum |x| / 262000), so that |sums| <= 8191 * (262000 + 32) < 2^31.
-//            The sum, not the maximum, is what int32 bounds: normal x gets 14 bits, a lone large channel 15.
+//              unit = max(max |x| / 32767, sum |x| / 131000), so that |sums| <= 16383 * (131000 + 32) < 2^31.
+//            The sum, not the maximum, is what int32 bounds: normal x gets 13 bits, a lone large channel 15.
 //   sums     exact integers over kFlushColumns columns, then fma(sum, unit, fp32): all ISAs agree bit for bit
 //
 // Relative error 9e-5 for normal x (either precision). Rejected for `fast`: sums of 256 columns, 6 % faster at 512 tokens with
@@ -17,7 +17,7 @@
 namespace pyllmq::cpu {
 
 constexpr int64_t kFlushColumns = 64;
-constexpr float kLargestWeight = 8191;
+constexpr float kLargestWeight = 16383;
 
 extern const DecodeKernels kDecodeInt16Scalar;  // reads both orders of steps
 extern const DecodeKernels kDecodeInt16Avx2;    // rows

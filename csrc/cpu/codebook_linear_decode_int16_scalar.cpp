@@ -8,7 +8,7 @@
 namespace pyllmq::cpu {
 namespace {
 
-constexpr float kLargestX = 32767, kLargestSum = 262000;
+constexpr float kLargestX = 32767, kLargestSum = 131000;
 // Outside of this range of sum |x| a unit or its inverse would leave fp32's normal numbers.
 constexpr float kSmallestRange = 0x1p-90f, kLargestRange = 0x1p100f;
 constexpr int64_t kLanes = 8;

@@ -115,6 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
     b.add_argument("--m", default="1,8,512", metavar="M,M", help="numbers of tokens")
     b.add_argument("--device", default="cpu", help="cpu")
     b.add_argument(
+        "--precision", default="high", metavar="P,P", help="of our arithmetic: exact, high, fast, comma separated"
+    )
+    b.add_argument(
         "--csv", metavar="FILE", default="pyllmq_bench.csv", help="append the rows to this file; '' for none"
     )
     b.add_argument("--plot", metavar="FILE", help="draw this PNG from the CSV")
@@ -295,6 +298,7 @@ def run_bench(given: argparse.Namespace) -> int:
         bits=given.bits.split(","),
         tokens=_integers("--m", given.m),
         device=given.device,
+        precision=given.precision.split(","),
         csv=given.csv or None,
         plot=given.plot,
     )

@@ -124,7 +124,7 @@ def test_doctor(capsys):
         "cpu        works",
         "cuda       missing",
         "reference  works",
-        "cpu.tables",
+        "cpu.codebook_linear",
     ):
         assert expected in printed
 

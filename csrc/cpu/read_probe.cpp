@@ -16,13 +16,13 @@ constexpr double kNsPerWord = 0.4;  // 20 GB/s a core
 }  // namespace
 
 uint64_t sum_range_scalar(const uint64_t* at, int64_t words) {
-  uint64_t sums[8] = {};  // independent, so that additions do not wait for each other
-  int64_t i = 0;
-  for (; i + 8 <= words; i += 8)
-    for (int s = 0; s < 8; ++s) sums[s] += at[i + s];
-  for (; i < words; ++i) sums[0] += at[i];
+  uint64_t sums[kReadStreams] = {};
+  const int64_t part = words / kReadStreams;
+  for (int64_t i = 0; i < part; ++i)
+    for (int s = 0; s < kReadStreams; ++s) sums[s] += at[s * part + i];
+  for (int64_t i = kReadStreams * part; i < words; ++i) sums[0] += at[i];
   uint64_t sum = 0;
-  for (uint64_t part : sums) sum += part;
+  for (uint64_t stream : sums) sum += stream;
   return sum;
 }
 

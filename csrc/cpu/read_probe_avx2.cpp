@@ -1,4 +1,3 @@
-// 32-byte loads: on 2 cores with DDR5 the scalar loop reads 22 GB/s, this one 24.
 #include "cpu/read_probe.h"
 
 #include <immintrin.h>
@@ -6,15 +5,19 @@
 namespace pyllmq::cpu {
 
 uint64_t sum_range_avx2(const uint64_t* at, int64_t words) {
-  __m256i sums[4] = {};
-  int64_t i = 0;
-  for (; i + 16 <= words; i += 16)
-    for (int s = 0; s < 4; ++s)
-      sums[s] = _mm256_add_epi64(sums[s], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + i + 4 * s)));
+  __m256i sums[kReadStreams] = {};
+  const int64_t part = words / kReadStreams / 8 * 8;  // whole cache lines
+  for (int64_t i = 0; i < part; i += 8)
+    for (int s = 0; s < kReadStreams; ++s) {
+      const auto* line = reinterpret_cast<const __m256i*>(at + s * part + i);
+      sums[s] = _mm256_add_epi64(
+          sums[s], _mm256_add_epi64(_mm256_loadu_si256(line), _mm256_loadu_si256(line + 1)));
+    }
+  for (int s = 1; s < kReadStreams; ++s) sums[0] = _mm256_add_epi64(sums[0], sums[s]);
   uint64_t parts[4];
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(parts),
-                      _mm256_add_epi64(_mm256_add_epi64(sums[0], sums[1]), _mm256_add_epi64(sums[2], sums[3])));
-  return parts[0] + parts[1] + parts[2] + parts[3] + sum_range_scalar(at + i, words - i);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(parts), sums[0]);
+  const int64_t done = kReadStreams * part;
+  return parts[0] + parts[1] + parts[2] + parts[3] + sum_range_scalar(at + done, words - done);
 }
 
 }  // namespace pyllmq::cpu

@@ -16,11 +16,11 @@ namespace pyllmq::cpu {
 namespace {
 
 constexpr int64_t kTableBudget = int64_t{4} << 20;  // bytes of tables alive at once; stays in a share of the L3 cache
-constexpr int64_t kChunkTiles = 16;
+constexpr int64_t kChunkTiles = kStripTiles;
 // Single-thread estimates for the thread pool.
 constexpr double kNsPerLookupStep = 1.2;  // one lookup of 32 rows
 constexpr double kNsPerDecodeStep = 5.0;  // one column of 32 rows
-constexpr double kNsPerTable = 4.0;
+constexpr double kNsPerTable = 6.0;
 // Outside of this range of |x * codebook| the fixed point or its scale would leave fp32's normal numbers.
 constexpr float kSmallestBound = 0x1p-90f;
 constexpr float kLargestBound = 0x1p100f;
@@ -62,6 +62,7 @@ struct Problem {
 
 const LinearKernels& linear_kernels(StepOrder order) {
 #if defined(__x86_64__)
+  if (active_isa() == Isa::avx512 && order == StepOrder::fours) return kLinearAvx512;
   if (active_isa() != Isa::scalar && order == StepOrder::rows) return kLinearAvx2;
 #endif
   return kLinearScalar;
@@ -190,10 +191,16 @@ void finish_rows(const Problem& problem, int64_t token, int64_t row_begin, int64
     const uint32_t* columns = view.outlier_columns();
     const float* deltas = view.outlier_deltas();
     for (int64_t r = 0; r < rows; ++r) {
-      double sum = 0;
-      for (uint32_t i = offsets[r]; i < offsets[r + 1]; ++i)
-        sum += static_cast<double>(x[columns[i]]) * static_cast<double>(deltas[i]);
-      sums[r] += static_cast<float>(sum);
+      // Four chains: one waits 4 cycles for every addition, 0.5 % of outliers then take a fifth of a 2-bit layer's time.
+      double chain[4] = {};
+      uint32_t i = offsets[r];
+      const auto product = [&](uint32_t at) {
+        return static_cast<double>(x[columns[at]]) * static_cast<double>(deltas[at]);
+      };
+      for (; i + 4 <= offsets[r + 1]; i += 4)
+        for (int c = 0; c < 4; ++c) chain[c] += product(i + c);
+      for (; i < offsets[r + 1]; ++i) chain[0] += product(i);
+      sums[r] += static_cast<float>((chain[0] + chain[1]) + (chain[2] + chain[3]));
     }
   }
   if (problem.bias != nullptr)
@@ -223,14 +230,15 @@ void run_block(const Problem& problem, void* y) {
   const LayoutHeader& header = problem.view.header();
   const double tokens = static_cast<double>(problem.tokens);
   const int64_t tasks = problem.tokens * header.segments * problem.lookup_panels;
-  parallel_for(tasks, 1, kNsPerTable * tokens * header.segments * problem.lookups, [&](int64_t begin, int64_t end) {
+  const double steps = problem.lookups * kNsPerLookupStep + problem.decoded_columns * kNsPerDecodeStep;
+  const double cost = steps * tokens * static_cast<double>(header.tiles);
+  // The cost of both phases: where the second one wants all threads, they may as well wake up for the first.
+  parallel_for(tasks, 1, cost + kNsPerTable * tokens * header.segments * problem.lookups, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i % problem.lookup_panels, rest = i / problem.lookup_panels;
       build_panel_tables(problem, rest / header.segments, rest % header.segments, panel);
     }
   });
-  const double steps = problem.lookups * kNsPerLookupStep + problem.decoded_columns * kNsPerDecodeStep;
-  const double cost = steps * tokens * static_cast<double>(header.tiles);
   parallel_for(static_cast<int64_t>(problem.chunks.size()), 1, cost, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) run_chunk(problem, problem.chunks[i], y);
   });

@@ -104,6 +104,8 @@ void plan_panels(LayoutPlan& plan, int64_t columns, const uint8_t* column_bits) 
       panel.tile_bytes = panel.slots / kBlockColumns * block_bytes(width);
       const int64_t from = all[first], to = all[first + panel.columns - 1];
       panel.first_column = to - from == panel.columns - 1 ? from : -1;
+      panel.bytes_before = plan.header.tile_bytes;
+      plan.header.tile_bytes += panel.tile_bytes;
       plan.header.slots += panel.slots;
       plan.header.entries += panel.lookups() * entries_per_lookup(width);
       plan.columns.insert(plan.columns.end(), all.begin() + first, all.begin() + first + panel.columns);
@@ -145,8 +147,7 @@ LayoutPlan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, 
   h.outlier_columns_offset = section(outliers * sizeof(uint32_t));
   h.outlier_deltas_offset = section(outliers * sizeof(float));
   h.outlier_values_offset = section(outliers * sizeof(uint16_t));
-  h.codes_offset = aligned(end);
-  for (PanelRecord& panel : plan.panels) panel.codes_offset = section(h.tiles * panel.tile_bytes);
+  h.codes_offset = section(h.tiles * h.tile_bytes);
   h.bytes = aligned(end);
   h.checksum = checksum(h, plan.segments.data(), plan.panels.data());
   return plan;
@@ -403,8 +404,9 @@ std::vector<TileChunk> tile_chunks(const LayoutView& view, int64_t most_tiles) {
   std::vector<TileChunk> chunks;
   for (int64_t s = 0; s < view.header().segments; ++s) {
     const SegmentRecord& segment = view.segment(s);
-    for (int64_t done = 0; done < segment.tiles; done += most_tiles) {
-      const int64_t tiles = std::min(most_tiles, segment.tiles - done), row = done * kTileRows;
+    for (int64_t done = 0, tiles; done < segment.tiles; done += tiles) {
+      const int64_t in_strip = kStripTiles - (segment.tile_begin + done) % kStripTiles, row = done * kTileRows;
+      tiles = std::min({most_tiles, segment.tiles - done, in_strip});
       chunks.push_back({s, segment.tile_begin + done, tiles, segment.row_begin + row,
                         std::min(tiles * kTileRows, segment.rows - row)});
     }

@@ -7,8 +7,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from pyllmq import backends
 
 from .timing import COLD_BYTES
@@ -57,7 +55,7 @@ def read_limit_calls(nbytes: int, cold_bytes: int) -> list[Callable[[], object]]
     _cpu = backends.cpu.kernels()
     nbytes += -nbytes % 8
     blocks = cold_bytes // nbytes + 1
-    memory = torch.ones(blocks * nbytes // 8, dtype=torch.int64)
+    memory = backends.cpu.empty_layout(blocks * nbytes).fill_(1)  # the pages that packed layers lie on
 
     def reader(block: int) -> Callable[[], object]:
         # The closure keeps the memory alive.

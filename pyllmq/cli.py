@@ -121,6 +121,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--csv", metavar="FILE", default="pyllmq_bench.csv", help="append the rows to this file; '' for none"
     )
     b.add_argument("--plot", metavar="FILE", help="draw this PNG from the CSV")
+    b.add_argument(
+        "--goals",
+        action="store_true",
+        help="instead: the ratios that the kernels are built to reach, beside the measured",
+    )
     b.set_defaults(run=run_bench)
 
     d = commands.add_parser("doctor", help="versions, back ends found, and why one is missing", formatter_class=_Help)
@@ -290,6 +295,11 @@ def run_inspect(given: argparse.Namespace) -> int:
 
 
 def run_bench(given: argparse.Namespace) -> int:
+    if given.goals:
+        from .benchmarks.goals import run_goals
+
+        run_goals(csv=given.csv or None)
+        return 0
     from .benchmarks.run import run
 
     run(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from . import cpu, reference
-
-__all__ = ["cpu", "prepack", "reference", "report"]
+from torch import Tensor
 
 from ..dispatch import CHECKPOINT, WeightOperand, forced_backend
+from . import cpu, reference, triton
+
+__all__ = ["cpu", "operand_from_layout", "prepack", "reference", "report", "triton"]
 
 
 def prepack(operand: WeightOperand) -> WeightOperand:
@@ -17,9 +18,19 @@ def prepack(operand: WeightOperand) -> WeightOperand:
     """
     if operand.layout != CHECKPOINT:
         return operand
-    if operand.tensors[0].device.type == "cpu" and forced_backend() in (None, "cpu") and cpu.available()[0]:
+    device = operand.tensors[0].device.type
+    if device == "cpu" and forced_backend() in (None, "cpu") and cpu.available()[0]:
         return cpu.prepack(operand)
+    if device == triton.device_type() and forced_backend() in (None, "triton") and triton.available()[0]:
+        return triton.prepack(operand)
     return operand
+
+
+def operand_from_layout(layout: str, blob: Tensor, out_features: int, in_features: int) -> WeightOperand:
+    """The operand whose machine layout is `blob`, the first tensor of what `prepack` made."""
+    if layout == triton.LAYOUT:
+        return triton.operand_from_blob(blob, out_features, in_features)
+    return WeightOperand(layout, (blob,), out_features, in_features)
 
 
 def report() -> dict[str, tuple[bool, str]]:
@@ -27,7 +38,7 @@ def report() -> dict[str, tuple[bool, str]]:
     return {
         "cpu": cpu.available(),
         "cuda": cuda_available(),
-        "triton": triton_available(),
+        "triton": triton.available(),
         "reference": reference.available(),
     }
 
@@ -38,7 +49,3 @@ def cuda_available() -> tuple[bool, str]:
     except ImportError as error:
         return False, f"pyllmq._cuda was not built ({error}); install with nvcc on PATH, or PYLLMQ_CUDA=1 to insist"
     return False, f"built with CUDA runtime {_cuda.runtime_version()}, but this version ships no CUDA kernels yet"
-
-
-def triton_available() -> tuple[bool, str]:
-    return False, "this version ships no Triton kernels yet"

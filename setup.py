@@ -42,7 +42,16 @@ CXX_FLAGS = [
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "_avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512vbmi",
+        "-mavx512vnni",
+        "-mfma",
+        "-mf16c",
+    ],
 }
 
 

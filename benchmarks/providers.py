@@ -316,8 +316,8 @@ def pyllmq_codebook(bits: str | int | float, dtype: torch.dtype = torch.float32)
     return Provider(f"pyllmq {bits}{suffix}", _pyllmq_available, make, tolerance, _pyllmq_isa)
 
 
-_PYLLMQ_SUFFIX = {torch.float32: ("", 1e-5), torch.bfloat16: (" bf16", 1e-2)}
-"""Activations -> end of the provider's name, tolerance: as torch's own in that dtype."""
+_PYLLMQ_SUFFIX = {torch.float32: ("", 2e-4), torch.bfloat16: (" bf16", 1e-2)}
+"""Activations -> end of the provider's name, tolerance: 2e-4 is what the default precision promises."""
 
 
 def _codebook_layer(
@@ -329,7 +329,10 @@ def _codebook_layer(
         return _codebook_layer(moved, nbytes, dtype, dense)
 
     def kernel(m: int) -> str:
-        return dispatch.choose(dispatch.Problem("codebook_linear", operand.layout, "cpu", dtype, m)).name
+        name = dispatch.choose(dispatch.Problem("codebook_linear", operand.layout, "cpu", dtype, m)).name
+        if operand.layout != backends.cpu.LAYOUT:
+            return name
+        return f"{name} ({backends.cpu.codebook_linear_path(operand, dtype, m, dispatch.DEFAULT_PRECISION)})"
 
     return Layer(lambda x: ops.codebook_linear(x, operand), dense, copy, nbytes, dtype, kernel)
 

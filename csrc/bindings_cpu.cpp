@@ -43,6 +43,12 @@ DType dtype_of(int code) {
   return static_cast<DType>(code);
 }
 
+Precision precision_of(int code) {
+  if (code < 0 || code > 2)
+    throw std::invalid_argument("precision " + std::to_string(code) + "; allowed: 0 (exact), 1 (high), 2 (fast)");
+  return static_cast<Precision>(code);
+}
+
 void* elements(Pointer pointer, DType dtype) {
   return dtype == DType::fp32 ? static_cast<void*>(as<float>(pointer)) : static_cast<void*>(as<uint16_t>(pointer));
 }
@@ -148,7 +154,7 @@ void layout_codes(Pointer layout, int64_t bytes, Pointer codes_out) {
 
 // rows and columns: what the caller made y and x for. x is read and y written by the layout's own shape.
 void linear(Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer x, int x_dtype, int64_t tokens,
-            Pointer bias, int bias_dtype, Pointer y, int path) {
+            Pointer bias, int bias_dtype, Pointer y, int path, int precision) {
   const LayoutView view(as<void>(layout), bytes);
   if (view.header().rows != rows || view.header().columns != columns)
     throw std::invalid_argument("the layout holds a weight of shape [" + std::to_string(view.header().rows) + ", " +
@@ -159,7 +165,13 @@ void linear(Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointe
                                 "; allowed: 0 (tables), 1 (decode), 2 (automatic)");
   const DType x_type = dtype_of(x_dtype), bias_type = dtype_of(bias_dtype);
   codebook_linear(view, elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type,
-                  elements(y, x_type), static_cast<LinearPath>(path));
+                  elements(y, x_type), static_cast<LinearPath>(path), precision_of(precision));
+}
+
+std::string linear_path(Pointer layout, int64_t bytes, int x_dtype, int64_t tokens, int precision) {
+  const LinearPath path =
+      cheaper_path(LayoutView(as<void>(layout), bytes), dtype_of(x_dtype), tokens, precision_of(precision));
+  return path == LinearPath::tables ? "tables" : "decode";
 }
 
 void dequantize(Pointer layout, int64_t bytes, int64_t row_begin, int64_t row_end, Pointer out, int out_dtype) {
@@ -179,7 +191,9 @@ void bind_codebook(py::module_& m) {
         NoGil());
   m.def("codebook_linear", &linear, py::arg("layout"), py::arg("layout_bytes"), py::arg("rows"), py::arg("columns"),
         py::arg("x"), py::arg("x_dtype"), py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"), py::arg("y"),
-        py::arg("path") = 0, NoGil());
+        py::arg("path") = 2, py::arg("precision") = 1, NoGil());
+  m.def("codebook_linear_path", &linear_path, py::arg("layout"), py::arg("layout_bytes"), py::arg("x_dtype"),
+        py::arg("tokens"), py::arg("precision"), NoGil());
   m.def("codebook_dequantize", &dequantize, py::arg("layout"), py::arg("layout_bytes"), py::arg("row_begin"),
         py::arg("row_end"), py::arg("out"), py::arg("out_dtype"), NoGil());
 }

@@ -57,6 +57,9 @@ def codebook_layout_shape(layout: int, layout_bytes: int) -> tuple[int, int]:
 def codebook_layout_codes(layout: int, layout_bytes: int, codes_out: int) -> None:
     """The inverse of packing, for the codes: uint8 [rows, columns], also those under outliers."""
 
+def codebook_linear_path(layout: int, layout_bytes: int, x_dtype: int, tokens: int, precision: int) -> str:
+    """What path 2 is for this many tokens: "tables" or "decode"."""
+
 def codebook_linear(
     layout: int,
     layout_bytes: int,
@@ -68,10 +71,11 @@ def codebook_linear(
     bias: int,
     bias_dtype: int,
     y: int,
-    path: int = 0,
+    path: int = 2,
+    precision: int = 1,
 ) -> None:
     """y [tokens, rows] = x [tokens, columns] @ W.T + bias [rows]; y has x's dtype, bias 0 = none; path 0 tables, 1 decode,
-    2 automatic. A layout of another shape than [rows, columns] is an error."""
+    2 automatic; precision 0 exact, 1 high, 2 fast. A layout of another shape than [rows, columns] is an error."""
 
 def codebook_dequantize(layout: int, layout_bytes: int, row_begin: int, row_end: int, out: int, out_dtype: int) -> None:
     """out [row_end - row_begin, columns] = those rows of W: exact in fp32, else rounded to nearest even."""

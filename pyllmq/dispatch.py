@@ -32,6 +32,13 @@ CHECKPOINT_FIELDS = (
 """Order of the tensors of a codebook operand in the checkpoint layout; a field that does not occur is an empty tensor."""
 
 
+PRECISIONS = ("exact", "high", "fast")
+"""What a caller of a linear operation permits: "exact" errs no more than torch does in the activations' dtype, "high" has a
+relative error of at most 2e-4 beyond that of the dtype, "fast" of at most 2e-3. A kernel may be more exact than asked."""
+
+DEFAULT_PRECISION = "high"
+
+
 @dataclass(frozen=True, eq=False)
 class WeightOperand:
     """A packed weight as kernels read it: `tensors`, whose meaning `layout` names, of a matrix [out_features, in_features]."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import ops
 from .backends import operand_from_layout, prepack
 from .compression import data_free
-from .dispatch import CHECKPOINT, WeightOperand
+from .dispatch import CHECKPOINT, DEFAULT_PRECISION, WeightOperand
 from .formats.codebook import CodebookStructure, CodebookWeight, FormatError, codes_from_operand
 
 
@@ -33,6 +33,7 @@ class CodebookLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = structure.in_features, structure.out_features
         self.dense_dtype = dtype
+        self.precision = DEFAULT_PRECISION
         self._structure = structure
         self._operand: WeightOperand | None = None
         for key, (shape, key_dtype) in structure.tensors().items():
@@ -91,7 +92,7 @@ class CodebookLinear(nn.Module):
     # ---- using it ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.codebook_linear(x, self._operand or self.operand(), self.bias)
+        return ops.codebook_linear(x, self._operand or self.operand(), self.bias, self.precision)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense matrix [N, K] that this layer multiplies with."""

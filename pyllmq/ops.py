@@ -15,7 +15,7 @@ from torch import Tensor
 from .backends import cpu as _cpu_backend
 from .backends import reference as _reference_backend
 from .backends import triton as _triton_backend
-from .dispatch import WeightOperand, kernel_for
+from .dispatch import DEFAULT_PRECISION, PRECISIONS, WeightOperand, kernel_for
 
 _cpu_backend.register_kernels()
 _triton_backend.register_kernels()
@@ -25,7 +25,7 @@ ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("pyllmq", "DEF")
 for _schema in (
-    "codebook_linear(Tensor x, Tensor[] weight, str layout, int out_features, Tensor? bias) -> Tensor",
+    "codebook_linear(Tensor x, Tensor[] weight, str layout, int out_features, Tensor? bias, str precision) -> Tensor",
     "codebook_dequantize(Tensor[] weight, str layout, int out_features, int in_features, ScalarType dtype) -> Tensor",
     "pack_codes(Tensor codes, int bits) -> Tensor",
     "unpack_codes(Tensor packed, int bits, int columns) -> Tensor",
@@ -46,19 +46,24 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 # ---- codebook_linear ------------------------------------------------------------------------------------------------
 
 
-def codebook_linear(x: Tensor, weight: PackedWeight | WeightOperand, bias: Tensor | None = None) -> Tensor:
+def codebook_linear(
+    x: Tensor, weight: PackedWeight | WeightOperand, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION
+) -> Tensor:
     """y = x W^T + bias, W a packed codebook weight.
 
     Args:
         x: [..., K], float32, bfloat16 or float16, on the weight's device; any number of leading dimensions, M = 0 included.
         weight: a `CodebookWeight` or its `operand()`, [N, K].
         bias: [N] or None.
+        precision: what the arithmetic may cost in accuracy: "exact" (errors as those of torch in x's dtype), "high" (relative
+            error up to 2e-4 beyond the dtype's) or "fast" (up to 2e-3). A back end may be more exact than asked.
 
     Returns:
-        [..., N] in x's dtype. Products are summed in fp32 precision whatever the dtype.
+        [..., N] in x's dtype.
 
     Raises:
-        ValueError: x's last dimension is not K, or bias is not [N]. TypeError: a dtype is not allowed.
+        ValueError: x's last dimension is not K, bias is not [N], or precision is none of the three.
+        TypeError: a dtype is not allowed.
         NoKernelError: no kernel serves the device, dtype and layout; the message lists every kernel's reason.
 
     Source of the format: CLAQ (arXiv 2405.17233), one k-means codebook per input column.
@@ -67,10 +72,14 @@ def codebook_linear(x: Tensor, weight: PackedWeight | WeightOperand, bias: Tenso
     _check_activation(x, operand.in_features)
     if bias is not None:
         _check_bias(bias, operand.out_features)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; allowed: {', '.join(map(repr, PRECISIONS))}")
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wants_grad or torch.compiler.is_compiling() or type(x) is not Tensor:
-        return torch.ops.pyllmq.codebook_linear(x, operand.tensors, operand.layout, operand.out_features, bias)
-    return _codebook_linear(x, operand.tensors, operand.layout, operand.out_features, bias)
+        return torch.ops.pyllmq.codebook_linear(
+            x, operand.tensors, operand.layout, operand.out_features, bias, precision
+        )
+    return _codebook_linear(x, operand.tensors, operand.layout, operand.out_features, bias, precision)
 
 
 def _check_activation(x: Tensor, in_features: int) -> None:
@@ -88,7 +97,12 @@ def _check_bias(bias: Tensor, out_features: int) -> None:
 
 
 def _codebook_linear(
-    x: Tensor, weight: list[Tensor] | tuple[Tensor, ...], layout: str, out_features: int, bias: Tensor | None = None
+    x: Tensor,
+    weight: list[Tensor] | tuple[Tensor, ...],
+    layout: str,
+    out_features: int,
+    bias: Tensor | None,
+    precision: str,
 ) -> Tensor:
     device = weight[0].device
     if x.device != device or (bias is not None and bias.device != device):
@@ -97,18 +111,23 @@ def _codebook_linear(
     in_features = x.shape[-1]
     rows = x if x.dim() == 2 else x.reshape(-1, in_features)
     kernel = kernel_for("codebook_linear", layout, device.type, x.dtype, rows.shape[0])
-    y = kernel.run(rows, weight, out_features, in_features, None if bias is None else bias.contiguous())
+    y = kernel.run(rows, weight, out_features, in_features, None if bias is None else bias.contiguous(), precision)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def _codebook_linear_fake(
-    x: Tensor, weight: list[Tensor], layout: str, out_features: int, bias: Tensor | None = None
+    x: Tensor,
+    weight: list[Tensor],
+    layout: str,
+    out_features: int,
+    bias: Tensor | None,
+    precision: str,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 def _codebook_linear_setup(ctx, inputs, output) -> None:
-    x, weight, layout, out_features, bias = inputs
+    x, weight, layout, out_features, bias, _ = inputs
     ctx.weight, ctx.layout, ctx.shape = weight, layout, (out_features, x.shape[-1])
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -121,7 +140,7 @@ def _codebook_linear_backward(ctx, grad: Tensor):
         grad_x = (grad.float() @ dense).to(grad.dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
         grad_bias = grad.float().reshape(-1, ctx.shape[0]).sum(0).to(ctx.bias_dtype)
-    return grad_x, [None] * len(ctx.weight), None, None, grad_bias
+    return grad_x, [None] * len(ctx.weight), None, None, grad_bias, None
 
 
 # ---- codebook_dequantize --------------------------------------------------------------------------------------------

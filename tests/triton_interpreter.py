@@ -143,7 +143,9 @@ def test_no_tokens_and_leading_dimensions():
 def test_the_codes_come_back_from_the_layout():
     case = random_case(37, 90, (1, 3, 5, 8), outliers=0.1, row_scale=True)
     layer = CodebookLinear.from_weight(case.weight)
-    assert layer.operand().layout == "triton" and not any(name.startswith("codes_b") for name, _ in layer.named_buffers())
+    assert layer.operand().layout == "triton" and not any(
+        name.startswith("codes_b") for name, _ in layer.named_buffers()
+    )
     assert torch.equal(layer.packed_weight().unpack(), case.codes)
     for key, tensor in case.weight.tensors.items():
         assert torch.equal(layer.state_dict()[key], tensor), key
@@ -190,8 +192,10 @@ def test_gradients_reach_x_and_bias():
 def test_opcheck():
     case = random_case(9, 14, (1, 3), outliers=0.1)
     operand = CodebookWeight(case.weight.structure, case.weight.tensors).operand()
-    arguments = (torch.randn(4, 14, requires_grad=True), list(operand.tensors), operand.layout, 9, torch.randn(9))
-    torch.library.opcheck(torch.ops.pyllmq.codebook_linear.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    x = torch.randn(4, 14, requires_grad=True)
+    arguments = (x, list(operand.tensors), operand.layout, 9, torch.randn(9), "exact")
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.pyllmq.codebook_linear.default, arguments, test_utils=checks)
 
 
 def test_a_damaged_layout_is_refused():
@@ -217,6 +221,8 @@ def test_every_width_and_number_of_tokens_has_a_tile():
         assert tile_for("codebook_dequantize", bits, 0, torch.device("cpu")).rows > 0
         assert tile_for("codebook_linear", bits, 1, torch.device("cpu")).tokens == 1
         for tokens in (2, 16, 17, 64, 65):
-            assert tile_for("codebook_linear", bits, tokens, torch.device("cpu")).tokens >= 16, "tl.dot takes 16 tokens or more"
+            assert tile_for("codebook_linear", bits, tokens, torch.device("cpu")).tokens >= 16, (
+                "tl.dot takes 16 tokens or more"
+            )
     with pytest.raises(LookupError, match="sinkhorn"):
         tile_for("sinkhorn", 2, 1, torch.device("cpu"))

@@ -31,7 +31,9 @@ def _decode(
 
 
 @triton.jit
-def _put_outliers(row_offsets, outlier_columns, values, out, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _put_outliers(
+    row_offsets, outlier_columns, values, out, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Row by row over the decoded matrix. Each position occurs once, so the order does not matter."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     begin = tl.load(row_offsets + row, mask=row < rows, other=0)

@@ -12,8 +12,8 @@ from pyllmq.triton_kernels.codebook_decode import decode_tile
 from pyllmq.triton_kernels.configs import Tile, tile_for
 
 FP32_DOT = "ieee" if torch.version.hip else "tf32x3"
-"""How fp32 tokens are multiplied. tf32x3 is as exact (a centroid is fp16, of fewer bits than tf32) and takes tensor cores; "ieee" takes
-more registers than sm_90 has (576 bytes of stack at 16 tokens). AMD's compiler knows "ieee" alone for all its GPUs."""
+"""How fp32 tokens are multiplied. tf32x3 keeps 22 bits of a token and all of a centroid (fp16 has 11 bits, as tf32) and takes
+tensor cores; "ieee" needs more registers than sm_90 has (576 bytes of stack at 16 tokens), but is all that every AMD GPU takes."""
 
 
 @triton.jit(do_not_specialize=["tokens", "slots_per_split", "first_part"])

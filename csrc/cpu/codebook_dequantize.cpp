@@ -16,9 +16,9 @@ namespace {
 constexpr int64_t kStagedColumns = 128;  // 32 rows x 128 fp32 = 16 KiB, half of the L1 cache; whole lines go to `out`
 constexpr double kNsPerWeight = 0.5;
 
-const DequantizeKernels& dequantize_kernels() {
+const DequantizeKernels& dequantize_kernels(StepOrder order) {
 #if defined(__x86_64__)
-  if (active_isa() == Isa::avx2) return kDequantizeAvx2;
+  if (active_isa() != Isa::scalar && order == StepOrder::rows) return kDequantizeAvx2;
 #endif
   return kDequantizeScalar;
 }
@@ -31,7 +31,7 @@ struct RowRange {
 
 void store_columns(const LayoutView& view, const PanelRecord& panel, int64_t slot, int64_t columns, const float* staged,
                    void* out_row, DType dtype) {
-  const auto* convert = linear_kernels().from_fp32;
+  const auto* convert = row_kernels().from_fp32;
   const int64_t element = element_bytes(dtype);
   if (panel.first_column >= 0) {
     convert[static_cast<int>(dtype)](staged, static_cast<uint8_t*>(out_row) + (panel.first_column + slot) * element,
@@ -77,7 +77,7 @@ void dequantize_tile(const LayoutView& view, const DequantizeKernels& kernels, c
     for (int64_t slot = 0; slot < panel.columns; slot += kStagedColumns) {
       const int64_t columns = std::min(kStagedColumns, panel.columns - slot);
       for (int64_t c = 0; c < columns; c += kBlockColumns)
-        kernels.block(codes + (slot + c) / kBlockColumns * block_bytes(width), width, codebook + (slot + c) * entries,
+        kernels.block(codes, header.order, slot + c, width, codebook + (slot + c) * entries,
                       view.row_scale() ? scale : nullptr, staged + c, kStagedColumns);
       for (int64_t r = range.row_begin; r < range.row_end; ++r)
         store_columns(view, panel, slot, columns, staged + (r - range.tile_row) * kStagedColumns,
@@ -115,7 +115,7 @@ void codebook_dequantize(const void* layout, int64_t layout_bytes, int64_t row_b
   std::vector<RowRange> ranges;
   for (int64_t row = row_begin; row < row_end; row = ranges.back().row_end)
     ranges.push_back(tile_at(view, row, row_end));
-  const DequantizeKernels& kernels = dequantize_kernels();
+  const DequantizeKernels& kernels = dequantize_kernels(header.order);
   const int64_t row_bytes = header.columns * element_bytes(out_dtype);
   const int64_t tiles = static_cast<int64_t>(ranges.size());
   parallel_for(tiles, 1, kNsPerWeight * tiles * kTileRows * header.columns, [&](int64_t begin, int64_t end) {

@@ -3,15 +3,17 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/codebook_layout.h"
 #include "cpu/half.h"
 
 namespace pyllmq::cpu {
 
 // One row per ISA.
 struct DequantizeKernels {
-  // One block of 8 columns of one tile: fp32 values, out[row * out_stride + column], row scale applied when not null.
-  void (*block)(const uint8_t* block_codes, int width, const uint16_t* codebook, const float* row_scale, float* out,
-                int64_t out_stride);
+  // The 8 columns from `slot` on of one tile, `codebook` theirs: fp32 values, out[row * out_stride + column], row scale
+  // applied when not null.
+  void (*block)(const uint8_t* tile_codes, StepOrder order, int64_t slot, int width, const uint16_t* codebook,
+                const float* row_scale, float* out, int64_t out_stride);
 };
 
 extern const DequantizeKernels kDequantizeScalar;

@@ -64,8 +64,9 @@ inline void transpose(const Block values, int row, __m128i out[8]) {
   }
 }
 
-void block(const uint8_t* block_codes, int width, const uint16_t* codebook, const float* row_scale, float* out,
-           int64_t out_stride) {
+void block(const uint8_t* tile_codes, StepOrder, int64_t slot, int width, const uint16_t* codebook,
+           const float* row_scale, float* out, int64_t out_stride) {
+  const uint8_t* block_codes = tile_codes + slot / kBlockColumns * block_bytes(width);
   alignas(64) Block values;
   switch (width) {
     case 1: decode_nibbles<1>(block_codes, codebook, values); break;

@@ -1,14 +1,17 @@
 #include "cpu/codebook_layout.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cpu/half.h"
+#include "cpu/isa.h"
 #include "cpu/pack_codes.h"
 #include "cpu/thread_pool.h"
 
@@ -16,7 +19,7 @@ namespace pyllmq::cpu {
 namespace {
 
 constexpr uint64_t kMagic = 0x746C2D716D6C6C79;  // "yllmq-lt"
-constexpr uint64_t kVersion = 1;
+constexpr uint64_t kVersion = 2;
 constexpr int64_t kAlignment = 64;
 constexpr double kPackNsPerWeight = 1.5;
 
@@ -80,6 +83,10 @@ void plan_segments(LayoutPlan& plan, const int32_t* segment_rows, int64_t segmen
   plan.header.tiles = record.tile_begin + record.tiles;
 }
 
+int64_t padding_unit(StepOrder order, int width) {
+  return order == StepOrder::fours && width <= 3 ? 4 * kBlockColumns : kBlockColumns;
+}
+
 void plan_panels(LayoutPlan& plan, int64_t columns, const uint8_t* column_bits) {
   std::vector<uint32_t> of_width[9];
   for (int64_t k = 0; k < columns; ++k) of_width[column_bits[k]].push_back(static_cast<uint32_t>(k));
@@ -90,7 +97,8 @@ void plan_panels(LayoutPlan& plan, int64_t columns, const uint8_t* column_bits) 
       PanelRecord panel{};
       panel.width = width;
       panel.columns = std::min<int64_t>(widest, all.size() - first);
-      panel.slots = (panel.columns + kBlockColumns - 1) / kBlockColumns * kBlockColumns;
+      const int64_t unit = padding_unit(plan.header.order, width);
+      panel.slots = (panel.columns + unit - 1) / unit * unit;
       panel.first_slot = plan.header.slots;
       panel.first_entry = plan.header.entries;
       panel.tile_bytes = panel.slots / kBlockColumns * block_bytes(width);
@@ -109,6 +117,7 @@ LayoutPlan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, 
                      int64_t segments, int64_t outliers, bool has_row_scale) {
   LayoutPlan plan;
   LayoutHeader& h = plan.header;
+  h.order = active_isa() == Isa::avx512 ? StepOrder::fours : StepOrder::rows;
   plan_segments(plan, segment_rows, segments);
   plan_panels(plan, columns, column_bits);
   h.magic = kMagic;
@@ -176,40 +185,56 @@ void check_codes(const CodebookCheckpoint& c) {
   if (c.codebook == nullptr) refuse("codebook must not be null");
 }
 
-void write_code(uint8_t* tile_codes, int width, int64_t slot, int row, int code) {
-  uint8_t* block = tile_codes + slot / kBlockColumns * block_bytes(width) + row;
-  const int column = static_cast<int>(slot % kBlockColumns);
+void write_code(uint8_t* tile_codes, StepOrder order, int width, int64_t slot, int row, int code) {
   if (width >= 5) {
-    block[column * kTileRows] = static_cast<uint8_t>(code);
+    tile_codes[step_place(order, slot, row)] = static_cast<uint8_t>(code);
   } else if (width != 3) {
-    block[column * width / 8 * kTileRows] |= static_cast<uint8_t>(code << column * width % 8);
-  } else if (column < 6) {
-    block[column / 2 * kTileRows] |= static_cast<uint8_t>(code << 4 * (column % 2));
+    const int64_t bit = slot * width;
+    tile_codes[step_place(order, bit / 8, row)] |= static_cast<uint8_t>(code << bit % 8);
   } else {
-    for (int i = 0; i < 3; ++i) block[i * kTileRows] |= static_cast<uint8_t>((code >> i & 1) << (4 * (column - 6) + 3));
+    const int64_t block = slot / kBlockColumns;
+    const int column = static_cast<int>(slot % kBlockColumns);
+    const auto set = [&](int i, int bits) {
+      tile_codes[step_place(order, step_of_3bit(order, block, i), row)] |= static_cast<uint8_t>(bits);
+    };
+    if (column < 6) {
+      set(column / 2, code << 4 * (column % 2));
+    } else {
+      for (int i = 0; i < 3; ++i) set(i, (code >> i & 1) << (4 * (column - 6) + 3));
+    }
   }
 }
 
-template <int Width>
+template <int Width, StepOrder Order>
 void write_tile(uint8_t* tile_codes, const uint8_t* codes, int64_t codes_stride, int64_t columns, int64_t rows) {
   for (int64_t slot = 0; slot < columns; ++slot)
-    for (int row = 0; row < rows; ++row) write_code(tile_codes, Width, slot, row, codes[row * codes_stride + slot]);
+    for (int row = 0; row < rows; ++row) write_code(tile_codes, Order, Width, slot, row, codes[row * codes_stride + slot]);
 }
 
-template <int Width>
+template <int Width, StepOrder Order>
 void read_tile(const uint8_t* tile_codes, const uint32_t* columns, int64_t slots, int64_t rows, uint8_t* out,
                int64_t out_stride) {
   for (int row = 0; row < rows; ++row)
     for (int64_t slot = 0; slot < slots; ++slot)
-      out[row * out_stride + columns[slot]] = static_cast<uint8_t>(read_code(tile_codes, Width, slot, row));
+      out[row * out_stride + columns[slot]] = static_cast<uint8_t>(read_code(tile_codes, Order, Width, slot, row));
 }
 
 using WriteTile = void (*)(uint8_t*, const uint8_t*, int64_t, int64_t, int64_t);
 using ReadTile = void (*)(const uint8_t*, const uint32_t*, int64_t, int64_t, uint8_t*, int64_t);
-constexpr WriteTile kWriteTile[9] = {nullptr,       write_tile<1>, write_tile<2>, write_tile<3>, write_tile<4>,
-                                     write_tile<5>, write_tile<6>, write_tile<7>, write_tile<8>};
-constexpr ReadTile kReadTile[9] = {nullptr,      read_tile<1>, read_tile<2>, read_tile<3>, read_tile<4>,
-                                   read_tile<5>, read_tile<6>, read_tile<7>, read_tile<8>};
+
+struct TileAccess {
+  WriteTile write;
+  ReadTile read;
+};
+template <StepOrder Order, int... Width>
+constexpr std::array<TileAccess, 9> tile_access(std::integer_sequence<int, Width...>) {
+  return {{{nullptr, nullptr}, {write_tile<Width + 1, Order>, read_tile<Width + 1, Order>}...}};
+}
+const TileAccess& tile_access(StepOrder order, int64_t width) {
+  constexpr auto widths = std::make_integer_sequence<int, 8>();
+  static constexpr auto in_rows = tile_access<StepOrder::rows>(widths), in_fours = tile_access<StepOrder::fours>(widths);
+  return (order == StepOrder::rows ? in_rows : in_fours)[width];
+}
 
 // Codebooks into panel order. A 2-bit lookup keeps its two columns' codebooks side by side, a 1-bit lookup its four.
 void write_codebooks(const LayoutPlan& plan, const CodebookCheckpoint& c, uint8_t* base) {
@@ -263,8 +288,9 @@ class TileWriter {
       for (int64_t r = 0; r < rows; ++r)
         unpack_row(c_.codes[width] + (row_begin + r) * row_bytes, scratch.data() + r * columns, columns, width);
       for (int64_t first = 0; first < columns; first += plan_.panels[p++].columns)
-        kWriteTile[width](const_cast<uint8_t*>(view_.codes(plan_.panels[p], tile)), scratch.data() + first, columns,
-                          plan_.panels[p].columns, rows);
+        tile_access(plan_.header.order, width)
+            .write(const_cast<uint8_t*>(view_.codes(plan_.panels[p], tile)), scratch.data() + first, columns,
+                   plan_.panels[p].columns, rows);
     }
     if (plan_.header.outliers > 0)
       for (int64_t r = 0; r < rows; ++r) write_outliers(segment, tile, static_cast<int>(r), row_begin + r);
@@ -279,7 +305,7 @@ class TileWriter {
       const PanelRecord& panel = plan_.panels[panel_of_[column]];
       const int width = static_cast<int>(panel.width);
       const int64_t slot = slot_of_[column];
-      const int code = read_code(view_.codes(panel, tile), width, slot, row_in_tile);
+      const int code = read_code(view_.codes(panel, tile), plan_.header.order, width, slot, row_in_tile);
       const int64_t entries = entries_per_lookup(width) / columns_per_lookup(width);
       const float coded = scale * fp16_to_fp32(view_.codebook(panel, segment)[slot * entries + code]);
       const_cast<uint32_t*>(view_.outlier_columns())[i] = static_cast<uint32_t>(column);
@@ -396,8 +422,9 @@ void codebook_layout_codes(const void* layout, int64_t layout_bytes, uint8_t* co
     const int64_t rows = std::min<int64_t>(kTileRows, s.row_begin + s.rows - row_begin);
     for (int64_t p = 0; p < h.panels; ++p) {
       const PanelRecord& panel = view.panel(p);
-      kReadTile[panel.width](view.codes(panel, tile), view.columns(panel), panel.columns, rows,
-                             codes_out + row_begin * h.columns, h.columns);
+      tile_access(h.order, panel.width)
+          .read(view.codes(panel, tile), view.columns(panel), panel.columns, rows, codes_out + row_begin * h.columns,
+                h.columns);
     }
   });
 }

@@ -4,13 +4,19 @@
 // panels. Codes are stored panel by panel, within a panel tile by tile, so that a thread with a range of tiles streams
 // contiguous bytes while the tables of one panel stay in its L1 cache.
 //
-//   widths 1, 2, 4   a nibble is a lookup of 4, 2 or 1 columns; byte r of a 32-byte step = row r, low nibble lookup 2i,
-//                    high nibble = lookup 2i+1
+//   widths 1, 2, 4   a nibble is a lookup of 4, 2 or 1 columns; a step is one byte for each of the 32 rows, its low
+//                    nibble = lookup 2i, its high nibble = lookup 2i+1
 //   width 3          8 columns are 3 bytes a row: columns 0..5 sit in the low 3 bits of the six nibbles, the six spare
 //                    bits carry columns 6 (bit 3 of the three bytes) and 7 (bit 7)
-//   widths 5..8      one byte a code
+//   widths 5..8      a step is one column, one byte a code
 //
-// Every panel is padded to blocks of 8 columns whose code and codebook are zero.
+// The order of the steps is that of the instruction set that packs the layout:
+//
+//   rows    byte r of step i at 32 i + r: 32 rows side by side, for shuffles that look up one table per register (AVX2)
+//   fours   byte r of step i at 128 (i / 4) + 4 r + i % 4: four steps of a row side by side, for registers that hold
+//           four tables, and multiply-add that sums four bytes (AVX-512). Width 3: steps of four blocks side by side.
+//
+// Every panel is padded to blocks of 8 columns (32 where widths 1..3 are in fours) whose code and codebook are zero.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -22,6 +28,8 @@ constexpr int kBlockColumns = 8;
 constexpr int kPanelLookups = 256;     // what 16-bit accumulators of 7-bit planes hold: 256 * 127 < 2^15
 constexpr int kBytePanelColumns = 32;  // widths 5..8: 32 codebooks of 256 fp16 entries are half of an L1 cache
 constexpr int kMaxPanelColumns = 4 * kPanelLookups;
+
+enum class StepOrder : int64_t { rows = 1, fours = 4 };
 
 static inline int columns_per_lookup(int width) { return width == 1 ? 4 : width == 2 ? 2 : 1; }
 static inline int entries_per_lookup(int width) { return width <= 3 ? 8 : 1 << width; }  // fp16 entries kept per lookup
@@ -49,6 +57,7 @@ struct PanelRecord {
 struct LayoutHeader {
   uint64_t magic, version, checksum;  // the checksum covers this header and the two record tables
   int64_t bytes, rows, columns, segments, tiles, panels, slots, entries, outliers, has_row_scale;
+  StepOrder order;
   int64_t segments_offset, panels_offset, columns_offset, max_magnitude_offset, codebook_offset, row_scale_offset;
   int64_t outlier_row_offsets_offset, outlier_columns_offset, outlier_deltas_offset, outlier_values_offset;
   int64_t codes_offset;
@@ -94,18 +103,29 @@ struct TileChunk {
 // All tiles in chunks of at most `most_tiles`.
 std::vector<TileChunk> tile_chunks(const LayoutView& view, int64_t most_tiles);
 
+// Where the byte of a row in a step of a tile is.
+static inline int64_t step_place(StepOrder order, int64_t step, int row) {
+  return order == StepOrder::rows ? step * kTileRows + row : step / 4 * (4 * kTileRows) + 4 * row + step % 4;
+}
+
+// Width 3: byte i of the three of a block of 8 columns.
+static inline int64_t step_of_3bit(StepOrder order, int64_t block, int i) {
+  return order == StepOrder::rows ? 3 * block + i : (block / 4 * 3 + i) * 4 + block % 4;
+}
+
 // Code of column `slot` (counted within the panel) and row `row` of a tile.
-static inline int read_code(const uint8_t* tile_codes, int width, int64_t slot, int row) {
-  const uint8_t* block = tile_codes + slot / kBlockColumns * block_bytes(width) + row;
-  const int column = static_cast<int>(slot % kBlockColumns);
-  if (width >= 5) return block[column * kTileRows] & ((1 << width) - 1);
+static inline int read_code(const uint8_t* tile_codes, StepOrder order, int width, int64_t slot, int row) {
+  if (width >= 5) return tile_codes[step_place(order, slot, row)] & ((1 << width) - 1);
   if (width != 3) {
-    const int bit = column * width;
-    return block[bit / 8 * kTileRows] >> (bit % 8) & ((1 << width) - 1);
+    const int64_t bit = slot * width;
+    return tile_codes[step_place(order, bit / 8, row)] >> (bit % 8) & ((1 << width) - 1);
   }
-  if (column < 6) return block[column / 2 * kTileRows] >> (4 * (column % 2)) & 7;
+  const int64_t block = slot / kBlockColumns;
+  const int column = static_cast<int>(slot % kBlockColumns);
+  const auto byte = [&](int i) { return tile_codes[step_place(order, step_of_3bit(order, block, i), row)]; };
+  if (column < 6) return byte(column / 2) >> (4 * (column % 2)) & 7;
   const int bit = 4 * (column - 6) + 3;
-  return (block[0] >> bit & 1) | (block[kTileRows] >> bit & 1) << 1 | (block[2 * kTileRows] >> bit & 1) << 2;
+  return (byte(0) >> bit & 1) | (byte(1) >> bit & 1) << 1 | (byte(2) >> bit & 1) << 2;
 }
 
 // A weight as it stands in a checkpoint (docs/formats.md), all arrays row-major and contiguous.

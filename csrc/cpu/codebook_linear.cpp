@@ -35,7 +35,8 @@ struct PanelScale {
 struct Problem {
   const LayoutView& view;
   const LinearKernels& kernels;
-  int precision;  // planes - kMinPlanes
+  const RowKernels& rows;
+  TableKind kind;
   DType dtype;
   int64_t lookup_panels;  // the first panels, those of widths 1..4
   std::vector<int64_t> first_lookup;
@@ -49,15 +50,28 @@ struct Problem {
   PanelScale* scales;  // [tokens, segments, lookup_panels]
   int64_t tokens;
 
-  int planes() const { return precision + kMinPlanes; }
+  const TableKernels& table_kernels() const { return kernels.tables[static_cast<int>(kind)]; }
   uint8_t* table(int64_t token, int64_t segment, int64_t panel) const {
     const int64_t before = (token * view.header().segments + segment) * lookups + first_lookup[panel];
-    return tables + before * planes() * kTableEntries;
+    return tables + before * table_planes(kind) * kTableEntries;
   }
   PanelScale& scale(int64_t token, int64_t segment, int64_t panel) const {
     return scales[(token * view.header().segments + segment) * lookup_panels + panel];
   }
 };
+
+const LinearKernels& linear_kernels(StepOrder order) {
+#if defined(__x86_64__)
+  if (active_isa() != Isa::scalar && order == StepOrder::rows) return kLinearAvx2;
+#endif
+  return kLinearScalar;
+}
+
+TableKind table_kind(Precision precision, DType dtype) {
+  if (precision == Precision::high) return TableKind::bits16;
+  if (precision == Precision::fast) return TableKind::bits14;
+  return dtype == DType::fp32 ? TableKind::bits28 : TableKind::bits21;
+}
 
 // --- choice of the path ----------------------------------------------------------------------------------------------
 
@@ -71,18 +85,6 @@ constexpr PathCost kPathCost[8] = {{12, 10, 0, 70},   {22, 18, 0, 70},   {45, 34
                                    {29, 29, 80, 100}, {29, 29, 120, 145}, {29, 29, 225, 245}, {29, 29, 430, 460}};
 constexpr double kMultiplyCost = 19.5;  // per token, after decoding
 
-LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens) {
-  const double passes = static_cast<double>((tokens + kMaxTokenBlock - 1) / kMaxTokenBlock);
-  double tables = 0, decode = 0;
-  for (int64_t p = 0; p < view.header().panels; ++p) {
-    const PathCost& cost = kPathCost[view.panel(p).width - 1];
-    const double slots = static_cast<double>(view.panel(p).slots), per_token = static_cast<double>(tokens) * slots;
-    tables += per_token * (dtype == DType::fp32 ? cost.table_fp32 : cost.table_half) + slots * passes * cost.table_pass;
-    decode += per_token * kMultiplyCost + slots * cost.decode;
-  }
-  return decode < tables ? LinearPath::decode : LinearPath::tables;
-}
-
 // --- phase 1: tables -----------------------------------------------------------------------------------------------
 
 void pick_columns(const LayoutView& view, const PanelRecord& panel, const float* x, float* picked) {
@@ -95,6 +97,14 @@ void pick_columns(const LayoutView& view, const PanelRecord& panel, const float*
   std::fill(picked + panel.columns, picked + panel.slots, 0.0f);
 }
 
+// One part in 4096 less than fits: room for the rounding of the products and of the fixed point.
+float fixed_point_scale(TableKind kind, float bound) {
+  const float room = bound * (1 + 0x1p-12f);
+  if (kind == TableKind::bits28 || kind == TableKind::bits21)
+    return std::ldexp(1.0f, table_bits(kind) - 2 - std::ilogb(room));
+  return static_cast<float>((1 << (table_bits(kind) - 1)) - 1) / room;
+}
+
 void build_panel_tables(const Problem& problem, int64_t token, int64_t segment, int64_t p) {
   const LayoutView& view = problem.view;
   const PanelRecord& panel = view.panel(p);
@@ -103,18 +113,16 @@ void build_panel_tables(const Problem& problem, int64_t token, int64_t segment, 
   pick_columns(view, panel, problem.x + token * view.header().columns, x);
 
   PanelScale& scale = problem.scale(token, segment, p);
-  const float bound =
-      problem.kernels.panel_bound(x, view.max_magnitude(panel, segment), panel.slots) * columns_per_lookup(width);
+  const float bound = problem.rows.panel_bound(x, view.max_magnitude(panel, segment), panel.lookups(),
+                                               columns_per_lookup(width));
   if (bound == 0) {
     scale = {Path::nothing, 0};
   } else if (bound >= kSmallestBound && bound <= kLargestBound) {
-    // One part in 4096 more than the bound: room for the rounding of the products and of the fixed point.
-    const int exponent = std::ilogb(bound * (1 + 0x1p-12f)) + 1 - (kPlaneBits * problem.planes() - 1);
-    scale = {Path::tables, std::ldexp(1.0f, exponent)};
-    const float to_fixed = std::ldexp(1.0f, -exponent);
+    const float to_fixed = fixed_point_scale(problem.kind, bound);
+    scale = {Path::tables, 1 / to_fixed};
     for (int64_t i = 0; i < panel.slots; ++i) x[i] *= to_fixed;
-    problem.kernels.build_tables[problem.precision](width, view.codebook(panel, segment), x, panel.lookups(),
-                                                    problem.table(token, segment, p));
+    problem.table_kernels().build(width, view.header().order, view.codebook(panel, segment), x, panel.lookups(),
+                                  problem.table(token, segment, p));
   } else {
     scale = {Path::exact, 0};
   }
@@ -135,7 +143,8 @@ void add_exact(const Problem& problem, const PanelRecord& panel, const TileChunk
       double sum = 0;
       for (int64_t slot = 0; slot < panel.columns; ++slot)
         sum += static_cast<double>(x[slot]) *
-               static_cast<double>(fp16_to_fp32(codebook[slot * entries + read_code(codes, width, slot, row)]));
+               static_cast<double>(
+                   fp16_to_fp32(codebook[slot * entries + read_code(codes, view.header().order, width, slot, row)]));
       y[tile * kTileRows + row] += static_cast<float>(sum);
     }
   }
@@ -143,16 +152,19 @@ void add_exact(const Problem& problem, const PanelRecord& panel, const TileChunk
 
 void add_lookups(const Problem& problem, int64_t p, const TileChunk& chunk, float* y, int64_t y_stride) {
   const PanelRecord& panel = problem.view.panel(p);
-  const auto kernel =
-      (panel.width == 3 ? problem.kernels.lookup_3bit : problem.kernels.lookup_nibbles)[problem.precision];
-  const uint8_t* codes = problem.view.codes(panel, chunk.tile_begin);
+  TokenTables tokens[kMaxTokenBlock];
+  int64_t count = 0;
   for (int64_t t = 0; t < problem.tokens; ++t) {
     const PanelScale& scale = problem.scale(t, chunk.segment, p);
     if (scale.path == Path::tables)
-      kernel(codes, chunk.tiles, panel.lookups(), problem.table(t, chunk.segment, p), scale.unit, y + t * y_stride);
+      tokens[count++] = {problem.table(t, chunk.segment, p), scale.unit, y + t * y_stride};
     else if (scale.path == Path::exact)
       add_exact(problem, panel, chunk, t, y + t * y_stride);
   }
+  const TableKernels& kernels = problem.table_kernels();
+  (panel.width == 3 ? kernels.lookup_3bit : kernels.lookup_nibbles)(
+      {problem.view.codes(panel, chunk.tile_begin), problem.view.header().order, chunk.tiles, panel.lookups(), tokens,
+       count});
 }
 
 void add_decoded(const Problem& problem, int64_t p, const TileChunk& chunk, float* y, int64_t y_stride) {
@@ -161,9 +173,9 @@ void add_decoded(const Problem& problem, int64_t p, const TileChunk& chunk, floa
   alignas(64) float x[kMaxTokenBlock * kBytePanelColumns];
   for (int64_t t = 0; t < problem.tokens; ++t)
     pick_columns(view, panel, problem.x + t * view.header().columns, x + t * kBytePanelColumns);
-  problem.kernels.decode_multiply[panel.width - 5](view.codes(panel, chunk.tile_begin), chunk.tiles, panel.tile_bytes,
-                                                   panel.columns, view.codebook(panel, chunk.segment), x,
-                                                   problem.tokens, y, y_stride);
+  problem.kernels.decode_multiply[panel.width - 5](view.codes(panel, chunk.tile_begin), view.header().order,
+                                                   chunk.tiles, panel.tile_bytes, panel.columns,
+                                                   view.codebook(panel, chunk.segment), x, problem.tokens, y, y_stride);
 }
 
 // --- the end of a row: scale, outliers, bias, dtype ----------------------------------------------------------------
@@ -201,7 +213,7 @@ void run_chunk(const Problem& problem, const TileChunk& chunk, void* y) {
   }
   for (int64_t t = 0; t < problem.tokens; ++t) {
     finish_rows(problem, t, chunk.row_begin, chunk.rows, sums + t * stride);
-    problem.kernels.from_fp32[static_cast<int>(problem.dtype)](
+    problem.rows.from_fp32[static_cast<int>(problem.dtype)](
         sums + t * stride,
         static_cast<uint8_t*>(y) + (t * header.rows + chunk.row_begin) * element_bytes(problem.dtype), chunk.rows);
   }
@@ -226,14 +238,26 @@ void run_block(const Problem& problem, void* y) {
 
 }  // namespace
 
-const LinearKernels& linear_kernels() {
-#if defined(__x86_64__)
-  if (active_isa() == Isa::avx2) return kLinearAvx2;
-#endif
-  return kLinearScalar;
+LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Precision) {
+  const double passes = static_cast<double>((tokens + kMaxTokenBlock - 1) / kMaxTokenBlock);
+  double tables = 0, decode = 0;
+  for (int64_t p = 0; p < view.header().panels; ++p) {
+    const PathCost& cost = kPathCost[view.panel(p).width - 1];
+    const double slots = static_cast<double>(view.panel(p).slots), per_token = static_cast<double>(tokens) * slots;
+    tables += per_token * (dtype == DType::fp32 ? cost.table_fp32 : cost.table_half) + slots * passes * cost.table_pass;
+    decode += per_token * kMultiplyCost + slots * cost.decode;
+  }
+  return decode < tables ? LinearPath::decode : LinearPath::tables;
 }
 
-const float* rows_in_fp32(const LinearKernels& kernels, const void* x, DType dtype, int64_t begin, int64_t count,
+const RowKernels& row_kernels() {
+#if defined(__x86_64__)
+  if (active_isa() != Isa::scalar) return kRowAvx2;
+#endif
+  return kRowScalar;
+}
+
+const float* rows_in_fp32(const RowKernels& kernels, const void* x, DType dtype, int64_t begin, int64_t count,
                           int64_t columns, float* converted) {
   const void* first = static_cast<const uint8_t*>(x) + begin * columns * element_bytes(dtype);
   if (dtype == DType::fp32) return static_cast<const float*>(first);
@@ -242,17 +266,19 @@ const float* rows_in_fp32(const LinearKernels& kernels, const void* x, DType dty
 }
 
 void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
-                     DType bias_dtype, void* y, LinearPath path) {
+                     DType bias_dtype, void* y, LinearPath path, Precision precision) {
   const LayoutHeader& header = view.header();
   if (tokens < 0) throw std::invalid_argument("tokens = " + std::to_string(tokens) + "; must be >= 0");
   if (tokens == 0) return;
   if (x == nullptr || y == nullptr) throw std::invalid_argument("x and y must not be null when there are tokens");
-  if (path == LinearPath::automatic) path = cheaper_path(view, x_dtype, tokens);
-  if (path == LinearPath::decode) return codebook_linear_decode(view, x, x_dtype, tokens, bias, bias_dtype, y);
+  if (path == LinearPath::automatic) path = cheaper_path(view, x_dtype, tokens, precision);
+  if (path == LinearPath::decode) 
+    return codebook_linear_decode(view, x, x_dtype, tokens, bias, bias_dtype, y, precision);
 
   Problem problem{view,
-                  linear_kernels(),
-                  (x_dtype == DType::fp32 ? 4 : 3) - kMinPlanes,
+                  linear_kernels(header.order),
+                  row_kernels(),
+                  table_kind(precision, x_dtype),
                   x_dtype,
                   0,
                   {},
@@ -271,7 +297,7 @@ void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64
   }
   for (int64_t p = problem.lookup_panels; p < header.panels; ++p) problem.decoded_columns += view.panel(p).columns;
 
-  const int64_t tables_per_token = header.segments * problem.lookups * problem.planes() * kTableEntries;
+  const int64_t tables_per_token = header.segments * problem.lookups * table_planes(problem.kind) * kTableEntries;
   const int64_t block =
       std::min(tokens, std::clamp<int64_t>(kTableBudget / std::max<int64_t>(tables_per_token, 1), 1, kMaxTokenBlock));
   const int64_t scales = block * header.segments * problem.lookup_panels;
@@ -282,11 +308,11 @@ void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64
   auto* bias_fp32 = workspace.take<float>(header.rows);
   problem.tables = workspace.take<uint8_t>(block * tables_per_token);
   problem.scales = workspace.take<PanelScale>(scales);
-  if (bias != nullptr) problem.bias = rows_in_fp32(problem.kernels, bias, bias_dtype, 0, 1, header.rows, bias_fp32);
+  if (bias != nullptr) problem.bias = rows_in_fp32(problem.rows, bias, bias_dtype, 0, 1, header.rows, bias_fp32);
 
   for (int64_t begin = 0; begin < tokens; begin += block) {
     problem.tokens = std::min(block, tokens - begin);
-    problem.x = rows_in_fp32(problem.kernels, x, x_dtype, begin, problem.tokens, header.columns, x_block);
+    problem.x = rows_in_fp32(problem.rows, x, x_dtype, begin, problem.tokens, header.columns, x_block);
     run_block(problem, static_cast<uint8_t*>(y) + begin * header.rows * element_bytes(x_dtype));
   }
 }

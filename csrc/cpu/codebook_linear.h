@@ -4,17 +4,18 @@
 // 2-bit or of four 1-bit columns) form a table; the inner loop is then byte shuffle + add, without a multiply, for 32
 // rows at once. A table holds fixed-point numbers cut into P planes of 7 bits, one shuffle per plane:
 //
-//   t = round(T * 2^(7P-1-e)) + 2^(7P-1),   2^e > max |T| over a panel of 256 lookups
+//   t = round(T * s) + 2^(bits-1),   s * max |T| over a panel of 256 lookups < 2^(bits-1)
 //
-//  * 7 bits, not 8: two looked-up bytes (low and high nibble of a step) are added as bytes before they are widened:
-//    6 vector operations per 64 lookups and plane instead of 8; and plane sums stay below 2^15, so that multiply-add
-//    can join planes at the flush.
-//  * 16-bit accumulators: even += v; odd += v >> 8 (the trick of faiss' fast scan), flushed to fp32 after each panel.
-//  * The bias is taken off the joined upper planes as an exact integer, before anything is rounded: no cancellation.
-//  * The scale is a power of two: scaling is exact, scalar and AVX2 rows agree bit for bit.
-//  * P = 4 (28 bits) for fp32 x: below fp32's own rounding. P = 3 (21 bits) for bf16 and fp16 x: a panel shares one
-//    range, and beside a channel that is 1000 times larger two planes (14 bits) would leave nothing of the others.
-//    P = 2 is compiled for a later, explicit `precision` option.
+//  * exact:  bits = 28 in 4 planes of 7 for fp32 x (below fp32's own rounding), 21 in 3 planes for bf16 and fp16 x;
+//            s is a power of two, so that scaling is exact.
+//  * high:   16 bits in 2 planes of 8. Relative error 3e-5 to 7e-5 for normal x, at most 1.5e-4 where one channel of a
+//            panel dwarfs all others.
+//  * fast:   14 bits in 2 planes of 7: four times that error.
+//
+// Planes of 7 bits: two looked-up bytes are added as bytes before they are widened: 6 vector operations per 64 lookups
+// and plane (AVX2) instead of 8 with planes of 8 bits. 16-bit accumulators: even += v; odd += v >> 8 (the trick of
+// faiss' fast scan), joined and flushed to fp32 after each panel. The bias is taken off as an integer, before anything
+// is rounded: no cancellation. All arithmetic before the flush is exact, so all ISAs agree bit for bit.
 //
 // Widths 5..8 are decoded and multiplied in fp32. A panel whose range is not finite, or so small or large that the
 // fixed point would lose bits, takes a slow path in fp64 for that token: x with NaN or infinity gives what a dense
@@ -27,51 +28,90 @@
 
 namespace pyllmq::cpu {
 
-constexpr int kPlaneBits = 7;
+// What a caller permits; a kernel may be more exact.
+enum class Precision { exact = 0, high = 1, fast = 2 };
+
+enum class TableKind { bits28 = 0, bits21 = 1, bits16 = 2, bits14 = 3 };
+constexpr int kTableKinds = 4;
+static constexpr int table_planes(TableKind kind) { return kind == TableKind::bits28 ? 4 : kind == TableKind::bits21 ? 3 : 2; }
+static constexpr int plane_bits(TableKind kind) { return kind == TableKind::bits16 ? 8 : 7; }
+static constexpr int table_bits(TableKind kind) { return table_planes(kind) * plane_bits(kind); }
+
 constexpr int64_t kMaxTokenBlock = 8;  // tokens that share one pass over the codes
-constexpr int kMinPlanes = 2;
-constexpr int kMaxPlanes = 4;
-constexpr int kTableEntries =
-    16;  // bytes of one plane of one lookup's table; plane p of lookup l is at (l * P + p) * 16
-// The bias of a lookup, counted in units of the joined upper planes (all but the lowest one or two).
-constexpr int kUpperBias = 1 << (2 * kPlaneBits - 1);
+constexpr int kTableEntries = 16;      // bytes of one plane of one lookup's table
 
-// One row per ISA; index [planes - kMinPlanes].
+// The sums of a row over a panel, one per plane -> fp32, in units of `unit`. Planes are joined in exact integers.
+template <TableKind Kind>
+static inline float flush_sums(const int32_t* sum, int64_t lookups, float unit) {
+  constexpr int planes = table_planes(Kind), bits = plane_bits(Kind);
+  // The bias of a lookup in units of the two upper planes.
+  const int32_t upper = (sum[planes - 1] << bits) + sum[planes - 2] - static_cast<int32_t>(lookups << (2 * bits - 1));
+  if constexpr (planes == 2) return static_cast<float>(upper) * unit;
+  const int32_t lower = planes == 4 ? (sum[1] << bits) + sum[0] : sum[0];
+  constexpr float upper_units = 1 << (bits * (planes - 2));
+  return static_cast<float>(upper) * (upper_units * unit) + static_cast<float>(lower) * unit;
+}
+
+struct TokenTables {
+  const uint8_t* tables;  // of one panel, in the order that `build` of the same row writes
+  float unit;
+  float* y;  // [tiles * 32] += unit * sum of lookups
+};
+
+struct LookupWork {
+  const uint8_t* codes;  // of the first tile
+  StepOrder order;
+  int64_t tiles, lookups;
+  const TokenTables* tokens;
+  int64_t count;
+};
+
+// Tables of one kind.
+struct TableKernels {
+  // x [lookups * columns_per_lookup], already multiplied by s; tables [lookups * planes * 16].
+  void (*build)(int width, StepOrder order, const uint16_t* codebook, const float* x, int64_t lookups, uint8_t* tables);
+  void (*lookup_nibbles)(const LookupWork& work);
+  void (*lookup_3bit)(const LookupWork& work);
+};
+
+// One row per ISA and order of steps.
 struct LinearKernels {
-  static constexpr int kPrecisions = kMaxPlanes - kMinPlanes + 1;
-
-  // max |x * max_magnitude|, NaN if one of them is NaN.
-  float (*panel_bound)(const float* x, const float* max_magnitude, int64_t slots);
-  // x [lookups * columns_per_lookup], already multiplied by 2^(7P-1-e).
-  void (*build_tables[kPrecisions])(int width, const uint16_t* codebook, const float* x, int64_t lookups,
-                                    uint8_t* tables);
-  // y [tiles * 32] += unit * sum of lookups; `unit` = 2^(e-7P+1).
-  void (*lookup_nibbles[kPrecisions])(const uint8_t* codes, int64_t tiles, int64_t lookups, const uint8_t* tables,
-                                      float unit, float* y);
-  void (*lookup_3bit[kPrecisions])(const uint8_t* codes, int64_t tiles, int64_t lookups, const uint8_t* tables,
-                                   float unit, float* y);
+  TableKernels tables[kTableKinds];  // index TableKind
   // Index [width - 5]: codebook fp16 [columns, 2^width], x [tokens, kBytePanelColumns], y [tokens, y_stride].
-  void (*decode_multiply[4])(const uint8_t* codes, int64_t tiles, int64_t tile_bytes, int64_t columns,
+  void (*decode_multiply[4])(const uint8_t* codes, StepOrder order, int64_t tiles, int64_t tile_bytes, int64_t columns,
                              const uint16_t* codebook, const float* x, int64_t tokens, float* y, int64_t y_stride);
+};
+
+extern const LinearKernels kLinearScalar;  // reads both orders
+extern const LinearKernels kLinearAvx2;    // rows
+extern const LinearKernels kLinearAvx512;  // fours
+
+// What all paths do to x and y. One row per ISA.
+struct RowKernels {
+  // Largest sum of |x * max_magnitude| over the columns of a lookup, NaN if one of them is NaN.
+  float (*panel_bound)(const float* x, const float* max_magnitude, int64_t lookups, int columns_per_lookup);
   // Index [DType].
   void (*to_fp32[3])(const void* from, float* to, int64_t count);
   void (*from_fp32[3])(const float* from, void* to, int64_t count);
 };
 
-extern const LinearKernels kLinearScalar;
-extern const LinearKernels kLinearAvx2;
-const LinearKernels& linear_kernels();  // of the active ISA
+extern const RowKernels kRowScalar;
+extern const RowKernels kRowAvx2;
+const RowKernels& row_kernels();  // of the active ISA
 
 // Rows [begin, begin + count) of x [., columns] in fp32: x itself where it is fp32, else converted into `converted`.
-const float* rows_in_fp32(const LinearKernels& kernels, const void* x, DType dtype, int64_t begin, int64_t count,
+const float* rows_in_fp32(const RowKernels& kernels, const void* x, DType dtype, int64_t begin, int64_t count,
                           int64_t columns, float* converted);
 
 // tables: what stands above, the same cost for each token; decode: codebook_linear_decode.h, the decoding is paid once;
 // automatic: the one of the two that costs less for the weight's widths.
 enum class LinearPath { tables = 0, decode = 1, automatic = 2 };
 
+// What `automatic` is for this many tokens.
+LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Precision precision);
+
 // x and y [tokens, columns] and [tokens, rows], both of x_dtype; bias [rows] or null.
 void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
-                     DType bias_dtype, void* y, LinearPath path);
+                     DType bias_dtype, void* y, LinearPath path, Precision precision);
 
 }  // namespace pyllmq::cpu

@@ -24,61 +24,83 @@ inline __m256 load_fp16(const uint16_t* from) {
 
 // --- tables --------------------------------------------------------------------------------------------------------
 
-float panel_bound(const float* x, const float* max_magnitude, int64_t slots) {
-  const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
-  __m256i largest = _mm256_setzero_si256();
-  for (int64_t i = 0; i < slots; i += 8) {
-    const __m256 product = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(max_magnitude + i));
-    largest = _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(product), magnitude));
+template <int ColumnsPerLookup>
+inline __m256 lookup_bounds(const float* x, const float* max_magnitude) {  // of 8 lookups, in any order
+  if constexpr (ColumnsPerLookup == 1) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
+    return _mm256_and_ps(_mm256_mul_ps(_mm256_loadu_ps(x), _mm256_loadu_ps(max_magnitude)), magnitude);
+  } else {
+    constexpr int half = ColumnsPerLookup / 2, next = 4 * ColumnsPerLookup;
+    return _mm256_hadd_ps(lookup_bounds<half>(x, max_magnitude), lookup_bounds<half>(x + next, max_magnitude + next));
+  }
+}
+
+template <int ColumnsPerLookup>
+float largest_bound(const float* x, const float* max_magnitude, int64_t lookups) {
+  __m256i largest = _mm256_setzero_si256();  // as integers, magnitudes order like floats and NaN comes out on top
+  for (; lookups >= 8; lookups -= 8, x += 8 * ColumnsPerLookup, max_magnitude += 8 * ColumnsPerLookup)
+    largest = _mm256_max_epu32(largest, _mm256_castps_si256(lookup_bounds<ColumnsPerLookup>(x, max_magnitude)));
+  if (lookups > 0) {
+    alignas(32) float last_x[8 * ColumnsPerLookup] = {}, last_magnitude[8 * ColumnsPerLookup] = {};
+    std::memcpy(last_x, x, lookups * ColumnsPerLookup * sizeof(float));
+    std::memcpy(last_magnitude, max_magnitude, lookups * ColumnsPerLookup * sizeof(float));
+    largest = _mm256_max_epu32(largest, _mm256_castps_si256(lookup_bounds<ColumnsPerLookup>(last_x, last_magnitude)));
   }
   alignas(32) uint32_t lanes[8];
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), largest);
   uint32_t top = lanes[0];
   for (int i = 1; i < 8; ++i) top = lanes[i] > top ? lanes[i] : top;
-  return bits_float(top);
+  return bits_float(top & 0x7FFFFFFFu);
 }
 
-// Eight fixed-point numbers, each cut into fields of 7 bits at the bytes of its 32-bit lane.
-template <int Planes>
+float panel_bound(const float* x, const float* max_magnitude, int64_t lookups, int columns_per_lookup) {
+  if (columns_per_lookup == 1) return largest_bound<1>(x, max_magnitude, lookups);
+  if (columns_per_lookup == 2) return largest_bound<2>(x, max_magnitude, lookups);
+  return largest_bound<4>(x, max_magnitude, lookups);
+}
+
+// Eight fixed-point numbers, each cut into its planes: plane p is byte p of its 32-bit lane.
+template <TableKind Kind>
 inline __m256i cut_into_planes(__m256 products) {
-  __m256i t = _mm256_add_epi32(_mm256_cvtps_epi32(products), _mm256_set1_epi32(1 << (kPlaneBits * Planes - 1)));
+  const __m256i t = _mm256_add_epi32(_mm256_cvtps_epi32(products), _mm256_set1_epi32(1 << (table_bits(Kind) - 1)));
+  if constexpr (plane_bits(Kind) == 8) return t;
   __m256i planes = _mm256_and_si256(t, _mm256_set1_epi32(0x7F));
   planes = _mm256_or_si256(planes, _mm256_and_si256(_mm256_slli_epi32(t, 1), _mm256_set1_epi32(0x7F00)));
-  if constexpr (Planes >= 3)
+  if constexpr (table_planes(Kind) >= 3)
     planes = _mm256_or_si256(planes, _mm256_and_si256(_mm256_slli_epi32(t, 2), _mm256_set1_epi32(0x7F0000)));
-  if constexpr (Planes >= 4)
+  if constexpr (table_planes(Kind) >= 4)
     planes = _mm256_or_si256(planes, _mm256_and_si256(_mm256_slli_epi32(t, 3), _mm256_set1_epi32(0x7F000000)));
   return planes;
 }
 
-template <int Planes>
+template <TableKind Kind>
 inline void store_table(__m256 entries_0_7, __m256 entries_8_15, uint8_t* table) {
   const __m256i by_plane = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
                                             0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m256i a = _mm256_shuffle_epi8(cut_into_planes<Planes>(entries_0_7), by_plane);
-  const __m256i b = _mm256_shuffle_epi8(cut_into_planes<Planes>(entries_8_15), by_plane);
+  const __m256i a = _mm256_shuffle_epi8(cut_into_planes<Kind>(entries_0_7), by_plane);
+  const __m256i b = _mm256_shuffle_epi8(cut_into_planes<Kind>(entries_8_15), by_plane);
   const __m256i planes_01 = _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi32(a, b), in_order);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(table), planes_01);
-  if constexpr (Planes == 2) return;
+  if constexpr (table_planes(Kind) == 2) return;
   const __m256i planes_23 = _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi32(a, b), in_order);
-  if constexpr (Planes == 4) _mm256_storeu_si256(reinterpret_cast<__m256i*>(table + 32), planes_23);
-  if constexpr (Planes == 3)
+  if constexpr (table_planes(Kind) == 4) _mm256_storeu_si256(reinterpret_cast<__m256i*>(table + 32), planes_23);
+  if constexpr (table_planes(Kind) == 3)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(table + 32), _mm256_castsi256_si128(planes_23));
 }
 
-template <int Planes>
-void build_tables(int width, const uint16_t* codebook, const float* x, int64_t lookups, uint8_t* tables) {
-  constexpr int stride = Planes * kTableEntries;
+template <TableKind Kind>
+void build(int width, StepOrder, const uint16_t* codebook, const float* x, int64_t lookups, uint8_t* tables) {
+  constexpr int stride = table_planes(Kind) * kTableEntries;
   if (width == 4) {
     for (int64_t l = 0; l < lookups; ++l, codebook += 16, tables += stride) {
       const __m256 x0 = _mm256_broadcast_ss(x + l);
-      store_table<Planes>(_mm256_mul_ps(x0, load_fp16(codebook)), _mm256_mul_ps(x0, load_fp16(codebook + 8)), tables);
+      store_table<Kind>(_mm256_mul_ps(x0, load_fp16(codebook)), _mm256_mul_ps(x0, load_fp16(codebook + 8)), tables);
     }
   } else if (width == 3) {  // entry 8 + c = entry c: the fourth bit of a nibble belongs to another column
     for (int64_t l = 0; l < lookups; ++l, codebook += 8, tables += stride) {
       const __m256 products = _mm256_mul_ps(_mm256_broadcast_ss(x + l), load_fp16(codebook));
-      store_table<Planes>(products, products, tables);
+      store_table<Kind>(products, products, tables);
     }
   } else if (width == 2) {
     const __m256i second_low = _mm256_setr_epi32(4, 4, 4, 4, 5, 5, 5, 5);
@@ -87,7 +109,7 @@ void build_tables(int width, const uint16_t* codebook, const float* x, int64_t l
       const __m256 both = load_fp16(codebook);
       const __m256 x1 = _mm256_broadcast_ss(x + 2 * l + 1);
       const __m256 first = _mm256_mul_ps(_mm256_broadcast_ss(x + 2 * l), _mm256_permute2f128_ps(both, both, 0));
-      store_table<Planes>(_mm256_add_ps(first, _mm256_mul_ps(x1, _mm256_permutevar8x32_ps(both, second_low))),
+      store_table<Kind>(_mm256_add_ps(first, _mm256_mul_ps(x1, _mm256_permutevar8x32_ps(both, second_low))),
                           _mm256_add_ps(first, _mm256_mul_ps(x1, _mm256_permutevar8x32_ps(both, second_high))), tables);
     }
   } else {
@@ -101,7 +123,7 @@ void build_tables(int width, const uint16_t* codebook, const float* x, int64_t l
       };
       const __m256 low = _mm256_add_ps(product(0, bit0), product(1, bit1));
       const __m256 third = product(2, bit2);
-      store_table<Planes>(_mm256_add_ps(low, _mm256_add_ps(third, product(3, bit3_low))),
+      store_table<Kind>(_mm256_add_ps(low, _mm256_add_ps(third, product(3, bit3_low))),
                           _mm256_add_ps(low, _mm256_add_ps(third, product(3, bit3_high))), tables);
     }
   }
@@ -109,53 +131,68 @@ void build_tables(int width, const uint16_t* codebook, const float* x, int64_t l
 
 // --- lookups -------------------------------------------------------------------------------------------------------
 
-template <int Planes>
+// The sums of 32 rows for one token.
+template <TableKind Kind>
 struct Accumulators {
-  __m256i even[Planes], odd[Planes];  // 16-bit sums; `even` holds even + 256 * odd modulo 2^16 until the flush
+  static constexpr int kPlanes = table_planes(Kind), kBits = plane_bits(Kind);
+  __m256i even[kPlanes], odd[kPlanes];  // 16-bit sums; `even` holds even + 256 * odd modulo 2^16 until the flush
 
   inline __attribute__((always_inline)) void clear() {
 #pragma GCC unroll 4
-    for (int p = 0; p < Planes; ++p) even[p] = odd[p] = _mm256_setzero_si256();
+    for (int p = 0; p < kPlanes; ++p) even[p] = odd[p] = _mm256_setzero_si256();
+  }
+
+  inline __attribute__((always_inline)) void add_bytes(int p, __m256i v) {
+    even[p] = _mm256_add_epi16(even[p], v);
+    PYLLMQ_PIN(even[p]);
+    odd[p] = _mm256_add_epi16(odd[p], _mm256_srli_epi16(v, 8));
+    PYLLMQ_PIN(odd[p]);
   }
 
   // Two lookups whose tables lie side by side.
   inline __attribute__((always_inline)) void add(__m256i index_a, __m256i index_b, const uint8_t* tables) {
 #pragma GCC unroll 4
-    for (int p = 0; p < Planes; ++p) {
+    for (int p = 0; p < kPlanes; ++p) {
       const __m256i a = _mm256_shuffle_epi8(broadcast16(tables + p * kTableEntries), index_a);
-      const __m256i b = _mm256_shuffle_epi8(broadcast16(tables + (Planes + p) * kTableEntries), index_b);
-      const __m256i v = _mm256_add_epi8(a, b);
-      even[p] = _mm256_add_epi16(even[p], v);
-      PYLLMQ_PIN(even[p]);
-      odd[p] = _mm256_add_epi16(odd[p], _mm256_srli_epi16(v, 8));
-      PYLLMQ_PIN(odd[p]);
+      const __m256i b = _mm256_shuffle_epi8(broadcast16(tables + (kPlanes + p) * kTableEntries), index_b);
+      if constexpr (kBits == 7) {
+        add_bytes(p, _mm256_add_epi8(a, b));
+      } else {
+        add_bytes(p, a);
+        add_bytes(p, b);
+      }
     }
+  }
+
+  // Sums of 8-bit planes reach 65280 and are unsigned, those of 7-bit planes stay below 2^15.
+  static inline __attribute__((always_inline)) __m256i join(__m256i low, __m256i high) {
+    return _mm256_add_epi32(low, _mm256_slli_epi32(high, kBits));
   }
 
   inline __attribute__((always_inline)) void flush(int64_t lookups, float unit, float* y) {
     // Rows in memory order per plane: bytes 2i are in `even`, bytes 2i+1 in `odd`; [0]: rows 0-7|16-23, [1]:
     // 8-15|24-31.
-    __m256i sums[Planes][2];
+    __m256i sums[kPlanes][2];
 #pragma GCC unroll 4
-    for (int p = 0; p < Planes; ++p) {
+    for (int p = 0; p < kPlanes; ++p) {
       const __m256i e = _mm256_sub_epi16(even[p], _mm256_slli_epi16(odd[p], 8));
       sums[p][0] = _mm256_unpacklo_epi16(e, odd[p]);
       sums[p][1] = _mm256_unpackhi_epi16(e, odd[p]);
     }
-    const __m256i join = _mm256_set1_epi32(128 << 16 | 1);  // low half * 1 + high half * 128
-    const __m256i bias = _mm256_set1_epi32(static_cast<int>(lookups) * kUpperBias);
-    const __m256 upper_unit = _mm256_set1_ps(Planes == 4 ? 16384 * unit : Planes == 3 ? 128 * unit : unit);
+    const __m256i zero = _mm256_setzero_si256();
+    const __m256i bias = _mm256_set1_epi32(static_cast<int>(lookups << (2 * kBits - 1)));
+    const __m256 upper_unit = _mm256_set1_ps(static_cast<float>(1 << (kBits * (kPlanes - 2))) * unit);
     const __m256 lower_unit = _mm256_set1_ps(unit);
     __m256 part[4];  // rows 0-3|16-19, 4-7|20-23, 8-11|24-27, 12-15|28-31
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const auto joined = [&](__m256i low, __m256i high) {
-        return _mm256_madd_epi16(i % 2 ? _mm256_unpackhi_epi16(low, high) : _mm256_unpacklo_epi16(low, high), join);
+      const auto wide = [&](int p) {
+        return i % 2 ? _mm256_unpackhi_epi16(sums[p][i / 2], zero) : _mm256_unpacklo_epi16(sums[p][i / 2], zero);
       };
-      const __m256i upper = _mm256_sub_epi32(joined(sums[Planes - 2][i / 2], sums[Planes - 1][i / 2]), bias);
+      const __m256i upper = _mm256_sub_epi32(join(wide(kPlanes - 2), wide(kPlanes - 1)), bias);
       part[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(upper), upper_unit);
-      if constexpr (Planes >= 3) {
-        const __m256i lower = joined(sums[0][i / 2], Planes == 4 ? sums[1][i / 2] : _mm256_setzero_si256());
+      if constexpr (kPlanes >= 3) {
+        const __m256i lower = kPlanes == 4 ? join(wide(0), wide(1)) : wide(0);
         part[i] = _mm256_add_ps(part[i], _mm256_mul_ps(_mm256_cvtepi32_ps(lower), lower_unit));
       }
     }
@@ -169,52 +206,98 @@ struct Accumulators {
   }
 };
 
-template <int Planes>
-void lookup_nibbles(const uint8_t* codes, int64_t tiles, int64_t lookups, const uint8_t* tables, float unit, float* y) {
+inline void prefetch(const uint8_t* codes) {
+  _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T0);
+}
+
+template <TableKind Kind, int Tokens>
+void nibbles_of_tokens(const LookupWork& work, const TokenTables* tokens) {
   const __m256i low_nibble = _mm256_set1_epi8(15);
-  for (; tiles > 0; --tiles, y += kTileRows) {
-    Accumulators<Planes> sums;
-    sums.clear();
-    const uint8_t* table = tables;
-    for (int64_t step = lookups / 2; step > 0; --step) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T0);
-      const __m256i pair = load(codes);
-      sums.add(_mm256_and_si256(pair, low_nibble), _mm256_and_si256(_mm256_srli_epi16(pair, 4), low_nibble), table);
-      codes += kTileRows;
-      table += 2 * Planes * kTableEntries;
+  const uint8_t* codes = work.codes;
+  for (int64_t tile = 0; tile < work.tiles; ++tile) {
+    Accumulators<Kind> sums[Tokens];
+    const uint8_t* table[Tokens];
+#pragma GCC unroll 2
+    for (int t = 0; t < Tokens; ++t) {
+      sums[t].clear();
+      table[t] = tokens[t].tables;
     }
-    sums.flush(lookups, unit, y);
+    for (int64_t step = work.lookups / 2; step > 0; --step, codes += kTileRows) {
+      prefetch(codes);
+      const __m256i pair = load(codes);
+      const __m256i a = _mm256_and_si256(pair, low_nibble);
+      const __m256i b = _mm256_and_si256(_mm256_srli_epi16(pair, 4), low_nibble);
+#pragma GCC unroll 2
+      for (int t = 0; t < Tokens; ++t) {
+        sums[t].add(a, b, table[t]);
+        table[t] += 2 * table_planes(Kind) * kTableEntries;
+      }
+    }
+#pragma GCC unroll 2
+    for (int t = 0; t < Tokens; ++t) sums[t].flush(work.lookups, tokens[t].unit, tokens[t].y + tile * kTileRows);
   }
 }
 
-template <int Planes>
-void lookup_3bit(const uint8_t* codes, int64_t tiles, int64_t lookups, const uint8_t* tables, float unit, float* y) {
+template <TableKind Kind, int Tokens>
+void lookups_3bit_of_tokens(const LookupWork& work, const TokenTables* tokens) {
   const __m256i low_nibble = _mm256_set1_epi8(15);
-  constexpr int pair_stride = 2 * Planes * kTableEntries;
-  for (; tiles > 0; --tiles, y += kTileRows) {
-    Accumulators<Planes> sums;
-    sums.clear();
-    const uint8_t* table = tables;
-    for (int64_t block = lookups / kBlockColumns; block > 0; --block) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes + 64, _MM_HINT_T0);
-      const auto add_pair = [&](__m256i pair, int which) __attribute__((always_inline)) {
-        sums.add(_mm256_and_si256(pair, low_nibble), _mm256_and_si256(_mm256_srli_epi16(pair, 4), low_nibble),
-                 table + which * pair_stride);
-      };
+  constexpr int pair_stride = 2 * table_planes(Kind) * kTableEntries;
+  const uint8_t* codes = work.codes;
+  for (int64_t tile = 0; tile < work.tiles; ++tile) {
+    Accumulators<Kind> sums[Tokens];
+    const uint8_t* table[Tokens];
+#pragma GCC unroll 2
+    for (int t = 0; t < Tokens; ++t) {
+      sums[t].clear();
+      table[t] = tokens[t].tables;
+    }
+    for (int64_t block = work.lookups / kBlockColumns; block > 0; --block, codes += block_bytes(3)) {
+      prefetch(codes);
+      prefetch(codes + 64);
       const __m256i a = load(codes), b = load(codes + 32), c = load(codes + 64);
       const __m256i spare_a = _mm256_and_si256(_mm256_srli_epi16(a, 3), _mm256_set1_epi8(0x11));
       const __m256i spare_b = _mm256_and_si256(_mm256_srli_epi16(b, 2), _mm256_set1_epi8(0x22));
       const __m256i spare_c = _mm256_and_si256(_mm256_srli_epi16(c, 1), _mm256_set1_epi8(0x44));
-      add_pair(a, 0);
-      add_pair(b, 1);
-      add_pair(c, 2);
-      add_pair(_mm256_or_si256(_mm256_or_si256(spare_a, spare_b), spare_c), 3);
-      codes += block_bytes(3);
-      table += 4 * pair_stride;
+      const __m256i pairs[4] = {a, b, c, _mm256_or_si256(_mm256_or_si256(spare_a, spare_b), spare_c)};
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m256i low = _mm256_and_si256(pairs[i], low_nibble);
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(pairs[i], 4), low_nibble);
+#pragma GCC unroll 2
+        for (int t = 0; t < Tokens; ++t) {
+          sums[t].add(low, high, table[t]);
+          table[t] += pair_stride;
+        }
+      }
     }
-    sums.flush(lookups, unit, y);
+#pragma GCC unroll 2
+    for (int t = 0; t < Tokens; ++t) sums[t].flush(work.lookups, tokens[t].unit, tokens[t].y + tile * kTileRows);
   }
+}
+
+// Two tokens of two planes keep 8 of the 16 registers as sums; four planes of one token do so alone.
+template <TableKind Kind>
+constexpr int kTokensAtOnce = table_planes(Kind) == 2 ? 2 : 1;
+
+template <TableKind Kind>
+void lookup_nibbles(const LookupWork& work) {
+  int64_t t = 0;
+  for (; t + kTokensAtOnce<Kind> <= work.count; t += kTokensAtOnce<Kind>)
+    nibbles_of_tokens<Kind, kTokensAtOnce<Kind>>(work, work.tokens + t);
+  for (; t < work.count; ++t) nibbles_of_tokens<Kind, 1>(work, work.tokens + t);
+}
+
+template <TableKind Kind>
+void lookup_3bit(const LookupWork& work) {
+  int64_t t = 0;
+  for (; t + kTokensAtOnce<Kind> <= work.count; t += kTokensAtOnce<Kind>)
+    lookups_3bit_of_tokens<Kind, kTokensAtOnce<Kind>>(work, work.tokens + t);
+  for (; t < work.count; ++t) lookups_3bit_of_tokens<Kind, 1>(work, work.tokens + t);
+}
+
+template <TableKind Kind>
+constexpr TableKernels table_kernels() {
+  return {build<Kind>, lookup_nibbles<Kind>, lookup_3bit<Kind>};
 }
 
 // --- widths 5..8 ---------------------------------------------------------------------------------------------------
@@ -247,8 +330,8 @@ inline void add_block(const float* weights, const float* x, int64_t columns, flo
 }
 
 template <int Width>
-void decode_multiply(const uint8_t* codes, int64_t tiles, int64_t tile_bytes, int64_t columns, const uint16_t* codebook,
-                     const float* x, int64_t tokens, float* y, int64_t y_stride) {
+void decode_multiply(const uint8_t* codes, StepOrder, int64_t tiles, int64_t tile_bytes, int64_t columns,
+                     const uint16_t* codebook, const float* x, int64_t tokens, float* y, int64_t y_stride) {
   alignas(64) uint8_t planes[kBytePanelColumns][2 << Width];
   for (int64_t k = 0; k < columns; ++k) split_codebook(codebook + (k << Width), Width, planes[k]);
   for (int64_t tile = 0; tile < tiles; ++tile, codes += tile_bytes, y += kTileRows) {
@@ -311,11 +394,13 @@ void fp32_row_to_bf16(const float* from, void* to, int64_t count) {
 }  // namespace
 
 const LinearKernels kLinearAvx2 = {
-    panel_bound,
-    {build_tables<2>, build_tables<3>, build_tables<4>},
-    {lookup_nibbles<2>, lookup_nibbles<3>, lookup_nibbles<4>},
-    {lookup_3bit<2>, lookup_3bit<3>, lookup_3bit<4>},
+    {table_kernels<TableKind::bits28>(), table_kernels<TableKind::bits21>(), table_kernels<TableKind::bits16>(),
+     table_kernels<TableKind::bits14>()},
     {decode_multiply<5>, decode_multiply<6>, decode_multiply<7>, decode_multiply<8>},
+};
+
+const RowKernels kRowAvx2 = {
+    panel_bound,
     {copy_to_fp32, bf16_row_to_fp32, fp16_row_to_fp32},
     {copy_from_fp32, fp32_row_to_bf16, fp32_row_to_fp16},
 };

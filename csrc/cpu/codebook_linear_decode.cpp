@@ -19,9 +19,9 @@ constexpr double kNsPerPackedElement = 0.5;
 constexpr double kNsPerMultiply = 0.02;
 constexpr double kNsPerDecodedWeight = 0.1;
 
-const DecodeKernels& decode_kernels() {
+const DecodeKernels& decode_kernels(StepOrder order) {
 #if defined(__x86_64__)
-  if (active_isa() == Isa::avx2) return kDecodeAvx2;
+  if (active_isa() != Isa::scalar && order == StepOrder::rows) return kDecodeAvx2;
 #endif
   return kDecodeScalar;
 }
@@ -51,7 +51,7 @@ struct Outlier {
 struct Problem {
   const LayoutView& view;
   const DecodeKernels& kernels;
-  const LinearKernels& conversions;
+  const RowKernels& conversions;
   DType dtype;
   std::vector<Block> blocks;
   std::vector<uint32_t> slot_of;  // by column; empty without outliers
@@ -183,9 +183,8 @@ void multiply_block(const Problem& problem, int64_t b, const TileChunk& chunk, c
   for (int64_t tile = 0; tile < chunk.tiles; ++tile) {
     split = memory.split;
     for (const Piece& piece : block.pieces) {
-      const uint8_t* codes = view.codes(*piece.panel, chunk.tile_begin + tile) +
-                             piece.panel_slot / kBlockColumns * block_bytes(piece.width());
-      problem.kernels.decode(piece.width(), codes, split, piece.slots,
+      problem.kernels.decode(piece.width(), view.header().order, view.codes(*piece.panel, chunk.tile_begin + tile),
+                             piece.panel_slot, split, piece.slots,
                              view.row_scale() ? memory.scale + tile * kTileRows : nullptr,
                              memory.weights + piece.block_slot * kHalfRows);
       split += piece.slots * split_bytes(piece.width());
@@ -252,11 +251,11 @@ void run_tokens(const Problem& problem, const std::vector<TileChunk>& chunks) {
 }  // namespace
 
 void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
-                            DType bias_dtype, void* y) {
+                            DType bias_dtype, void* y, Precision) {
   const LayoutHeader& header = view.header();
   Problem problem{view,
-                  decode_kernels(),
-                  linear_kernels(),
+                  decode_kernels(header.order),
+                  row_kernels(),
                   x_dtype,
                   make_blocks(view),
                   header.outliers > 0 ? slots_by_column(view) : std::vector<uint32_t>(),

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "cpu/codebook_layout.h"
+#include "cpu/codebook_linear.h"
 #include "cpu/half.h"
 
 namespace pyllmq::cpu {
@@ -38,9 +39,9 @@ static inline int64_t group_begin(int64_t tokens, int64_t group) {
 // One row per ISA.
 struct DecodeKernels {
   void (*split_codebook)(int width, const uint16_t* codebook, int64_t slots, uint8_t* split);
-  // `slots` columns (a multiple of 8) of one tile; row_scale [32] or null; weights: slot 0 of half 0.
-  void (*decode)(int width, const uint8_t* codes, const uint8_t* split, int64_t slots, const float* row_scale,
-                 float* weights);
+  // Columns [slot, slot + slots) of a panel (multiples of 8) in one tile; row_scale [32] or null; weights: of half 0.
+  void (*decode)(int width, StepOrder order, const uint8_t* tile_codes, int64_t slot, const uint8_t* split,
+                 int64_t slots, const float* row_scale, float* weights);
   // sums [tokens, 32] += x @ weights, x packed as above.
   void (*multiply)(const float* weights, const float* x, int64_t slots, int64_t tokens, float* sums);
 };
@@ -50,6 +51,6 @@ extern const DecodeKernels kDecodeAvx2;
 
 // As codebook_linear, tokens > 0.
 void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
-                            DType bias_dtype, void* y);
+                            DType bias_dtype, void* y, Precision precision);
 
 }  // namespace pyllmq::cpu

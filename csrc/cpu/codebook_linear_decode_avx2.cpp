@@ -99,9 +99,9 @@ void split_any(int width, const uint16_t* codebook, int64_t slots, uint8_t* spli
   kByWidth[width - 1].split(codebook, slots, split);
 }
 
-void decode_any(int width, const uint8_t* codes, const uint8_t* split, int64_t slots, const float* row_scale,
-                float* weights) {
-  kByWidth[width - 1].decode(codes, split, slots, row_scale, weights);
+void decode_any(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots,
+                const float* row_scale, float* weights) {
+  kByWidth[width - 1].decode(tile_codes + slot / kBlockColumns * block_bytes(width), split, slots, row_scale, weights);
 }
 
 // --- multiply ------------------------------------------------------------------------------------------------------

@@ -14,12 +14,12 @@ void split_codebook(int width, const uint16_t* codebook, int64_t slots, uint8_t*
     std::memcpy(split + slot * split_bytes(width), reinterpret_cast<const uint8_t*>(codebook) + slot * bytes, bytes);
 }
 
-void decode(int width, const uint8_t* codes, const uint8_t* split, int64_t slots, const float* row_scale,
-            float* weights) {
+void decode(int width, StepOrder order, const uint8_t* tile_codes, int64_t first, const uint8_t* split, int64_t slots,
+            const float* row_scale, float* weights) {
   for (int64_t slot = 0; slot < slots; ++slot)
     for (int row = 0; row < kTileRows; ++row) {
       uint16_t entry;
-      std::memcpy(&entry, split + slot * split_bytes(width) + 2 * read_code(codes, width, slot, row), 2);
+      std::memcpy(&entry, split + slot * split_bytes(width) + 2 * read_code(tile_codes, order, width, first + slot, row), 2);
       const float value = fp16_to_fp32(entry);
       weights[(row / kHalfRows * kDecodedColumns + slot) * kHalfRows + row % kHalfRows] =
           row_scale ? value * row_scale[row] : value;

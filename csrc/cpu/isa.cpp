@@ -15,6 +15,7 @@ std::atomic<Isa>& active() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";
     case Isa::scalar: break;
   }
@@ -24,8 +25,13 @@ const char* isa_name(Isa isa) {
 std::vector<Isa> supported_isas() {
   std::vector<Isa> found;
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    found.push_back(Isa::avx2);
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
+    found.push_back(Isa::avx512);
+  if (avx2) found.push_back(Isa::avx2);
 #endif
   found.push_back(Isa::scalar);
   return found;

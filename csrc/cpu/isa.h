@@ -6,7 +6,8 @@
 
 namespace pyllmq::cpu {
 
-enum class Isa { scalar = 0, avx2 = 1 };
+// avx512: F, BW, VL, DQ, VBMI and VNNI (Ice Lake, Zen 4 and later).
+enum class Isa { scalar = 0, avx2 = 1, avx512 = 2 };
 
 const char* isa_name(Isa isa);
 std::vector<Isa> supported_isas();  // compiled in and usable on this machine, best first

@@ -6,31 +6,20 @@ is loaded and holds everything but the bias. See docs/codebook_linear.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, Kernel, Problem, Support, WeightOperand, register
+from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, PRECISIONS, Kernel, Problem, Support, WeightOperand, register
 
 LAYOUT = "cpu"
 
-MAX_TABLE_TOKENS = 3
-"""Up to this many tokens, partial-product tables are the fastest path for every width."""
+_AUTOMATIC = 2
+"""`path` of _cpu.codebook_linear (LinearPath in csrc/cpu/codebook_linear.h): tables or decoding, by a table of measured costs."""
 
-MAX_AUTOMATIC_TOKENS = 64
-"""Up to this many tokens the kernel chooses by the weight's widths, beyond all codes are decoded once for all tokens.
-
-Measured at N=K=4096, 2 threads, fp32, ms at M = 4 / 8 / 16: 4 bit 1.6 / 3.2 / 8.3 by tables, 1.6 / 2.4 / 3.3 by
-decoding; 2 bit 0.85 / 1.6 / 3.0 and 1.6 / 2.2 / 3.4. Rejected: decoding of large panels followed by torch.mm, 58 ms at
-M = 128 (decode kernel 20, dense torch 33) and 405 ms at M = 2048 (342, 370).
-"""
-
-_TABLES, _DECODE, _AUTOMATIC = 0, 1, 2
-"""`path` of _cpu.codebook_linear (LinearPath in csrc/cpu/codebook_linear.h)."""
-
+_PRECISION_CODE = {name: code for code, name in enumerate(PRECISIONS)}
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -109,7 +98,7 @@ def layout_codes(operand: WeightOperand) -> Tensor:
 
 
 def codebook_linear(
-    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None, path: int
+    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None, precision: str
 ) -> Tensor:
     blob = tensors[0]
     x = x.contiguous()
@@ -126,9 +115,18 @@ def codebook_linear(
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else _DTYPE_CODE[bias.dtype],
         y.data_ptr(),
-        path,
+        _AUTOMATIC,
+        _PRECISION_CODE[precision],
     )
     return y
+
+
+def codebook_linear_path(operand: WeightOperand, dtype: torch.dtype, tokens: int, precision: str) -> str:
+    """What `codebook_linear` does for this many tokens: "tables" of partial products, or "decode" once and multiply."""
+    (blob,) = operand.tensors
+    return _extension().codebook_linear_path(
+        blob.data_ptr(), blob.numel(), _DTYPE_CODE[dtype], tokens, _PRECISION_CODE[precision]
+    )
 
 
 def codebook_dequantize(tensors: list[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -171,37 +169,14 @@ def _reads_layout(problem: Problem) -> Support:
     return _on_cpu(problem)
 
 
-def _up_to(max_tokens: int) -> Callable[[Problem], Support]:
-    def supports(problem: Problem) -> Support:
-        if problem.tokens > max_tokens:
-            return False, f"serves up to {max_tokens} tokens, here {problem.tokens}"
-        return _reads_layout(problem)
-
-    return supports
-
-
 def register_kernels() -> None:
     for op, name, supports, run, because in (
         (
             "codebook_linear",
-            "cpu.tables",
-            _up_to(MAX_TABLE_TOKENS),
-            partial(codebook_linear, path=_TABLES),
-            "one pass over the codes, no multiply",
-        ),
-        (
-            "codebook_linear",
-            "cpu.tables_or_decode",
-            _up_to(MAX_AUTOMATIC_TOKENS),
-            partial(codebook_linear, path=_AUTOMATIC),
-            "by the weight's widths",
-        ),
-        (
-            "codebook_linear",
-            "cpu.decode",
+            "cpu.codebook_linear",
             _reads_layout,
-            partial(codebook_linear, path=_DECODE),
-            "decoding is paid once for them all",
+            codebook_linear,
+            "tables of partial products or decode-once, by widths, tokens and precision (kPathCost)",
         ),
         (
             "codebook_dequantize",

@@ -55,9 +55,9 @@ def codebook_dequantize(tensors: list[Tensor], out_features: int, in_features: i
 
 
 def codebook_linear(
-    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None
+    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None, precision: str
 ) -> Tensor:
-    """x [M, K] -> y [M, N] in x's dtype, multiplied and summed in fp32."""
+    """x [M, K] -> y [M, N] in x's dtype, multiplied and summed in fp32, whatever the precision asked."""
     weight = codebook_dequantize(tensors, out_features, in_features, torch.float32)
     y = x.float() @ weight.T
     return (y if bias is None else y + bias.float()).to(x.dtype)

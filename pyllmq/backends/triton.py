@@ -22,8 +22,8 @@ from . import reference
 LAYOUT = "triton"
 
 MAX_FUSED_TOKENS = 64
-"""Up to this many tokens codes are decoded on the way to the multiplication. Predicted, not measured: beyond it, writing the decoded
-matrix once (2 bytes a weight) costs less than decoding it in every block of 64 tokens."""
+"""Up to this many tokens codes are decoded on the way to the multiplication. Predicted, not measured: beyond it, writing the
+decoded matrix once (2 bytes a weight) costs less than decoding it in every block of 32 tokens."""
 
 _MAGIC, _VERSION, _ALIGNMENT = 0x54524C50, 1, 256
 _HEADER = ("magic", "version", "rows", "columns", "segments", "outliers", "row_scale", "wide_outlier_columns")
@@ -99,9 +99,10 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], out_features: int, in_features: int) -> Layout:
-        whole, of_groups = tensors[:_TENSORS_OF_WHOLE], tensors[_TENSORS_OF_WHOLE:]
-        groups = tuple(Group(*of_groups[i : i + 3]) for i in range(0, len(of_groups), 3))
-        return cls(*whole, groups, out_features, in_features)
+        blob, row_segment, row_scale, row_offsets, columns, values, replaced, *rest = tensors
+        groups = tuple(Group(*rest[i : i + 3]) for i in range(0, len(rest), 3))
+        outliers = (row_offsets, columns, values, replaced)
+        return cls(blob, row_segment, row_scale, *outliers, groups, out_features, in_features)
 
     @property
     def outliers(self) -> int:
@@ -110,9 +111,6 @@ class Layout:
     @property
     def has_row_scale(self) -> bool:
         return self.row_scale.shape[0] > 0
-
-
-_TENSORS_OF_WHOLE = 7
 
 
 def _sections(header: list[int]) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -230,7 +228,7 @@ def codebook_linear(
     out_features: int,
     in_features: int,
     bias: Tensor | None,
-    precision: str = "exact",
+    precision: str,
 ) -> Tensor:
     """Sums in fp32 whatever `precision` says: a GPU gains nothing from coarser tables."""
     from ..triton_kernels.codebook_linear import codebook_linear as run
@@ -241,9 +239,7 @@ def codebook_linear(
         return run(x.contiguous(), Layout.of(tensors, out_features, in_features), bias)
 
 
-def codebook_dequantize(
-    tensors: Sequence[Tensor], out_features: int, in_features: int, dtype: torch.dtype
-) -> Tensor:
+def codebook_dequantize(tensors: Sequence[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
     from ..triton_kernels.codebook_dequantize import codebook_dequantize as run
 
     with _on_device_of(tensors[0]):
@@ -256,7 +252,7 @@ def decode_and_matmul(
     out_features: int,
     in_features: int,
     bias: Tensor | None,
-    precision: str = "exact",
+    precision: str,
 ) -> Tensor:
     """The weight decoded to x's dtype, then torch's matmul. Where that dtype cannot hold a decoded weight it is rounded."""
     weight = codebook_dequantize(tensors, out_features, in_features, x.dtype)
@@ -310,7 +306,13 @@ def register_kernels() -> None:
             codebook_dequantize,
             "one pass over the codes, on any GPU that Triton knows",
         ),
-        ("pack_codes", "triton.pack_codes", _on_device, reference.pack_codes, "plain torch: once, when a weight is made"),
+        (
+            "pack_codes",
+            "triton.pack_codes",
+            _on_device,
+            reference.pack_codes,
+            "plain torch: once, when a weight is made",
+        ),
         ("unpack_codes", "triton.unpack_codes", _on_device, reference.unpack_codes, "plain torch: never in a forward"),
     ):
         register(Kernel(op, name, supports, run, because))

@@ -142,7 +142,6 @@ def test_the_small_kernels_compile_without_spills(arch):
 
 
 def test_what_is_missing_is_said(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(triton_backend, "find_spec", lambda name: None)
     assert triton_backend.available() == (False, "triton is not installed (pip install 'pyllmq-kernels[triton]')")
     monkeypatch.setattr(triton_backend, "find_spec", lambda name: object())

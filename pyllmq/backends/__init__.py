@@ -7,7 +7,26 @@ from torch import Tensor
 from ..dispatch import CHECKPOINT, WeightOperand, forced_backend
 from . import cpu, reference, triton
 
-__all__ = ["cpu", "operand_from_layout", "prepack", "reference", "report", "triton"]
+__all__ = [
+    "cpu",
+    "layout_codes",
+    "machine_layout",
+    "operand_from_layout",
+    "prepack",
+    "reference",
+    "report",
+    "triton",
+]
+
+_WITH_LAYOUT = {cpu.LAYOUT: cpu, triton.LAYOUT: triton}
+
+
+def machine_layout(device: str) -> str:
+    """Name of the layout that weights get on that type of device; `checkpoint` where no back end has one of its own."""
+    for name, backend in _WITH_LAYOUT.items():
+        if device == backend.DEVICE and forced_backend() in (None, name) and backend.available()[0]:
+            return name
+    return CHECKPOINT
 
 
 def prepack(operand: WeightOperand) -> WeightOperand:
@@ -18,12 +37,8 @@ def prepack(operand: WeightOperand) -> WeightOperand:
     """
     if operand.layout != CHECKPOINT:
         return operand
-    device = operand.tensors[0].device.type
-    if device == "cpu" and forced_backend() in (None, "cpu") and cpu.available()[0]:
-        return cpu.prepack(operand)
-    if device == triton.device_type() and forced_backend() in (None, "triton") and triton.available()[0]:
-        return triton.prepack(operand)
-    return operand
+    layout = machine_layout(operand.tensors[0].device.type)
+    return operand if layout == CHECKPOINT else _WITH_LAYOUT[layout].prepack(operand)
 
 
 def operand_from_layout(layout: str, blob: Tensor, out_features: int, in_features: int) -> WeightOperand:
@@ -31,6 +46,15 @@ def operand_from_layout(layout: str, blob: Tensor, out_features: int, in_feature
     if layout == triton.LAYOUT:
         return triton.operand_from_blob(blob, out_features, in_features)
     return WeightOperand(layout, (blob,), out_features, in_features)
+
+
+def layout_codes(operand: WeightOperand) -> Tensor:
+    """The codes, uint8 [N, K], of an operand in a machine layout."""
+    if operand.layout not in _WITH_LAYOUT:
+        raise ValueError(
+            f"the codes cannot be rebuilt from the layout {operand.layout!r}; allowed: {', '.join(map(repr, _WITH_LAYOUT))}"
+        )
+    return _WITH_LAYOUT[operand.layout].layout_codes(operand)
 
 
 def report() -> dict[str, tuple[bool, str]]:

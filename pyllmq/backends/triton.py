@@ -20,6 +20,8 @@ from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, Kernel, Problem, Support, 
 from . import reference
 
 LAYOUT = "triton"
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+"""Where its tensors must lie. torch calls AMD's GPUs cuda too; triton decides once, at its import, whether it interprets."""
 
 MAX_FUSED_TOKENS = 64
 """Up to this many tokens codes are decoded on the way to the multiplication. Predicted, not measured: beyond it, writing the
@@ -34,7 +36,7 @@ _OLDEST_CAPABILITY = (8, 0)
 def available() -> tuple[bool, str]:
     if find_spec("triton") is None:
         return False, "triton is not installed (pip install 'pyllmq-kernels[triton]')"
-    if _interpreted():
+    if DEVICE == "cpu":
         return True, "Triton's interpreter on the CPU (TRITON_INTERPRET=1), for tests"
     if not torch.cuda.is_available():
         return False, "torch finds no GPU here"
@@ -42,15 +44,6 @@ def available() -> tuple[bool, str]:
         found, wanted = (".".join(map(str, c)) for c in (torch.cuda.get_device_capability(), _OLDEST_CAPABILITY))
         return False, f"needs compute capability {wanted}, this GPU has {found}"
     return True, f"kernels are compiled at their first call, for {torch.cuda.get_device_name()}"
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def device_type() -> str:
-    """Where its tensors must lie; torch calls AMD's GPUs cuda too."""
-    return "cpu" if _interpreted() else "cuda"
 
 
 # ---- the layout -----------------------------------------------------------------------------------------------------
@@ -213,10 +206,13 @@ def _centroids_under_outliers(layout: Layout) -> Tensor:
     return found
 
 
-def layout_codes(operand: WeightOperand) -> dict[str, Tensor]:
-    """The `codes_b*` tensors of a checkpoint, from a `triton` operand that replaced them."""
+def layout_codes(operand: WeightOperand) -> Tensor:
+    """The codes in a `triton` operand, uint8 [N, K]: what a checkpoint is rebuilt from."""
     layout = Layout.of(operand.tensors, operand.out_features, operand.in_features)
-    return {f"codes_b{group.bits}": group.codes.T.contiguous() for group in layout.groups}
+    codes = layout.blob.new_empty(operand.out_features, operand.in_features)
+    for group in layout.groups:
+        codes[:, group.columns.long()] = reference.unpack_codes(group.codes.T, group.bits, group.slots)
+    return codes
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -272,8 +268,8 @@ def _reads_layout(problem: Problem) -> Support:
 
 
 def _on_device(problem: Problem) -> Support:
-    if problem.device != device_type():
-        return False, f"needs tensors on {device_type()}, these are on {problem.device}"
+    if problem.device != DEVICE:
+        return False, f"needs tensors on {DEVICE}, these are on {problem.device}"
     return available()
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from . import plot as plotting
 from . import record
+from .gpu import run_on_gpu
 from .providers import BASELINE, RIVALS, Layer, Provider, activations, check, dense_weight, pyllmq_codebook
 from .record import Row
 from .shapes import Shape, resolve
@@ -42,7 +43,7 @@ def run(
         shapes: names of models (see shapes.py) or "NxK".
         bits: widths of our columns: 1..8, a mix "2.1", with outliers "2.1+0.005".
         tokens: numbers of tokens M.
-        device: "cpu".
+        device: "cpu"; "cuda" has rivals, timing and a table of its own (gpu.py).
         csv: file to append the rows to; plot: PNG to draw from that file.
         providers: others than ours and the rivals. The first that is "torch fp32" is the baseline and must be there.
         budget_s: seconds of timing for each provider in each case.
@@ -57,6 +58,10 @@ def run(
     """
     _check(op, tokens, device, budget_s)
     cases = resolve(shapes)
+    if device == "cuda":
+        if plot is not None:
+            raise ValueError("a run on a GPU draws no plot; leave plot out")
+        return run_on_gpu(op, cases, _unique(bits), _unique(tokens), csv, providers=providers, progress=progress)
     chosen = list(RIVALS if providers is None else providers)
     if providers is None:
         chosen += [pyllmq_codebook(width, dtype) for dtype in OUR_ACTIVATIONS for width in _unique(bits)]
@@ -108,8 +113,8 @@ def _check(op: str, tokens: Sequence[int], device: str, budget_s: float) -> None
         raise ValueError(f"budget_s is {budget_s}; it must be positive")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch finds no GPU here; allowed: 'cpu'")
-    if device != "cpu":
-        raise ValueError(f"device {device!r} cannot be measured by this version; allowed: 'cpu'")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} cannot be measured by this version; allowed: 'cpu', 'cuda'")
 
 
 def _unique(values: Sequence) -> list:

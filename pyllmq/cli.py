@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--bits", default="2,3,4", help="widths, comma separated; 2.1 mixes 2 and 4 bits, 2.1+0.005 keeps outliers"
     )
     b.add_argument("--m", default="1,8,512", metavar="M,M", help="numbers of tokens")
-    b.add_argument("--device", default="cpu", help="cpu")
+    b.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure")
     b.add_argument(
         "--csv", metavar="FILE", default="pyllmq_bench.csv", help="append the rows to this file; '' for none"
     )

@@ -37,6 +37,7 @@ def run_on_gpu(
     *,
     providers: Sequence[Provider] | None = None,
     budget_s: float = 0.15,
+    cold_bytes: int | None = None,
     progress: bool = True,
     device: str = "cuda",
     measure: Callable[..., Measured] = measure_replays,
@@ -50,7 +51,8 @@ def run_on_gpu(
     if csv is not None:
         record.check_header(Path(csv))
     name_of_place = place or torch.cuda.get_device_name
-    cold_bytes = max(COLD_BYTES, 2 * l2_bytes()) if device == "cuda" else COLD_BYTES
+    if cold_bytes is None:
+        cold_bytes = max(COLD_BYTES, 2 * l2_bytes())
     left_out: dict[str, str] = {}
     wrong: list[str] = []
     ready = []

@@ -62,7 +62,7 @@ def run_on_gpu(
             ready.append(provider)
         else:
             left_out[provider.name] = why
-    environment = record.environment() | {"device": name_of_place()}
+    environment: dict[str, Any] = record.environment() | {"device": name_of_place()}
     copied = copy()
     rows = [_copy_row(copied, environment, ready[0].isa() if ready else "none")]
     with torch.no_grad(), tqdm(total=len(shapes) * len(tokens), desc=op, disable=not progress, leave=False) as bar:
@@ -154,7 +154,7 @@ def _rows(
     samples: dict[str, Samples],
     errors: dict[str, float],
     copied: float,
-    environment: dict[str, str],
+    environment: dict[str, Any],
 ) -> list[Row]:
     baseline = samples[BASELINE].percentile_us(50) if BASELINE in samples else float("nan")
     rows = []
@@ -190,7 +190,7 @@ def _rows(
     return rows
 
 
-def _copy_row(copied: float, environment: dict[str, str], isa: str) -> Row:
+def _copy_row(copied: float, environment: dict[str, Any], isa: str) -> Row:
     """The bandwidth of a plain copy, kept in the same file as a row of its own."""
     unknown = float("nan")
     microseconds = 2 * COPY_BYTES / copied / 1e3
@@ -218,6 +218,5 @@ def _copy_row(copied: float, environment: dict[str, str], isa: str) -> Row:
     )
 
 
-def _row(environment: dict[str, str], **fields: Any) -> Row:
-    fields |= {"threads": torch.get_num_threads(), "others_cpu": float("nan"), "precision": "", **environment}
-    return Row(**{name: fields[name] for name in record.HEADER})
+def _row(environment: dict[str, Any], **fields: Any) -> Row:
+    return Row(threads=torch.get_num_threads(), others_cpu=float("nan"), precision="", **fields, **environment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
 import re
@@ -33,6 +34,8 @@ class Row:
     bits_per_weight: float
     """Everything stored for the weight."""
     activations: str
+    precision: str
+    """What our arithmetic may cost in accuracy; empty for others."""
     threads: int
     samples: int
     median_us: float
@@ -42,6 +45,8 @@ class Row:
     """n * k / time: weights passed in each call, which serves all m tokens."""
     gb_per_s: float
     """Bytes stored for the weight / time."""
+    share_of_read_limit: float
+    """Bytes stored for the weight / time / what a plain loop read in the same run; not a number where that was not measured."""
     relative_error: float
     """Against fp64, of the kernel alone: see providers.py."""
     others_cpu: float
@@ -194,13 +199,15 @@ def read(path: Path) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """One line per row, a blank line between cases; the ratio to torch fp32 leads."""
     names = ["x torch fp32", "provider", "shape", "N", "K", "M", "bits", "median us", "p20", "p80", "Gw/s", "GB/s",
-             "rel. error", "threads"]  # fmt: skip
+             "of read limit", "rel. error", "threads"]  # fmt: skip
     lines: list[list[str]] = []
     for row in rows:
         lines.append([
             f"{row.ratio_to_torch_fp32:.2f}", row.provider, row.shape, str(row.n), str(row.k), str(row.m),
             f"{row.bits_per_weight:.2f}", f"{row.median_us:.1f}", f"{row.p20_us:.1f}", f"{row.p80_us:.1f}",
-            f"{row.gweights_per_s:.2f}", f"{row.gb_per_s:.1f}", f"{row.relative_error:.1e}", str(row.threads),
+            f"{row.gweights_per_s:.2f}", f"{row.gb_per_s:.1f}",
+            "-" if math.isnan(row.share_of_read_limit) else f"{row.share_of_read_limit:.0%}",
+            f"{row.relative_error:.1e}", str(row.threads),
         ])  # fmt: skip
     width = [max(map(len, column)) for column in zip(names, *lines, strict=True)]
 

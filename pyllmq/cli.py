@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .dispatch import PRECISIONS
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
@@ -84,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     e.add_argument("--text", metavar="FILE", help="UTF-8 text file; default: prose of CPython's reference manual")
     e.add_argument("--seqlen", type=int, default=512, metavar="L", help="tokens per window")
     e.add_argument("--max-tokens", type=int, default=None, metavar="T", help="evaluate only the first T tokens")
+    e.add_argument("--precision", choices=PRECISIONS, help="of the packed layers' arithmetic; default high")
     e.add_argument("--json", action="store_true", help="print one JSON line")
     e.set_defaults(run=run_eval)
 
@@ -91,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("folder", metavar="DIR")
     g.add_argument("--prompt", required=True)
     g.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add")
+    g.add_argument("--precision", choices=PRECISIONS, help="of the packed layers' arithmetic; default high")
     g.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     g.add_argument("--seed", type=int, default=0, help="seed for --sample")
     g.set_defaults(run=run_generate)
@@ -110,6 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     b.add_argument("--m", default="1,8,512", metavar="M,M", help="numbers of tokens")
     b.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure")
+    b.add_argument(
+        "--precision", default="high", metavar="P,P", help="of our arithmetic: exact, high, fast, comma separated"
+    )
     b.add_argument(
         "--csv", metavar="FILE", default="pyllmq_bench.csv", help="append the rows to this file; '' for none"
     )
@@ -207,6 +214,7 @@ def run_eval(given: argparse.Namespace) -> int:
     from .loading import load_causal_model, load_tokenizer
 
     tokenizer, model = load_tokenizer(given.folder), load_causal_model(given.folder)
+    _apply_precision(model, given.precision)
     text = _text(given.text)
     found = perplexity(model, tokenizer, text, given.seqlen, given.max_tokens, progress=not given.json)
     speed = decoding_speed(model, tokenizer, text[:200])
@@ -231,6 +239,7 @@ def run_generate(given: argparse.Namespace) -> int:
     from .loading import load_causal_model, load_tokenizer
 
     tokenizer, model = load_tokenizer(given.folder), load_causal_model(given.folder)
+    _apply_precision(model, given.precision)
     torch.manual_seed(given.seed)
     inputs = tokenizer(given.prompt, return_tensors="pt")
     ids = model.generate(
@@ -241,6 +250,14 @@ def run_generate(given: argparse.Namespace) -> int:
     )
     print(tokenizer.decode(ids[0], skip_special_tokens=True))
     return 0
+
+
+def _apply_precision(model: Any, precision: str | None) -> None:
+    """A dense model has no packed layer to set: asking for a precision there is an error."""
+    from .nn import set_precision
+
+    if precision is not None:
+        set_precision(model, precision)
 
 
 def run_inspect(given: argparse.Namespace) -> int:
@@ -281,6 +298,7 @@ def run_bench(given: argparse.Namespace) -> int:
         bits=given.bits.split(","),
         tokens=_integers("--m", given.m),
         device=given.device,
+        precision=given.precision.split(","),
         csv=given.csv or None,
         plot=given.plot,
     )

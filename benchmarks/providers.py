@@ -285,12 +285,12 @@ def pack_normal(weight: Tensor, widths: Widths) -> CodebookWeight:
     No k-means is needed: a kernel's time depends on widths and sizes, not on the values in the codebooks.
     """
     n, k = weight.shape
-    column_bits = widths.column_bits(k)
+    column_bits = widths.column_bits(k).to(weight.device)
     spread = weight.square().mean(0).sqrt()
-    codes = torch.empty(n, k, dtype=torch.uint8)
+    codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
     codebook: list[Tensor] = [torch.empty(0)] * k
     for bits in column_bits.unique().tolist():
-        levels = torch.special.ndtri((torch.arange(1 << bits) + 0.5) / (1 << bits))
+        levels = torch.special.ndtri((torch.arange(1 << bits, device=weight.device) + 0.5) / (1 << bits))
         members = torch.nonzero(column_bits == bits).flatten()
         middles = (levels[1:] + levels[:-1]) / 2
         codes[:, members] = torch.bucketize(weight[:, members] / spread[members], middles).to(torch.uint8)

@@ -15,6 +15,7 @@ from pyllmq.dispatch import DEFAULT_PRECISION
 
 from . import plot as plotting
 from . import record
+from .gpu import run_on_gpu
 from .memory import READ_LIMIT, cold_bytes_for, last_level_cache_bytes, ram_bytes, read_limit_calls
 from .providers import BASELINE, RIVALS, Layer, Provider, activations, check, dense_weight, pyllmq_codebook
 from .record import Row
@@ -48,7 +49,7 @@ def run(
         shapes: names of models (see shapes.py) or "NxK".
         bits: widths of our columns: 1..8, a mix "2.1", with outliers "2.1+0.005".
         tokens: numbers of tokens M.
-        device: "cpu".
+        device: "cpu"; "cuda" has rivals, timing and a table of its own (gpu.py).
         precision: of our arithmetic: "exact", "high", "fast"; each is a row of its own.
         csv: file to append the rows to; plot: PNG to draw from that file.
         providers: others than ours and the rivals. The first that is "torch fp32" is the baseline and must be there.
@@ -66,6 +67,19 @@ def run(
     """
     _check(op, tokens, device, budget_s)
     cases = resolve(shapes)
+    if device == "cuda":
+        if plot is not None:
+            raise ValueError("a run on a GPU draws no plot; leave plot out")
+        return run_on_gpu(
+            op,
+            cases,
+            _unique(bits),
+            _unique(tokens),
+            csv,
+            providers=providers,
+            cold_bytes=cold_bytes,
+            progress=progress,
+        )
     chosen = list(RIVALS if providers is None else providers)
     if providers is None:
         chosen += [
@@ -127,8 +141,8 @@ def _check(op: str, tokens: Sequence[int], device: str, budget_s: float) -> None
         raise ValueError(f"budget_s is {budget_s}; it must be positive")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch finds no GPU here; allowed: 'cpu'")
-    if device != "cpu":
-        raise ValueError(f"device {device!r} cannot be measured by this version; allowed: 'cpu'")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} cannot be measured by this version; allowed: 'cpu', 'cuda'")
 
 
 def _unique(values: Sequence) -> list:

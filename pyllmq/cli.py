@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="widths, comma separated; 2.1 mixes 2 and 4 bits, 2.1+0.005 keeps outliers; default 2,3,4, with --model 4",
     )
     b.add_argument("--m", default="1,8,512", metavar="M,M", help="numbers of tokens")
-    b.add_argument("--device", default="cpu", help="cpu")
+    b.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure")
     b.add_argument(
         "--precision", default="high", metavar="P,P", help="of our arithmetic: exact, high, fast, comma separated"
     )

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .backends import cpu as cpu_backend
-from .backends import prepack
+from .backends import operand_from_layout, prepack
 from .compression import data_free
 from .dispatch import CHECKPOINT, DEFAULT_PRECISION, WeightOperand, check_precision
 from .formats.codebook import CodebookStructure, CodebookWeight, FormatError, codes_from_operand
@@ -249,10 +248,10 @@ class CodebookLinear(nn.Module):
         for key in halves:
             self._buffers[key] = self._buffers[key].view(torch.float16)  # type: ignore[union-attr]
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=bits.device)).dtype
-        was_prepared, self._operand = self._operand is not None, None
+        before, self._operand = self._operand, None
         layout = self._buffers.get("layout")
-        if was_prepared and layout is not None:
-            self._operand = WeightOperand(cpu_backend.LAYOUT, (layout,), self.out_features, self.in_features)
+        if before is not None and layout is not None:
+            self._operand = operand_from_layout(before.layout, layout, self.out_features, self.in_features)
         elif moves and self._column_bits().device.type != "meta" and bits.device.type != "meta":
             self.prepare()
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -197,6 +198,8 @@ def prepack_times(n: int, k: int, repeats: int = 5) -> list[str]:
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 _PEAK_OF_ONE_CALL = """
+import ctypes
+import gc
 import sys
 from pathlib import Path
 import torch
@@ -210,6 +213,8 @@ def kib(file, field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 with torch.no_grad():
     functional.codebook_linear(torch.randn(1, 8), pack_normal(dense_weight(8, 8), Widths.parse(bits)).operand())
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before, counted = kib("smaps_rollup", "Rss:"), kib("status", "VmRSS:")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     y = functional.codebook_linear(x, operand, None, precision)
@@ -223,7 +228,7 @@ def peak_of_one_call(n: int, k: int, m: int, bits: str, precision: str) -> tuple
 
     Extra is resident memory, y included, and all that the kernel keeps for later calls: the workspaces of every thread. What
     is kept is counted page by page (smaps_rollup), what is freed within the call by VmHWM, which may be off by 256 KiB.
-    Linux only. malloc must give large blocks back, or memory freed earlier would be reused unseen.
+    Linux with glibc only: malloc must give back what was freed earlier, or it would be reused unseen.
     """
     done = subprocess.run(
         [sys.executable, "-c", _PEAK_OF_ONE_CALL, *map(str, (n, k, m, bits, precision))],
@@ -237,8 +242,8 @@ def peak_of_one_call(n: int, k: int, m: int, bits: str, precision: str) -> tuple
 
 
 def call_memory(n: int, k: int) -> list[str]:
-    if not Path("/proc/self/clear_refs").exists():
-        return ["memory of a call: not measured, /proc/self/clear_refs is Linux's"]
+    if platform.libc_ver()[0] != "glibc":
+        return ["memory of a call: not measured, it takes Linux with glibc"]
     lines = []
     for precision in ("high", "fast"):
         for m in sorted({m for m, _ in GOALS}):

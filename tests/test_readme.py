@@ -43,6 +43,7 @@ def test_examples_run(where_the_examples_run):
     exec(second, names)
     assert names["layer"].bits_per_weight > 3
     assert sum(isinstance(m, pyllmq.CodebookLinear) for m in names["model"].modules()) == 14
-    torch.testing.assert_close(names["y"], names["x"] @ names["weight"].dequantize().T)
+    expected = names["x"] @ names["weight"].dequantize().T
+    torch.testing.assert_close(names["y"], expected, rtol=1e-3, atol=1e-3)  # the default precision
     assert names["qkv"].out_features == 24 and names["model"].model.layers[0].mlp.up_proj.precision == "fast"
     assert names["centroids"].shape == (5, 16) and names["codes"].shape == (5, 100)

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from . import cpu, reference
-
-__all__ = ["cpu", "prepack", "reference", "report"]
+from torch import Tensor
 
 from ..dispatch import CHECKPOINT, WeightOperand, forced_backend
+from . import cpu, reference, triton
+
+__all__ = [
+    "cpu",
+    "layout_codes",
+    "machine_layout",
+    "operand_from_layout",
+    "prepack",
+    "reference",
+    "report",
+    "triton",
+]
+
+_WITH_LAYOUT = {cpu.LAYOUT: cpu, triton.LAYOUT: triton}
+
+
+def machine_layout(device: str) -> str:
+    """Name of the layout that weights get on that type of device; `checkpoint` where no back end has one of its own."""
+    for name, backend in _WITH_LAYOUT.items():
+        if device == backend.DEVICE and forced_backend() in (None, name) and backend.available()[0]:
+            return name
+    return CHECKPOINT
 
 
 def prepack(operand: WeightOperand) -> WeightOperand:
@@ -17,9 +37,24 @@ def prepack(operand: WeightOperand) -> WeightOperand:
     """
     if operand.layout != CHECKPOINT:
         return operand
-    if operand.tensors[0].device.type == "cpu" and forced_backend() in (None, "cpu") and cpu.available()[0]:
-        return cpu.prepack(operand)
-    return operand
+    layout = machine_layout(operand.tensors[0].device.type)
+    return operand if layout == CHECKPOINT else _WITH_LAYOUT[layout].prepack(operand)
+
+
+def operand_from_layout(layout: str, blob: Tensor, out_features: int, in_features: int) -> WeightOperand:
+    """The operand whose machine layout is `blob`, the first tensor of what `prepack` made."""
+    if layout == triton.LAYOUT:
+        return triton.operand_from_blob(blob, out_features, in_features)
+    return WeightOperand(layout, (blob,), out_features, in_features)
+
+
+def layout_codes(operand: WeightOperand) -> Tensor:
+    """The codes, uint8 [N, K], of an operand in a machine layout."""
+    if operand.layout not in _WITH_LAYOUT:
+        raise ValueError(
+            f"the codes cannot be rebuilt from the layout {operand.layout!r}; allowed: {', '.join(map(repr, _WITH_LAYOUT))}"
+        )
+    return _WITH_LAYOUT[operand.layout].layout_codes(operand)
 
 
 def report() -> dict[str, tuple[bool, str]]:
@@ -27,7 +62,7 @@ def report() -> dict[str, tuple[bool, str]]:
     return {
         "cpu": cpu.available(),
         "cuda": cuda_available(),
-        "triton": triton_available(),
+        "triton": triton.available(),
         "reference": reference.available(),
     }
 
@@ -38,7 +73,3 @@ def cuda_available() -> tuple[bool, str]:
     except ImportError as error:
         return False, f"pyllmq._cuda was not built ({error}); install with nvcc on PATH, or PYLLMQ_CUDA=1 to insist"
     return False, f"built with CUDA runtime {_cuda.runtime_version()}, but this version ships no CUDA kernels yet"
-
-
-def triton_available() -> tuple[bool, str]:
-    return False, "this version ships no Triton kernels yet"

@@ -55,7 +55,7 @@ def read_limit_calls(nbytes: int, cold_bytes: int) -> list[Callable[[], object]]
     _cpu = backends.cpu.kernels()
     nbytes += -nbytes % 8
     blocks = cold_bytes // nbytes + 1
-    memory = backends.cpu.empty_layout(blocks * nbytes).fill_(1)  # on huge pages, as packed weights are
+    memory = backends.cpu.empty_layout(blocks * nbytes).fill_(1)  # the pages that packed layers lie on
 
     def reader(block: int) -> Callable[[], object]:
         # The closure keeps the memory alive.

@@ -338,8 +338,11 @@ def _codebook_layer(
     operand: dispatch.WeightOperand, nbytes: int, dtype: torch.dtype, precision: str, dense: Callable[[], Tensor]
 ) -> Layer:
     def copy() -> Layer:
-        tensors = tuple(tensor.clone() for tensor in operand.tensors)
-        moved = dispatch.WeightOperand(operand.layout, tensors, operand.out_features, operand.in_features)
+        if operand.layout == backends.cpu.LAYOUT:
+            moved = backends.cpu.copy_layout(operand)
+        else:
+            tensors = tuple(tensor.clone() for tensor in operand.tensors)
+            moved = dispatch.WeightOperand(operand.layout, tensors, operand.out_features, operand.in_features)
         return _codebook_layer(moved, nbytes, dtype, precision, dense)
 
     def kernel(m: int) -> str:

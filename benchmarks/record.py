@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -141,14 +142,14 @@ def environment() -> dict[str, str]:
 # ---- the CSV --------------------------------------------------------------------------------------------------------
 
 
-def check_header(path: Path) -> None:
+def check_header(path: Path, header: list[str] = HEADER) -> None:
     """Raises ValueError if `path` exists and was written with other columns: rows of two kinds in one file mislead."""
     if not path.exists() or not path.stat().st_size:
         return
     with path.open(newline="") as file:
         found = next(csv.reader(file), [])
-    if found != HEADER:
-        missing, other = [c for c in HEADER if c not in found], [c for c in found if c not in HEADER]
+    if found != header:
+        missing, other = [c for c in header if c not in found], [c for c in found if c not in header]
         raise ValueError(
             f"{path} has another header: columns missing: {missing or 'none'}, not known: {other or 'none'}"
             f"{'' if missing or other else ', the order differs'}. "
@@ -156,9 +157,9 @@ def check_header(path: Path) -> None:
         )
 
 
-def append(path: Path, rows: Sequence[Row]) -> None:
+def append(path: Path, rows: Sequence[Any], header: list[str] = HEADER) -> None:
     """Add `rows` to the CSV, all or none: the new file is written beside it and takes its place. Folders are made."""
-    check_header(path)
+    check_header(path, header)
     path.parent.mkdir(parents=True, exist_ok=True)
     before = path.read_text() if path.exists() else ""
     if before and not before.endswith("\n"):
@@ -167,7 +168,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
     try:
         with temporary.open("w", newline="") as file:
             file.write(before)
-            writer = csv.DictWriter(file, HEADER, lineterminator="\n")
+            writer = csv.DictWriter(file, header, lineterminator="\n")
             if not before:
                 writer.writeheader()
             writer.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)

@@ -18,7 +18,7 @@ from .dispatch import PRECISIONS
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     given = parser.parse_args(arguments)
-    if given.command in ("compress", "eval", "generate"):
+    if given.command in ("compress", "eval", "generate", "bench"):
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
@@ -110,7 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
     b.add_argument("--op", default="codebook_linear", choices=["codebook_linear"], help="operation")
     b.add_argument("--shapes", default="llama-2-7b", help="model names or NxK, comma separated")
     b.add_argument(
-        "--bits", default="2,3,4", help="widths, comma separated; 2.1 mixes 2 and 4 bits, 2.1+0.005 keeps outliers"
+        "--bits",
+        help="widths, comma separated; 2.1 mixes 2 and 4 bits, 2.1+0.005 keeps outliers; default 2,3,4, with --model 4",
     )
     b.add_argument("--m", default="1,8,512", metavar="M,M", help="numbers of tokens")
     b.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure")
@@ -118,9 +119,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision", default="high", metavar="P,P", help="of our arithmetic: exact, high, fast, comma separated"
     )
     b.add_argument(
-        "--csv", metavar="FILE", default="pyllmq_bench.csv", help="append the rows to this file; '' for none"
+        "--csv",
+        metavar="FILE",
+        help="append the rows to this file; '' for none; default pyllmq_bench.csv, with --model pyllmq_bench_model.csv",
     )
     b.add_argument("--plot", metavar="FILE", help="draw this PNG from the CSV")
+    b.add_argument(
+        "--goals",
+        action="store_true",
+        help="instead: the ratios that the kernels are built to reach, beside the measured",
+    )
+    b.add_argument(
+        "--model", metavar="DIR", help="instead: a whole model, packed beside dense; what DIR is not is made from it"
+    )
+    b.add_argument(
+        "--lengths", default="32,128", metavar="L,L", help="with --model: new tokens; encoders: sentences a batch"
+    )
     b.set_defaults(run=run_bench)
 
     d = commands.add_parser("doctor", help="versions, back ends found, and why one is missing", formatter_class=_Help)
@@ -290,16 +304,30 @@ def run_inspect(given: argparse.Namespace) -> int:
 
 
 def run_bench(given: argparse.Namespace) -> int:
+    precision = given.precision.split(",")
+    if given.model:
+        from .benchmarks.model import run_model
+
+        csv = "pyllmq_bench_model.csv" if given.csv is None else given.csv
+        lengths = _integers("--lengths", given.lengths)
+        run_model(given.model, bits=given.bits or "4", lengths=lengths, precision=precision, csv=csv or None)
+        return 0
+    csv = "pyllmq_bench.csv" if given.csv is None else given.csv
+    if given.goals:
+        from .benchmarks.goals import run_goals
+
+        run_goals(csv=csv or None)
+        return 0
     from .benchmarks.run import run
 
     run(
         op=given.op,
         shapes=given.shapes.split(","),
-        bits=given.bits.split(","),
+        bits=(given.bits or "2,3,4").split(","),
         tokens=_integers("--m", given.m),
         device=given.device,
-        precision=given.precision.split(","),
-        csv=given.csv or None,
+        precision=precision,
+        csv=csv or None,
         plot=given.plot,
     )
     return 0

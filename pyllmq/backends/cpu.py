@@ -1,7 +1,7 @@
 """The C++ back end: scalar and AVX2 kernels chosen at run time, on a thread pool of its own.
 
 Its machine layout ``cpu`` is one uint8 blob that starts with a header (magic, version, sizes); it is made once when a layer
-is loaded and holds everything but the bias. See docs/codebook_linear.md.
+is loaded and holds everything but the bias. See docs/kernels-cpu.md.
 """
 
 from __future__ import annotations

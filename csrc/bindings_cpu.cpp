@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "cpu/codebook_checkpoint.h"
 #include "cpu/codebook_dequantize.h"
 #include "cpu/codebook_layout.h"
 #include "cpu/codebook_linear.h"
@@ -202,6 +203,37 @@ void bind_codebook(py::module_& m) {
         py::arg("row_end"), py::arg("out"), py::arg("out_dtype"), NoGil());
 }
 
+CodebookTensors codebook_tensors(int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows,
+                                 int64_t segments, const std::vector<Pointer>& codes, Pointer row_scale) {
+  if (codes.size() != 8)
+    throw std::invalid_argument("codes has " + std::to_string(codes.size()) + " pointers; needs 8, one per width 1..8");
+  CodebookTensors tensors{rows, columns, segments, as<uint8_t>(column_bits), as<int32_t>(segment_rows), {},
+                          as<float>(row_scale)};
+  for (int width = 1; width <= 8; ++width) tensors.codes[width] = as<uint8_t>(codes[width - 1]);
+  return tensors;
+}
+
+void bind_codebook_checkpoint(py::module_& m) {
+  m.def(
+      "codebook_decode",
+      [](int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows, int64_t segments,
+         const std::vector<Pointer>& codes, Pointer row_scale, Pointer codebook, Pointer weight) {
+        codebook_decode(codebook_tensors(rows, columns, column_bits, segment_rows, segments, codes, row_scale),
+                        as<float>(codebook), as<float>(weight));
+      },
+      py::arg("rows"), py::arg("columns"), py::arg("column_bits"), py::arg("segment_rows"), py::arg("segments"),
+      py::arg("codes"), py::arg("row_scale"), py::arg("codebook"), py::arg("weight"), NoGil());
+  m.def(
+      "codebook_gradient",
+      [](int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows, int64_t segments,
+         const std::vector<Pointer>& codes, Pointer row_scale, Pointer weight_gradient, Pointer gradient) {
+        codebook_gradient(codebook_tensors(rows, columns, column_bits, segment_rows, segments, codes, row_scale),
+                          as<float>(weight_gradient), as<float>(gradient));
+      },
+      py::arg("rows"), py::arg("columns"), py::arg("column_bits"), py::arg("segment_rows"), py::arg("segments"),
+      py::arg("codes"), py::arg("row_scale"), py::arg("weight_gradient"), py::arg("gradient"), NoGil());
+}
+
 // --- k-means -------------------------------------------------------------------------------------------------------
 
 void bind_kmeans_1d(py::module_& m) {
@@ -226,5 +258,6 @@ PYBIND11_MODULE(_cpu, m) {
   pyllmq::cpu::bind_runtime(m);
   pyllmq::cpu::bind_codes(m);
   pyllmq::cpu::bind_codebook(m);
+  pyllmq::cpu::bind_codebook_checkpoint(m);
   pyllmq::cpu::bind_kmeans_1d(m);
 }

@@ -82,3 +82,30 @@ def codebook_linear(
 
 def codebook_dequantize(layout: int, layout_bytes: int, row_begin: int, row_end: int, out: int, out_dtype: int) -> None:
     """out [row_end - row_begin, columns] = those rows of W: exact in fp32, else rounded to nearest even."""
+
+def codebook_decode(
+    rows: int,
+    columns: int,
+    column_bits: int,
+    segment_rows: int,
+    segments: int,
+    codes: list[int],
+    row_scale: int,
+    codebook: int,
+    weight: int,
+) -> None:
+    """weight fp32 [rows, columns] from the tensors of a checkpoint (as for codebook_layout_pack), but with the codebook
+    [segments, sum 2**column_bits] and row_scale ([rows] or 0) in fp32."""
+
+def codebook_gradient(
+    rows: int,
+    columns: int,
+    column_bits: int,
+    segment_rows: int,
+    segments: int,
+    codes: list[int],
+    row_scale: int,
+    weight_gradient: int,
+    gradient: int,
+) -> None:
+    """gradient fp32 [segments, sum 2**column_bits]: row_scale * weight_gradient [rows, columns] summed for each entry."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from .backends import cpu as _cpu_backend
 from .backends import reference as _reference_backend
 from .backends import triton as _triton_backend
-from .dispatch import DEFAULT_PRECISION, WeightOperand, check_precision, kernel_for
+from .dispatch import CHECKPOINT, CHECKPOINT_FIELDS, DEFAULT_PRECISION, WeightOperand, check_precision, kernel_for
 
 _cpu_backend.register_kernels()
 _triton_backend.register_kernels()
@@ -23,10 +23,14 @@ _reference_backend.register_kernels()
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_TRAINED = tuple(CHECKPOINT_FIELDS.index(name) for name in ("codebook", "outlier_values", "row_scale"))
+"""Places in a checkpoint operand of the tensors that can be trained, codes staying as they are."""
+
 _library = torch.library.Library("pyllmq", "DEF")
 for _schema in (
     "codebook_linear(Tensor x, Tensor[] weight, str layout, int out_features, Tensor? bias, str precision) -> Tensor",
     "codebook_dequantize(Tensor[] weight, str layout, int out_features, int in_features, ScalarType dtype) -> Tensor",
+    "codebook_gradient(Tensor weight_gradient, Tensor[] weight, str layout) -> Tensor",
     "pack_codes(Tensor codes, int bits) -> Tensor",
     "unpack_codes(Tensor packed, int bits, int columns) -> Tensor",
 ):
@@ -73,12 +77,18 @@ def codebook_linear(
     if bias is not None:
         _check_bias(bias, operand.out_features)
     check_precision(precision)
-    wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    wants_grad = torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad) or _trains(operand)
+    )
     if wants_grad or torch.compiler.is_compiling() or type(x) is not Tensor:
         return torch.ops.pyllmq.codebook_linear(
             x, operand.tensors, operand.layout, operand.out_features, bias, precision
         )
     return _codebook_linear(x, operand.tensors, operand.layout, operand.out_features, bias, precision)
+
+
+def _trains(operand: WeightOperand) -> bool:
+    return operand.layout == CHECKPOINT and any(operand.tensors[place].requires_grad for place in _TRAINED)
 
 
 def _check_activation(x: Tensor, in_features: int) -> None:
@@ -129,17 +139,79 @@ def _codebook_linear_setup(ctx, inputs, output) -> None:
     x, weight, layout, out_features, bias, _ = inputs
     ctx.weight, ctx.layout, ctx.shape = weight, layout, (out_features, x.shape[-1])
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.trains = layout == CHECKPOINT and any(weight[place].requires_grad for place in _TRAINED)
+    ctx.save_for_backward(*([x] if ctx.trains else []))
 
 
 def _codebook_linear_backward(ctx, grad: Tensor):
-    """dL/dx = dL/dy W, with W decoded; the packed weight itself gets no gradient."""
+    """dL/dx = dL/dy W, with W decoded anew; in the checkpoint layout also the codebook, row scales and outliers get theirs."""
     grad_x = grad_bias = None
+    grad_weight: list[Tensor | None] = [None] * len(ctx.weight)
     if ctx.needs_input_grad[0]:
         dense = torch.ops.pyllmq.codebook_dequantize(ctx.weight, ctx.layout, *ctx.shape, torch.float32)
         grad_x = (grad.float() @ dense).to(grad.dtype)
+    if ctx.trains:
+        (x,) = ctx.saved_tensors
+        of_weight = grad.float().reshape(-1, ctx.shape[0]).T @ x.float().reshape(-1, ctx.shape[1])
+        grad_weight = _packed_gradients(of_weight, ctx.weight, ctx.layout)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
         grad_bias = grad.float().reshape(-1, ctx.shape[0]).sum(0).to(ctx.bias_dtype)
-    return grad_x, [None] * len(ctx.weight), None, None, grad_bias, None
+    return grad_x, grad_weight, None, None, grad_bias, None
+
+
+def _packed_gradients(of_weight: Tensor, weight: list[Tensor], layout: str) -> list[Tensor | None]:
+    """dL/dW [N, K] -> the gradients of the packed tensors that ask for one."""
+    field = dict(zip(CHECKPOINT_FIELDS, weight, strict=True))
+    found: dict[str, Tensor] = {}
+    if field["codebook"].requires_grad:
+        found["codebook"] = torch.ops.pyllmq.codebook_gradient(of_weight, weight, layout)
+    outliers = _reference_backend.outlier_places(field) if field["outlier_values"].numel() else None
+    if outliers is not None and field["outlier_values"].requires_grad:
+        found["outlier_values"] = of_weight[outliers]
+    if field["row_scale"].requires_grad:
+        # Without its scale a weight is its centroid; outliers have no scale.
+        plain = dict(field, row_scale=torch.ones_like(field["row_scale"]))
+        centroids = torch.ops.pyllmq.codebook_dequantize(
+            [plain[name].detach() for name in CHECKPOINT_FIELDS], layout, *of_weight.shape, torch.float32
+        )
+        if outliers is not None:
+            centroids[outliers] = 0
+        found["row_scale"] = (of_weight * centroids).sum(1)
+    return [found[name].to(field[name].dtype) if name in found else None for name in CHECKPOINT_FIELDS]
+
+
+# ---- codebook_gradient ----------------------------------------------------------------------------------------------
+
+
+def codebook_gradient(weight_gradient: Tensor, weight: PackedWeight | WeightOperand) -> Tensor:
+    """dL/dcodebook from dL/dW: for each centroid the sum of row_scale * dL/dW over the weights that use it.
+
+    Args:
+        weight_gradient: float32 [N, K].
+        weight: in the checkpoint layout (`CodebookWeight.checkpoint_operand()`): other layouts have no codebook to train.
+
+    Returns:
+        float32, shaped as the codebook: [segments, sum_k 2**column_bits[k]]. Outliers have no centroid and count nowhere.
+
+    Raises:
+        ValueError: weight_gradient is not float32 [N, K]. NoKernelError: another layout.
+    """
+    operand = weight if isinstance(weight, WeightOperand) else weight.operand()
+    shape = (operand.out_features, operand.in_features)
+    if tuple(weight_gradient.shape) != shape or weight_gradient.dtype != torch.float32:
+        raise ValueError(
+            f"weight_gradient is {weight_gradient.dtype} {tuple(weight_gradient.shape)}; it must be torch.float32 {shape}"
+        )
+    return torch.ops.pyllmq.codebook_gradient(weight_gradient, operand.tensors, operand.layout)
+
+
+def _codebook_gradient(weight_gradient: Tensor, weight: list[Tensor], layout: str) -> Tensor:
+    kernel = kernel_for("codebook_gradient", layout, weight_gradient.device.type, torch.float32)
+    return kernel.run(weight_gradient, weight, *weight_gradient.shape)
+
+
+def _codebook_gradient_fake(weight_gradient: Tensor, weight: list[Tensor], layout: str) -> Tensor:
+    return torch.empty_like(weight[CHECKPOINT_FIELDS.index("codebook")], dtype=torch.float32)
 
 
 # ---- codebook_dequantize --------------------------------------------------------------------------------------------
@@ -216,6 +288,7 @@ def _unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 for _name, _run, _fake in (
     ("codebook_linear", _codebook_linear, _codebook_linear_fake),
     ("codebook_dequantize", _codebook_dequantize, _codebook_dequantize_fake),
+    ("codebook_gradient", _codebook_gradient, _codebook_gradient_fake),
     ("pack_codes", _pack_codes, lambda codes, bits: codes.new_empty(codes.shape[0], (codes.shape[1] * bits + 7) // 8)),
     ("unpack_codes", _unpack_codes, lambda packed, bits, columns: packed.new_empty(packed.shape[0], columns)),
 ):

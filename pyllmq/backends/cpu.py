@@ -10,11 +10,13 @@ import mmap
 from contextlib import suppress
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, PRECISIONS, Kernel, Problem, Support, WeightOperand, register
+from .reference import outlier_places
 
 LAYOUT = "cpu"
 DEVICE = "cpu"
@@ -166,6 +168,53 @@ def codebook_dequantize(tensors: list[Tensor], out_features: int, in_features: i
     return weight
 
 
+def _checkpoint_arguments(tensors: list[Tensor], out_features: int, in_features: int) -> tuple[Any, ...]:
+    """(arguments that `codebook_decode` and `codebook_gradient` share, tensors that must outlive the call)."""
+    field = {name: t.detach().contiguous() for name, t in zip(CHECKPOINT_FIELDS, tensors, strict=True)}
+    scale = field["row_scale"].float()
+    codes = [field[f"codes_b{bits}"] for bits in range(1, 9)]
+    arguments = (
+        out_features,
+        in_features,
+        field["column_bits"].data_ptr(),
+        field["segment_rows"].data_ptr(),
+        field["segment_rows"].numel(),
+        [t.data_ptr() if t.numel() else 0 for t in codes],
+        scale.data_ptr() if scale.numel() else 0,
+    )
+    return arguments, (field, scale, codes)
+
+
+def decode_checkpoint(tensors: list[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    arguments, keep = _checkpoint_arguments(tensors, out_features, in_features)
+    field = keep[0]
+    codebook = field["codebook"].float()
+    weight = torch.empty(out_features, in_features)
+    kernels().codebook_decode(*arguments, codebook.data_ptr(), weight.data_ptr())
+    if field["outlier_values"].numel():
+        weight[outlier_places(field)] = field["outlier_values"].float()
+    return weight.to(dtype)
+
+
+def decode_checkpoint_and_matmul(
+    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None, precision: str
+) -> Tensor:
+    """The weight decoded to fp32, then torch's matmul in fp32, whatever `precision` says."""
+    weight = decode_checkpoint(tensors, out_features, in_features, torch.float32)
+    return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+def codebook_gradient(weight_gradient: Tensor, tensors: list[Tensor], out_features: int, in_features: int) -> Tensor:
+    arguments, keep = _checkpoint_arguments(tensors, out_features, in_features)
+    field = keep[0]
+    if field["outlier_values"].numel():
+        weight_gradient = weight_gradient.clone()
+        weight_gradient[outlier_places(field)] = 0
+    gradient = torch.empty(field["codebook"].shape)
+    kernels().codebook_gradient(*arguments, weight_gradient.contiguous().data_ptr(), gradient.data_ptr())
+    return gradient
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     _cpu = kernels()
     rows, columns = codes.shape
@@ -198,6 +247,12 @@ def _reads_layout(problem: Problem) -> Support:
     return _on_cpu(problem)
 
 
+def _reads_checkpoint(problem: Problem) -> Support:
+    if problem.layout != CHECKPOINT:
+        return False, f"reads the layout {CHECKPOINT!r}, this weight is prepacked as {problem.layout!r}"
+    return _on_cpu(problem)
+
+
 def register_kernels() -> None:
     for op, name, supports, run, because in (
         (
@@ -213,6 +268,27 @@ def register_kernels() -> None:
             _reads_layout,
             codebook_dequantize,
             "decodes at the speed of the stores",
+        ),
+        (
+            "codebook_linear",
+            "cpu.decode_checkpoint_and_matmul",
+            _reads_checkpoint,
+            decode_checkpoint_and_matmul,
+            "training: the codebook changes at every step, a layout would be made anew",
+        ),
+        (
+            "codebook_dequantize",
+            "cpu.decode_checkpoint",
+            _reads_checkpoint,
+            decode_checkpoint,
+            "threaded, straight from the packed codes",
+        ),
+        (
+            "codebook_gradient",
+            "cpu.codebook_gradient",
+            _reads_checkpoint,
+            codebook_gradient,
+            "threaded by columns, straight from the packed codes; sums in fp64",
         ),
         ("pack_codes", "cpu.pack_codes", _on_cpu, pack_codes, "threaded"),
         ("unpack_codes", "cpu.unpack_codes", _on_cpu, unpack_codes, "threaded"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -48,10 +50,36 @@ def codebook_dequantize(tensors: list[Tensor], out_features: int, in_features: i
     if field["row_scale"].numel():
         weight *= field["row_scale"].float()[:, None]
     if field["outlier_values"].numel():
-        kept_per_row = field["outlier_row_offsets"].long().diff()
-        row = torch.repeat_interleave(kept_per_row)
-        weight[row, field["outlier_columns"].long()] = field["outlier_values"].float()
+        weight[outlier_places(field)] = field["outlier_values"].float()
     return weight.to(dtype)
+
+
+def outlier_places(field: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(row, column) of every outlier, in the order of `outlier_values`."""
+    row = torch.repeat_interleave(field["outlier_row_offsets"].long().diff())
+    return row, field["outlier_columns"].long()
+
+
+def codebook_gradient(weight_gradient: Tensor, tensors: list[Tensor], out_features: int, in_features: int) -> Tensor:
+    """dL/dcodebook [segments, entries] from dL/dW [N, K]: for each entry the sum over the weights that use it."""
+    field = dict(zip(CHECKPOINT_FIELDS, tensors, strict=True))
+    column_bits = field["column_bits"].long()
+    first_entry = torch.cumsum(1 << column_bits, 0) - (1 << column_bits)
+    row_segment = torch.repeat_interleave(field["segment_rows"].long())
+    scaled = weight_gradient.double()
+    if field["row_scale"].numel():
+        scaled = scaled * field["row_scale"].double()[:, None]
+    if field["outlier_values"].numel():
+        scaled = scaled.clone()
+        scaled[outlier_places(field)] = 0
+    gradient = torch.zeros(field["codebook"].shape, dtype=torch.float64, device=weight_gradient.device)
+    for bits in range(1, 9):
+        columns = torch.nonzero(column_bits == bits).flatten()
+        if columns.numel():
+            codes = unpack_codes(field[f"codes_b{bits}"], bits, columns.numel()).long()
+            entry = row_segment[:, None] * gradient.shape[1] + first_entry[columns] + codes
+            gradient.view(-1).index_add_(0, entry.flatten(), scaled[:, columns].flatten())
+    return gradient.float()
 
 
 def codebook_linear(
@@ -80,6 +108,7 @@ def register_kernels() -> None:
     for op, run, supports in (
         ("codebook_linear", codebook_linear, _reads_checkpoint),
         ("codebook_dequantize", codebook_dequantize, _reads_checkpoint),
+        ("codebook_gradient", codebook_gradient, _reads_checkpoint),
         ("pack_codes", pack_codes, _anything),
         ("unpack_codes", unpack_codes, _anything),
     ):

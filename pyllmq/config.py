@@ -113,6 +113,24 @@ class CLAQConfig:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class ColumnCodebookConfig:
+    bits: float
+    widths: tuple[int, ...] = (1, 2, 3, 4, 5)
+    outliers: bool = True
+    row_scale: bool = True
+    cycles: int = 3
+    tolerance: float = 0.01
+    share_bits: bool = True
+    correct_bias: bool = True
+    guidance: str = "none"
+    across: float = 0.0
+    act_order: bool = True
+    block_size: int = 128
+    damping: float = 0.01
+    true_sequential: bool = True
+
+
 def _number(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or math.isinf(value):
         limits = f"{low:g} to {high:g}" if math.isfinite(high) else f"finite and >= {low:g}"

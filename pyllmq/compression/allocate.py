@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
+
+from ..formats.codebook import CodebookStructure, outlier_column_dtype
 
 TOP_SHARE = 0.1
 TOP_KEEP = 2.8
@@ -50,3 +56,196 @@ def keep_shares(ranked: Tensor, outliers: float) -> Tensor:
     shares = torch.full_like(ranked, OTHER_KEEP * outliers, dtype=torch.float64)
     shares[ranked[: round(TOP_SHARE * ranked.numel())]] = TOP_KEEP * outliers
     return shares
+
+
+# ---- one price for code bits, codebooks and outliers ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnErrors:
+    """What each column of one Linear would lose at each width: the sum over its weights, in one unit for all Linears."""
+
+    rows: int
+    widths: tuple[int, ...]
+    error: Tensor
+    """float64 [K, widths]."""
+    worst: Tensor
+    """float64 [K, widths, T]: the losses of the T weights that the codebook serves worst, falling. T = 0: keep no weight."""
+
+
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    column_bits: Tensor
+    """uint8 [K], common to all Linears of the group."""
+    kept: list[Tensor]
+    """int64 [K] for each Linear: how many weights of the column stay in fp16."""
+    predicted: float
+    """Sum of the losses that `ColumnErrors` predict."""
+
+
+def spend(groups: Sequence[ColumnErrors], nbytes: float, row_scale: bool) -> Allocation:
+    """Widths and outliers of Linears with one input, for the least predicted loss in at most `nbytes` in all.
+
+    Everything is bought at one price (loss per byte): a bit more for a column of all the Linears, with the larger codebook
+    that it brings, and single weights in fp16. The price is found by bisection; what it leaves over is spent on the columns
+    that would change next. Linears in which outliers do not earn their row offsets keep none.
+    """
+    plain = [replace(g, worst=g.worst[:, :, :0]) for g in groups]
+    found = _spend(plain, nbytes - fixed_bytes(plain, row_scale, outliers=False))
+    if any(g.worst.shape[2] for g in groups):
+        kept = _spend(groups, nbytes - fixed_bytes(groups, row_scale, outliers=True))
+        if kept is not None and (found is None or kept.predicted < found.predicted):
+            found = kept
+    if found is None:
+        least = least_bytes(groups[0].widths[0], [g.rows for g in groups], len(groups[0].error), row_scale)
+        raise ValueError(
+            f"{nbytes:.0f} bytes do not hold {len(groups)} Linears of {len(groups[0].error)} columns: {least} is the least, "
+            f"with {groups[0].widths[0]} bits in every column; ask for more bits"
+        )
+    return found
+
+
+def fixed_bytes(groups: Sequence[ColumnErrors], row_scale: bool, outliers: bool) -> int:
+    """Bytes that do not depend on widths: the widths themselves, one segment, row scales, row offsets of outliers."""
+    columns = len(groups[0].error)
+    return sum(columns + 4 + 2 * g.rows * row_scale + 4 * (g.rows + 1) * outliers for g in groups)
+
+
+def least_bytes(width: int, rows: Sequence[int], columns: int, row_scale: bool) -> int:
+    """Bytes of Linears [rows_i, columns] with `width` bits in every column and no outliers."""
+    return sum(
+        CodebookStructure(n, columns, tuple(columns * (b == width) for b in range(1, 9)), row_scale=row_scale).nbytes
+        for n in rows
+    )
+
+
+def _spend(groups: Sequence[ColumnErrors], budget: float) -> Allocation | None:
+    widths = groups[0].widths
+    columns = len(groups[0].error)
+    rows = sum(g.rows for g in groups)
+    cost = torch.tensor([rows * b / 8 + 2 * len(groups) * 2**b for b in widths], dtype=torch.float64)
+    outlier = 2 + outlier_column_dtype(columns).itemsize
+    if budget < float(cost[0]) * columns:
+        return None
+    error = torch.stack([g.error for g in groups]).sum(0)
+
+    def at(price: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Index of the width, bytes and loss of every column."""
+        saved = torch.stack([(g.worst - price * outlier).clamp_min(0).sum(-1) for g in groups]).sum(0)
+        choice = (error - saved + price * cost).argmin(1)
+        place = torch.arange(columns)
+        nbytes, loss = cost[choice], error[place, choice]
+        for g in groups:
+            chosen = g.worst[place, choice]
+            keep = chosen > price * outlier
+            nbytes = nbytes + outlier * keep.sum(-1)
+            loss = loss - (chosen * keep).sum(-1)
+        return choice, nbytes, loss
+
+    # What whole bytes take or free is known only afterwards: aim again at what is left over.
+    allowed, least_left, found = budget, math.inf, None
+    for _ in range(6):
+        choice, kept, loss = _at_budget(allowed, error, [g.worst for g in groups], cost, outlier)
+        choice = _whole_bytes(choice, error, widths)
+        bits = torch.tensor(widths, dtype=torch.uint8)[choice]
+        counts = torch.bincount(bits.long(), minlength=9)[1:9].tolist()
+        codes = sum(-(-count * width // 8) for width, count in enumerate(counts, 1)) * rows
+        books = sum(2 * len(groups) * count << width for width, count in enumerate(counts, 1))
+        used = codes + books + outlier * sum(int(k.sum()) for k in kept)
+        left = budget - used
+        if 0 <= left < least_left:
+            least_left, found = left, Allocation(bits, kept, loss)
+        allowed += 0.9 * left if left > 0 else left - rows / 2
+    return found
+
+
+def _whole_bytes(choice: Tensor, error: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Narrow the columns that lose least by it, until the codes of each width but the first fill whole bytes.
+
+    A row of codes ends on a byte, for each width: unfilled ones would cost 0.03 bits per weight at K = 384.
+    """
+    choice = choice.clone()
+    for index in range(len(widths) - 1, 0, -1):
+        members = (choice == index).nonzero()[:, 0]
+        spare = len(members) % (8 // math.gcd(8, widths[index]))
+        if spare:
+            gains = error[members, index - 1] - error[members, index]
+            choice[members[gains.topk(spare, largest=False).indices]] -= 1
+    return choice
+
+
+def _at_budget(
+    budget: float, error: Tensor, worst: Sequence[Tensor], cost: Tensor, outlier: int
+) -> tuple[Tensor, list[Tensor], float]:
+    """Index of each column's width [K], kept weights of each Linear and column, and the loss, for `budget` bytes."""
+    place = torch.arange(len(error))
+
+    def at(price: float) -> tuple[Tensor, Tensor, Tensor]:
+        saved = torch.stack([(w - price * outlier).clamp_min(0).sum(-1) for w in worst]).sum(0)
+        choice = (error - saved + price * cost).argmin(1)
+        nbytes, loss = cost[choice], error[place, choice]
+        for w in worst:
+            chosen = w[place, choice]
+            keep = chosen > price * outlier
+            nbytes = nbytes + outlier * keep.sum(-1)
+            loss = loss - (chosen * keep).sum(-1)
+        return choice, nbytes, loss
+
+    # Losses span many magnitudes: bisect the exponent.
+    high = math.log(float(error.max() / cost.min()) + 1e-280) + 1
+    low = high - 100
+    for _ in range(60):
+        middle = (low + high) / 2
+        if float(at(math.exp(middle))[1].sum()) > budget:
+            low = middle
+        else:
+            high = middle
+    choice, nbytes, loss = at(math.exp(high))
+    richer, richer_bytes, richer_loss = at(math.exp(low))
+    prices = torch.full((len(error), 1), math.exp(high), dtype=torch.float64)
+    left = budget - float(nbytes.sum())
+    for column in (richer_bytes > nbytes).nonzero()[:, 0].tolist():
+        extra = float(richer_bytes[column] - nbytes[column])
+        if extra <= left:
+            left -= extra
+            choice[column], loss[column], prices[column] = richer[column], richer_loss[column], math.exp(low)
+    kept = [(w[place, choice] > prices * outlier).sum(-1) for w in worst]
+    return choice, kept, float(loss.sum())
+
+
+def bytes_at(width: float, rows: int, columns: int, row_scale: bool) -> float:
+    """Bytes of a Linear with `width` bits in every column, a fraction of a bit included: what budgets are made of."""
+    return columns + 4 + 2 * rows * row_scale + columns * (rows * width / 8 + 2 * 2**width)
+
+
+def share_out(
+    shapes: Mapping[str, tuple[int, int]], nbytes: float, row_scale: bool, extra: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """name -> bytes: as many for each Linear [rows, columns] as one width, the same for all, would take there.
+
+    `extra` moves single Linears off the common width by so many bits.
+    """
+    extra = extra or {}
+
+    def at(width: float) -> dict[str, float]:
+        return {
+            name: bytes_at(max(width + extra.get(name, 0.0), 1.0), *shape, row_scale) for name, shape in shapes.items()
+        }
+
+    low, high = 0.0, 16.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(at(middle).values()) > nbytes:
+            high = middle
+        else:
+            low = middle
+    return at(low)
+
+
+def extra_bits(sensitivity: Mapping[str, float], shapes: Mapping[str, tuple[int, int]], limit: float, strength: float) -> dict[str, float]:
+    """name -> bits to add: a loss of a_m 4^-b in n_m weights is least in sum where b rises by log4(a_m / n_m)."""
+    per_weight = {name: math.log(max(a, 1e-300) / math.prod(shapes[name]), 4) for name, a in sensitivity.items()}
+    middle = sum(value * math.prod(shapes[name]) for name, value in per_weight.items()) / sum(
+        math.prod(shapes[name]) for name in per_weight
+    )
+    return {name: max(-limit, min(limit, strength * (value - middle))) for name, value in per_weight.items()}

@@ -37,6 +37,8 @@ class CompressedLinear:
     paper_bits: float
     """Bits per weight as the paper counts them: average code width + (16 - base width) * kept share, where published
     mode counts one of the two sides of the outliers. `weight.bits_per_weight` counts everything that is stored."""
+    bias_change: Tensor | None = None
+    """float [N] to add to the bias, where the method moves the mean error there."""
 
 
 def compress_linears(weights: Mapping[str, Tensor], hessian: Tensor, config: CLAQConfig) -> dict[str, CompressedLinear]:
@@ -57,7 +59,7 @@ def compress_linears(weights: Mapping[str, Tensor], hessian: Tensor, config: CLA
     if not weights:
         raise ValueError("weights is empty; it must map at least one name to a tensor [N, K]")
     for name, weight in weights.items():
-        _check_weight(name, weight, hessian)
+        check_weight(name, weight, hessian)
 
     started = time.perf_counter()
     factor = factor_hessian(hessian, config.damping, config.act_order)
@@ -133,7 +135,7 @@ class _CodebookColumns(ColumnQuantizer):
                 values[None], 1 << self.bits[column], inliers, method=self.method, centroid_dtype=torch.float16
             )
         except ValueError as error:
-            raise self._outgrown(column, values) from error
+            raise outgrown(self.name, column, values) from error
         self.codebooks[column], self.codes[column] = centroids[0], codes[0]
         # index_select, not indexing: that and bucketize start torch's threads even for 4096 elements.
         stored = centroids[0].float().index_select(0, codes[0].int())
@@ -142,14 +144,8 @@ class _CodebookColumns(ColumnQuantizer):
             self.kept[column], self.kept_values[column] = kept, half
             stored = torch.where(kept, half.float(), stored)
             if not bool(torch.isfinite(stored).all()):
-                raise self._outgrown(column, values)
+                raise outgrown(self.name, column, values)
         return stored
-
-    def _outgrown(self, column: int, values: Tensor) -> ValueError:
-        return ValueError(
-            f"column {column} of {self.name!r} grew to {float(values.abs().max()):g} while it took up the errors of "
-            f"the columns before it; fp16 ends at {FP16_MAX:g}. Rescale the weight, or raise damping"
-        )
 
     def pack(self, bits: Tensor) -> CodebookWeight:
         codebook = torch.cat([self.codebooks[column] for column in range(len(self.bits))])
@@ -184,7 +180,14 @@ def _both_tails_released(values: Tensor, share: float) -> Tensor:
     return (values >= top) | (values <= bottom)
 
 
-def _check_weight(name: str, weight: Tensor, hessian: Tensor) -> None:
+def outgrown(name: str, column: int, values: Tensor) -> ValueError:
+    return ValueError(
+        f"column {column} of {name!r} grew to {float(values.abs().max()):g} while it took up the errors of "
+        f"the columns before it; fp16 ends at {FP16_MAX:g}. Rescale the weight, or raise damping"
+    )
+
+
+def check_weight(name: str, weight: Tensor, hessian: Tensor) -> None:
     if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
         raise ValueError(f"{name!r} is {weight.dtype} {tuple(weight.shape)}; it must be a non-empty float [N, K]")
     if tuple(hessian.shape) != (weight.shape[1],) * 2:

@@ -90,6 +90,16 @@ def kmeans_1d(
     return centroids.to(values.device, centroid_dtype), codes.to(values.device)
 
 
+def solve_column(values: Tensor, weights: Tensor, centroids: Tensor, codes: Tensor) -> None:
+    """`kmeans_1d` of one problem with fp16 centroids, without its checks: for columns that the caller made.
+
+    Args:
+        values, weights: contiguous float32 [n], finite, on the CPU; weights >= 0 and not all 0.
+        centroids: float32 [k], codes: uint8 [n]: written. A centroid beyond fp16 becomes infinite.
+    """
+    _solve(values[None], weights, 0, len(centroids), "exact", 0, True, centroids, codes)
+
+
 def _solve(
     points: Tensor,
     weights: Tensor | None,

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..config import CLAQConfig
+from ..config import CLAQConfig, ColumnCodebookConfig
 from ..nn import CodebookLinear
 from ..swap import (
     DEFAULT_EXCLUDE,
@@ -25,8 +25,9 @@ from ..swap import (
     select_linears,
     tied_weights,
 )
+from . import allocate, claq, columns
 from .calibration import Batch, as_batches
-from .claq import compress_linears
+from .guide import Guidance, output_gradients
 from .report import CompressionReport, LayerReport, summary
 
 SILENT_SHARE = 0.01
@@ -35,7 +36,7 @@ SILENT_SHARE = 0.01
 
 def compress(
     model: nn.Module,
-    config: CLAQConfig,
+    config: CLAQConfig | ColumnCodebookConfig,
     calibration: Iterable[Any],
     *,
     include: Sequence[str] | None = None,
@@ -82,7 +83,7 @@ def compress(
         _check_finite(name, dense_weight(chosen[name]))
     dense, total = left_dense(model, planned, include, exclude)
 
-    report = CompressionReport("claq", config.to_dict(), left_dense=dense)
+    report = CompressionReport("claq", asdict(config), left_dense=dense)
     unasked = sum(item.parameters for item in dense if not item.asked)
     if unasked > SILENT_SHARE * total:
         names = summary([item for item in dense if not item.asked])
@@ -98,6 +99,18 @@ def compress(
             device = next(model.parameters()).device
             batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
             job = _Job(model, batches, config, replaced, report, bar)
+            if isinstance(config, ColumnCodebookConfig):
+                shapes = {name: tuple(dense_weight(chosen[name]).shape) for name in planned}
+                weights = sum(rows * size for rows, size in shapes.values())
+                extra = None
+                if config.guidance != "none" or config.across:
+                    linears = {name: chosen[name] for name in planned}
+                    found = output_gradients(model, linears, batches)
+                    rows = found.row_weights if "rows" in config.guidance else {}
+                    if config.across:
+                        extra = allocate.extra_bits(found.sensitivity, shapes, 1.0, config.across)
+                    job.guidance = Guidance(rows, found.token_weights if "tokens" in config.guidance else {})
+                job.budgets = allocate.share_out(shapes, config.bits * weights / 8, config.row_scale, extra)
             for chain in _find_chains(model, stages, batches[0]):
                 _compress_chain(job, chain)
     except BaseException:
@@ -225,10 +238,15 @@ class _Job:
 
     model: nn.Module
     batches: list[Batch]
-    config: CLAQConfig
+    config: CLAQConfig | ColumnCodebookConfig
     replaced: dict[str, nn.Module]
     report: CompressionReport
     bar: tqdm
+    budgets: dict[str, float] = field(default_factory=dict)
+    """name -> bytes, for a method whose target is the true size."""
+    guidance: Guidance = field(default_factory=Guidance)
+    left_over: float = 0.0
+    """Bytes that the groups done so far were given and did not use."""
 
 
 def _compress_chain(job: _Job, chain: list[_Stage]) -> None:
@@ -268,11 +286,11 @@ def _compress_stage(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> None
     groups = _group_by_input(job, stage, run)
     if job.config.true_sequential:
         for group in groups:
-            hessians = _input_hessians(job, [group], run)
-            _compress_group(job, group, hessians[0])
+            (inputs,) = _input_statistics(job, [group], run)
+            _compress_group(job, group, inputs)
     else:
-        for group, hessian in zip(groups, _input_hessians(job, groups, run), strict=True):
-            _compress_group(job, group, hessian)
+        for group, inputs in zip(groups, _input_statistics(job, groups, run), strict=True):
+            _compress_group(job, group, inputs)
     reached = {name for group in groups for name in group}
     for name, module in stage.linears.items():
         if name not in reached:
@@ -280,7 +298,7 @@ def _compress_stage(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> None
                 job.report,
                 f"{name} was never run by the calibration data; its codebooks are plain k-means of its weights",
             )
-            _compress_group(job, {name: module}, torch.eye(dense_weight(module).shape[1]))
+            _compress_group(job, {name: module}, columns.InputStatistics(torch.eye(dense_weight(module).shape[1])))
 
 
 def _group_by_input(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> list[dict[str, nn.Module]]:
@@ -315,10 +333,13 @@ def _group_by_input(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> list
     return [members for _, _, members in groups]
 
 
-def _input_hessians(job: _Job, groups: list[dict[str, nn.Module]], run: Callable[[int], Any]) -> list[Tensor]:
-    """H = 2/n sum x x^T over the calibration tokens, fp32 [K, K], for the common input of each group."""
+def _input_statistics(
+    job: _Job, groups: list[dict[str, nn.Module]], run: Callable[[int], Any]
+) -> list[columns.InputStatistics]:
+    """H = 2/n sum x x^T over the calibration tokens, fp32 [K, K], and the mean, for the common input of each group."""
     sums: list[Tensor | None] = [None] * len(groups)
-    tokens = [0] * len(groups)
+    totals: list[Tensor | None] = [None] * len(groups)
+    tokens = [0.0] * len(groups)
     current = 0
 
     def recorder(i: int) -> Callable[..., None]:
@@ -326,14 +347,17 @@ def _input_hessians(job: _Job, groups: list[dict[str, nn.Module]], run: Callable
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
+            s = job.guidance.token_weights[name][current] if name in job.guidance.token_weights else None
             mask = _token_mask(job.batches[current], name)
             if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
                 x = x[mask.bool()]
+                s = None if s is None else s[mask.bool()]
             x = x.reshape(-1, x.shape[-1]).float()
-            product = x.T @ x
-            known = sums[i]
-            sums[i] = product if known is None else known.add_(product)
-            tokens[i] += x.shape[0]
+            weighted = x if s is None else x * s.reshape(-1, 1)
+            for into, value in ((sums, weighted.T @ x), (totals, weighted.sum(0))):
+                known = into[i]
+                into[i] = value if known is None else known.add_(value)
+            tokens[i] += x.shape[0] if s is None else float(s.sum())
 
         return hook
 
@@ -344,14 +368,17 @@ def _input_hessians(job: _Job, groups: list[dict[str, nn.Module]], run: Callable
     finally:
         for handle in handles:
             handle.remove()
-    hessians = []
-    for i, total in enumerate(sums):
-        if total is None or tokens[i] == 0:
+    found = []
+    for i, (products, total) in enumerate(zip(sums, totals, strict=True)):
+        if products is None or total is None or tokens[i] == 0:
             raise ValueError(
                 f"the calibration data reaches {next(iter(groups[i]))} with no token; is the attention_mask all zero?"
             )
-        hessians.append(total.mul_(2.0 / tokens[i]))
-    return hessians
+        biased = all(isinstance(module.bias, Tensor) for module in groups[i].values())
+        # On the scale of the Hessian: 2/n sum x x^T - mean mean^T is then twice the covariance.
+        mean = total.mul_(2.0**0.5 / tokens[i]) if biased and getattr(job.config, "correct_bias", False) else None
+        found.append(columns.InputStatistics(products.mul_(2.0 / tokens[i]), mean))
+    return found
 
 
 def _token_mask(batch: Batch, name: str) -> Tensor | None:
@@ -367,14 +394,22 @@ def _token_mask(batch: Batch, name: str) -> Tensor | None:
     return batch.get("decoder_attention_mask")
 
 
-def _compress_group(job: _Job, group: dict[str, nn.Module], hessian: Tensor) -> None:
+def _compress_group(job: _Job, group: dict[str, nn.Module], inputs: columns.InputStatistics) -> None:
     weights = {name: dense_weight(module).float() for name, module in group.items()}
-    for name, done in compress_linears(weights, hessian, job.config).items():
+    if isinstance(job.config, CLAQConfig):
+        compressed = claq.compress_linears(weights, inputs.hessian, job.config)
+    else:
+        budget = sum(job.budgets[name] for name in group) + job.left_over
+        compressed = columns.compress_linears(weights, inputs, budget, job.config, job.guidance.row_weights)
+        job.left_over = budget - sum(done.weight.nbytes for done in compressed.values())
+    for name, done in compressed.items():
         module = group[name]
         dense = dense_weight(module)
-        bias = module.bias if isinstance(module.bias, Tensor) else None
+        bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
+        if bias is not None and done.bias_change is not None:
+            bias = bias + done.bias_change.to(bias)
         layer = CodebookLinear.from_weight(
-            done.weight.to(dense.device), None if bias is None else bias.detach(), dense.dtype
+            done.weight.to(dense.device), bias, dense.dtype
         )
         job.replaced[name] = module
         replace_module(job.model, name, layer)

@@ -1,0 +1,219 @@
+"""Column codebooks at their best: the sweep of CLAQ, then block coordinate descent, with bits and outliers at one price.
+
+Same format and kernels as CLAQ (arXiv 2405.17233). The objective of a Linear is sum_r omega_r e_r H e_r^T, with e_r the error of
+row r, H the Hessian of its input and omega_r the weight that guidance gives the row. Each column is an exact weighted 1-D
+k-means problem in it, in the sweep and in the descent alike, so codes and codebook are the best for everything else as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import ColumnCodebookConfig
+from ..formats import CodebookWeight
+from . import allocate
+from .claq import CompressedLinear, check_weight, outgrown
+from .column_loop import ColumnQuantizer, HessianFactor, factor_hessian, output_error, refine_columns, sweep_columns
+from .kmeans import kmeans_1d, solve_column
+
+TRIM_ROUNDS = 4
+MAX_KEPT = 0.02
+"""Largest share of a column's weights that may stay in fp16."""
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """What calibration knows of the common input x of some Linears."""
+
+    hessian: Tensor
+    """float [K, K]: mean of x x^T over the tokens, on any scale."""
+    mean: Tensor | None = None
+    """float [K]: mean of x, on the scale of the Hessian (hessian - mean mean^T is the covariance). None: biases stay."""
+
+    def of_the_error(self) -> Tensor:
+        """What the error is weighed by: where the bias takes up the mean error, only the input's covariance matters."""
+        if self.mean is None:
+            return self.hessian
+        return self.hessian - torch.outer(self.mean, self.mean)
+
+
+def compress_linears(
+    weights: Mapping[str, Tensor],
+    inputs: InputStatistics,
+    nbytes: float,
+    config: ColumnCodebookConfig,
+    row_weights: Mapping[str, Tensor] | None = None,
+) -> dict[str, CompressedLinear]:
+    """Compress Linears that share one input into at most `nbytes` in all.
+
+    Args:
+        weights: name -> float [N_i, K].
+        inputs: statistics of the input; with a `mean`, each result says what to add to the bias.
+        nbytes: bytes for all tensors of all the packed weights.
+        config: settings; `share_bits` gives all of `weights` the same `column_bits`.
+        row_weights: name -> float [N_i] > 0, the omega_r of the objective; None is 1 everywhere.
+
+    Raises:
+        ValueError: no weights, shapes that do not fit, values that are not finite or outside fp16, a Hessian that cannot be
+            factored, too few bytes; the message names the layer.
+    """
+    if not weights:
+        raise ValueError("weights is empty; it must map at least one name to a tensor [N, K]")
+    for name, weight in weights.items():
+        check_weight(name, weight, inputs.hessian)
+    started = time.perf_counter()
+    hessian = inputs.of_the_error()
+    factor = factor_hessian(hessian, config.damping, config.act_order)
+    fits = {
+        name: _ColumnFits(name, weight, (row_weights or {}).get(name), config.row_scale)
+        for name, weight in weights.items()
+    }
+    plans = _plan(fits, hessian, factor, nbytes, config)
+    shared_seconds = (time.perf_counter() - started) / len(weights)
+
+    compressed = {}
+    for name, weight in weights.items():
+        started = time.perf_counter()
+        columns = fits[name]
+        columns.bits, columns.kept_counts = plans[name][0].tolist(), plans[name][1].tolist()
+        quantized = sweep_columns(weight, factor, columns, config.block_size).quantized
+        if config.cycles:
+            refined = refine_columns(
+                weight, quantized, hessian, factor, columns, config.cycles, config.tolerance, config.block_size
+            )
+            quantized = refined.quantized
+        packed = columns.pack(plans[name][0])
+        bias_change = None if inputs.mean is None else (weight.float() - quantized) @ inputs.mean / 2**0.5
+        seconds = time.perf_counter() - started + shared_seconds
+        error = _relative_error(weight, quantized, hessian, inputs.hessian)
+        compressed[name] = CompressedLinear(packed, error, seconds, packed.bits_per_weight, bias_change)
+    return compressed
+
+
+def _relative_error(weight: Tensor, quantized: Tensor, of_the_error: Tensor, of_the_output: Tensor) -> float:
+    error = output_error(weight, quantized, of_the_error)
+    if of_the_error is of_the_output:
+        return error
+    w = weight.float()
+    return error * float(((w @ of_the_error) * w).sum().double() / ((w @ of_the_output) * w).sum().double())
+
+
+def _plan(
+    fits: Mapping[str, _ColumnFits], hessian: Tensor, factor: HessianFactor, nbytes: float, config: ColumnCodebookConfig
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """name -> (column bits uint8 [K], how many weights of each column to keep, int64 [K])."""
+    cost = torch.empty(len(factor.order), dtype=torch.float64)
+    cost[factor.order] = factor.upper.diagonal().double().pow(-2)
+    names = list(fits)
+    errors = [fits[name].errors(config.widths, cost, hessian, config.outliers) for name in names]
+    if config.share_bits:
+        found = allocate.spend(errors, nbytes, config.row_scale)
+        return {name: (found.column_bits, kept) for name, kept in zip(names, found.kept, strict=True)}
+    plans = {}
+    rows = sum(e.rows for e in errors)
+    for name, error in zip(names, errors, strict=True):
+        alone = allocate.spend([error], nbytes * error.rows / rows, config.row_scale)
+        plans[name] = (alone.column_bits, alone.kept[0])
+    return plans
+
+
+class _ColumnFits(ColumnQuantizer):
+    """Codes, codebook and kept weights of every column of one Linear, fitted by weighted k-means."""
+
+    def __init__(self, name: str, weight: Tensor, row_weights: Tensor | None, row_scale: bool) -> None:
+        rows, size = weight.shape
+        self.name, self.weight = name, weight
+        self.row_weights = torch.ones(rows) if row_weights is None else row_weights.float().clone()
+        self.scale = torch.ones(rows)
+        if row_scale:
+            rms = weight.float().square().mean(1).sqrt()
+            # Rounded to fp16 first: what is fitted is what is stored. A row of zeros keeps scale 1.
+            self.scale = rms.half().float()
+            self.scale[self.scale == 0] = 1.0
+        self.row_scale = self.scale if row_scale else None
+        self.importance = self.row_weights * self.scale.square()
+        self.bits: list[int] = []
+        self.kept_counts: list[int] = []
+        self.codes = torch.empty(size, rows, dtype=torch.uint8)
+        self.codebooks: dict[int, Tensor] = {}
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def errors(self, widths: tuple[int, ...], cost: Tensor, hessian: Tensor, outliers: bool) -> allocate.ColumnErrors:
+        """Losses at each width, in units of this Linear's squared output; `cost` [K] is that of a squared error of 1."""
+        weight = self.weight.float()
+        output = float(((weight @ hessian) * weight).sum(1).mul(self.row_weights).double().sum())
+        points = (weight / self.scale[:, None]).t().contiguous()
+        unit = (cost / max(output, 1e-300))[:, None]
+        most = round(MAX_KEPT * len(weight)) if outliers else 0
+        error, worst = [], []
+        for bits in widths:
+            centroids, codes = kmeans_1d(points, 1 << bits, self.importance)
+            lost = (points - centroids.gather(1, codes.long())).square_().mul_(self.importance)
+            error.append(lost.sum(1, dtype=torch.float64)[:, None] * unit)
+            worst.append(lost.topk(most, 1).values.double() * unit)
+        return allocate.ColumnErrors(len(weight), widths, torch.cat(error, 1), torch.stack(worst, 1))
+
+    def column(self, position: int, column: int, values: Tensor) -> Tensor:
+        fitted = self._fit(column, values)
+        if not math.isfinite(float(fitted[0].sum())):
+            raise outgrown(self.name, column, values)
+        return self._accept(column, *fitted)
+
+    def refit(self, column: int, target: Tensor, stored: Tensor) -> tuple[Tensor, float]:
+        fitted = self._fit(column, target)
+        # One difference of squares, not two sums of them: near convergence the sums agree in all digits of fp32.
+        fell = float(((stored - fitted[0]) * (stored + fitted[0] - 2 * target)).dot(self.row_weights))
+        if not 0.0 < fell < math.inf:
+            return stored, 0.0
+        return self._accept(column, *fitted), fell
+
+    def _fit(self, column: int, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(stored values, centroids, codes, indices of the kept weights)."""
+        points = values / self.scale
+        count = self.kept_counts[column]
+        kept = self.kept[column][0] if column in self.kept else None
+        centroids = torch.empty(1 << self.bits[column])
+        codes = torch.empty(len(points), dtype=torch.uint8)
+        for _ in range(TRIM_ROUNDS if count else 1):
+            weights = self.importance
+            if kept is not None:
+                weights = weights.clone()
+                weights[kept] = 0
+            # Not through `kmeans_1d`: its checks cost as much as a column of 384 values.
+            solve_column(points, weights, centroids, codes)
+            stored = centroids.index_select(0, codes.int())
+            if not count:
+                break
+            # Trimmed k-means: fit the others, keep the worst served, until that changes nothing.
+            chosen = (points - stored).square_().mul_(self.importance).topk(count).indices.sort().values
+            if kept is not None and torch.equal(chosen, kept):
+                break
+            kept = chosen
+        stored *= self.scale
+        if kept is not None:
+            stored[kept] = values[kept].half().float()
+        return stored, centroids, codes, kept
+
+    def _accept(self, column: int, stored: Tensor, centroids: Tensor, codes: Tensor, kept: Tensor | None) -> Tensor:
+        self.codebooks[column], self.codes[column] = centroids, codes
+        if kept is not None:
+            self.kept[column] = kept, stored[kept]
+        return stored
+
+    def pack(self, bits: Tensor) -> CodebookWeight:
+        codebook = torch.cat([self.codebooks[column] for column in range(len(self.bits))]).half()
+        outliers = {}
+        if self.kept:
+            mask = torch.zeros(self.codes.shape, dtype=torch.bool)
+            values = torch.zeros(self.codes.shape)
+            for column, (rows, kept_values) in self.kept.items():
+                mask[column, rows] = True
+                values[column, rows] = kept_values
+            outliers = {"outlier_mask": mask.t(), "outlier_weight": values.t()}
+        return CodebookWeight.pack(self.codes.t().contiguous(), codebook, bits, row_scale=self.row_scale, **outliers)

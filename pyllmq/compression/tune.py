@@ -1,0 +1,216 @@
+"""Codebook tuning: codes stay, codebooks, row scales, biases and norms are trained until the model agrees with the dense one.
+
+The loss is the Kullback-Leibler divergence from the dense model's next-token distribution for causal models, and the relative
+squared error of the last hidden states plus 1 - cosine of their mean over the sentence for encoders. A codebook entry moves in
+units of its column's root mean square, so one learning rate serves columns of all sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import ops
+from ..dispatch import CHECKPOINT_FIELDS, WeightOperand
+from ..formats import CodebookWeight
+from ..nn import CodebookLinear
+from ..swap import replace_module
+from .calibration import Batch, as_batches
+
+WARM_UP = 0.05
+"""Share of the steps in which the learning rate rises; then it falls along a cosine to zero."""
+OTHERS = 0.1
+"""Learning rate of biases and norms as a share of the codebooks'."""
+
+
+def tune_codebooks(
+    model: nn.Module,
+    dense: nn.Module,
+    text: Iterable[Any],
+    *,
+    steps: int,
+    learning_rate: float = 0.01,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[float]:
+    """Train what is not codes in the packed layers of `model` to match `dense`, in place.
+
+    Args:
+        model: a compressed model; its `CodebookLinear` layers are replaced by tuned ones of the same structure and size.
+        dense: the model it was made from, as it was.
+        text: batches as for `compress`; better other text than the calibration's. They are gone through in random order, as
+            often as the steps need.
+        steps: optimizer steps (Adam), one batch each.
+        learning_rate: of the codebooks, relative to their columns' root mean square.
+        seed: of the order of the batches.
+
+    Returns:
+        The loss of every step. If anything fails, the model is as it was.
+
+    Raises:
+        ValueError: steps < 1, no packed layer, no batch, or a loss that is not finite.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}; it must be an integer >= 1")
+    batches = as_batches(text)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, CodebookLinear)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no packed layer to tune; compress it first (pyllmq.compress)")
+    device = next(dense.parameters()).device
+    trained = {name: _TrainedLinear(layer) for name, layer in layers.items()}
+    others = _norms_and_biases(model, layers)
+    before = [p.detach().clone() for p in others]
+    losses: list[float] = []
+    done = False
+    try:
+        for name, module in trained.items():
+            replace_module(model, name, module)
+        moves = [p for module in trained.values() for p in module.parameters()]
+        optimizer = torch.optim.Adam(
+            [{"params": moves}, {"params": others, "scale": OTHERS}], lr=learning_rate, betas=(0.9, 0.95)
+        )
+        order = _endless_order(len(batches), seed)
+        with _frozen_except(model, [*moves, *others]), tqdm(total=steps, disable=not progress, unit="step") as bar:
+            for step in range(steps):
+                rate = learning_rate * _schedule(step, steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group.get("scale", 1.0)
+                batch = {key: value.to(device) for key, value in batches[next(order)].items()}
+                loss = _mismatch(model, dense, batch)
+                if not bool(torch.isfinite(loss)):
+                    raise ValueError(
+                        f"the tuning loss is {float(loss)} at step {step}; lower learning_rate (given: {learning_rate:g})"
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                losses.append(float(loss))
+                bar.set_postfix_str(f"loss {losses[-1]:.5f}", refresh=False)
+                bar.update()
+        tuned = {name: module.packed() for name, module in trained.items()}
+        done = True
+    finally:
+        if not done:
+            tuned = layers
+            with torch.no_grad():
+                for parameter, old in zip(others, before, strict=True):
+                    parameter.copy_(old)
+        for name, layer in tuned.items():
+            replace_module(model, name, layer)
+    return losses
+
+
+class _TrainedLinear(nn.Module):
+    """A packed layer whose codebook and row scale are parameters; the codes stay packed as in a checkpoint."""
+
+    def __init__(self, layer: CodebookLinear) -> None:
+        super().__init__()
+        self.weight_packed, self.dense_dtype, self.precision = layer.packed_weight(), layer.dense_dtype, layer.precision
+        self.field = dict(zip(CHECKPOINT_FIELDS, self.weight_packed.checkpoint_operand().tensors, strict=True))
+        self.start = self.field["codebook"].float()
+        self.unit = _column_rms(self.start, self.weight_packed.column_bits)
+        self.move = nn.Parameter(torch.zeros_like(self.start))
+        scale = self.field["row_scale"].float()
+        self.row_scale = scale
+        self.row_move = nn.Parameter(torch.zeros_like(scale)) if scale.numel() else None
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float().clone())
+
+    def _trained(self) -> dict[str, Tensor]:
+        found = {"codebook": self.start + self.unit * self.move}
+        if self.row_move is not None:
+            found["row_scale"] = self.row_scale * (1 + self.row_move)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        field = self.field | self._trained()
+        operand = WeightOperand(
+            "checkpoint",
+            tuple(field[name] for name in CHECKPOINT_FIELDS),
+            self.weight_packed.out_features,
+            self.weight_packed.in_features,
+        )
+        return ops.codebook_linear(x, operand, self.bias)
+
+    @torch.no_grad()
+    def packed(self) -> CodebookLinear:
+        tensors = dict(self.weight_packed.tensors)
+        for name, value in self._trained().items():
+            tensors[name] = value.half()
+        weight = CodebookWeight.from_tensors(tensors, self.weight_packed.out_features, self.weight_packed.in_features)
+        layer = CodebookLinear.from_weight(weight, self.bias, self.dense_dtype)
+        layer.precision = self.precision
+        return layer
+
+
+def _column_rms(codebook: Tensor, column_bits: Tensor) -> Tensor:
+    """float32 [segments, entries]: for each entry the root mean square of the centroids of its column."""
+    sizes = 1 << column_bits.long()
+    column = torch.repeat_interleave(sizes)
+    squares = torch.zeros(len(codebook), len(sizes), device=codebook.device).index_add_(1, column, codebook.square())
+    return (squares / sizes).sqrt()[:, column]
+
+
+def _norms_and_biases(model: nn.Module, layers: dict[str, CodebookLinear]) -> list[nn.Parameter]:
+    """1-D parameters beside the packed layers (their own biases move with them): norm weights, biases."""
+    own = {id(p) for layer in layers.values() for p in layer.parameters()}
+    return [p for p in model.parameters() if p.dim() == 1 and id(p) not in own and p.is_floating_point()]
+
+
+def _endless_order(count: int, seed: int) -> Iterable[int]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw():
+        while True:
+            yield from torch.randperm(count, generator=generator).tolist()
+
+    return draw()
+
+
+def _schedule(step: int, steps: int) -> float:
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+@contextmanager
+def _frozen_except(model: nn.Module, trained: Sequence[nn.Parameter]):
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    chosen = {id(p) for p in trained}
+    model.eval()
+    for parameter, _ in wanted:
+        parameter.requires_grad_(id(parameter) in chosen)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, want in wanted:
+            parameter.requires_grad_(want)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _mismatch(model: nn.Module, dense: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        wanted = dense(**batch)
+    given = model(**batch)
+    mask = batch.get("attention_mask")
+    if getattr(wanted, "logits", None) is not None and wanted.logits.dim() == 3:
+        target, found = wanted.logits.float().log_softmax(-1), given.logits.float().log_softmax(-1)
+        divergence = (target.exp() * (target - found)).sum(-1)
+        if mask is None or mask.shape != divergence.shape:
+            return divergence.mean()
+        return (divergence * mask).sum() / mask.sum()
+    target, found = wanted.last_hidden_state.float(), given.last_hidden_state.float()
+    weight = torch.ones(target.shape[:2], device=target.device) if mask is None else mask.float()
+    weight = weight[..., None]
+    error = ((found - target).square() * weight).sum() / (target.square() * weight).sum()
+    mean = (target * weight).sum(1), (found * weight).sum(1)
+    return error + (1 - nn.functional.cosine_similarity(*mean, dim=-1)).mean()

@@ -109,3 +109,20 @@ def codebook_gradient(
     gradient: int,
 ) -> None:
     """gradient fp32 [segments, sum 2**column_bits]: row_scale * weight_gradient [rows, columns] summed for each entry."""
+
+def kmeans_1d(
+    values: int,
+    weights: int,
+    weights_stride: int,
+    problems: int,
+    n: int,
+    ks: list[int],
+    method: int,
+    seed: int,
+    half_centroids: bool,
+    packed: bool,
+    centroids: list[int],
+    codes: list[int],
+    errors: int,
+) -> None:
+    """values [problems, n]; `centroids` and `codes` hold one pointer per k or nothing, errors fp64 [problems, len(ks)] or 0."""

@@ -15,6 +15,8 @@ PROBLEMS = {
     "cpu.dequantize": Problem("codebook_dequantize", "cpu", "cpu", torch.float16),
     "cpu.pack_codes": Problem("pack_codes", "", "cpu", torch.uint8),
     "cpu.unpack_codes": Problem("unpack_codes", "", "cpu", torch.uint8),
+    "cpu.kmeans_1d": Problem("kmeans_1d", "lloyd", "cpu", torch.float32),
+    "cpu.kmeans_1d_errors": Problem("kmeans_1d_errors", "windowed", "cpu", torch.float32),
     "triton.fused": Problem("codebook_linear", "triton", "cuda", torch.float16, 64),
     "triton.decode_and_matmul": Problem("codebook_linear", "triton", "cuda", torch.bfloat16, 65),
     "triton.dequantize": Problem("codebook_dequantize", "triton", "cuda", torch.bfloat16),

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ..config import ColumnCodebookConfig
+from ..dispatch import kernel_for
 from ..formats import CodebookWeight
+from ..kmeans import kmeans_1d
 from . import allocate
 from .claq import CompressedLinear, check_weight, outgrown
 from .column_loop import ColumnQuantizer, HessianFactor, factor_hessian, output_error, refine_columns, sweep_columns
-from .kmeans import kmeans_1d, solve_column
 
 TRIM_ROUNDS = 4
 MAX_KEPT = 0.02
@@ -71,7 +72,7 @@ def compress_linears(
     hessian = inputs.of_the_error()
     factor = factor_hessian(hessian, config.damping, config.act_order)
     fits = {
-        name: _ColumnFits(name, weight, (row_weights or {}).get(name), config.row_scale)
+        name: _ColumnFits(name, weight, (row_weights or {}).get(name), config.row_scale, config.kmeans)
         for name, weight in weights.items()
     }
     plans = _plan(fits, hessian, factor, nbytes, config)
@@ -126,9 +127,11 @@ def _plan(
 class _ColumnFits(ColumnQuantizer):
     """Codes, codebook and kept weights of every column of one Linear, fitted by weighted k-means."""
 
-    def __init__(self, name: str, weight: Tensor, row_weights: Tensor | None, row_scale: bool) -> None:
+    def __init__(
+        self, name: str, weight: Tensor, row_weights: Tensor | None, row_scale: bool, method: str
+    ) -> None:
         rows, size = weight.shape
-        self.name, self.weight = name, weight
+        self.name, self.weight, self.method = name, weight, method
         self.row_weights = torch.ones(rows) if row_weights is None else row_weights.float().clone()
         self.scale = torch.ones(rows)
         if row_scale:
@@ -152,8 +155,8 @@ class _ColumnFits(ColumnQuantizer):
         unit = (cost / max(output, 1e-300))[:, None]
         most = round(MAX_KEPT * len(weight)) if outliers else 0
         error, worst = [], []
-        for bits in widths:
-            centroids, codes = kmeans_1d(points, 1 << bits, self.importance)
+        # One dynamic programme to the largest width gives them all.
+        for centroids, codes in kmeans_1d(points, [1 << bits for bits in widths], self.importance, self.method):
             lost = (points - centroids.gather(1, codes.long())).square_().mul_(self.importance)
             error.append(lost.sum(1, dtype=torch.float64)[:, None] * unit)
             worst.append(lost.topk(most, 1).values.double() * unit)
@@ -178,15 +181,15 @@ class _ColumnFits(ColumnQuantizer):
         points = values / self.scale
         count = self.kept_counts[column]
         kept = self.kept[column][0] if column in self.kept else None
-        centroids = torch.empty(1 << self.bits[column])
-        codes = torch.empty(len(points), dtype=torch.uint8)
+        solve = kernel_for("kmeans_1d", self.method, "cpu", torch.float32).run
         for _ in range(TRIM_ROUNDS if count else 1):
             weights = self.importance
             if kept is not None:
                 weights = weights.clone()
                 weights[kept] = 0
-            # Not through `kmeans_1d`: its checks cost as much as a column of 384 values.
-            solve_column(points, weights, centroids, codes)
+            # Straight from the table: the checks of `kmeans_1d` cost as much as a column of 384 values.
+            ((centroids, codes),) = solve(points[None], weights, (1 << self.bits[column],), self.method, 0, True, False)
+            centroids, codes = centroids[0], codes[0]
             stored = centroids.index_select(0, codes.int())
             if not count:
                 break

@@ -1,7 +1,7 @@
 """Packed layers and kernels for compressed language models: per-column k-means codebooks with mixed bit widths.
 
     import pyllmq
-    report = pyllmq.compress(model, pyllmq.CLAQConfig(bits=3.12, outliers=0.005), calibration=batches)
+    report = pyllmq.compress(model, pyllmq.ColumnCodebookConfig(bits=2.5), calibration=batches)
     pyllmq.save_pretrained(model, "packed"); model = pyllmq.from_pretrained("packed")
 
 Importing this package also lets transformers' auto classes load packed folders. See docs/index.md.
@@ -10,7 +10,8 @@ Importing this package also lets transformers' auto classes load packed folders.
 from . import functional as functional
 from .compression.model import compress
 from .compression.report import CompressionReport, LayerReport
-from .config import CLAQConfig
+from .compression.tune import tune_codebooks
+from .config import CLAQConfig, ColumnCodebookConfig
 from .dispatch import NoKernelError, use_backend
 from .formats import CodebookStructure, CodebookWeight, FormatError
 from .integrations.transformers import from_pretrained, on_import, save_pretrained
@@ -25,6 +26,7 @@ __all__ = [
     "CodebookLinear",
     "CodebookStructure",
     "CodebookWeight",
+    "ColumnCodebookConfig",
     "CompressionReport",
     "FormatError",
     "LayerReport",
@@ -37,6 +39,7 @@ __all__ = [
     "save_pretrained",
     "set_precision",
     "swap_linear",
+    "tune_codebooks",
     "use_backend",
 ]
 

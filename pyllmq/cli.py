@@ -49,16 +49,23 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "output", metavar="OUT", help="folder to write; an earlier packed folder of that name is replaced at the end"
     )
-    c.add_argument("--method", choices=["claq"], default="claq", help="compression method")
     c.add_argument(
-        "--bits", type=float, default=3.12, help="bits per weight as the CLAQ paper counts them (true bits are printed)"
+        "--method", choices=["columns", "claq"], default="columns", help="column codebooks at their best, or as published"
     )
+    c.add_argument(
+        "--bits",
+        type=float,
+        help="true bits per weight, everything counted; with claq as its paper counts; default 3, with claq 3.12",
+    )
+    c.add_argument("--size", metavar="SIZE", help="instead of --bits: size of the folder to write, such as 1.9GB or 700MB")
+    c.add_argument("--preset", choices=["fast", "balanced", "best"], default="balanced", help="of the method columns")
+    c.add_argument("--tune", type=int, metavar="STEPS", help="steps of codebook tuning; default of the preset")
     c.add_argument(
         "--outliers",
         type=float,
         default=None,
         metavar="SHARE",
-        help="share of the weights kept in fp16; default 0.005 for 2.12 and 3.12, 0.01 for 2.24 and 3.23, else 0",
+        help="with claq: share of the weights kept in fp16; default 0.005 for 2.12 and 3.12, 0.01 for 2.24 and 3.23, else 0",
     )
     c.add_argument("--kmeans", choices=["exact", "windowed", "lloyd"], default="exact", help="1-D k-means solver")
     c.add_argument(
@@ -158,12 +165,10 @@ NAMED_OUTLIERS = {2.12: 0.005, 2.24: 0.01, 3.12: 0.005, 3.23: 0.01}
 
 
 def run_compress(given: argparse.Namespace) -> int:
-    from . import CLAQConfig, compress, save_pretrained
+    from . import compress, save_pretrained
     from .loading import is_packed, load_model, load_tokenizer
     from .swap import DEFAULT_EXCLUDE
 
-    outliers = NAMED_OUTLIERS.get(given.bits, 0.0) if given.outliers is None else given.outliers
-    config = CLAQConfig(bits=given.bits, outliers=outliers, kmeans=given.kmeans)
     output = Path(given.output)
     if output.exists() and not (output.is_dir() and (is_packed(output) or not any(output.iterdir()))):
         raise FileExistsError(
@@ -175,6 +180,7 @@ def run_compress(given: argparse.Namespace) -> int:
         raise ValueError(f"{given.source} is already packed; compress the dense model that it was made from")
     tokenizer = load_tokenizer(given.source)
     model = load_model(given.source)
+    config = _compression_config(model, given)
     batches = _calibration_batches(model, tokenizer, given)
     report = compress(
         model,
@@ -190,6 +196,48 @@ def run_compress(given: argparse.Namespace) -> int:
     print(report.totals() if given.quiet else report)
     print(f"written to {output}; load it with pyllmq.from_pretrained({str(output)!r})")
     return 0
+
+
+def _compression_config(model: Any, given: argparse.Namespace) -> Any:
+    from . import CLAQConfig, ColumnCodebookConfig
+
+    if given.method == "claq":
+        if given.size is not None or given.tune is not None:
+            raise ValueError("--size and --tune belong to --method columns; the published method knows bits alone")
+        bits = 3.12 if given.bits is None else given.bits
+        outliers = NAMED_OUTLIERS.get(bits, 0.0) if given.outliers is None else given.outliers
+        return CLAQConfig(bits=bits, outliers=outliers, kmeans=given.kmeans)
+    if given.outliers is not None:
+        raise ValueError("--outliers belongs to --method claq; the method columns buys outliers where they pay")
+    if given.bits is not None and given.size is not None:
+        raise ValueError(f"--bits {given.bits:g} and --size {given.size} are two targets; give one of them")
+    bits = 3.0 if given.bits is None else given.bits
+    if given.size is not None:
+        bits = _bits_for_size(model, given)
+    tuned = {} if given.tune is None else {"tune_steps": given.tune}
+    return ColumnCodebookConfig.preset(given.preset, bits, **tuned)
+
+
+def _bits_for_size(model: Any, given: argparse.Namespace) -> float:
+    from .compression.model import bits_for_size
+    from .swap import DEFAULT_EXCLUDE
+
+    # Tokenizer and configuration are written again, much as they were.
+    weights = (".safetensors", ".bin", ".pt", ".h5", ".msgpack", ".onnx")
+    other = sum(f.stat().st_size for f in Path(given.source).iterdir() if f.is_file() and f.suffix not in weights)
+    exclude = (*DEFAULT_EXCLUDE, *(given.exclude or ()))
+    return bits_for_size(model, _bytes("--size", given.size), other, given.include, exclude)
+
+
+def _bytes(name: str, text: str) -> int:
+    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "B": 1.0}
+    for unit, factor in units.items():
+        if text.upper().endswith(unit):
+            try:
+                return round(float(text[: -len(unit)]) * factor)
+            except ValueError:
+                break
+    raise ValueError(f"{name} is {text!r}; give a number with a unit: {', '.join(units)}, for example 1.9GB")
 
 
 def _calibration_batches(model: Any, tokenizer: Any, given: argparse.Namespace) -> list[dict[str, Any]]:

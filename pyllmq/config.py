@@ -104,32 +104,115 @@ class CLAQConfig:
         Raises:
             ValueError: unknown keys (the allowed ones are named), no `bits`, or a value out of range.
         """
-        allowed = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(allowed), key=str)
-        if unknown:
-            raise ValueError(f"CLAQConfig does not know {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}")
-        if "bits" not in values:
-            raise ValueError(f"CLAQConfig needs 'bits', given: {sorted(values)}")
+        _check_keys(cls, values)
         return cls(**values)
+
+
+PRESETS = ("fast", "balanced", "best")
+GUIDANCE = ("none", "rows", "tokens", "rows+tokens")
 
 
 @dataclass(frozen=True)
 class ColumnCodebookConfig:
+    """Column codebooks at their best: CLAQ's format, every stored byte spent where it lowers the error most.
+
+    docs/accuracy.md says what each setting is worth. `preset` makes the usual ones.
+    """
+
     bits: float
-    widths: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """True bits per weight, 1.1 to 8: everything stored for the compressed Linears, together, over their weights."""
+    widths: tuple[int, ...] | None = None
+    """Widths that a column may have; None: from one below to two above the whole part of `bits`."""
     outliers: bool = True
+    """Weights may stay in fp16, where that lowers the error more than the same bytes do as bits."""
     row_scale: bool = True
+    """One fp16 factor per row, its root mean square: lets one codebook serve rows of all sizes."""
     cycles: int = 3
-    tolerance: float = 0.01
-    share_bits: bool = True
+    """Passes of block coordinate descent over all columns after the sweep; 0 for none."""
+    tolerance: float = 0.05
+    """The descent ends when a pass gains less than this share of what the first gained."""
     correct_bias: bool = True
-    kmeans: str = "exact"
+    """Where the Linear has a bias, let it take up the mean error, and weigh the rest by the input's covariance."""
     guidance: str = "none"
+    """Weigh "rows", "tokens" or "rows+tokens" by the gradient of the model's loss; "none" weighs all alike."""
     across: float = 0.0
+    """How far, 0 to 1, widths follow the loss from one Linear to another; 0 gives all Linears the same."""
+    share_bits: bool = True
+    """Linears with the same input (q/k/v, gate/up) get the same width in each column: serving engines merge them."""
+    kmeans: str = "exact"
+    """"exact", or "windowed": a few 1e-6 above it, in a fifth of the time at 4096 rows and 16 centroids."""
+    tune_steps: int = 0
+    """Steps of codebook tuning against the dense model after compression; 0 for none."""
     act_order: bool = True
+    """Process the columns by falling diagonal of the Hessian."""
     block_size: int = 128
+    """Columns between two updates of all later columns."""
     damping: float = 0.01
+    """Share of the Hessian's mean diagonal added to its diagonal."""
     true_sequential: bool = True
+    """Calibrate q/k/v, o, gate/up, down one after the other, each on the outputs of those before."""
+
+    def __post_init__(self) -> None:
+        _number("bits", self.bits, 1.1, 8)
+        _number("tolerance", self.tolerance, 0, 1)
+        _number("across", self.across, 0, 1)
+        _number("damping", self.damping, 0, 1)
+        if self.widths is not None:
+            widths = tuple(self.widths)
+            good = widths and all(isinstance(w, int) and not isinstance(w, bool) and 1 <= w <= 8 for w in widths)
+            if not good or list(widths) != sorted(set(widths)):
+                raise ValueError(f"widths is {self.widths!r}; allowed: rising integers from 1 to 8, or None")
+            object.__setattr__(self, "widths", widths)
+        if self.kmeans not in ("exact", "windowed"):
+            raise ValueError(f"kmeans is {self.kmeans!r}; allowed: 'exact', 'windowed'")
+        if self.guidance not in GUIDANCE:
+            raise ValueError(f"guidance is {self.guidance!r}; allowed: {', '.join(map(repr, GUIDANCE))}")
+        for name, least in (("cycles", 0), ("tune_steps", 0), ("block_size", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; allowed: an integer >= {least}")
+        for name in ("outliers", "row_scale", "correct_bias", "share_bits", "act_order", "true_sequential"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: True, False")
+
+    @classmethod
+    def preset(cls, name: str, bits: float, **changes: Any) -> ColumnCodebookConfig:
+        """"fast": sweep and allocation alone. "balanced": with descent. "best": guided by the model's loss, and tuned."""
+        settings: dict[str, dict[str, Any]] = {
+            "fast": {"cycles": 0, "kmeans": "windowed", "outliers": False},
+            "balanced": {},
+            "best": {"cycles": 5, "tolerance": 0.02, "guidance": "rows", "tune_steps": 200},
+        }
+        if name not in settings:
+            raise ValueError(f"the preset is {name!r}; allowed: {', '.join(map(repr, PRESETS))}")
+        return cls(bits=bits, **(settings[name] | changes))
+
+    @property
+    def allowed_widths(self) -> tuple[int, ...]:
+        if self.widths is not None:
+            return self.widths
+        base = math.floor(self.bits + 1e-9)
+        return tuple(range(max(1, base - 1), min(8, base + 2) + 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ColumnCodebookConfig:
+        """The inverse of `to_dict`; missing keys take their defaults. Raises ValueError as CLAQConfig's does."""
+        _check_keys(cls, values)
+        return cls(**values)
+
+
+def _check_keys(config: type, values: Mapping[str, Any]) -> None:
+    allowed = [field.name for field in fields(config)]
+    unknown = sorted(set(values) - set(allowed), key=str)
+    if unknown:
+        raise ValueError(
+            f"{config.__name__} does not know {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}"
+        )
+    if "bits" not in values:
+        raise ValueError(f"{config.__name__} needs 'bits', given: {sorted(values)}")
 
 
 def _number(name: str, value: Any, low: float, high: float) -> None:

@@ -13,6 +13,7 @@ from pyllmq.compression.column_loop import (
     factor_hessian,
     invert_lower,
     output_error,
+    refine_columns,
     sweep_columns,
 )
 
@@ -216,3 +217,86 @@ def test_a_bad_sweep_says_what_fits() -> None:
         sweep_columns(torch.zeros(2, 3), factor, RoundToGrid(1), block_size=0)
     with pytest.raises(NotImplementedError, match="ColumnQuantizer must define column"):
         sweep_columns(torch.zeros(2, 3), factor, ColumnQuantizer())
+
+
+# ---- block coordinate descent -----------------------------------------------------------------------------------------
+
+
+class NearestOfThree(ColumnQuantizer):
+    """Three centroids per column, fitted exactly by trying every pair of cuts; rows weigh `weights`."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+
+    def fit(self, values: Tensor) -> Tensor:
+        order = values.argsort()
+        best, cost = values, float("inf")
+        for a in range(1, len(values)):
+            for b in range(a + 1, len(values)):
+                trial = torch.empty_like(values)
+                for part in (order[:a], order[a:b], order[b:]):
+                    trial[part] = (values[part] * self.weights[part]).sum() / self.weights[part].sum()
+                spent = float(((trial - values).double().square() * self.weights).sum())
+                if spent < cost:
+                    best, cost = trial, spent
+        return best
+
+    def column(self, position: int, column: int, values: Tensor) -> Tensor:
+        return self.fit(values)
+
+    def refit(self, column: int, target: Tensor, stored: Tensor) -> tuple[Tensor, float]:
+        found = self.fit(target)
+        before, after = (((q - target).double().square() * self.weights).sum() for q in (stored, found))
+        return (found, float(before - after)) if after < before else (stored, 0.0)
+
+
+def damped_objective(weight: Tensor, quantized: Tensor, hessian: Tensor, damping: float, weights: Tensor) -> float:
+    diagonal = hessian.diagonal()
+    damped = hessian.double() + damping * float(diagonal[diagonal > 0].mean()) * torch.eye(len(hessian))
+    error = quantized.double() - weight.double()
+    return float((((error @ damped) * error).sum(1) * weights).sum())
+
+
+@pytest.mark.parametrize("block_size", [3, 128])
+def test_descent_accounts_for_every_bit_of_the_objective(block_size: int) -> None:
+    hessian = correlated_hessian(23, 60, seed=3)
+    weight, weights = torch.randn(13, 23), torch.rand(13) + 0.2
+    quantizer, factor = NearestOfThree(weights), factor_hessian(hessian)
+    swept = sweep_columns(weight, factor, quantizer).quantized
+    kept = swept.clone()
+    refined = refine_columns(weight, swept, hessian, factor, quantizer, 3, 0.0, block_size)
+    assert torch.equal(swept, kept)
+    before, after = (damped_objective(weight, q, hessian, factor.damping, weights) for q in (swept, refined.quantized))
+    assert all(decrease >= 0 for decrease in refined.decreases) and refined.decreases[0] > 0
+    assert after == pytest.approx(before - sum(refined.decreases), rel=1e-4) and after < before
+
+
+def test_descent_ends_where_no_column_can_do_better() -> None:
+    hessian = correlated_hessian(8, 40, seed=5)
+    weight, ones = torch.randn(9, 8), torch.ones(9)
+    quantizer, factor = NearestOfThree(ones), factor_hessian(hessian)
+    done = refine_columns(weight, weight.round(), hessian, factor, quantizer, cycles=50, tolerance=0.0)
+    assert len(done.decreases) < 50 and done.decreases[-1] == 0
+    reached = damped_objective(weight, done.quantized, hessian, factor.damping, ones)
+    damped = hessian + factor.damping * hessian.diagonal().mean() * torch.eye(8)
+    for column in range(8):
+        error = done.quantized.double() - weight.double()
+        target = done.quantized[:, column].double() - (error @ damped[:, column]) / damped[column, column]
+        other = done.quantized.clone()
+        other[:, column] = quantizer.fit(target.float())
+        assert damped_objective(weight, other, hessian, factor.damping, ones) >= reached * (1 - 1e-5)
+
+
+def test_descent_does_not_depend_on_blocks_and_leaves_dead_columns() -> None:
+    hessian = correlated_hessian(30, 100, seed=7)
+    hessian[4], hessian[:, 4] = 0, 0
+    weight = torch.randn(6, 30)
+    factor = factor_hessian(hessian)
+    start = weight.round()
+    found = [
+        refine_columns(weight, start, hessian, factor, NearestOfThree(torch.ones(6)), 2, 0.0, size).quantized
+        for size in (1, 7, 64)
+    ]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[0][:, 4], start[:, 4]) and not torch.equal(found[0], start)

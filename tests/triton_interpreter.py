@@ -14,7 +14,7 @@ import torch
 import pyllmq
 from pyllmq import CodebookLinear, CodebookWeight, backends
 from pyllmq.backends import triton as triton_backend
-from pyllmq.functional import codebook_dequantize, codebook_linear
+from pyllmq.functional import codebook_dequantize, codebook_gradient, codebook_linear
 
 from .oracle import assert_as_good_as_torch, random_case
 
@@ -226,3 +226,25 @@ def test_every_width_and_number_of_tokens_has_a_tile():
             )
     with pytest.raises(LookupError, match="sinkhorn"):
         tile_for("sinkhorn", 2, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("n", "k", "segments"), [(1, 1, 1), (70, 37, 2), (129, 50, 1)])
+@pytest.mark.parametrize("extras", [False, True])
+def test_codebook_gradient(n, k, segments, extras):
+    torch.manual_seed(n)
+    bits = torch.randint(1, 9, (k,))
+    codes = (torch.rand(n, k) * (1 << bits)).to(torch.uint8)
+    weight = CodebookWeight.pack(
+        codes,
+        torch.randn(segments, int((1 << bits).sum())),
+        bits,
+        segment_rows=torch.tensor([n // segments] * (segments - 1) + [n - n // segments * (segments - 1)]),
+        outlier_mask=torch.rand(n, k) < 0.1 if extras else None,
+        outlier_weight=torch.randn(n, k) if extras else None,
+        row_scale=torch.rand(n) + 0.5 if extras else None,
+    )
+    gradient, operand = torch.randn(n, k), weight.checkpoint_operand()
+    found = codebook_gradient(gradient, operand)
+    with pyllmq.use_backend("reference"):
+        expected = codebook_gradient(gradient, operand)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * n**0.5)

@@ -243,6 +243,19 @@ def codebook_dequantize(tensors: Sequence[Tensor], out_features: int, in_feature
         return run(Layout.of(tensors, out_features, in_features), dtype)
 
 
+def codebook_gradient(
+    weight_gradient: Tensor, tensors: Sequence[Tensor], out_features: int, in_features: int
+) -> Tensor:
+    from ..triton_kernels.codebook_gradient import codebook_gradient as run
+
+    field = dict(zip(CHECKPOINT_FIELDS, tensors, strict=True))
+    if field["outlier_values"].numel():
+        weight_gradient = weight_gradient.clone()
+        weight_gradient[reference.outlier_places(field)] = 0
+    with _on_device_of(weight_gradient):
+        return run(weight_gradient.contiguous(), field)
+
+
 def decode_and_matmul(
     x: Tensor,
     tensors: Sequence[Tensor],
@@ -274,6 +287,12 @@ def _on_device(problem: Problem) -> Support:
     return available()
 
 
+def _reads_checkpoint(problem: Problem) -> Support:
+    if problem.layout != CHECKPOINT:
+        return False, f"reads the layout {CHECKPOINT!r}, this weight is prepacked as {problem.layout!r}"
+    return _on_device(problem)
+
+
 def _few_tokens(problem: Problem) -> Support:
     if problem.tokens > MAX_FUSED_TOKENS:
         return False, f"serves up to {MAX_FUSED_TOKENS} tokens, here {problem.tokens}"
@@ -302,6 +321,13 @@ def register_kernels() -> None:
             _reads_layout,
             codebook_dequantize,
             "one pass over the codes, on any GPU that Triton knows",
+        ),
+        (
+            "codebook_gradient",
+            "triton.codebook_gradient",
+            _reads_checkpoint,
+            codebook_gradient,
+            "sums in registers where a column has at most 16 centroids, else atomics (predicted, not measured)",
         ),
         (
             "pack_codes",

@@ -13,6 +13,8 @@ from ..formats.codebook import CodebookStructure, outlier_column_dtype
 
 TOP_SHARE = 0.1
 TOP_KEEP = 2.8
+MAX_EXTRA = 1.0
+"""Bits that a Linear may be off the common width."""
 OTHER_KEEP = 0.8  # 0.1 * 2.8 + 0.9 * 0.8 = 1: the shares average to the one asked for
 
 
@@ -242,10 +244,13 @@ def share_out(
     return at(low)
 
 
-def extra_bits(sensitivity: Mapping[str, float], shapes: Mapping[str, tuple[int, int]], limit: float, strength: float) -> dict[str, float]:
-    """name -> bits to add: a loss of a_m 4^-b in n_m weights is least in sum where b rises by log4(a_m / n_m)."""
-    per_weight = {name: math.log(max(a, 1e-300) / math.prod(shapes[name]), 4) for name, a in sensitivity.items()}
-    middle = sum(value * math.prod(shapes[name]) for name, value in per_weight.items()) / sum(
-        math.prod(shapes[name]) for name in per_weight
-    )
-    return {name: max(-limit, min(limit, strength * (value - middle))) for name, value in per_weight.items()}
+def extra_bits(
+    sensitivity: Mapping[str, float], shapes: Mapping[str, tuple[int, int]], strength: float
+) -> dict[str, float]:
+    """name -> bits to add: losses a_m 4^-b of n_m weights each are least in sum where b follows log4(a_m / n_m)."""
+    sizes = {name: math.prod(shapes[name]) for name in sensitivity}
+    wanted = {name: math.log(max(a, 1e-300) / sizes[name], 4) for name, a in sensitivity.items()}
+    middle = sum(wanted[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    return {
+        name: max(-MAX_EXTRA, min(MAX_EXTRA, strength * (value - middle))) for name, value in wanted.items()
+    }

@@ -112,7 +112,7 @@ def _plan(
     cost = torch.empty(len(factor.order), dtype=torch.float64)
     cost[factor.order] = factor.upper.diagonal().double().pow(-2)
     names = list(fits)
-    errors = [fits[name].errors(config.widths, cost, hessian, config.outliers) for name in names]
+    errors = [fits[name].errors(config.allowed_widths, cost, hessian, config.outliers) for name in names]
     if config.share_bits:
         found = allocate.spend(errors, nbytes, config.row_scale)
         return {name: (found.column_bits, kept) for name, kept in zip(names, found.kept, strict=True)}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from . import allocate, claq, columns
 from .calibration import Batch, as_batches
 from .guide import Guidance, output_gradients
 from .report import CompressionReport, LayerReport, summary
+from .tune import tune_codebooks
 
 SILENT_SHARE = 0.01
 """Linear-like parameters left dense without being asked for are reported loudly above this share."""
@@ -41,6 +43,7 @@ def compress(
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    tuning: Iterable[Any] | None = None,
     progress: bool = True,
 ) -> CompressionReport:
     """Compress the Linears of a transformers model (or any module tree) in place, calibrated, layer by layer.
@@ -52,11 +55,12 @@ def compress(
     Args:
         model: on any device, in any float dtype; put into eval mode for the run. Its dense weights are held until the end:
             if anything fails, or is interrupted, the model is as it was.
-        config: `CLAQConfig`.
+        config: `ColumnCodebookConfig` (the best accuracy per stored bit) or `CLAQConfig` (the published method).
         calibration: batches, each a tensor of token ids [B, L] or a dict as the model's forward takes it. With an
             ``attention_mask`` [B, L], padding does not count.
         include, exclude: name patterns (see `pyllmq.swap.matches`). Embeddings, norms and output heads stay dense by default;
             Linears outside the repeated blocks are compressed only if `include` names them.
+        tuning: batches for `config.tune_steps`, better other text than the calibration; None takes the calibration.
         progress: show a tqdm bar with layer, error and time left.
 
     Returns:
@@ -83,7 +87,11 @@ def compress(
         _check_finite(name, dense_weight(chosen[name]))
     dense, total = left_dense(model, planned, include, exclude)
 
-    report = CompressionReport("claq", asdict(config), left_dense=dense)
+    method = "claq" if isinstance(config, CLAQConfig) else "columns"
+    steps = 0 if isinstance(config, CLAQConfig) else config.tune_steps
+    original = copy.deepcopy(model) if steps else None
+    tuning = batches if tuning is None else as_batches(tuning)
+    report = CompressionReport(method, config.to_dict(), left_dense=dense)
     unasked = sum(item.parameters for item in dense if not item.asked)
     if unasked > SILENT_SHARE * total:
         names = summary([item for item in dense if not item.asked])
@@ -100,19 +108,11 @@ def compress(
             batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
             job = _Job(model, batches, config, replaced, report, bar)
             if isinstance(config, ColumnCodebookConfig):
-                shapes = {name: tuple(dense_weight(chosen[name]).shape) for name in planned}
-                weights = sum(rows * size for rows, size in shapes.values())
-                extra = None
-                if config.guidance != "none" or config.across:
-                    linears = {name: chosen[name] for name in planned}
-                    found = output_gradients(model, linears, batches)
-                    rows = found.row_weights if "rows" in config.guidance else {}
-                    if config.across:
-                        extra = allocate.extra_bits(found.sensitivity, shapes, 1.0, config.across)
-                    job.guidance = Guidance(rows, found.token_weights if "tokens" in config.guidance else {})
-                job.budgets = allocate.share_out(shapes, config.bits * weights / 8, config.row_scale, extra)
+                _plan_budgets(job, config, {name: chosen[name] for name in planned})
             for chain in _find_chains(model, stages, batches[0]):
                 _compress_chain(job, chain)
+        if original is not None:
+            report.tuning_losses = tune_codebooks(model, original, tuning, steps=steps, progress=progress)
     except BaseException:
         for name, module in replaced.items():
             replace_module(model, name, module)
@@ -230,6 +230,20 @@ def _gives(output: Tensor, wanted: Tensor) -> bool:
     if not isinstance(output, Tensor) or output.shape != wanted.shape:
         return False
     return bool((output.float() - wanted.float()).norm() <= 1e-3 * wanted.float().norm())
+
+
+def _plan_budgets(job: _Job, config: ColumnCodebookConfig, linears: dict[str, nn.Module]) -> None:
+    """Bytes for every Linear, and what one backward pass of the dense model says about its rows and tokens."""
+    shapes = {name: (int(w.shape[0]), int(w.shape[1])) for name, w in ((n, dense_weight(m)) for n, m in linears.items())}
+    extra = None
+    if config.guidance != "none" or config.across:
+        found = output_gradients(job.model, linears, job.batches)
+        if config.across:
+            extra = allocate.extra_bits(found.sensitivity, shapes, config.across)
+        rows = found.row_weights if "rows" in config.guidance else {}
+        job.guidance = Guidance(rows, found.token_weights if "tokens" in config.guidance else {})
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    job.budgets = allocate.share_out(shapes, config.bits * weights / 8, config.row_scale, extra)
 
 
 @dataclass
@@ -459,3 +473,29 @@ def _quiet_eval(model: nn.Module) -> Iterator[None]:
             module.training = mode
         if use_cache:
             model_config.use_cache = use_cache  # type: ignore[union-attr]
+
+
+def bits_for_size(
+    model: nn.Module,
+    nbytes: int,
+    other_files: int = 0,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+) -> float:
+    """True bits per weight at which the packed folder of `model` has `nbytes`, dense tensors and `other_files` included.
+
+    Raises ValueError if what stays dense takes the whole size, or leaves fewer than 1.1 bits or more than 8.
+    """
+    chosen = select_linears(model, include, exclude)
+    linears = [m for stage in _find_stages(model, chosen, include is not None) for m in stage.linears.values()]
+    weights = [dense_weight(module) for module in linears]
+    packed = {module.weight.data_ptr() for module in linears}
+    # Tied tensors are stored once.
+    rest = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
+    dense = sum(size for pointer, size in rest.items() if pointer not in packed) + other_files
+    bits = 8 * (nbytes - dense) / max(1, sum(w.numel() for w in weights))
+    if not 1.1 <= bits <= 8:
+        raise ValueError(
+            f"{nbytes} bytes leave {max(bits, 0.0):.3f} bits per weight beside {dense} bytes that stay dense; allowed: 1.1 to 8 bits"
+        )
+    return bits

@@ -40,6 +40,7 @@ class CompressionReport:
     left_dense: list[LeftDense] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    tuning_losses: list[float] = field(default_factory=list)
 
     @property
     def weights(self) -> int:

@@ -14,6 +14,7 @@
 #include "cpu/codebook_dequantize.h"
 #include "cpu/codebook_layout.h"
 #include "cpu/codebook_linear.h"
+#include "cpu/fit_columns.h"
 #include "cpu/isa.h"
 #include "cpu/kmeans_1d.h"
 #include "cpu/pack_codes.h"
@@ -260,6 +261,25 @@ void bind_kmeans_1d(py::module_& m) {
         py::arg("centroids"), py::arg("codes"), py::arg("errors"), NoGil());
 }
 
+// --- compression ---------------------------------------------------------------------------------------------------
+
+void bind_fit_columns(py::module_& m) {
+  m.def(
+      "fit_columns",
+      [](int64_t columns, int64_t rows, bool descend, int method, Pointer block, Pointer coupling,
+         int64_t coupling_stride, Pointer pivot, Pointer row_weights, Pointer row_scale, Pointer bits, Pointer kept,
+         Pointer stored, Pointer codes, Pointer kept_mask, Pointer centroids, Pointer moves) {
+        return fit_columns({columns, rows, descend, static_cast<KMeans1dMethod>(method), as<float>(block),
+                            as<float>(coupling), coupling_stride, as<float>(pivot), as<float>(row_weights),
+                            as<float>(row_scale), as<uint8_t>(bits), as<int32_t>(kept), as<float>(stored),
+                            as<uint8_t>(codes), as<uint8_t>(kept_mask), as<float>(centroids), as<float>(moves)});
+      },
+      py::arg("columns"), py::arg("rows"), py::arg("descend"), py::arg("method"), py::arg("block"), py::arg("coupling"),
+      py::arg("coupling_stride"), py::arg("pivot"), py::arg("row_weights"), py::arg("row_scale"), py::arg("bits"),
+      py::arg("kept"), py::arg("stored"), py::arg("codes"), py::arg("kept_mask"), py::arg("centroids"),
+      py::arg("moves"), NoGil());
+}
+
 }  // namespace
 }  // namespace pyllmq::cpu
 
@@ -270,4 +290,5 @@ PYBIND11_MODULE(_cpu, m) {
   pyllmq::cpu::bind_codebook(m);
   pyllmq::cpu::bind_codebook_checkpoint(m);
   pyllmq::cpu::bind_kmeans_1d(m);
+  pyllmq::cpu::bind_fit_columns(m);
 }

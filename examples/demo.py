@@ -24,8 +24,9 @@ from pyllmq import evaluate
 from pyllmq.compression import calibration
 from pyllmq.loading import is_causal, load_model, load_tokenizer
 
-# Bits as the CLAQ paper counts them, and the share of weights kept in fp16. "About 2.1" is the paper's fusion point 2.12.
-POINTS = ((4.0, 0.0), (3.0, 0.0), (2.1, 0.0), (2.12, 0.005))
+# True bits per weight: everything stored is counted.
+POINTS = (4.0, 3.0, 2.5, 2.25)
+PRESET = "balanced"
 CALIBRATION_SENTENCES = 256
 TEST_SENTENCES = 256
 SEQLEN = 256
@@ -56,7 +57,7 @@ def split_text() -> tuple[str, str]:
     return "\n\n".join(paragraphs[::2]), "\n\n".join(paragraphs[1::2])
 
 
-def compress_at(source: Path, folder: Path, bits: float, outliers: float) -> dict[str, float]:
+def compress_at(source: Path, folder: Path, bits: float) -> dict[str, float]:
     model, tokenizer = load_model(source), load_tokenizer(source)
     if is_causal(model):
         batches = calibration.token_windows(tokenizer, split_text()[0], samples=64, seqlen=SEQLEN)
@@ -64,12 +65,11 @@ def compress_at(source: Path, folder: Path, bits: float, outliers: float) -> dic
     else:
         batches = calibration.sentence_batches(tokenizer, split_sentences()[0])
         exclude = EXCLUDE if any("pooler" in name for name, _ in model.named_modules()) else pyllmq.swap.DEFAULT_EXCLUDE
-    report = pyllmq.compress(model, pyllmq.CLAQConfig(bits=bits, outliers=outliers), batches, exclude=exclude)
+    report = pyllmq.compress(model, pyllmq.ColumnCodebookConfig.preset(PRESET, bits), batches, exclude=exclude)
     pyllmq.save_pretrained(model, folder, tokenizer)
     report.save(folder / "compression_report.json")
     return {
         "bits": bits,
-        "outliers": outliers,
         "true_bits": report.bits_per_weight,
         "dense_mb": report.dense_nbytes / 1e6,
         "packed_mb": report.nbytes / 1e6,
@@ -119,8 +119,7 @@ def measure(source: Path, folder: Path) -> dict[str, float]:
 def table(rows: list[dict[str, float]], causal: bool) -> str:
     fidelity, unit = ("perplexity", "ms/token") if causal else ("cosine", "ms/sentence")
     head = (
-        "CLAQ bits",
-        "kept fp16",
+        "bits asked",
         "true bits",
         "Linears MB",
         "packed MB",
@@ -130,12 +129,11 @@ def table(rows: list[dict[str, float]], causal: bool) -> str:
     )
     lines = [head]
     if causal:
-        lines.append(("dense", "", "", "", "", f"{rows[0]['dense_fidelity']:.3f}", "", ""))
+        lines.append(("dense", "", "", "", f"{rows[0]['dense_fidelity']:.3f}", "", ""))
     for row in rows:
         lines.append(
             (
                 f"{row['bits']:g}",
-                f"{100 * row['outliers']:g} %",
                 f"{row['true_bits']:.3f}",
                 f"{row['dense_mb']:.2f}",
                 f"{row['packed_mb']:.2f}",
@@ -160,7 +158,7 @@ def plot(rows: list[dict[str, float]], causal: bool, path: Path) -> None:
     points = sorted((row["true_bits"], row["fidelity"], row["bits"]) for row in rows)
     axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color="tab:blue")
     for true_bits, fidelity, bits in points:
-        axes.annotate(f"CLAQ {bits:g}", (true_bits, fidelity), textcoords="offset points", xytext=(6, -12))
+        axes.annotate(f"{bits:g}", (true_bits, fidelity), textcoords="offset points", xytext=(6, -12))
     axes.axhline(rows[0]["dense_fidelity"], color="gray", linestyle="--", label="dense")
     axes.set_xlabel("true bits per weight (everything stored)")
     axes.set_ylabel("perplexity" if causal else "cosine with the dense model's embeddings")
@@ -188,9 +186,9 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     causal = is_causal(load_model(source))
     rows = []
-    for bits, outliers in POINTS:
-        folder = given.out / f"claq-{bits:g}"
-        row = compress_at(source, folder, bits, outliers)
+    for bits in POINTS:
+        folder = given.out / f"bits-{bits:g}"
+        row = compress_at(source, folder, bits)
         command = [sys.executable, __file__, "--model", str(source), "--measure", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

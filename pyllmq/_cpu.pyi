@@ -126,3 +126,24 @@ def kmeans_1d(
     errors: int,
 ) -> None:
     """values [problems, n]; `centroids` and `codes` hold one pointer per k or nothing, errors fp64 [problems, len(ks)] or 0."""
+
+def fit_columns(
+    columns: int,
+    rows: int,
+    descend: bool,
+    method: int,
+    block: int,
+    coupling: int,
+    coupling_stride: int,
+    pivot: int,
+    row_weights: int,
+    row_scale: int,
+    bits: int,
+    kept: int,
+    stored: int,
+    codes: int,
+    kept_mask: int,
+    centroids: int,
+    moves: int,
+) -> float:
+    """Sweep (descend = False) or descent over the columns of a block; see csrc/cpu/fit_columns.h. Returns the decrease."""

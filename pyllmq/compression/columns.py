@@ -7,7 +7,6 @@ k-means problem in it, in the sweep and in the descent alike, so codes and codeb
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from . import allocate
 from .claq import CompressedLinear, check_weight, outgrown
 from .column_loop import ColumnQuantizer, HessianFactor, factor_hessian, output_error, refine_columns, sweep_columns
 
-TRIM_ROUNDS = 4
 MAX_KEPT = 0.02
 """Largest share of a column's weights that may stay in fp16."""
 
@@ -72,7 +70,7 @@ def compress_linears(
     hessian = inputs.of_the_error()
     factor = factor_hessian(hessian, config.damping, config.act_order)
     fits = {
-        name: _ColumnFits(name, weight, (row_weights or {}).get(name), config.row_scale, config.kmeans)
+        name: ColumnFits(name, weight, (row_weights or {}).get(name), config.row_scale, config.kmeans)
         for name, weight in weights.items()
     }
     plans = _plan(fits, hessian, factor, nbytes, config)
@@ -82,14 +80,14 @@ def compress_linears(
     for name, weight in weights.items():
         started = time.perf_counter()
         columns = fits[name]
-        columns.bits, columns.kept_counts = plans[name][0].tolist(), plans[name][1].tolist()
+        columns.plan(*plans[name])
         quantized = sweep_columns(weight, factor, columns, config.block_size).quantized
         if config.cycles:
             refined = refine_columns(
                 weight, quantized, hessian, factor, columns, config.cycles, config.tolerance, config.block_size
             )
             quantized = refined.quantized
-        packed = columns.pack(plans[name][0])
+        packed = columns.pack()
         bias_change = None if inputs.mean is None else (weight.float() - quantized) @ inputs.mean / 2**0.5
         seconds = time.perf_counter() - started + shared_seconds
         error = _relative_error(weight, quantized, hessian, inputs.hessian)
@@ -106,7 +104,7 @@ def _relative_error(weight: Tensor, quantized: Tensor, of_the_error: Tensor, of_
 
 
 def _plan(
-    fits: Mapping[str, _ColumnFits], hessian: Tensor, factor: HessianFactor, nbytes: float, config: ColumnCodebookConfig
+    fits: Mapping[str, ColumnFits], hessian: Tensor, factor: HessianFactor, nbytes: float, config: ColumnCodebookConfig
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """name -> (column bits uint8 [K], how many weights of each column to keep, int64 [K])."""
     cost = torch.empty(len(factor.order), dtype=torch.float64)
@@ -124,7 +122,7 @@ def _plan(
     return plans
 
 
-class _ColumnFits(ColumnQuantizer):
+class ColumnFits(ColumnQuantizer):
     """Codes, codebook and kept weights of every column of one Linear, fitted by weighted k-means."""
 
     def __init__(
@@ -141,11 +139,7 @@ class _ColumnFits(ColumnQuantizer):
             self.scale[self.scale == 0] = 1.0
         self.row_scale = self.scale if row_scale else None
         self.importance = self.row_weights * self.scale.square()
-        self.bits: list[int] = []
-        self.kept_counts: list[int] = []
-        self.codes = torch.empty(size, rows, dtype=torch.uint8)
-        self.codebooks: dict[int, Tensor] = {}
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.codes = torch.zeros(size, rows, dtype=torch.uint8)
 
     def errors(self, widths: tuple[int, ...], cost: Tensor, hessian: Tensor, outliers: bool) -> allocate.ColumnErrors:
         """Losses at each width, in units of this Linear's squared output; `cost` [K] is that of a squared error of 1."""
@@ -162,61 +156,49 @@ class _ColumnFits(ColumnQuantizer):
             worst.append(lost.topk(most, 1).values.double() * unit)
         return allocate.ColumnErrors(len(weight), widths, torch.cat(error, 1), torch.stack(worst, 1))
 
-    def column(self, position: int, column: int, values: Tensor) -> Tensor:
-        fitted = self._fit(column, values)
-        if not math.isfinite(float(fitted[0].sum())):
-            raise outgrown(self.name, column, values)
-        return self._accept(column, *fitted)
+    def plan(self, bits: Tensor, kept_counts: Tensor) -> None:
+        """Widths and numbers of kept weights, [K]: before the sweep."""
+        size, rows = self.codes.shape
+        self.bits, self.kept_counts = bits, kept_counts.int()
+        self.kept = torch.zeros(size, rows, dtype=torch.bool)
+        self.stored = torch.empty(size, rows)
+        self.centroids = torch.zeros(size, 256)
 
-    def refit(self, column: int, target: Tensor, stored: Tensor) -> tuple[Tensor, float]:
-        fitted = self._fit(column, target)
-        # One difference of squares, not two sums of them: near convergence the sums agree in all digits of fp32.
-        fell = float(((stored - fitted[0]) * (stored + fitted[0] - 2 * target)).dot(self.row_weights))
-        if not 0.0 < fell < math.inf:
-            return stored, 0.0
-        return self._accept(column, *fitted), fell
+    def sweep_block(
+        self, columns: list[int], block: Tensor, coupling: Tensor, upper_diagonal: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        stored = torch.empty_like(block)
+        errors, _ = self._fit(columns, stored, block, coupling, upper_diagonal, descend=False)
+        return stored, errors
 
-    def _fit(self, column: int, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(stored values, centroids, codes, indices of the kept weights)."""
-        points = values / self.scale
-        count = self.kept_counts[column]
-        kept = self.kept[column][0] if column in self.kept else None
-        solve = kernel_for("kmeans_1d", self.method, "cpu", torch.float32).run
-        for _ in range(TRIM_ROUNDS if count else 1):
-            weights = self.importance
-            if kept is not None:
-                weights = weights.clone()
-                weights[kept] = 0
-            # Straight from the table: the checks of `kmeans_1d` cost as much as a column of 384 values.
-            ((centroids, codes),) = solve(points[None], weights, (1 << self.bits[column],), self.method, 0, True, False)
-            centroids, codes = centroids[0], codes[0]
-            stored = centroids.index_select(0, codes.int())
-            if not count:
-                break
-            # Trimmed k-means: fit the others, keep the worst served, until that changes nothing.
-            chosen = (points - stored).square_().mul_(self.importance).topk(count).indices.sort().values
-            if kept is not None and torch.equal(chosen, kept):
-                break
-            kept = chosen
-        stored *= self.scale
-        if kept is not None:
-            stored[kept] = values[kept].half().float()
-        return stored, centroids, codes, kept
+    def refine_block(
+        self, columns: list[int], stored: Tensor, gradient: Tensor, coupling: Tensor, curvature: Tensor
+    ) -> tuple[Tensor, float]:
+        return self._fit(columns, stored, gradient, coupling, curvature, descend=True)
 
-    def _accept(self, column: int, stored: Tensor, centroids: Tensor, codes: Tensor, kept: Tensor | None) -> Tensor:
-        self.codebooks[column], self.codes[column] = centroids, codes
-        if kept is not None:
-            self.kept[column] = kept, stored[kept]
-        return stored
+    def _fit(
+        self, columns: list[int], stored: Tensor, block: Tensor, coupling: Tensor, pivot: Tensor, descend: bool
+    ) -> tuple[Tensor, float]:
+        place = torch.tensor(columns)
+        codes, kept, centroids = self.codes[place], self.kept[place], self.centroids[place]
+        run = kernel_for("fit_columns", "", "cpu", torch.float32).run
+        try:
+            moves, decrease = run(
+                block, coupling, pivot.contiguous(), self.row_weights, self.scale, self.bits[place],
+                self.kept_counts[place], stored, codes, kept, centroids, self.method, descend,
+            )  # fmt: skip
+        except OverflowError as error:
+            position = int(str(error))
+            raise outgrown(self.name, columns[position], block[position]) from error
+        self.codes[place], self.kept[place], self.centroids[place], self.stored[place] = codes, kept, centroids, stored
+        return moves, decrease
 
-    def pack(self, bits: Tensor) -> CodebookWeight:
-        codebook = torch.cat([self.codebooks[column] for column in range(len(self.bits))]).half()
+    def pack(self) -> CodebookWeight:
+        """What the last sweep or descent stored."""
+        used = torch.arange(256) < (1 << self.bits.int())[:, None]
         outliers = {}
-        if self.kept:
-            mask = torch.zeros(self.codes.shape, dtype=torch.bool)
-            values = torch.zeros(self.codes.shape)
-            for column, (rows, kept_values) in self.kept.items():
-                mask[column, rows] = True
-                values[column, rows] = kept_values
-            outliers = {"outlier_mask": mask.t(), "outlier_weight": values.t()}
-        return CodebookWeight.pack(self.codes.t().contiguous(), codebook, bits, row_scale=self.row_scale, **outliers)
+        if bool(self.kept.any()):
+            outliers = {"outlier_mask": self.kept.t(), "outlier_weight": self.stored.t()}
+        return CodebookWeight.pack(
+            self.codes.t().contiguous(), self.centroids[used], self.bits, row_scale=self.row_scale, **outliers
+        )

@@ -107,6 +107,7 @@ def compress(
             device = next(model.parameters()).device
             batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
             job = _Job(model, batches, config, replaced, report, bar)
+            job.visit = partial(_compress_group, job)
             if isinstance(config, ColumnCodebookConfig):
                 _plan_budgets(job, config, {name: chosen[name] for name in planned})
             for chain in _find_chains(model, stages, batches[0]):
@@ -122,6 +123,20 @@ def compress(
     mark_packed(model)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def visit_groups(
+    model: nn.Module, calibration: Iterable[Any], visit: Visit, exclude: Sequence[str] = DEFAULT_EXCLUDE
+) -> None:
+    """Call `visit(group, inputs)` for every group of Linears with one input, in the order and with the statistics of `compress`.
+
+    `visit` may change the weights: what runs after them sees the change. For other methods beside ours.
+    """
+    stages = _find_stages(model, select_linears(model, None, exclude), outside=False)
+    with _quiet_eval(model), torch.no_grad(), tqdm(disable=True) as bar:
+        job = _Job(model, as_batches(calibration), CLAQConfig(bits=2), {}, CompressionReport("", {}), bar, visit=visit)
+        for chain in _find_chains(model, stages, job.batches[0]):
+            _compress_chain(job, chain)
 
 
 # ---- stages: what runs as one piece ---------------------------------------------------------------------------------
@@ -246,6 +261,9 @@ def _plan_budgets(job: _Job, config: ColumnCodebookConfig, linears: dict[str, nn
     job.budgets = allocate.share_out(shapes, config.bits * weights / 8, config.row_scale, extra)
 
 
+Visit = Callable[[dict[str, nn.Module], columns.InputStatistics], None]
+
+
 @dataclass
 class _Job:
     """What stays the same during one compression."""
@@ -261,6 +279,8 @@ class _Job:
     guidance: Guidance = field(default_factory=Guidance)
     left_over: float = 0.0
     """Bytes that the groups done so far were given and did not use."""
+    visit: Visit = lambda group, inputs: None
+    """What is done with each group of Linears that share an input, before anything after them is run."""
 
 
 def _compress_chain(job: _Job, chain: list[_Stage]) -> None:
@@ -301,10 +321,10 @@ def _compress_stage(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> None
     if job.config.true_sequential:
         for group in groups:
             (inputs,) = _input_statistics(job, [group], run)
-            _compress_group(job, group, inputs)
+            job.visit(group, inputs)
     else:
         for group, inputs in zip(groups, _input_statistics(job, groups, run), strict=True):
-            _compress_group(job, group, inputs)
+            job.visit(group, inputs)
     reached = {name for group in groups for name in group}
     for name, module in stage.linears.items():
         if name not in reached:
@@ -312,7 +332,7 @@ def _compress_stage(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> None
                 job.report,
                 f"{name} was never run by the calibration data; its codebooks are plain k-means of its weights",
             )
-            _compress_group(job, {name: module}, columns.InputStatistics(torch.eye(dense_weight(module).shape[1])))
+            job.visit({name: module}, columns.InputStatistics(torch.eye(dense_weight(module).shape[1])))
 
 
 def _group_by_input(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> list[dict[str, nn.Module]]:

@@ -1,0 +1,360 @@
+"""How far each compression method moves a model from the dense one, at equal true bits: `python -m pyllmq.benchmarks.accuracy`.
+
+Methods: round-to-nearest and GPTQ (uniform grids, groups of 128), a k-means codebook per row weighted by the Hessian's
+diagonal (as SqueezeLLM's), CLAQ as published, and ours, untuned and tuned. An encoder is judged by 1 - cosine of its sentence
+embeddings, a causal model by its perplexity. Calibration, tuning and evaluation texts are disjoint; each calibration draw is other text.
+One row of the CSV is one method at one setting and one draw. Ours is asked for true bits; rivals have the points that they have,
+and are interpolated between them in the table (log-linearly), never beyond them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pyllmq
+from pyllmq import evaluate
+from pyllmq.compression import calibration
+from pyllmq.compression.column_loop import ColumnQuantizer, factor_hessian, sweep_columns
+from pyllmq.compression.columns import InputStatistics
+from pyllmq.compression.model import visit_groups
+from pyllmq.loading import is_causal, load_model, load_tokenizer
+from pyllmq.swap import DEFAULT_EXCLUDE, dense_weight
+
+TRUE_BITS = (2.1, 2.25, 2.5, 3.0, 4.0)
+GROUP = 128
+CALIBRATION, EVALUATION = 128, 384
+SEQLEN = 128
+PUBLISHED_POINTS = ((2.0, 0.0), (2.1, 0.0), (2.2, 0.0), (2.5, 0.0), (2.12, 0.005), (3.0, 0.0), (3.12, 0.005), (4.0, 0.0))
+
+
+@dataclass(frozen=True)
+class Result:
+    model: str
+    method: str
+    setting: str
+    draw: int
+    true_bits: float
+    damage: float
+    """1 - cosine, or perplexity / dense perplexity - 1."""
+    seconds: float
+
+
+@dataclass
+class Subject:
+    """A model, its texts and how it is judged."""
+
+    name: str
+    dense: Any
+    calibration: Callable[[int], list[calibration.Batch]]
+    tuning: list[calibration.Batch]
+    judge: Callable[[Any], float]
+    exclude: tuple[str, ...]
+
+
+# ---- models and texts -------------------------------------------------------------------------------------------------
+
+
+def encoder(folder: Path, name: str) -> Subject:
+    dense, tokenizer = load_model(folder), load_tokenizer(folder)
+    sentences = calibration.builtin_sentences()
+    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = [sentences[i] for i in order]
+    # Of the sentences 0..1535 the first 384 judge, the next 512 tune, the next 640 calibrate; those after them are for development.
+    test, tune = shuffled[:EVALUATION], shuffled[EVALUATION : EVALUATION + 512]
+    drawn = shuffled[EVALUATION + 512 : EVALUATION + 512 + 5 * CALIBRATION]
+    test_batches = calibration.sentence_batches(tokenizer, sorted(test, key=len), batch_size=64)
+    wanted = evaluate.sentence_embeddings(dense, test_batches)
+
+    def judge(model: Any) -> float:
+        return 1 - float(evaluate.cosine(wanted, evaluate.sentence_embeddings(model, test_batches)).mean())
+
+    return Subject(
+        name,
+        dense,
+        lambda draw: calibration.sentence_batches(tokenizer, drawn[draw * CALIBRATION : (draw + 1) * CALIBRATION]),
+        calibration.sentence_batches(tokenizer, tune),
+        judge,
+        (*DEFAULT_EXCLUDE, "pooler"),
+    )
+
+
+def causal(folder: Path, name: str) -> Subject:
+    """Texts as examples/train_tiny_lm.py leaves them in the folder; for other models every fourth paragraph of the built-in."""
+    dense, tokenizer = load_model(folder), load_tokenizer(folder)
+    paragraphs = calibration.builtin_paragraphs()
+
+    def text(kind: str, part: int) -> str:
+        file = folder / f"{kind}.txt"
+        return file.read_text(encoding="utf-8") if file.exists() else "\n\n".join(paragraphs[part::4])
+
+    calibration_text = text("calibration", 0) + text("calibration", 1) * (not (folder / "calibration.txt").exists())
+
+    def judge(model: Any) -> float:
+        return evaluate.perplexity(model, tokenizer, text("evaluation", 3), SEQLEN, max_tokens=128 * SEQLEN).perplexity
+
+    before = judge(dense)
+
+    def windows(draw: int) -> list[calibration.Batch]:
+        drawn = calibration.token_windows(tokenizer, calibration_text, CALIBRATION, SEQLEN, seed=draw)
+        return [{"input_ids": torch.cat([w["input_ids"] for w in drawn[i : i + 8]])} for i in range(0, len(drawn), 8)]
+
+    tuning = calibration.token_windows(tokenizer, text("tuning", 2), 512, SEQLEN)
+    tuning = [{"input_ids": torch.cat([w["input_ids"] for w in tuning[i : i + 8]])} for i in range(0, len(tuning), 8)]
+    return Subject(name, dense, windows, tuning, lambda model: judge(model) / before - 1, DEFAULT_EXCLUDE)
+
+
+# ---- rivals -----------------------------------------------------------------------------------------------------------
+
+
+def uniform_grid(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero [N, groups] of an asymmetric grid, in groups of 128 columns; the scale is fp16."""
+    groups = [weight[:, i : i + GROUP] for i in range(0, weight.shape[1], GROUP)]
+    low = torch.stack([g.amin(1).clamp_max(0) for g in groups], 1)
+    high = torch.stack([g.amax(1).clamp_min(0) for g in groups], 1)
+    scale = ((high - low) / (2**bits - 1)).half().float().clamp_min(1e-7)
+    return scale, (-low / scale).round().clamp(0, 2**bits - 1)
+
+
+def uniform_bits(bits: int) -> float:
+    return bits + (16 + bits) / GROUP
+
+
+class UniformColumns(ColumnQuantizer):
+    def __init__(self, weight: Tensor, bits: int) -> None:
+        self.bits, (self.scale, self.zero) = bits, uniform_grid(weight, bits)
+
+    def column(self, position: int, column: int, values: Tensor) -> Tensor:
+        scale, zero = self.scale[:, column // GROUP], self.zero[:, column // GROUP]
+        return ((values / scale + zero).round().clamp(0, 2**self.bits - 1) - zero) * scale
+
+
+def round_to_nearest(weight: Tensor, inputs: InputStatistics, bits: int) -> tuple[Tensor, float]:
+    columns = UniformColumns(weight, bits)
+    return torch.stack([columns.column(0, j, weight[:, j]) for j in range(weight.shape[1])], 1), uniform_bits(bits)
+
+
+def gptq(weight: Tensor, inputs: InputStatistics, bits: int) -> tuple[Tensor, float]:
+    """With act-order and grids fixed beforehand: the strongest of its usual settings."""
+    factor = factor_hessian(inputs.hessian)
+    return sweep_columns(weight, factor, UniformColumns(weight, bits)).quantized, uniform_bits(bits)
+
+
+def row_kmeans(weight: Tensor, inputs: InputStatistics, bits: int) -> tuple[Tensor, float]:
+    """One codebook per row; the weights of the inputs' mean squares decide which columns count."""
+    importance = inputs.hessian.diagonal().clamp_min(1e-12 * float(inputs.hessian.diagonal().max()))
+    centroids, codes = pyllmq.kmeans_1d(weight, 1 << bits, importance, centroid_dtype=torch.float16)
+    return centroids.float().gather(1, codes.long()), bits + 16 * 2**bits / weight.shape[1]
+
+
+RIVALS = {"round to nearest": round_to_nearest, "GPTQ, groups of 128": gptq, "k-means per row": row_kmeans}
+
+
+def run_rival(subject: Subject, name: str, bits: int, draw: int) -> Result:
+    model, stored, weights = copy.deepcopy(subject.dense), 0.0, 0
+
+    def visit(group: dict[str, nn.Module], inputs: InputStatistics) -> None:
+        nonlocal stored, weights
+        for module in group.values():
+            weight = dense_weight(module)
+            quantized, true_bits = RIVALS[name](weight.float(), inputs, bits)
+            weight.copy_(quantized)
+            stored, weights = stored + true_bits * weight.numel(), weights + weight.numel()
+
+    started = time.perf_counter()
+    visit_groups(model, subject.calibration(draw), visit, subject.exclude)
+    seconds = time.perf_counter() - started
+    return Result(subject.name, name, str(bits), draw, stored / weights, subject.judge(model), seconds)
+
+
+# ---- CLAQ and ours ----------------------------------------------------------------------------------------------------
+
+
+def run_config(subject: Subject, name: str, setting: str, config: Any, draw: int) -> Result:
+    model = copy.deepcopy(subject.dense)
+    report = pyllmq.compress(
+        model, config, subject.calibration(draw), exclude=subject.exclude, tuning=subject.tuning, progress=False
+    )
+    return Result(subject.name, name, setting, draw, report.bits_per_weight, subject.judge(model), report.seconds)
+
+
+@dataclass(frozen=True)
+class Job:
+    method: str
+    setting: str
+    draw: int
+    run: Callable[[], Result]
+
+
+def plan(subject: Subject, draws: int, only: Sequence[str], steps: int) -> list[Job]:
+    jobs: list[Job] = []
+
+    def configured(method: str, setting: str, config: Any, draw: int) -> Job:
+        return Job(method, setting, draw, lambda: run_config(subject, method, setting, config, draw))
+
+    def rival(method: str, bits: int, draw: int) -> Job:
+        return Job(method, str(bits), draw, lambda: run_rival(subject, method, bits, draw))
+
+    for draw in range(draws):
+        jobs += [rival(name, bits, draw) for name in RIVALS for bits in (2, 3, 4)]
+        for bits, outliers in PUBLISHED_POINTS:
+            config = pyllmq.CLAQConfig(bits=bits, outliers=outliers, published=True, kmeans="lloyd")
+            jobs.append(configured(PUBLISHED, f"{bits:g}/{outliers:g}", config, draw))
+        for true_bits in TRUE_BITS:
+            for name, changes in OURS.items():
+                tuned = {"tune_steps": steps} if name == TUNED else {}
+                ours = pyllmq.ColumnCodebookConfig(bits=true_bits, **changes, **tuned)
+                jobs.append(configured(name, f"{true_bits:g}", ours, draw))
+    return [job for job in jobs if job.method in only]
+
+
+PUBLISHED, UNTUNED, TUNED = "CLAQ as published", "ours", "ours, codebooks tuned"
+OURS: dict[str, dict[str, Any]] = {
+    UNTUNED: {"guidance": "rows"},
+    TUNED: {"guidance": "rows"},
+}
+METHODS = (*RIVALS, PUBLISHED, *OURS)
+
+
+# ---- report -----------------------------------------------------------------------------------------------------------
+
+
+def read(file: Path) -> list[Result]:
+    if not file.exists():
+        return []
+    with file.open(newline="") as lines:
+        return [
+            Result(r["model"], r["method"], r["setting"], int(r["draw"]), *(float(r[f.name]) for f in fields(Result)[4:]))
+            for r in csv.DictReader(lines)
+        ]
+
+
+def append(file: Path, result: Result) -> None:
+    new = not file.exists()
+    with file.open("a", newline="") as lines:
+        writer = csv.DictWriter(lines, [f.name for f in fields(Result)], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(result).items()})
+
+
+def curve(results: Sequence[Result], method: str, draw: int | None = None) -> list[tuple[float, float]]:
+    """(true bits, damage) by rising bits, the mean over draws unless one is given; points that another beats in both are left out."""
+    by_setting: dict[str, list[Result]] = {}
+    for r in results:
+        if r.method == method and draw in (None, r.draw):
+            by_setting.setdefault(r.setting, []).append(r)
+    points = sorted((mean(r.true_bits for r in rs), mean(r.damage for r in rs)) for rs in by_setting.values())
+    return [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
+
+
+def interpolate(points: Sequence[tuple[float, float]], bits: float) -> float | None:
+    """Damage at `bits`, log-linearly between the neighbouring points; None beyond them by more than 0.06 bits."""
+    if not points or not points[0][0] - 0.06 <= bits <= points[-1][0] + 0.06:
+        return None
+    if len(points) == 1:
+        return points[0][1]
+    right = next((i for i, p in enumerate(points) if p[0] >= bits), len(points) - 1)
+    (b0, d0), (b1, d1) = points[max(right, 1) - 1], points[max(right, 1)]
+    return math.exp(math.log(d0) + (math.log(d1) - math.log(d0)) * (bits - b0) / (b1 - b0))
+
+
+def table(results: Sequence[Result]) -> str:
+    """Damage of each method at the bits of the goals (mean over draws +- spread of ours), and ours / published."""
+    lines = []
+    for model in dict.fromkeys(r.model for r in results):
+        mine = [r for r in results if r.model == model]
+        draws = sorted({r.draw for r in mine})
+        lines += [f"{model}, {len(draws)} calibration draws", "true bits".ljust(24) + "".join(f"{b:>16g}" for b in TRUE_BITS)]
+        for method in dict.fromkeys(r.method for r in mine):
+            cells = []
+            for bits in TRUE_BITS:
+                found = [interpolate(curve(mine, method, d), bits) for d in draws if curve(mine, method, d)]
+                values = [v for v in found if v is not None]
+                spread = f" +-{pstdev(values):.4f}" if len(values) > 1 else ""
+                cells.append(f"{mean(values):.4f}{spread}" if values else "-")
+            lines.append(method.ljust(24) + "".join(f"{c:>16}" for c in cells))
+        for method in OURS:
+            ratios = []
+            for bits in TRUE_BITS:
+                pairs = [(interpolate(curve(mine, method, d), bits), interpolate(curve(mine, PUBLISHED, d), bits)) for d in draws]
+                values = [a / b for a, b in pairs if a is not None and b is not None]
+                ratios.append(f"{mean(values):.3f}" if values else "-")
+            lines.append(f"{method} / published".ljust(24)[:34] + "".join(f"{c:>16}" for c in ratios))
+    return "\n".join(lines)
+
+
+def plot(results: Sequence[Result], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = list(dict.fromkeys(r.model for r in results))
+    figure, axes = pyplot.subplots(1, len(models), figsize=(6 * len(models), 4.2), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        mine = [r for r in results if r.model == model]
+        for method in dict.fromkeys(r.method for r in mine):
+            points = curve(mine, method)
+            ours = method in OURS
+            axis.plot(*zip(*points, strict=True), "o-" if ours else "s--", label=method, linewidth=2 if ours else 1, markersize=4)
+        axis.set_yscale("log")
+        axis.set_xlabel("true bits per weight (everything stored)")
+        encoder_like = max(r.damage for r in mine) <= 1 and "MiniLM" in model
+        axis.set_ylabel("1 - cosine of the embeddings" if encoder_like else "perplexity above dense, relative")
+        axis.set_title(model)
+        axis.grid(alpha=0.3, which="both")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", type=Path, help="folder of a sentence encoder")
+    parser.add_argument("--causal", type=Path, action="append", default=[], help="folder of a causal model (repeatable)")
+    parser.add_argument("--draws", type=int, default=3, help="calibration draws")
+    parser.add_argument("--methods", default=",".join(METHODS).replace(", ", "; "), help="which, separated by commas (; for a comma)")
+    parser.add_argument("--steps", type=int, default=200, help="of codebook tuning")
+    parser.add_argument("--csv", type=Path, default=Path("pyllmq_accuracy.csv"), help="appended to; what it holds is not run again")
+    parser.add_argument("--plot", type=Path, help="PNG to draw")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no further run after so long")
+    given = parser.parse_args()
+    only = [name.strip().replace(";", ",") for name in given.methods.split(",")]
+    if unknown := set(only) - set(METHODS):
+        raise SystemExit(f"--methods: {sorted(unknown)}; allowed: {', '.join(METHODS)}")
+    started = time.monotonic()
+    for folder in [*([given.encoder] if given.encoder else []), *given.causal]:
+        subject = causal(folder, folder.name) if is_causal(load_model(folder)) else encoder(folder, folder.name)
+        done = {(r.model, r.method, r.setting, r.draw) for r in read(given.csv)}
+        for job in plan(subject, given.draws, only, given.steps):
+            if (subject.name, job.method, job.setting, job.draw) in done:
+                continue
+            if time.monotonic() - started > 60 * given.minutes:
+                break
+            result = job.run()
+            append(given.csv, result)
+            print(
+                f"{result.method:24} {result.setting:>10} draw {result.draw}: {result.true_bits:.3f} true bits, "
+                f"damage {result.damage:.5f}, {result.seconds:.0f} s",
+                flush=True,
+            )
+    results = read(given.csv)
+    print(table(results))
+    if given.plot:
+        plot(results, given.plot)
+
+
+if __name__ == "__main__":
+    main()

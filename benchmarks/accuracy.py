@@ -2,7 +2,7 @@
 
 Methods: round-to-nearest and GPTQ (uniform grids, groups of 128), a k-means codebook per row weighted by the Hessian's
 diagonal (as SqueezeLLM's), CLAQ as published, and ours, untuned and tuned. An encoder is judged by 1 - cosine of its sentence
-embeddings, a causal model by its perplexity. Calibration, tuning and evaluation texts are disjoint; each calibration draw is other text.
+embeddings, a causal model by its perplexity. Calibration, tuning and evaluation texts are disjoint.
 One row of the CSV is one method at one setting and one draw. Ours is asked for true bits; rivals have the points that they have,
 and are interpolated between them in the table (log-linearly), never beyond them.
 """
@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
@@ -36,7 +37,16 @@ TRUE_BITS = (2.1, 2.25, 2.5, 3.0, 4.0)
 GROUP = 128
 CALIBRATION, EVALUATION = 128, 384
 SEQLEN = 128
-PUBLISHED_POINTS = ((2.0, 0.0), (2.1, 0.0), (2.2, 0.0), (2.5, 0.0), (2.12, 0.005), (3.0, 0.0), (3.12, 0.005), (4.0, 0.0))
+PUBLISHED_POINTS = (
+    (2.0, 0.0),
+    (2.1, 0.0),
+    (2.2, 0.0),
+    (2.5, 0.0),
+    (2.12, 0.005),
+    (3.0, 0.0),
+    (3.12, 0.005),
+    (4.0, 0.0),
+)
 
 
 @dataclass(frozen=True)
@@ -158,10 +168,10 @@ def row_kmeans(weight: Tensor, inputs: InputStatistics, bits: int) -> tuple[Tens
     return centroids.float().gather(1, codes.long()), bits + 16 * 2**bits / weight.shape[1]
 
 
-RIVALS = {"round to nearest": round_to_nearest, "GPTQ, groups of 128": gptq, "k-means per row": row_kmeans}
+RIVALS = {"RTN g128": round_to_nearest, "GPTQ g128": gptq, "k-means per row": row_kmeans}
 
 
-def run_rival(subject: Subject, name: str, bits: int, draw: int) -> Result:
+def run_rival(subject: Subject, name: str, bits: int, draw: int) -> list[Result]:
     model, stored, weights = copy.deepcopy(subject.dense), 0.0, 0
 
     def visit(group: dict[str, nn.Module], inputs: InputStatistics) -> None:
@@ -175,18 +185,36 @@ def run_rival(subject: Subject, name: str, bits: int, draw: int) -> Result:
     started = time.perf_counter()
     visit_groups(model, subject.calibration(draw), visit, subject.exclude)
     seconds = time.perf_counter() - started
-    return Result(subject.name, name, str(bits), draw, stored / weights, subject.judge(model), seconds)
+    return [Result(subject.name, name, str(bits), draw, stored / weights, subject.judge(model), seconds)]
 
 
 # ---- CLAQ and ours ----------------------------------------------------------------------------------------------------
 
 
-def run_config(subject: Subject, name: str, setting: str, config: Any, draw: int) -> Result:
+def run_published(subject: Subject, bits: float, outliers: float, draw: int) -> list[Result]:
     model = copy.deepcopy(subject.dense)
-    report = pyllmq.compress(
-        model, config, subject.calibration(draw), exclude=subject.exclude, tuning=subject.tuning, progress=False
-    )
-    return Result(subject.name, name, setting, draw, report.bits_per_weight, subject.judge(model), report.seconds)
+    config = pyllmq.CLAQConfig(bits=bits, outliers=outliers, published=True, kmeans="lloyd")
+    report = pyllmq.compress(model, config, subject.calibration(draw), exclude=subject.exclude, progress=False)
+    setting = f"{bits:g}/{outliers:g}"
+    damage = subject.judge(model)
+    return [Result(subject.name, PUBLISHED, setting, draw, report.bits_per_weight, damage, report.seconds)]
+
+
+def run_ours(subject: Subject, bits: float, draw: int, steps: int) -> list[Result]:
+    """Untuned, and then the same model with its codebooks tuned if `steps`."""
+    model = copy.deepcopy(subject.dense)
+    config = pyllmq.ColumnCodebookConfig.preset("balanced", bits, guidance="rows")
+    report = pyllmq.compress(model, config, subject.calibration(draw), exclude=subject.exclude, progress=False)
+    found = [
+        Result(subject.name, UNTUNED, f"{bits:g}", draw, report.bits_per_weight, subject.judge(model), report.seconds)
+    ]
+    if steps:
+        started = time.perf_counter()
+        pyllmq.tune_codebooks(model, subject.dense, subject.tuning, steps=steps, progress=False)
+        seconds = report.seconds + time.perf_counter() - started
+        damage = subject.judge(model)
+        found.append(Result(subject.name, TUNED, f"{bits:g}", draw, report.bits_per_weight, damage, seconds))
+    return found
 
 
 @dataclass(frozen=True)
@@ -194,37 +222,25 @@ class Job:
     method: str
     setting: str
     draw: int
-    run: Callable[[], Result]
+    run: Callable[[], list[Result]]
 
 
 def plan(subject: Subject, draws: int, only: Sequence[str], steps: int) -> list[Job]:
     jobs: list[Job] = []
-
-    def configured(method: str, setting: str, config: Any, draw: int) -> Job:
-        return Job(method, setting, draw, lambda: run_config(subject, method, setting, config, draw))
-
-    def rival(method: str, bits: int, draw: int) -> Job:
-        return Job(method, str(bits), draw, lambda: run_rival(subject, method, bits, draw))
-
     for draw in range(draws):
-        jobs += [rival(name, bits, draw) for name in RIVALS for bits in (2, 3, 4)]
+        for bits in TRUE_BITS:
+            jobs.append(Job(UNTUNED, f"{bits:g}", draw, partial(run_ours, subject, bits, draw, steps)))
         for bits, outliers in PUBLISHED_POINTS:
-            config = pyllmq.CLAQConfig(bits=bits, outliers=outliers, published=True, kmeans="lloyd")
-            jobs.append(configured(PUBLISHED, f"{bits:g}/{outliers:g}", config, draw))
-        for true_bits in TRUE_BITS:
-            for name, changes in OURS.items():
-                tuned = {"tune_steps": steps} if name == TUNED else {}
-                ours = pyllmq.ColumnCodebookConfig(bits=true_bits, **changes, **tuned)
-                jobs.append(configured(name, f"{true_bits:g}", ours, draw))
+            setting = f"{bits:g}/{outliers:g}"
+            jobs.append(Job(PUBLISHED, setting, draw, partial(run_published, subject, bits, outliers, draw)))
+        for name in RIVALS:
+            jobs += [Job(name, f"{b}", draw, partial(run_rival, subject, name, b, draw)) for b in (2, 3, 4)]
     return [job for job in jobs if job.method in only]
 
 
-PUBLISHED, UNTUNED, TUNED = "CLAQ as published", "ours", "ours, codebooks tuned"
-OURS: dict[str, dict[str, Any]] = {
-    UNTUNED: {"guidance": "rows"},
-    TUNED: {"guidance": "rows"},
-}
-METHODS = (*RIVALS, PUBLISHED, *OURS)
+PUBLISHED, UNTUNED, TUNED = "CLAQ published", "ours", "ours tuned"
+OURS = (UNTUNED, TUNED)
+METHODS = (*RIVALS, PUBLISHED, UNTUNED)
 
 
 # ---- report -----------------------------------------------------------------------------------------------------------
@@ -235,7 +251,9 @@ def read(file: Path) -> list[Result]:
         return []
     with file.open(newline="") as lines:
         return [
-            Result(r["model"], r["method"], r["setting"], int(r["draw"]), *(float(r[f.name]) for f in fields(Result)[4:]))
+            Result(
+                r["model"], r["method"], r["setting"], int(r["draw"]), *(float(r[f.name]) for f in fields(Result)[4:])
+            )
             for r in csv.DictReader(lines)
         ]
 
@@ -250,7 +268,7 @@ def append(file: Path, result: Result) -> None:
 
 
 def curve(results: Sequence[Result], method: str, draw: int | None = None) -> list[tuple[float, float]]:
-    """(true bits, damage) by rising bits, the mean over draws unless one is given; points that another beats in both are left out."""
+    """(true bits, damage) by rising bits, the mean over draws unless one is given, without points that another beats."""
     by_setting: dict[str, list[Result]] = {}
     for r in results:
         if r.method == method and draw in (None, r.draw):
@@ -276,7 +294,10 @@ def table(results: Sequence[Result]) -> str:
     for model in dict.fromkeys(r.model for r in results):
         mine = [r for r in results if r.model == model]
         draws = sorted({r.draw for r in mine})
-        lines += [f"{model}, {len(draws)} calibration draws", "true bits".ljust(24) + "".join(f"{b:>16g}" for b in TRUE_BITS)]
+        lines += [
+            f"{model}, {len(draws)} calibration draws",
+            "true bits".ljust(24) + "".join(f"{b:>16g}" for b in TRUE_BITS),
+        ]
         for method in dict.fromkeys(r.method for r in mine):
             cells = []
             for bits in TRUE_BITS:
@@ -288,7 +309,10 @@ def table(results: Sequence[Result]) -> str:
         for method in OURS:
             ratios = []
             for bits in TRUE_BITS:
-                pairs = [(interpolate(curve(mine, method, d), bits), interpolate(curve(mine, PUBLISHED, d), bits)) for d in draws]
+                pairs = [
+                    (interpolate(curve(mine, method, d), bits), interpolate(curve(mine, PUBLISHED, d), bits))
+                    for d in draws
+                ]
                 values = [a / b for a, b in pairs if a is not None and b is not None]
                 ratios.append(f"{mean(values):.3f}" if values else "-")
             lines.append(f"{method} / published".ljust(24)[:34] + "".join(f"{c:>16}" for c in ratios))
@@ -308,7 +332,13 @@ def plot(results: Sequence[Result], file: Path) -> None:
         for method in dict.fromkeys(r.method for r in mine):
             points = curve(mine, method)
             ours = method in OURS
-            axis.plot(*zip(*points, strict=True), "o-" if ours else "s--", label=method, linewidth=2 if ours else 1, markersize=4)
+            axis.plot(
+                *zip(*points, strict=True),
+                "o-" if ours else "s--",
+                label=method,
+                linewidth=2 if ours else 1,
+                markersize=4,
+            )
         axis.set_yscale("log")
         axis.set_xlabel("true bits per weight (everything stored)")
         encoder_like = max(r.damage for r in mine) <= 1 and "MiniLM" in model
@@ -323,15 +353,19 @@ def plot(results: Sequence[Result], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", type=Path, help="folder of a sentence encoder")
-    parser.add_argument("--causal", type=Path, action="append", default=[], help="folder of a causal model (repeatable)")
+    parser.add_argument(
+        "--causal", type=Path, action="append", default=[], help="folder of a causal model (repeatable)"
+    )
     parser.add_argument("--draws", type=int, default=3, help="calibration draws")
-    parser.add_argument("--methods", default=",".join(METHODS).replace(", ", "; "), help="which, separated by commas (; for a comma)")
-    parser.add_argument("--steps", type=int, default=200, help="of codebook tuning")
-    parser.add_argument("--csv", type=Path, default=Path("pyllmq_accuracy.csv"), help="appended to; what it holds is not run again")
+    parser.add_argument("--methods", default=",".join(METHODS), help="which, separated by commas")
+    parser.add_argument("--steps", type=int, default=200, help="of codebook tuning; 0 for none")
+    parser.add_argument(
+        "--csv", type=Path, default=Path("pyllmq_accuracy.csv"), help="appended to; what it holds is not run again"
+    )
     parser.add_argument("--plot", type=Path, help="PNG to draw")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no further run after so long")
     given = parser.parse_args()
-    only = [name.strip().replace(";", ",") for name in given.methods.split(",")]
+    only = [name.strip() for name in given.methods.split(",")]
     if unknown := set(only) - set(METHODS):
         raise SystemExit(f"--methods: {sorted(unknown)}; allowed: {', '.join(METHODS)}")
     started = time.monotonic()
@@ -343,13 +377,13 @@ def main() -> None:
                 continue
             if time.monotonic() - started > 60 * given.minutes:
                 break
-            result = job.run()
-            append(given.csv, result)
-            print(
-                f"{result.method:24} {result.setting:>10} draw {result.draw}: {result.true_bits:.3f} true bits, "
-                f"damage {result.damage:.5f}, {result.seconds:.0f} s",
-                flush=True,
-            )
+            for result in job.run():
+                append(given.csv, result)
+                print(
+                    f"{result.method:16} {result.setting:>10} draw {result.draw}: {result.true_bits:.3f} true bits, "
+                    f"damage {result.damage:.5f}, {result.seconds:.0f} s",
+                    flush=True,
+                )
     results = read(given.csv)
     print(table(results))
     if given.plot:

@@ -100,7 +100,8 @@ def main() -> None:
         )
     )
     print(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(stream)} training tokens", flush=True
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(stream)} training tokens",
+        flush=True,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     started, losses = time.monotonic(), []

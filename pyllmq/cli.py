@@ -50,14 +50,19 @@ def build_parser() -> argparse.ArgumentParser:
         "output", metavar="OUT", help="folder to write; an earlier packed folder of that name is replaced at the end"
     )
     c.add_argument(
-        "--method", choices=["columns", "claq"], default="columns", help="column codebooks at their best, or as published"
+        "--method",
+        choices=["columns", "claq"],
+        default="columns",
+        help="column codebooks at their best, or as published",
     )
     c.add_argument(
         "--bits",
         type=float,
         help="true bits per weight, everything counted; with claq as its paper counts; default 3, with claq 3.12",
     )
-    c.add_argument("--size", metavar="SIZE", help="instead of --bits: size of the folder to write, such as 1.9GB or 700MB")
+    c.add_argument(
+        "--size", metavar="SIZE", help="instead of --bits: size of the folder to write, such as 1.9GB or 700MB"
+    )
     c.add_argument("--preset", choices=["fast", "balanced", "best"], default="balanced", help="of the method columns")
     c.add_argument("--tune", type=int, metavar="STEPS", help="steps of codebook tuning; default of the preset")
     c.add_argument(

@@ -135,8 +135,6 @@ class ColumnCodebookConfig:
     """Where the Linear has a bias, let it take up the mean error, and weigh the rest by the input's covariance."""
     guidance: str = "none"
     """Weigh "rows", "tokens" or "rows+tokens" by the gradient of the model's loss; "none" weighs all alike."""
-    across: float = 0.0
-    """How far, 0 to 1, widths follow the loss from one Linear to another; 0 gives all Linears the same."""
     share_bits: bool = True
     """Linears with the same input (q/k/v, gate/up) get the same width in each column: serving engines merge them."""
     kmeans: str = "exact"
@@ -155,7 +153,6 @@ class ColumnCodebookConfig:
     def __post_init__(self) -> None:
         _number("bits", self.bits, 1.1, 8)
         _number("tolerance", self.tolerance, 0, 1)
-        _number("across", self.across, 0, 1)
         _number("damping", self.damping, 0, 1)
         if self.widths is not None:
             widths = tuple(self.widths)
@@ -177,7 +174,7 @@ class ColumnCodebookConfig:
 
     @classmethod
     def preset(cls, name: str, bits: float, **changes: Any) -> ColumnCodebookConfig:
-        """"fast": sweep and allocation alone. "balanced": with descent. "best": guided by the model's loss, and tuned."""
+        """ "fast": sweep and allocation alone. "balanced": with descent. "best": guided by the model's loss, and tuned."""
         settings: dict[str, dict[str, Any]] = {
             "fast": {"cycles": 0, "kmeans": "windowed", "outliers": False},
             "balanced": {},

@@ -13,6 +13,8 @@ from pyllmq.loading import packed_structures
 
 from . import models
 
+SMALL = ["--samples", "4", "--seqlen", "32", "--quiet"]
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
@@ -26,7 +28,20 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def packed(source, tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "packed"
-    arguments = ["compress", str(source), str(path), "--method", "claq", "--bits", "3.12", "--samples", "4", "--seqlen", "32", "--quiet"]
+    arguments = [
+        "compress",
+        str(source),
+        str(path),
+        "--method",
+        "claq",
+        "--bits",
+        "3.12",
+        "--samples",
+        "4",
+        "--seqlen",
+        "32",
+        "--quiet",
+    ]
     assert main(arguments) == 0
     return path
 
@@ -52,13 +67,16 @@ def test_compress_prints_a_report_and_writes_a_folder(source, tmp_path, capsys):
 
 
 def test_the_target_is_the_true_size(source, tmp_path, capsys):
-    small = ["--samples", "4", "--seqlen", "32", "--quiet"]
+    small = SMALL
     assert main(["compress", str(source), str(tmp_path / "a"), "--bits", "3.5", "--tune", "2", *small]) == 0
     weights = sum(s.out_features * s.in_features for s in packed_structures(tmp_path / "a").values())
     bits = 8 * sum(s.nbytes for s in packed_structures(tmp_path / "a").values()) / weights
     assert 3.4 < bits <= 3.5
     size = sum(f.stat().st_size for f in (tmp_path / "a").iterdir())
-    assert main(["compress", str(source), str(tmp_path / "b"), "--size", f"{size / 1000}KB", "--preset", "fast", *small]) == 0
+    assert (
+        main(["compress", str(source), str(tmp_path / "b"), "--size", f"{size / 1000}KB", "--preset", "fast", *small])
+        == 0
+    )
     assert sum(f.stat().st_size for f in (tmp_path / "b").iterdir()) == pytest.approx(size, rel=0.02)
     capsys.readouterr()
     for wrong, message in (

@@ -63,7 +63,13 @@ def dense_in_fp64(weight: CodebookWeight, codes: Tensor, leaves: dict[str, Tenso
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("rows", "size", "segments", "outliers", "scaled"),
-    [(1, 1, 1, 0.0, False), (7, 5, 2, 0.3, True), (33, 65, 1, 0.0, True), (130, 300, 3, 0.02, True), (64, 515, 1, 0.1, False)],
+    [
+        (1, 1, 1, 0.0, False),
+        (7, 5, 2, 0.3, True),
+        (33, 65, 1, 0.0, True),
+        (130, 300, 3, 0.02, True),
+        (64, 515, 1, 0.1, False),
+    ],
 )
 def test_gradients_are_those_of_the_dense_matrix(
     backend: str, rows: int, size: int, segments: int, outliers: float, scaled: bool
@@ -92,7 +98,9 @@ def test_gradients_are_those_of_the_dense_matrix(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_codebook_gradient_by_hand(backend: str) -> None:
     codes = torch.tensor([[0, 1], [1, 1], [0, 1]], dtype=torch.uint8)
-    weight = CodebookWeight.pack(codes, torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1, 1]), row_scale=torch.tensor([1.0, 2, 4]))
+    weight = CodebookWeight.pack(
+        codes, torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1, 1]), row_scale=torch.tensor([1.0, 2, 4])
+    )
     gradient = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])
     with use_backend(backend):
         found = functional.codebook_gradient(gradient, weight.checkpoint_operand())
@@ -125,7 +133,9 @@ def test_fake_and_autograd_registration() -> None:
     weight, _ = packed(6, 10, 2, 0.2, True)
     operand, _ = trainable(weight)
     gradient = torch.randn(6, 10)
-    torch.library.opcheck(torch.ops.pyllmq.codebook_gradient, (gradient, list(weight.checkpoint_operand().tensors), "checkpoint"))
+    torch.library.opcheck(
+        torch.ops.pyllmq.codebook_gradient, (gradient, list(weight.checkpoint_operand().tensors), "checkpoint")
+    )
 
 
 def test_bad_input() -> None:

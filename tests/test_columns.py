@@ -158,8 +158,6 @@ def test_budgets_sum_to_what_is_asked() -> None:
     shapes = {"a": (64, 48), "b": (128, 64), "c": (16, 512)}
     shared = allocate.share_out(shapes, 3000, row_scale=True)
     assert sum(shared.values()) == pytest.approx(3000, rel=1e-9)
-    moved = allocate.share_out(shapes, 3000, True, {"a": 0.5, "b": 0.0, "c": -0.5})
-    assert sum(moved.values()) == pytest.approx(3000, rel=1e-9) and moved["a"] > shared["a"] and moved["c"] < shared["c"]
 
 
 # ---- one group --------------------------------------------------------------------------------------------------------
@@ -193,14 +191,18 @@ def test_descent_and_allocation_lower_the_error_at_equal_bytes() -> None:
 def test_the_bias_takes_up_the_mean_error() -> None:
     weight, hessian, mean = problem(40, 32)
     config = ColumnCodebookConfig(bits=3.0)
-    done = columns.compress_linears({"w": weight}, columns.InputStatistics(hessian, mean), 3.2 * weight.numel() / 8, config)["w"]
+    done = columns.compress_linears(
+        {"w": weight}, columns.InputStatistics(hessian, mean), 3.2 * weight.numel() / 8, config
+    )["w"]
     change = done.weight.dequantize() - weight
     assert done.bias_change is not None
     torch.testing.assert_close(change @ mean + done.bias_change, torch.zeros(40), rtol=0, atol=1e-5)
     covariance = hessian - torch.outer(mean, mean)
     expected = float(((change @ covariance) * change).sum() / ((weight @ hessian) * weight).sum())
     assert done.error == pytest.approx(expected, rel=1e-3)
-    without = columns.compress_linears({"w": weight}, columns.InputStatistics(hessian), 3.2 * weight.numel() / 8, config)["w"]
+    without = columns.compress_linears(
+        {"w": weight}, columns.InputStatistics(hessian), 3.2 * weight.numel() / 8, config
+    )["w"]
     assert without.bias_change is None and done.error < without.error
 
 

@@ -322,6 +322,7 @@ def _reads_checkpoint(problem: Problem) -> Support:
         return False, f"reads the layout {CHECKPOINT!r}, this weight is prepacked as {problem.layout!r}"
     return _on_cpu(problem)
 
+
 def _from_any_device(problem: Problem) -> Support:
     return (False, "needs values, not a meta tensor") if problem.device == "meta" else available()
 

@@ -13,8 +13,6 @@ from ..formats.codebook import CodebookStructure, outlier_column_dtype
 
 TOP_SHARE = 0.1
 TOP_KEEP = 2.8
-MAX_EXTRA = 1.0
-"""Bits that a Linear may be off the common width."""
 OTHER_KEEP = 0.8  # 0.1 * 2.8 + 0.9 * 0.8 = 1: the shares average to the one asked for
 
 
@@ -220,19 +218,11 @@ def bytes_at(width: float, rows: int, columns: int, row_scale: bool) -> float:
     return columns + 4 + 2 * rows * row_scale + columns * (rows * width / 8 + 2 * 2**width)
 
 
-def share_out(
-    shapes: Mapping[str, tuple[int, int]], nbytes: float, row_scale: bool, extra: Mapping[str, float] | None = None
-) -> dict[str, float]:
-    """name -> bytes: as many for each Linear [rows, columns] as one width, the same for all, would take there.
-
-    `extra` moves single Linears off the common width by so many bits.
-    """
-    extra = extra or {}
+def share_out(shapes: Mapping[str, tuple[int, int]], nbytes: float, row_scale: bool) -> dict[str, float]:
+    """name -> bytes: as many for each Linear [rows, columns] as one width, the same for all, would take there."""
 
     def at(width: float) -> dict[str, float]:
-        return {
-            name: bytes_at(max(width + extra.get(name, 0.0), 1.0), *shape, row_scale) for name, shape in shapes.items()
-        }
+        return {name: bytes_at(width, *shape, row_scale) for name, shape in shapes.items()}
 
     low, high = 0.0, 16.0
     for _ in range(60):
@@ -242,15 +232,3 @@ def share_out(
         else:
             low = middle
     return at(low)
-
-
-def extra_bits(
-    sensitivity: Mapping[str, float], shapes: Mapping[str, tuple[int, int]], strength: float
-) -> dict[str, float]:
-    """name -> bits to add: losses a_m 4^-b of n_m weights each are least in sum where b follows log4(a_m / n_m)."""
-    sizes = {name: math.prod(shapes[name]) for name in sensitivity}
-    wanted = {name: math.log(max(a, 1e-300) / sizes[name], 4) for name, a in sensitivity.items()}
-    middle = sum(wanted[name] * size for name, size in sizes.items()) / sum(sizes.values())
-    return {
-        name: max(-MAX_EXTRA, min(MAX_EXTRA, strength * (value - middle))) for name, value in wanted.items()
-    }

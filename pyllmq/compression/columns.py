@@ -125,9 +125,7 @@ def _plan(
 class ColumnFits(ColumnQuantizer):
     """Codes, codebook and kept weights of every column of one Linear, fitted by weighted k-means."""
 
-    def __init__(
-        self, name: str, weight: Tensor, row_weights: Tensor | None, row_scale: bool, method: str
-    ) -> None:
+    def __init__(self, name: str, weight: Tensor, row_weights: Tensor | None, row_scale: bool, method: str) -> None:
         rows, size = weight.shape
         self.name, self.weight, self.method = name, weight, method
         self.row_weights = torch.ones(rows) if row_weights is None else row_weights.float().clone()

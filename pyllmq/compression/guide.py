@@ -28,15 +28,12 @@ class Guidance:
     """name -> float32 [N], mean 1."""
     token_weights: dict[str, list[Tensor]] = field(default_factory=dict)
     """name -> for each batch float32, shaped as the Linear's input without its last dimension; mean 1 over all batches."""
-    sensitivity: dict[str, float] = field(default_factory=dict)
-    """name -> what the loss grows by, to second order, per relative squared error of the Linear's output; on any scale."""
 
 
 def output_gradients(model: nn.Module, linears: Mapping[str, nn.Module], batches: Sequence[Batch]) -> Guidance:
     """Row and token weights of each Linear for the model's own loss: of the next tokens, or of the sentence embedding."""
     squares: dict[str, Tensor] = {}
     tokens: dict[str, list[Tensor]] = {name: [] for name in linears}
-    powers = dict.fromkeys(linears, 0.0)
     index = 0
 
     def watch(name: str) -> Callable[..., None]:
@@ -55,8 +52,6 @@ def output_gradients(model: nn.Module, linears: Mapping[str, nn.Module], batches
             if not output.requires_grad:
                 output.requires_grad_()
             output.register_hook(took_gradient)
-            values = output.detach().float()
-            powers[name] += float(values.sub(values.flatten(0, -2).mean(0)).square().mean())
 
         return hook
 
@@ -66,7 +61,7 @@ def output_gradients(model: nn.Module, linears: Mapping[str, nn.Module], batches
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.enable_grad():
-            for index, batch in enumerate(batches):
+            for index, batch in enumerate(batches):  # noqa: B007  (read by the hooks)
                 losses = _losses(model(**batch), batch, generator)
                 for left, loss in enumerate(losses, 1 - len(losses)):
                     loss.backward(retain_graph=left < 0)
@@ -75,10 +70,9 @@ def output_gradients(model: nn.Module, linears: Mapping[str, nn.Module], batches
             handle.remove()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted[name])
-    sensitivity = {name: float(total.sum()) * powers[name] for name, total in squares.items()}
     rows = {name: _limited(total) for name, total in squares.items()}
     complete = {name: known for name, known in tokens.items() if len(known) == len(batches)}
-    return Guidance(rows, {name: _limited_list(known) for name, known in complete.items()}, sensitivity)
+    return Guidance(rows, {name: _limited_list(known) for name, known in complete.items()})
 
 
 def _losses(output: Any, batch: Batch, generator: torch.Generator) -> list[Tensor]:
@@ -90,7 +84,9 @@ def _losses(output: Any, batch: Batch, generator: torch.Generator) -> list[Tenso
             targets[mask == 0] = -100
         flat = logits[:, :-1].float().flatten(0, 1)
         return [nn.functional.cross_entropy(flat, targets[:, 1:].flatten(), reduction="sum")]
-    hidden = next(value for value in output.values() if isinstance(value, Tensor)) if hasattr(output, "values") else output
+    hidden = (
+        next(value for value in output.values() if isinstance(value, Tensor)) if hasattr(output, "values") else output
+    )
     hidden = hidden[0] if isinstance(hidden, tuple | list) else hidden
     if hidden.dim() == 3:
         mask = batch.get("attention_mask")

@@ -249,16 +249,15 @@ def _gives(output: Tensor, wanted: Tensor) -> bool:
 
 def _plan_budgets(job: _Job, config: ColumnCodebookConfig, linears: dict[str, nn.Module]) -> None:
     """Bytes for every Linear, and what one backward pass of the dense model says about its rows and tokens."""
-    shapes = {name: (int(w.shape[0]), int(w.shape[1])) for name, w in ((n, dense_weight(m)) for n, m in linears.items())}
-    extra = None
-    if config.guidance != "none" or config.across:
+    shapes = {
+        name: (int(w.shape[0]), int(w.shape[1])) for name, w in ((n, dense_weight(m)) for n, m in linears.items())
+    }
+    if config.guidance != "none":
         found = output_gradients(job.model, linears, job.batches)
-        if config.across:
-            extra = allocate.extra_bits(found.sensitivity, shapes, config.across)
         rows = found.row_weights if "rows" in config.guidance else {}
         job.guidance = Guidance(rows, found.token_weights if "tokens" in config.guidance else {})
     weights = sum(rows * columns for rows, columns in shapes.values())
-    job.budgets = allocate.share_out(shapes, config.bits * weights / 8, config.row_scale, extra)
+    job.budgets = allocate.share_out(shapes, config.bits * weights / 8, config.row_scale)
 
 
 Visit = Callable[[dict[str, nn.Module], columns.InputStatistics], None]
@@ -442,9 +441,7 @@ def _compress_group(job: _Job, group: dict[str, nn.Module], inputs: columns.Inpu
         bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
         if bias is not None and done.bias_change is not None:
             bias = bias + done.bias_change.to(bias)
-        layer = CodebookLinear.from_weight(
-            done.weight.to(dense.device), bias, dense.dtype
-        )
+        layer = CodebookLinear.from_weight(done.weight.to(dense.device), bias, dense.dtype)
         job.replaced[name] = module
         replace_module(job.model, name, layer)
         job.report.layers.append(
@@ -516,6 +513,6 @@ def bits_for_size(
     bits = 8 * (nbytes - dense) / max(1, sum(w.numel() for w in weights))
     if not 1.1 <= bits <= 8:
         raise ValueError(
-            f"{nbytes} bytes leave {max(bits, 0.0):.3f} bits per weight beside {dense} bytes that stay dense; allowed: 1.1 to 8 bits"
+            f"{nbytes} bytes leave {max(bits, 0.0):.3f} bits per weight beside {dense} bytes that stay dense; allowed: 1.1 to 8"
         )
     return bits

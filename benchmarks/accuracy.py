@@ -203,7 +203,7 @@ def run_published(subject: Subject, bits: float, outliers: float, draw: int) -> 
 def run_ours(subject: Subject, bits: float, draw: int, steps: int) -> list[Result]:
     """Untuned, and then the same model with its codebooks tuned if `steps`."""
     model = copy.deepcopy(subject.dense)
-    config = pyllmq.ColumnCodebookConfig.preset("balanced", bits, guidance="rows")
+    config = pyllmq.ColumnCodebookConfig.preset("balanced", bits)
     report = pyllmq.compress(model, config, subject.calibration(draw), exclude=subject.exclude, progress=False)
     found = [
         Result(subject.name, UNTUNED, f"{bits:g}", draw, report.bits_per_weight, subject.judge(model), report.seconds)

@@ -133,8 +133,9 @@ class ColumnCodebookConfig:
     """The descent ends when a pass gains less than this share of what the first gained."""
     correct_bias: bool = True
     """Where the Linear has a bias, let it take up the mean error, and weigh the rest by the input's covariance."""
-    guidance: str = "none"
-    """Weigh "rows", "tokens" or "rows+tokens" by the gradient of the model's loss; "none" weighs all alike."""
+    guidance: str = "rows"
+    """Weigh "rows", "tokens" or "rows+tokens" by the gradient of the model's loss, which takes a backward pass; "none"
+    weighs all alike."""
     share_bits: bool = True
     """Linears with the same input (q/k/v, gate/up) get the same width in each column: serving engines merge them."""
     kmeans: str = "exact"
@@ -174,11 +175,11 @@ class ColumnCodebookConfig:
 
     @classmethod
     def preset(cls, name: str, bits: float, **changes: Any) -> ColumnCodebookConfig:
-        """ "fast": sweep and allocation alone. "balanced": with descent. "best": guided by the model's loss, and tuned."""
+        """Presets: `fast` sweeps and allocates, `balanced` is guided by the loss and descends, `best` descends longer and tunes."""
         settings: dict[str, dict[str, Any]] = {
-            "fast": {"cycles": 0, "kmeans": "windowed", "outliers": False},
+            "fast": {"cycles": 0, "kmeans": "windowed", "outliers": False, "guidance": "none"},
             "balanced": {},
-            "best": {"cycles": 5, "tolerance": 0.02, "guidance": "rows", "tune_steps": 200},
+            "best": {"cycles": 6, "tolerance": 0.02, "tune_steps": 200},
         }
         if name not in settings:
             raise ValueError(f"the preset is {name!r}; allowed: {', '.join(map(repr, PRESETS))}")

@@ -84,10 +84,12 @@ def _losses(output: Any, batch: Batch, generator: torch.Generator) -> list[Tenso
             targets[mask == 0] = -100
         flat = logits[:, :-1].float().flatten(0, 1)
         return [nn.functional.cross_entropy(flat, targets[:, 1:].flatten(), reduction="sum")]
-    hidden = (
-        next(value for value in output.values() if isinstance(value, Tensor)) if hasattr(output, "values") else output
-    )
-    hidden = hidden[0] if isinstance(hidden, tuple | list) else hidden
+    hidden = getattr(output, "last_hidden_state", output)
+    if not isinstance(hidden, Tensor) or not hidden.requires_grad:
+        raise ValueError(
+            f"the model gives a {type(output).__name__}: neither logits [B, L, vocabulary] nor last_hidden_state, so there is no "
+            "loss to be guided by; take guidance='none'"
+        )
     if hidden.dim() == 3:
         mask = batch.get("attention_mask")
         weight = torch.ones(hidden.shape[:2]) if mask is None or mask.shape != hidden.shape[:2] else mask

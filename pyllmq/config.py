@@ -146,8 +146,8 @@ class ColumnCodebookConfig:
     """Process the columns by falling diagonal of the Hessian."""
     block_size: int = 128
     """Columns between two updates of all later columns."""
-    damping: float = 0.01
-    """Share of the Hessian's mean diagonal added to its diagonal."""
+    damping: float = 0.05
+    """Share of the Hessian's mean diagonal added to its diagonal; less lets the descent fit the calibration text too closely."""
     true_sequential: bool = True
     """Calibrate q/k/v, o, gate/up, down one after the other, each on the outputs of those before."""
 

@@ -128,20 +128,6 @@ def _spend(groups: Sequence[ColumnErrors], budget: float) -> Allocation | None:
     if budget < float(cost[0]) * columns:
         return None
     error = torch.stack([g.error for g in groups]).sum(0)
-
-    def at(price: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Index of the width, bytes and loss of every column."""
-        saved = torch.stack([(g.worst - price * outlier).clamp_min(0).sum(-1) for g in groups]).sum(0)
-        choice = (error - saved + price * cost).argmin(1)
-        place = torch.arange(columns)
-        nbytes, loss = cost[choice], error[place, choice]
-        for g in groups:
-            chosen = g.worst[place, choice]
-            keep = chosen > price * outlier
-            nbytes = nbytes + outlier * keep.sum(-1)
-            loss = loss - (chosen * keep).sum(-1)
-        return choice, nbytes, loss
-
     # What whole bytes take or free is known only afterwards: aim again at what is left over.
     allowed, least_left, found = budget, math.inf, None
     for _ in range(6):

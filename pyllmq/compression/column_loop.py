@@ -327,6 +327,11 @@ def refine_columns(
     return RefineResult(restored.t().contiguous(), decreases)
 
 
+def squared_output(matrix: Tensor, hessian: Tensor) -> float:
+    """tr(M H M^T): the squared output of M [N, K], summed over rows and averaged over tokens as H is."""
+    return float(((matrix @ hessian) * matrix).sum(1).double().sum())
+
+
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """tr(E H E^T) / tr(W H W^T), E = quantized - weight: the squared output error relative to the squared output.
 
@@ -343,12 +348,9 @@ def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
             "not fit; they must be [N, K], [N, K] and [K, K]"
         )
     hessian = hessian.to(torch.promote_types(hessian.dtype, torch.float32))
-
-    def trace(matrix: Tensor) -> float:
-        return float(((matrix @ hessian) * matrix).sum(1).double().sum())
-
     dense = weight.to(hessian.dtype)
-    error, output = max(0.0, trace(quantized.to(hessian.dtype) - dense)), trace(dense)
+    error = max(0.0, squared_output(quantized.to(hessian.dtype) - dense, hessian))
+    output = squared_output(dense, hessian)
     if output <= 0:
         return 0.0 if error == 0 else float("inf")
     return error / output

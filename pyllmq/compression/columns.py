@@ -20,7 +20,7 @@ from ..formats import CodebookWeight
 from ..kmeans import kmeans_1d
 from . import allocate
 from .claq import CompressedLinear, check_weight, outgrown
-from .column_loop import ColumnQuantizer, HessianFactor, factor_hessian, output_error, refine_columns, sweep_columns
+from .column_loop import ColumnQuantizer, HessianFactor, factor_hessian, refine_columns, squared_output, sweep_columns
 
 MAX_KEPT = 0.02
 """Largest share of a column's weights that may stay in fp16."""
@@ -33,13 +33,16 @@ class InputStatistics:
     hessian: Tensor
     """float [K, K]: mean of x x^T over the tokens, on any scale."""
     mean: Tensor | None = None
-    """float [K]: mean of x, on the scale of the Hessian (hessian - mean mean^T is the covariance). None: biases stay."""
+    """float [K]: mean of x, where the Hessian is the plain mean of x x^T: their difference is the covariance. None: biases stay."""
 
     def of_the_error(self) -> Tensor:
         """What the error is weighed by: where the bias takes up the mean error, only the input's covariance matters."""
         if self.mean is None:
             return self.hessian
-        return self.hessian - torch.outer(self.mean, self.mean)
+        covariance = self.hessian - torch.outer(self.mean, self.mean)
+        # An input that never changes has none; rounding may leave it a little below zero.
+        covariance.diagonal().clamp_(min=0)
+        return covariance
 
 
 def compress_linears(
@@ -66,6 +69,9 @@ def compress_linears(
         raise ValueError("weights is empty; it must map at least one name to a tensor [N, K]")
     for name, weight in weights.items():
         check_weight(name, weight, inputs.hessian)
+    # k-means runs on the CPU, whatever device the model is on.
+    weights = {name: weight.detach().float().cpu() for name, weight in weights.items()}
+    inputs = InputStatistics(inputs.hessian.cpu(), None if inputs.mean is None else inputs.mean.cpu())
     started = time.perf_counter()
     hessian = inputs.of_the_error()
     factor = factor_hessian(hessian, config.damping, config.act_order)
@@ -88,7 +94,7 @@ def compress_linears(
             )
             quantized = refined.quantized
         packed = columns.pack()
-        bias_change = None if inputs.mean is None else (weight.float() - quantized) @ inputs.mean / 2**0.5
+        bias_change = None if inputs.mean is None else (weight - quantized) @ inputs.mean
         seconds = time.perf_counter() - started + shared_seconds
         error = _relative_error(weight, quantized, hessian, inputs.hessian)
         compressed[name] = CompressedLinear(packed, error, seconds, packed.bits_per_weight, bias_change)
@@ -96,11 +102,11 @@ def compress_linears(
 
 
 def _relative_error(weight: Tensor, quantized: Tensor, of_the_error: Tensor, of_the_output: Tensor) -> float:
-    error = output_error(weight, quantized, of_the_error)
-    if of_the_error is of_the_output:
-        return error
-    w = weight.float()
-    return error * float(((w @ of_the_error) * w).sum().double() / ((w @ of_the_output) * w).sum().double())
+    """Squared error of the output that the bias leaves, relative to the squared output."""
+    error, output = squared_output(quantized - weight, of_the_error), squared_output(weight, of_the_output)
+    if output <= 0:
+        return 0.0 if error <= 0 else float("inf")
+    return max(0.0, error) / output
 
 
 def _plan(
@@ -109,6 +115,7 @@ def _plan(
     """name -> (column bits uint8 [K], how many weights of each column to keep, int64 [K])."""
     cost = torch.empty(len(factor.order), dtype=torch.float64)
     cost[factor.order] = factor.upper.diagonal().double().pow(-2)
+    cost[factor.dead_columns] = 0
     names = list(fits)
     errors = [fits[name].errors(config.allowed_widths, cost, hessian, config.outliers) for name in names]
     if config.share_bits:
@@ -128,10 +135,10 @@ class ColumnFits(ColumnQuantizer):
     def __init__(self, name: str, weight: Tensor, row_weights: Tensor | None, row_scale: bool, method: str) -> None:
         rows, size = weight.shape
         self.name, self.weight, self.method = name, weight, method
-        self.row_weights = torch.ones(rows) if row_weights is None else row_weights.float().clone()
+        self.row_weights = torch.ones(rows) if row_weights is None else row_weights.float().cpu()
         self.scale = torch.ones(rows)
         if row_scale:
-            rms = weight.float().square().mean(1).sqrt()
+            rms = weight.square().mean(1).sqrt()
             # Rounded to fp16 first: what is fitted is what is stored. A row of zeros keeps scale 1.
             self.scale = rms.half().float()
             self.scale[self.scale == 0] = 1.0
@@ -141,7 +148,7 @@ class ColumnFits(ColumnQuantizer):
 
     def errors(self, widths: tuple[int, ...], cost: Tensor, hessian: Tensor, outliers: bool) -> allocate.ColumnErrors:
         """Losses at each width, in units of this Linear's squared output; `cost` [K] is that of a squared error of 1."""
-        weight = self.weight.float()
+        weight = self.weight
         output = float(((weight @ hessian) * weight).sum(1).mul(self.row_weights).double().sum())
         points = (weight / self.scale[:, None]).t().contiguous()
         unit = (cost / max(output, 1e-300))[:, None]

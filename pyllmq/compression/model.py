@@ -369,7 +369,7 @@ def _group_by_input(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> list
 def _input_statistics(
     job: _Job, groups: list[dict[str, nn.Module]], run: Callable[[int], Any]
 ) -> list[columns.InputStatistics]:
-    """H = 2/n sum x x^T over the calibration tokens, fp32 [K, K], and the mean, for the common input of each group."""
+    """H, fp32 [K, K], a sum of x x^T over the calibration tokens, and their mean, for the common input of each group."""
     sums: list[Tensor | None] = [None] * len(groups)
     totals: list[Tensor | None] = [None] * len(groups)
     tokens = [0.0] * len(groups)
@@ -386,6 +386,8 @@ def _input_statistics(
                 x = x[mask.bool()]
                 s = None if s is None else s[mask.bool()]
             x = x.reshape(-1, x.shape[-1]).float()
+            if s is not None and s.numel() != len(x):  # an expert that was sent other tokens than in the dense model
+                s = None
             weighted = x if s is None else x * s.reshape(-1, 1)
             for into, value in ((sums, weighted.T @ x), (totals, weighted.sum(0))):
                 known = into[i]
@@ -408,9 +410,12 @@ def _input_statistics(
                 f"the calibration data reaches {next(iter(groups[i]))} with no token; is the attention_mask all zero?"
             )
         biased = all(isinstance(module.bias, Tensor) for module in groups[i].values())
-        # On the scale of the Hessian: 2/n sum x x^T - mean mean^T is then twice the covariance.
-        mean = total.mul_(2.0**0.5 / tokens[i]) if biased and getattr(job.config, "correct_bias", False) else None
-        found.append(columns.InputStatistics(products.mul_(2.0 / tokens[i]), mean))
+        # The published method knows 2/n sum x x^T; the covariance needs the plain mean.
+        if isinstance(job.config, CLAQConfig):
+            found.append(columns.InputStatistics(products.mul_(2.0 / tokens[i])))
+            continue
+        mean = total.div_(tokens[i]) if biased and job.config.correct_bias else None
+        found.append(columns.InputStatistics(products.div_(tokens[i]), mean))
     return found
 
 

@@ -160,6 +160,6 @@ def sources(binding, folder, *patterns):
 
 extensions = [Extension("pyllmq._cpu", sources("bindings_cpu.cpp", "cpu", "*.cpp"))]
 if find_nvcc():
-    extensions.append(Extension("pyllmq._cuda", sources("bindings_cuda.cpp", "cuda", "*.cu")))
+    extensions.append(Extension("pyllmq._cuda", sources("bindings_cuda.cpp", "cuda", "*.cpp", "*.cu")))
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .backends import cpu as cpu_backend
 from .backends import prepack
 from .compression import data_free
 from .dispatch import CHECKPOINT, DEFAULT_PRECISION, WeightOperand
@@ -234,10 +233,10 @@ class CodebookLinear(nn.Module):
         for key in halves:
             self._buffers[key] = self._buffers[key].view(torch.float16)  # type: ignore[union-attr]
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=bits.device)).dtype
-        was_prepared, self._operand = self._operand is not None, None
+        operand, self._operand = self._operand, None
         layout = self._buffers.get("layout")
-        if was_prepared and layout is not None:
-            self._operand = WeightOperand(cpu_backend.LAYOUT, (layout,), self.out_features, self.in_features)
+        if operand is not None and layout is not None:
+            self._operand = WeightOperand(operand.layout, (layout,), self.out_features, self.in_features)
         elif moves and self._column_bits().device.type != "meta" and bits.device.type != "meta":
             self.prepare()
         return self

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from .backends import cpu as _cpu_backend
+from .backends import cuda as _cuda_backend
 from .backends import reference as _reference_backend
 from .dispatch import DEFAULT_PRECISION, PRECISIONS, WeightOperand, kernel_for
 
 _cpu_backend.register_kernels()
+_cuda_backend.register_kernels()
 _reference_backend.register_kernels()
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

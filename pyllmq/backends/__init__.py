@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from . import cpu, reference
-
-__all__ = ["cpu", "prepack", "reference", "report"]
+from torch import Tensor
 
 from ..dispatch import CHECKPOINT, WeightOperand, forced_backend
+from . import cpu, cuda, reference
+
+__all__ = ["cpu", "cuda", "layout_codes", "machine_layout", "prepack", "reference", "report"]
+
+_WITH_LAYOUT = {cpu.LAYOUT: cpu, cuda.LAYOUT: cuda}
+
+
+def machine_layout(device: str) -> str:
+    """Name of the layout that weights get on that type of device; `checkpoint` where no back end has one of its own."""
+    for name, backend in _WITH_LAYOUT.items():
+        if device == backend.DEVICE and forced_backend() in (None, name) and backend.available()[0]:
+            return name
+    return CHECKPOINT
 
 
 def prepack(operand: WeightOperand) -> WeightOperand:
@@ -17,27 +28,27 @@ def prepack(operand: WeightOperand) -> WeightOperand:
     """
     if operand.layout != CHECKPOINT:
         return operand
-    if operand.tensors[0].device.type == "cpu" and forced_backend() in (None, "cpu") and cpu.available()[0]:
-        return cpu.prepack(operand)
-    return operand
+    layout = machine_layout(operand.tensors[0].device.type)
+    return operand if layout == CHECKPOINT else _WITH_LAYOUT[layout].prepack(operand)
+
+
+def layout_codes(operand: WeightOperand) -> Tensor:
+    """The codes, uint8 [N, K], of an operand in a machine layout."""
+    if operand.layout not in _WITH_LAYOUT:
+        raise ValueError(
+            f"the codes cannot be rebuilt from the layout {operand.layout!r}; allowed: {', '.join(map(repr, _WITH_LAYOUT))}"
+        )
+    return _WITH_LAYOUT[operand.layout].layout_codes(operand)
 
 
 def report() -> dict[str, tuple[bool, str]]:
     """For every back end: does it work here, and why (not)."""
     return {
         "cpu": cpu.available(),
-        "cuda": cuda_available(),
+        "cuda": cuda.available(),
         "triton": triton_available(),
         "reference": reference.available(),
     }
-
-
-def cuda_available() -> tuple[bool, str]:
-    try:
-        from .. import _cuda
-    except ImportError as error:
-        return False, f"pyllmq._cuda was not built ({error}); install with nvcc on PATH, or PYLLMQ_CUDA=1 to insist"
-    return False, f"built with CUDA runtime {_cuda.runtime_version()}, but this version ships no CUDA kernels yet"
 
 
 def triton_available() -> tuple[bool, str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, PRECISIONS, Kernel, Problem, Support, WeightOperand, register
 
 LAYOUT = "cpu"
+DEVICE = "cpu"
 
 _AUTOMATIC = 2
 """`path` of _cpu.codebook_linear (LinearPath in csrc/cpu/codebook_linear.h): tables or decoding, by a table of measured costs."""
@@ -155,7 +156,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def _on_cpu(problem: Problem) -> Support:
-    if problem.device != "cpu":
+    if problem.device != DEVICE:
         return False, f"needs tensors on the CPU, these are on {problem.device}"
     return available()
 

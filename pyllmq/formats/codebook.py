@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import cpu as cpu_backend
-from ..backends import prepack
+from ..backends import layout_codes, prepack
 from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, WeightOperand
 
 FORMAT_VERSION = 1
@@ -307,11 +306,7 @@ class CodebookWeight:
 
 def codes_from_operand(operand: WeightOperand, column_bits: Tensor) -> dict[str, Tensor]:
     """The `codes_b*` tensors of a checkpoint, rebuilt from a machine layout that replaced them in memory."""
-    if operand.layout != cpu_backend.LAYOUT:
-        raise FormatError(
-            f"the codes cannot be rebuilt from the layout {operand.layout!r}; allowed: {cpu_backend.LAYOUT!r}"
-        )
-    codes = cpu_backend.layout_codes(operand)
+    codes = layout_codes(operand)
     widths = column_bits.unique().tolist()
     return {f"codes_b{bits}": ops.pack_codes(codes[:, column_bits == bits].contiguous(), bits) for bits in widths}
 

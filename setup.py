@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -130,9 +131,18 @@ class BuildExtension(build_ext):
 
     @staticmethod
     def includes():
-        import pybind11
+        try:
+            import pybind11
 
-        return ["-I" + pybind11.get_include(), "-I" + sysconfig.get_paths()["include"], "-I" + str(CSRC)]
+            binding = pybind11.get_include()
+        except ImportError:  # torch carries the same headers
+            found = find_spec("torch")
+            if found is None:
+                raise SystemExit(
+                    "pybind11 is missing, and so is torch, which carries its headers; pip install pybind11"
+                ) from None
+            binding = str(Path(found.origin).parent / "include")
+        return ["-I" + binding, "-I" + sysconfig.get_paths()["include"], "-I" + str(CSRC)]
 
     def cxx_compile(self, source):
         isa = next((flags for suffix, flags in ISA_FLAGS.items() if source.stem.endswith(suffix)), [])

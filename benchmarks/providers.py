@@ -57,6 +57,8 @@ class Provider:
     make: Callable[[Tensor], Layer]
     tolerance: float
     isa: Callable[[], str]
+    precision: str = ""
+    """What our arithmetic may cost in accuracy; empty for rivals, which have no choice."""
 
 
 class WrongResultError(RuntimeError):
@@ -283,12 +285,12 @@ def pack_normal(weight: Tensor, widths: Widths) -> CodebookWeight:
     No k-means is needed: a kernel's time depends on widths and sizes, not on the values in the codebooks.
     """
     n, k = weight.shape
-    column_bits = widths.column_bits(k)
+    column_bits = widths.column_bits(k).to(weight.device)
     spread = weight.square().mean(0).sqrt()
-    codes = torch.empty(n, k, dtype=torch.uint8)
+    codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
     codebook: list[Tensor] = [torch.empty(0)] * k
     for bits in column_bits.unique().tolist():
-        levels = torch.special.ndtri((torch.arange(1 << bits) + 0.5) / (1 << bits))
+        levels = torch.special.ndtri((torch.arange(1 << bits, device=weight.device) + 0.5) / (1 << bits))
         members = torch.nonzero(column_bits == bits).flatten()
         middles = (levels[1:] + levels[:-1]) / 2
         codes[:, members] = torch.bucketize(weight[:, members] / spread[members], middles).to(torch.uint8)
@@ -302,39 +304,54 @@ def pack_normal(weight: Tensor, widths: Widths) -> CodebookWeight:
     )
 
 
-def pyllmq_codebook(bits: str | int | float, dtype: torch.dtype = torch.float32) -> Provider:
-    """Our packed layer at `bits` (see `Widths.parse`), activations in float32 or bfloat16."""
+def pyllmq_codebook(
+    bits: str | int | float, dtype: torch.dtype = torch.float32, precision: str = dispatch.DEFAULT_PRECISION
+) -> Provider:
+    """Our packed layer at `bits` (see `Widths.parse`), activations in float32 or bfloat16.
+
+    Named "pyllmq BITS", then the precision if it is not the default, then "bf16" for those activations.
+    """
     if dtype not in _PYLLMQ_SUFFIX:
         raise ValueError(f"activations in {dtype} are not measured; allowed: {', '.join(map(str, _PYLLMQ_SUFFIX))}")
+    dispatch.check_precision(precision)
     widths = Widths.parse(bits)
-    suffix, tolerance = _PYLLMQ_SUFFIX[dtype]
+    suffix, rounding = _PYLLMQ_SUFFIX[dtype]
+    chosen = "" if precision == dispatch.DEFAULT_PRECISION else f" {precision}"
 
     def make(weight: Tensor) -> Layer:
         packed = pack_normal(weight, widths)
-        return _codebook_layer(packed.operand(), packed.nbytes, dtype, partial(packed.dequantize, torch.float32))
+        dense = partial(packed.dequantize, torch.float32)
+        return _codebook_layer(packed.operand(), packed.nbytes, dtype, precision, dense)
 
-    return Provider(f"pyllmq {bits}{suffix}", _pyllmq_available, make, tolerance, _pyllmq_isa)
+    tolerance = _PERMITTED[precision] + rounding
+    return Provider(f"pyllmq {bits}{chosen}{suffix}", _pyllmq_available, make, tolerance, _pyllmq_isa, precision)
 
 
-_PYLLMQ_SUFFIX = {torch.float32: ("", 2e-4), torch.bfloat16: (" bf16", 1e-2)}
-"""Activations -> end of the provider's name, tolerance: 2e-4 is what the default precision promises."""
+_PYLLMQ_SUFFIX = {torch.float32: ("", 1e-5), torch.bfloat16: (" bf16", 1e-2)}
+"""Activations -> end of the provider's name, tolerance for the dtype's own rounding."""
+
+_PERMITTED = {"exact": 0.0, "high": 2e-4, "fast": 2e-3}
+"""Precision -> relative error that it permits beyond that (dispatch.PRECISIONS)."""
 
 
 def _codebook_layer(
-    operand: dispatch.WeightOperand, nbytes: int, dtype: torch.dtype, dense: Callable[[], Tensor]
+    operand: dispatch.WeightOperand, nbytes: int, dtype: torch.dtype, precision: str, dense: Callable[[], Tensor]
 ) -> Layer:
     def copy() -> Layer:
-        tensors = tuple(tensor.clone() for tensor in operand.tensors)
-        moved = dispatch.WeightOperand(operand.layout, tensors, operand.out_features, operand.in_features)
-        return _codebook_layer(moved, nbytes, dtype, dense)
+        if operand.layout == backends.cpu.LAYOUT:
+            moved = backends.cpu.copy_layout(operand)
+        else:
+            tensors = tuple(tensor.clone() for tensor in operand.tensors)
+            moved = dispatch.WeightOperand(operand.layout, tensors, operand.out_features, operand.in_features)
+        return _codebook_layer(moved, nbytes, dtype, precision, dense)
 
     def kernel(m: int) -> str:
         name = dispatch.choose(dispatch.Problem("codebook_linear", operand.layout, "cpu", dtype, m)).name
         if operand.layout != backends.cpu.LAYOUT:
             return name
-        return f"{name} ({backends.cpu.codebook_linear_path(operand, dtype, m, dispatch.DEFAULT_PRECISION)})"
+        return f"{name} ({backends.cpu.codebook_linear_path(operand, dtype, m, precision)})"
 
-    return Layer(lambda x: ops.codebook_linear(x, operand), dense, copy, nbytes, dtype, kernel)
+    return Layer(lambda x: ops.codebook_linear(x, operand, None, precision), dense, copy, nbytes, dtype, kernel)
 
 
 def _pyllmq_available() -> Available:

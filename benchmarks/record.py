@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
 import re
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +35,8 @@ class Row:
     bits_per_weight: float
     """Everything stored for the weight."""
     activations: str
+    precision: str
+    """What our arithmetic may cost in accuracy; empty for others."""
     threads: int
     samples: int
     median_us: float
@@ -42,6 +46,8 @@ class Row:
     """n * k / time: weights passed in each call, which serves all m tokens."""
     gb_per_s: float
     """Bytes stored for the weight / time."""
+    share_of_read_limit: float
+    """Bytes stored for the weight / time / what a plain loop read in the same run; not a number where that was not measured."""
     relative_error: float
     """Against fp64, of the kernel alone: see providers.py."""
     others_cpu: float
@@ -136,14 +142,14 @@ def environment() -> dict[str, str]:
 # ---- the CSV --------------------------------------------------------------------------------------------------------
 
 
-def check_header(path: Path) -> None:
+def check_header(path: Path, header: list[str] = HEADER) -> None:
     """Raises ValueError if `path` exists and was written with other columns: rows of two kinds in one file mislead."""
     if not path.exists() or not path.stat().st_size:
         return
     with path.open(newline="") as file:
         found = next(csv.reader(file), [])
-    if found != HEADER:
-        missing, other = [c for c in HEADER if c not in found], [c for c in found if c not in HEADER]
+    if found != header:
+        missing, other = [c for c in header if c not in found], [c for c in found if c not in header]
         raise ValueError(
             f"{path} has another header: columns missing: {missing or 'none'}, not known: {other or 'none'}"
             f"{'' if missing or other else ', the order differs'}. "
@@ -151,9 +157,9 @@ def check_header(path: Path) -> None:
         )
 
 
-def append(path: Path, rows: Sequence[Row]) -> None:
+def append(path: Path, rows: Sequence[Any], header: list[str] = HEADER) -> None:
     """Add `rows` to the CSV, all or none: the new file is written beside it and takes its place. Folders are made."""
-    check_header(path)
+    check_header(path, header)
     path.parent.mkdir(parents=True, exist_ok=True)
     before = path.read_text() if path.exists() else ""
     if before and not before.endswith("\n"):
@@ -162,7 +168,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
     try:
         with temporary.open("w", newline="") as file:
             file.write(before)
-            writer = csv.DictWriter(file, HEADER, lineterminator="\n")
+            writer = csv.DictWriter(file, header, lineterminator="\n")
             if not before:
                 writer.writeheader()
             writer.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
@@ -194,13 +200,15 @@ def read(path: Path) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """One line per row, a blank line between cases; the ratio to torch fp32 leads."""
     names = ["x torch fp32", "provider", "shape", "N", "K", "M", "bits", "median us", "p20", "p80", "Gw/s", "GB/s",
-             "rel. error", "threads"]  # fmt: skip
+             "of read limit", "rel. error", "threads"]  # fmt: skip
     lines: list[list[str]] = []
     for row in rows:
         lines.append([
             f"{row.ratio_to_torch_fp32:.2f}", row.provider, row.shape, str(row.n), str(row.k), str(row.m),
             f"{row.bits_per_weight:.2f}", f"{row.median_us:.1f}", f"{row.p20_us:.1f}", f"{row.p80_us:.1f}",
-            f"{row.gweights_per_s:.2f}", f"{row.gb_per_s:.1f}", f"{row.relative_error:.1e}", str(row.threads),
+            f"{row.gweights_per_s:.2f}", f"{row.gb_per_s:.1f}",
+            "-" if math.isnan(row.share_of_read_limit) else f"{row.share_of_read_limit:.0%}",
+            f"{row.relative_error:.1e}", str(row.threads),
         ])  # fmt: skip
     width = [max(map(len, column)) for column in zip(names, *lines, strict=True)]
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from pyllmq import backends
+from pyllmq.dispatch import DEFAULT_PRECISION
+
 from . import plot as plotting
 from . import record
+from .gpu import run_on_gpu
+from .memory import READ_LIMIT, cold_bytes_for, last_level_cache_bytes, ram_bytes, read_limit_calls
 from .providers import BASELINE, RIVALS, Layer, Provider, activations, check, dense_weight, pyllmq_codebook
 from .record import Row
 from .shapes import Shape, resolve
-from .timing import COLD_BYTES, FEW_TOKENS, Samples, cold_copies, measure
+from .timing import FEW_TOKENS, Samples, cold_copies, measure
 
 OPS = ("codebook_linear",)
 OUR_ACTIVATIONS = (torch.float32, torch.bfloat16)
@@ -27,12 +33,13 @@ def run(
     bits: Sequence[str | int | float] = (2, 3, 4),
     tokens: Sequence[int] = (1, 8, 512),
     device: str = "cpu",
+    precision: Sequence[str] = (DEFAULT_PRECISION,),
     csv: Path | str | None = None,
     plot: Path | str | None = None,
     *,
     providers: Sequence[Provider] | None = None,
     budget_s: float = 1.5,
-    cold_bytes: int = COLD_BYTES,
+    cold_bytes: int | None = None,
     progress: bool = True,
 ) -> list[Row]:
     """Measure pyllmq beside its rivals and print one table.
@@ -42,14 +49,17 @@ def run(
         shapes: names of models (see shapes.py) or "NxK".
         bits: widths of our columns: 1..8, a mix "2.1", with outliers "2.1+0.005".
         tokens: numbers of tokens M.
-        device: "cpu".
+        device: "cpu"; "cuda" has rivals, timing and a table of its own (gpu.py).
+        precision: of our arithmetic: "exact", "high", "fast"; each is a row of its own.
         csv: file to append the rows to; plot: PNG to draw from that file.
         providers: others than ours and the rivals. The first that is "torch fp32" is the baseline and must be there.
         budget_s: seconds of timing for each provider in each case.
-        cold_bytes: bytes of weight copies to rotate over up to M = 64.
+        cold_bytes: bytes of weight copies to rotate over up to M = 64; None: twice the last-level cache, 256 MiB at least, and
+            at most what lets the copies of all providers fit in a third of the RAM.
 
     Returns:
-        The rows, in the order of the table.
+        The rows, in the order of the table. At M = 1 the first is "read limit": a plain loop over as many bytes as the
+        dense fp32 weight has.
 
     Raises:
         ValueError: an op, shape, width, M or device that is not known, a CSV of another kind. ImportError: a plot
@@ -57,9 +67,27 @@ def run(
     """
     _check(op, tokens, device, budget_s)
     cases = resolve(shapes)
+    if device == "cuda":
+        if plot is not None:
+            raise ValueError("a run on a GPU draws no plot; leave plot out")
+        return run_on_gpu(
+            op,
+            cases,
+            _unique(bits),
+            _unique(tokens),
+            csv,
+            providers=providers,
+            cold_bytes=cold_bytes,
+            progress=progress,
+        )
     chosen = list(RIVALS if providers is None else providers)
     if providers is None:
-        chosen += [pyllmq_codebook(width, dtype) for dtype in OUR_ACTIVATIONS for width in _unique(bits)]
+        chosen += [
+            pyllmq_codebook(width, dtype, each)
+            for dtype in OUR_ACTIVATIONS
+            for each in _unique(precision)
+            for width in _unique(bits)
+        ]
     names = [provider.name for provider in chosen]
     if BASELINE not in names or len(set(names)) != len(names):
         raise ValueError(f"providers must have names of their own, and {BASELINE!r} among them; given: {names}")
@@ -77,8 +105,11 @@ def run(
             ready.append(provider)
         else:
             left_out[provider.name] = why
+    cold_note = ""
+    if cold_bytes is None:
+        cold_bytes, cold_note = cold_bytes_for(len(ready) + 1, last_level_cache_bytes(), ram_bytes())
     rows: list[Row] = []
-    total = len(ready) * len(cases) * len(tokens)
+    total = (len(ready) * len(tokens) + (1 in tokens)) * len(cases)
     with torch.no_grad(), tqdm(total=total, desc=op, unit="case", disable=not progress, leave=False) as bar:
         for shape in cases:
             rows += _run_shape(op, shape, ready, _unique(tokens), budget_s, cold_bytes, left_out, bar)
@@ -87,6 +118,8 @@ def run(
     print(record.table(rows))
     for name, why in left_out.items():
         print(f"not measured: {name}: {why}")
+    if cold_note:
+        print(f"note: {cold_note}")
     busiest = max((row.others_cpu for row in rows), default=0.0)
     if busiest > BUSY_SHARE:
         print(f"note: other processes used up to {busiest:.0%} of the CPUs; repeat the run on a quiet machine")
@@ -108,8 +141,8 @@ def _check(op: str, tokens: Sequence[int], device: str, budget_s: float) -> None
         raise ValueError(f"budget_s is {budget_s}; it must be positive")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch finds no GPU here; allowed: 'cpu'")
-    if device != "cpu":
-        raise ValueError(f"device {device!r} cannot be measured by this version; allowed: 'cpu'")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} cannot be measured by this version; allowed: 'cpu', 'cuda'")
 
 
 def _unique(values: Sequence) -> list:
@@ -141,12 +174,14 @@ def _run_shape(
     for m in tokens:
         inputs = {dtype: activations(m, shape.k, dtype) for dtype in {layer.dtype for layer in layers.values()}}
         errors = {p.name: check(p, layers[p.name], weight, inputs[layers[p.name].dtype]) for p in runnable}
-        calls = {}
+        calls: dict[str, Sequence[Callable[[], object]]] = {}
         for name, layer in layers.items():
             wanted = cold_copies(layer.nbytes, cold_bytes) if m <= FEW_TOKENS else 1
             while len(copies[name]) < wanted:
                 copies[name].append(layer.copy())
             calls[name] = [partial(copy.run, inputs[layer.dtype]) for copy in copies[name][:wanted]]
+        if m == 1:
+            calls[READ_LIMIT] = read_limit_calls(layers[BASELINE].nbytes, cold_bytes)
         bar.set_postfix_str(f"{shape.name}, M = {m}")
         others = record.OthersCpu()
         samples = measure(calls, budget_s=budget_s, finished=lambda name: bar.update())
@@ -165,34 +200,53 @@ def _rows(
     others_cpu: float,
 ) -> list[Row]:
     baseline_us = samples[BASELINE].percentile_us(50)
-    environment = record.environment()
-    rows = []
-    for provider in providers:
-        layer, sample = layers[provider.name], samples[provider.name]
+    baseline_bytes = layers[BASELINE].nbytes
+    limit_gb_per_s = float("nan")
+    if READ_LIMIT in samples:
+        limit_gb_per_s = baseline_bytes / samples[READ_LIMIT].percentile_us(50) / 1e3
+    environment: dict[str, Any] = {**record.environment()}
+
+    def row(name: str, nbytes: int, **fields: Any) -> Row:
+        sample = samples[name]
         median_us = sample.percentile_us(50)
+        return Row(
+            ratio_to_torch_fp32=baseline_us / median_us,
+            op=op,
+            provider=name,
+            shape=shape.name,
+            n=shape.n,
+            k=shape.k,
+            m=m,
+            bits_per_weight=8 * nbytes / (shape.n * shape.k),
+            threads=torch.get_num_threads(),
+            samples=len(sample.nanoseconds),
+            median_us=median_us,
+            p20_us=sample.percentile_us(20),
+            p80_us=sample.percentile_us(80),
+            gweights_per_s=shape.n * shape.k / median_us / 1e3,
+            gb_per_s=nbytes / median_us / 1e3,
+            share_of_read_limit=nbytes / median_us / 1e3 / limit_gb_per_s,
+            others_cpu=others_cpu,
+            **fields,
+            **environment,
+        )
+
+    rows = []
+    if READ_LIMIT in samples:
+        isa = backends.cpu.kernels().isa()
+        probe: dict[str, Any] = {"kernel": "_cpu.read_bandwidth_probe", "isa": isa, "activations": "none"}
+        rows.append(row(READ_LIMIT, baseline_bytes, precision="", relative_error=0.0, **probe))
+    for provider in providers:
+        layer = layers[provider.name]
         rows.append(
-            Row(
-                ratio_to_torch_fp32=baseline_us / median_us,
-                op=op,
-                provider=provider.name,
+            row(
+                provider.name,
+                layer.nbytes,
                 kernel=layer.kernel(m),
-                shape=shape.name,
-                n=shape.n,
-                k=shape.k,
-                m=m,
-                bits_per_weight=8 * layer.nbytes / (shape.n * shape.k),
                 activations=str(layer.dtype).removeprefix("torch."),
-                threads=torch.get_num_threads(),
-                samples=len(sample.nanoseconds),
-                median_us=median_us,
-                p20_us=sample.percentile_us(20),
-                p80_us=sample.percentile_us(80),
-                gweights_per_s=shape.n * shape.k / median_us / 1e3,
-                gb_per_s=layer.nbytes / median_us / 1e3,
+                precision=provider.precision,
                 relative_error=errors[provider.name],
-                others_cpu=others_cpu,
                 isa=provider.isa(),
-                **environment,
             )
         )
     return rows

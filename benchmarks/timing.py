@@ -12,8 +12,9 @@ Clock = Callable[[], int]
 """Nanoseconds, never going back."""
 
 COLD_BYTES = 256 << 20
-"""Calls rotate over more than this many bytes of weights, so that the next copy has left the caches: between two tokens
-a model's other layers do the same to a layer. 8x the 32 MiB of last-level cache that a small cloud machine sees."""
+"""Calls rotate over at least this many bytes of weights, so that the next copy has left the caches: between two tokens
+a model's other layers do the same to a layer. 8x the 32 MiB of last-level cache that a small cloud machine sees; `run` takes
+twice the cache that the OS reports where that is more (memory.py)."""
 
 FEW_TOKENS = 64
 """Beyond this M the arithmetic hides where the weight lies, and one copy is enough."""

@@ -16,6 +16,7 @@
 #include "cpu/isa.h"
 #include "cpu/kmeans_1d.h"
 #include "cpu/pack_codes.h"
+#include "cpu/read_probe.h"
 #include "cpu/thread_pool.h"
 
 namespace py = pybind11;
@@ -94,6 +95,9 @@ void bind_runtime(py::module_& m) {
   m.def("set_num_threads", &set_num_threads, py::arg("threads"), NoGil());
   m.def("parallel_probe", &parallel_probe, py::arg("tasks"), py::arg("task_us") = 0.0, py::arg("failing_task") = -1,
         py::arg("nested_tasks") = 0);
+  m.def(
+      "read_bandwidth_probe", [](Pointer memory, int64_t bytes) { return sum_words(as<uint64_t>(memory), bytes); },
+      py::arg("pointer"), py::arg("bytes"), NoGil());
 }
 
 // --- codes ---------------------------------------------------------------------------------------------------------

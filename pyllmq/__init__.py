@@ -15,7 +15,7 @@ from .config import CLAQConfig
 from .dispatch import NoKernelError, use_backend
 from .formats import CodebookStructure, CodebookWeight, FormatError
 from .integrations.transformers import from_pretrained, on_import, save_pretrained
-from .nn import CodebookLinear
+from .nn import CodebookLinear, set_precision
 from .swap import swap_linear
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ __all__ = [
     "functional",
     "kmeans_1d",
     "save_pretrained",
+    "set_precision",
     "swap_linear",
     "use_backend",
 ]

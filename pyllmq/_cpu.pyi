@@ -19,6 +19,9 @@ def parallel_probe(
 ) -> tuple[list[int], int]:
     """For tests: how often each task ran (plus its nested tasks), and on how many threads."""
 
+def read_bandwidth_probe(pointer: int, bytes: int) -> int:
+    """Sum modulo 2**64 of the 64-bit words at `pointer`, on the pool's threads: timed, it is what reading memory costs."""
+
 def pack_codes(codes: int, packed: int, rows: int, columns: int, bits: int) -> None:
     """uint8 [rows, columns] -> uint8 [rows, ceil(columns*bits/8)], LSB first; a code >= 2**bits raises ValueError."""
 

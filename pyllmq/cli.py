@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .dispatch import PRECISIONS
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     given = parser.parse_args(arguments)
-    if given.command in ("compress", "eval", "generate"):
+    if given.command in ("compress", "eval", "generate", "bench"):
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
@@ -84,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     e.add_argument("--text", metavar="FILE", help="UTF-8 text file; default: prose of CPython's reference manual")
     e.add_argument("--seqlen", type=int, default=512, metavar="L", help="tokens per window")
     e.add_argument("--max-tokens", type=int, default=None, metavar="T", help="evaluate only the first T tokens")
+    e.add_argument("--precision", choices=PRECISIONS, help="of the packed layers' arithmetic; default high")
     e.add_argument("--json", action="store_true", help="print one JSON line")
     e.set_defaults(run=run_eval)
 
@@ -91,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("folder", metavar="DIR")
     g.add_argument("--prompt", required=True)
     g.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add")
+    g.add_argument("--precision", choices=PRECISIONS, help="of the packed layers' arithmetic; default high")
     g.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     g.add_argument("--seed", type=int, default=0, help="seed for --sample")
     g.set_defaults(run=run_generate)
@@ -106,14 +110,31 @@ def build_parser() -> argparse.ArgumentParser:
     b.add_argument("--op", default="codebook_linear", choices=["codebook_linear"], help="operation")
     b.add_argument("--shapes", default="llama-2-7b", help="model names or NxK, comma separated")
     b.add_argument(
-        "--bits", default="2,3,4", help="widths, comma separated; 2.1 mixes 2 and 4 bits, 2.1+0.005 keeps outliers"
+        "--bits",
+        help="widths, comma separated; 2.1 mixes 2 and 4 bits, 2.1+0.005 keeps outliers; default 2,3,4, with --model 4",
     )
     b.add_argument("--m", default="1,8,512", metavar="M,M", help="numbers of tokens")
-    b.add_argument("--device", default="cpu", help="cpu")
+    b.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure")
     b.add_argument(
-        "--csv", metavar="FILE", default="pyllmq_bench.csv", help="append the rows to this file; '' for none"
+        "--precision", default="high", metavar="P,P", help="of our arithmetic: exact, high, fast, comma separated"
+    )
+    b.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="append the rows to this file; '' for none; default pyllmq_bench.csv, with --model pyllmq_bench_model.csv",
     )
     b.add_argument("--plot", metavar="FILE", help="draw this PNG from the CSV")
+    b.add_argument(
+        "--goals",
+        action="store_true",
+        help="instead: the ratios that the kernels are built to reach, beside the measured",
+    )
+    b.add_argument(
+        "--model", metavar="DIR", help="instead: a whole model, packed beside dense; what DIR is not is made from it"
+    )
+    b.add_argument(
+        "--lengths", default="32,128", metavar="L,L", help="with --model: new tokens; encoders: sentences a batch"
+    )
     b.set_defaults(run=run_bench)
 
     d = commands.add_parser("doctor", help="versions, back ends found, and why one is missing", formatter_class=_Help)
@@ -207,6 +228,7 @@ def run_eval(given: argparse.Namespace) -> int:
     from .loading import load_causal_model, load_tokenizer
 
     tokenizer, model = load_tokenizer(given.folder), load_causal_model(given.folder)
+    _apply_precision(model, given.precision)
     text = _text(given.text)
     found = perplexity(model, tokenizer, text, given.seqlen, given.max_tokens, progress=not given.json)
     speed = decoding_speed(model, tokenizer, text[:200])
@@ -231,6 +253,7 @@ def run_generate(given: argparse.Namespace) -> int:
     from .loading import load_causal_model, load_tokenizer
 
     tokenizer, model = load_tokenizer(given.folder), load_causal_model(given.folder)
+    _apply_precision(model, given.precision)
     torch.manual_seed(given.seed)
     inputs = tokenizer(given.prompt, return_tensors="pt")
     ids = model.generate(
@@ -241,6 +264,14 @@ def run_generate(given: argparse.Namespace) -> int:
     )
     print(tokenizer.decode(ids[0], skip_special_tokens=True))
     return 0
+
+
+def _apply_precision(model: Any, precision: str | None) -> None:
+    """A dense model has no packed layer to set: asking for a precision there is an error."""
+    from .nn import set_precision
+
+    if precision is not None:
+        set_precision(model, precision)
 
 
 def run_inspect(given: argparse.Namespace) -> int:
@@ -273,15 +304,30 @@ def run_inspect(given: argparse.Namespace) -> int:
 
 
 def run_bench(given: argparse.Namespace) -> int:
+    precision = given.precision.split(",")
+    if given.model:
+        from .benchmarks.model import run_model
+
+        csv = "pyllmq_bench_model.csv" if given.csv is None else given.csv
+        lengths = _integers("--lengths", given.lengths)
+        run_model(given.model, bits=given.bits or "4", lengths=lengths, precision=precision, csv=csv or None)
+        return 0
+    csv = "pyllmq_bench.csv" if given.csv is None else given.csv
+    if given.goals:
+        from .benchmarks.goals import run_goals
+
+        run_goals(csv=csv or None)
+        return 0
     from .benchmarks.run import run
 
     run(
         op=given.op,
         shapes=given.shapes.split(","),
-        bits=given.bits.split(","),
+        bits=(given.bits or "2,3,4").split(","),
         tokens=_integers("--m", given.m),
         device=given.device,
-        csv=given.csv or None,
+        precision=precision,
+        csv=csv or None,
         plot=given.plot,
     )
     return 0

@@ -39,6 +39,11 @@ relative error of at most 2e-4 beyond that of the dtype, "fast" of at most 2e-3.
 DEFAULT_PRECISION = "high"
 
 
+def check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; allowed: {', '.join(map(repr, PRECISIONS))}")
+
+
 @dataclass(frozen=True, eq=False)
 class WeightOperand:
     """A packed weight as kernels read it: `tensors`, whose meaning `layout` names, of a matrix [out_features, in_features]."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .backends import prepack
+from .backends import operand_from_layout, prepack
 from .compression import data_free
-from .dispatch import CHECKPOINT, DEFAULT_PRECISION, WeightOperand
+from .dispatch import CHECKPOINT, DEFAULT_PRECISION, WeightOperand, check_precision
 from .formats.codebook import CodebookStructure, CodebookWeight, FormatError, codes_from_operand
 
 
@@ -33,7 +33,7 @@ class CodebookLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = structure.in_features, structure.out_features
         self.dense_dtype = dtype
-        self.precision = DEFAULT_PRECISION
+        self._precision = DEFAULT_PRECISION
         self._structure = structure
         self._operand: WeightOperand | None = None
         for key, (shape, key_dtype) in structure.tensors().items():
@@ -92,7 +92,20 @@ class CodebookLinear(nn.Module):
     # ---- using it ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.codebook_linear(x, self._operand or self.operand(), self.bias, self.precision)
+        return ops.codebook_linear(x, self._operand or self.operand(), self.bias, self._precision)
+
+    @property
+    def precision(self) -> str:
+        """What the arithmetic may cost in accuracy: "exact", "high" (the default) or "fast", see `ops.codebook_linear`.
+
+        A choice of whoever runs the layer: copies and moves keep it, checkpoints do not hold it.
+        """
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        check_precision(precision)
+        self._precision = precision
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense matrix [N, K] that this layer multiplies with."""
@@ -157,9 +170,11 @@ class CodebookLinear(nn.Module):
 
     def extra_repr(self) -> str:
         widths = {bits: count for bits, count in enumerate(self._structure.columns, 1) if count}
+        precision = "" if self._precision == DEFAULT_PRECISION else f", precision={self._precision!r}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits_per_weight={self.bits_per_weight:.3f}, columns_per_width={widths}, outliers={self._structure.outliers}"
+            + precision
         )
 
     # ---- tensors in memory, tensors in a checkpoint -----------------------------------------------------------------
@@ -233,10 +248,10 @@ class CodebookLinear(nn.Module):
         for key in halves:
             self._buffers[key] = self._buffers[key].view(torch.float16)  # type: ignore[union-attr]
         self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=bits.device)).dtype
-        operand, self._operand = self._operand, None
+        before, self._operand = self._operand, None
         layout = self._buffers.get("layout")
-        if operand is not None and layout is not None:
-            self._operand = WeightOperand(operand.layout, (layout,), self.out_features, self.in_features)
+        if before is not None and layout is not None:
+            self._operand = operand_from_layout(before.layout, layout, self.out_features, self.in_features)
         elif moves and self._column_bits().device.type != "meta" and bits.device.type != "meta":
             self.prepare()
         return self
@@ -245,3 +260,20 @@ class CodebookLinear(nn.Module):
         bits = self._buffers["column_bits"]
         assert bits is not None
         return bits
+
+
+def set_precision(model: nn.Module, precision: str) -> int:
+    """Set `CodebookLinear.precision` of every packed layer in `model`, itself included; returns how many there are.
+
+    Raises ValueError for another precision than "exact", "high" and "fast", or if the model has no packed layer.
+    """
+    check_precision(precision)
+    layers = [module for module in model.modules() if isinstance(module, CodebookLinear)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no packed layer whose precision could be set; compress it first "
+            "(pyllmq.compress, pyllmq.swap_linear)"
+        )
+    for layer in layers:
+        layer.precision = precision
+    return len(layers)

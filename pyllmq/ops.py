@@ -15,10 +15,12 @@ from torch import Tensor
 from .backends import cpu as _cpu_backend
 from .backends import cuda as _cuda_backend
 from .backends import reference as _reference_backend
-from .dispatch import DEFAULT_PRECISION, PRECISIONS, WeightOperand, kernel_for
+from .backends import triton as _triton_backend
+from .dispatch import DEFAULT_PRECISION, WeightOperand, check_precision, kernel_for
 
 _cpu_backend.register_kernels()
 _cuda_backend.register_kernels()
+_triton_backend.register_kernels()
 _reference_backend.register_kernels()
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,8 +74,7 @@ def codebook_linear(
     _check_activation(x, operand.in_features)
     if bias is not None:
         _check_bias(bias, operand.out_features)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; allowed: {', '.join(map(repr, PRECISIONS))}")
+    check_precision(precision)
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wants_grad or torch.compiler.is_compiling() or type(x) is not Tensor:
         return torch.ops.pyllmq.codebook_linear(

@@ -9,8 +9,9 @@ import math
 import pytest
 import torch
 
-from pyllmq import dispatch
-from pyllmq.benchmarks import plot, providers, record, timing
+from pyllmq import _cpu, dispatch
+from pyllmq.benchmarks import memory, plot, providers, record, timing
+from pyllmq.benchmarks.memory import READ_LIMIT
 from pyllmq.benchmarks.providers import BASELINE, RIVALS, Layer, Provider, Widths, WrongResultError
 from pyllmq.benchmarks.run import run
 from pyllmq.benchmarks.shapes import MODEL_SHAPES, resolve
@@ -124,11 +125,70 @@ def test_empty_weight_cannot_be_rotated():
         timing.cold_copies(0)
 
 
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def write_caches(root, *caches):
+    for i, (cpu, level, size, shared) in enumerate(caches):
+        folder = root / f"cpu{cpu}" / "cache" / f"index{i}"
+        folder.mkdir(parents=True)
+        for name, text in (("level", level), ("size", size), ("shared_cpu_list", shared)):
+            (folder / name).write_text(f"{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("caches", "expected"),
+    [
+        ([], 0),
+        ([(0, 1, "48K", "0"), (0, 2, "2048K", "0"), (0, 3, "491520K", "0-1"), (1, 3, "491520K", "0-1")], 480 << 20),
+        ([(0, 3, "32768K", "0-7"), (8, 3, "32M", "8-15"), (8, 2, "1M", "8")], 64 << 20),
+        ([(0, 2, "many", "0"), (0, 1, "64K", "0")], 64 << 10),
+    ],
+)
+def test_last_level_caches_are_counted_once_each(tmp_path, caches, expected):
+    write_caches(tmp_path, *caches)
+    assert memory.last_level_cache_bytes(tmp_path) == expected
+
+
+def test_cold_bytes_follow_the_caches_and_the_ram():
+    gib = 1 << 30
+    assert memory.cold_bytes_for(10, 32 << 20, 64 * gib) == (timing.COLD_BYTES, "")
+    assert memory.cold_bytes_for(10, 480 << 20, 64 * gib) == (960 << 20, "")
+    capped, note = memory.cold_bytes_for(10, 480 << 20, 15 * gib)
+    assert capped == gib // 2 and "512 MiB in place of 960" in note
+    assert memory.ram_bytes() > gib // 4
+
+
+@pytest.mark.parametrize("isa", _cpu.supported_isas())
+@pytest.mark.parametrize("words", [0, 1, 7, 16, 999, (1 << 17) + 3, (3 << 17) + 17])
+def test_read_probe_reads_every_word(isa, words):
+    before = _cpu.isa()
+    values = torch.randint(-(2**62), 2**62, (words + 2,))
+    try:
+        _cpu.set_isa(isa)
+        found = _cpu.read_bandwidth_probe(values.data_ptr() + 8, 8 * words)
+    finally:
+        _cpu.set_isa(before)
+    assert found == sum(values[1 : words + 1].tolist()) % 2**64
+
+
+@pytest.mark.parametrize("nbytes", [-8, 7])
+def test_read_probe_refuses_parts_of_words(nbytes):
+    with pytest.raises(ValueError, match="multiple of 8"):
+        _cpu.read_bandwidth_probe(torch.zeros(2).data_ptr(), nbytes)
+
+
+def test_read_limit_covers_the_bytes_asked_for():
+    calls = memory.read_limit_calls(1004, 10_000)  # a block is rounded up to whole words: 126 of them
+    assert len(calls) == 10_000 // 1008 + 1 and {call() for call in calls} == {126 * 0x0101010101010101}
+
+
 # ---- providers ------------------------------------------------------------------------------------------------------
 
 WEIGHT = providers.dense_weight(48, 256)
 OURS = [providers.pyllmq_codebook(bits) for bits in (1, 2, 3, 4, 8, "2.1", "3.5+0.02")]
 OURS += [providers.pyllmq_codebook(2, torch.bfloat16)]
+OURS += [providers.pyllmq_codebook(4, precision=precision) for precision in ("exact", "fast")]
 
 
 @pytest.mark.parametrize("m", [1, 8, 40])
@@ -163,6 +223,23 @@ def test_copies_lie_in_memory_of_their_own(provider):
     layers = [layer, layer.copy(), layer.copy()]
     pointers = [held(each) for each in layers]
     assert all(pointers) and len(set.union(*pointers)) == sum(map(len, pointers))
+
+
+def test_precision_is_a_provider_of_its_own():
+    made = [
+        providers.pyllmq_codebook(4, dtype, p) for dtype in (torch.float32, torch.bfloat16) for p in dispatch.PRECISIONS
+    ]
+    assert [p.name for p in made[:3]] == ["pyllmq 4 exact", "pyllmq 4", "pyllmq 4 fast"]
+    assert made[5].name == "pyllmq 4 fast bf16"
+    assert [p.precision for p in made[:3]] == ["exact", "high", "fast"]
+    assert made[0].tolerance < made[1].tolerance < made[2].tolerance
+    x = providers.activations(1, 256, torch.float32)
+    results = [p.make(WEIGHT).run(x) for p in made[:3]]
+    assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
+    copies = [p.make(WEIGHT).copy().run(x) for p in made[:3]]
+    assert all(torch.equal(copied, result) for copied, result in zip(copies, results, strict=True))
+    with pytest.raises(ValueError, match="allowed: 'exact', 'high', 'fast'"):
+        providers.pyllmq_codebook(4, precision="quick")
 
 
 def broken(change) -> Provider:
@@ -230,8 +307,9 @@ def test_mixed_widths_and_outliers_are_what_is_packed():
 
 ROW = record.Row(
     ratio_to_torch_fp32=3.5, op="codebook_linear", provider="pyllmq 2", kernel="cpu.tables", shape="llama, \"q\"", n=48,
-    k=256, m=1, bits_per_weight=2.25, activations="float32", threads=2, samples=9, median_us=1.5, p20_us=1.25,
-    p80_us=2.0, gweights_per_s=8.0, gb_per_s=2.5, relative_error=1e-7, others_cpu=0.25, device="a CPU", isa="avx2",
+    k=256, m=1, bits_per_weight=2.25, activations="float32", precision="fast", threads=2, samples=9, median_us=1.5, p20_us=1.25,
+    p80_us=2.0, gweights_per_s=8.0, gb_per_s=2.5,
+    share_of_read_limit=0.5, relative_error=1e-7, others_cpu=0.25, device="a CPU", isa="avx2",
     torch="2.13", pyllmq="0.1", commit="abc", timestamp="2030-01-01T00:00:00+00:00",
 )  # fmt: skip
 
@@ -317,14 +395,19 @@ def test_run_prints_records_and_draws(tmp_path, capsys):
     missing = dataclasses.replace(FP32, name="not here", available=lambda: (False, "it was never written"))
     csv, png = tmp_path / "results.csv", tmp_path / "plots" / "speed.png"
     rows = tiny_run(providers=[FP32, RIVALS[1], missing], csv=csv, plot=png)
-    assert [(r.provider, r.m) for r in rows] == [(p, m) for m in (1, 3) for p in (BASELINE, "torch bf16")]
+    names = [BASELINE, "torch bf16"]
+    assert [(r.provider, r.m) for r in rows] == [(p, 1) for p in (READ_LIMIT, *names)] + [(p, 3) for p in names]
     for row in rows:
         assert row.p20_us <= row.median_us <= row.p80_us and row.samples >= timing.MIN_SAMPLES
         assert row.gweights_per_s == pytest.approx(48 * 256 / row.median_us / 1e3)
         assert row.gb_per_s == pytest.approx(row.bits_per_weight / 8 * row.gweights_per_s)
         assert row.threads == torch.get_num_threads()
     assert [r.ratio_to_torch_fp32 for r in rows if r.provider == BASELINE] == [1.0, 1.0]
-    assert [r.bits_per_weight for r in rows] == [32, 16, 32, 16]
+    assert [r.bits_per_weight for r in rows] == [32, 32, 16, 32, 16]
+    limit = rows[0]
+    for row in rows[:3]:
+        assert row.share_of_read_limit == pytest.approx(row.gb_per_s / limit.gb_per_s)
+    assert limit.share_of_read_limit == 1 and all(math.isnan(row.share_of_read_limit) for row in rows[3:])
     written = record.read(csv)
     assert [(r.provider, r.m, r.timestamp) for r in written] == [(r.provider, r.m, r.timestamp) for r in rows]
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -362,6 +445,7 @@ def test_rotation_covers_the_bytes_asked_for():
         ({"tokens": []}, "at least 1"),
         ({"shapes": ["gpt-5"]}, "known: llama-2-7b"),
         ({"providers": None, "bits": ["9"]}, "allowed: 1 to 8"),
+        ({"providers": None, "precision": ["low"]}, "allowed: 'exact', 'high', 'fast'"),
         ({"providers": [RIVALS[1]]}, "'torch fp32' among them"),
         ({"providers": [FP32, FP32]}, "names of their own"),
         ({"budget_s": 0}, "must be positive"),

@@ -87,6 +87,18 @@ def test_eval_works_on_a_dense_folder_too(source, capsys):
     assert "tokens/s" in capsys.readouterr().out
 
 
+def test_precision_reaches_the_packed_layers(source, packed, capsys, monkeypatch):
+    asked = []
+    run = pyllmq.ops.codebook_linear
+    monkeypatch.setattr(pyllmq.ops, "codebook_linear", lambda *args: asked.append(args[3]) or run(*args))
+    assert main(["generate", str(packed), "--prompt", "The", "--max-new-tokens", "2", "--precision", "exact"]) == 0
+    assert main(["eval", str(packed), "--seqlen", "16", "--max-tokens", "32", "--precision", "fast"]) == 0
+    assert set(asked) == {"exact", "fast"}
+    capsys.readouterr()
+    assert main(["generate", str(source), "--prompt", "The", "--precision", "fast"]) == 1
+    assert "no packed layer" in capsys.readouterr().err
+
+
 def test_generate(packed, capsys):
     arguments = ["generate", str(packed), "--prompt", "The quick brown", "--max-new-tokens", "5"]
     assert main(arguments) == 0
@@ -112,7 +124,7 @@ def test_doctor(capsys):
         "cpu        works",
         "cuda       missing",
         "reference  works",
-        "cpu.tables",
+        "cpu.codebook_linear",
     ):
         assert expected in printed
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyllmq import CodebookStructure, CodebookWeight, FormatError
+from pyllmq import CodebookStructure, CodebookWeight, FormatError, functional
 
-from .oracle import random_case
+from .oracle import Case, decode, random_case
 
 pytestmark = pytest.mark.kernels
 
@@ -145,3 +145,58 @@ def test_pack_refuses_bad_input():
         CodebookWeight.pack(codes, torch.full((8,), 1e-9), bits)
     with pytest.raises(FormatError, match="outlier_mask"):
         CodebookWeight.pack(codes, book, bits, outlier_mask=torch.ones(3, 2, dtype=torch.bool))
+
+
+# ---- several weights in one -----------------------------------------------------------------------------------------
+
+
+def siblings(*rows: int, k: int = 45, **changes) -> list:
+    """Cases with one column_bits, as q, k and v that were compressed together."""
+    torch.manual_seed(7)
+    first = random_case(rows[0], k, (1, 2, 3, 4, 6), **changes)
+    found = [first]
+    for n in rows[1:]:
+        codes = torch.stack([torch.randint(0, 2 ** int(b), (n,)) for b in first.column_bits], 1).to(torch.uint8)
+        codebook = torch.randn(1, int((2**first.column_bits).sum())) * 0.05
+        weight = CodebookWeight.pack(codes, codebook, first.column_bits)
+        dense = decode(codes, codebook.half().double(), first.column_bits, torch.tensor([n]))
+        found.append(Case(weight, codes, first.column_bits, dense))
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"segments": 2}, {"outliers": 0.05}, {"row_scale": True, "outliers": 0.05, "segments": 3}]
+)
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("m", [1, 5, 70])
+def test_concatenated_weights_are_one_call(changes, order, m):
+    cases = siblings(33, 7, 64, **changes)[::order]
+    fused = CodebookWeight.concatenate([case.weight for case in cases])
+    assert (fused.out_features, fused.in_features) == (104, 45)
+    assert fused.structure.segments == sum(case.weight.structure.segments for case in cases)
+    assert fused.structure.outliers == sum(case.weight.structure.outliers for case in cases)
+    assert torch.equal(fused.unpack(), torch.cat([case.codes for case in cases]))
+    dense = torch.cat([case.dense for case in cases])
+    torch.testing.assert_close(fused.dequantize().double(), dense, rtol=2**-22, atol=0)
+    x, bias = torch.randn(m, 45), torch.randn(104)
+    y = functional.codebook_linear(x, fused, bias, "exact")
+    torch.testing.assert_close(y.double(), x.double() @ dense.T + bias, rtol=1e-5, atol=1e-6)
+
+
+def test_one_weight_concatenated_is_itself():
+    weight = random_case(9, 12, (2, 5), segments=2, outliers=0.1, row_scale=True).weight
+    again = CodebookWeight.concatenate([weight])
+    assert again.structure == weight.structure
+    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in weight.tensors.items())
+
+
+def test_concatenate_refuses_what_cannot_share_a_call():
+    with pytest.raises(FormatError, match="at least one"):
+        CodebookWeight.concatenate([])
+    two, three, wider = (random_case(8, k, (bits,)).weight for k, bits in ((6, 2), (6, 3), (7, 2)))
+    with pytest.raises(FormatError, match="weight 1 has 6 columns of widths"):
+        CodebookWeight.concatenate([two, three])
+    with pytest.raises(FormatError, match="weight 2 has 7 columns"):
+        CodebookWeight.concatenate([two, two, wider])
+    with pytest.raises(FormatError, match="weight 1 is on meta"):
+        CodebookWeight.concatenate([two, two.to("meta")])

@@ -128,6 +128,55 @@ def test_copy_and_sharing():
     assert torch.equal(torch.load(file, weights_only=False)(x), expected)
 
 
+def test_precision_is_checked_and_kept():
+    _, layer = make(n=96, k=300)
+    assert layer.precision == "high" and "precision" not in repr(layer)
+    with pytest.raises(ValueError, match="'quick'; allowed: 'exact', 'high', 'fast'"):
+        layer.precision = "quick"
+    assert layer.precision == "high"
+    keys = set(layer.state_dict())
+    layer.precision = "fast"
+    assert set(layer.state_dict()) == keys and "precision='fast'" in repr(layer)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for same_layer in (
+        copy.deepcopy(layer),
+        torch.load(file, weights_only=False),
+        layer.bfloat16(),
+        layer.float().cpu(),
+    ):
+        assert same_layer.precision == "fast"
+    other = CodebookLinear.from_dense(nn.Linear(300, 96), bits=4)
+    other.load_state_dict(layer.state_dict())
+    assert other.precision == "high", "a checkpoint says nothing about precision"
+
+
+@pytest.mark.parametrize("precision", ["exact", "high", "fast"])
+def test_precision_is_what_the_operation_is_asked(precision):
+    _, layer = make(n=96, k=300)
+    layer.precision = precision
+    x = torch.randn(1, 300)
+    y = pyllmq.functional.codebook_linear(x, layer.operand(), layer.bias, precision)
+    assert torch.equal(layer(x), y) and torch.equal(copy.deepcopy(layer)(x), y)
+    # 300 columns of 4 bits: tables of 28, 16 and 14 bits give different last digits, so the three cannot be mistaken.
+    for another in {"exact", "high", "fast"} - {precision}:
+        assert not torch.equal(pyllmq.functional.codebook_linear(x, layer.operand(), layer.bias, another), y)
+
+
+def test_set_precision():
+    model = nn.Sequential(nn.Linear(16, 32), nn.Sequential(nn.Linear(32, 8)), nn.Linear(8, 4))
+    with pytest.raises(ValueError, match="Sequential has no packed layer"):
+        pyllmq.set_precision(model, "fast")
+    pyllmq.swap_linear(model, lambda linear: CodebookLinear.from_dense(linear, bits=4), exclude=("2",))
+    assert pyllmq.set_precision(model, "fast") == 2
+    assert [model[0].precision, model[1][0].precision] == ["fast", "fast"]
+    with pytest.raises(ValueError, match="allowed: 'exact'"):
+        pyllmq.set_precision(model, "bf16")
+    assert model[0].precision == "fast"
+    assert pyllmq.set_precision(model[0], "exact") == 1 and model[1][0].precision == "fast"
+
+
 def test_move_to_meta_drops_the_layout():
     _, layer = make()
     x = torch.randn(2, 64)

@@ -1,1 +1,1 @@
-"""Triton kernels, one file per operation; imported as ``pyllmq.triton_kernels``. None yet."""
+"""Triton kernels, one file per operation; imported as ``pyllmq.triton_kernels``. Importing this package imports no triton."""

@@ -9,7 +9,8 @@
 namespace pyllmq::cpu {
 namespace {
 
-constexpr int kPrefetchBytes = 1024;  // 30-75 % faster than without on a weight that comes from memory
+// Two distances, as in the AVX-512 row: from the L2 to the L1 cache, and from memory to the L2 cache.
+constexpr int kNearBytes = 1024, kFarBytes = 6144;
 
 // gcc 12 otherwise copies the accumulators between registers every iteration, which costs a third of the loop.
 #define PYLLMQ_PIN(x) __asm__("" : "+x"(x))
@@ -206,8 +207,9 @@ struct Accumulators {
   }
 };
 
-inline void prefetch(const uint8_t* codes) {
-  _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes, _MM_HINT_T0);
+inline void prefetch_line(const uint8_t* codes) {
+  _mm_prefetch(reinterpret_cast<const char*>(codes) + kNearBytes, _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(codes) + kFarBytes, _MM_HINT_T1);
 }
 
 template <TableKind Kind, int Tokens>
@@ -222,8 +224,7 @@ void nibbles_of_tokens(const LookupWork& work, const TokenTables* tokens) {
       sums[t].clear();
       table[t] = tokens[t].tables;
     }
-    for (int64_t step = work.lookups / 2; step > 0; --step, codes += kTileRows) {
-      prefetch(codes);
+    const auto add_step = [&]() __attribute__((always_inline)) {
       const __m256i pair = load(codes);
       const __m256i a = _mm256_and_si256(pair, low_nibble);
       const __m256i b = _mm256_and_si256(_mm256_srli_epi16(pair, 4), low_nibble);
@@ -232,7 +233,15 @@ void nibbles_of_tokens(const LookupWork& work, const TokenTables* tokens) {
         sums[t].add(a, b, table[t]);
         table[t] += 2 * table_planes(Kind) * kTableEntries;
       }
+      codes += kTileRows;
+    };
+    int64_t steps = work.lookups / 2;
+    for (; steps >= 2; steps -= 2) {
+      prefetch_line(codes);
+      add_step();
+      add_step();
     }
+    if (steps > 0) add_step();
 #pragma GCC unroll 2
     for (int t = 0; t < Tokens; ++t) sums[t].flush(work.lookups, tokens[t].unit, tokens[t].y + tile * kTileRows);
   }
@@ -252,8 +261,8 @@ void lookups_3bit_of_tokens(const LookupWork& work, const TokenTables* tokens) {
       table[t] = tokens[t].tables;
     }
     for (int64_t block = work.lookups / kBlockColumns; block > 0; --block, codes += block_bytes(3)) {
-      prefetch(codes);
-      prefetch(codes + 64);
+      prefetch_line(codes);
+      prefetch_line(codes + 64);
       const __m256i a = load(codes), b = load(codes + 32), c = load(codes + 64);
       const __m256i spare_a = _mm256_and_si256(_mm256_srli_epi16(a, 3), _mm256_set1_epi8(0x11));
       const __m256i spare_b = _mm256_and_si256(_mm256_srli_epi16(b, 2), _mm256_set1_epi8(0x22));
@@ -342,7 +351,7 @@ void decode_multiply(const uint8_t* codes, StepOrder, int64_t tiles, int64_t til
       alignas(64) float weights[kBlockColumns * kTileRows];
       for (int64_t k = 0; k < count; ++k) {
         const uint8_t* column = codes + (begin + k) * kTileRows;
-        _mm_prefetch(reinterpret_cast<const char*>(column) + kPrefetchBytes, _MM_HINT_T0);
+        if (k % 2 == 0) prefetch_line(column);
         decode_column<Width>(column, planes[begin + k], weights + k * kTileRows);
       }
       for (int64_t t = 0; t < tokens; ++t) add_block(weights, x + t * kBytePanelColumns + begin, count, panel_sums[t]);

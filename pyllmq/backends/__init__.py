@@ -5,11 +5,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..dispatch import CHECKPOINT, WeightOperand, forced_backend
-from . import cpu, cuda, reference
+from . import cpu, cuda, reference, triton
 
-__all__ = ["cpu", "cuda", "layout_codes", "machine_layout", "prepack", "reference", "report"]
+__all__ = [
+    "cpu",
+    "cuda",
+    "layout_codes",
+    "machine_layout",
+    "operand_from_layout",
+    "prepack",
+    "reference",
+    "report",
+    "triton",
+]
 
-_WITH_LAYOUT = {cpu.LAYOUT: cpu, cuda.LAYOUT: cuda}
+_WITH_LAYOUT = {cpu.LAYOUT: cpu, cuda.LAYOUT: cuda, triton.LAYOUT: triton}
+"""By name; of two back ends for one type of device the first that works makes the layout."""
 
 
 def machine_layout(device: str) -> str:
@@ -32,6 +43,13 @@ def prepack(operand: WeightOperand) -> WeightOperand:
     return operand if layout == CHECKPOINT else _WITH_LAYOUT[layout].prepack(operand)
 
 
+def operand_from_layout(layout: str, blob: Tensor, out_features: int, in_features: int) -> WeightOperand:
+    """The operand whose machine layout is `blob`, the first tensor of what `prepack` made."""
+    if layout == triton.LAYOUT:
+        return triton.operand_from_blob(blob, out_features, in_features)
+    return WeightOperand(layout, (blob,), out_features, in_features)
+
+
 def layout_codes(operand: WeightOperand) -> Tensor:
     """The codes, uint8 [N, K], of an operand in a machine layout."""
     if operand.layout not in _WITH_LAYOUT:
@@ -46,10 +64,6 @@ def report() -> dict[str, tuple[bool, str]]:
     return {
         "cpu": cpu.available(),
         "cuda": cuda.available(),
-        "triton": triton_available(),
+        "triton": triton.available(),
         "reference": reference.available(),
     }
-
-
-def triton_available() -> tuple[bool, str]:
-    return False, "this version ships no Triton kernels yet"

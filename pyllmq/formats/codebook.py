@@ -18,7 +18,7 @@ Source of the method: CLAQ (arXiv 2405.17233); the byte layout is this project's
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -251,6 +251,44 @@ class CodebookWeight:
             _check_outliers(tensors["outlier_row_offsets"].long(), tensors["outlier_columns"].long(), structure)
         return cls(structure, {key: tensors[key].contiguous() for key in expected})
 
+    @classmethod
+    def concatenate(cls, weights: Sequence[CodebookWeight]) -> CodebookWeight:
+        """The weights below one another, as one matrix [sum of N, K]: q, k and v, or gate and up, in a single call.
+
+        Every weight keeps its codebooks, as segments of its own. Where only some have a row scale, the others' is 1.
+
+        Raises FormatError if there is none, or if their in_features, column_bits or devices differ.
+        """
+        if not weights:
+            raise FormatError("no weight was given; concatenate takes at least one")
+        first = weights[0]
+        for i, weight in enumerate(weights[1:], 1):
+            if weight.column_bits.device != first.column_bits.device:
+                raise FormatError(
+                    f"weight {i} is on {weight.column_bits.device}, weight 0 on {first.column_bits.device}; move them to one"
+                )
+            if not torch.equal(weight.column_bits, first.column_bits):
+                raise FormatError(
+                    f"weight {i} has {weight.in_features} columns of widths {weight.structure.columns}, weight 0 "
+                    f"{first.in_features} of {first.structure.columns}; rows can share a call only if every column has the same "
+                    "width in all of them: compress them together"
+                )
+        parts = [weight.tensors for weight in weights]
+        tensors = {
+            key: torch.cat([part[key] for part in parts])
+            for key in ("codebook", "segment_rows", *(key for key in first.tensors if key.startswith("codes_b")))
+        } | {"column_bits": first.column_bits}
+        if any("row_scale" in part for part in parts):
+            one = first.column_bits.new_ones(1, dtype=torch.float16)
+            tensors["row_scale"] = torch.cat([w.tensors.get("row_scale", one.expand(w.out_features)) for w in weights])
+        if any(weight.structure.outliers for weight in weights):
+            counts = [_outliers_per_row(weight) for weight in weights]
+            offsets = torch.cat([first.column_bits.new_zeros(1, dtype=torch.int32), *counts]).cumsum(0)
+            tensors["outlier_row_offsets"] = offsets.to(torch.int32)
+            for key in ("outlier_columns", "outlier_values"):
+                tensors[key] = torch.cat([part[key] for part in parts if key in part])
+        return cls.from_tensors(tensors, sum(weight.out_features for weight in weights), first.in_features)
+
     # ---- what it holds ----------------------------------------------------------------------------------------------
 
     @property
@@ -302,6 +340,14 @@ class CodebookWeight:
 
     def to(self, device: torch.device | str) -> CodebookWeight:
         return CodebookWeight(self.structure, {key: tensor.to(device) for key, tensor in self.tensors.items()})
+
+
+def _outliers_per_row(weight: CodebookWeight) -> Tensor:
+    """int32 [N]."""
+    offsets = weight.tensors.get("outlier_row_offsets")
+    if offsets is None:
+        return weight.column_bits.new_zeros(weight.out_features, dtype=torch.int32)
+    return offsets.diff()
 
 
 def codes_from_operand(operand: WeightOperand, column_bits: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,278 @@
+"""Everything that only a GPU can show, for each of its back ends: results, streams, graphs, compiled models, moves, refusals.
+
+Grid: M 1, 2 (products and tables), 8, 16, 17 (dots), 64, 65 (decoded), N and K odd and even, around tiles of 16 to 128. The full
+grid of widths runs on a CPU: the Triton kernels in the interpreter, the CUDA kernels in the emulator.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import pyllmq
+from pyllmq import CodebookLinear, CodebookWeight, backends
+from pyllmq.dispatch import WeightOperand
+from pyllmq.functional import codebook_dequantize, codebook_linear, pack_codes, unpack_codes
+
+from .oracle import assert_as_good_as_torch, random_case
+
+DEVICE = "cuda"
+BACKENDS = ("cuda", "triton", "reference")
+FAST_BACKENDS = ("cuda", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
+]
+
+
+@pytest.fixture
+def backend(request):
+    """Its name. It is asked for only while a layout is made: the layout then decides who can read it, and the CPU stays free."""
+    works, why = backends.report()[request.param]
+    if not works:
+        pytest.skip(f"back end {request.param}: {why}")
+    return request.param
+
+
+@pytest.fixture
+def default_backend(backend, monkeypatch):
+    """The back end, made the one that a layer gets by itself when it moves to the GPU."""
+    if backend == "triton":
+        monkeypatch.setattr(backends.cuda, "available", lambda: (False, "left out by this test"))
+    return backend
+
+
+def on_gpu(case, backend) -> WeightOperand:
+    with pyllmq.use_backend(backend):
+        return CodebookWeight(case.weight.structure, case.weight.tensors).to(DEVICE).operand()
+
+
+def check(backend, case, x, bias=None):
+    actual = codebook_linear(x, on_gpu(case, backend), bias)
+    exact = x.double() @ case.dense.to(DEVICE).T + (0 if bias is None else bias.double())
+    dense = case.dense.to(DEVICE, x.dtype)
+    torchs = []
+    for _ in range(2 if exact.numel() >= 256 else 16):
+        order = torch.randperm(x.shape[1], device=DEVICE)
+        torchs.append(nn.functional.linear(x[:, order], dense[:, order], None if bias is None else bias.to(x.dtype)))
+    # Tensor cores cut off low bits where they add, which torch's fp32 matmul does not.
+    assert_as_good_as_torch(actual, exact, *torchs, factor=4.0 if x.dtype == torch.float32 else 2.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 17, 64, 65])
+def test_linear_of_a_mix_with_everything(backend, dtype, tokens):
+    case = random_case(195, 323, (1, 2, 3, 4, 6, 8), segments=3, outliers=0.02, row_scale=True)
+    x = torch.randn(tokens, 323, device=DEVICE).to(dtype)
+    check(backend, case, x, torch.randn(195, device=DEVICE).to(dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_linear_of_every_width(backend, bits, tokens):
+    check(backend, random_case(256, 512, (bits,)), torch.randn(tokens, 512, device=DEVICE).bfloat16())
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 300), (300, 1), (31, 33), (64, 64), (129, 600), (3, 5)])
+@pytest.mark.parametrize("tokens", [1, 7, 70])
+def test_linear_of_any_shape(backend, n, k, tokens):
+    check(backend, random_case(n, k, (2, 3, 4), outliers=0.05), torch.randn(tokens, k, device=DEVICE).half())
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+def test_linear_of_a_real_size(backend):
+    check(backend, random_case(4096, 1024, (2, 4), outliers=0.005), torch.randn(3, 1024, device=DEVICE).bfloat16())
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+def test_sanitized(backend):
+    """Small and mixed: what run_gpu.sh runs under compute-sanitizer, where each call takes long."""
+    case = random_case(70, 90, (2, 3, 4, 8), segments=2, outliers=0.05, row_scale=True)
+    for tokens in (1, 9, 33, 70):
+        check(backend, case, torch.randn(tokens, 90, device=DEVICE).half())
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dequantize(backend, dtype):
+    case = random_case(145, 130, tuple(range(1, 9)), segments=2, outliers=0.05, row_scale=True)
+    assert torch.equal(codebook_dequantize(on_gpu(case, backend), dtype).cpu(), case.dense.to(dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("bits", [1, 3, 5, 8])
+def test_pack_and_unpack(backend, bits):
+    codes = torch.randint(0, 2**bits, (37, 61), dtype=torch.uint8)
+    with pyllmq.use_backend(backend):
+        packed = pack_codes(codes.to(DEVICE), bits)
+        unpacked = unpack_codes(packed, bits, 61)
+    assert torch.equal(packed.cpu(), backends.reference.pack_codes(codes, bits))
+    assert torch.equal(unpacked.cpu(), codes)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_gradient_of_x_and_bias(backend):
+    case = random_case(40, 66, (2, 5), outliers=0.05)
+    x = torch.randn(4, 66, device=DEVICE, requires_grad=True)
+    bias = torch.randn(40, device=DEVICE, requires_grad=True)
+    grad = torch.randn(4, 40, device=DEVICE)
+    codebook_linear(x, on_gpu(case, backend), bias).backward(grad)
+    assert_as_good_as_torch(x.grad, grad.double() @ case.dense.to(DEVICE), grad @ case.dense.float().to(DEVICE))
+    torch.testing.assert_close(bias.grad, grad.sum(0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_no_tokens_and_leading_dimensions(backend):
+    case = random_case(10, 12)
+    weight = on_gpu(case, backend)
+    assert codebook_linear(torch.randn(0, 12, device=DEVICE), weight).shape == (0, 10)
+    x = torch.randn(2, 1, 3, 12, device=DEVICE).transpose(0, 2)
+    torch.testing.assert_close(codebook_linear(x, weight), (x.double() @ case.dense.to(DEVICE).T).float())
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+@pytest.mark.parametrize("tokens", [1, 16, 100])
+def test_same_bits_every_time(backend, tokens):
+    weight = on_gpu(random_case(300, 700, (2, 3, 8), outliers=0.02), backend)
+    x = torch.randn(tokens, 700, device=DEVICE).bfloat16()
+    first = codebook_linear(x, weight)
+    assert all(torch.equal(codebook_linear(x, weight), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_not_finite_in_means_not_finite_out(backend, tokens):
+    x = torch.randn(tokens, 64, device=DEVICE)
+    x[0, 7], x[-1, 9] = torch.inf, torch.nan
+    y = codebook_linear(x, on_gpu(random_case(40, 64, (2, 3, 4)), backend))
+    assert not torch.isfinite(y[0]).any() and y[-1].isnan().all()
+    assert tokens == 1 or torch.isfinite(y[1]).all()
+
+
+# ---- streams, graphs, compiled models -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+@pytest.mark.parametrize("tokens", [1, 16, 100])
+def test_kernels_run_on_the_current_stream(backend, tokens):
+    weight = on_gpu(random_case(64, 128, (2, 3)), backend)
+    late = torch.randn(tokens, 128, device=DEVICE)
+    expected = codebook_linear(late, weight)
+    x = torch.full_like(late, torch.nan)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)  # some 10 ms, in which a kernel on another stream would read the NaN
+        x.copy_(late)
+        y = codebook_linear(x, weight)
+    side.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+@pytest.mark.parametrize("tokens", [1, 2, 16, 64, 100])
+def test_captured_in_a_cuda_graph(backend, tokens):
+    weight = on_gpu(random_case(96, 160, (2, 3, 4), outliers=0.02), backend)
+    x = torch.randn(tokens, 160, device=DEVICE).bfloat16()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        codebook_linear(x, weight)  # compiles and loads what a capture must not
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = codebook_linear(x, weight)
+    for _ in range(3):
+        x.copy_(torch.randn(tokens, 160))
+        graph.replay()
+        assert torch.equal(y, codebook_linear(x, weight))
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+def test_compiled_in_one_graph_with_less_overhead(default_backend):
+    layer = CodebookLinear.from_weight(random_case(64, 96, (2, 4), outliers=0.02).weight, torch.randn(64)).to(DEVICE)
+    assert layer.operand().layout == default_backend
+    compiled = torch.compile(nn.Sequential(layer, nn.GELU()), fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(2, 96, device=DEVICE)
+            torch.testing.assert_close(compiled(x).clone(), nn.functional.gelu(layer(x)))
+
+
+def tiny_llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        max_position_embeddings=64,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+def test_generate_with_a_static_cache(default_backend):
+    packed = tiny_llama()
+    pyllmq.swap_linear(packed, lambda linear: CodebookLinear.from_dense(linear, bits=4), exclude=("lm_head",))
+    dense = tiny_llama()
+    with torch.no_grad():
+        for name, module in packed.named_modules():
+            if isinstance(module, CodebookLinear):
+                dense.get_submodule(name).weight.copy_(module.dequantize())
+            elif isinstance(getattr(module, "weight", None), nn.Parameter):
+                dense.get_submodule(name).weight.copy_(module.weight)
+    packed, dense = packed.to(DEVICE), dense.to(DEVICE)
+    prompt = torch.randint(0, 128, (1, 5), device=DEVICE)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = dense.generate(prompt, **options)
+    assert torch.equal(packed.generate(prompt, cache_implementation="static", **options), expected)
+
+
+# ---- moves and refusals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+def test_a_layer_moves_to_the_gpu_and_back(default_backend):
+    case = random_case(72, 100, (2, 3, 5), segments=2, outliers=0.05, row_scale=True)
+    layer = CodebookLinear.from_weight(case.weight, torch.randn(72))
+    layer.precision = "exact"
+    x = torch.randn(3, 100)
+    before, state = layer(x), {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    layer.to(DEVICE)
+    assert layer.operand().layout == default_backend and all(b.device.type == DEVICE for b in layer.buffers())
+    torch.testing.assert_close(layer(x.to(DEVICE)).cpu(), before, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(tensor.cpu(), state[key]) for key, tensor in layer.state_dict().items())
+    layer.half()
+    assert layer(x.to(DEVICE).half()).dtype == torch.float16
+    layer.to("cpu", torch.float32)
+    assert layer.operand().layout == "cpu"
+    torch.testing.assert_close(layer(x), before, rtol=1e-2, atol=1e-2)  # the bias was fp16 meanwhile
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_tensors_on_different_devices_are_refused(backend):
+    weight = on_gpu(random_case(8, 6), backend)
+    with pytest.raises(ValueError, match="x is on cpu.*the weight on cuda.*move them to one device"):
+        codebook_linear(torch.randn(2, 6), weight)
+    with pytest.raises(ValueError, match="bias on cpu"):
+        codebook_linear(torch.randn(2, 6, device=DEVICE), weight, torch.randn(8))
+    y = codebook_linear(torch.randn(2, 6, device=DEVICE), weight)
+    assert torch.isfinite(y).all(), "the process is not usable after a refusal"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+def test_a_gpu_that_is_not_the_current_one(backend):
+    case = random_case(70, 90, (2, 3), outliers=0.02)
+    with pyllmq.use_backend(backend):
+        weight = CodebookWeight(case.weight.structure, case.weight.tensors).to("cuda:1").operand()
+    for tokens in (1, 16, 100):
+        x = torch.randn(tokens, 90, device="cuda:1")
+        torch.testing.assert_close(codebook_linear(x, weight).double(), x.double() @ case.dense.to("cuda:1").T)

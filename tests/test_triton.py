@@ -1,0 +1,164 @@
+"""The Triton kernels without a GPU: run in Triton's interpreter, and compiled ahead of time for GPUs that are not here.
+
+The two need processes of their own: triton decides at its import whether it interprets. No marker `kernels`: there is no C++ of
+ours in it, and sanitizers would slow the interpreter down for nothing.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyllmq import backends
+from pyllmq.backends import triton as triton_backend
+from pyllmq.triton_kernels.configs import FOLDER
+
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed (pip install 'pyllmq-kernels[triton]', Linux x86_64)"
+)
+
+
+@needs_triton
+def test_in_the_interpreter():
+    file = Path(__file__).with_name("triton_interpreter.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(file)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=file.parents[1], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 100 and "skipped" not in done.stdout, done.stdout[-2000:]
+
+
+# ---- compiled ahead of time -----------------------------------------------------------------------------------------
+
+POINTERS = {
+    "x": "*{x}", "y": "*{x}", "bias": "*{x}", "out": "*{x}", "codes": "*u8", "codebook": "*fp16", "columns_of": "*i32",
+    "row_segment": "*i32", "row_scale": "*fp16", "parts": "*fp32", "row_offsets": "*i32", "outlier_columns": "*u16",
+    "values": "*fp16", "replaced": "*fp16",
+}  # fmt: skip
+DIVISIBLE_BY_16 = ("rows", "columns", "slots")
+
+
+def compiled(kernel, constants, x="bf16", arch=90, warps=4, stages=2):
+    """(resources, machine code) of a kernel compiled for a GPU that need not be here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {
+        name: "constexpr" if name in constants else POINTERS.get(name, "i32").format(x=x) for name in kernel.arg_names
+    }
+    aligned = [n for n, kind in signature.items() if kind[0] == "*" or n in DIVISIBLE_BY_16]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    cubin = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout)
+    return dict(zip(("registers", "stack", "shared", "local"), map(int, found.groups()), strict=True)), code.stdout
+
+
+def assert_no_spills(kernel, constants, **options):
+    resources, code = compiled(kernel, constants, **options)
+    spills = re.findall(r"\b(?:LDL|STL)\b", code)
+    assert resources["stack"] == resources["local"] == 0 and not spills, f"{kernel.__name__} {constants}: {resources}"
+    return code
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def default_tiles(op):
+    rows = json.loads((FOLDER / "default.json").read_text())
+    return [(row, bits) for row in rows if row["op"] == op for bits in row["bits"]]
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("tile", "bits"),
+    [case for case in default_tiles("codebook_linear") if case[1] in (2, 3, 8)],
+    ids=lambda value: f"tokens{value['tokens']}" if isinstance(value, dict) else f"bits{value}",
+)
+def test_linear_compiles_without_spills(arch, tile, bits):
+    from pyllmq.triton_kernels.codebook_linear import _multiply
+
+    fixed = {"BITS": bits, "BLOCK_TOKENS": tile["tokens"], "BLOCK_ROWS": tile["rows"], "BLOCK_SLOTS": tile["slots"]}
+    options = {"arch": arch, "warps": tile["warps"], "stages": tile["stages"]}
+    # fp32 with segments and gathered columns takes the most registers; bf16 without either is the usual case
+    most = {"ONE_SEGMENT": False, "CONSECUTIVE": False, "FP32_DOT": "tf32x3"}
+    usual = {"ONE_SEGMENT": True, "CONSECUTIVE": True, "FP32_DOT": "tf32x3"}
+    assert_no_spills(_multiply, fixed | most, x="fp32", **options)
+    if arch == 80:
+        return
+    code = assert_no_spills(_multiply, fixed | usual, x="bf16", **options)
+    assert ("HMMA" in code) == (tile["tokens"] > 1), "tokens are multiplied by tensor cores, one token is not"
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+def test_dequantize_compiles_without_spills(arch, bits):
+    from pyllmq.triton_kernels.codebook_dequantize import _decode
+
+    tile = next(row for row, b in default_tiles("codebook_dequantize") if b == bits)
+    fixed = {"BITS": bits, "BLOCK_ROWS": tile["rows"], "BLOCK_SLOTS": tile["slots"], "HAS_ROW_SCALE": True}
+    options = {"arch": arch, "warps": tile["warps"], "stages": tile["stages"]}
+    assert_no_spills(_decode, fixed | {"ONE_SEGMENT": False, "CONSECUTIVE": False}, x="fp32", **options)
+    code = assert_no_spills(_decode, fixed | {"ONE_SEGMENT": True, "CONSECUTIVE": True}, x="bf16", **options)
+    assert "STG.E.128" in code, "neighbouring columns are stored 16 bytes at a time"
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_small_kernels_compile_without_spills(arch):
+    from pyllmq.triton_kernels.codebook_dequantize import _put_outliers
+    from pyllmq.triton_kernels.codebook_linear import _add_parts, _multiply_outliers
+
+    assert_no_spills(_put_outliers, {"BLOCK_ROWS": 8, "BLOCK": 16}, arch=arch)
+    flags = {"HAS_ROW_SCALE": True, "HAS_OUTLIERS": True, "HAS_BIAS": True}
+    assert_no_spills(_add_parts, flags | {"BLOCK_ROWS": 256}, arch=arch)
+    for tokens in (1, 16):
+        fixed = {"HAS_ROW_SCALE": True, "BLOCK_TOKENS": tokens, "BLOCK_ROWS": 16, "BLOCK": 16}
+        assert_no_spills(_multiply_outliers, fixed, arch=arch)
+
+
+# ---- where it is missing --------------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setattr(triton_backend, "find_spec", lambda name: None)
+    assert triton_backend.available() == (False, "triton is not installed (pip install 'pyllmq-kernels[triton]')")
+    monkeypatch.setattr(triton_backend, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton_backend.available() == (False, "torch finds no GPU here")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert triton_backend.available() == (False, "needs compute capability 8.0, this GPU has 7.5")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert triton_backend.available() == (True, "kernels are compiled at their first call, for a GPU")
+
+
+@needs_triton
+def test_asking_which_back_ends_work_imports_no_triton():
+    code = "import sys; from pyllmq import backends; backends.report(); assert 'triton' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert backends.report()["triton"][1]

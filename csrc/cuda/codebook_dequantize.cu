@@ -16,6 +16,7 @@ constexpr int kStagedColumns = kWarps * kGroupColumns;
 constexpr int kBlocksPerMultiprocessor = 6;
 
 struct Shared {
+  GroupRange groups[9];  // of the panel, by width
   int32_t columns[kStagedColumns];
   uint16_t weight[kTileRows][kStagedColumns + 2];  // 65 words a row: the rows of a warp's stores start in different banks
 };
@@ -109,8 +110,12 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 4) codebook_dequantize_kernel(con
     const int rows = block.rows - first_row < kTileRows ? block.rows - first_row : kTileRows;
     const int64_t row_begin = block.row_begin + first_row;
 
+    ptx::sync_block();  // the item before is done with shared memory
+    if (ptx::thread() >= 1 && ptx::thread() <= 8)
+      shared.groups[ptx::thread()] = panel_groups(h, ptx::thread(), panel, panel + 1);
+    ptx::sync_block();
     for (int width = 1; width <= 8; ++width) {
-      const GroupRange range = panel_groups(h, width, panel, panel + 1);
+      const GroupRange range = shared.groups[width];
       for (int begin = range.begin; begin < range.end; begin += kWarps) {
         const int group = begin + warp;
         if (group < range.end) {

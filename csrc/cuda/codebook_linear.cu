@@ -20,6 +20,7 @@
 #include "cuda/codebook_linear.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -35,12 +36,12 @@ constexpr int kMostColumns = 16;                  // of the product: tokens, or 
 constexpr int kRingBytes = 9216;                  // of one warp: two stages of 4 bits, or the tables of an 8-bit group
 constexpr int kSums = kBlockRows * 4;             // rows x columns of a block's product, for each number of token tiles
 constexpr float kLowPlane = 2048.0f;              // 2^11: the second plane of fp32 holds what the first one rounded off
-constexpr int64_t kMostXBytes = 32 << 10;         // two blocks fit on a multiprocessor of compute capability 9.0
+constexpr int64_t kMostXBytes = 24 << 10;         // one block fits on compute capability 8.6 (99 KiB), two on 9.0
 constexpr int kBlocksPerMultiprocessor = 2;
 
 struct Arguments {
   LinearCall call;
-  int64_t tokens_per_block, token_blocks, splits;
+  int tokens_per_block, token_blocks, splits;
 };
 
 // What one block computes: the same for all threads, so it lies in shared memory, and sums have the registers.
@@ -51,13 +52,13 @@ struct Work {
   int64_t panel_begin, panel_end, split;
   int64_t token_begin;
   int tokens, planes;
+  GroupRange groups[9];  // by width
   PYLLMQ_MEMBER int columns() const { return tokens * planes; }
 };
 
 // Shared memory: this, the warps' rings (after the loop: the sums), x.
 struct Shared {
   Work work;
-  int64_t next_item;
   float largest[kMostColumns][kWarps];
   float unscale[kMostColumns];
   uint32_t arrived;
@@ -87,12 +88,13 @@ PYLLMQ_DEVICE void stage_x(const Work& w, const LinearCall& call, Shared& shared
   const int32_t* column_of = section<int32_t>(h, h.columns_offset);
   const int thread = ptx::thread();
 
-  for (int token = 0; token < w.tokens; ++token) {
+  const bool scaled = dtype != DType::fp16;
+  for (int token = 0; scaled && token < w.tokens; ++token) {
     float largest = 0.0f;
     for (int width = 1; width <= 8; ++width) {
-      const GroupRange range = panel_groups(h, width, w.panel_begin, w.panel_end);
       const int32_t* columns = column_of + h.first_slot[width];
-      for (int slot = range.begin * kGroupColumns + thread; slot < range.end * kGroupColumns; slot += kThreads)
+      for (int slot = w.groups[width].begin * kGroupColumns + thread; slot < w.groups[width].end * kGroupColumns;
+           slot += kThreads)
         if (columns[slot] >= 0) {
           const float x = load_element(call.x, dtype, (w.token_begin + token) * h.columns + columns[slot]);
           largest = fmaxf(largest, fabsf(x));
@@ -105,13 +107,13 @@ PYLLMQ_DEVICE void stage_x(const Work& w, const LinearCall& call, Shared& shared
 
   for (int token = 0; token < w.tokens; ++token) {
     float largest = 0.0f;
-    for (int warp = 0; warp < kWarps; ++warp) largest = fmaxf(largest, shared.largest[token][warp]);
+    for (int warp = 0; scaled && warp < kWarps; ++warp) largest = fmaxf(largest, shared.largest[token][warp]);
     const int exponent = scale_exponent(largest);
     const float scale = power_of_two(exponent);
     if (thread == 0) shared.unscale[token] = power_of_two(-exponent);
     int staged = 0;
     for (int width = 1; width <= 8; ++width) {
-      const GroupRange range = panel_groups(h, width, w.panel_begin, w.panel_end);
+      const GroupRange range = w.groups[width];
       const int32_t* columns = column_of + h.first_slot[width] + range.begin * kGroupColumns;
       const int slots = (range.end - range.begin) * kGroupColumns;
       for (int slot = thread; slot < slots; slot += kThreads) {
@@ -184,7 +186,7 @@ PYLLMQ_DEVICE void accumulate(const Work& w, uint8_t* ring, const uint16_t* x_sh
   static_assert(R::kStages >= 2, "one stage is read while another is filled");
   const LayoutHeader& h = *w.header;
   const int lane = ptx::thread() % 32, warp = ptx::thread() / 32;
-  const GroupRange range = panel_groups(h, kWidth, w.panel_begin, w.panel_end);
+  const GroupRange range = w.groups[kWidth];
   const int tiles = (w.rows + kTileRows - 1) / kTileRows;
   const auto* base = reinterpret_cast<const uint8_t*>(&h);
 
@@ -238,7 +240,7 @@ PYLLMQ_DEVICE void accumulate_wide(const Work& w, uint8_t* ring, const uint16_t*
                                    TileSums<kTokenTiles> (&sums)[kBlockTiles / kTokenTiles]) {
   const LayoutHeader& h = *w.header;
   const int lane = ptx::thread() % 32, warp = ptx::thread() / 32;
-  const GroupRange range = panel_groups(h, kWidth, w.panel_begin, w.panel_end);
+  const GroupRange range = w.groups[kWidth];
   const int tiles = (w.rows + kTileRows - 1) / kTileRows;
   const auto* base = reinterpret_cast<const uint8_t*>(&h);
 
@@ -326,10 +328,12 @@ template <int kTokenTiles>
 PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, const float* total) {
   constexpr int kRows = kBlockRows / kTokenTiles;
   const LayoutHeader& h = *w.header;
-  const int count = w.rows * w.tokens;
   const int64_t row_begin = w.block.row_begin + w.first_row;
-  for (int i = ptx::thread(); i < count; i += kThreads) {
-    const int row = i % w.rows, token = i / w.rows;
+  const auto for_each_output = [&](const auto& body) {
+    for (int token = 0; token < w.tokens; ++token)
+      for (int row = ptx::thread(); row < w.rows; row += kThreads) body(token, row);
+  };
+  for_each_output([&](int token, int row) {
     float sum = total[token * w.planes * kRows + row];
     if (w.planes == 2) sum += total[(token * 2 + 1) * kRows + row] * (1.0f / kLowPlane);
     sum *= shared.unscale[token];
@@ -340,7 +344,7 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, con
       store_y(a.call, w.token_begin + token, row_begin + row, sum);
     else
       a.call.partials[(w.split * a.call.tokens + w.token_begin + token) * a.call.rows + row_begin + row] = sum;
-  }
+  });
   if (a.splits == 1) return;
 
   ptx::fence();
@@ -351,39 +355,13 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, con
   ptx::sync_block();
   if (shared.arrived != a.splits - 1) return;
   ptx::fence();
-  for (int i = ptx::thread(); i < count; i += kThreads) {
-    const int64_t token = w.token_begin + i / w.rows, row = row_begin + i % w.rows;
+  for_each_output([&](int token, int row) {
+    const float* from = a.call.partials + (w.token_begin + token) * a.call.rows + row_begin + row;
     float sum = 0.0f;
     for (int64_t split = 0; split < a.splits; ++split)
-      sum += ptx::load_l2(a.call.partials + (split * a.call.tokens + token) * a.call.rows + row);
-    store_y(a.call, token, row, sum);
-  }
-}
-
-// The next item of this block into shared.work; 0 rows: there is none. An item is some rows of a row block, some tokens and
-// a split; items that share a split follow each other, since they read the same x and codebooks.
-template <int kTokenTiles>
-PYLLMQ_DEVICE void take_work(const Arguments& a, const LayoutHeader& h, Shared& shared) {
-  constexpr int kRows = kBlockRows / kTokenTiles;
-  const int64_t row_parts = h.blocks * kTokenTiles, cells = row_parts * a.token_blocks;
-  shared.work.rows = 0;
-  for (; shared.work.rows == 0 && shared.next_item < cells * a.splits; shared.next_item += ptx::blocks()) {
-    const int64_t split = shared.next_item / cells, cell = shared.next_item % cells, row_part = cell % row_parts;
-    const RowBlock block = section<RowBlock>(h, h.blocks_offset)[row_part / kTokenTiles];
-    const int first_row = static_cast<int>(row_part % kTokenTiles) * kRows;
-    const int64_t token_begin = cell / row_parts * a.tokens_per_block, tokens_left = a.call.tokens - token_begin;
-    if (first_row >= block.rows) continue;
-    shared.work = {&h,
-                   block,
-                   first_row,
-                   block.rows - first_row < kRows ? block.rows - first_row : kRows,
-                   split * h.panels / a.splits,
-                   (split + 1) * h.panels / a.splits,
-                   split,
-                   token_begin,
-                   static_cast<int>(tokens_left < a.tokens_per_block ? tokens_left : a.tokens_per_block),
-                   static_cast<DType>(a.call.dtype) == DType::fp32 ? 2 : 1};
-  }
+      sum += ptx::load_l2(from + split * a.call.tokens * a.call.rows);
+    store_y(a.call, w.token_begin + token, row_begin + row, sum);
+  });
 }
 
 template <int kTokenTiles>
@@ -396,19 +374,39 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) codeboo
   const auto& h = *reinterpret_cast<const LayoutHeader*>(a.call.layout);
   if (!describes(h, a.call.layout_bytes, a.call.rows, a.call.columns))
     return store_nan(a.call.y, static_cast<DType>(a.call.dtype), a.call.tokens * a.call.rows, kThreads);
-  if (ptx::thread() == 0) shared.next_item = ptx::block();
-  for (;;) {
+  // An item is some rows of a row block, some tokens and a split; items that share a split follow each other, since they read
+  // the same x and codebooks. 32 bits, as the host has checked: each thread divides, and 64 bits would take ten times longer.
+  const auto row_parts = static_cast<int>(h.blocks) * kTokenTiles, cells = row_parts * a.token_blocks;
+  for (int item = static_cast<int>(ptx::block()); item < cells * a.splits; item += static_cast<int>(ptx::blocks())) {
+    const int split = item / cells, cell = item % cells, row_part = cell % row_parts;
+    const RowBlock block = section<RowBlock>(h, h.blocks_offset)[row_part / kTokenTiles];
+    const int first_row = row_part % kTokenTiles * kRows;
+    if (first_row >= block.rows) continue;
+    const int64_t panel_begin = split * h.panels / a.splits, panel_end = (split + 1) * h.panels / a.splits;
     ptx::sync_block();  // the item before is done with shared memory
-    if (ptx::thread() == 0) take_work<kTokenTiles>(a, h, shared);
+    Work& w = shared.work;
+    if (ptx::thread() == 0) {
+      w.header = &h;
+      w.block = block;
+      w.first_row = first_row;
+      w.rows = block.rows - first_row < kRows ? block.rows - first_row : kRows;
+      w.panel_begin = panel_begin;
+      w.panel_end = panel_end;
+      w.split = split;
+      w.token_begin = int64_t{cell / row_parts} * a.tokens_per_block;
+      const int64_t tokens_left = a.call.tokens - w.token_begin;
+      w.tokens = static_cast<int>(tokens_left < a.tokens_per_block ? tokens_left : a.tokens_per_block);
+      w.planes = static_cast<DType>(a.call.dtype) == DType::fp32 ? 2 : 1;
+    }
+    if (ptx::thread() >= 1 && ptx::thread() <= 8)
+      w.groups[ptx::thread()] = panel_groups(h, ptx::thread(), panel_begin, panel_end);
     ptx::sync_block();
-    const Work& w = shared.work;
-    if (w.rows == 0) return;
 
     stage_x(w, a.call, shared, x_shared);
     TileSums<kTokenTiles> sums[kBlockTiles / kTokenTiles] = {};
     int staged = 0;
     const auto next = [&](int width) {
-      const GroupRange range = panel_groups(h, width, w.panel_begin, w.panel_end);
+      const GroupRange range = w.groups[width];
       const int before = staged;
       staged += (range.end - range.begin) * kGroupColumns;
       return before;
@@ -468,7 +466,13 @@ void codebook_linear(const LinearCall& call, uintptr_t stream) {
   check_size(call.layout_bytes);
   if (call.tokens == 0) return;
   const LinearPlan plan = plan_linear(call.rows, call.columns, call.tokens, call.dtype, multiprocessors());
-  const Arguments arguments{call, plan.tokens_per_block, plan.token_blocks, plan.splits};
+  // Each item has at least one row.
+  if (call.rows * plan.token_tiles * plan.token_blocks * plan.splits > std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument("codebook_linear of " + std::to_string(call.tokens) + " tokens by [" +
+                                std::to_string(call.rows) + ", " + std::to_string(call.columns) +
+                                "] has more than 2^31 pieces of work; give fewer tokens at a time");
+  const Arguments arguments{call, static_cast<int>(plan.tokens_per_block), static_cast<int>(plan.token_blocks),
+                            static_cast<int>(plan.splits)};
   if (plan.token_tiles == 1) run<1>(arguments, plan, stream);
   if (plan.token_tiles == 2) run<2>(arguments, plan, stream);
   if (plan.token_tiles == 4) run<4>(arguments, plan, stream);

@@ -35,6 +35,7 @@ namespace {
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kWarp = 32;
 constexpr size_t kGuardBytes = 64;
+constexpr size_t kMostSharedBytes = 99 << 10;  // what a block gets on compute capability 8.6, the least of those served
 constexpr uint8_t kPoison = 0xFF;  // fp16, bf16 and fp32 of these bytes are NaN
 
 struct Copy {
@@ -143,7 +144,7 @@ void run_block(int64_t block) {
 
 void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
   Machine& m = machine;
-  if (blocks < 1 || blocks > 0x7FFFFFFF || threads < 1 || threads > 1024 || threads % kWarp || shared_bytes > 232448)
+  if (blocks < 1 || blocks > 0x7FFFFFFF || threads < 1 || threads > 1024 || threads % kWarp || shared_bytes > kMostSharedBytes)
     throw std::runtime_error("emulator: a launch of " + std::to_string(blocks) + " blocks of " +
                              std::to_string(threads) + " threads with " + std::to_string(shared_bytes) +
                              " bytes of shared memory");

@@ -41,19 +41,13 @@ CXX_FLAGS = [
 # Instruction sets are switched on per file, by the end of its name, and chosen at run time: no global -march. Elsewhere
 # than on x86 those files are left out and the scalar kernels run.
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISA_FLAGS = {
-    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mavx512vbmi",
-        "-mavx512vnni",
-        "-mfma",
-        "-mf16c",
-    ],
-}
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [
+    *AVX2,
+    *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vnni")),
+    "-Wno-uninitialized",  # gcc 12 warns about its own AVX-512 headers (GCC bug 105593)
+]
+ISA_FLAGS = {"_avx2": AVX2, "_avx512": AVX512, "_amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}
 
 
 def find_nvcc():

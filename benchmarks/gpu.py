@@ -64,7 +64,15 @@ def run_on_gpu(
             left_out[provider.name] = why
     environment: dict[str, Any] = record.environment() | {"device": name_of_place()}
     copied = copy()
-    rows = [_copy_row(copied, environment, ready[0].isa() if ready else "none")]
+    rows: list[Row] = []
+
+    def keep(measured: list[Row]) -> None:
+        """At once, so that a run which is ended by its time limit leaves what it has."""
+        rows.extend(measured)
+        if csv is not None:
+            record.append(Path(csv), measured)
+
+    keep([_copy_row(copied, environment, ready[0].isa() if ready else "none")])
     with torch.no_grad(), tqdm(total=len(shapes) * len(tokens), desc=op, disable=not progress, leave=False) as bar:
         for shape in shapes:
             weight = dense_weight(shape.n, shape.k).to(device)
@@ -74,7 +82,7 @@ def run_on_gpu(
                 errors = _check(ready, layers, weight, m, left_out, wrong)
                 samples, failures = measure(_calls(layers, errors, shape.k, m, device, cold_bytes), budget_s=budget_s)
                 left_out |= {f"{name} at {shape.n}x{shape.k}, M = {m}": why for name, why in failures.items()}
-                rows += _rows(op, shape, m, ready, layers, samples, errors, copied, environment)
+                keep(_rows(op, shape, m, ready, layers, samples, errors, copied, environment))
                 bar.update()
 
     print(
@@ -84,7 +92,6 @@ def run_on_gpu(
     for name, why in left_out.items():
         print(f"not measured: {name}: {why}")
     if csv is not None:
-        record.append(Path(csv), rows)
         print(f"{len(rows)} rows appended to {csv}")
     if wrong:
         raise WrongResultError("; ".join(wrong))

@@ -72,11 +72,7 @@ def draw(csv: Path, png: Path) -> None:
             panel.spines[["top", "right"]].set_visible(False)
             panel.set_title(f"N={n}, K={k}, M={m}", fontsize=9)
             if line == len(weights) - 1:
-                label = (
-                    "bytes of the weight per second, of a plain loop's"
-                    if what == "share"
-                    else f"speed, multiple of {BASELINE}"
-                )
+                label = "share of the read limit" if what == "share" else f"speed, multiple of {BASELINE}"
                 panel.set_xlabel(label, fontsize=8)
     last = rows[-1]
     figure.suptitle(f"{last.op}: {last.device}, {last.threads} threads, torch {last.torch}", fontsize=9)

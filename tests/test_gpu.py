@@ -64,7 +64,7 @@ def check(backend, case, x, bias=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 8, 16, 17, 64, 65])
 def test_linear_of_a_mix_with_everything(backend, dtype, tokens):
-    case = random_case(195, 323, (1, 2, 3, 4, 6, 8), segments=3, outliers=0.02, row_scale=True)
+    case = random_case(195, 323, (2, 3, 6), segments=3, outliers=0.02, row_scale=True)
     x = torch.randn(tokens, 323, device=DEVICE).to(dtype)
     check(backend, case, x, torch.randn(195, device=DEVICE).to(dtype))
 

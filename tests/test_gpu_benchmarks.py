@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from pyllmq import backends
-from pyllmq.benchmarks import gpu, gpu_providers, gpu_steps, gpu_table, gpu_timing, providers, record
+from pyllmq.benchmarks import gpu, gpu_providers, gpu_steps, gpu_table, gpu_timing, providers, record, tune_triton
 from pyllmq.benchmarks.gpu_steps import Step, run_steps
 from pyllmq.benchmarks.run import run
 from pyllmq.benchmarks.shapes import resolve
 from pyllmq.benchmarks.timing import MIN_SAMPLES, Samples
+from pyllmq.triton_kernels import configs
 
 ROOT = Path(__file__).parents[1]
 
@@ -251,6 +252,45 @@ def test_a_plot_of_a_gpu_run_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="draws no plot"):
         run(device="cuda", plot="speed.png")
+
+
+# ---- tiles ----------------------------------------------------------------------------------------------------------
+
+
+def test_tuned_tiles_make_a_file_that_serves_every_width_and_number_of_tokens(tmp_path, monkeypatch):
+    slow, fast = (tune_triton.Tile(64, 64, block, 4, 1, 528) for block in (32, 64))
+    assert tune_triton.fastest({slow: Samples([9, 8, 1]), fast: Samples([7, 7, 7])}) == fast
+    monkeypatch.setattr(tune_triton.backends, "report", lambda: {"triton": (True, "")})
+    tried = []
+
+    def first_candidate(op, bits, tokens):
+        tried.append((op, bits, tokens))
+        return tune_triton.candidates(op, tokens)[0]
+
+    monkeypatch.setattr(tune_triton, "tune", first_candidate)
+    tune_triton.main(tmp_path / "sm_00.json")
+    assert len(tried) == 16 and [p.name for p in tmp_path.iterdir()] == ["sm_00.json"]
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    monkeypatch.setattr(configs, "device_class", lambda device: "sm_00")
+    for cache in (configs.rows_of, configs.tile_for):
+        cache.cache_clear()
+    try:
+        for bits in range(1, 9):
+            assert configs.tile_for("codebook_dequantize", bits, 0, torch.device("cpu")).rows == 32
+            blocks = [
+                configs.tile_for("codebook_linear", bits, m, torch.device("cpu")).tokens for m in (1, 2, 16, 17, 64)
+            ]
+            assert blocks == [1, 16, 16, 32, 32]
+    finally:
+        for cache in (configs.rows_of, configs.tile_for):
+            cache.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_tiles_are_not_measured_without_a_gpu(tmp_path):
+    with pytest.raises(SystemExit, match="only where the back end works"):
+        tune_triton.main(tmp_path / "sm_00.json")
+    assert not list(tmp_path.iterdir())
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

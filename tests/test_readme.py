@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyllmq.compression import calibration
+from pyllmq.compression import calibration, data_free
 
 from . import models
 
@@ -38,9 +38,12 @@ def test_examples_run(where_the_examples_run):
         "column_bits": torch.full((6,), 2),
         "x": torch.randn(3, 6),
         "values": torch.randn(5, 100),
+        **dict.fromkeys("qkv", data_free.pack_columns(torch.randn(8, 6), torch.full((6,), 3))),
     }
     exec(second, names)
     assert names["layer"].bits_per_weight > 3
     assert sum(isinstance(m, pyllmq.CodebookLinear) for m in names["model"].modules()) == 14
-    torch.testing.assert_close(names["y"], names["x"] @ names["weight"].dequantize().T)
+    expected = names["x"] @ names["weight"].dequantize().T
+    torch.testing.assert_close(names["y"], expected, rtol=1e-3, atol=1e-3)  # the default precision
+    assert names["qkv"].out_features == 24 and names["model"].model.layers[0].mlp.up_proj.precision == "fast"
     assert names["centroids"].shape == (5, 16) and names["codes"].shape == (5, 100)

@@ -6,8 +6,11 @@ import sys
 import threading
 
 import pytest
+import torch
 
-from pyllmq import _cpu
+from pyllmq import _cpu, functional
+
+from .oracle import random_case
 
 pytestmark = pytest.mark.kernels
 
@@ -88,6 +91,56 @@ def test_several_python_threads_at_once_while_another_resizes():
     for caller in callers:
         caller.join()
     assert wrong == []
+
+
+@pytest.fixture
+def torch_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 2, 16])
+def test_operations_follow_torch_set_num_threads(torch_threads, threads):
+    """Also with more threads than cores, and whatever the pool's size was before."""
+    case = random_case(700, 300, (2, 3, 4, 7), outliers=0.01)
+    x = torch.randn(5, 300)
+    torch.set_num_threads(1)
+    alone = functional.codebook_linear(x, case.weight)
+    torch.testing.assert_close(alone.double(), x.double() @ case.dense.T, rtol=1e-3, atol=1e-3)
+    torch.set_num_threads(threads)
+    assert torch.equal(functional.codebook_linear(x, case.weight), alone)
+    assert _cpu.num_threads() == threads
+    assert _cpu.parallel_probe(4 * threads, task_us=LONG_TASK_US)[0] == [1] * (4 * threads)
+
+
+def linear_in_child(queue, weight, x):
+    queue.put(functional.codebook_linear(x, weight).tolist())
+
+
+def test_operations_work_in_a_forked_child():
+    weight, x = random_case(700, 300, (2, 4)).weight, torch.randn(2, 300)
+    expected = functional.codebook_linear(x, weight).tolist()
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=linear_in_child, args=(queue, weight, x))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0 and queue.get() == expected
+
+
+def test_every_task_runs_once_beside_busy_processes():
+    """Workers that the system puts aside in the middle of a job; how long that takes is what `pyllmq bench --goals` shows."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    try:
+        for threads in (2, 5):
+            _cpu.set_num_threads(threads)
+            for _ in range(50):
+                assert _cpu.parallel_probe(40, task_us=20.0)[0] == [1] * 40
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def probe_in_child(queue):

@@ -138,6 +138,21 @@ def test_the_small_kernels_compile_without_spills(arch):
         assert_no_spills(_multiply_outliers, fixed, arch=arch)
 
 
+@needs_triton
+def test_sizes_of_one_compile():
+    """triton makes an argument that is 1 a constant of the kernel, which has other methods than a number."""
+    from pyllmq.triton_kernels.codebook_dequantize import _decode
+    from pyllmq.triton_kernels.codebook_linear import _add_parts, _multiply
+
+    one = {"rows": 1, "columns": 1, "slots": 1, "code_bytes": 1}
+    flags = {"BITS": 3, "ONE_SEGMENT": False, "CONSECUTIVE": False, "BLOCK_ROWS": 64, "BLOCK_SLOTS": 32}
+    for tokens in (1, 16):
+        assert_no_spills(_multiply, one | flags | {"BLOCK_TOKENS": tokens, "FP32_DOT": "tf32x3"})
+    assert_no_spills(_decode, one | flags | {"HAS_ROW_SCALE": True})
+    flags = {"HAS_ROW_SCALE": True, "HAS_OUTLIERS": True, "HAS_BIAS": True}
+    assert_no_spills(_add_parts, flags | {"BLOCK_ROWS": 256, "rows": 1})
+
+
 # ---- where it is missing --------------------------------------------------------------------------------------------
 
 

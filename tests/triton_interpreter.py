@@ -1,6 +1,6 @@
 """The Triton back end in Triton's interpreter, on a CPU. tests/test_triton.py runs this file in a process with TRITON_INTERPRET=1.
 
-bfloat16 is left out: the interpreter's bfloat16 arithmetic is wrong (docs/codebook_linear_triton.md); test_gpu.py has it.
+bfloat16 is left out: the interpreter's bfloat16 arithmetic is wrong (docs/kernels-triton.md); test_gpu.py has it.
 Tokens 1 (products per thread), 2, 16, 33 (dots, one or two blocks of tokens), 65 (decoded, then torch's matmul). N and K are odd,
 below, at and above a tile of 64 rows and 32 or 64 slots. Every float tensor that a kernel fills is poisoned and guarded.
 """

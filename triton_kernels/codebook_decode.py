@@ -1,8 +1,7 @@
 """Codes of one width -> centroids, a tile at a time: what dequantize and linear share.
 
-Codes lie transposed, [ceil(K_b * b / 8) bytes, N rows]: a warp reads 32 neighbouring rows of one byte, and all its lookups of a
-column fall into that column's 2**b entries. Eight columns take b whole bytes whatever b is, so one expression serves every
-width. Rejected: `tl.gather` from registers (a shuffle per weight and round trips through shared memory in sm_90 code).
+Codes lie transposed, [ceil(K_b * b / 8) bytes, N rows]: neighbouring threads read neighbouring rows of one byte. Eight columns take
+b whole bytes whatever b is, so one expression serves every width. See docs/kernels-triton.md.
 """
 
 import triton
@@ -34,13 +33,13 @@ def decode_tile(
     codes, code_bytes, codebook, row_segment, rows, slots, row, first_slot,
     BLOCK_SLOTS: tl.constexpr, BITS: tl.constexpr, ONE_SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """fp16 [BLOCK_SLOTS, rows]: centroids of a tile of the transposed weight, without row scale; 0 outside the weight."""
+    """fp16 [BLOCK_SLOTS, rows]: centroids of a tile of the transposed weight, without row scale; anything finite outside it."""
     GROUPS: tl.constexpr = BLOCK_SLOTS // GROUP_SLOTS
     code = load_codes(codes, code_bytes, rows, row, first_slot // GROUP_SLOTS, GROUPS, BITS)
-    slot = first_slot + tl.arange(0, BLOCK_SLOTS)
-    entry = (slot << BITS)[:, None] + code
-    inside = (slot < slots)[:, None] & (row < rows)[None, :]
+    # Slots and rows outside the weight look up a centroid that is there: a mask for each lookup costs 3 instructions of 12.
+    slot = tl.minimum(first_slot + tl.arange(0, BLOCK_SLOTS), slots - 1)
+    entry = (slot << BITS)[:, None] | code
     if ONE_SEGMENT:  # spares a load per weight, which the compiler would repeat in the layout of the lookups
-        return tl.load(codebook + entry, mask=inside, other=0.0)
+        return tl.load(codebook + entry)
     book = codebook + tl.load(row_segment + row, mask=row < rows, other=0).to(tl.int64) * (slots << BITS)
-    return tl.load(book[None, :] + entry, mask=inside, other=0.0)
+    return tl.load(book[None, :] + entry)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from pyllmq.triton_kernels.codebook_decode import decode_tile
-from pyllmq.triton_kernels.configs import tile_for
+from pyllmq.triton_kernels.configs import Tile, tile_for
 
 
 @triton.jit
@@ -47,12 +47,12 @@ def _put_outliers(
         tl.store(place, value.to(tl.float32).to(out.dtype.element_ty), mask=inside)
 
 
-def codebook_dequantize(layout, dtype: torch.dtype) -> torch.Tensor:
-    """The dense matrix of a `pyllmq.backends.triton.Layout`."""
+def codebook_dequantize(layout, dtype: torch.dtype, given: Tile | None = None) -> torch.Tensor:
+    """The dense matrix of a `pyllmq.backends.triton.Layout`. A `given` tile takes the place of the one that configs/ has."""
     rows, columns = layout.out_features, layout.in_features
     out = torch.empty(rows, columns, dtype=dtype, device=layout.blob.device)
     for group in layout.groups:
-        tile = tile_for("codebook_dequantize", group.bits, 0, out.device)
+        tile = given or tile_for("codebook_dequantize", group.bits, 0, out.device)
         _decode[(triton.cdiv(rows, tile.rows), triton.cdiv(group.slots, tile.slots))](
             group.codes, group.codes.shape[0], group.codebook, group.columns, layout.row_segment, layout.row_scale,
             out, rows, columns, group.slots,

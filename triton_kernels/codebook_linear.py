@@ -114,10 +114,13 @@ def splits(tile: Tile, rows: int, slots: int, token_blocks: int) -> tuple[int, i
     return triton.cdiv(steps, steps_each), steps_each * tile.slots
 
 
-def codebook_linear(x: torch.Tensor, layout, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [M, K], contiguous, times the weight of a `pyllmq.backends.triton.Layout`, plus bias: [M, N] in x's dtype."""
+def codebook_linear(x: torch.Tensor, layout, bias: torch.Tensor | None, given: Tile | None = None) -> torch.Tensor:
+    """x [M, K], contiguous, times the weight of a `pyllmq.backends.triton.Layout`, plus bias: [M, N] in x's dtype.
+
+    A `given` tile takes the place of the one that configs/ has, for whoever measures them.
+    """
     tokens, rows, columns = x.shape[0], layout.out_features, layout.in_features
-    groups = [(group, tile_for("codebook_linear", group.bits, tokens, x.device)) for group in layout.groups]
+    groups = [(group, given or tile_for("codebook_linear", group.bits, tokens, x.device)) for group in layout.groups]
     plans = [splits(tile, rows, group.slots, triton.cdiv(tokens, tile.tokens)) for group, tile in groups]
     parts_of_codes = sum(count for count, _ in plans)
     parts = torch.empty(parts_of_codes + (layout.outliers > 0), tokens, rows, dtype=torch.float32, device=x.device)

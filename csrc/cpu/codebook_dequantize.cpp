@@ -18,6 +18,7 @@ constexpr double kNsPerWeight = 0.5;
 
 const DequantizeKernels& dequantize_kernels(StepOrder order) {
 #if defined(__x86_64__)
+  if (active_isa() >= Isa::avx512 && order == StepOrder::fours) return kDequantizeAvx512;
   if (active_isa() != Isa::scalar && order == StepOrder::rows) return kDequantizeAvx2;
 #endif
   return kDequantizeScalar;

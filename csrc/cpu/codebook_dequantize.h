@@ -16,8 +16,9 @@ struct DequantizeKernels {
                 const float* row_scale, float* out, int64_t out_stride);
 };
 
-extern const DequantizeKernels kDequantizeScalar;
-extern const DequantizeKernels kDequantizeAvx2;
+extern const DequantizeKernels kDequantizeScalar;  // reads both orders of steps
+extern const DequantizeKernels kDequantizeAvx2;    // rows
+extern const DequantizeKernels kDequantizeAvx512;  // fours
 
 // Rows [row_begin, row_end) to out [row_end - row_begin, columns] of out_dtype.
 void codebook_dequantize(const void* layout, int64_t layout_bytes, int64_t row_begin, int64_t row_end, void* out,

@@ -119,7 +119,7 @@ LayoutPlan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, 
                      int64_t segments, int64_t outliers, bool has_row_scale) {
   LayoutPlan plan;
   LayoutHeader& h = plan.header;
-  h.order = active_isa() == Isa::avx512 ? StepOrder::fours : StepOrder::rows;
+  h.order = active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows;
   plan_segments(plan, segment_rows, segments);
   plan_panels(plan, columns, column_bits);
   h.magic = kMagic;

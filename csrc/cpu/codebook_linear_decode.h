@@ -1,14 +1,18 @@
 // y[M,N] = x[M,K] @ W^T + bias for a `codebook` weight and more tokens than partial-product tables pay for: the codes
-// of 32 rows x 256 columns are decoded once into fp32 weights that stay in the L1 cache, and a register-blocked
-// multiply runs all tokens over them. Plain fp32 arithmetic on exact weights (row scale and outliers included), so NaN
-// and infinity need no path of their own.
+// of 32 rows x 256 columns are decoded once into weights that stay in the L1 cache, and a register-blocked multiply
+// runs all tokens over them. What a weight is depends on the permitted error and the instruction set:
 //
-//   weights  [2 halves, columns, 16 rows]: a half of 256 columns is 16 KiB, half of an L1 cache; with the 32 rows of a
-//            column side by side each half would use only every other set of it
-//   x        packed once per call, [block of 256 slots, group of up to 6 tokens, slot, token]: broadcasts read it in
+//   fp32   exact weights (row scale and outliers included) and chains of fused multiply-adds, so NaN and infinity need
+//          no path of their own. The only one for `exact`; all ISAs agree bit for bit.
+//   int16  codebook_linear_decode_int16.h: twice the multiply-adds of fp32, error 1e-4.
+//   bf16   codebook_linear_decode_amx.cpp: AMX tiles, three products of numbers split in two, error 1e-5.
+//
+//   weights  [2 halves, columns, 16 rows]: a half of 256 columns is 16 KiB in fp32; with the 32 rows of a column side
+//            by side each half would use only every other set of an L1 cache. 16-bit weights: [2, pairs, 16 rows, 2]
+//   x        packed once per call, [block of 256 slots, group of tokens, slot, token] (fp32): broadcasts read it in
 //            order, padding slots hold zeros
-//   sums     chains of fused multiply-adds over 64 columns, added one after the other: the order depends neither on the
-//            number of tokens nor on that of threads, and all ISAs agree bit for bit
+//   sums     fp32: chains over 64 columns, added one after the other: the order depends neither on the number of
+//            tokens nor on that of threads
 #pragma once
 #include <cstdint>
 
@@ -24,30 +28,77 @@ constexpr int64_t kDecodedWeights = kDecodedColumns * kTileRows;
 // Columns per chain of multiply-adds. Error against fp64 over that of torch's F.linear, K = 256 / 4096: chains of 64
 // 0.9 / 0.35, of 128 1.3 / 0.4, of 256 1.9 / 0.5; the additional additions in the L1 cache take 3 % of the time.
 constexpr int64_t kChainColumns = 64;
-constexpr int64_t kTokenGroup = 6;  // 6 tokens x 16 rows: 12 of 16 registers hold sums, 12 multiply-adds per 8 loads
+constexpr int64_t kMostTokenGroup = 16;
+constexpr int64_t kOutlierTokens = 16;  // side by side where outliers are added to the sums
 
 // Bytes that a decode kernel may use for the codebook of one column in the form it likes.
-static constexpr int64_t split_bytes(int width) { return width <= 4 ? 32 : int64_t{2} << width; }
+static constexpr int64_t split_bytes(int width) { return width <= 4 ? 64 : int64_t{4} << width; }
 
-// Groups as even as possible: 7 tokens are 4 + 3, not 6 + 1, which would leave the multiplier idle for the last one.
-static inline int64_t token_groups(int64_t tokens) { return (tokens + kTokenGroup - 1) / kTokenGroup; }
-static inline int64_t group_begin(int64_t tokens, int64_t group) {
-  const int64_t groups = token_groups(tokens), larger = tokens % groups;
-  return group * (tokens / groups) + (group < larger ? group : larger);
-}
+// Groups of at most `most` tokens as even as possible, larger ones first: 7 tokens are 4 + 3, not 6 + 1, which would
+// leave the multiplier idle for the last one.
+struct TokenGroups {
+  int64_t tokens, most;
 
-// One row per ISA.
-struct DecodeKernels {
-  void (*split_codebook)(int width, const uint16_t* codebook, int64_t slots, uint8_t* split);
-  // Columns [slot, slot + slots) of a panel (multiples of 8) in one tile; row_scale [32] or null; weights: of half 0.
-  void (*decode)(int width, StepOrder order, const uint8_t* tile_codes, int64_t slot, const uint8_t* split,
-                 int64_t slots, const float* row_scale, float* weights);
-  // sums [tokens, 32] += x @ weights, x packed as above.
-  void (*multiply)(const float* weights, const float* x, int64_t slots, int64_t tokens, float* sums);
+  int64_t count() const { return (tokens + most - 1) / most; }
+  int64_t begin(int64_t group) const {
+    const int64_t groups = count(), larger = tokens % groups;
+    return group * (tokens / groups) + (group < larger ? group : larger);
+  }
+  int64_t size(int64_t group) const { return begin(group + 1) - begin(group); }
+  int64_t largest() const { return size(0); }
 };
 
-extern const DecodeKernels kDecodeScalar;
-extern const DecodeKernels kDecodeAvx2;
+// The place of a 16-bit weight among those of a tile.
+static inline int64_t pair_place(int64_t slot, int row) {
+  return (row / kHalfRows * kDecodedColumns + slot / 2 * 2) * kHalfRows + row % kHalfRows * 2 + slot % 2;
+}
+
+// The outliers of the rows of a tile, as differences to what their codes say.
+struct RowOutliers {
+  int64_t rows;
+  const uint32_t* row_offsets;
+  const uint32_t* columns;
+  const float* deltas;
+};
+
+// One row per ISA and kind of weight.
+struct DecodeKernels {
+  int64_t token_group;   // most tokens that are packed side by side
+  int64_t weight_bytes;  // of one element of [2, columns, 16]
+  int64_t planes;        // arrays of weights, one after the other
+  int64_t slot_unit;     // multiply reads the slots of a block in units of this many; the driver fills up with zeros
+  bool relative;         // weights are relative to their column's largest magnitude, which x is multiplied by
+  bool scale_in_sums;    // the row scale multiplies sums, not weights
+
+  // Of one block of 256 slots.
+  int64_t (*packed_bytes)(int64_t tokens);
+  // x of one group of tokens, [group size, 256]. False: x is outside of what this arithmetic can hold.
+  bool (*pack)(const float* x, int64_t slots, const TokenGroups& groups, int64_t group, uint8_t* packed);
+  void (*split_codebook)(int width, const uint16_t* codebook, const float* max_magnitude, int64_t slots,
+                         uint8_t* split);
+  // Columns [slot, slot + slots) of a panel (multiples of 8) in one tile; row_scale [32] or null; weights: of half 0.
+  void (*decode)(int width, StepOrder order, const uint8_t* tile_codes, int64_t slot, const uint8_t* split,
+                 int64_t slots, const float* row_scale, uint8_t* weights);
+  // An outlier replaces the decoded weight. Null: it is added to the sums.
+  void (*put_outlier)(uint8_t* weights, int64_t slot, int row, float value);
+  // sums [tokens, 32] += x @ weights, x packed as above. May write one token more than there are, unchanged.
+  void (*multiply)(const uint8_t* weights, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums);
+  // sums [count, 32] += the differences of the outliers of 32 rows; x [columns, kOutlierTokens]. Null: they are put.
+  void (*add_outliers)(const RowOutliers& outliers, const float* x, int64_t count, float* sums);
+  // Around all multiplications of a chunk; null where there is nothing to set up.
+  void (*begin_chunk)(int64_t tokens);
+  void (*end_chunk)();
+};
+
+extern const DecodeKernels kDecodeScalar;  // reads both orders of steps
+extern const DecodeKernels kDecodeAvx2;    // rows
+extern const DecodeKernels kDecodeAvx512;  // fours
+extern const DecodeKernels kDecodeAmx;     // fours; `high` and `fast`
+
+// fp32: [group of tokens, slot, token].
+static inline int64_t packed_fp32_bytes(int64_t tokens) { return kDecodedColumns * tokens * 4; }
+bool pack_fp32(const float* x, int64_t slots, const TokenGroups& groups, int64_t group, uint8_t* packed);
+void put_fp32(uint8_t* weights, int64_t slot, int row, float value);
 
 // As codebook_linear, tokens > 0.
 void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,

@@ -95,13 +95,14 @@ constexpr WidthKernels width_kernels() {
 constexpr WidthKernels kByWidth[8] = {width_kernels<1>(), width_kernels<2>(), width_kernels<3>(), width_kernels<4>(),
                                       width_kernels<5>(), width_kernels<6>(), width_kernels<7>(), width_kernels<8>()};
 
-void split_any(int width, const uint16_t* codebook, int64_t slots, uint8_t* split) {
+void split_any(int width, const uint16_t* codebook, const float*, int64_t slots, uint8_t* split) {
   kByWidth[width - 1].split(codebook, slots, split);
 }
 
 void decode_any(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots,
-                const float* row_scale, float* weights) {
-  kByWidth[width - 1].decode(tile_codes + slot / kBlockColumns * block_bytes(width), split, slots, row_scale, weights);
+                const float* row_scale, uint8_t* weights) {
+  kByWidth[width - 1].decode(tile_codes + slot / kBlockColumns * block_bytes(width), split, slots, row_scale,
+                             reinterpret_cast<float*>(weights));
 }
 
 // --- multiply ------------------------------------------------------------------------------------------------------
@@ -159,26 +160,30 @@ void multiply_both(const float* weights, const float* x, int64_t slots, float* s
 }
 
 using GroupKernel = void (*)(const float* weights, const float* x, int64_t slots, float* sums);
+constexpr int64_t kTokenGroup = 6;  // 6 tokens x 16 rows: 12 of 16 registers hold sums, 12 multiply-adds per 8 loads
 constexpr int64_t kFewTokens = 3;
 constexpr GroupKernel kBoth[kFewTokens + 1] = {nullptr, multiply_both<1>, multiply_both<2>, multiply_both<3>};
 constexpr GroupKernel kHalf[kTokenGroup + 1] = {nullptr,          nullptr,          nullptr,         nullptr,
                                                 multiply_half<4>, multiply_half<5>, multiply_half<6>};
 
-void multiply(const float* weights, const float* x, int64_t slots, int64_t tokens, float* sums) {
+void multiply(const uint8_t* from, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums) {
+  const auto* weights = reinterpret_cast<const float*>(from);
+  const TokenGroups groups{tokens, kTokenGroup};
   for (int half = 0; half < 2; ++half)
-    for (int64_t g = 0; g < token_groups(tokens); ++g) {
-      const int64_t begin = group_begin(tokens, g), count = group_begin(tokens, g + 1) - begin;
-      const float* group_x = x + begin * slots;
+    for (int64_t g = 0; g < groups.count(); ++g) {
+      const int64_t begin = groups.begin(g), count = groups.size(g);
+      const float* x = reinterpret_cast<const float*>(packed) + begin * slots;
       float* group_sums = sums + begin * kTileRows;
       if (count > kFewTokens)
-        kHalf[count](weights + half * kDecodedColumns * kHalfRows, group_x, slots, group_sums + half * kHalfRows);
+        kHalf[count](weights + half * kDecodedColumns * kHalfRows, x, slots, group_sums + half * kHalfRows);
       else if (half == 0)
-        kBoth[count](weights, group_x, slots, group_sums);
+        kBoth[count](weights, x, slots, group_sums);
     }
 }
 
 }  // namespace
 
-const DecodeKernels kDecodeAvx2 = {split_any, decode_any, multiply};
+const DecodeKernels kDecodeAvx2 = {kTokenGroup, 4,          1,        8,        false,   false,  packed_fp32_bytes, pack_fp32,
+                                   split_any,   decode_any, put_fp32, multiply, nullptr,           nullptr, nullptr};
 
 }  // namespace pyllmq::cpu

@@ -31,12 +31,12 @@ struct WideWeights {
 };
 
 template <int Width>
-static inline WideWeights decode_wide(const uint8_t* codes, const uint8_t* planes) {
+static inline WideWeights decode_wide(__m256i codes, const uint8_t* planes) {
   constexpr int entries = 1 << Width;
   const auto table = [](const uint8_t* from) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   };
-  __m256i own = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));  // code - first entry of the sub-table
+  __m256i own = codes;  // code - first entry of the sub-table
   WideWeights weights{_mm256_setzero_si256(), _mm256_setzero_si256()};
 #pragma GCC unroll 16
   for (int first = 0; first < entries; first += 16) {
@@ -47,6 +47,10 @@ static inline WideWeights decode_wide(const uint8_t* codes, const uint8_t* plane
     weights.high = _mm256_or_si256(weights.high, _mm256_shuffle_epi8(table(planes + entries + first), index));
   }
   return weights;
+}
+template <int Width>
+static inline WideWeights decode_wide(const uint8_t* codes, const uint8_t* planes) {
+  return decode_wide<Width>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), planes);
 }
 
 }  // namespace pyllmq::cpu

@@ -6,8 +6,9 @@
 
 namespace pyllmq::cpu {
 
-// avx512: F, BW, VL, DQ, VBMI and VNNI (Ice Lake, Zen 4 and later).
-enum class Isa { scalar = 0, avx2 = 1, avx512 = 2 };
+// avx512: F, BW, VL, DQ, VBMI and VNNI (Ice Lake, Zen 4 and later). amx: those and tiles of bf16, granted by the
+// operating system (Sapphire Rapids and later). Each includes those before it.
+enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 const char* isa_name(Isa isa);
 std::vector<Isa> supported_isas();  // compiled in and usable on this machine, best first

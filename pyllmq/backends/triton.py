@@ -2,7 +2,8 @@
 
 Its machine layout ``triton`` is one uint8 blob that starts with a header, and views of it that kernels take one by one: codes
 transposed (see triton_kernels/codebook_decode.py), and for each width a table of its columns. Made once by torch operations.
-With TRITON_INTERPRET=1 the kernels run on the CPU, slowly, for tests; the interpreter's bfloat16 is wrong.
+With TRITON_INTERPRET=1 the kernels run on the CPU, slowly, for tests; the interpreter's bfloat16 is wrong. See
+docs/kernels-triton.md.
 """
 
 from __future__ import annotations

@@ -46,9 +46,10 @@ struct Arguments {
 
 // What one block computes: the same for all threads, so it lies in shared memory, and sums have the registers.
 struct Work {
+  int item;
   const LayoutHeader* header;
   RowBlock block;
-  int first_row, rows;  // within the row block
+  int first_row, rows;  // within the row block; no rows: nothing to do
   int64_t panel_begin, panel_end, split;
   int64_t token_begin;
   int tokens, planes;
@@ -167,6 +168,15 @@ PYLLMQ_DEVICE void multiply(int tiles, const uint32_t (&x)[kTokenTiles][2], cons
     }
 }
 
+// Where the columns of a width start in the staged x.
+template <int kWidth>
+PYLLMQ_DEVICE int staged_before(const Work& w) {
+  int groups = 0;
+  PYLLMQ_UNROLL
+  for (int width = 1; width < kWidth; ++width) groups += w.groups[width].end - w.groups[width].begin;
+  return groups * kGroupColumns;
+}
+
 template <int kWidth, int kTokenTiles>
 struct Ring {
   static constexpr int kTiles = kBlockTiles / kTokenTiles;
@@ -180,36 +190,42 @@ struct Ring {
 
 // Adds the columns of one width, up to 4 bits, to the sums.
 template <int kWidth, int kTokenTiles>
-PYLLMQ_DEVICE void accumulate(const Work& w, uint8_t* ring, const uint16_t* x_shared, int staged,
+PYLLMQ_DEVICE void accumulate(const Work& w, uint8_t* ring, const uint16_t* x_shared,
                               TileSums<kTokenTiles> (&sums)[kBlockTiles / kTokenTiles]) {
   using R = Ring<kWidth, kTokenTiles>;
   static_assert(R::kStages >= 2, "one stage is read while another is filled");
   const LayoutHeader& h = *w.header;
-  const int lane = ptx::thread() % 32, warp = ptx::thread() / 32;
+  const int lane = ptx::thread() % 32;
   const GroupRange range = w.groups[kWidth];
   const int tiles = (w.rows + kTileRows - 1) / kTileRows;
+  const int first = range.begin + ptx::thread() / 32;
   const auto* base = reinterpret_cast<const uint8_t*>(&h);
+  const uint8_t* next_tables = base + tables_offset(h, kWidth, w.block.segment, first);
+  const uint8_t* next_codes =
+      base + codes_offset(h, kWidth, w.block, first) + w.first_row / kTileRows * tile_bytes(kWidth);
+  const int64_t codes_step = kWarps * block_tiles(w.block) * tile_bytes(kWidth);
 
   const auto fetch = [&](int group, int stage) {
     if (group < range.end) {
       uint8_t* to = ring + stage * R::kStageBytes;
-      const uint8_t* tables = base + tables_offset(h, kWidth, w.block.segment, group);
-      const uint8_t* codes = base + codes_offset(h, kWidth, w.block, group) + w.first_row / kTileRows * tile_bytes(kWidth);
-      for (int at = lane * 16; at < R::kTableBytes; at += 512) ptx::copy_async_16(to + at, tables + at);
+      for (int at = lane * 16; at < R::kTableBytes; at += 512) ptx::copy_async_16(to + at, next_tables + at);
       const int code_bytes = tiles * static_cast<int>(tile_bytes(kWidth));
-      for (int at = lane * 16; at < code_bytes; at += 512) ptx::copy_async_16(to + R::kTableBytes + at, codes + at);
+      for (int at = lane * 16; at < code_bytes; at += 512)
+        ptx::copy_async_16(to + R::kTableBytes + at, next_codes + at);
+      next_tables += kWarps * R::kTableBytes;
+      next_codes += codes_step;
     }
     ptx::commit_async();
   };
 
-  for (int ahead = 0; ahead < R::kStages - 1; ++ahead) fetch(range.begin + warp + ahead * kWarps, ahead);
+  for (int ahead = 0; ahead < R::kStages - 1; ++ahead) fetch(first + ahead * kWarps, ahead);
+  const uint16_t* x_group = x_shared + (staged_before<kWidth>(w) + (first - range.begin) * kGroupColumns) * w.columns();
   int stage = 0;
-  for (int group = range.begin + warp; group < range.end; group += kWarps) {
+  for (int group = first; group < range.end; group += kWarps) {
     fetch(group + (R::kStages - 1) * kWarps, (stage + R::kStages - 1) % R::kStages);
     ptx::wait_async<R::kStages - 1>();
     ptx::sync_warp();
     const uint8_t* tables = ring + stage * R::kStageBytes;
-    const uint16_t* x_group = x_shared + (staged + (group - range.begin) * kGroupColumns) * w.columns();
 #pragma unroll(kWidth == 3 ? 2 : 1)
     for (int half = 0; half < 2; ++half) {
       RegisterTable<kWidth> table[2];
@@ -230,24 +246,26 @@ PYLLMQ_DEVICE void accumulate(const Work& w, uint8_t* ring, const uint16_t* x_sh
     }
     ptx::sync_warp();  // the next fetch overwrites this stage
     stage = (stage + 1) % R::kStages;
+    x_group += kWarps * kGroupColumns * w.columns();
   }
   ptx::wait_async<0>();
 }
 
 // The same for widths 5..8: codebooks in shared memory, codes straight from global memory.
 template <int kWidth, int kTokenTiles>
-PYLLMQ_DEVICE void accumulate_wide(const Work& w, uint8_t* ring, const uint16_t* x_shared, int staged,
+PYLLMQ_DEVICE void accumulate_wide(const Work& w, uint8_t* ring, const uint16_t* x_shared,
                                    TileSums<kTokenTiles> (&sums)[kBlockTiles / kTokenTiles]) {
   const LayoutHeader& h = *w.header;
   const int lane = ptx::thread() % 32, warp = ptx::thread() / 32;
   const GroupRange range = w.groups[kWidth];
+  const int first_slot = staged_before<kWidth>(w);
   const int tiles = (w.rows + kTileRows - 1) / kTileRows;
   const auto* base = reinterpret_cast<const uint8_t*>(&h);
 
   for (int group = range.begin + warp; group < range.end; group += kWarps) {
     const uint8_t* tables = base + tables_offset(h, kWidth, w.block.segment, group);
     const uint8_t* codes = base + codes_offset(h, kWidth, w.block, group) + w.first_row / kTileRows * tile_bytes(kWidth);
-    const uint16_t* x_group = x_shared + (staged + (group - range.begin) * kGroupColumns) * w.columns();
+    const uint16_t* x_group = x_shared + (first_slot + (group - range.begin) * kGroupColumns) * w.columns();
     ptx::sync_warp();  // all lanes are done with the tables before
     for (int at = lane * 16; at < table_bytes(kWidth); at += 512) ptx::copy_async_16(ring + at, tables + at);
     ptx::commit_async();
@@ -364,6 +382,38 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, con
   });
 }
 
+// An item is some rows of a row block, some tokens and a split; items that share a split follow each other, since they read
+// the same x and codebooks. 32 bits, as the host has checked: a division of 64 bits would take ten times longer.
+template <int kTokenTiles>
+PYLLMQ_DEVICE int items(const Arguments& a, const LayoutHeader& h) {
+  return static_cast<int>(h.blocks) * kTokenTiles * a.token_blocks * a.splits;
+}
+
+// Called by threads 0..8: the first describes the item, each of the others the groups of one width.
+template <int kTokenTiles>
+PYLLMQ_DEVICE void take(const Arguments& a, const LayoutHeader& h, int item, Work& w) {
+  constexpr int kRows = kBlockRows / kTokenTiles;
+  const int row_parts = static_cast<int>(h.blocks) * kTokenTiles, cells = row_parts * a.token_blocks;
+  const int split = item / cells, cell = item % cells, row_part = cell % row_parts;
+  const int64_t panel_begin = split * h.panels / a.splits, panel_end = (split + 1) * h.panels / a.splits;
+  if (ptx::thread() != 0) {
+    w.groups[ptx::thread()] = panel_groups(h, ptx::thread(), panel_begin, panel_end);
+    return;
+  }
+  w.item = item;
+  w.header = &h;
+  w.block = section<RowBlock>(h, h.blocks_offset)[row_part / kTokenTiles];
+  w.first_row = row_part % kTokenTiles * kRows;
+  w.rows = w.block.rows - w.first_row < kRows ? w.block.rows - w.first_row : kRows;
+  w.panel_begin = panel_begin;
+  w.panel_end = panel_end;
+  w.split = split;
+  w.token_begin = int64_t{cell / row_parts} * a.tokens_per_block;
+  const int64_t tokens_left = a.call.tokens - w.token_begin;
+  w.tokens = static_cast<int>(tokens_left < a.tokens_per_block ? tokens_left : a.tokens_per_block);
+  w.planes = static_cast<DType>(a.call.dtype) == DType::fp32 ? 2 : 1;
+}
+
 template <int kTokenTiles>
 PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) codebook_linear_kernel(const Arguments a) {
   PYLLMQ_DYNAMIC_SHARED(memory);
@@ -374,51 +424,24 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) codeboo
   const auto& h = *reinterpret_cast<const LayoutHeader*>(a.call.layout);
   if (!describes(h, a.call.layout_bytes, a.call.rows, a.call.columns))
     return store_nan(a.call.y, static_cast<DType>(a.call.dtype), a.call.tokens * a.call.rows, kThreads);
-  // An item is some rows of a row block, some tokens and a split; items that share a split follow each other, since they read
-  // the same x and codebooks. 32 bits, as the host has checked: each thread divides, and 64 bits would take ten times longer.
-  const auto row_parts = static_cast<int>(h.blocks) * kTokenTiles, cells = row_parts * a.token_blocks;
-  for (int item = static_cast<int>(ptx::block()); item < cells * a.splits; item += static_cast<int>(ptx::blocks())) {
-    const int split = item / cells, cell = item % cells, row_part = cell % row_parts;
-    const RowBlock block = section<RowBlock>(h, h.blocks_offset)[row_part / kTokenTiles];
-    const int first_row = row_part % kTokenTiles * kRows;
-    if (first_row >= block.rows) continue;
-    const int64_t panel_begin = split * h.panels / a.splits, panel_end = (split + 1) * h.panels / a.splits;
+  Work& w = shared.work;
+  for (auto item = static_cast<int>(ptx::block()); item < items<kTokenTiles>(a, h);
+       item = w.item + static_cast<int>(ptx::blocks())) {
     ptx::sync_block();  // the item before is done with shared memory
-    Work& w = shared.work;
-    if (ptx::thread() == 0) {
-      w.header = &h;
-      w.block = block;
-      w.first_row = first_row;
-      w.rows = block.rows - first_row < kRows ? block.rows - first_row : kRows;
-      w.panel_begin = panel_begin;
-      w.panel_end = panel_end;
-      w.split = split;
-      w.token_begin = int64_t{cell / row_parts} * a.tokens_per_block;
-      const int64_t tokens_left = a.call.tokens - w.token_begin;
-      w.tokens = static_cast<int>(tokens_left < a.tokens_per_block ? tokens_left : a.tokens_per_block);
-      w.planes = static_cast<DType>(a.call.dtype) == DType::fp32 ? 2 : 1;
-    }
-    if (ptx::thread() >= 1 && ptx::thread() <= 8)
-      w.groups[ptx::thread()] = panel_groups(h, ptx::thread(), panel_begin, panel_end);
+    if (ptx::thread() <= 8) take<kTokenTiles>(a, h, item, w);
     ptx::sync_block();
+    if (w.rows <= 0) continue;
 
     stage_x(w, a.call, shared, x_shared);
     TileSums<kTokenTiles> sums[kBlockTiles / kTokenTiles] = {};
-    int staged = 0;
-    const auto next = [&](int width) {
-      const GroupRange range = w.groups[width];
-      const int before = staged;
-      staged += (range.end - range.begin) * kGroupColumns;
-      return before;
-    };
-    accumulate<1, kTokenTiles>(w, ring, x_shared, next(1), sums);
-    accumulate<2, kTokenTiles>(w, ring, x_shared, next(2), sums);
-    accumulate<3, kTokenTiles>(w, ring, x_shared, next(3), sums);
-    accumulate<4, kTokenTiles>(w, ring, x_shared, next(4), sums);
-    accumulate_wide<5, kTokenTiles>(w, ring, x_shared, next(5), sums);
-    accumulate_wide<6, kTokenTiles>(w, ring, x_shared, next(6), sums);
-    accumulate_wide<7, kTokenTiles>(w, ring, x_shared, next(7), sums);
-    accumulate_wide<8, kTokenTiles>(w, ring, x_shared, next(8), sums);
+    accumulate<1, kTokenTiles>(w, ring, x_shared, sums);
+    accumulate<2, kTokenTiles>(w, ring, x_shared, sums);
+    accumulate<3, kTokenTiles>(w, ring, x_shared, sums);
+    accumulate<4, kTokenTiles>(w, ring, x_shared, sums);
+    accumulate_wide<5, kTokenTiles>(w, ring, x_shared, sums);
+    accumulate_wide<6, kTokenTiles>(w, ring, x_shared, sums);
+    accumulate_wide<7, kTokenTiles>(w, ring, x_shared, sums);
+    accumulate_wide<8, kTokenTiles>(w, ring, x_shared, sums);
     const float* total = add_warps<kTokenTiles>(w, shared, sums);
     finish<kTokenTiles>(w, a, shared, total);
   }

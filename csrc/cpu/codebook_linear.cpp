@@ -72,7 +72,7 @@ struct Problem {
 
 const LinearKernels& linear_kernels(StepOrder order) {
 #if defined(__x86_64__)
-  if (active_isa() == Isa::avx512 && order == StepOrder::fours) return kLinearAvx512;
+  if (active_isa() >= Isa::avx512 && order == StepOrder::fours) return kLinearAvx512;
   if (active_isa() != Isa::scalar && order == StepOrder::rows) return kLinearAvx2;
 #endif
   return kLinearScalar;

@@ -1,8 +1,8 @@
 """The CUDA kernels on the emulator (tests/cuda_emulator.py) against fp64: what a CPU can prove of them.
 
-The emulated device has 3 multiprocessors, so 6 blocks at a time: a few hundred rows and columns give several items per
-block and up to 6 splits of K. Tokens: below, at and above 4, 8 and 16 columns of the product (fp32 takes two a token), and
-above the 64 beyond which torch's matmul runs.
+The emulated device has 3 multiprocessors, so 6 blocks at a time (3 with tables): a few hundred rows and columns give several
+items per block and up to 6 splits of K. Tokens: 1 (tables), then below, at and above 4, 8 and 16 columns of the product (fp32
+takes two a token), and above the 64 beyond which torch's matmul runs.
 """
 
 import itertools

@@ -56,7 +56,13 @@ def test_every_row_is_reachable(monkeypatch):
         (Problem("codebook_linear", "cpu", "meta", torch.float32, 1), ("these are on meta", "prepacked as 'cpu'")),
         (
             Problem("codebook_linear", "cuda", "cuda", torch.float64, 70),
-            ("this weight is 'cuda'", "one token, here 70", "up to 64 tokens, here 70", "not torch.float64", "prepacked as 'cuda'"),
+            (
+                "this weight is 'cuda'",
+                "one token, here 70",
+                "up to 64 tokens, here 70",
+                "not torch.float64",
+                "prepacked as 'cuda'",
+            ),
         ),
         (Problem("codebook_linear", "cuda", "cpu", torch.float32, 1), ("on a cuda device, these are on cpu",)),
         (Problem("no_such_op", "", "cpu", torch.float32), ("no kernel of that name",)),

@@ -326,18 +326,19 @@ PYLLMQ_DEVICE void run_narrow(const LayoutHeader& h, const Arguments& a, Shared&
   const Run& r = shared.run;
   const int lane = ptx::thread() % 32;
   uint32_t next[kSets][kWidth];
-  const uint8_t* strip_words = nullptr;  // of group 0
-  int64_t group_words[kSets] = {};       // from there to this lane's group
+  const uint8_t* strip_words = nullptr;  // of the unit's first group
+  int group_words[kSets] = {};           // bytes from there to this lane's group
   // Without branches: after the last step and beyond the last group something else is loaded. The first is not used, and
   // what the second selects is in a table of zeros.
   const auto seek = [&](int step) {
     const int strip = (step < r.step_end ? step : r.step_end - 1) * a.step_strips;
     const TileCodes codes = tile_codes(h, r, kWidth, strip / kStrips);
-    strip_words = codes.first + word_offset<kWidth>(strip % kStrips * 4 + lane % 4);
+    strip_words = codes.first + int64_t{r.first_group} * codes.group_bytes +
+                  word_offset<kWidth>(strip % kStrips * 4 + lane % 4);
     PYLLMQ_UNROLL
     for (int set = 0; set < kSets; ++set) {
-      const int group = r.first_group + set * kSetGroups + lane / 4;
-      group_words[set] = int64_t{group < r.group_end ? group : r.first_group} * codes.group_bytes;
+      const int group = set * kSetGroups + lane / 4;
+      group_words[set] = group < r.group_end - r.first_group ? group * codes.group_bytes : 0;
     }
   };
   const auto load = [&] {

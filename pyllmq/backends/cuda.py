@@ -2,7 +2,7 @@
 
 Its machine layout ``cuda`` is one uint8 blob in device memory, made on the host when a layer is loaded and moved there; it
 holds everything but the bias. Nothing here waits for the device, so calls can be captured in CUDA graphs.
-See docs/codebook_linear_cuda.md.
+See docs/kernels-cuda.md.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ DEVICE = "cuda"
 MAX_FUSED_TOKENS = 64
 """Up to this many tokens the codes are decoded anew for every 16 tokens (8 in fp32), beyond that once for all of them.
 
-Predicted, not measured, for 4 bits at 4.3 TB/s: 16 tokens cost 1.5 times the reading of the codes, so 64 cost 1.5 times the
-reading of an fp16 matrix; decoding to memory costs that reading 1.25 to 2.25 times before the first product.
+Predicted from instruction counts, for 4 bits at 4.3 TB/s: 16 tokens cost at most 2.2 times the reading of the codes, so 64
+cost 2.2 times the reading of an fp16 matrix; decoding to memory and multiplying from there moves 2.25 times as much.
 """
 
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -289,7 +289,7 @@ def register_kernels() -> None:
             "cuda.tables",
             _one_token,
             codebook_linear_tables,
-            "for one token a lookup replaces 2 or 4 products; half the instructions of cuda.fused (counted, not measured)",
+            "for one token a lookup replaces 2 or 4 products: at 2 and 4 bits half the integer work of cuda.fused (counted)",
         ),
         (
             "codebook_linear",

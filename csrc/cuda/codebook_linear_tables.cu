@@ -154,14 +154,16 @@ PYLLMQ_DEVICE void index_halves(const uint32_t (&words)[kWidth], uint32_t (&halv
   }
 }
 
-// Adds what a table says about eight rows; `bank` is the lane's.
-PYLLMQ_DEVICE void add_lookups(const uint8_t* bank, uint32_t low, uint32_t high, float (&sums)[kStripRows]) {
+// Adds what a table says about eight rows; `bank` is the lane's in the first table.
+template <int kTable>
+PYLLMQ_DEVICE void add_lookups(ptx::SharedAddress bank, uint32_t low, uint32_t high, float (&sums)[kStripRows]) {
+  constexpr int kOffset = kTable * kMostEntries * 128;
   const uint32_t even = (low & 0x0F0F0F0Fu) | (high << 4 & 0xF0F0F0F0u);
   const uint32_t odd = (low >> 4 & 0x0F0F0F0Fu) | (high & 0xF0F0F0F0u);
   PYLLMQ_UNROLL
   for (int i = 0; i < 4; ++i) {
-    sums[2 * i] += *reinterpret_cast<const float*>(bank + ptx::permute(even, 0, 0x4440 + i) * 128);
-    sums[2 * i + 1] += *reinterpret_cast<const float*>(bank + ptx::permute(odd, 0, 0x4440 + i) * 128);
+    sums[2 * i] += ptx::load_shared<kOffset>(bank + ptx::permute(even, 0, 0x4440 + i) * 128);
+    sums[2 * i + 1] += ptx::load_shared<kOffset>(bank + ptx::permute(odd, 0, 0x4440 + i) * 128);
   }
 }
 
@@ -349,7 +351,7 @@ PYLLMQ_DEVICE void run_narrow(const LayoutHeader& h, const Arguments& a, Shared&
   seek(r.step_begin + ptx::thread() / 32);
   load();
   ptx::sync_block();
-  const uint8_t* bank = shared.tables[0] + lane * 4;
+  const ptx::SharedAddress bank = ptx::shared_address(shared.tables) + lane * 4;
   run_steps(h, a, shared, [&](int step, int i, float(&sums)[kStripRows]) {
     uint32_t words[kSets][kWidth];
     PYLLMQ_UNROLL
@@ -361,14 +363,14 @@ PYLLMQ_DEVICE void run_narrow(const LayoutHeader& h, const Arguments& a, Shared&
     else
       seek(step + kWarps);
     load();
+    uint32_t halves[kSets][4];
     PYLLMQ_UNROLL
-    for (int set = 0; set < kSets; ++set) {
-      uint32_t halves[4];
-      index_halves<kWidth>(words[set], halves);
-      PYLLMQ_UNROLL
-      for (int pair = 0; pair < kTables / kSets; ++pair)
-        add_lookups(bank + (pair * kSets + set) * kMostEntries * 128, halves[2 * pair], halves[2 * pair + 1], sums);
-    }
+    for (int set = 0; set < kSets; ++set) index_halves<kWidth>(words[set], halves[set]);
+    add_lookups<0>(bank, halves[0][0], halves[0][1], sums);
+    add_lookups<1>(bank, halves[1][0], halves[1][1], sums);
+    constexpr int kPair = kSets == 4 ? 0 : 2;  // tables 2 and 3: of two more sets, or of the other two columns
+    add_lookups<2>(bank, halves[2 % kSets][kPair], halves[2 % kSets][kPair + 1], sums);
+    add_lookups<3>(bank, halves[3 % kSets][kPair], halves[3 % kSets][kPair + 1], sums);
   });
 }
 

@@ -117,7 +117,7 @@ def assert_no_local_memory(cubin):
     )
     kernels = re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", used)
     assert kernels and all(amounts == ("0", "0") for amounts in kernels), used
-    assert "LDG" in code and not re.search(r"\b(LDL|STL)\b", code), cubin.name
+    assert "EXIT" in code and not re.search(r"\b(LDL|STL)\b", code), cubin.name
 
 
 def test_no_kernel_spills_or_uses_local_memory(tmp_path):

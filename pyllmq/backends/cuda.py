@@ -267,11 +267,15 @@ def _reads_layout(problem: Problem) -> Support:
     return _on_device(problem)
 
 
+def _tables_fit() -> bool:
+    return _extension().linear_tables_fit()
+
+
 def _one_token(problem: Problem) -> Support:
     if problem.tokens != 1:
         return False, f"serves one token, here {problem.tokens}"
     reads, why = _reads_layout(problem)
-    if reads and not _extension().linear_tables_fit():
+    if reads and not _tables_fit():
         return False, "needs 129 KiB of shared memory for a block, more than this device has"
     return reads, why
 

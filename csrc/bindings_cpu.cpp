@@ -204,18 +204,28 @@ void bind_codebook(py::module_& m) {
 
 // --- k-means -------------------------------------------------------------------------------------------------------
 
+// centroids and codes: one pointer per k, or none at all; errors: 0 if they are not wanted.
+void kmeans(Pointer values, Pointer weights, int64_t weights_stride, int64_t problems, int64_t n,
+            const std::vector<int>& ks, int method, uint64_t seed, bool half_centroids, bool packed,
+            const std::vector<Pointer>& centroids, const std::vector<Pointer>& codes, Pointer errors) {
+  if (ks.empty() || centroids.size() != codes.size() || (!codes.empty() && codes.size() != ks.size()))
+    throw std::invalid_argument("kmeans_1d takes at least one k, and no or one pointer to centroids and codes for each");
+  if (method < 0 || method > 2)
+    throw std::invalid_argument("method " + std::to_string(method) + "; allowed: 0 (exact), 1 (windowed), 2 (lloyd)");
+  std::vector<float*> centroids_out;
+  std::vector<uint8_t*> codes_out;
+  for (const Pointer pointer : centroids) centroids_out.push_back(as<float>(pointer));
+  for (const Pointer pointer : codes) codes_out.push_back(as<uint8_t>(pointer));
+  kmeans_1d({as<float>(values), as<float>(weights), weights_stride, problems, n, static_cast<int>(ks.size()), ks.data(),
+             static_cast<KMeans1dMethod>(method), seed, half_centroids, packed,
+             centroids.empty() ? nullptr : centroids_out.data(), codes.empty() ? nullptr : codes_out.data(),
+             as<double>(errors)});
+}
+
 void bind_kmeans_1d(py::module_& m) {
-  m.def(
-      "kmeans_1d",
-      [](Pointer values, Pointer weights, int64_t weights_stride, int64_t problems, int64_t n, int k, bool exact,
-         uint64_t seed, bool half_centroids, Pointer centroids, Pointer codes) {
-        const auto method = exact ? KMeans1dMethod::exact : KMeans1dMethod::lloyd;
-        kmeans_1d({as<float>(values), as<float>(weights), weights_stride, problems, n, k, method, seed, half_centroids,
-                   as<float>(centroids), as<uint8_t>(codes)});
-      },
-      py::arg("values"), py::arg("weights"), py::arg("weights_stride"), py::arg("problems"), py::arg("n"),
-      py::arg("k"), py::arg("exact"), py::arg("seed"), py::arg("half_centroids"), py::arg("centroids"), py::arg("codes"),
-      NoGil());
+  m.def("kmeans_1d", &kmeans, py::arg("values"), py::arg("weights"), py::arg("weights_stride"), py::arg("problems"),
+        py::arg("n"), py::arg("ks"), py::arg("method"), py::arg("seed"), py::arg("half_centroids"), py::arg("packed"),
+        py::arg("centroids"), py::arg("codes"), py::arg("errors"), NoGil());
 }
 
 }  // namespace

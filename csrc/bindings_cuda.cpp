@@ -8,6 +8,7 @@
 #include "cuda/codebook_dequantize.h"
 #include "cuda/codebook_layout.h"
 #include "cuda/codebook_linear.h"
+#include "cuda/kmeans_1d.h"
 #include "cuda/pack_codes.h"
 #include "cuda/runtime.h"
 
@@ -122,6 +123,12 @@ void unpack_codes(uintptr_t packed, uintptr_t codes, int64_t rows, int64_t colum
   cuda::unpack_codes(pointer<uint8_t>(packed), pointer<uint8_t>(codes), rows, columns, bits, stream);
 }
 
+void kmeans_1d_layers(uintptr_t sums, uintptr_t masses, uintptr_t gains, uintptr_t best, int64_t problems, int64_t n,
+                      int k_max, uintptr_t stream) {
+  cuda::kmeans_1d_layers(pointer<double>(sums), pointer<double>(masses), pointer<double>(gains), pointer<int32_t>(best),
+                         problems, n, k_max, stream);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -155,6 +162,8 @@ PYBIND11_MODULE(_cuda, m) {
         arg("stream"));
   m.def("unpack_codes", &unpack_codes, arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"),
         arg("stream"));
+  m.def("kmeans_1d_layers", &kmeans_1d_layers, arg("sums"), arg("masses"), arg("gains"), arg("best"), arg("problems"),
+        arg("n"), arg("k_max"), arg("stream"));
 #ifdef PYLLMQ_CUDA_EMULATED
   cuda::emulator::add_bindings(m);
 #endif

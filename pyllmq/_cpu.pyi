@@ -82,3 +82,20 @@ def codebook_linear(
 
 def codebook_dequantize(layout: int, layout_bytes: int, row_begin: int, row_end: int, out: int, out_dtype: int) -> None:
     """out [row_end - row_begin, columns] = those rows of W: exact in fp32, else rounded to nearest even."""
+
+def kmeans_1d(
+    values: int,
+    weights: int,
+    weights_stride: int,
+    problems: int,
+    n: int,
+    ks: list[int],
+    method: int,
+    seed: int,
+    half_centroids: bool,
+    packed: bool,
+    centroids: list[int],
+    codes: list[int],
+    errors: int,
+) -> None:
+    """values [problems, n]; `centroids` and `codes` hold one pointer per k or nothing, errors fp64 [problems, len(ks)] or 0."""

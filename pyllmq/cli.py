@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="share of the weights kept in fp16; default 0.005 for 2.12 and 3.12, 0.01 for 2.24 and 3.23, else 0",
     )
-    c.add_argument("--kmeans", choices=["exact", "lloyd"], default="exact", help="1-D k-means solver")
+    c.add_argument("--kmeans", choices=["exact", "windowed", "lloyd"], default="exact", help="1-D k-means solver")
     c.add_argument(
         "--calibration", metavar="FILE", help="UTF-8 text file; default: prose of CPython's reference manual"
     )

@@ -17,6 +17,8 @@ PROBLEMS = {
     "cpu.unpack_codes": Problem("unpack_codes", "", "cpu", torch.uint8),
     "cuda.tables": Problem("codebook_linear", "cuda", "cuda", torch.float32, 1),
     "cuda.fused": Problem("codebook_linear", "cuda", "cuda", torch.float32, 2),
+    "cpu.kmeans_1d": Problem("kmeans_1d", "lloyd", "cpu", torch.float32),
+    "cpu.kmeans_1d_errors": Problem("kmeans_1d_errors", "windowed", "cpu", torch.float32),
     "cuda.dequantize_matmul": Problem("codebook_linear", "cuda", "cuda", torch.bfloat16, 65),
     "cuda.dequantize": Problem("codebook_dequantize", "cuda", "cuda", torch.float16),
     "cuda.pack_codes": Problem("pack_codes", "", "cuda", torch.uint8),
@@ -30,6 +32,12 @@ PROBLEMS = {
     "reference.codebook_dequantize": Problem("codebook_dequantize", "checkpoint", "cpu", torch.float32),
     "reference.pack_codes": Problem("pack_codes", "", "meta", torch.uint8),
     "reference.unpack_codes": Problem("unpack_codes", "", "meta", torch.uint8),
+    "cuda.kmeans_1d": Problem("kmeans_1d", "exact", "cuda", torch.float32),
+    "cuda.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "cuda", torch.float32),
+    "cpu.kmeans_1d_moved": Problem("kmeans_1d", "lloyd", "xpu", torch.float32),
+    "cpu.kmeans_1d_errors_moved": Problem("kmeans_1d_errors", "windowed", "xpu", torch.float32),
+    "reference.kmeans_1d": Problem("kmeans_1d", "exact", "meta", torch.float32),
+    "reference.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "meta", torch.float32),
 }
 
 

@@ -17,6 +17,7 @@ from .formats import CodebookStructure, CodebookWeight, FormatError
 from .integrations.transformers import from_pretrained, on_import, save_pretrained
 from .nn import CodebookLinear, set_precision
 from .swap import swap_linear
+from .transport import doubly_stochastic, sinkhorn
 
 __version__ = "0.1.0"
 
@@ -30,11 +31,13 @@ __all__ = [
     "LayerReport",
     "NoKernelError",
     "compress",
+    "doubly_stochastic",
     "from_pretrained",
     "functional",
     "kmeans_1d",
     "save_pretrained",
     "set_precision",
+    "sinkhorn",
     "swap_linear",
     "use_backend",
 ]

@@ -2,5 +2,14 @@
 
 from .compression.kmeans import kmeans_1d
 from .ops import codebook_dequantize, codebook_linear, pack_codes, unpack_codes
+from .transport import doubly_stochastic, sinkhorn
 
-__all__ = ["codebook_dequantize", "codebook_linear", "kmeans_1d", "pack_codes", "unpack_codes"]
+__all__ = [
+    "codebook_dequantize",
+    "codebook_linear",
+    "doubly_stochastic",
+    "kmeans_1d",
+    "pack_codes",
+    "sinkhorn",
+    "unpack_codes",
+]

@@ -38,6 +38,12 @@ PROBLEMS = {
     "cpu.kmeans_1d_errors_moved": Problem("kmeans_1d_errors", "windowed", "xpu", torch.float32),
     "reference.kmeans_1d": Problem("kmeans_1d", "exact", "meta", torch.float32),
     "reference.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "meta", torch.float32),
+    "cpu.sinkhorn": Problem("sinkhorn", "", "cpu", torch.float32),
+    "cpu.sinkhorn_backward": Problem("sinkhorn_backward", "", "cpu", torch.float32),
+    "reference.sinkhorn": Problem("sinkhorn", "", "cpu", torch.float64),
+    "reference.sinkhorn_backward": Problem("sinkhorn_backward", "", "cpu", torch.float64),
+    "reference.doubly_stochastic": Problem("doubly_stochastic", "", "cpu", torch.float64),
+    "reference.doubly_stochastic_backward": Problem("doubly_stochastic_backward", "", "cpu", torch.float64),
 }
 
 

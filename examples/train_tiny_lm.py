@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=128)
-    parser.add_argument("--minutes", type=float, default=10.0, help="stop after so long, whatever --steps says")
+    parser.add_argument("--minutes", type=float, default=15.0, help="stop after so long, whatever --steps says")
     given = parser.parse_args()
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -2,13 +2,16 @@
 
 from .kmeans import kmeans_1d, kmeans_1d_errors
 from .ops import codebook_dequantize, codebook_gradient, codebook_linear, pack_codes, unpack_codes
+from .transport import doubly_stochastic, sinkhorn
 
 __all__ = [
     "codebook_dequantize",
     "codebook_gradient",
     "codebook_linear",
+    "doubly_stochastic",
     "kmeans_1d",
     "kmeans_1d_errors",
     "pack_codes",
+    "sinkhorn",
     "unpack_codes",
 ]

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from .backends import cpu as _cpu_backend
+from .backends import cuda as _cuda_backend
 from .backends import reference as _reference_backend
 from .backends import triton as _triton_backend
 from .dispatch import CHECKPOINT, CHECKPOINT_FIELDS, DEFAULT_PRECISION, WeightOperand, check_precision, kernel_for
 
 _cpu_backend.register_kernels()
+_cuda_backend.register_kernels()
 _triton_backend.register_kernels()
+_cpu_backend.register_kernels_for_other_devices()
 _reference_backend.register_kernels()
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

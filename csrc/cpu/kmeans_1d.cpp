@@ -12,6 +12,7 @@
 
 #include "cpu/half.h"
 #include "cpu/isa.h"
+#include "cpu/kmeans_1d_codes.h"
 #include "cpu/kmeans_1d_lloyd.h"
 #include "cpu/kmeans_1d_points.h"
 #include "cpu/kmeans_1d_program.h"
@@ -22,15 +23,19 @@
 namespace pyllmq::cpu {
 namespace {
 
-constexpr int kMaxK = 256;
 constexpr int64_t kKeptBytes = 64 << 20;  // a thread keeps its workspace up to this size, so that calls allocate nothing
 
-const SplitKernels& split_kernels() {
+struct Kernels {
+  const SplitKernels& splits;
+  CodeKernel codes;
+};
+
+Kernels kernels_for(Isa isa) {
 #if defined(__x86_64__)
-  if (active_isa() >= Isa::avx512) return kSplitAvx512;
-  if (active_isa() == Isa::avx2) return kSplitAvx2;
+  if (isa >= Isa::avx512) return {kSplitAvx512, codes_avx512};
+  if (isa == Isa::avx2) return {kSplitAvx2, codes_avx2};
 #endif
-  return kSplitScalar;
+  return {kSplitScalar, codes_scalar};
 }
 
 // ---- one clustering -------------------------------------------------------------------------------------------------
@@ -82,17 +87,7 @@ void store_centroids(const Points& points, const int64_t* bounds, int k, bool ha
   }
 }
 
-// The code of a value is the number of thresholds below it, found in `Bits` steps without a branch.
-template <int Bits>
-void count_thresholds(const float* values, int64_t n, const float* thresholds, const uint8_t* code_of, uint8_t* codes) {
-  for (int64_t i = 0; i < n; ++i) {
-    int run = 0;
-    for (int half = 1 << Bits >> 1; half > 0; half /= 2) run += values[i] > thresholds[run + half - 1] ? half : 0;
-    codes[i] = code_of[run];
-  }
-}
-
-void store_codes(const float* values, int64_t n, const float* centroids, int k, uint8_t* codes) {
+void store_codes(CodeKernel kernel, const float* values, int64_t n, const float* centroids, int k, uint8_t* codes) {
   // Of equal centroids the first has the code; a threshold is the largest float that is not above the middle of two.
   float thresholds[kMaxK];
   uint8_t code_of[kMaxK] = {};
@@ -106,18 +101,14 @@ void store_codes(const float* values, int64_t n, const float* centroids, int k, 
     code_of[++runs] = static_cast<uint8_t>(c);
   }
   std::fill(thresholds + runs, thresholds + kMaxK, std::numeric_limits<float>::infinity());
-  using Counter = void (*)(const float*, int64_t, const float*, const uint8_t*, uint8_t*);
-  constexpr Counter kCounters[9] = {count_thresholds<0>, count_thresholds<1>, count_thresholds<2>,
-                                    count_thresholds<3>, count_thresholds<4>, count_thresholds<5>,
-                                    count_thresholds<6>, count_thresholds<7>, count_thresholds<8>};
-  kCounters[runs == 0 ? 0 : code_bits(runs + 1)](values, n, thresholds, code_of, codes);
+  kernel(values, n, thresholds, runs == 0 ? 0 : code_bits(runs + 1), code_of, codes);
 }
 
 // ---- one problem ----------------------------------------------------------------------------------------------------
 
 struct Job {
   const KMeans1dArguments& a;
-  const SplitKernels& kernels;
+  Kernels kernels;
   const double* inverse;  // 1 / i, for problems without weights and duplicates
   int k_max;
 
@@ -171,11 +162,11 @@ struct Job {
     }
     if (a.method == KMeans1dMethod::lloyd) return each([&](int k) { lloyd_bounds(points, k, a.seed, bounds); });
     if (windows(m)) {
-      Windowed<Index> windowed(points, inverse, k_max, kernels, workspace);
+      Windowed<Index> windowed(points, inverse, k_max, kernels.splits, workspace);
       // Fewer where one point has nearly all the mass and another lies far off: then every bound is tried.
       if (windowed.cells() > k_max) return each([&](int k) { windowed.solve(k, bounds); });
     }
-    Program<Index> program({m, points.sum, points.mass, points.uniform ? inverse : nullptr}, k_run, kernels, workspace);
+    Program<Index> program({m, points.sum, points.mass, points.uniform ? inverse : nullptr}, k_run, kernels.splits, workspace);
     program.run(k_run);
     each([&](int k) { program.trace(k, bounds); });
   }
@@ -187,9 +178,9 @@ struct Job {
     float* centroids = a.centroids[which] + problem * k;
     store_centroids(points, bounds, k, a.half_centroids, centroids);
     const float* values = a.values + problem * a.n;
-    if (!a.packed) return store_codes(values, a.n, centroids, k, a.codes[which] + problem * a.n);
+    if (!a.packed) return store_codes(kernels.codes, values, a.n, centroids, k, a.codes[which] + problem * a.n);
     const int bits = code_bits(k);
-    store_codes(values, a.n, centroids, k, bytes);
+    store_codes(kernels.codes, values, a.n, centroids, k, bytes);
     pack_row(bytes, a.codes[which] + problem * packed_row_bytes(a.n, bits), a.n, bits);
   }
 };
@@ -210,7 +201,7 @@ void kmeans_1d(const KMeans1dArguments& arguments) {
     inverse.resize(arguments.n + 1 + kLanes);
     for (size_t i = 1; i < inverse.size(); ++i) inverse[i] = 1.0 / static_cast<double>(i);
   }
-  const Job job{arguments, split_kernels(), inverse.data(),
+  const Job job{arguments, kernels_for(active_isa()), inverse.data(),
                 *std::max_element(arguments.ks, arguments.ks + arguments.counts)};
   const double per_value_ns = 14 + (arguments.method == KMeans1dMethod::exact ? 5.0 * job.k_max : 1.0 * job.k_max);
   const double cost_ns = static_cast<double>(arguments.problems) * static_cast<double>(arguments.n) * per_value_ns;

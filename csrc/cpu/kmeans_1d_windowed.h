@@ -10,9 +10,9 @@
 
 namespace pyllmq::cpu {
 
-constexpr int64_t kCells = 256;      // at least; half of equal mass, half of equal width, so that tails get cells, too
-constexpr int64_t kCellsPerK = 8;    // at least
-constexpr int64_t kWindowCells = 2;  // a window reaches that many cells to both sides
+constexpr int64_t kCells = 128;      // at least; half of equal mass, half of equal width, so that tails get cells, too
+constexpr int64_t kCellsPerK = 12;   // at least
+constexpr int64_t kWindowCells = 4;  // a window reaches that many cells to both sides
 constexpr int64_t kMinReach = 4;     // points
 
 inline int64_t cells_for(int k_max) { return std::max<int64_t>(kCells, kCellsPerK * k_max); }

@@ -323,11 +323,8 @@ def _reads_checkpoint(problem: Problem) -> Support:
     return _on_cpu(problem)
 
 
-def _from_any_device(problem: Problem) -> Support:
+def _from_another_device(problem: Problem) -> Support:
     return (False, "needs values, not a meta tensor") if problem.device == "meta" else available()
-
-
-_KMEANS_BECAUSE = "a problem per thread; for other devices, too, since moving a value costs less than clustering it"
 
 
 def register_kernels() -> None:
@@ -369,7 +366,8 @@ def register_kernels() -> None:
         ),
         ("pack_codes", "cpu.pack_codes", _on_cpu, pack_codes, "threaded"),
         ("unpack_codes", "cpu.unpack_codes", _on_cpu, unpack_codes, "threaded"),
-        ("kmeans_1d", "cpu.kmeans_1d", _from_any_device, kmeans_1d, _KMEANS_BECAUSE),
+        ("kmeans_1d", "cpu.kmeans_1d", _on_cpu, kmeans_1d, "a problem per thread"),
+        ("kmeans_1d_errors", "cpu.kmeans_1d_errors", _on_cpu, kmeans_1d_errors, "a problem per thread"),
         (
             "fit_columns",
             "cpu.fit_columns",
@@ -377,6 +375,15 @@ def register_kernels() -> None:
             fit_columns,
             "a block of columns without a step of Python: 4 of 5 parts of the time went there at N = 384",
         ),
-        ("kmeans_1d_errors", "cpu.kmeans_1d_errors", _from_any_device, kmeans_1d_errors, _KMEANS_BECAUSE),
     ):
         register(Kernel(op, name, supports, run, because))
+
+
+def register_kernels_for_other_devices() -> None:
+    """Behind the rows of the back ends that serve those devices themselves."""
+    because = "moving a value (5 bytes there and back) costs less than clustering it by plain torch"
+    for op, name, run in (
+        ("kmeans_1d", "cpu.kmeans_1d_moved", kmeans_1d),
+        ("kmeans_1d_errors", "cpu.kmeans_1d_errors_moved", kmeans_1d_errors),
+    ):
+        register(Kernel(op, name, _from_another_device, run, because))

@@ -121,7 +121,7 @@ def main() -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
         if step % 50 == 0:
             print(
                 f"step {step}: loss {sum(losses[-50:]) / len(losses[-50:]):.3f}, {time.monotonic() - started:.0f} s",

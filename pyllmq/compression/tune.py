@@ -85,12 +85,12 @@ def tune_codebooks(
                 loss = _mismatch(model, dense, batch)
                 if not bool(torch.isfinite(loss)):
                     raise ValueError(
-                        f"the tuning loss is {float(loss)} at step {step}; lower learning_rate (given: {learning_rate:g})"
+                        f"the tuning loss is {loss.item()} at step {step}; lower learning_rate (given: {learning_rate:g})"
                     )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-                losses.append(float(loss))
+                losses.append(loss.item())
                 bar.set_postfix_str(f"loss {losses[-1]:.5f}", refresh=False)
                 bar.update()
         tuned = {name: module.packed() for name, module in trained.items()}

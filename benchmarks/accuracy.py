@@ -14,7 +14,7 @@ import copy
 import csv
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -200,21 +200,18 @@ def run_published(subject: Subject, bits: float, outliers: float, draw: int) -> 
     return [Result(subject.name, PUBLISHED, setting, draw, report.bits_per_weight, damage, report.seconds)]
 
 
-def run_ours(subject: Subject, bits: float, draw: int, steps: int) -> list[Result]:
+def run_ours(subject: Subject, bits: float, draw: int, steps: int) -> Iterator[Result]:
     """Untuned, and then the same model with its codebooks tuned if `steps`."""
     model = copy.deepcopy(subject.dense)
     config = pyllmq.ColumnCodebookConfig.preset("balanced", bits)
     report = pyllmq.compress(model, config, subject.calibration(draw), exclude=subject.exclude, progress=False)
-    found = [
-        Result(subject.name, UNTUNED, f"{bits:g}", draw, report.bits_per_weight, subject.judge(model), report.seconds)
-    ]
+    true_bits, setting = report.bits_per_weight, f"{bits:g}"
+    yield Result(subject.name, UNTUNED, setting, draw, true_bits, subject.judge(model), report.seconds)
     if steps:
         started = time.perf_counter()
         pyllmq.tune_codebooks(model, subject.dense, subject.tuning, steps=steps, progress=False)
         seconds = report.seconds + time.perf_counter() - started
-        damage = subject.judge(model)
-        found.append(Result(subject.name, TUNED, f"{bits:g}", draw, report.bits_per_weight, damage, seconds))
-    return found
+        yield Result(subject.name, TUNED, setting, draw, true_bits, subject.judge(model), seconds)
 
 
 @dataclass(frozen=True)
@@ -222,7 +219,7 @@ class Job:
     method: str
     setting: str
     draw: int
-    run: Callable[[], list[Result]]
+    run: Callable[[], Iterable[Result]]
 
 
 def plan(subject: Subject, draws: int, only: Sequence[str], steps: int) -> list[Job]:

@@ -511,7 +511,7 @@ def bits_for_size(
     chosen = select_linears(model, include, exclude)
     linears = [m for stage in _find_stages(model, chosen, include is not None) for m in stage.linears.values()]
     weights = [dense_weight(module) for module in linears]
-    packed = {module.weight.data_ptr() for module in linears}
+    packed = {weight.data_ptr() for weight in weights}
     # Tied tensors are stored once.
     rest = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
     dense = sum(size for pointer, size in rest.items() if pointer not in packed) + other_files

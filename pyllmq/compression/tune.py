@@ -8,7 +8,7 @@ units of its column's root mean square, so one learning rate serves columns of a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -162,14 +162,10 @@ def _norms_and_biases(model: nn.Module, layers: dict[str, CodebookLinear]) -> li
     return [p for p in model.parameters() if p.dim() == 1 and id(p) not in own and p.is_floating_point()]
 
 
-def _endless_order(count: int, seed: int) -> Iterable[int]:
+def _endless_order(count: int, seed: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
-
-    def draw():
-        while True:
-            yield from torch.randperm(count, generator=generator).tolist()
-
-    return draw()
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
 
 
 def _schedule(step: int, steps: int) -> float:

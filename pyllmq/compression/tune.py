@@ -26,7 +26,7 @@ from .calibration import Batch, as_batches
 WARM_UP = 0.05
 """Share of the steps in which the learning rate rises; then it falls along a cosine to zero."""
 OTHERS = 0.1
-"""Learning rate of biases and norms as a share of the codebooks'."""
+"""Learning rate of biases and norms, whose unit is 1, as a share of the codebooks'."""
 
 
 def tune_codebooks(
@@ -71,12 +71,16 @@ def tune_codebooks(
     try:
         for name, module in trained.items():
             replace_module(model, name, module)
-        moves = [p for module in trained.values() for p in module.parameters()]
+        moves = [p for module in trained.values() for p in module.moves()]
+        biases = [module.bias for module in trained.values() if module.bias is not None]
         optimizer = torch.optim.Adam(
-            [{"params": moves}, {"params": others, "scale": OTHERS}], lr=learning_rate, betas=(0.9, 0.95)
+            [{"params": moves}, {"params": [*others, *biases], "scale": OTHERS}], lr=learning_rate, betas=(0.9, 0.95)
         )
         order = _endless_order(len(batches), seed)
-        with _frozen_except(model, [*moves, *others]), tqdm(total=steps, disable=not progress, unit="step") as bar:
+        with (
+            _training(model, dense, [*moves, *others, *biases]),
+            tqdm(total=steps, disable=not progress, unit="step") as bar,
+        ):
             for step in range(steps):
                 rate = learning_rate * _schedule(step, steps)
                 for group in optimizer.param_groups:
@@ -120,6 +124,9 @@ class _TrainedLinear(nn.Module):
         self.row_scale = scale
         self.row_move = nn.Parameter(torch.zeros_like(scale)) if scale.numel() else None
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float().clone())
+
+    def moves(self) -> list[nn.Parameter]:
+        return [self.move] if self.row_move is None else [self.move, self.row_move]
 
     def _trained(self) -> dict[str, Tensor]:
         found = {"codebook": self.start + self.unit * self.move}
@@ -176,11 +183,13 @@ def _schedule(step: int, steps: int) -> float:
 
 
 @contextmanager
-def _frozen_except(model: nn.Module, trained: Sequence[nn.Parameter]):
+def _training(model: nn.Module, dense: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients for `trained` alone, both models without dropout; everything as before afterwards."""
     wanted = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
+    modes = [(m, m.training) for root in (model, dense) for m in root.modules()]
     chosen = {id(p) for p in trained}
     model.eval()
+    dense.eval()
     for parameter, _ in wanted:
         parameter.requires_grad_(id(parameter) in chosen)
     try:

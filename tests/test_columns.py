@@ -136,17 +136,18 @@ def test_the_budget_is_kept_and_used(rows: list[int], size: int, most: int) -> N
 def test_no_other_widths_predict_less_for_the_same_bytes() -> None:
     widths, rows, size = (1, 2, 3), 800, 8
     group = errors_of(rows, size, widths, 0, seed=3)
+    place = torch.arange(size)
     for share in (0.2, 0.5, 0.8):
         budget = allocate.bytes_at(1 + 2 * share, rows, size, False)
         found = allocate.spend([group], budget, row_scale=False)
+        assert found.predicted == pytest.approx(float(group.error[place, found.column_bits.long() - 1].sum()))
+        # A row of codes may waste a byte for each width; without that, nothing at this size predicts less.
         best = min(
-            float(group.error[torch.arange(size), torch.tensor(choice)].sum())
+            float(group.error[place, torch.tensor(choice)].sum())
             for choice in itertools.product(range(3), repeat=size)
-            if sum(rows * widths[c] / 8 + 2 * 2 ** widths[c] for c in choice) + size + 4 <= budget + rows
+            if sum(rows * widths[c] / 8 + 2 * 2 ** widths[c] for c in choice) + size + 4 <= budget - 3 * rows
         )
-        assert found.predicted <= best * 4 + 1e-12
-        chosen = float(group.error[torch.arange(size), found.column_bits.long() - 1].sum())
-        assert chosen == pytest.approx(found.predicted, rel=0.5)
+        assert found.predicted <= best
 
 
 def test_too_few_bytes_say_the_least() -> None:
@@ -335,7 +336,7 @@ def test_presets_and_dicts() -> None:
     assert fast.cycles == 0 and best.tune_steps == 7 and ColumnCodebookConfig.preset("balanced", 3).tune_steps == 0
     assert ColumnCodebookConfig.from_dict(best.to_dict()) == best
     assert ColumnCodebookConfig(bits=2.25).allowed_widths == (1, 2, 3, 4)
-    assert ColumnCodebookConfig(bits=8).allowed_widths == (7, 8)
+    assert ColumnCodebookConfig(bits=7.5).allowed_widths == (1, 2, 3, 4, 5, 6, 7, 8)
     with pytest.raises(ValueError, match="the preset is 'quick'; allowed: 'fast', 'balanced', 'best'"):
         ColumnCodebookConfig.preset("quick", 3)
     with pytest.raises(ValueError, match="does not know 'bit'"):

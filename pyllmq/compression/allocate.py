@@ -128,27 +128,45 @@ def _spend(groups: Sequence[ColumnErrors], budget: float) -> Allocation | None:
     if budget < float(cost[0]) * columns:
         return None
     error = torch.stack([g.error for g in groups]).sum(0)
-    # What whole bytes take or free is known only afterwards: aim again at what is left over.
-    allowed, least_left, found = budget, math.inf, None
-    for _ in range(6):
-        choice, kept, loss = _at_budget(allowed, error, [g.worst for g in groups], cost, outlier)
-        choice = _whole_bytes(choice, error, widths)
-        bits = torch.tensor(widths, dtype=torch.uint8)[choice]
-        counts = torch.bincount(bits.long(), minlength=9)[1:9].tolist()
-        codes = sum(-(-count * width // 8) for width, count in enumerate(counts, 1)) * rows
-        books = sum(2 * len(groups) * count << width for width, count in enumerate(counts, 1))
-        used = codes + books + outlier * sum(int(k.sum()) for k in kept)
-        left = budget - used
-        if 0 <= left < least_left:
-            least_left, found = left, Allocation(bits, kept, loss)
-        allowed += 0.9 * left if left > 0 else left - rows / 2
+    found = None
+    for whole in (True, False):
+        # What the ends of rows take is known only afterwards: aim again at what is left over.
+        allowed = budget
+        for _ in range(6):
+            choice, prices = _at_budget(allowed, error, [g.worst for g in groups], cost, outlier)
+            if whole:
+                choice = _whole_bytes(choice, error, widths)
+            tried, used = _allocation(choice, prices * outlier, groups, error, outlier)
+            left = budget - used
+            if left >= 0 and (found is None or tried.predicted < found.predicted):
+                found = tried
+            allowed += 0.9 * left if left > 0 else left - rows / 2
     return found
+
+
+def _allocation(
+    choice: Tensor, worth: Tensor, groups: Sequence[ColumnErrors], error: Tensor, outlier: int
+) -> tuple[Allocation, int]:
+    """What these widths (indices [K]) come to, weights that lose more than `worth` [K, 1] being kept; and its bytes."""
+    place = torch.arange(len(error))
+    bits = torch.tensor(groups[0].widths, dtype=torch.uint8)[choice]
+    counts = torch.bincount(bits.long(), minlength=9)[1:9].tolist()
+    loss, kept = error[place, choice].sum(), []
+    for g in groups:
+        chosen = g.worst[place, choice]
+        keep = chosen > worth
+        loss = loss - (chosen * keep).sum()
+        kept.append(keep.sum(-1))
+    codes = sum(-(-count * width // 8) for width, count in enumerate(counts, 1)) * sum(g.rows for g in groups)
+    books = sum(2 * len(groups) * count << width for width, count in enumerate(counts, 1))
+    return Allocation(bits, kept, float(loss)), codes + books + outlier * sum(int(k.sum()) for k in kept)
 
 
 def _whole_bytes(choice: Tensor, error: Tensor, widths: tuple[int, ...]) -> Tensor:
     """Narrow the columns that lose least by it, until the codes of each width but the first fill whole bytes.
 
-    A row of codes ends on a byte, for each width: unfilled ones would cost 0.03 bits per weight at K = 384.
+    A row of codes ends on a byte, for each width: unfilled ones would cost 0.03 bits per weight at K = 384. Where there are
+    few columns this costs more than it gains; `_spend` tries both.
     """
     choice = choice.clone()
     for index in range(len(widths) - 1, 0, -1):
@@ -162,20 +180,17 @@ def _whole_bytes(choice: Tensor, error: Tensor, widths: tuple[int, ...]) -> Tens
 
 def _at_budget(
     budget: float, error: Tensor, worst: Sequence[Tensor], cost: Tensor, outlier: int
-) -> tuple[Tensor, list[Tensor], float]:
-    """Index of each column's width [K], kept weights of each Linear and column, and the loss, for `budget` bytes."""
+) -> tuple[Tensor, Tensor]:
+    """Index of each column's width [K] and the price it pays [K, 1], for `budget` bytes, ends of rows left out."""
     place = torch.arange(len(error))
 
-    def at(price: float) -> tuple[Tensor, Tensor, Tensor]:
+    def at(price: float) -> tuple[Tensor, Tensor]:
         saved = torch.stack([(w - price * outlier).clamp_min(0).sum(-1) for w in worst]).sum(0)
         choice = (error - saved + price * cost).argmin(1)
-        nbytes, loss = cost[choice], error[place, choice]
+        nbytes = cost[choice]
         for w in worst:
-            chosen = w[place, choice]
-            keep = chosen > price * outlier
-            nbytes = nbytes + outlier * keep.sum(-1)
-            loss = loss - (chosen * keep).sum(-1)
-        return choice, nbytes, loss
+            nbytes = nbytes + outlier * (w[place, choice] > price * outlier).sum(-1)
+        return choice, nbytes
 
     # Losses span many magnitudes: bisect the exponent.
     high = math.log(float(error.max() / cost.min()) + 1e-280) + 1
@@ -186,17 +201,16 @@ def _at_budget(
             low = middle
         else:
             high = middle
-    choice, nbytes, loss = at(math.exp(high))
-    richer, richer_bytes, richer_loss = at(math.exp(low))
+    choice, nbytes = at(math.exp(high))
+    richer, richer_bytes = at(math.exp(low))
     prices = torch.full((len(error), 1), math.exp(high), dtype=torch.float64)
     left = budget - float(nbytes.sum())
     for column in (richer_bytes > nbytes).nonzero()[:, 0].tolist():
         extra = float(richer_bytes[column] - nbytes[column])
         if extra <= left:
             left -= extra
-            choice[column], loss[column], prices[column] = richer[column], richer_loss[column], math.exp(low)
-    kept = [(w[place, choice] > prices * outlier).sum(-1) for w in worst]
-    return choice, kept, float(loss.sum())
+            choice[column], prices[column] = richer[column], math.exp(low)
+    return choice, prices
 
 
 def bytes_at(width: float, rows: int, columns: int, row_scale: bool) -> float:

@@ -25,32 +25,47 @@ struct Column {
 
 // ---- one column -----------------------------------------------------------------------------------------------------
 
-// Trimmed k-means: fit the others, keep the worst served, until that changes nothing. Writes all of `c` but the target.
+// c.kept = the `keep` weights with the largest c.lost, the first ones at a tie. Returns whether it was so before.
+bool keep_worst(const FitColumnsArguments& a, int64_t keep, Column& c) {
+  std::iota(c.order.begin(), c.order.end(), 0);
+  std::nth_element(c.order.begin(), c.order.begin() + (keep - 1), c.order.end(), [&](int32_t x, int32_t y) {
+    return c.lost[x] > c.lost[y] || (c.lost[x] == c.lost[y] && x < y);
+  });
+  std::fill(c.chosen.begin(), c.chosen.begin() + a.rows, 0);
+  for (int64_t i = 0; i < keep; ++i) c.chosen[c.order[i]] = 1;
+  const bool same = c.chosen == c.kept;
+  c.kept.swap(c.chosen);
+  return same;
+}
+
+// Trimmed k-means: fit the others, keep the worst served, until that changes nothing. The first ones are those farthest from
+// the mean: begun from the codebook of all, a single far weight would get a centroid of its own and hold it.
+// Writes all of `c` but the target.
 void fit(const FitColumnsArguments& a, int bits, int64_t keep, Column& c) {
   const int64_t n = a.rows;
   const int k = 1 << bits;
   for (int64_t r = 0; r < n; ++r) c.points[r] = c.target[r] / a.row_scale[r];
   float* centroids = c.centroids.data();
   uint8_t* codes = c.codes.data();
-  bool trimmed = keep > 0 && std::find(c.kept.begin(), c.kept.end(), 1) != c.kept.end();
+  if (keep > 0 && std::find(c.kept.begin(), c.kept.end(), 1) == c.kept.end()) {
+    double sum = 0, mass = 0;
+    for (int64_t r = 0; r < n; ++r) {
+      sum += static_cast<double>(c.importance[r]) * c.points[r];
+      mass += c.importance[r];
+    }
+    const auto mean = static_cast<float>(sum / mass);
+    for (int64_t r = 0; r < n; ++r) c.lost[r] = c.importance[r] * (c.points[r] - mean) * (c.points[r] - mean);
+    keep_worst(a, keep, c);
+  }
   for (int round = 0; round < (keep > 0 ? kTrimRounds : 1); ++round) {
-    for (int64_t r = 0; r < n; ++r) c.weights[r] = trimmed && c.kept[r] ? 0.0f : c.importance[r];
+    for (int64_t r = 0; r < n; ++r) c.weights[r] = keep > 0 && c.kept[r] ? 0.0f : c.importance[r];
     kmeans_1d({c.points.data(), c.weights.data(), 0, 1, n, 1, &k, a.method, 0, true, false, &centroids, &codes, nullptr});
     if (keep == 0) break;
     for (int64_t r = 0; r < n; ++r) {
       const float offset = c.points[r] - centroids[codes[r]];
       c.lost[r] = offset * offset * c.importance[r];
     }
-    std::iota(c.order.begin(), c.order.end(), 0);
-    std::nth_element(c.order.begin(), c.order.begin() + (keep - 1), c.order.end(), [&](int32_t x, int32_t y) {
-      return c.lost[x] > c.lost[y] || (c.lost[x] == c.lost[y] && x < y);
-    });
-    std::fill(c.chosen.begin(), c.chosen.end(), 0);
-    for (int64_t i = 0; i < keep; ++i) c.chosen[c.order[i]] = 1;
-    const bool same = trimmed && c.chosen == c.kept;
-    c.kept.swap(c.chosen);
-    trimmed = true;
-    if (same) break;
+    if (keep_worst(a, keep, c)) break;
   }
   for (int64_t r = 0; r < n; ++r) c.stored[r] = centroids[codes[r]] * a.row_scale[r];
   if (keep > 0) {

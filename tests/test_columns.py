@@ -12,7 +12,7 @@ import pyllmq
 from pyllmq import ColumnCodebookConfig, kmeans_1d
 from pyllmq.compression import allocate, columns, guide
 from pyllmq.compression.column_loop import ColumnQuantizer, factor_hessian, refine_columns, sweep_columns
-from pyllmq.compression.model import bits_for_size
+from pyllmq.compression.model import DESCRIPTION_BYTES, bits_for_size
 
 from .models import tiny_bert, tiny_llama
 
@@ -273,7 +273,8 @@ def test_a_size_is_met() -> None:
     model = tiny_llama(hidden_size=128, intermediate_size=256)
     dense = sum(p.numel() * 4 for p in {id(p): p for p in model.parameters()}.values())
     linears = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
-    wanted = dense - 4 * linears + round(3.3 * linears / 8) + 1000
+    described = DESCRIPTION_BYTES * sum(isinstance(m, nn.Linear) for m in model.model.modules())
+    wanted = dense - 4 * linears + round(3.3 * linears / 8) + 1000 + described
     assert bits_for_size(model, wanted, other_files=1000) == pytest.approx(3.3, rel=1e-3)
     with pytest.raises(ValueError, match="bits per weight beside"):
         bits_for_size(model, 1000)

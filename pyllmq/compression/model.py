@@ -35,6 +35,9 @@ from .tune import tune_codebooks
 SILENT_SHARE = 0.01
 """Linear-like parameters left dense without being asked for are reported loudly above this share."""
 
+DESCRIPTION_BYTES = 960
+"""What a packed Linear adds to config.json and to the headers of the safetensors files: names, shapes, places."""
+
 
 def compress(
     model: nn.Module,
@@ -515,6 +518,7 @@ def bits_for_size(
     # Tied tensors are stored once.
     rest = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
     dense = sum(size for pointer, size in rest.items() if pointer not in packed) + other_files
+    dense += DESCRIPTION_BYTES * len(linears)
     bits = 8 * (nbytes - dense) / max(1, sum(w.numel() for w in weights))
     if not 1.1 <= bits <= 8:
         raise ValueError(

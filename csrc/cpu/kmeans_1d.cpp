@@ -163,7 +163,7 @@ struct Job {
     if (a.method == KMeans1dMethod::lloyd) return each([&](int k) { lloyd_bounds(points, k, a.seed, bounds); });
     if (windows(m)) {
       Windowed<Index> windowed(points, inverse, k_max, kernels.splits, workspace);
-      // Fewer where one point has nearly all the mass and another lies far off: then every bound is tried.
+      // Fewer where far outliers take most of them: then every bound is tried.
       if (windowed.cells() > k_max) return each([&](int k) { windowed.solve(k, bounds); });
     }
     Program<Index> program({m, points.sum, points.mass, points.uniform ? inverse : nullptr}, k_run, kernels.splits, workspace);

@@ -13,7 +13,7 @@
 namespace pyllmq::cpu {
 
 constexpr int64_t kCells = 128;      // at least
-constexpr int64_t kCellsPerK = 10;   // at least
+constexpr int64_t kCellsPerK = 12;   // at least
 constexpr int64_t kWindowCells = 3;  // a window reaches that many cells to both sides
 constexpr int64_t kMinReach = 4;     // and at least that many points
 
@@ -78,7 +78,8 @@ class Windowed {
   }
 
   // k_max at most the number of cells, and that below the number of points.
-  Windowed(const Points& points, const double* inverse, int k_max, const SplitKernels& kernels, Workspace& workspace)
+  Windowed(const Points& points, const double* inverse, int k_max, const SplitKernels& kernels,
+           const SplitKernels& cell_kernels, Workspace& workspace)
       : points_(points),
         edges_(workspace.take<int64_t>(cells_for(k_max) + 1)),
         low_(workspace.take<int64_t>(k_max + 1)),
@@ -86,7 +87,7 @@ class Windowed {
         below_(workspace.take<int64_t>(k_max + 1)),
         above_(workspace.take<int64_t>(k_max + 1)),
         cells_(cell_edges(points, cells_for(k_max), workspace.take<float>(points.count), edges_)),
-        cell_program_(cell_bounds(workspace, k_max), k_max, kernels, workspace),
+        cell_program_(cell_bounds(workspace, k_max), k_max, cell_kernels, workspace),
         program_({points.count, points.sum, points.mass, points.uniform ? inverse : nullptr}, k_max, kernels, workspace) {
     cell_program_.run(static_cast<int>(std::min<int64_t>(k_max, cells_)));
   }

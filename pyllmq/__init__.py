@@ -17,6 +17,7 @@ from .integrations.transformers import from_pretrained, on_import, save_pretrain
 from .kmeans import kmeans_1d, kmeans_1d_errors
 from .nn import CodebookLinear, set_precision
 from .swap import swap_linear
+from .transport import doubly_stochastic, sinkhorn
 
 __version__ = "0.1.0"
 
@@ -30,12 +31,14 @@ __all__ = [
     "LayerReport",
     "NoKernelError",
     "compress",
+    "doubly_stochastic",
     "from_pretrained",
     "functional",
     "kmeans_1d",
     "kmeans_1d_errors",
     "save_pretrained",
     "set_precision",
+    "sinkhorn",
     "swap_linear",
     "use_backend",
 ]

@@ -37,6 +37,22 @@ def codebook_linear(
     counters: int,
     stream: int,
 ) -> None: ...
+def linear_tables_fit() -> bool: ...
+def codebook_linear_tables_workspace(rows: int, columns: int) -> tuple[int, int]: ...
+def codebook_linear_tables(
+    layout: int,
+    layout_bytes: int,
+    rows: int,
+    columns: int,
+    x: int,
+    dtype: int,
+    bias: int,
+    bias_dtype: int,
+    y: int,
+    partials: int,
+    counters: int,
+    stream: int,
+) -> None: ...
 def codebook_dequantize(
     layout: int, layout_bytes: int, rows: int, columns: int, weight: int, dtype: int, stream: int
 ) -> None: ...

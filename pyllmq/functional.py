@@ -2,5 +2,15 @@
 
 from .kmeans import kmeans_1d, kmeans_1d_errors
 from .ops import codebook_dequantize, codebook_linear, pack_codes, unpack_codes
+from .transport import doubly_stochastic, sinkhorn
 
-__all__ = ["codebook_dequantize", "codebook_linear", "kmeans_1d", "kmeans_1d_errors", "pack_codes", "unpack_codes"]
+__all__ = [
+    "codebook_dequantize",
+    "codebook_linear",
+    "doubly_stochastic",
+    "kmeans_1d",
+    "kmeans_1d_errors",
+    "pack_codes",
+    "sinkhorn",
+    "unpack_codes",
+]

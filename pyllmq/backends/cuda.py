@@ -2,7 +2,7 @@
 
 Its machine layout ``cuda`` is one uint8 blob in device memory, made on the host when a layer is loaded and moved there; it
 holds everything but the bias. Nothing here waits for the device, so calls can be captured in CUDA graphs.
-See docs/codebook_linear_cuda.md.
+See docs/kernels-cuda.md.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ DEVICE = "cuda"
 MAX_FUSED_TOKENS = 64
 """Up to this many tokens the codes are decoded anew for every 16 tokens (8 in fp32), beyond that once for all of them.
 
-Predicted, not measured, for 4 bits at 4.3 TB/s: 16 tokens cost 1.5 times the reading of the codes, so 64 cost 1.5 times the
-reading of an fp16 matrix; decoding to memory costs that reading 1.25 to 2.25 times before the first product.
+Predicted from instruction counts, for 4 bits at 4.3 TB/s: 16 tokens cost at most 2.2 times the reading of the codes, so 64
+cost 2.2 times the reading of an fp16 matrix; decoding to memory and multiplying from there moves 2.25 times as much.
 """
 
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -125,6 +125,11 @@ def layout_codes(operand: WeightOperand) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
+def _tables_workspace_sizes(rows: int, columns: int) -> tuple[int, int]:
+    return _extension().codebook_linear_tables_workspace(rows, columns)
+
+
+@lru_cache(maxsize=4096)
 def _workspace_sizes(device: torch.device, rows: int, columns: int, tokens: int, dtype: torch.dtype) -> tuple[int, int]:
     """Elements of the fp32 workspace and of the counters; they depend on the device's number of multiprocessors."""
     with _current(device):
@@ -152,6 +157,34 @@ def codebook_linear(
             x.data_ptr(),
             _DTYPE_CODE[dtype],
             tokens,
+            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else _DTYPE_CODE[bias.dtype],
+            y.data_ptr(),
+            workspace.data_ptr(),
+            _zero_counters(counters, device, stream).data_ptr(),
+            stream,
+        )
+    return y
+
+
+def codebook_linear_tables(
+    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None, precision: str
+) -> Tensor:
+    """One token: sums of several columns' products are looked up in tables made from x; all in fp32."""
+    blob, x = tensors[0], x.contiguous()
+    dtype, device = x.dtype, x.device
+    y = torch.empty(1, out_features, dtype=dtype, device=device)
+    partials, counters = _tables_workspace_sizes(out_features, in_features)
+    workspace = torch.empty(partials, dtype=torch.float32, device=device)
+    with _current(device):
+        stream = _stream(device)
+        _extension().codebook_linear_tables(
+            blob.data_ptr(),
+            blob.numel(),
+            out_features,
+            in_features,
+            x.data_ptr(),
+            _DTYPE_CODE[dtype],
             0 if bias is None else bias.data_ptr(),
             0 if bias is None else _DTYPE_CODE[bias.dtype],
             y.data_ptr(),
@@ -255,6 +288,19 @@ def _reads_layout(problem: Problem) -> Support:
     return _on_device(problem)
 
 
+def _tables_fit() -> bool:
+    return _extension().linear_tables_fit()
+
+
+def _one_token(problem: Problem) -> Support:
+    if problem.tokens != 1:
+        return False, f"serves one token, here {problem.tokens}"
+    reads, why = _reads_layout(problem)
+    if reads and not _tables_fit():
+        return False, "needs 129 KiB of shared memory for a block, more than this device has"
+    return reads, why
+
+
 def _few_tokens(problem: Problem) -> Support:
     if problem.tokens > MAX_FUSED_TOKENS:
         return False, f"serves up to {MAX_FUSED_TOKENS} tokens, here {problem.tokens}"
@@ -269,6 +315,13 @@ def _clusters_here(problem: Problem) -> Support:
 
 def register_kernels() -> None:
     for op, name, supports, run, because in (
+        (
+            "codebook_linear",
+            "cuda.tables",
+            _one_token,
+            codebook_linear_tables,
+            "for one token a lookup replaces 2 or 4 products: at 2 and 4 bits half the integer work of cuda.fused (counted)",
+        ),
         (
             "codebook_linear",
             "cuda.fused",

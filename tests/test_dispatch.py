@@ -32,6 +32,8 @@ PROBLEMS = {
     "reference.codebook_dequantize": Problem("codebook_dequantize", "checkpoint", "cpu", torch.float32),
     "reference.pack_codes": Problem("pack_codes", "", "meta", torch.uint8),
     "reference.unpack_codes": Problem("unpack_codes", "", "meta", torch.uint8),
+    "triton.kmeans_1d": Problem("kmeans_1d", "windowed", "cuda", torch.float32),
+    "triton.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "cuda", torch.float32),
     "cuda.kmeans_1d": Problem("kmeans_1d", "exact", "cuda", torch.float32),
     "cuda.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "cuda", torch.float32),
     "cpu.kmeans_1d_moved": Problem("kmeans_1d", "lloyd", "xpu", torch.float32),

@@ -7,8 +7,7 @@ See docs/kernels-cuda.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from types import ModuleType
 
 import torch
@@ -251,47 +250,8 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return codes
 
 
-def kmeans_1d(
-    values: Tensor,
-    weights: Tensor | None,
-    ks: Sequence[int],
-    method: str,
-    seed: int,
-    half_centroids: bool,
-    packed: bool,
-) -> list[tuple[Tensor, Tensor]]:
-    """The optimum, for "windowed", too: sorted, summed and coded by torch, the dynamic program by a kernel."""
-    parts = [
-        reference.kmeans_1d(*part, ks, method, seed, half_centroids, packed, _kmeans_1d_layers)
-        for part in _parts(values, weights, max(ks))
-    ]
-    of_each_k = zip(*parts, strict=True)
-    return [(torch.cat([c for c, _ in found]), torch.cat([q for _, q in found])) for found in of_each_k]
-
-
-def kmeans_1d_errors(values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str) -> Tensor:
-    return torch.cat(
-        [
-            reference.kmeans_1d_errors(*part, ks, method, _kmeans_1d_layers)
-            for part in _parts(values, weights, max(ks))
-        ]
-    )
-
-
-KMEANS_WORKSPACE_BYTES = 1 << 30
-"""Problems are solved in parts whose back pointers take at most this: 4000 columns of 4096 at k = 16, 30 for each
-multiprocessor of the largest devices."""
-
-
-def _parts(values: Tensor, weights: Tensor | None, k_max: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    problems, n = values.shape
-    step = max(1, KMEANS_WORKSPACE_BYTES // (4 * (n + 1) * (k_max + 1)))
-    for begin in range(0, max(problems, 1), step):
-        part = slice(begin, begin + step)
-        yield values[part], weights if weights is None or weights.dim() == 1 else weights[part]
-
-
-def _kmeans_1d_layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
+def kmeans_1d_layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
+    """The dynamic program, a block per problem; see `reference.Layers`."""
     problems, n = sums.shape[0], sums.shape[1] - 1
     sums, masses, device = sums.contiguous(), masses.contiguous(), sums.device
     gains = torch.empty(problems, 2, n + 1, dtype=torch.float64, device=device)
@@ -385,7 +345,19 @@ def register_kernels() -> None:
         ),
         ("pack_codes", "cuda.pack_codes", _on_device, pack_codes, "one thread per byte"),
         ("unpack_codes", "cuda.unpack_codes", _on_device, unpack_codes, "one thread per byte"),
-        ("kmeans_1d", "cuda.kmeans_1d", _clusters_here, kmeans_1d, "a block per problem"),
-        ("kmeans_1d_errors", "cuda.kmeans_1d_errors", _clusters_here, kmeans_1d_errors, "a block per problem"),
+        (
+            "kmeans_1d",
+            "cuda.kmeans_1d",
+            _clusters_here,
+            partial(reference.kmeans_1d, find_layers=kmeans_1d_layers),
+            "a block per problem; torch sorts and looks codes up",
+        ),
+        (
+            "kmeans_1d_errors",
+            "cuda.kmeans_1d_errors",
+            _clusters_here,
+            partial(reference.kmeans_1d_errors, find_layers=kmeans_1d_layers),
+            "a block per problem; torch sorts",
+        ),
     ):
         register(Kernel(op, name, supports, run, because))

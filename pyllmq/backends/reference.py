@@ -68,8 +68,10 @@ def codebook_linear(
 # ---- kmeans_1d ------------------------------------------------------------------------------------------------------
 
 Layers = Callable[[Tensor, Tensor, int], Tensor]
-"""Prefix sums and masses, fp64 [C, n + 1], and k_max -> best splits, integers [C, k_max + 1, n + 1]: entry [:, l, end] is where
-the last of l clusters of the first `end` points begins. Entries with l < 2 or end < l, and of l = k_max other than end = n, are free."""
+"""Prefix sums and masses, fp64 [C, n + 1], and k_max -> best splits, integers [C, k_max + 1, n + 1].
+
+Entry [:, l, end] is where the last of l clusters of the first `end` points begins, 2 <= l <= end; the others are free.
+"""
 
 
 def layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
@@ -104,22 +106,38 @@ def kmeans_1d(
     find_layers: Layers = layers,
 ) -> list[tuple[Tensor, Tensor]]:
     """The optimum, for "windowed", too. `find_layers` is all that a GPU back end has to replace."""
-    found = []
-    for k, means, _ in _clusterings(values, weights, ks, find_layers):
-        centroids = _distinct_first(means.float())
-        if half_centroids:
-            centroids = centroids.half().float()
-        codes = _nearest(values, centroids)
-        bits = max(1, (k - 1).bit_length())
-        found.append((centroids, pack_codes(codes, bits) if packed else codes))
-    return found
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in ks]
+    for part, part_weights in _parts(values, weights, max(ks)):
+        for i, (k, means, _) in enumerate(_clusterings(part, part_weights, ks, find_layers)):
+            centroids = _distinct_first(means.float())
+            if half_centroids:
+                centroids = centroids.half().float()
+            codes = _nearest(part, centroids)
+            bits = max(1, (k - 1).bit_length())
+            found[i].append((centroids, pack_codes(codes, bits) if packed else codes))
+    return [(torch.cat([c for c, _ in parts]), torch.cat([q for _, q in parts])) for parts in found]
 
 
 def kmeans_1d_errors(
     values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str, find_layers: Layers = layers
 ) -> Tensor:
-    errors = [error for _, _, error in _clusterings(values, weights, ks, find_layers)]
-    return torch.stack(errors, 1)
+    parts = _parts(values, weights, max(ks))
+    return torch.cat(
+        [torch.stack([error for _, _, error in _clusterings(*part, ks, find_layers)], 1) for part in parts]
+    )
+
+
+KMEANS_TABLE_BYTES = 1 << 30
+"""Problems are solved in parts whose tables of best splits, 4 bytes each on a GPU, take at most this: 3800 columns of 4096 at
+k = 16, 28 for each multiprocessor of the largest devices."""
+
+
+def _parts(values: Tensor, weights: Tensor | None, k_max: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    problems, n = values.shape
+    step = max(1, KMEANS_TABLE_BYTES // (4 * (n + 1) * (k_max + 1)))
+    for begin in range(0, max(problems, 1), step):
+        part = slice(begin, begin + step)
+        yield values[part], weights if weights is None or weights.dim() == 1 else weights[part]
 
 
 def _clusterings(

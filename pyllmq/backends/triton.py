@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -256,6 +257,14 @@ def decode_and_matmul(
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+def kmeans_1d_layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
+    """The dynamic program, a launch per level; see `reference.Layers`."""
+    from ..triton_kernels.kmeans_1d import kmeans_1d_layers as run
+
+    with _on_device_of(sums):
+        return run(sums, masses, k_max)
+
+
 def _on_device_of(tensor: Tensor):
     """Triton launches on the current device, whatever its arguments say."""
     return torch.cuda.device_of(tensor)
@@ -278,6 +287,12 @@ def _few_tokens(problem: Problem) -> Support:
     if problem.tokens > MAX_FUSED_TOKENS:
         return False, f"serves up to {MAX_FUSED_TOKENS} tokens, here {problem.tokens}"
     return _reads_layout(problem)
+
+
+def _finds_optimum(problem: Problem) -> Support:
+    if problem.layout == "lloyd":
+        return False, "finds the optimum, not what k-means++ and Lloyd's iteration find"
+    return _on_device(problem)
 
 
 def register_kernels() -> None:
@@ -311,5 +326,19 @@ def register_kernels() -> None:
             "plain torch: once, when a weight is made",
         ),
         ("unpack_codes", "triton.unpack_codes", _on_device, reference.unpack_codes, "plain torch: never in a forward"),
+        (
+            "kmeans_1d",
+            "triton.kmeans_1d",
+            _finds_optimum,
+            partial(reference.kmeans_1d, find_layers=kmeans_1d_layers),
+            "a launch per level of the dynamic program; torch sorts and looks codes up",
+        ),
+        (
+            "kmeans_1d_errors",
+            "triton.kmeans_1d_errors",
+            _finds_optimum,
+            partial(reference.kmeans_1d_errors, find_layers=kmeans_1d_layers),
+            "a launch per level of the dynamic program; torch sorts",
+        ),
     ):
         register(Kernel(op, name, supports, run, because))

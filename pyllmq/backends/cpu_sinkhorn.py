@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def _inputs(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
     problems = tensors[0].shape[0]
     shared = [problems > 1 and tensor.stride(0) == 0 for tensor in tensors]
     laid_out = [(t[0] if once else t).contiguous() for t, once in zip(tensors, shared, strict=True)]
-    return laid_out, [0 if once else t[0].numel() for t, once in zip(tensors, shared, strict=True)]
+    return laid_out, [0 if once else math.prod(t.shape[1:]) for t, once in zip(tensors, shared, strict=True)]
 
 
 def sinkhorn(

@@ -231,41 +231,46 @@ void bind_kmeans_1d(py::module_& m) {
 
 // --- sinkhorn ------------------------------------------------------------------------------------------------------
 
-SinkhornProblem sinkhorn_problem(const std::vector<Pointer>& inputs, int64_t cost_stride, int64_t problems, int64_t n,
-                                 int64_t m, int64_t iterations, double rho_a, double rho_b) {
+SinkhornProblem sinkhorn_problem(const std::vector<Pointer>& inputs, const std::vector<int64_t>& strides,
+                                 int64_t problems, int64_t n, int64_t m, int64_t iterations, double rho_a,
+                                 double rho_b) {
   if (inputs.size() != 4)
     throw std::invalid_argument("inputs has " + std::to_string(inputs.size()) +
                                 " pointers; needs 4: cost, a, b, epsilon");
-  if (problems < 0 || n < 1 || m < 1 || iterations < 1 || (cost_stride != 0 && cost_stride != n * m) ||
-      !(rho_a > 0 && rho_b > 0))
-    throw std::invalid_argument("problems must be >= 0, n, m and iterations >= 1, cost_stride 0 or n * m, prices > 0");
-  return {as<float>(inputs[0]), cost_stride, as<float>(inputs[1]), as<float>(inputs[2]), as<float>(inputs[3]),
-          problems,             n,           m,                    rho_a,                rho_b};
+  if (problems < 0 || n < 1 || m < 1 || iterations < 1 || !(rho_a > 0 && rho_b > 0))
+    throw std::invalid_argument("problems must be >= 0, n, m and iterations >= 1, prices > 0");
+  const int64_t sizes[3] = {n * m, n, m};
+  for (size_t i = 0; i < 3; ++i)
+    if (strides.size() != 3 || (strides[i] != 0 && strides[i] != sizes[i]))
+      throw std::invalid_argument("strides are those of cost, a and b between problems: each its size, or 0 if shared");
+  return {as<float>(inputs[0]), strides[0],           as<float>(inputs[1]), strides[1], as<float>(inputs[2]),
+          strides[2],           as<float>(inputs[3]), problems,             n,          m,
+          rho_a,                rho_b};
 }
 
 void bind_sinkhorn(py::module_& m) {
   m.def(
       "sinkhorn",
-      [](const std::vector<Pointer>& inputs, int64_t cost_stride, int64_t problems, int64_t n, int64_t m,
+      [](const std::vector<Pointer>& inputs, const std::vector<int64_t>& strides, int64_t problems, int64_t n, int64_t m,
          int64_t iterations, double tolerance, double rho_a, double rho_b, Pointer plan, Pointer u, Pointer v,
          Pointer tape, Pointer count) {
-        sinkhorn(sinkhorn_problem(inputs, cost_stride, problems, n, m, iterations, rho_a, rho_b),
+        sinkhorn(sinkhorn_problem(inputs, strides, problems, n, m, iterations, rho_a, rho_b),
                  {iterations, tolerance, as<float>(plan), as<float>(u), as<float>(v), as<float>(tape),
                   as<int32_t>(count)});
       },
-      py::arg("inputs"), py::arg("cost_stride"), py::arg("problems"), py::arg("n"), py::arg("m"),
+      py::arg("inputs"), py::arg("strides"), py::arg("problems"), py::arg("n"), py::arg("m"),
       py::arg("iterations"), py::arg("tolerance"), py::arg("rho_a"), py::arg("rho_b"), py::arg("plan"), py::arg("u"),
       py::arg("v"), py::arg("tape"), py::arg("count"), NoGil());
   m.def(
       "sinkhorn_backward",
-      [](const std::vector<Pointer>& inputs, int64_t cost_stride, int64_t problems, int64_t n, int64_t m,
+      [](const std::vector<Pointer>& inputs, const std::vector<int64_t>& strides, int64_t problems, int64_t n, int64_t m,
          int64_t iterations, double rho_a, double rho_b, Pointer tape, Pointer count, Pointer grad_plan, Pointer grad_u,
          Pointer grad_v, Pointer grad_cost, Pointer grad_a, Pointer grad_b) {
-        sinkhorn_backward(sinkhorn_problem(inputs, cost_stride, problems, n, m, iterations, rho_a, rho_b),
+        sinkhorn_backward(sinkhorn_problem(inputs, strides, problems, n, m, iterations, rho_a, rho_b),
                           {iterations, as<float>(tape), as<int32_t>(count), as<float>(grad_plan), as<float>(grad_u),
                            as<float>(grad_v), as<float>(grad_cost), as<float>(grad_a), as<float>(grad_b)});
       },
-      py::arg("inputs"), py::arg("cost_stride"), py::arg("problems"), py::arg("n"), py::arg("m"),
+      py::arg("inputs"), py::arg("strides"), py::arg("problems"), py::arg("n"), py::arg("m"),
       py::arg("iterations"), py::arg("rho_a"), py::arg("rho_b"), py::arg("tape"), py::arg("count"),
       py::arg("grad_plan"), py::arg("grad_u"), py::arg("grad_v"), py::arg("grad_cost"), py::arg("grad_a"),
       py::arg("grad_b"), NoGil());

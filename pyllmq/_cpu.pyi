@@ -102,7 +102,7 @@ def kmeans_1d(
 
 def sinkhorn(
     inputs: list[int],
-    cost_stride: int,
+    strides: list[int],
     problems: int,
     n: int,
     m: int,
@@ -116,14 +116,14 @@ def sinkhorn(
     tape: int,
     count: int,
 ) -> None:
-    """inputs: the addresses of cost [problems, n, m] (or [n, m] with cost_stride 0), a, b and epsilon, all fp32.
-
-    Out: plan, u, v, tape [problems, iterations, n + m] (or 0), count int32 [problems], see csrc/cpu/sinkhorn.h.
+    """inputs: the addresses of cost [problems, n, m], a, b and epsilon, all fp32. strides: of cost, a and b between problems,
+    n m, n and m, or 0 where all share one. Out: plan, u, v, tape [problems, iterations, n + m] (or 0), count int32 [problems],
+    see csrc/cpu/sinkhorn.h.
     """
 
 def sinkhorn_backward(
     inputs: list[int],
-    cost_stride: int,
+    strides: list[int],
     problems: int,
     n: int,
     m: int,

@@ -42,6 +42,8 @@ PROBLEMS = {
     "reference.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "meta", torch.float32),
     "cpu.sinkhorn": Problem("sinkhorn", "", "cpu", torch.float32),
     "cpu.sinkhorn_backward": Problem("sinkhorn_backward", "", "cpu", torch.float32),
+    "triton.sinkhorn": Problem("sinkhorn", "", "cuda", torch.float32, 128 * 128),
+    "triton.sinkhorn_backward": Problem("sinkhorn_backward", "", "cuda", torch.float32, 128 * 128),
     "reference.sinkhorn": Problem("sinkhorn", "", "cpu", torch.float64),
     "reference.sinkhorn_backward": Problem("sinkhorn_backward", "", "cpu", torch.float64),
     "reference.doubly_stochastic": Problem("doubly_stochastic", "", "cpu", torch.float64),

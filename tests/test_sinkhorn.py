@@ -56,7 +56,15 @@ def check(cost, a, b, epsilon, iterations, **options):
     plan = sinkhorn(cost, a, b, epsilon, iterations, **options)
     rho = options.get("unbalanced") or (math.inf, math.inf)
     exact = log_loop(cost.double(), a.double(), b.double(), torch.as_tensor(epsilon).double(), iterations, rho)
-    assert_as_good_as_torch(plan, exact, log_loop(cost, a, b, epsilon, iterations, rho))
+    assert_as_good_as_torch(plan, exact, *loops_in_orders(cost, a, b, epsilon, iterations, rho))
+
+
+def loops_in_orders(cost, a, b, epsilon, iterations, rho):
+    """torch's results with the columns summed in several orders: where there are few entries, one error is luck."""
+    for _ in range(1 if cost.numel() > 1000 else 12):
+        rows, columns = torch.randperm(cost.shape[-2]), torch.randperm(cost.shape[-1])
+        plan = log_loop(cost[:, rows][:, :, columns], a[:, rows], b[:, columns], epsilon, iterations, rho)
+        yield plan[:, rows.argsort()][:, :, columns.argsort()]
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from .dispatch import NoKernelError, use_backend
 from .formats import CodebookStructure, CodebookWeight, FormatError
 from .integrations.transformers import from_pretrained, on_import, save_pretrained
 from .nn import CodebookLinear, set_precision
+from .ops import softmax_cdist_l1
 from .swap import swap_linear
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "kmeans_1d",
     "save_pretrained",
     "set_precision",
+    "softmax_cdist_l1",
     "swap_linear",
     "use_backend",
 ]

@@ -1,6 +1,6 @@
 """The operations as functions; `pyllmq.ops` defines them and `torch.ops.pyllmq` holds them for compiled graphs."""
 
 from .compression.kmeans import kmeans_1d
-from .ops import codebook_dequantize, codebook_linear, pack_codes, unpack_codes
+from .ops import codebook_dequantize, codebook_linear, pack_codes, softmax_cdist_l1, unpack_codes
 
-__all__ = ["codebook_dequantize", "codebook_linear", "kmeans_1d", "pack_codes", "unpack_codes"]
+__all__ = ["codebook_dequantize", "codebook_linear", "kmeans_1d", "pack_codes", "softmax_cdist_l1", "unpack_codes"]

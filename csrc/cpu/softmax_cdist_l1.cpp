@@ -184,9 +184,7 @@ void write_h(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& kern
     kernels.add_signs(p, whole_groups(block.rows), q, static_cast<int>(y_rows), weights, h);
   }
   for (int64_t i = 0; i < block.rows; ++i) {
-    double dot = 0;
-    for (int64_t v = 0; v < count; ++v) dot += static_cast<double>(p[i * kColumns + v]) * h[i * kColumns + v];
-    dots[i] = dot;
+    dots[i] = kernels.dot(p + i * kColumns, h + i * kColumns);
     std::copy_n(h + i * kColumns, count, h_rows + i * problem.columns + begin);
   }
 }

@@ -32,12 +32,13 @@ struct SoftmaxCdistKernels {
   double (*sum_of_exponentials)(const float* x, int64_t count, float largest, float scale);  // NaN if an x is
   // p = exp((x - largest) * scale) * inverse_sum, at x = p too.
   void (*probabilities)(const float* x, int64_t count, RowStatistics row, float scale, float* p);
-  // sums[i]: of one row, in the order of `overlaps`.
+  // sums[i]: of one row, in the order of `overlaps`; has room for kCdistTileRows.
   void (*row_sums)(const float* p, int rows, float* sums);
   // overlaps[i * kCdistTileRows + j] = sum over the columns of min(p[i], q[j]); p_rows and q_rows whole groups.
   void (*overlaps)(const float* p, int p_rows, const float* q, int q_rows, float* overlaps);
   // h[i] += sum over j of weights[i * kCdistTileRows + j] * sign(p[i] - q[j]); p_rows whole groups.
   void (*add_signs)(const float* p, int p_rows, const float* q, int q_rows, const float* weights, float* h);
+  float (*dot)(const float* p, const float* h);  // of one row of a tile
   // out = p * (h - dot) * scale, at out = h too.
   void (*softmax_gradient)(const float* p, const float* h, int64_t count, float dot, float scale, float* out);
 };

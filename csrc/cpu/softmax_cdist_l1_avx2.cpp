@@ -136,6 +136,13 @@ void add_signs(const float* p, int p_rows, const float* q, int q_rows, const flo
   }
 }
 
+float dot(const float* p, const float* h) {
+  __m256 sum = _mm256_setzero_ps();
+  for (int64_t v = 0; v < kStride; v += kLanes)
+    sum = _mm256_fmadd_ps(_mm256_load_ps(p + v), _mm256_load_ps(h + v), sum);
+  return sum_of_lanes(sum);
+}
+
 void softmax_gradient(const float* p, const float* h, int64_t count, float dot, float scale, float* out) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const __m256 centred = _mm256_sub_ps(load(h + i, count - i, 0), _mm256_set1_ps(dot));
@@ -146,7 +153,7 @@ void softmax_gradient(const float* p, const float* h, int64_t count, float dot, 
 
 }  // namespace
 
-const SoftmaxCdistKernels kSoftmaxCdistAvx2 = {largest,  sum_of_exponentials, probabilities,   row_sums,
-                                               overlaps, add_signs,           softmax_gradient};
+const SoftmaxCdistKernels kSoftmaxCdistAvx2 = {largest,  sum_of_exponentials, probabilities, row_sums,
+                                               overlaps, add_signs,           dot,           softmax_gradient};
 
 }  // namespace pyllmq::cpu

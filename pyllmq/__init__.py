@@ -18,6 +18,7 @@ from .integrations.transformers import from_pretrained, on_import, save_pretrain
 from .nn import CodebookLinear, set_precision
 from .ops import softmax_cdist_l1
 from .swap import swap_linear
+from .transport import doubly_stochastic, sinkhorn
 
 __version__ = "0.1.0"
 
@@ -31,11 +32,13 @@ __all__ = [
     "LayerReport",
     "NoKernelError",
     "compress",
+    "doubly_stochastic",
     "from_pretrained",
     "functional",
     "kmeans_1d",
     "save_pretrained",
     "set_precision",
+    "sinkhorn",
     "softmax_cdist_l1",
     "swap_linear",
     "use_backend",

@@ -2,5 +2,15 @@
 
 from .compression.kmeans import kmeans_1d
 from .ops import codebook_dequantize, codebook_linear, pack_codes, softmax_cdist_l1, unpack_codes
+from .transport import doubly_stochastic, sinkhorn
 
-__all__ = ["codebook_dequantize", "codebook_linear", "kmeans_1d", "pack_codes", "softmax_cdist_l1", "unpack_codes"]
+__all__ = [
+    "codebook_dequantize",
+    "codebook_linear",
+    "doubly_stochastic",
+    "kmeans_1d",
+    "pack_codes",
+    "sinkhorn",
+    "softmax_cdist_l1",
+    "unpack_codes",
+]

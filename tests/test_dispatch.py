@@ -24,6 +24,10 @@ PROBLEMS = {
     "reference.codebook_dequantize": Problem("codebook_dequantize", "checkpoint", "cpu", torch.float32),
     "reference.pack_codes": Problem("pack_codes", "", "meta", torch.uint8),
     "reference.unpack_codes": Problem("unpack_codes", "", "meta", torch.uint8),
+    "reference.sinkhorn": Problem("sinkhorn", "", "cpu", torch.float64),
+    "reference.sinkhorn_backward": Problem("sinkhorn_backward", "", "cpu", torch.float64),
+    "reference.doubly_stochastic": Problem("doubly_stochastic", "", "cpu", torch.float64),
+    "reference.doubly_stochastic_backward": Problem("doubly_stochastic_backward", "", "cpu", torch.float64),
 }
 
 

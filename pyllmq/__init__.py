@@ -8,6 +8,7 @@ Importing this package also lets transformers' auto classes load packed folders.
 """
 
 from . import functional as functional
+from . import losses as losses
 from .compression.kmeans import kmeans_1d
 from .compression.model import compress
 from .compression.report import CompressionReport, LayerReport
@@ -36,6 +37,7 @@ __all__ = [
     "from_pretrained",
     "functional",
     "kmeans_1d",
+    "losses",
     "save_pretrained",
     "set_precision",
     "sinkhorn",

@@ -115,4 +115,4 @@ def softmax_cdist_l1_backward(
     gradient: int,
     x_gradient: int,
 ) -> None:
-    """fp32 gradient [batch, x_rows, y_rows] of the distances -> gradient of x, in its shape and dtype. For y: exchange the sides."""
+    """fp32 gradient [batch, x_rows, y_rows] of the distances -> gradient of x, in its shape and dtype. For y: swap the sides."""

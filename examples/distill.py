@@ -28,11 +28,11 @@ from transformers.utils import logging as transformers_logging
 from pyllmq.compression import calibration
 from pyllmq.losses import SinkhornDistillationLoss
 
-VOCABULARY = 1024
+VOCABULARY = 512
 LENGTH = 64
-BATCH = 32
-TEACHER = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-STUDENT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+BATCH = 16
+TEACHER = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
+STUDENT = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 # The Sinkhorn term compares every token with the others of its group of 64.
 LOSSES = {
     "labels": SinkhornDistillationLoss(weight=0.0, kl_weight=0.0, cross_entropy_weight=1.0),
@@ -162,7 +162,7 @@ def table(rows: list[dict[str, Any]], teacher: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("distill_output"))
-    parser.add_argument("--teacher-steps", type=int, default=200)
+    parser.add_argument("--teacher-steps", type=int, default=250)
     parser.add_argument("--steps", type=int, default=150, help="of each student")
     parser.add_argument("--seeds", type=int, default=2, help="students for each loss")
     given = parser.parse_args()

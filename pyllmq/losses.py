@@ -133,8 +133,8 @@ class SinkhornDistillationLoss(nn.Module):
             summed = F.cross_entropy(student.float(), wanted, ignore_index=IGNORED_LABEL, reduction="sum")
             terms["cross_entropy"] = summed / labelled
         if self.kl_weight:
-            logs = (F.log_softmax(logits.float() / self.kl_temperature, -1) for logits in (student, teacher))
-            terms["kl"] = F.kl_div(*logs, reduction="batchmean", log_target=True)
+            log_p, log_q = (F.log_softmax(logits.float() / self.kl_temperature, -1) for logits in (student, teacher))
+            terms["kl"] = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
         if self.weight:
             terms["sinkhorn"] = self._sinkhorn(student, teacher, valid)
         return terms
@@ -163,7 +163,8 @@ class SinkhornDistillationLoss(nn.Module):
         """sum of P D over the batches that the rows [rows, V], the valid ones in their order, fall into."""
         rows = student.shape[0]
         counts = valid.sum(-1).tolist() if self.over == "sequences" and valid.dim() == 2 else [rows]
-        begins, sizes = [], []
+        begins: list[int] = []
+        sizes: list[int] = []
         begin = 0
         for count in counts:
             step = self.group or max(count, 1)
@@ -183,4 +184,5 @@ class SinkhornDistillationLoss(nn.Module):
             student, teacher = student[index], teacher[index]
         distance = softmax_cdist_l1(student, teacher, self.temperature)
         plan = sinkhorn(distance, mass, mass, self.epsilon, self.iterations)
+        assert isinstance(plan, Tensor)  # output="plan"
         return (plan * distance).sum()

@@ -5,7 +5,12 @@ and enough tiles that one block is split over tasks. Left out: more than two blo
 """
 
 import math
+import os
+import re
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +22,7 @@ from pyllmq.backends import cpu
 from pyllmq.functional import softmax_cdist_l1
 
 from .oracle import assert_as_good_as_torch
+from .test_triton import compiled, needs_triton
 
 pytestmark = pytest.mark.kernels
 
@@ -303,3 +309,44 @@ def test_errors_name_what_was_given_and_what_is_allowed():
             softmax_cdist_l1(*arguments)
     with pyllmq.use_backend("cpu"), pytest.raises(pyllmq.NoKernelError, match="float16, not torch.float64"):
         softmax_cdist_l1(student.double(), teacher.double(), 1.0)
+
+
+# ---- Triton, without a GPU ------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_in_the_interpreter():
+    """In a process of its own: triton decides at its import whether it interprets."""
+    file = Path(__file__).with_name("triton_softmax_cdist_l1.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(file)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=file.parents[1], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 10 and "skipped" not in done.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_kernels_compile_without_spills(arch, dtype, tmp_path, monkeypatch):
+    from pyllmq.triton_kernels import softmax_cdist_l1 as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    logits, others = (
+        ("x", "y", "logits", "out"),
+        ("x_statistics", "y_statistics", "statistics", "parts", "gradient", "h", "dots"),
+    )
+    types = dict.fromkeys(logits, "*{x}") | dict.fromkeys(others, "*fp32") | {"scale": "fp32"}
+    sign = {"IN_PLACE": dtype == "fp32", "ROWS": kernels.SIGN_ROWS, "COLUMNS": kernels.SIGN_COLUMNS}
+    for kernel, constants in (
+        (kernels._row_statistics, {"BLOCK": kernels.STATISTICS_BLOCK}),
+        (
+            kernels._distances,
+            {"ROWS": kernels.ROWS, "OTHER_ROWS": kernels.OTHER_ROWS, "COLUMNS": kernels.COLUMNS},
+        ),
+        (kernels._signs, sign | {"OTHER_ROWS": kernels.SIGN_OTHER_ROWS}),
+        (kernels._softmax_gradient, sign),
+    ):
+        resources, code = compiled(kernel, constants, x=dtype, arch=arch, stages=3, types=types)
+        assert resources["stack"] == resources["local"] == 0, f"{kernel.__name__}: {resources}"
+        assert not re.findall(r"\b(?:LDL|STL)\b", code), kernel.__name__

@@ -256,6 +256,30 @@ def decode_and_matmul(
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+def softmax_cdist_l1(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..triton_kernels.softmax_cdist_l1 import softmax_cdist_l1 as run
+
+    with _on_device_of(student_logits):
+        return run(student_logits.contiguous(), teacher_logits.contiguous(), temperature)
+
+
+def softmax_cdist_l1_backward(
+    grad: Tensor,
+    logits: Tensor,
+    other_logits: Tensor,
+    statistics: Tensor,
+    other_statistics: Tensor,
+    temperature: float,
+) -> Tensor:
+    from ..triton_kernels.softmax_cdist_l1 import softmax_cdist_l1_backward as run
+
+    tensors = (each.contiguous() for each in (grad, logits, other_logits, statistics, other_statistics))
+    with _on_device_of(logits):
+        return run(*tensors, temperature)
+
+
 def _on_device_of(tensor: Tensor):
     """Triton launches on the current device, whatever its arguments say."""
     return torch.cuda.device_of(tensor)
@@ -272,6 +296,12 @@ def _on_device(problem: Problem) -> Support:
     if problem.device != DEVICE:
         return False, f"needs tensors on {DEVICE}, these are on {problem.device}"
     return available()
+
+
+def _takes_dtype(problem: Problem) -> Support:
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False, f"takes float32, bfloat16 and float16, not {problem.dtype}"
+    return _on_device(problem)
 
 
 def _few_tokens(problem: Problem) -> Support:
@@ -311,5 +341,19 @@ def register_kernels() -> None:
             "plain torch: once, when a weight is made",
         ),
         ("unpack_codes", "triton.unpack_codes", _on_device, reference.unpack_codes, "plain torch: never in a forward"),
+        (
+            "softmax_cdist_l1",
+            "triton.softmax_cdist_l1",
+            _takes_dtype,
+            softmax_cdist_l1,
+            "two instructions a pair, no probabilities in memory (not measured)",
+        ),
+        (
+            "softmax_cdist_l1_backward",
+            "triton.softmax_cdist_l1_backward",
+            _takes_dtype,
+            softmax_cdist_l1_backward,
+            "no probabilities in memory (not measured)",
+        ),
     ):
         register(Kernel(op, name, supports, run, because))

@@ -47,7 +47,7 @@ AVX512 = [
     *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vnni")),
     "-Wno-uninitialized",  # gcc 12 warns about its own AVX-512 headers (GCC bug 105593)
 ]
-ISA_FLAGS = {"_avx2": AVX2, "_avx512": AVX512, "_amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}
+ISA_FLAGS = {"_avx2": AVX2, "_avx512": AVX512, "_amx": [*AVX512, "-mamx-tile", "-mamx-int8"]}
 
 
 def find_nvcc():
@@ -164,6 +164,6 @@ def sources(binding, folder, *patterns):
 
 extensions = [Extension("pyllmq._cpu", sources("bindings_cpu.cpp", "cpu", "*.cpp"))]
 if find_nvcc():
-    extensions.append(Extension("pyllmq._cuda", sources("bindings_cuda.cpp", "cuda", "*.cu")))
+    extensions.append(Extension("pyllmq._cuda", sources("bindings_cuda.cpp", "cuda", "*.cpp", "*.cu")))
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

@@ -1,3 +1,44 @@
-kernels: tuple[str, ...]
-
 def runtime_version() -> int: ...
+def device_problem() -> str: ...
+def codebook_layout_bytes(
+    rows: int, columns: int, column_bits: int, segment_rows: int, segments: int, outliers: int, row_scale: bool
+) -> int: ...
+def codebook_layout_pack(
+    layout: int,
+    layout_bytes: int,
+    rows: int,
+    columns: int,
+    column_bits: int,
+    segment_rows: int,
+    segments: int,
+    codes: list[int],
+    codebook: int,
+    row_scale: int,
+    outlier_row_offsets: int,
+    outlier_columns: int,
+    outlier_columns_bytes: int,
+    outlier_values: int,
+) -> None: ...
+def codebook_layout_shape(layout: int, layout_bytes: int) -> tuple[int, int]: ...
+def codebook_layout_codes(layout: int, layout_bytes: int, codes_out: int) -> None: ...
+def codebook_linear_workspace(rows: int, columns: int, tokens: int, dtype: int) -> tuple[int, int]: ...
+def codebook_linear(
+    layout: int,
+    layout_bytes: int,
+    rows: int,
+    columns: int,
+    x: int,
+    dtype: int,
+    tokens: int,
+    bias: int,
+    bias_dtype: int,
+    y: int,
+    partials: int,
+    counters: int,
+    stream: int,
+) -> None: ...
+def codebook_dequantize(
+    layout: int, layout_bytes: int, rows: int, columns: int, weight: int, dtype: int, stream: int
+) -> None: ...
+def pack_codes(codes: int, packed: int, rows: int, columns: int, bits: int, stream: int) -> None: ...
+def unpack_codes(packed: int, codes: int, rows: int, columns: int, bits: int, stream: int) -> None: ...

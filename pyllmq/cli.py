@@ -344,7 +344,7 @@ def run_doctor(given: argparse.Namespace) -> int:
     import torch
 
     from . import __version__, backends
-    from .dispatch import rows
+    from .dispatch import kernel_for, rows
 
     print(f"pyllmq-kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "transformers", "safetensors", "numpy", "triton", "matplotlib"):
@@ -354,6 +354,14 @@ def run_doctor(given: argparse.Namespace) -> int:
     print("back ends:")
     for name, (ok, why) in backends.report().items():
         print(f"  {name:<10} {'works' if ok else 'missing'}: {why}")
+    print("codebook_linear with fp16 activations runs here, by device and number of tokens:")
+    for device in ("cpu", "cuda"):
+        layout = backends.machine_layout(device)
+        tokens: dict[str, list[str]] = {}
+        for m in (1, 16, 64, 65, 512):
+            tokens.setdefault(kernel_for("codebook_linear", layout, device, torch.float16, m).name, []).append(str(m))
+        chosen = "; ".join(f"{name} for {', '.join(numbers)}" for name, numbers in tokens.items())
+        print(f"  {device:<10} layout {layout}: {chosen}")
     print("kernels, in the order in which they are tried:")
     for row in rows():
         print(f"  {row.op:<20} {row.name:<32} {row.because}")

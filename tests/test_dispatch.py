@@ -15,6 +15,11 @@ PROBLEMS = {
     "cpu.dequantize": Problem("codebook_dequantize", "cpu", "cpu", torch.float16),
     "cpu.pack_codes": Problem("pack_codes", "", "cpu", torch.uint8),
     "cpu.unpack_codes": Problem("unpack_codes", "", "cpu", torch.uint8),
+    "cuda.fused": Problem("codebook_linear", "cuda", "cuda", torch.float32, 1),
+    "cuda.dequantize_matmul": Problem("codebook_linear", "cuda", "cuda", torch.bfloat16, 65),
+    "cuda.dequantize": Problem("codebook_dequantize", "cuda", "cuda", torch.float16),
+    "cuda.pack_codes": Problem("pack_codes", "", "cuda", torch.uint8),
+    "cuda.unpack_codes": Problem("unpack_codes", "", "cuda", torch.uint8),
     "triton.fused": Problem("codebook_linear", "triton", "cuda", torch.float16, 64),
     "triton.decode_and_matmul": Problem("codebook_linear", "triton", "cuda", torch.bfloat16, 65),
     "triton.dequantize": Problem("codebook_dequantize", "triton", "cuda", torch.bfloat16),
@@ -37,7 +42,8 @@ PROBLEMS = {
 }
 
 
-def test_every_row_is_reachable():
+def test_every_row_is_reachable(monkeypatch):
+    monkeypatch.setattr(backends.cuda, "available", lambda: (True, "a GPU is pretended"))
     assert {row.name for row in dispatch.rows()} == set(PROBLEMS)
     for name, problem in PROBLEMS.items():
         backend = name.split(".")[0]
@@ -58,9 +64,10 @@ def test_every_row_is_reachable():
         (Problem("codebook_linear", "cpu", "cpu", torch.float64, 1), ("not torch.float64", "prepacked as 'cpu'")),
         (Problem("codebook_linear", "cpu", "meta", torch.float32, 1), ("these are on meta", "prepacked as 'cpu'")),
         (
-            Problem("codebook_linear", "cuda", "cuda", torch.float32, 1),
-            ("this weight is 'cuda'", "reads the layout 'checkpoint'"),
+            Problem("codebook_linear", "cuda", "cuda", torch.float64, 70),
+            ("this weight is 'cuda'", "up to 64 tokens, here 70", "not torch.float64", "prepacked as 'cuda'"),
         ),
+        (Problem("codebook_linear", "cuda", "cpu", torch.float32, 1), ("on a cuda device, these are on cpu",)),
         (Problem("no_such_op", "", "cpu", torch.float32), ("no kernel of that name",)),
     ],
 )

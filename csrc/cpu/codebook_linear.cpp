@@ -9,6 +9,7 @@
 #include "cpu/codebook_layout.h"
 #include "cpu/codebook_linear_decode.h"
 #include "cpu/isa.h"
+#include "cpu/path_cost.h"
 #include "cpu/thread_pool.h"
 #include "cpu/workspace.h"
 
@@ -70,9 +71,15 @@ struct Problem {
   }
 };
 
+// That of the kernels that read this order of steps.
+Isa kernel_isa(StepOrder order) {
+  const StepOrder read = active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows;
+  return order == read ? active_isa() : Isa::scalar;
+}
+
 const LinearKernels& linear_kernels(StepOrder order) {
 #if defined(__x86_64__)
-  if (active_isa() == Isa::avx512 && order == StepOrder::fours) return kLinearAvx512;
+  if (active_isa() >= Isa::avx512 && order == StepOrder::fours) return kLinearAvx512;
   if (active_isa() != Isa::scalar && order == StepOrder::rows) return kLinearAvx2;
 #endif
   return kLinearScalar;
@@ -83,18 +90,6 @@ TableKind table_kind(Precision precision, DType dtype) {
   if (precision == Precision::fast) return TableKind::bits14;
   return dtype == DType::fp32 ? TableKind::bits28 : TableKind::bits21;
 }
-
-// --- choice of the path ----------------------------------------------------------------------------------------------
-
-// ps per weight on one core, [width - 1]; fits of N = K = 1024, 1..32 tokens.
-struct PathCost {
-  double table_fp32, table_half;  // per token
-  double table_pass;              // per pass of kMaxTokenBlock tokens: widths 5..8 are decoded there too
-  double decode;                  // once
-};
-constexpr PathCost kPathCost[8] = {{12, 10, 0, 70},   {22, 18, 0, 70},   {45, 34, 0, 70},    {44, 34, 0, 70},
-                                   {29, 29, 80, 100}, {29, 29, 120, 145}, {29, 29, 225, 245}, {29, 29, 430, 460}};
-constexpr double kMultiplyCost = 19.5;  // per token, after decoding
 
 // --- phase 1: tables -----------------------------------------------------------------------------------------------
 
@@ -275,14 +270,19 @@ std::vector<PanelGroup> panel_groups(const Problem& problem) {
 
 }  // namespace
 
-LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Precision) {
+LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Precision precision) {
   const double passes = static_cast<double>((tokens + kMaxTokenBlock - 1) / kMaxTokenBlock);
+  // Costs were measured with fp32 x; tables of other types may have fewer planes.
+  const double planes = static_cast<double>(table_planes(table_kind(precision, dtype))) /
+                        table_planes(table_kind(precision, DType::fp32));
+  const auto& costs = kPathCost[static_cast<int>(kernel_isa(view.header().order))][static_cast<int>(precision)];
   double tables = 0, decode = 0;
   for (int64_t p = 0; p < view.header().panels; ++p) {
-    const PathCost& cost = kPathCost[view.panel(p).width - 1];
-    const double slots = static_cast<double>(view.panel(p).slots), per_token = static_cast<double>(tokens) * slots;
-    tables += per_token * (dtype == DType::fp32 ? cost.table_fp32 : cost.table_half) + slots * passes * cost.table_pass;
-    decode += per_token * kMultiplyCost + slots * cost.decode;
+    const PanelRecord& panel = view.panel(p);
+    const PathCost& cost = costs[panel.width - 1];
+    const double slots = static_cast<double>(panel.slots), count = static_cast<double>(tokens);
+    tables += slots * (passes * cost.table_pass + count * cost.table_token * (panel.width <= 4 ? planes : 1));
+    decode += slots * (cost.decode + count * cost.decode_token);
   }
   return decode < tables ? LinearPath::decode : LinearPath::tables;
 }

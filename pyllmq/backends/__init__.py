@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..dispatch import CHECKPOINT, WeightOperand, forced_backend
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 
 __all__ = [
     "cpu",
+    "cuda",
     "layout_codes",
     "machine_layout",
     "operand_from_layout",
@@ -18,7 +19,8 @@ __all__ = [
     "triton",
 ]
 
-_WITH_LAYOUT = {cpu.LAYOUT: cpu, triton.LAYOUT: triton}
+_WITH_LAYOUT = {cpu.LAYOUT: cpu, cuda.LAYOUT: cuda, triton.LAYOUT: triton}
+"""By name; of two back ends for one type of device the first that works makes the layout."""
 
 
 def machine_layout(device: str) -> str:
@@ -61,15 +63,7 @@ def report() -> dict[str, tuple[bool, str]]:
     """For every back end: does it work here, and why (not)."""
     return {
         "cpu": cpu.available(),
-        "cuda": cuda_available(),
+        "cuda": cuda.available(),
         "triton": triton.available(),
         "reference": reference.available(),
     }
-
-
-def cuda_available() -> tuple[bool, str]:
-    try:
-        from .. import _cuda
-    except ImportError as error:
-        return False, f"pyllmq._cuda was not built ({error}); install with nvcc on PATH, or PYLLMQ_CUDA=1 to insist"
-    return False, f"built with CUDA runtime {_cuda.runtime_version()}, but this version ships no CUDA kernels yet"

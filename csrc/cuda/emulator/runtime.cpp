@@ -1,0 +1,12 @@
+// Tests only: runtime.h without a device.
+#include "cuda/runtime.h"
+
+namespace pyllmq::cuda {
+
+int runtime_version() { return 0; }
+std::string device_problem() { return ""; }
+int multiprocessors() { return 3; }  // few, so that blocks take several items
+void allow_shared(const void*, size_t) {}
+void check_launch(const char*) {}
+
+}  // namespace pyllmq::cuda

@@ -31,6 +31,7 @@ SOURCES = (
     CSRC / "bindings_cuda.cpp",
     *sorted((CSRC / "cuda").glob("codebook_*.c*")),
     CSRC / "cuda/pack_codes.cu",
+    CSRC / "cuda/softmax_cdist_l1.cu",
     *sorted((CSRC / "cuda/emulator").glob("*.cpp")),
 )
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"] if "PYLLMQ_SANITIZED" in os.environ else []

@@ -25,6 +25,8 @@ PROBLEMS = {
     "triton.dequantize": Problem("codebook_dequantize", "triton", "cuda", torch.bfloat16),
     "cpu.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cpu", torch.float16),
     "cpu.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "", "cpu", torch.float32),
+    "cuda.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cuda", torch.bfloat16),
+    "cuda.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "", "cuda", torch.float16),
     "triton.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cuda", torch.bfloat16),
     "triton.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "", "cuda", torch.float16),
     "reference.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cpu", torch.float64),

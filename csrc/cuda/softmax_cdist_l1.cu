@@ -94,8 +94,6 @@ PYLLMQ_DEVICE void fill_tile(const Side& side, int64_t batch, int64_t first_row,
   }
 }
 
-PYLLMQ_DEVICE float magnitude(float value) { return ptx::bits_to_fp32(ptx::fp32_to_bits(value) & 0x7FFFFFFFu); }
-
 PYLLMQ_KERNEL void __launch_bounds__(kThreads, 2) distances_kernel(const Arguments a, float* parts, int64_t splits,
                                                                    int64_t tiles_each) {
   PYLLMQ_DYNAMIC_SHARED(memory);
@@ -127,7 +125,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 2) distances_kernel(const Argumen
           PYLLMQ_UNROLL
           for (int j = 0; j < 4; ++j)
             PYLLMQ_UNROLL
-            for (int k = 0; k < 4; ++k) chunk[i][j] += magnitude(ptx::bits_to_fp32(p[i][k]) - ptx::bits_to_fp32(q[j][k]));
+            for (int k = 0; k < 4; ++k) chunk[i][j] += ptx::magnitude(ptx::bits_to_fp32(p[i][k]) - ptx::bits_to_fp32(q[j][k]));
       }
       if (tile % kChunkTiles == kChunkTiles - 1 || tile == tile_end - 1)
         PYLLMQ_UNROLL
@@ -213,8 +211,10 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 3)
             probability(a.y, y_row + j, column, a.columns, a.scale, shared.top[j], shared.inverse_sum[j]);
         PYLLMQ_UNROLL
         for (int r = 0; r < kSignRows; ++r) {
-          const float difference = p[r] - q, weight = shared.weight[j][r];
-          if (difference != 0) sums[r] += difference > 0 ? weight : -weight;
+          const float difference = p[r] - q;
+          const uint32_t negative = ptx::fp32_to_bits(difference) & 0x80000000u;
+          const float weight = ptx::bits_to_fp32(ptx::fp32_to_bits(shared.weight[j][r]) ^ negative);
+          sums[r] += difference == 0 ? 0 : weight;
         }
       }
     }

@@ -30,7 +30,10 @@ TEMPERATURE = 2.0
 
 
 def torch_cdist(student: Tensor, teacher: Tensor) -> Tensor:
-    return torch.cdist(torch.softmax(student / TEMPERATURE, -1), torch.softmax(teacher / TEMPERATURE, -1), p=1.0)
+    """torch has no cdist of 16-bit numbers on a CPU."""
+    wide = torch.promote_types(student.dtype, torch.float32)
+    softmaxes = (torch.softmax(logits / TEMPERATURE, -1, dtype=wide) for logits in (student, teacher))
+    return torch.cdist(*softmaxes, p=1.0)
 
 
 def pyllmq_cdist(student: Tensor, teacher: Tensor) -> Tensor:

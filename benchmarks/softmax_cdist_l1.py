@@ -11,15 +11,17 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from pyllmq import backends
+from pyllmq import backends, use_backend
 from pyllmq.functional import softmax_cdist_l1
 
 from . import record
+from .gpu_timing import measure_replays
 from .timing import measure
 
 GOAL = 3.0
@@ -32,8 +34,8 @@ TEMPERATURE = 2.0
 def torch_cdist(student: Tensor, teacher: Tensor) -> Tensor:
     """torch has no cdist of 16-bit numbers on a CPU."""
     wide = torch.promote_types(student.dtype, torch.float32)
-    softmaxes = (torch.softmax(logits / TEMPERATURE, -1, dtype=wide) for logits in (student, teacher))
-    return torch.cdist(*softmaxes, p=1.0)
+    p, q = (torch.softmax(logits / TEMPERATURE, -1, dtype=wide) for logits in (student, teacher))
+    return torch.cdist(p, q, p=1.0)
 
 
 def pyllmq_cdist(student: Tensor, teacher: Tensor) -> Tensor:
@@ -42,6 +44,7 @@ def pyllmq_cdist(student: Tensor, teacher: Tensor) -> Tensor:
 
 Cdist = Callable[[Tensor, Tensor], Tensor]
 PROVIDERS: dict[str, Cdist] = {"torch": torch_cdist, "pyllmq": pyllmq_cdist}
+GPU_BACKENDS = ("cuda", "triton")
 
 
 def logits(rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,6 +57,39 @@ def logits(rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tens
 def both(cdist: Cdist, student: Tensor, teacher: Tensor, grad: Tensor) -> object:
     distance = cdist(student, teacher)
     return torch.autograd.grad(distance, student, grad.to(distance.dtype))
+
+
+def run_on_gpu(rows: int, vocabulary: int, dtype: torch.dtype, budget_s: float) -> None:
+    """One line for torch and each of our back ends that works: CUDA graphs, interleaved, medians."""
+    student, teacher, grad = (each.detach().cuda() for each in logits(rows, vocabulary, dtype))
+    student.requires_grad_()
+    exact = torch_cdist(student.detach().double(), teacher.double())
+    calls: dict[str, Sequence[Callable[[], object]]] = {}
+    for name in ("torch", *GPU_BACKENDS):
+        works, why = (True, "") if name == "torch" else backends.report()[name]
+        if not works:
+            print(f"not measured: {name}: {why}")
+            continue
+        with nullcontext() if name == "torch" else use_backend(name):
+            cdist = torch_cdist if name == "torch" else pyllmq_cdist
+            error = float((cdist(student.detach(), teacher).double() - exact).abs().max())
+            print(f"{name}: largest error against fp64 {error:.1e}")
+        calls[f"{name} forward"] = [partial(_with_backend, name, cdist, student.detach(), teacher)]
+        calls[f"{name} both"] = [partial(_with_backend, name, both, cdist, student, teacher, grad)]
+    samples, failures = measure_replays(calls, budget_s=budget_s)
+    print(f"{rows} x {rows} rows of {vocabulary}, {str(dtype).removeprefix('torch.')}, {torch.cuda.get_device_name()}")
+    for name, sample in samples.items():
+        base = samples.get("torch " + name.split()[1])
+        ratio = f"{base.percentile_us(50) / sample.percentile_us(50):6.1f}x torch" if base else ""
+        print(f"  {name:<16} {sample.percentile_us(50):9.1f} us  {ratio}")
+    for name, why in failures.items():
+        print(f"not measured: {name}: {why}")
+
+
+def _with_backend(name: str, call: Callable[..., object], *arguments: object) -> object:
+    """Chosen at each call: outside of it, no back end is forced."""
+    with nullcontext() if name == "torch" else use_backend(name):
+        return call(*arguments)
 
 
 def run(rows: int, vocabulary: int, dtype: torch.dtype, threads: int, budget_s: float) -> dict[str, float]:
@@ -136,10 +172,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--vocabulary", type=int, default=50257)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
     parser.add_argument("--budget-s", type=float, default=3.0, help="seconds of timing for each line")
     given = parser.parse_args()
     dtype = getattr(torch, given.dtype)
+    if given.device == "cuda":
+        run_on_gpu(given.rows, given.vocabulary, dtype, given.budget_s)
+        return
     print(f"{record.cpu_model()}; torch {torch.__version__}, pyllmq {backends.cpu.kernels().isa()}")
     for threads in dict.fromkeys(given.threads):
         run(given.rows, given.vocabulary, dtype, threads, given.budget_s)

@@ -275,9 +275,9 @@ def softmax_cdist_l1_backward(
 ) -> Tensor:
     from ..triton_kernels.softmax_cdist_l1 import softmax_cdist_l1_backward as run
 
-    tensors = (each.contiguous() for each in (grad, logits, other_logits, statistics, other_statistics))
+    grad, logits, other_logits = grad.contiguous(), logits.contiguous(), other_logits.contiguous()
     with _on_device_of(logits):
-        return run(*tensors, temperature)
+        return run(grad, logits, other_logits, statistics.contiguous(), other_statistics.contiguous(), temperature)
 
 
 def _on_device_of(tensor: Tensor):

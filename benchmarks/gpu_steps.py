@@ -29,7 +29,7 @@ SHORTEST_S = 5.0
 
 SHAPES = ("28672x8192", "8192x8192", "4096x4096")
 BITS = "2,3,4,2.1+0.005"
-TOKENS = "1,16,512,2048"
+TOKENS = "1,2,16,512,2048"
 
 WHAT_IS_HERE = """
 import importlib.metadata as m, importlib.util as u, platform, shutil, torch

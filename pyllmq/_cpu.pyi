@@ -116,3 +116,61 @@ def softmax_cdist_l1_backward(
     x_gradient: int,
 ) -> None:
     """fp32 gradient [batch, x_rows, y_rows] of the distances -> gradient of x, in its shape and dtype. For y: swap the sides."""
+
+def kmeans_1d(
+    values: int,
+    weights: int,
+    weights_stride: int,
+    problems: int,
+    n: int,
+    ks: list[int],
+    method: int,
+    seed: int,
+    half_centroids: bool,
+    packed: bool,
+    centroids: list[int],
+    codes: list[int],
+    errors: int,
+) -> None:
+    """values [problems, n]; `centroids` and `codes` hold one pointer per k or nothing, errors fp64 [problems, len(ks)] or 0."""
+
+def sinkhorn(
+    inputs: list[int],
+    cost_stride: int,
+    problems: int,
+    n: int,
+    m: int,
+    iterations: int,
+    tolerance: float,
+    rho_a: float,
+    rho_b: float,
+    plan: int,
+    u: int,
+    v: int,
+    tape: int,
+    count: int,
+) -> None:
+    """inputs: the addresses of cost [problems, n, m] (or [n, m] with cost_stride 0), a, b and epsilon, all fp32.
+
+    Out: plan, u, v, tape [problems, iterations, n + m] (or 0), count int32 [problems], see csrc/cpu/sinkhorn.h.
+    """
+
+def sinkhorn_backward(
+    inputs: list[int],
+    cost_stride: int,
+    problems: int,
+    n: int,
+    m: int,
+    iterations: int,
+    rho_a: float,
+    rho_b: float,
+    tape: int,
+    count: int,
+    grad_plan: int,
+    grad_u: int,
+    grad_v: int,
+    grad_cost: int,
+    grad_a: int,
+    grad_b: int,
+) -> None:
+    """iterations: of the tape, or without one (tape 0) at least the largest count. grad_cost is per problem."""

@@ -22,6 +22,7 @@ from .dispatch import DEFAULT_PRECISION, WeightOperand, check_precision, kernel_
 _cpu_backend.register_kernels()
 _cuda_backend.register_kernels()
 _triton_backend.register_kernels()
+_cpu_backend.register_kernels_for_other_devices()
 _reference_backend.register_kernels()
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,9 +10,11 @@ import math
 import torch
 from torch import Tensor
 
+from .backends import cpu_sinkhorn as _cpu
 from .backends import reference_sinkhorn as _reference
 from .dispatch import kernel_for
 
+_cpu.register_kernels()
 _reference.register_kernels()
 
 COST_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

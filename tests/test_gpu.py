@@ -268,6 +268,20 @@ def test_tensors_on_different_devices_are_refused(backend):
     assert torch.isfinite(y).all(), "the process is not usable after a refusal"
 
 
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+def test_out_of_memory(backend):
+    weight = on_gpu(random_case(4096, 1024, (2,)), backend)
+    x = torch.randn(65, 1024, device=DEVICE).half()
+    expected = codebook_linear(x, weight)
+    torch.cuda.empty_cache()
+    all_but_a_little = torch.cuda.mem_get_info()[0] - (4 << 20)
+    hog = torch.empty(all_but_a_little, dtype=torch.uint8, device=DEVICE)
+    with pytest.raises(torch.OutOfMemoryError):
+        codebook_linear(x, weight)  # decodes to 8 MiB
+    del hog
+    assert torch.equal(codebook_linear(x, weight), expected), "the process is not usable after a refusal"
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
 @pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 def test_a_gpu_that_is_not_the_current_one(backend):

@@ -54,6 +54,21 @@ PYLLMQ_DEVICE void wait_async() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLatestLeft) : "memory");
 }
 
+// A byte address in shared memory: sums of such addresses stay as they are written, one instruction each, where a pointer's
+// would be split into an offset and the block's base.
+using SharedAddress = uint32_t;
+PYLLMQ_DEVICE SharedAddress shared_address(const void* shared) {
+  uint32_t address;
+  asm volatile("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(address) : "l"(shared));
+  return address;
+}
+template <int kOffset>
+PYLLMQ_DEVICE float load_shared(SharedAddress from) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1+%2];" : "=f"(value) : "r"(from), "n"(kOffset));
+  return value;
+}
+
 // What another block wrote: read from L2, where all blocks see the same.
 PYLLMQ_DEVICE float load_l2(const float* from) { return __ldcg(from); }
 // Returns the old value; counts 0..last and starts again at 0.

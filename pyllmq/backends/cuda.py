@@ -2,11 +2,12 @@
 
 Its machine layout ``cuda`` is one uint8 blob in device memory, made on the host when a layer is loaded and moved there; it
 holds everything but the bias. Nothing here waits for the device, so calls can be captured in CUDA graphs.
-See docs/codebook_linear_cuda.md.
+See docs/kernels-cuda.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, Kernel, Problem, Support, WeightOperand, register
+from . import reference
 
 LAYOUT = "cuda"
 
@@ -24,8 +26,8 @@ DEVICE = "cuda"
 MAX_FUSED_TOKENS = 64
 """Up to this many tokens the codes are decoded anew for every 16 tokens (8 in fp32), beyond that once for all of them.
 
-Predicted, not measured, for 4 bits at 4.3 TB/s: 16 tokens cost 1.5 times the reading of the codes, so 64 cost 1.5 times the
-reading of an fp16 matrix; decoding to memory costs that reading 1.25 to 2.25 times before the first product.
+Predicted from instruction counts, for 4 bits at 4.3 TB/s: 16 tokens cost at most 2.2 times the reading of the codes, so 64
+cost 2.2 times the reading of an fp16 matrix; decoding to memory and multiplying from there moves 2.25 times as much.
 """
 
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -125,6 +127,11 @@ def layout_codes(operand: WeightOperand) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
+def _tables_workspace_sizes(rows: int, columns: int) -> tuple[int, int]:
+    return _extension().codebook_linear_tables_workspace(rows, columns)
+
+
+@lru_cache(maxsize=4096)
 def _workspace_sizes(device: torch.device, rows: int, columns: int, tokens: int, dtype: torch.dtype) -> tuple[int, int]:
     """Elements of the fp32 workspace and of the counters; they depend on the device's number of multiprocessors."""
     with _current(device):
@@ -152,6 +159,34 @@ def codebook_linear(
             x.data_ptr(),
             _DTYPE_CODE[dtype],
             tokens,
+            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else _DTYPE_CODE[bias.dtype],
+            y.data_ptr(),
+            workspace.data_ptr(),
+            _zero_counters(counters, device, stream).data_ptr(),
+            stream,
+        )
+    return y
+
+
+def codebook_linear_tables(
+    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None, precision: str
+) -> Tensor:
+    """One token: sums of several columns' products are looked up in tables made from x; all in fp32."""
+    blob, x = tensors[0], x.contiguous()
+    dtype, device = x.dtype, x.device
+    y = torch.empty(1, out_features, dtype=dtype, device=device)
+    partials, counters = _tables_workspace_sizes(out_features, in_features)
+    workspace = torch.empty(partials, dtype=torch.float32, device=device)
+    with _current(device):
+        stream = _stream(device)
+        _extension().codebook_linear_tables(
+            blob.data_ptr(),
+            blob.numel(),
+            out_features,
+            in_features,
+            x.data_ptr(),
+            _DTYPE_CODE[dtype],
             0 if bias is None else bias.data_ptr(),
             0 if bias is None else _DTYPE_CODE[bias.dtype],
             y.data_ptr(),
@@ -278,6 +313,65 @@ def _cdist_call(
     )
 
 
+def kmeans_1d(
+    values: Tensor,
+    weights: Tensor | None,
+    ks: Sequence[int],
+    method: str,
+    seed: int,
+    half_centroids: bool,
+    packed: bool,
+) -> list[tuple[Tensor, Tensor]]:
+    """The optimum, for "windowed", too: sorted, summed and coded by torch, the dynamic program by a kernel."""
+    parts = [
+        reference.kmeans_1d(*part, ks, method, seed, half_centroids, packed, _kmeans_1d_layers)
+        for part in _parts(values, weights, max(ks))
+    ]
+    of_each_k = zip(*parts, strict=True)
+    return [(torch.cat([c for c, _ in found]), torch.cat([q for _, q in found])) for found in of_each_k]
+
+
+def kmeans_1d_errors(values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str) -> Tensor:
+    return torch.cat(
+        [
+            reference.kmeans_1d_errors(*part, ks, method, _kmeans_1d_layers)
+            for part in _parts(values, weights, max(ks))
+        ]
+    )
+
+
+KMEANS_WORKSPACE_BYTES = 1 << 30
+"""Problems are solved in parts whose back pointers take at most this: 4000 columns of 4096 at k = 16, 30 for each
+multiprocessor of the largest devices."""
+
+
+def _parts(values: Tensor, weights: Tensor | None, k_max: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    problems, n = values.shape
+    step = max(1, KMEANS_WORKSPACE_BYTES // (4 * (n + 1) * (k_max + 1)))
+    for begin in range(0, max(problems, 1), step):
+        part = slice(begin, begin + step)
+        yield values[part], weights if weights is None or weights.dim() == 1 else weights[part]
+
+
+def _kmeans_1d_layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
+    problems, n = sums.shape[0], sums.shape[1] - 1
+    sums, masses, device = sums.contiguous(), masses.contiguous(), sums.device
+    gains = torch.empty(problems, 2, n + 1, dtype=torch.float64, device=device)
+    best = torch.empty(problems, k_max + 1, n + 1, dtype=torch.int32, device=device)
+    with _current(device):
+        _extension().kmeans_1d_layers(
+            sums.data_ptr(),
+            masses.data_ptr(),
+            gains.data_ptr(),
+            best.data_ptr(),
+            problems,
+            n,
+            k_max,
+            _stream(device),
+        )
+    return best
+
+
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
@@ -302,14 +396,40 @@ def _takes_dtype(problem: Problem) -> Support:
     return _on_device(problem)
 
 
+def _tables_fit() -> bool:
+    return _extension().linear_tables_fit()
+
+
+def _one_token(problem: Problem) -> Support:
+    if problem.tokens != 1:
+        return False, f"serves one token, here {problem.tokens}"
+    reads, why = _reads_layout(problem)
+    if reads and not _tables_fit():
+        return False, "needs 129 KiB of shared memory for a block, more than this device has"
+    return reads, why
+
+
 def _few_tokens(problem: Problem) -> Support:
     if problem.tokens > MAX_FUSED_TOKENS:
         return False, f"serves up to {MAX_FUSED_TOKENS} tokens, here {problem.tokens}"
     return _reads_layout(problem)
 
 
+def _clusters_here(problem: Problem) -> Support:
+    if problem.layout == "lloyd":
+        return False, "finds the optimum, not what k-means++ and Lloyd's iteration find"
+    return _on_device(problem)
+
+
 def register_kernels() -> None:
     for op, name, supports, run, because in (
+        (
+            "codebook_linear",
+            "cuda.tables",
+            _one_token,
+            codebook_linear_tables,
+            "for one token a lookup replaces 2 or 4 products: at 2 and 4 bits half the integer work of cuda.fused (counted)",
+        ),
         (
             "codebook_linear",
             "cuda.fused",
@@ -347,5 +467,7 @@ def register_kernels() -> None:
             softmax_cdist_l1_backward,
             "probabilities only in registers (predicted)",
         ),
+        ("kmeans_1d", "cuda.kmeans_1d", _clusters_here, kmeans_1d, "a block per problem"),
+        ("kmeans_1d_errors", "cuda.kmeans_1d_errors", _clusters_here, kmeans_1d_errors, "a block per problem"),
     ):
         register(Kernel(op, name, supports, run, because))

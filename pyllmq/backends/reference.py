@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -105,6 +107,119 @@ def _probabilities(logits: Tensor, statistics: Tensor, temperature: float) -> Te
     return ((logits.to(statistics.dtype) - largest) / temperature).exp() * inverse_sum
 
 
+# ---- kmeans_1d ------------------------------------------------------------------------------------------------------
+
+Layers = Callable[[Tensor, Tensor, int], Tensor]
+"""Prefix sums and masses, fp64 [C, n + 1], and k_max -> best splits, integers [C, k_max + 1, n + 1]: entry [:, l, end] is where
+the last of l clusters of the first `end` points begins. Entries with l < 2 or end < l, and of l = k_max other than end = n, are free."""
+
+
+def layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
+    """Every split of every end is tried: k_max n^2 steps. docs/kernels-kmeans.md has the formula."""
+    problems, points = sums.shape[0], sums.shape[1] - 1
+    best = torch.zeros(problems, k_max + 1, points + 1, dtype=torch.int64, device=sums.device)
+    gain = _share(sums, masses)
+    for clusters in range(2, k_max + 1):
+        next_gain = torch.zeros_like(gain)
+        for end in range(clusters, points + 1):
+            at = slice(clusters - 1, end)
+            share = _share(sums[:, end, None] - sums[:, at], masses[:, end, None] - masses[:, at])
+            next_gain[:, end], split = (gain[:, at] + share).max(1)
+            best[:, clusters, end] = split + clusters - 1
+        gain = next_gain
+    return best
+
+
+def _share(sums: Tensor, masses: Tensor) -> Tensor:
+    """What clusters of these sums and masses add to the gain; nothing if there is no mass."""
+    return torch.where(masses > 0, sums.square() / masses, 0.0)
+
+
+def kmeans_1d(
+    values: Tensor,
+    weights: Tensor | None,
+    ks: Sequence[int],
+    method: str,
+    seed: int,
+    half_centroids: bool,
+    packed: bool,
+    find_layers: Layers = layers,
+) -> list[tuple[Tensor, Tensor]]:
+    """The optimum, for "windowed", too. `find_layers` is all that a GPU back end has to replace."""
+    found = []
+    for k, means, _ in _clusterings(values, weights, ks, find_layers):
+        centroids = _distinct_first(means.float())
+        if half_centroids:
+            centroids = centroids.half().float()
+        codes = _nearest(values, centroids)
+        bits = max(1, (k - 1).bit_length())
+        found.append((centroids, pack_codes(codes, bits) if packed else codes))
+    return found
+
+
+def kmeans_1d_errors(
+    values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str, find_layers: Layers = layers
+) -> Tensor:
+    errors = [error for _, _, error in _clusterings(values, weights, ks, find_layers)]
+    return torch.stack(errors, 1)
+
+
+def _clusterings(
+    values: Tensor, weights: Tensor | None, ks: Sequence[int], find_layers: Layers
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(k, means [C, k] ascending, errors [C]) in fp64 for each k."""
+    points, order = values.double().sort(1)
+    mass = torch.ones_like(points) if weights is None else weights.double().expand_as(points).gather(1, order)
+    if weights is not None:  # a point without weight is made a copy of the last one that has some: it changes nothing
+        last = torch.where(mass > 0, points, -torch.inf).amax(1, keepdim=True)
+        points, order = torch.where(mass > 0, points, last).sort(1)
+        mass = mass.gather(1, order)
+    shift = points[:, points.shape[1] // 2, None]
+    sums = _prefix(mass * (points - shift))
+    masses = _prefix(mass)
+    squares = _prefix(mass * (points - shift).square())
+    count = points.shape[1]
+    k_max = min(max(ks), count)
+    best = find_layers(sums, masses, k_max)
+    for k in ks:
+        bounds = torch.full((len(points), k + 1), count, device=points.device)
+        for clusters in range(min(k, count), 1, -1):
+            end = bounds[:, clusters, None]
+            bounds[:, clusters - 1] = best[:, clusters].gather(1, end)[:, 0].long()
+        bounds[:, 0] = 0
+        mean_shift, cluster_mass = sums.gather(1, bounds).diff(dim=1), masses.gather(1, bounds).diff(dim=1)
+        first = points.gather(1, bounds[:, :-1].clamp_max(count - 1))
+        means = torch.where(cluster_mass > 0, shift + mean_shift / cluster_mass, first)
+        left = squares.gather(1, bounds).diff(dim=1) - _share(mean_shift, cluster_mass)
+        yield k, means, left.clamp_min(0).sum(1)
+
+
+def _prefix(terms: Tensor) -> Tensor:
+    return torch.nn.functional.pad(terms.cumsum(1), (1, 0))
+
+
+def _distinct_first(ascending: Tensor) -> Tensor:
+    """Equal values of a row [C, k] once, then the last one repeated."""
+    new = torch.ones_like(ascending, dtype=torch.bool)
+    new[:, 1:] = ascending[:, 1:] != ascending[:, :-1]
+    place = new.cumsum(1) - 1
+    return ascending[:, -1:].expand_as(ascending).scatter(1, place, ascending)
+
+
+def _nearest(values: Tensor, centroids: Tensor) -> Tensor:
+    """The nearest centroid, the lower one at a tie, the first of equal ones: uint8 [C, n]."""
+    middles = (centroids[:, 1:].double() + centroids[:, :-1].double()) / 2
+    code = torch.searchsorted(middles, values.double())
+    first = torch.searchsorted(centroids, centroids.gather(1, code))
+    return first.to(torch.uint8)
+
+
+def _finds_optimum(problem: Problem) -> Support:
+    if problem.layout == "lloyd":
+        return False, "finds the optimum, not what k-means++ and Lloyd's iteration find"
+    return True, ""
+
+
 def _reads_checkpoint(problem: Problem) -> Support:
     if problem.layout != CHECKPOINT:
         return False, f"reads the layout {CHECKPOINT!r}, this weight is prepacked as {problem.layout!r}"
@@ -126,5 +241,7 @@ def register_kernels() -> None:
         ("unpack_codes", unpack_codes, _anything),
         ("softmax_cdist_l1", softmax_cdist_l1, _anything),
         ("softmax_cdist_l1_backward", softmax_cdist_l1_backward, _anything),
+        ("kmeans_1d", kmeans_1d, _finds_optimum),
+        ("kmeans_1d_errors", kmeans_1d_errors, _finds_optimum),
     ):
         register(Kernel(op, f"reference.{op}", supports, run, _BECAUSE))

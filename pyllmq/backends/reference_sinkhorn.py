@@ -156,6 +156,7 @@ def sinkhorn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Exact gradients of the loop as it ran: (cost, a, b). Steps that a problem did not take have no gradient."""
     loop = _Loop.of(cost, a, b, epsilon, rho_a, rho_b)
+    count = count.abs()
     iterations = int(count.max()) if count.numel() else 0
     steps, _ = _iterate(loop, a, iterations, 0.0, keep=True)
     grad_cost, grad_a, grad_b = torch.zeros_like(cost), torch.zeros_like(a), torch.zeros_like(b)
@@ -224,9 +225,9 @@ def doubly_stochastic(
         matrix = torch.softmax(logits, -1)
     else:
         if shift == "line":
-            logits = logits - logits.amax(-1, keepdim=True).detach()
+            logits = logits - logits.amax(-1, keepdim=True)
         elif shift == "matrix":
-            logits = logits - logits.amax((-1, -2), keepdim=True).detach()
+            logits = logits - logits.amax((-1, -2), keepdim=True)
         matrix = logits.exp()
         matrix = matrix / (matrix.sum(-1, keepdim=True) + division_epsilon)
     matrix = matrix + matrix_epsilon

@@ -91,6 +91,13 @@ static inline void wait_async() {
   emulator::wait_async(kLatestLeft);
 }
 
+using SharedAddress = uintptr_t;
+static inline SharedAddress shared_address(const void* shared) { return reinterpret_cast<SharedAddress>(shared); }
+template <int kOffset>
+static inline float load_shared(SharedAddress from) {
+  return *reinterpret_cast<const float*>(from + kOffset);
+}
+
 static inline float load_l2(const float* from) { return *from; }
 static inline uint32_t count_to(uint32_t* counter, uint32_t last) {
   const uint32_t old = *counter;

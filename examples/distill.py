@@ -162,8 +162,8 @@ def table(rows: list[dict[str, Any]], teacher: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("distill_output"))
-    parser.add_argument("--teacher-steps", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=120, help="of each student")
+    parser.add_argument("--teacher-steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=150, help="of each student")
     parser.add_argument("--seeds", type=int, default=2, help="students for each loss")
     given = parser.parse_args()
     transformers_logging.disable_progress_bar()

@@ -333,10 +333,7 @@ def kmeans_1d(
 
 def kmeans_1d_errors(values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str) -> Tensor:
     return torch.cat(
-        [
-            reference.kmeans_1d_errors(*part, ks, method, _kmeans_1d_layers)
-            for part in _parts(values, weights, max(ks))
-        ]
+        [reference.kmeans_1d_errors(*part, ks, method, _kmeans_1d_layers) for part in _parts(values, weights, max(ks))]
     )
 
 

@@ -109,7 +109,8 @@ class SinkhornDistillationLoss(nn.Module):
         terms = self.terms(student_logits, teacher_logits, labels, mask)
         weights = {"cross_entropy": self.cross_entropy_weight, "kl": self.kl_weight, "sinkhorn": self.weight}
         return sum(
-            (weights[name] * term for name, term in terms.items()), student_logits.new_zeros((), dtype=torch.float32)
+            (weights[name] * term for name, term in terms.items()),
+            student_logits.new_zeros((), dtype=_wide(student_logits)),
         )
 
     def terms(
@@ -118,11 +119,12 @@ class SinkhornDistillationLoss(nn.Module):
         """The terms whose weight is not 0, before it: "cross_entropy", "kl", "sinkhorn". Arguments as of `forward`."""
         valid = self._valid(student_logits, teacher_logits, labels, mask)
         teacher_logits = teacher_logits.detach()
-        every = bool(valid.all())
-        if not every and not bool(valid.any()):
+        taking_part = int(valid.sum())
+        if not taking_part:
             raise ValueError(
-                "no row takes part: the mask, or the labels where there is no mask, leave none of the batch"
+                f"no row of {tuple(valid.shape)} takes part: the mask, or the labels where there is no mask, leave none"
             )
+        every = taking_part == valid.numel()
         student, teacher = (
             logits.flatten(0, -2) if every else logits[valid] for logits in (student_logits, teacher_logits)
         )
@@ -130,10 +132,12 @@ class SinkhornDistillationLoss(nn.Module):
         if self.cross_entropy_weight and labels is not None:
             wanted = labels[valid]
             labelled = (wanted != IGNORED_LABEL).sum().clamp_min(1)
-            summed = F.cross_entropy(student.float(), wanted, ignore_index=IGNORED_LABEL, reduction="sum")
+            summed = F.cross_entropy(student.to(_wide(student)), wanted, ignore_index=IGNORED_LABEL, reduction="sum")
             terms["cross_entropy"] = summed / labelled
         if self.kl_weight:
-            log_p, log_q = (F.log_softmax(logits.float() / self.kl_temperature, -1) for logits in (student, teacher))
+            log_p, log_q = (
+                F.log_softmax(logits.to(_wide(logits)) / self.kl_temperature, -1) for logits in (student, teacher)
+            )
             terms["kl"] = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
         if self.weight:
             terms["sinkhorn"] = self._sinkhorn(student, teacher, valid)
@@ -173,10 +177,10 @@ class SinkhornDistillationLoss(nn.Module):
             begin += count
         longest = max(sizes)
         place = torch.arange(longest)
-        mass = (place < torch.tensor(sizes)[:, None]).to(student.device, torch.float32)
+        mass = (place < torch.tensor(sizes)[:, None]).to(student.device, _wide(student))
         if sizes == [longest] * len(sizes):
             shape = (len(sizes), longest, student.shape[-1])
-            student, teacher = student.view(shape), teacher.view(shape)
+            student, teacher = student.reshape(shape), teacher.reshape(shape)
         else:  # places behind the last row of a batch repeat one of its rows, without mass
             index = (torch.tensor(begins)[:, None] + torch.minimum(place, torch.tensor(sizes)[:, None] - 1)).to(
                 student.device
@@ -186,3 +190,8 @@ class SinkhornDistillationLoss(nn.Module):
         plan = sinkhorn(distance, mass, mass, self.epsilon, self.iterations)
         assert isinstance(plan, Tensor)  # output="plan"
         return (plan * distance).sum()
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(logits.dtype, torch.float32)

@@ -102,6 +102,18 @@ def test_sixteen_bit_logits(dtype):
     )
 
 
+def test_logits_that_are_not_contiguous():
+    student, teacher, labels = torch.randn(20, 8).mT, torch.randn(8, 21)[:, :20], torch.randint(0, 20, (8,))
+    compare(SinkhornDistillationLoss(**WEIGHTS), student, teacher, labels, None, torch.arange(8), [torch.arange(8)])
+
+
+def test_gradcheck_in_fp64():
+    student = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    teacher, labels = torch.randn(2, 3, 6, dtype=torch.float64), torch.randint(0, 6, (2, 3))
+    loss = SinkhornDistillationLoss(group=4, **WEIGHTS)
+    assert torch.autograd.gradcheck(lambda logits: loss(logits, teacher, labels), student)
+
+
 def test_published_weights_and_no_gradient_for_the_teacher():
     loss = SinkhornDistillationLoss()
     assert (loss.temperature, loss.epsilon, loss.iterations) == (2.0, 0.1, 20)
@@ -165,7 +177,8 @@ def test_errors_name_what_was_given_and_what_is_allowed():
         ((logits, logits, labels[0]), r"labels is \(3,\); it must be \(2, 3\)"),
         ((logits, logits, labels, labels[:, 0]), r"mask is \(2,\); it must be \(2, 3\)"),
         ((logits, logits), "labels are needed.*cross_entropy_weight=0"),
-        ((logits, logits, labels, labels), "no row takes part"),
+        ((logits, logits, labels, labels), r"no row of \(2, 3\) takes part"),
+        ((logits[:0], logits[:0], labels[:0]), r"no row of \(0, 3\) takes part"),
     ):
         with pytest.raises(ValueError, match=message):
             loss(*given)

@@ -144,17 +144,17 @@ def write_whole(path: Path, text: str) -> None:
 def table(rows: list[dict[str, Any]], teacher: dict[str, float]) -> str:
     """One line for each loss, its seeds averaged, the spread of perplexity over them beside it."""
     lines = [
-        "| trained on | perplexity | lowest to highest | KL from the teacher | same first choice | s |",
-        "|---|--:|--:|--:|--:|--:|",
-        f"| the teacher itself | {teacher['perplexity']:.2f} | | 0 | 100 % | |",
+        "| trained on | perplexity | lowest to highest | KL from the teacher | same first choice |",
+        "|---|--:|--:|--:|--:|",
+        f"| the teacher itself | {teacher['perplexity']:.2f} | | 0 | 100 % |",
     ]
     for name in LOSSES:
         of_name = [row for row in rows if row["loss"] == name]
-        average = {key: mean(row[key] for row in of_name) for key in ("perplexity", "kl", "agreement", "seconds")}
+        average = {key: mean(row[key] for row in of_name) for key in ("perplexity", "kl", "agreement")}
         found = [row["perplexity"] for row in of_name]
         lines.append(
             f"| {name} | {average['perplexity']:.2f} | {min(found):.2f} to {max(found):.2f} | {average['kl']:.4f} "
-            f"| {100 * average['agreement']:.1f} % | {average['seconds']:.0f} |"
+            f"| {100 * average['agreement']:.1f} % |"
         )
     return "\n".join(lines)
 

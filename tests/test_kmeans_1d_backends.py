@@ -78,8 +78,5 @@ def test_schedules_parts_and_an_empty_batch_change_no_bit(emulated, monkeypatch)
 
 
 def test_lloyd_is_refused_with_the_reason() -> None:
-    with (
-        pyllmq.use_backend("reference"),
-        pytest.raises(pyllmq.NoKernelError, match="reference.kmeans_1d: finds the opt"),
-    ):
+    with pyllmq.use_backend("reference"), pytest.raises(pyllmq.NoKernelError, match="reference.kmeans_1d: finds the opt"):
         kmeans_1d(torch.randn(1, 9), 2, method="lloyd")

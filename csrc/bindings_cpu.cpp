@@ -18,6 +18,7 @@
 #include "cpu/pack_codes.h"
 #include "cpu/read_probe.h"
 #include "cpu/sinkhorn.h"
+#include "cpu/softmax_cdist_l1.h"
 #include "cpu/thread_pool.h"
 
 namespace py = pybind11;
@@ -276,6 +277,49 @@ void bind_sinkhorn(py::module_& m) {
       py::arg("grad_b"), NoGil());
 }
 
+// --- distances of distributions --------------------------------------------------------------------------------------
+
+SoftmaxCdistProblem cdist_problem(Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows,
+                                  int64_t y_rows, int64_t columns, float inverse_temperature, Pointer x_statistics,
+                                  Pointer y_statistics) {
+  if (batch < 0 || x_rows < 0 || y_rows < 0 || columns < 1)
+    throw std::invalid_argument("batch, rows and columns are " + std::to_string(batch) + ", " +
+                                std::to_string(x_rows) + " and " + std::to_string(y_rows) + ", " +
+                                std::to_string(columns) + "; none may be negative, and columns not 0");
+  const DType x_type = dtype_of(x_dtype), y_type = dtype_of(y_dtype);
+  return {{elements(x, x_type), x_type, x_rows, as<RowStatistics>(x_statistics)},
+          {elements(y, y_type), y_type, y_rows, as<RowStatistics>(y_statistics)},
+          batch,
+          columns,
+          inverse_temperature};
+}
+
+void bind_softmax_cdist_l1(py::module_& m) {
+  m.def(
+      "softmax_cdist_l1",
+      [](Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows, int64_t y_rows,
+         int64_t columns, float inverse_temperature, Pointer x_statistics, Pointer y_statistics, Pointer distances) {
+        softmax_cdist_l1(cdist_problem(x, x_dtype, y, y_dtype, batch, x_rows, y_rows, columns, inverse_temperature,
+                                       x_statistics, y_statistics),
+                         as<float>(distances));
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("y"), py::arg("y_dtype"), py::arg("batch"), py::arg("x_rows"),
+      py::arg("y_rows"), py::arg("columns"), py::arg("inverse_temperature"), py::arg("x_statistics"),
+      py::arg("y_statistics"), py::arg("distances"), NoGil());
+  m.def(
+      "softmax_cdist_l1_backward",
+      [](Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows, int64_t y_rows,
+         int64_t columns, float inverse_temperature, Pointer x_statistics, Pointer y_statistics, Pointer gradient,
+         Pointer x_gradient) {
+        softmax_cdist_l1_backward(cdist_problem(x, x_dtype, y, y_dtype, batch, x_rows, y_rows, columns,
+                                                inverse_temperature, x_statistics, y_statistics),
+                                  as<float>(gradient), elements(x_gradient, dtype_of(x_dtype)));
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("y"), py::arg("y_dtype"), py::arg("batch"), py::arg("x_rows"),
+      py::arg("y_rows"), py::arg("columns"), py::arg("inverse_temperature"), py::arg("x_statistics"),
+      py::arg("y_statistics"), py::arg("gradient"), py::arg("x_gradient"), NoGil());
+}
+
 }  // namespace
 }  // namespace pyllmq::cpu
 
@@ -286,4 +330,5 @@ PYBIND11_MODULE(_cpu, m) {
   pyllmq::cpu::bind_codebook(m);
   pyllmq::cpu::bind_kmeans_1d(m);
   pyllmq::cpu::bind_sinkhorn(m);
+  pyllmq::cpu::bind_softmax_cdist_l1(m);
 }

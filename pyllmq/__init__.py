@@ -8,6 +8,7 @@ Importing this package also lets transformers' auto classes load packed folders.
 """
 
 from . import functional as functional
+from . import losses as losses
 from .compression.model import compress
 from .compression.report import CompressionReport, LayerReport
 from .config import CLAQConfig
@@ -16,6 +17,7 @@ from .formats import CodebookStructure, CodebookWeight, FormatError
 from .integrations.transformers import from_pretrained, on_import, save_pretrained
 from .kmeans import kmeans_1d, kmeans_1d_errors
 from .nn import CodebookLinear, set_precision
+from .ops import softmax_cdist_l1
 from .swap import swap_linear
 from .transport import doubly_stochastic, sinkhorn
 
@@ -36,9 +38,11 @@ __all__ = [
     "functional",
     "kmeans_1d",
     "kmeans_1d_errors",
+    "losses",
     "save_pretrained",
     "set_precision",
     "sinkhorn",
+    "softmax_cdist_l1",
     "swap_linear",
     "use_backend",
 ]

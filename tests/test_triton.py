@@ -46,14 +46,14 @@ POINTERS = {
 DIVISIBLE_BY_16 = ("rows", "columns", "slots")
 
 
-def compiled(kernel, constants, x="bf16", arch=90, warps=4, stages=2):
-    """(resources, machine code) of a kernel compiled for a GPU that need not be here."""
+def compiled(kernel, constants, x="bf16", arch=90, warps=4, stages=2, types=POINTERS):
+    """(resources, machine code) of a kernel compiled for a GPU that need not be here. `types` of arguments, i32 without one."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = {
-        name: "constexpr" if name in constants else POINTERS.get(name, "i32").format(x=x) for name in kernel.arg_names
+        name: "constexpr" if name in constants else types.get(name, "i32").format(x=x) for name in kernel.arg_names
     }
     aligned = [n for n, kind in signature.items() if kind[0] == "*" or n in DIVISIBLE_BY_16]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}

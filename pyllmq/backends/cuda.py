@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import cache, lru_cache, partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -250,6 +251,67 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return codes
 
 
+def softmax_cdist_l1(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    student_logits, teacher_logits = student_logits.contiguous(), teacher_logits.contiguous()
+    device, (batch, rows, _) = student_logits.device, student_logits.shape
+    statistics, teacher_statistics = (
+        torch.empty(*logits.shape[:2], 2, dtype=torch.float32, device=device)
+        for logits in (student_logits, teacher_logits)
+    )
+    distance = torch.empty(batch, rows, teacher_logits.shape[1], dtype=torch.float32, device=device)
+    if distance.numel():
+        _cuda = _extension()
+        call = _cdist_call(student_logits, teacher_logits, statistics, teacher_statistics, temperature)
+        with _current(device):
+            workspace = torch.empty(_cuda.softmax_cdist_l1_workspace(call), dtype=torch.float32, device=device)
+            _cuda.softmax_cdist_l1(call, distance.data_ptr(), workspace.data_ptr(), _stream(device))
+    return distance, statistics, teacher_statistics
+
+
+def softmax_cdist_l1_backward(
+    grad: Tensor,
+    logits: Tensor,
+    other_logits: Tensor,
+    statistics: Tensor,
+    other_statistics: Tensor,
+    temperature: float,
+) -> Tensor:
+    if not grad.numel():
+        return torch.zeros_like(logits)
+    logits, other_logits, grad = logits.contiguous(), other_logits.contiguous(), grad.contiguous()
+    device = logits.device
+    _cuda = _extension()
+    call = _cdist_call(logits, other_logits, statistics.contiguous(), other_statistics.contiguous(), temperature)
+    logits_grad = torch.empty(logits.shape, dtype=logits.dtype, device=device)
+    with _current(device):
+        elements = _cuda.softmax_cdist_l1_backward_workspace(call)
+        workspace = torch.empty(elements, dtype=torch.float32, device=device)
+        _cuda.softmax_cdist_l1_backward(
+            call, grad.data_ptr(), logits_grad.data_ptr(), workspace.data_ptr(), _stream(device)
+        )
+    return logits_grad
+
+
+def _cdist_call(
+    logits: Tensor, other_logits: Tensor, statistics: Tensor, other_statistics: Tensor, temperature: float
+) -> Any:
+    return _extension().CdistCall(
+        logits.data_ptr(),
+        _DTYPE_CODE[logits.dtype],
+        other_logits.data_ptr(),
+        _DTYPE_CODE[other_logits.dtype],
+        logits.shape[0],
+        logits.shape[1],
+        other_logits.shape[1],
+        logits.shape[2],
+        1 / temperature,
+        statistics.data_ptr(),
+        other_statistics.data_ptr(),
+    )
+
+
 def kmeans_1d_layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
     """The dynamic program, a block per problem; see `reference.Layers`."""
     problems, n = sums.shape[0], sums.shape[1] - 1
@@ -283,6 +345,12 @@ def _reads_layout(problem: Problem) -> Support:
     if problem.layout != LAYOUT:
         wanted = f"reads the layout {LAYOUT!r}, this weight is {problem.layout!r}"
         return False, wanted + ("; CodebookWeight.operand() prepacks it" if problem.layout == CHECKPOINT else "")
+    if problem.dtype not in _DTYPE_CODE:
+        return False, f"takes float32, bfloat16 and float16, not {problem.dtype}"
+    return _on_device(problem)
+
+
+def _takes_dtype(problem: Problem) -> Support:
     if problem.dtype not in _DTYPE_CODE:
         return False, f"takes float32, bfloat16 and float16, not {problem.dtype}"
     return _on_device(problem)
@@ -358,6 +426,20 @@ def register_kernels() -> None:
             _clusters_here,
             partial(reference.kmeans_1d_errors, find_layers=kmeans_1d_layers),
             "a block per problem; torch sorts",
+        ),
+        (
+            "softmax_cdist_l1",
+            "cuda.softmax_cdist_l1",
+            _takes_dtype,
+            softmax_cdist_l1,
+            "two instructions a pair, probabilities only in shared memory (predicted)",
+        ),
+        (
+            "softmax_cdist_l1_backward",
+            "cuda.softmax_cdist_l1_backward",
+            _takes_dtype,
+            softmax_cdist_l1_backward,
+            "probabilities only in registers (predicted)",
         ),
     ):
         register(Kernel(op, name, supports, run, because))

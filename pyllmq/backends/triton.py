@@ -265,6 +265,30 @@ def kmeans_1d_layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
         return run(sums, masses, k_max)
 
 
+def softmax_cdist_l1(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..triton_kernels.softmax_cdist_l1 import softmax_cdist_l1 as run
+
+    with _on_device_of(student_logits):
+        return run(student_logits.contiguous(), teacher_logits.contiguous(), temperature)
+
+
+def softmax_cdist_l1_backward(
+    grad: Tensor,
+    logits: Tensor,
+    other_logits: Tensor,
+    statistics: Tensor,
+    other_statistics: Tensor,
+    temperature: float,
+) -> Tensor:
+    from ..triton_kernels.softmax_cdist_l1 import softmax_cdist_l1_backward as run
+
+    grad, logits, other_logits = grad.contiguous(), logits.contiguous(), other_logits.contiguous()
+    with _on_device_of(logits):
+        return run(grad, logits, other_logits, statistics.contiguous(), other_statistics.contiguous(), temperature)
+
+
 def _on_device_of(tensor: Tensor):
     """Triton launches on the current device, whatever its arguments say."""
     return torch.cuda.device_of(tensor)
@@ -281,6 +305,12 @@ def _on_device(problem: Problem) -> Support:
     if problem.device != DEVICE:
         return False, f"needs tensors on {DEVICE}, these are on {problem.device}"
     return available()
+
+
+def _takes_dtype(problem: Problem) -> Support:
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False, f"takes float32, bfloat16 and float16, not {problem.dtype}"
+    return _on_device(problem)
 
 
 def _few_tokens(problem: Problem) -> Support:
@@ -339,6 +369,20 @@ def register_kernels() -> None:
             _finds_optimum,
             partial(reference.kmeans_1d_errors, find_layers=kmeans_1d_layers),
             "a launch per level of the dynamic program; torch sorts",
+        ),
+        (
+            "softmax_cdist_l1",
+            "triton.softmax_cdist_l1",
+            _takes_dtype,
+            softmax_cdist_l1,
+            "two instructions a pair, no probabilities in memory (not measured)",
+        ),
+        (
+            "softmax_cdist_l1_backward",
+            "triton.softmax_cdist_l1_backward",
+            _takes_dtype,
+            softmax_cdist_l1_backward,
+            "no probabilities in memory (not measured)",
         ),
     ):
         register(Kernel(op, name, supports, run, because))

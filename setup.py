@@ -1,7 +1,7 @@
 """Builds pyllmq._cpu always and pyllmq._cuda where nvcc is found; neither links libtorch, so one build serves every torch.
 
 PYLLMQ_CUDA=0|1|auto   never / must / if nvcc is found (default auto)
-PYLLMQ_CUDA_ARCHS      compute capabilities for nvcc, default "80 90a"
+PYLLMQ_CUDA_ARCHS      compute capabilities for nvcc, default "80+PTX 90a"; the PTX serves what is newer than all of them
 PYLLMQ_DEBUG=1         keep symbols and assertions
 CXXFLAGS               appended to every C++ compile and to the link (sanitizers)
 MAX_JOBS               parallel compiles, default: all cores
@@ -143,8 +143,12 @@ class BuildExtension(build_ext):
         return [self.cxx(), *CXX_FLAGS, *isa, *self.includes(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
     def nvcc_compile(self, nvcc):
-        archs = os.environ.get("PYLLMQ_CUDA_ARCHS", "80 90a").split()
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        archs = os.environ.get("PYLLMQ_CUDA_ARCHS", "80+PTX 90a").split()
+        codes = []
+        for arch in archs:
+            number = arch.removesuffix("+PTX")
+            code = f"sm_{number}" if number == arch else f"[sm_{number},compute_{number}]"
+            codes.append(f"-gencode=arch=compute_{number},code={code}")
         return [
             nvcc,
             "-O3",

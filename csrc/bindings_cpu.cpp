@@ -18,6 +18,7 @@
 #include "cpu/pack_codes.h"
 #include "cpu/read_probe.h"
 #include "cpu/sinkhorn.h"
+#include "cpu/softmax_cdist_l1.h"
 #include "cpu/thread_pool.h"
 
 namespace py = pybind11;
@@ -205,18 +206,28 @@ void bind_codebook(py::module_& m) {
 
 // --- k-means -------------------------------------------------------------------------------------------------------
 
+// centroids and codes: one pointer per k, or none at all; errors: 0 if they are not wanted.
+void kmeans(Pointer values, Pointer weights, int64_t weights_stride, int64_t problems, int64_t n,
+            const std::vector<int>& ks, int method, uint64_t seed, bool half_centroids, bool packed,
+            const std::vector<Pointer>& centroids, const std::vector<Pointer>& codes, Pointer errors) {
+  if (ks.empty() || centroids.size() != codes.size() || (!codes.empty() && codes.size() != ks.size()))
+    throw std::invalid_argument("kmeans_1d takes at least one k, and no or one pointer to centroids and codes for each");
+  if (method < 0 || method > 2)
+    throw std::invalid_argument("method " + std::to_string(method) + "; allowed: 0 (exact), 1 (windowed), 2 (lloyd)");
+  std::vector<float*> centroids_out;
+  std::vector<uint8_t*> codes_out;
+  for (const Pointer pointer : centroids) centroids_out.push_back(as<float>(pointer));
+  for (const Pointer pointer : codes) codes_out.push_back(as<uint8_t>(pointer));
+  kmeans_1d({as<float>(values), as<float>(weights), weights_stride, problems, n, static_cast<int>(ks.size()), ks.data(),
+             static_cast<KMeans1dMethod>(method), seed, half_centroids, packed,
+             centroids.empty() ? nullptr : centroids_out.data(), codes.empty() ? nullptr : codes_out.data(),
+             as<double>(errors)});
+}
+
 void bind_kmeans_1d(py::module_& m) {
-  m.def(
-      "kmeans_1d",
-      [](Pointer values, Pointer weights, int64_t weights_stride, int64_t problems, int64_t n, int k, bool exact,
-         uint64_t seed, bool half_centroids, Pointer centroids, Pointer codes) {
-        const auto method = exact ? KMeans1dMethod::exact : KMeans1dMethod::lloyd;
-        kmeans_1d({as<float>(values), as<float>(weights), weights_stride, problems, n, k, method, seed, half_centroids,
-                   as<float>(centroids), as<uint8_t>(codes)});
-      },
-      py::arg("values"), py::arg("weights"), py::arg("weights_stride"), py::arg("problems"), py::arg("n"),
-      py::arg("k"), py::arg("exact"), py::arg("seed"), py::arg("half_centroids"), py::arg("centroids"), py::arg("codes"),
-      NoGil());
+  m.def("kmeans_1d", &kmeans, py::arg("values"), py::arg("weights"), py::arg("weights_stride"), py::arg("problems"),
+        py::arg("n"), py::arg("ks"), py::arg("method"), py::arg("seed"), py::arg("half_centroids"), py::arg("packed"),
+        py::arg("centroids"), py::arg("codes"), py::arg("errors"), NoGil());
 }
 
 // --- sinkhorn ------------------------------------------------------------------------------------------------------
@@ -266,6 +277,49 @@ void bind_sinkhorn(py::module_& m) {
       py::arg("grad_b"), NoGil());
 }
 
+// --- distances of distributions --------------------------------------------------------------------------------------
+
+SoftmaxCdistProblem cdist_problem(Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows,
+                                  int64_t y_rows, int64_t columns, float inverse_temperature, Pointer x_statistics,
+                                  Pointer y_statistics) {
+  if (batch < 0 || x_rows < 0 || y_rows < 0 || columns < 1)
+    throw std::invalid_argument("batch, rows and columns are " + std::to_string(batch) + ", " +
+                                std::to_string(x_rows) + " and " + std::to_string(y_rows) + ", " +
+                                std::to_string(columns) + "; none may be negative, and columns not 0");
+  const DType x_type = dtype_of(x_dtype), y_type = dtype_of(y_dtype);
+  return {{elements(x, x_type), x_type, x_rows, as<RowStatistics>(x_statistics)},
+          {elements(y, y_type), y_type, y_rows, as<RowStatistics>(y_statistics)},
+          batch,
+          columns,
+          inverse_temperature};
+}
+
+void bind_softmax_cdist_l1(py::module_& m) {
+  m.def(
+      "softmax_cdist_l1",
+      [](Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows, int64_t y_rows,
+         int64_t columns, float inverse_temperature, Pointer x_statistics, Pointer y_statistics, Pointer distances) {
+        softmax_cdist_l1(cdist_problem(x, x_dtype, y, y_dtype, batch, x_rows, y_rows, columns, inverse_temperature,
+                                       x_statistics, y_statistics),
+                         as<float>(distances));
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("y"), py::arg("y_dtype"), py::arg("batch"), py::arg("x_rows"),
+      py::arg("y_rows"), py::arg("columns"), py::arg("inverse_temperature"), py::arg("x_statistics"),
+      py::arg("y_statistics"), py::arg("distances"), NoGil());
+  m.def(
+      "softmax_cdist_l1_backward",
+      [](Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows, int64_t y_rows,
+         int64_t columns, float inverse_temperature, Pointer x_statistics, Pointer y_statistics, Pointer gradient,
+         Pointer x_gradient) {
+        softmax_cdist_l1_backward(cdist_problem(x, x_dtype, y, y_dtype, batch, x_rows, y_rows, columns,
+                                                inverse_temperature, x_statistics, y_statistics),
+                                  as<float>(gradient), elements(x_gradient, dtype_of(x_dtype)));
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("y"), py::arg("y_dtype"), py::arg("batch"), py::arg("x_rows"),
+      py::arg("y_rows"), py::arg("columns"), py::arg("inverse_temperature"), py::arg("x_statistics"),
+      py::arg("y_statistics"), py::arg("gradient"), py::arg("x_gradient"), NoGil());
+}
+
 }  // namespace
 }  // namespace pyllmq::cpu
 
@@ -276,4 +330,5 @@ PYBIND11_MODULE(_cpu, m) {
   pyllmq::cpu::bind_codebook(m);
   pyllmq::cpu::bind_kmeans_1d(m);
   pyllmq::cpu::bind_sinkhorn(m);
+  pyllmq::cpu::bind_softmax_cdist_l1(m);
 }

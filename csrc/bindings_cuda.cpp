@@ -8,8 +8,10 @@
 #include "cuda/codebook_dequantize.h"
 #include "cuda/codebook_layout.h"
 #include "cuda/codebook_linear.h"
+#include "cuda/kmeans_1d.h"
 #include "cuda/pack_codes.h"
 #include "cuda/runtime.h"
+#include "cuda/softmax_cdist_l1.h"
 
 namespace py = pybind11;
 namespace cuda = pyllmq::cuda;
@@ -69,9 +71,14 @@ py::tuple linear_workspace(int64_t rows, int64_t columns, int64_t tokens, int dt
   return py::make_tuple(plan.partials, plan.counters);
 }
 
-void codebook_linear(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t x, int dtype,
-                     int64_t tokens, uintptr_t bias, int bias_dtype, uintptr_t y, uintptr_t partials,
-                     uintptr_t counters, uintptr_t stream) {
+py::tuple linear_tables_workspace(int64_t rows, int64_t columns) {
+  const cuda::TablesPlan plan = cuda::plan_linear_tables(rows, columns);
+  return py::make_tuple(plan.partials, plan.counters);
+}
+
+cuda::LinearCall linear_call(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t x,
+                             int dtype, int64_t tokens, uintptr_t bias, int bias_dtype, uintptr_t y, uintptr_t partials,
+                             uintptr_t counters) {
   cuda::LinearCall call{};
   call.layout = pointer<uint8_t>(layout);
   call.layout_bytes = layout_bytes;
@@ -85,7 +92,23 @@ void codebook_linear(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64
   call.y = pointer<void>(y);
   call.partials = pointer<float>(partials);
   call.counters = pointer<uint32_t>(counters);
-  cuda::codebook_linear(call, stream);
+  return call;
+}
+
+void codebook_linear(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t x, int dtype,
+                     int64_t tokens, uintptr_t bias, int bias_dtype, uintptr_t y, uintptr_t partials,
+                     uintptr_t counters, uintptr_t stream) {
+  cuda::codebook_linear(linear_call(layout, layout_bytes, rows, columns, x, dtype, tokens, bias, bias_dtype, y, partials,
+                                    counters),
+                        stream);
+}
+
+void codebook_linear_tables(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t x,
+                            int dtype, uintptr_t bias, int bias_dtype, uintptr_t y, uintptr_t partials,
+                            uintptr_t counters, uintptr_t stream) {
+  cuda::codebook_linear_tables(linear_call(layout, layout_bytes, rows, columns, x, dtype, 1, bias, bias_dtype, y,
+                                           partials, counters),
+                               stream);
 }
 
 void codebook_dequantize(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t weight,
@@ -99,6 +122,42 @@ void pack_codes(uintptr_t codes, uintptr_t packed, int64_t rows, int64_t columns
 
 void unpack_codes(uintptr_t packed, uintptr_t codes, int64_t rows, int64_t columns, int bits, uintptr_t stream) {
   cuda::unpack_codes(pointer<uint8_t>(packed), pointer<uint8_t>(codes), rows, columns, bits, stream);
+}
+
+cuda::CdistCall cdist_call(uintptr_t x, int x_dtype, uintptr_t y, int y_dtype, int64_t batch, int64_t x_rows,
+                           int64_t y_rows, int64_t columns, float scale, uintptr_t x_statistics,
+                           uintptr_t y_statistics) {
+  return {pointer<void>(x), pointer<void>(y), x_dtype, y_dtype, batch, x_rows, y_rows, columns, scale,
+          pointer<float>(x_statistics), pointer<float>(y_statistics)};
+}
+
+void bind_softmax_cdist_l1(py::module_& m) {
+  using py::arg;
+  py::class_<cuda::CdistCall>(m, "CdistCall")
+      .def(py::init(&cdist_call), arg("x"), arg("x_dtype"), arg("y"), arg("y_dtype"), arg("batch"), arg("x_rows"),
+           arg("y_rows"), arg("columns"), arg("scale"), arg("x_statistics"), arg("y_statistics"));
+  m.def("softmax_cdist_l1_workspace", &cuda::softmax_cdist_l1_workspace, arg("call"), "-> fp32 elements");
+  m.def("softmax_cdist_l1_backward_workspace", &cuda::softmax_cdist_l1_backward_workspace, arg("call"));
+  m.def(
+      "softmax_cdist_l1",
+      [](const cuda::CdistCall& call, uintptr_t distances, uintptr_t workspace, uintptr_t stream) {
+        cuda::softmax_cdist_l1(call, pointer<float>(distances), pointer<float>(workspace), stream);
+      },
+      arg("call"), arg("distances"), arg("workspace"), arg("stream"));
+  m.def(
+      "softmax_cdist_l1_backward",
+      [](const cuda::CdistCall& call, uintptr_t gradient, uintptr_t x_gradient, uintptr_t workspace,
+         uintptr_t stream) {
+        cuda::softmax_cdist_l1_backward(call, pointer<float>(gradient), pointer<void>(x_gradient),
+                                        pointer<float>(workspace), stream);
+      },
+      arg("call"), arg("gradient"), arg("x_gradient"), arg("workspace"), arg("stream"));
+}
+
+void kmeans_1d_layers(uintptr_t sums, uintptr_t masses, uintptr_t gains, uintptr_t best, int64_t problems, int64_t n,
+                      int k_max, uintptr_t stream) {
+  cuda::kmeans_1d_layers(pointer<double>(sums), pointer<double>(masses), pointer<double>(gains), pointer<int32_t>(best),
+                         problems, n, k_max, stream);
 }
 
 }  // namespace
@@ -123,12 +182,20 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("codebook_linear", &codebook_linear, arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("x"),
         arg("dtype"), arg("tokens"), arg("bias"), arg("bias_dtype"), arg("y"), arg("partials"), arg("counters"), arg("stream"),
         "dtype: 0 fp32, 1 bf16, 2 fp16");
+  m.def("linear_tables_fit", &cuda::linear_tables_fit, "whether the current device's blocks get the shared memory for tables");
+  m.def("codebook_linear_tables_workspace", &linear_tables_workspace, arg("rows"), arg("columns"), "as above");
+  m.def("codebook_linear_tables", &codebook_linear_tables, arg("layout"), arg("layout_bytes"), arg("rows"),
+        arg("columns"), arg("x"), arg("dtype"), arg("bias"), arg("bias_dtype"), arg("y"), arg("partials"),
+        arg("counters"), arg("stream"), "of one token");
   m.def("codebook_dequantize", &codebook_dequantize, arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"),
         arg("weight"), arg("dtype"), arg("stream"));
   m.def("pack_codes", &pack_codes, arg("codes"), arg("packed"), arg("rows"), arg("columns"), arg("bits"),
         arg("stream"));
   m.def("unpack_codes", &unpack_codes, arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"),
         arg("stream"));
+  bind_softmax_cdist_l1(m);
+  m.def("kmeans_1d_layers", &kmeans_1d_layers, arg("sums"), arg("masses"), arg("gains"), arg("best"), arg("problems"),
+        arg("n"), arg("k_max"), arg("stream"));
 #ifdef PYLLMQ_CUDA_EMULATED
   cuda::emulator::add_bindings(m);
 #endif

@@ -8,14 +8,16 @@ Importing this package also lets transformers' auto classes load packed folders.
 """
 
 from . import functional as functional
-from .compression.kmeans import kmeans_1d
+from . import losses as losses
 from .compression.model import compress
 from .compression.report import CompressionReport, LayerReport
 from .config import CLAQConfig
 from .dispatch import NoKernelError, use_backend
 from .formats import CodebookStructure, CodebookWeight, FormatError
 from .integrations.transformers import from_pretrained, on_import, save_pretrained
+from .kmeans import kmeans_1d, kmeans_1d_errors
 from .nn import CodebookLinear, set_precision
+from .ops import softmax_cdist_l1
 from .swap import swap_linear
 from .transport import doubly_stochastic, sinkhorn
 
@@ -35,9 +37,12 @@ __all__ = [
     "from_pretrained",
     "functional",
     "kmeans_1d",
+    "kmeans_1d_errors",
+    "losses",
     "save_pretrained",
     "set_precision",
     "sinkhorn",
+    "softmax_cdist_l1",
     "swap_linear",
     "use_backend",
 ]

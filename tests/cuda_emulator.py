@@ -30,7 +30,9 @@ CSRC = ROOT / "csrc"
 SOURCES = (
     CSRC / "bindings_cuda.cpp",
     *sorted((CSRC / "cuda").glob("codebook_*.c*")),
+    CSRC / "cuda/kmeans_1d.cu",
     CSRC / "cuda/pack_codes.cu",
+    CSRC / "cuda/softmax_cdist_l1.cu",
     *sorted((CSRC / "cuda/emulator").glob("*.cpp")),
 )
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"] if "PYLLMQ_SANITIZED" in os.environ else []

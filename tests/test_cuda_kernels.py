@@ -1,8 +1,8 @@
 """The CUDA kernels on the emulator (tests/cuda_emulator.py) against fp64: what a CPU can prove of them.
 
-The emulated device has 3 multiprocessors, so 6 blocks at a time: a few hundred rows and columns give several items per
-block and up to 6 splits of K. Tokens: below, at and above 4, 8 and 16 columns of the product (fp32 takes two a token), and
-above the 64 beyond which torch's matmul runs.
+The emulated device has 3 multiprocessors, so 6 blocks at a time (3 with tables): a few hundred rows and columns give several
+items per block and up to 6 splits of K. Tokens: 1 (tables), then below, at and above 4, 8 and 16 columns of the product (fp32
+takes two a token), and above the 64 beyond which torch's matmul runs.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pyllmq
-from pyllmq import CodebookLinear, CodebookWeight
+from pyllmq import CodebookLinear, CodebookWeight, dispatch
 from pyllmq.backends import cuda, reference
 from pyllmq.dispatch import WeightOperand
 from pyllmq.functional import codebook_dequantize, codebook_linear, pack_codes, unpack_codes
@@ -99,6 +99,29 @@ def test_without_and_with_splits_of_k(emulated, n):  # noqa: F811
     partials, counters = emulated.codebook_linear_workspace(n, 900, 3, 2)
     assert (partials, counters) == ((0, 0) if n == 3100 else (4 * 3 * 70, 70))
     check(random_case(n, 900, (1, 4), outliers=0.01), torch.randn(3, 900).half(), torch.randn(n))
+
+
+@pytest.mark.parametrize("n", [1100, 2400, 4700])
+def test_one_token_in_steps_of_8_16_and_32_rows(n):
+    case = random_case(n, 41, (1, 2, 3, 4, 6), segments=3, outliers=0.02, row_scale=True)
+    check(case, torch.randn(1, 41), torch.randn(n))
+
+
+@pytest.mark.parametrize("k", [520, 2100])
+@pytest.mark.parametrize("widths", [(1,), (2,), (3,), (4,), (7,), (2, 4)])
+def test_one_token_in_several_units_of_tables(widths, k):
+    for dtype in DTYPES:
+        check(random_case(70, k, widths, outliers=0.01), torch.randn(1, k).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token_where_tables_do_not_fit(emulated, monkeypatch, dtype):  # noqa: F811
+    monkeypatch.setattr(emulated, "linear_tables_fit", lambda: False)
+    problem = dispatch.Problem("codebook_linear", "cuda", "cpu", dtype, 1)
+    assert dispatch.choose(problem).name == "cuda.fused"
+    for n, k in SHAPES:
+        case = random_case(n, k, ALL_WIDTHS, segments=min(3, n), outliers=0.03, row_scale=True)
+        check(case, torch.randn(1, k).to(dtype), torch.randn(n))
 
 
 def test_many_columns_of_x_do_not_fit_into_shared_memory_at_once():

@@ -15,7 +15,10 @@ PROBLEMS = {
     "cpu.dequantize": Problem("codebook_dequantize", "cpu", "cpu", torch.float16),
     "cpu.pack_codes": Problem("pack_codes", "", "cpu", torch.uint8),
     "cpu.unpack_codes": Problem("unpack_codes", "", "cpu", torch.uint8),
-    "cuda.fused": Problem("codebook_linear", "cuda", "cuda", torch.float32, 1),
+    "cuda.tables": Problem("codebook_linear", "cuda", "cuda", torch.float32, 1),
+    "cuda.fused": Problem("codebook_linear", "cuda", "cuda", torch.float32, 2),
+    "cpu.kmeans_1d": Problem("kmeans_1d", "lloyd", "cpu", torch.float32),
+    "cpu.kmeans_1d_errors": Problem("kmeans_1d_errors", "windowed", "cpu", torch.float32),
     "cuda.dequantize_matmul": Problem("codebook_linear", "cuda", "cuda", torch.bfloat16, 65),
     "cuda.dequantize": Problem("codebook_dequantize", "cuda", "cuda", torch.float16),
     "cuda.pack_codes": Problem("pack_codes", "", "cuda", torch.uint8),
@@ -23,12 +26,28 @@ PROBLEMS = {
     "triton.fused": Problem("codebook_linear", "triton", "cuda", torch.float16, 64),
     "triton.decode_and_matmul": Problem("codebook_linear", "triton", "cuda", torch.bfloat16, 65),
     "triton.dequantize": Problem("codebook_dequantize", "triton", "cuda", torch.bfloat16),
+    "cpu.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cpu", torch.float16),
+    "cpu.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "", "cpu", torch.float32),
+    "cuda.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cuda", torch.bfloat16),
+    "cuda.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "", "cuda", torch.float16),
+    "triton.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cuda", torch.bfloat16),
+    "triton.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "", "cuda", torch.float16),
+    "reference.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cpu", torch.float64),
+    "reference.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "", "meta", torch.float32),
     "triton.pack_codes": Problem("pack_codes", "", "cuda", torch.uint8),
     "triton.unpack_codes": Problem("unpack_codes", "", "cuda", torch.uint8),
     "reference.codebook_linear": Problem("codebook_linear", "checkpoint", "meta", torch.float32, 1),
     "reference.codebook_dequantize": Problem("codebook_dequantize", "checkpoint", "cpu", torch.float32),
     "reference.pack_codes": Problem("pack_codes", "", "meta", torch.uint8),
     "reference.unpack_codes": Problem("unpack_codes", "", "meta", torch.uint8),
+    "triton.kmeans_1d": Problem("kmeans_1d", "windowed", "cuda", torch.float32),
+    "triton.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "cuda", torch.float32),
+    "cuda.kmeans_1d": Problem("kmeans_1d", "exact", "cuda", torch.float32),
+    "cuda.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "cuda", torch.float32),
+    "cpu.kmeans_1d_moved": Problem("kmeans_1d", "lloyd", "xpu", torch.float32),
+    "cpu.kmeans_1d_errors_moved": Problem("kmeans_1d_errors", "windowed", "xpu", torch.float32),
+    "reference.kmeans_1d": Problem("kmeans_1d", "exact", "meta", torch.float32),
+    "reference.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "meta", torch.float32),
     "cpu.sinkhorn": Problem("sinkhorn", "", "cpu", torch.float32),
     "cpu.sinkhorn_backward": Problem("sinkhorn_backward", "", "cpu", torch.float32),
     "triton.sinkhorn": Problem("sinkhorn", "", "cuda", torch.float32, 4096),
@@ -42,6 +61,7 @@ PROBLEMS = {
 
 def test_every_row_is_reachable(monkeypatch):
     monkeypatch.setattr(backends.cuda, "available", lambda: (True, "a GPU is pretended"))
+    monkeypatch.setattr(backends.cuda, "_tables_fit", lambda: True)
     assert {row.name for row in dispatch.rows()} == set(PROBLEMS)
     for name, problem in PROBLEMS.items():
         backend = name.split(".")[0]
@@ -63,7 +83,13 @@ def test_every_row_is_reachable(monkeypatch):
         (Problem("codebook_linear", "cpu", "meta", torch.float32, 1), ("these are on meta", "prepacked as 'cpu'")),
         (
             Problem("codebook_linear", "cuda", "cuda", torch.float64, 70),
-            ("this weight is 'cuda'", "up to 64 tokens, here 70", "not torch.float64", "prepacked as 'cuda'"),
+            (
+                "this weight is 'cuda'",
+                "one token, here 70",
+                "up to 64 tokens, here 70",
+                "not torch.float64",
+                "prepacked as 'cuda'",
+            ),
         ),
         (Problem("codebook_linear", "cuda", "cpu", torch.float32, 1), ("on a cuda device, these are on cpu",)),
         (Problem("no_such_op", "", "cpu", torch.float32), ("no kernel of that name",)),

@@ -197,20 +197,29 @@ void finish_rows(const Problem& problem, int64_t token, int64_t row_begin, int64
     const uint32_t* columns = view.outlier_columns();
     const float* deltas = view.outlier_deltas();
     for (int64_t r = 0; r < rows; ++r) {
-      // Four chains: one waits 4 cycles for every addition, 0.5 % of outliers then take a fifth of a 2-bit layer's time.
-      double chain[4] = {};
-      uint32_t i = offsets[r];
-      const auto product = [&](uint32_t at) {
-        return static_cast<double>(x[columns[at]]) * static_cast<double>(deltas[at]);
-      };
-      for (; i + 4 <= offsets[r + 1]; i += 4)
-        for (int c = 0; c < 4; ++c) chain[c] += product(i + c);
-      for (; i < offsets[r + 1]; ++i) chain[0] += product(i);
-      sums[r] += static_cast<float>((chain[0] + chain[1]) + (chain[2] + chain[3]));
+      const uint32_t first = offsets[r];
+      sums[r] += static_cast<float>(
+          problem.rows.outlier_sum(x, columns + first, deltas + first, int64_t{offsets[r + 1]} - int64_t{first}));
     }
   }
   if (problem.bias != nullptr)
     for (int64_t r = 0; r < rows; ++r) sums[r] += problem.bias[row_begin + r];
+}
+
+void prefetch(const void* memory, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const uint8_t*>(memory) + at, 0, 2);
+}
+
+// Outliers are read after the codes of their rows, in short pieces that no prefetcher of the CPU sees coming: a part of
+// them is asked for with each panel: 0.5 % of outliers of 4096 x 4096 then cost 0.06 ms from memory in place of 0.19.
+void prefetch_outliers(const LayoutView& view, const TileChunk& chunk, int64_t part, int64_t parts) {
+  if (view.header().outliers == 0) return;
+  const uint32_t* offsets = view.outlier_row_offsets() + chunk.row_begin;
+  if (part == 0) prefetch(offsets, chunk.rows * int64_t{sizeof(uint32_t)});
+  const int64_t count = offsets[chunk.rows] - offsets[0];
+  const int64_t begin = offsets[0] + count * part / parts, end = offsets[0] + count * (part + 1) / parts;
+  prefetch(view.outlier_columns() + begin, (end - begin) * int64_t{sizeof(uint32_t)});
+  prefetch(view.outlier_deltas() + begin, (end - begin) * int64_t{sizeof(float)});
 }
 
 void run_chunk(const Problem& problem, const PanelGroup& group, const TileChunk& chunk, void* y) {
@@ -221,7 +230,10 @@ void run_chunk(const Problem& problem, const PanelGroup& group, const TileChunk&
   float* sums = problem.sums == nullptr ? own_sums : problem.sums + chunk.tile_begin * kTileRows;
   if (group.begin == 0)
     for (int64_t t = 0; t < problem.tokens; ++t) std::fill_n(sums + t * stride, rows, 0.0f);
-  for (int64_t p = group.begin; p < group.end; ++p) add_lookups(problem, group, p, chunk, sums, stride);
+  for (int64_t p = group.begin; p < group.end; ++p) {
+    if (group.end == problem.lookup_panels) prefetch_outliers(problem.view, chunk, p - group.begin, group.end - group.begin);
+    add_lookups(problem, group, p, chunk, sums, stride);
+  }
   if (group.end < problem.lookup_panels) return;
   for (int64_t p = problem.lookup_panels; p < header.panels; ++p) add_decoded(problem, p, chunk, sums, stride);
   for (int64_t t = 0; t < problem.tokens; ++t) {

@@ -97,6 +97,10 @@ PYLLMQ_HOST_DEVICE int word_index(int part, int lane, int word) {
 PYLLMQ_HOST_DEVICE int nibble_of(int width, int i, int h) {
   return width <= 2 ? 4 * (i & 1) + 2 * h + (i >> 1) : 2 * i + h;
 }
+// Its inverse: the row of a tile in nibble n of a lane 4g + t.
+PYLLMQ_HOST_DEVICE int row_of_nibble(int width, int n, int g) {
+  return width <= 2 ? 16 * (n >> 2 | (n & 1) << 1) + 2 * g + (n >> 1 & 1) : 16 * (n >> 1) + 2 * g + (n & 1);
+}
 
 // A weight as it stands in a checkpoint (docs/formats.md), all arrays row-major and contiguous, on the host.
 struct CodebookCheckpoint {

@@ -24,6 +24,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/codebook_linear_outputs.cuh"
 #include "cuda/decode.cuh"
 #include "cuda/runtime.h"
 
@@ -65,12 +66,8 @@ struct Shared {
   uint32_t arrived;
   alignas(16) uint8_t ring[kWarps][kRingBytes];
 };
+static_assert(sizeof(Shared) + kMostXBytes <= 99 << 10, "what a block gets on compute capability 8.6");
 static_assert(kRingBytes * kWarps >= kSums * 4 && sizeof(Shared) % 16 == 0, "the sums must fit into the rings");
-
-template <class T>
-PYLLMQ_DEVICE const T* section(const LayoutHeader& h, int64_t offset) {
-  return reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(&h) + offset);
-}
 
 PYLLMQ_DEVICE float power_of_two(int exponent) { return ptx::bits_to_fp32(static_cast<uint32_t>(exponent + 127) << 23); }
 
@@ -319,28 +316,6 @@ PYLLMQ_DEVICE float* add_warps(const Work& w, Shared& shared,
   return total;
 }
 
-// What the outliers of one row add for one token.
-PYLLMQ_DEVICE float outlier_sum(const Work& w, const LinearCall& call, int row, int64_t token) {
-  const LayoutHeader& h = *w.header;
-  float sum = 0.0f;
-  for (int64_t panel = w.panel_begin; panel < w.panel_end; ++panel) {
-    const int64_t bucket = panel * h.tiles + w.block.tile_begin + row / kTileRows;
-    const uint16_t* row_end = section<uint16_t>(h, h.outlier_row_end_offset) + bucket * kTileRows + row % kTileRows;
-    const int64_t begin = section<uint32_t>(h, h.outlier_begin_offset)[bucket];
-    const int64_t end = begin + row_end[0];
-    for (int64_t i = begin + (row % kTileRows ? row_end[-1] : 0); i < end; ++i)
-      sum += section<float>(h, h.outlier_deltas_offset)[i] *
-             load_element(call.x, static_cast<DType>(call.dtype),
-                          token * h.columns + section<int32_t>(h, h.outlier_columns_offset)[i]);
-  }
-  return sum;
-}
-
-PYLLMQ_DEVICE void store_y(const LinearCall& call, int64_t token, int64_t row, float sum) {
-  if (call.bias != nullptr) sum += load_element(call.bias, static_cast<DType>(call.bias_dtype), row);
-  store_element(call.y, static_cast<DType>(call.dtype), token * call.rows + row, sum);
-}
-
 // Row scale, outliers; then y, or this split's part of it.
 template <int kTokenTiles>
 PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, const float* total) {
@@ -357,7 +332,11 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, con
     sum *= shared.unscale[token];
     if (h.row_scale_offset != 0)
       sum *= ptx::fp16_to_fp32(section<uint16_t>(h, h.row_scale_offset)[row_begin + row]);
-    if (h.outliers != 0) sum += outlier_sum(w, a.call, w.first_row + row, w.token_begin + token);
+    if (h.outliers != 0) {
+      const int in_block = w.first_row + row;
+      sum += outlier_sum(h, a.call, w.token_begin + token, w.panel_begin, w.panel_end,
+                         w.block.tile_begin + in_block / kTileRows, in_block % kTileRows);
+    }
     if (a.splits == 1)
       store_y(a.call, w.token_begin + token, row_begin + row, sum);
     else
@@ -371,7 +350,7 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, con
     shared.arrived = ptx::count_to(a.call.counters + w.token_begin / a.tokens_per_block * a.call.rows + row_begin,
                                    static_cast<uint32_t>(a.splits - 1));
   ptx::sync_block();
-  if (shared.arrived != a.splits - 1) return;
+  if (shared.arrived != static_cast<uint32_t>(a.splits - 1)) return;
   ptx::fence();
   for_each_output([&](int token, int row) {
     const float* from = a.call.partials + (w.token_begin + token) * a.call.rows + row_begin + row;

@@ -33,4 +33,12 @@ struct LinearCall {
 // A layout that is not one of this shape gives NaN: what lies on the device cannot be refused without waiting for it.
 void codebook_linear(const LinearCall& call, uintptr_t stream);
 
+// The same for exactly one token, by tables of partial products, on devices whose blocks get the shared memory for them.
+struct TablesPlan {
+  int64_t partials, counters;  // workspace as above
+};
+TablesPlan plan_linear_tables(int64_t rows, int64_t columns);
+bool linear_tables_fit();
+void codebook_linear_tables(const LinearCall& call, uintptr_t stream);
+
 }  // namespace pyllmq::cuda

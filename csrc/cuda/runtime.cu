@@ -60,6 +60,12 @@ int multiprocessors() {
   return count;
 }
 
+int64_t shared_bytes() {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device()), "cudaDeviceGetAttribute");
+  return bytes;
+}
+
 void allow_shared(const void* kernel, size_t bytes) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, size_t> allowed;

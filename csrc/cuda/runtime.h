@@ -1,6 +1,7 @@
 // What the bindings and the launching code may ask of the CUDA runtime, without seeing a CUDA header.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 namespace pyllmq::cuda {
@@ -13,6 +14,9 @@ std::string device_problem();
 
 // Of the current device; asked once per device.
 int multiprocessors();
+
+// Most shared memory that a block can get on the current device.
+int64_t shared_bytes();
 
 // Lets a kernel take that much dynamic shared memory on the current device; done once per kernel and device.
 void allow_shared(const void* kernel, size_t bytes);

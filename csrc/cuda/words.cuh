@@ -54,6 +54,21 @@ PYLLMQ_DEVICE void wait_async() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLatestLeft) : "memory");
 }
 
+// A byte address in shared memory: sums of such addresses stay as they are written, one instruction each, where a pointer's
+// would be split into an offset and the block's base.
+using SharedAddress = uint32_t;
+PYLLMQ_DEVICE SharedAddress shared_address(const void* shared) {
+  uint32_t address;
+  asm volatile("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(address) : "l"(shared));
+  return address;
+}
+template <int kOffset>
+PYLLMQ_DEVICE float load_shared(SharedAddress from) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1+%2];" : "=f"(value) : "r"(from), "n"(kOffset));
+  return value;
+}
+
 // What another block wrote: read from L2, where all blocks see the same.
 PYLLMQ_DEVICE float load_l2(const float* from) { return __ldcg(from); }
 // Returns the old value; counts 0..last and starts again at 0.
@@ -74,6 +89,8 @@ PYLLMQ_DEVICE uint16_t fp32_to_bf16(float value) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
   return half;
 }
+PYLLMQ_DEVICE float magnitude(float value) { return fabsf(value); }
+PYLLMQ_DEVICE float exp(float value) { return expf(value); }  // to 1 unit in the last place
 PYLLMQ_DEVICE float bits_to_fp32(uint32_t bits) { return __uint_as_float(bits); }
 PYLLMQ_DEVICE uint32_t fp32_to_bits(float value) { return __float_as_uint(value); }
 

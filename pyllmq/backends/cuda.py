@@ -2,18 +2,20 @@
 
 Its machine layout ``cuda`` is one uint8 blob in device memory, made on the host when a layer is loaded and moved there; it
 holds everything but the bias. Nothing here waits for the device, so calls can be captured in CUDA graphs.
-See docs/codebook_linear_cuda.md.
+See docs/kernels-cuda.md.
 """
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, Kernel, Problem, Support, WeightOperand, register
+from . import reference
 
 LAYOUT = "cuda"
 
@@ -23,8 +25,8 @@ DEVICE = "cuda"
 MAX_FUSED_TOKENS = 64
 """Up to this many tokens the codes are decoded anew for every 16 tokens (8 in fp32), beyond that once for all of them.
 
-Predicted, not measured, for 4 bits at 4.3 TB/s: 16 tokens cost 1.5 times the reading of the codes, so 64 cost 1.5 times the
-reading of an fp16 matrix; decoding to memory costs that reading 1.25 to 2.25 times before the first product.
+Predicted from instruction counts, for 4 bits at 4.3 TB/s: 16 tokens cost at most 2.2 times the reading of the codes, so 64
+cost 2.2 times the reading of an fp16 matrix; decoding to memory and multiplying from there moves 2.25 times as much.
 """
 
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -124,6 +126,11 @@ def layout_codes(operand: WeightOperand) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
+def _tables_workspace_sizes(rows: int, columns: int) -> tuple[int, int]:
+    return _extension().codebook_linear_tables_workspace(rows, columns)
+
+
+@lru_cache(maxsize=4096)
 def _workspace_sizes(device: torch.device, rows: int, columns: int, tokens: int, dtype: torch.dtype) -> tuple[int, int]:
     """Elements of the fp32 workspace and of the counters; they depend on the device's number of multiprocessors."""
     with _current(device):
@@ -151,6 +158,34 @@ def codebook_linear(
             x.data_ptr(),
             _DTYPE_CODE[dtype],
             tokens,
+            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else _DTYPE_CODE[bias.dtype],
+            y.data_ptr(),
+            workspace.data_ptr(),
+            _zero_counters(counters, device, stream).data_ptr(),
+            stream,
+        )
+    return y
+
+
+def codebook_linear_tables(
+    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None, precision: str
+) -> Tensor:
+    """One token: sums of several columns' products are looked up in tables made from x; all in fp32."""
+    blob, x = tensors[0], x.contiguous()
+    dtype, device = x.dtype, x.device
+    y = torch.empty(1, out_features, dtype=dtype, device=device)
+    partials, counters = _tables_workspace_sizes(out_features, in_features)
+    workspace = torch.empty(partials, dtype=torch.float32, device=device)
+    with _current(device):
+        stream = _stream(device)
+        _extension().codebook_linear_tables(
+            blob.data_ptr(),
+            blob.numel(),
+            out_features,
+            in_features,
+            x.data_ptr(),
+            _DTYPE_CODE[dtype],
             0 if bias is None else bias.data_ptr(),
             0 if bias is None else _DTYPE_CODE[bias.dtype],
             y.data_ptr(),
@@ -216,6 +251,87 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return codes
 
 
+def softmax_cdist_l1(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    student_logits, teacher_logits = student_logits.contiguous(), teacher_logits.contiguous()
+    device, (batch, rows, _) = student_logits.device, student_logits.shape
+    statistics, teacher_statistics = (
+        torch.empty(*logits.shape[:2], 2, dtype=torch.float32, device=device)
+        for logits in (student_logits, teacher_logits)
+    )
+    distance = torch.empty(batch, rows, teacher_logits.shape[1], dtype=torch.float32, device=device)
+    if distance.numel():
+        _cuda = _extension()
+        call = _cdist_call(student_logits, teacher_logits, statistics, teacher_statistics, temperature)
+        with _current(device):
+            workspace = torch.empty(_cuda.softmax_cdist_l1_workspace(call), dtype=torch.float32, device=device)
+            _cuda.softmax_cdist_l1(call, distance.data_ptr(), workspace.data_ptr(), _stream(device))
+    return distance, statistics, teacher_statistics
+
+
+def softmax_cdist_l1_backward(
+    grad: Tensor,
+    logits: Tensor,
+    other_logits: Tensor,
+    statistics: Tensor,
+    other_statistics: Tensor,
+    temperature: float,
+) -> Tensor:
+    if not grad.numel():
+        return torch.zeros_like(logits)
+    logits, other_logits, grad = logits.contiguous(), other_logits.contiguous(), grad.contiguous()
+    device = logits.device
+    _cuda = _extension()
+    call = _cdist_call(logits, other_logits, statistics.contiguous(), other_statistics.contiguous(), temperature)
+    logits_grad = torch.empty(logits.shape, dtype=logits.dtype, device=device)
+    with _current(device):
+        elements = _cuda.softmax_cdist_l1_backward_workspace(call)
+        workspace = torch.empty(elements, dtype=torch.float32, device=device)
+        _cuda.softmax_cdist_l1_backward(
+            call, grad.data_ptr(), logits_grad.data_ptr(), workspace.data_ptr(), _stream(device)
+        )
+    return logits_grad
+
+
+def _cdist_call(
+    logits: Tensor, other_logits: Tensor, statistics: Tensor, other_statistics: Tensor, temperature: float
+) -> Any:
+    return _extension().CdistCall(
+        logits.data_ptr(),
+        _DTYPE_CODE[logits.dtype],
+        other_logits.data_ptr(),
+        _DTYPE_CODE[other_logits.dtype],
+        logits.shape[0],
+        logits.shape[1],
+        other_logits.shape[1],
+        logits.shape[2],
+        1 / temperature,
+        statistics.data_ptr(),
+        other_statistics.data_ptr(),
+    )
+
+
+def kmeans_1d_layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
+    """The dynamic program, a block per problem; see `reference.Layers`."""
+    problems, n = sums.shape[0], sums.shape[1] - 1
+    sums, masses, device = sums.contiguous(), masses.contiguous(), sums.device
+    gains = torch.empty(problems, 2, n + 1, dtype=torch.float64, device=device)
+    best = torch.empty(problems, k_max + 1, n + 1, dtype=torch.int32, device=device)
+    with _current(device):
+        _extension().kmeans_1d_layers(
+            sums.data_ptr(),
+            masses.data_ptr(),
+            gains.data_ptr(),
+            best.data_ptr(),
+            problems,
+            n,
+            k_max,
+            _stream(device),
+        )
+    return best
+
+
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
@@ -234,14 +350,46 @@ def _reads_layout(problem: Problem) -> Support:
     return _on_device(problem)
 
 
+def _takes_dtype(problem: Problem) -> Support:
+    if problem.dtype not in _DTYPE_CODE:
+        return False, f"takes float32, bfloat16 and float16, not {problem.dtype}"
+    return _on_device(problem)
+
+
+def _tables_fit() -> bool:
+    return _extension().linear_tables_fit()
+
+
+def _one_token(problem: Problem) -> Support:
+    if problem.tokens != 1:
+        return False, f"serves one token, here {problem.tokens}"
+    reads, why = _reads_layout(problem)
+    if reads and not _tables_fit():
+        return False, "needs 129 KiB of shared memory for a block, more than this device has"
+    return reads, why
+
+
 def _few_tokens(problem: Problem) -> Support:
     if problem.tokens > MAX_FUSED_TOKENS:
         return False, f"serves up to {MAX_FUSED_TOKENS} tokens, here {problem.tokens}"
     return _reads_layout(problem)
 
 
+def _clusters_here(problem: Problem) -> Support:
+    if problem.layout == "lloyd":
+        return False, "finds the optimum, not what k-means++ and Lloyd's iteration find"
+    return _on_device(problem)
+
+
 def register_kernels() -> None:
     for op, name, supports, run, because in (
+        (
+            "codebook_linear",
+            "cuda.tables",
+            _one_token,
+            codebook_linear_tables,
+            "for one token a lookup replaces 2 or 4 products: at 2 and 4 bits half the integer work of cuda.fused (counted)",
+        ),
         (
             "codebook_linear",
             "cuda.fused",
@@ -265,5 +413,33 @@ def register_kernels() -> None:
         ),
         ("pack_codes", "cuda.pack_codes", _on_device, pack_codes, "one thread per byte"),
         ("unpack_codes", "cuda.unpack_codes", _on_device, unpack_codes, "one thread per byte"),
+        (
+            "kmeans_1d",
+            "cuda.kmeans_1d",
+            _clusters_here,
+            partial(reference.kmeans_1d, find_layers=kmeans_1d_layers),
+            "a block per problem; torch sorts and looks codes up",
+        ),
+        (
+            "kmeans_1d_errors",
+            "cuda.kmeans_1d_errors",
+            _clusters_here,
+            partial(reference.kmeans_1d_errors, find_layers=kmeans_1d_layers),
+            "a block per problem; torch sorts",
+        ),
+        (
+            "softmax_cdist_l1",
+            "cuda.softmax_cdist_l1",
+            _takes_dtype,
+            softmax_cdist_l1,
+            "two instructions a pair, probabilities only in shared memory (predicted)",
+        ),
+        (
+            "softmax_cdist_l1_backward",
+            "cuda.softmax_cdist_l1_backward",
+            _takes_dtype,
+            softmax_cdist_l1_backward,
+            "probabilities only in registers (predicted)",
+        ),
     ):
         register(Kernel(op, name, supports, run, because))

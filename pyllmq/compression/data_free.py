@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..formats.codebook import CodebookWeight
-from .kmeans import kmeans_1d
+from ..kmeans import kmeans_1d
 
 MAX_OUTLIER_FRACTION = 0.5
 

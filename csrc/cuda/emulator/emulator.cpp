@@ -35,7 +35,7 @@ namespace {
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kWarp = 32;
 constexpr size_t kGuardBytes = 64;
-constexpr size_t kMostSharedBytes = 99 << 10;  // what a block gets on compute capability 8.6, the least of those served
+constexpr size_t kMostSharedBytes = 163 << 10;  // what a block gets on compute capability 8.0
 constexpr uint8_t kPoison = 0xFF;  // fp16, bf16 and fp32 of these bytes are NaN
 
 struct Copy {

@@ -91,6 +91,13 @@ static inline void wait_async() {
   emulator::wait_async(kLatestLeft);
 }
 
+using SharedAddress = uintptr_t;
+static inline SharedAddress shared_address(const void* shared) { return reinterpret_cast<SharedAddress>(shared); }
+template <int kOffset>
+static inline float load_shared(SharedAddress from) {
+  return *reinterpret_cast<const float*>(from + kOffset);
+}
+
 static inline float load_l2(const float* from) { return *from; }
 static inline uint32_t count_to(uint32_t* counter, uint32_t last) {
   const uint32_t old = *counter;
@@ -101,6 +108,8 @@ static inline uint32_t count_to(uint32_t* counter, uint32_t last) {
 static inline uint16_t fp32_to_fp16(float value) { return cpu::fp32_to_fp16(value); }
 static inline float fp16_to_fp32(uint16_t half) { return cpu::fp16_to_fp32(half); }
 static inline uint16_t fp32_to_bf16(float value) { return cpu::fp32_to_bf16(value); }
+static inline float magnitude(float value) { return std::fabs(value); }
+static inline float exp(float value) { return std::exp(value); }
 static inline float bits_to_fp32(uint32_t bits) { return cpu::bits_float(bits); }
 static inline uint32_t fp32_to_bits(float value) { return cpu::float_bits(value); }
 

@@ -81,7 +81,8 @@ def sinkhorn(
     Raises:
         ValueError: shapes that do not fit; on the CPU also values without a plan: NaN or -inf costs, negative marginals or
             such that do not sum alike, epsilon <= 0, a row with mass but nowhere to send it. Elsewhere looking at values would
-            wait for the device: there such a problem comes out as NaN, the others of the batch as if alone.
+            wait for the device: there NaN comes out as NaN throughout that problem, lines of negative mass or without a way out
+            as zeros, and only a look at the marginals of the plan tells.
         TypeError: a dtype is not allowed.
     """
     _check_choices(iterations, tolerance, grad, output)

@@ -272,7 +272,11 @@ class _Sinkhorn(torch.autograd.Function):
 
     forward = staticmethod(_sinkhorn)
     setup_context = staticmethod(_sinkhorn_setup)
-    backward = staticmethod(torch.autograd.function.once_differentiable(_sinkhorn_backward_of))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return _sinkhorn_backward_of(ctx, *grads)
 
 
 def _sinkhorn_backward(cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_v, rho_a, rho_b):

@@ -81,7 +81,8 @@ def sinkhorn(
     Raises:
         ValueError: shapes that do not fit; on the CPU also values without a plan: NaN or -inf costs, negative marginals or
             such that do not sum alike, epsilon <= 0, a row with mass but nowhere to send it. Elsewhere looking at values would
-            wait for the device: there such a problem comes out as NaN, the others of the batch as if alone.
+            wait for the device: there NaN comes out as NaN throughout that problem, lines of negative mass or without a way out
+            as zeros, and only a look at the marginals of the plan tells.
         TypeError: a dtype is not allowed.
     """
     _check_choices(iterations, tolerance, grad, output)
@@ -271,7 +272,11 @@ class _Sinkhorn(torch.autograd.Function):
 
     forward = staticmethod(_sinkhorn)
     setup_context = staticmethod(_sinkhorn_setup)
-    backward = staticmethod(torch.autograd.function.once_differentiable(_sinkhorn_backward_of))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return _sinkhorn_backward_of(ctx, *grads)
 
 
 def _sinkhorn_backward(cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_v, rho_a, rho_b):

@@ -190,11 +190,11 @@ def test_gradients_match_those_in_fp64(backend, n, m, epsilon, unbalanced):
     weight = torch.randn(5, n, m)
     ours = gradients(cost, a, b, weight, epsilon, 12, unbalanced=unbalanced)
     exact = exact_gradients(cost, a, b, weight, epsilon, 12, unbalanced=unbalanced)
-    # Contributions of this size cancel in a gradient.
+    # Contributions of this size cancel in a gradient; each carries the roundings of 12 iterations and of their adjoint.
     sizes = weight.abs() * sinkhorn(cost, a, b, epsilon, 12, unbalanced=unbalanced)
     rows, columns = (sizes.sum(over) / mass for over, mass in ((-1, a), (-2, b)))
     for mine, true, size in zip(ours, exact, (sizes / epsilon, rows, columns), strict=True):
-        assert (mine - true).abs().max() <= 1e-5 * size.nan_to_num().max()
+        assert (mine - true).abs().max() <= 3e-5 * size.nan_to_num().max()
 
 
 @pytest.mark.parametrize(("n", "m"), [(4, 4), (20, 24)])

@@ -74,19 +74,15 @@ bool check_marginals(const SinkhornProblem& p) {
   return full;
 }
 
-// True if all costs of `problems` problems from q on are finite.
-bool check_costs(const SinkhornProblem& p, int64_t q, int64_t problems) {
+// True if all costs are finite.
+bool check_costs(const SinkhornProblem& p, int64_t q) {
   const float* cost = p.cost + q * p.cost_stride;
-  const int64_t entries = p.n * p.m * (p.cost_stride == 0 ? 1 : problems);
   int bad = 0, closed = 0;
-  for (int64_t e = 0; e < entries; ++e) {
+  for (int64_t e = 0; e < p.n * p.m; ++e) {
     bad |= !(cost[e] > -std::numeric_limits<float>::infinity());
     closed |= cost[e] == std::numeric_limits<float>::infinity();
   }
-  for (int64_t l = 0; bad && l < problems; ++l)
-    for (int64_t e = 0; e < p.n * p.m; ++e)
-      if (!(cost[l * p.cost_stride + e] > -std::numeric_limits<float>::infinity()))
-        refuse(q + l, "cost has a NaN or -inf entry; allowed: finite, or +inf where no mass may go");
+  if (bad) refuse(q, "cost has a NaN or -inf entry; allowed: finite, or +inf where no mass may go");
   return !closed;
 }
 
@@ -634,8 +630,8 @@ void sinkhorn(const SinkhornProblem& p, const SinkhornForward& out) {
   parallel_for(groups, grain, work, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * width, lanes = std::min(width, p.problems - first);
-      if (!(check_costs(p, first, lanes) && full))
-        for (int64_t q = first; q < first + lanes; ++q) check_possible(p, q);
+      for (int64_t q = first; q < first + lanes; ++q)
+        if (!(check_costs(p, q) && full)) check_possible(p, q);
       float* room = workspace_of(4 * small_room(p.n, p.m, 0) + 64).take<float>(small_room(p.n, p.m, 0));
       uint32_t again = kernels.small_forward(group_of(p, first, lanes), out.iterations,
                                              static_cast<float>(out.tolerance), room, out.plan + first * p.n * p.m,

@@ -52,7 +52,8 @@ std::vector<Isa> supported_isas() {
   const bool avx512 =
       avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+      __builtin_cpu_supports("avx512vnni");
   if (avx512 && amx_granted()) found.push_back(Isa::amx);
   if (avx512) found.push_back(Isa::avx512);
   if (avx2) found.push_back(Isa::avx2);

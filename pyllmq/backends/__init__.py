@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from ..dispatch import BITMAP, CHECKPOINT, SPARSE24, SPARSE24_CODEBOOK, WeightOperand, forced_backend
-from . import cpu, reference, triton
+from . import cpu, cpu_sparse, reference, triton
 
 __all__ = [
     "cpu",
+    "cpu_sparse",
     "layout_codes",
     "machine_layout",
     "operand_from_layout",
@@ -22,7 +24,7 @@ __all__ = [
 ]
 
 SPARSE_LAYOUTS = (BITMAP, SPARSE24, SPARSE24_CODEBOOK)
-_SPARSE: tuple[ModuleType, ...] = ()
+_SPARSE: tuple[ModuleType, ...] = (cpu_sparse,)
 """Back ends with layouts of their own for the sparse formats, in the order in which they are asked."""
 
 _WITH_LAYOUT = {cpu.LAYOUT: cpu, triton.LAYOUT: triton}
@@ -76,14 +78,13 @@ def _sparse_backend(operand: WeightOperand) -> ModuleType | None:
     return None
 
 
-def unpack_layout(operand: WeightOperand) -> WeightOperand:
-    """The checkpoint layout of a sparse operand, whatever layout `prepack` gave it."""
+def unpack_layout(operand: WeightOperand, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+    """The checkpoint tensors, of these shapes and dtypes, of a sparse operand in a machine layout."""
     for backend in _SPARSE:
         if operand.layout in backend.LAYOUTS.values():
-            return backend.unpack_layout(operand)
-    if operand.layout not in SPARSE_LAYOUTS:
-        raise ValueError(f"the layout {operand.layout!r} cannot be unpacked; allowed: {', '.join(SPARSE_LAYOUTS)}")
-    return operand
+            return backend.unpack_layout(operand, shapes)
+    known = [layout for backend in _SPARSE for layout in backend.LAYOUTS.values()]
+    raise ValueError(f"the layout {operand.layout!r} cannot be unpacked; allowed: {', '.join(map(repr, known))}")
 
 
 def report() -> dict[str, tuple[bool, str]]:

@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     i.set_defaults(run=run_inspect)
 
     b = commands.add_parser("bench", help="kernels beside their rivals", formatter_class=_Help)
-    b.add_argument("--op", default="codebook_linear", choices=["codebook_linear"], help="operation")
+    b.add_argument("--op", default="codebook_linear", choices=["codebook_linear", "sparse_linear"], help="operation")
     b.add_argument("--shapes", default="llama-2-7b", help="model names or NxK, comma separated")
     b.add_argument(
         "--bits",

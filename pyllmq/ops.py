@@ -18,11 +18,13 @@ from .backends import cpu as _cpu_backend
 from .backends import cpu_sparse as _cpu_sparse_backend
 from .backends import reference as _reference_backend
 from .backends import triton as _triton_backend
+from .backends import triton_sparse as _triton_sparse_backend
 from .dispatch import DEFAULT_PRECISION, WeightOperand, check_precision, kernel_for
 
 _cpu_backend.register_kernels()
 _cpu_sparse_backend.register_kernels()
 _triton_backend.register_kernels()
+_triton_sparse_backend.register_kernels()
 _reference_backend.register_kernels()
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -23,6 +23,16 @@ PROBLEMS = {
     "reference.codebook_linear": Problem("codebook_linear", "checkpoint", "meta", torch.float32, 1),
     "reference.codebook_dequantize": Problem("codebook_dequantize", "checkpoint", "cpu", torch.float32),
     **{
+        f"cpu.{format}_{op}": Problem(f"{format}_{op}", f"cpu.{format}", "cpu", torch.float32, 1)
+        for format in ("bitmap", "sparse24", "sparse24_codebook")
+        for op in ("linear", "dequantize")
+    },
+    **{
+        f"triton.{format}_{way}": Problem(f"{format}_{op}", f"triton.{format}", "cuda", torch.bfloat16, tokens)
+        for format in ("bitmap", "sparse24")
+        for way, op, tokens in (("fused", "linear", 64), ("matmul", "linear", 65), ("dequantize", "dequantize", 0))
+    },
+    **{
         f"reference.{format}_{op}": Problem(f"{format}_{op}", format, "meta", torch.float32, 1)
         for format in ("bitmap", "sparse24", "sparse24_codebook")
         for op in ("linear", "dequantize")

@@ -15,6 +15,8 @@ namespace {
 
 // Tokens of a pass of the path for more tokens: packed x then stays a small part of the weight.
 constexpr int64_t kMostTokens = 256;
+// From so many tokens on each kept weight is multiplied by 16 tokens at once.
+constexpr int64_t kFewestTransposed = 4;
 // Single-thread estimates for the thread pool.
 constexpr double kNsPerExpandedWeight = 0.05;
 constexpr double kNsPerMultiply = 0.02;
@@ -180,22 +182,6 @@ void run_few(const Problem& problem, const float* packed) {
 
 // --- more tokens ---------------------------------------------------------------------------------------------------
 
-void expand_codes(const SparseView& view, const uint8_t* cell, int64_t block, int64_t slots, float* weights) {
-  const SparseHeader& h = view.header();
-  std::fill_n(weights, slots * kCellRows, 0.0f);
-  const uint16_t* codebook = view.codebook() + (block * kCellColumns << h.bits);
-  for (int64_t group = 0; group < slots / 4; ++group) {
-    float entries[64];
-    for (int i = 0; i < 4 << h.bits; ++i) entries[i] = fp16_to_fp32(codebook[(group * 4 << h.bits) + i]);
-    for (int row = 0; row < kCellRows; ++row) {
-      const GroupCodes found = read_group(cell, h.bits, group, row);
-      for (int which = 0; which < 2; ++which)
-        weights[(group * 4 + found.position[which]) * kCellRows + row] =
-            entries[(found.position[which] << h.bits) + found.code[which]];
-    }
-  }
-}
-
 // One half of a tile in a block, outliers included, row scale not: fp32 [slots, 16].
 void expand_cell(const SparseView& view, const SparseKernels& kernels, int64_t tile, int64_t block, int half, float* weights) {
   const SparseHeader& h = view.header();
@@ -203,7 +189,7 @@ void expand_cell(const SparseView& view, const SparseKernels& kernels, int64_t t
   const int64_t slots = view.slots(block);
   if (h.kind == SparseKind::bitmap) return kernels.expand_bitmap[static_cast<int>(h.values)](cell, slots, weights);
   if (h.kind == SparseKind::sparse24) return kernels.expand_24[static_cast<int>(h.values)](cell, slots, weights);
-  expand_codes(view, cell, block, slots, weights);
+  kernels.expand_codes[h.bits - 2](cell, slots, view.codebook() + (block * kCellColumns << h.bits), weights);
   if (h.outliers == 0) return;
   const uint32_t* columns = view.outlier_columns();
   const int64_t first_row = tile * kTileRows + half * kCellRows, first = block * kCellColumns;
@@ -284,19 +270,47 @@ void run_more(const Problem& problem, const DecodeKernels& product, const BFloat
 
 // --- few kept weights ----------------------------------------------------------------------------------------------
 
-void run_columns(const Problem& problem) {
+// x [tokens, columns] -> [group of kColumnTokens, columns, token], filled up with zeros.
+void transpose_tokens(const Problem& problem, float* to) {
+  const int64_t columns = problem.header().columns, groups = (problem.tokens + kColumnTokens - 1) / kColumnTokens;
+  const double cost = kNsPerPackedElement * static_cast<double>(problem.tokens * columns);
+  parallel_for(groups, 1, cost, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t count = std::min(kColumnTokens, problem.tokens - g * kColumnTokens);
+      const float* x = problem.x + g * kColumnTokens * columns;
+      float* group = to + g * kColumnTokens * columns;
+      for (int64_t c = 0; c < columns; ++c)
+        for (int64_t t = 0; t < kColumnTokens; ++t) group[c * kColumnTokens + t] = t < count ? x[t * columns + c] : 0.0f;
+    }
+  });
+}
+
+// transposed: as `transpose_tokens` made it; null where one token after the other costs less.
+void run_columns(const Problem& problem, const float* transposed) {
   const SparseHeader& h = problem.header();
   const double cost = kNsPerGather * static_cast<double>(h.kept) * static_cast<double>(problem.tokens);
   const auto dot = problem.kernels.dot_columns[static_cast<int>(h.values)];
+  const auto dot_tokens = problem.kernels.dot_tokens[static_cast<int>(h.values)];
+  const int bytes = problem.view.column_bytes();
   for_chunks(problem, cost, [&](const Chunk& chunk) {
     const int32_t* offsets = problem.view.row_offsets() + chunk.row;
-    const int bytes = problem.view.column_bytes();
-    for (int64_t t = 0; t < problem.tokens; ++t) {
-      alignas(64) float sums[kSparseStripTiles * kTileRows];
-      for (int64_t r = 0; r < chunk.rows; ++r)
-        sums[r] = dot(problem.view.values() + offsets[r] * value_bytes(h.values), problem.view.columns() + int64_t{offsets[r]} * bytes, bytes,
-                      offsets[r + 1] - offsets[r], problem.x + t * h.columns);
-      store_rows(problem, t, chunk, sums, false);
+    const auto values = [&](int64_t r) { return problem.view.values() + offsets[r] * value_bytes(h.values); };
+    const auto columns = [&](int64_t r) { return problem.view.columns() + int64_t{offsets[r]} * bytes; };
+    alignas(64) float sums[kColumnTokens][kSparseStripTiles * kTileRows];
+    const int64_t group = transposed == nullptr ? 1 : kColumnTokens;
+    for (int64_t begin = 0; begin < problem.tokens; begin += group) {
+      for (int64_t r = 0; r < chunk.rows; ++r) {
+        const int64_t count = offsets[r + 1] - offsets[r];
+        if (transposed == nullptr) {
+          sums[0][r] = dot(values(r), columns(r), bytes, count, problem.x + begin * h.columns);
+        } else {
+          alignas(64) float of_tokens[kColumnTokens];
+          dot_tokens(values(r), columns(r), bytes, count, transposed + begin * h.columns, of_tokens);
+          for (int64_t t = 0; t < kColumnTokens; ++t) sums[t][r] = of_tokens[t];
+        }
+      }
+      for (int64_t t = 0; t < std::min(group, problem.tokens - begin); ++t)
+        store_rows(problem, begin + t, chunk, sums[t], false);
     }
   });
 }
@@ -316,7 +330,10 @@ void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t
   const BFloat16Tiles* tiles = is_few || h.kind == SparseKind::columns ? nullptr : bfloat16_tiles(view, x_dtype);
   const int64_t passes = (tokens + kMostTokens - 1) / kMostTokens, most = (tokens + passes - 1) / passes;
   int64_t packed = 0;
-  if (h.kind != SparseKind::columns)
+  const bool transposes = h.kind == SparseKind::columns && tokens >= kFewestTransposed;
+  if (transposes)
+    packed = (most + kColumnTokens - 1) / kColumnTokens * kColumnTokens * h.columns * 4;
+  else if (h.kind != SparseKind::columns)
     packed = h.blocks * (is_few              ? kCellColumns * tokens * x_floats(h) * 4
                          : tiles != nullptr ? tiles->packed_bytes(most)
                                             : product.packed_bytes(most));
@@ -338,7 +355,8 @@ void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t
     else
       problem.x = rows_in_fp32(problem.conversions, x, x_dtype, begin, problem.tokens, h.columns, x_fp32);
     if (h.kind == SparseKind::columns) {
-      run_columns(problem);
+      if (transposes) transpose_tokens(problem, reinterpret_cast<float*>(packed_x));
+      run_columns(problem, transposes ? reinterpret_cast<const float*>(packed_x) : nullptr);
     } else if (is_few) {
       pack_few(problem, reinterpret_cast<float*>(packed_x));
       run_few(problem, reinterpret_cast<const float*>(packed_x));

@@ -18,6 +18,7 @@
 namespace pyllmq::cpu {
 
 constexpr int64_t kMostFewTokens = 8;
+constexpr int64_t kColumnTokens = 16;  // side by side where each kept weight is multiplied on its own
 
 // x of the tokens of one block, padded with zeros, in the order that a kind's kernels read:
 //   bitmap     [slot, token]
@@ -41,10 +42,15 @@ struct SparseKernels {
   // Weights [slots, 16] in fp32.
   void (*expand_bitmap[4])(const uint8_t* cell, int64_t slots, float* weights);
   void (*expand_24[4])(const uint8_t* cell, int64_t slots, float* weights);
+  // Index [bits - 2]; codebook fp16 of the cell's first column on.
+  void (*expand_codes[3])(const uint8_t* cell, int64_t slots, const uint16_t* codebook, float* weights);
   // products[4 << bits] of a group.
   void (*build_products)(const uint16_t* codebook, int bits, const float* x, float* products);
   // Sum over the kept weights of one row, by ValueType; columns uint16 or uint32.
   float (*dot_columns[4])(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x);
+  // The same for kColumnTokens tokens at once: x [columns, kColumnTokens], sums [kColumnTokens].
+  void (*dot_tokens[4])(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x,
+                        float* sums);
 };
 
 extern const SparseKernels kSparseScalar;

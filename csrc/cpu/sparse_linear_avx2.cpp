@@ -207,6 +207,17 @@ void multiply_24(const CellWork& work) {
   sums.store(work.sums);
 }
 
+// Two kept weights of 8 rows to their places among four columns.
+inline void spread(__m256i first_place, __m256i second_place, __m256 first, __m256 second, float* weights) {
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m256i column = _mm256_set1_epi32(c);
+    const __m256 a = _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(first_place, column)), first);
+    const __m256 b = _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(second_place, column)), second);
+    _mm256_store_ps(weights + c * kCellRows, _mm256_or_ps(a, b));
+  }
+}
+
 template <ValueType Type>
 void expand_24(const uint8_t* cell, int64_t slots, float* weights) {
   const __m256i three = _mm256_set1_epi32(3);
@@ -219,13 +230,7 @@ void expand_24(const uint8_t* cell, int64_t slots, float* weights) {
       for (int half = 0; half < 2; ++half) {
         const __m256i own = _mm256_srl_epi32(load_32(positions + 32 * half), _mm_cvtsi32_si128(4 * g));
         const __m256i first = _mm256_and_si256(own, three), second = _mm256_and_si256(_mm256_srli_epi32(own, 2), three);
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; ++c) {
-          const __m256i column = _mm256_set1_epi32(c);
-          const __m256 a = _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(first, column)), w.first[half]);
-          const __m256 b = _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(second, column)), w.second[half]);
-          _mm256_store_ps(weights + c * kCellRows + 8 * half, _mm256_or_ps(a, b));
-        }
+        spread(first, second, w.first[half], w.second[half], weights + 8 * half);
       }
     }
   }
@@ -245,33 +250,58 @@ inline __attribute__((always_inline)) __m256 look_up(const float* products, __m2
   }
 }
 
+struct Index {  // into the products of a group, of the two kept weights of 8 rows; bits above it may be anything
+  __m256i first, second;
+};
+
+template <int Bits>
+inline __attribute__((always_inline)) Index group_index(const uint8_t* batch, int g, int half) {
+  const auto plane = [&](int p) { return _mm256_srl_epi32(load_32(batch + 64 * p + 32 * half), _mm_cvtsi32_si128(4 * g)); };
+  if constexpr (Bits == 2) return {plane(0), plane(1)};
+  const __m256i positions = plane(0), code_bits = _mm256_set1_epi32((1 << Bits) - 1);
+  const auto merge = [&](__m256i codes, __m256i position) {
+    return _mm256_or_si256(_mm256_and_si256(codes, code_bits), _mm256_slli_epi32(position, Bits));
+  };
+  return {merge(plane(1), positions), merge(plane(2), _mm256_srli_epi32(positions, 2))};
+}
+
+template <int Bits>
+void expand_codes(const uint8_t* cell, int64_t slots, const uint16_t* codebook, float* weights) {
+  const __m256i three = _mm256_set1_epi32(3);
+  for (int64_t slot = 0; slot < slots; slot += kBatchColumns, cell += code_batch_bytes(Bits)) {
+    prefetch(cell);
+    for (int g = 0; g < 8; ++g, codebook += 4 << Bits, weights += 4 * kCellRows) {
+      alignas(32) float entries[4 << Bits];
+      for (int i = 0; i < 4 << Bits; i += 8) _mm256_store_ps(entries + i, _mm256_cvtph_ps(load_16(codebook + i)));
+      for (int half = 0; half < 2; ++half) {
+        const Index index = group_index<Bits>(cell, g, half);
+        const __m256 first = look_up<Bits - 1>(entries, index.first), second = look_up<Bits - 1>(entries, index.second);
+        spread(_mm256_and_si256(_mm256_srli_epi32(index.first, Bits), three),
+               _mm256_and_si256(_mm256_srli_epi32(index.second, Bits), three), first, second, weights + 8 * half);
+      }
+    }
+  }
+}
+
 template <int Bits, int Tokens>
 void multiply_codes(const CellWork& work) {
   Sums<Tokens> sums;
   sums.clear();
   constexpr int last = Sums<Tokens>::kChains - 1;
-  const __m256i code_bits = _mm256_set1_epi32((1 << Bits) - 1);
   const float* x = work.x;
   const uint8_t* cell = work.cell;
   for (int64_t slot = 0; slot < work.slots; slot += kBatchColumns, cell += code_batch_bytes(Bits)) {
     for (int line = 0; line < code_batch_bytes(Bits); line += 64) prefetch(cell + line);
     for (int g = 0; g < 8; ++g, x += Tokens * (4 << Bits)) {
-      const __m128i shift = _mm_cvtsi32_si128(4 * g);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        const auto plane = [&](int p) { return _mm256_srl_epi32(load_32(cell + 64 * p + 32 * half), shift); };
-        __m256i first = plane(0), second = plane(1);
-        if constexpr (Bits != 2) {
-          const __m256i positions = first;
-          first = _mm256_or_si256(_mm256_and_si256(second, code_bits), _mm256_slli_epi32(_mm256_and_si256(positions, _mm256_set1_epi32(3)), Bits));
-          second = _mm256_or_si256(_mm256_and_si256(plane(2), code_bits), _mm256_slli_epi32(_mm256_srli_epi32(positions, 2), Bits));
-        }
+        const Index index = group_index<Bits>(cell, g, half);
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) {
           const float* products = x + t * (4 << Bits);
           __m256 &a = sums.sum[t][0][half], &b = sums.sum[t][last][half];
-          a = _mm256_add_ps(a, look_up<Bits - 1>(products, first));
-          b = _mm256_add_ps(b, look_up<Bits - 1>(products, second));
+          a = _mm256_add_ps(a, look_up<Bits - 1>(products, index.first));
+          b = _mm256_add_ps(b, look_up<Bits - 1>(products, index.second));
         }
       }
     }
@@ -323,6 +353,37 @@ float dot_columns(const uint8_t* values, const uint8_t* columns, int column_byte
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
 }
 
+template <ValueType Type>
+inline float one_value(const uint8_t* values, int64_t i) {
+  if constexpr (Type == ValueType::fp32) return reinterpret_cast<const float*>(values)[i];
+  if constexpr (Type == ValueType::bf16) return bf16_to_fp32(reinterpret_cast<const uint16_t*>(values)[i]);
+  if constexpr (Type == ValueType::fp16) return _cvtsh_ss(reinterpret_cast<const uint16_t*>(values)[i]);
+  return reinterpret_cast<const int8_t*>(values)[i];
+}
+
+template <ValueType Type>
+void dot_tokens(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x, float* sums) {
+  __m256 sum[2][2];
+  for (auto& chain : sum) chain[0] = chain[1] = _mm256_setzero_ps();
+  const auto run = [&](auto* column) {
+    const auto add = [&](int64_t i, __m256* to) {
+      const __m256 value = _mm256_set1_ps(one_value<Type>(values, i));
+      const float* own = x + column[i] * kColumnTokens;
+      to[0] = _mm256_fmadd_ps(value, _mm256_loadu_ps(own), to[0]);
+      to[1] = _mm256_fmadd_ps(value, _mm256_loadu_ps(own + 8), to[1]);
+    };
+    int64_t i = 0;
+    for (; i + 2 <= count; i += 2) {
+      add(i, sum[0]);
+      add(i + 1, sum[1]);
+    }
+    if (i < count) add(i, sum[0]);
+  };
+  column_bytes == 2 ? run(reinterpret_cast<const uint16_t*>(columns)) : run(reinterpret_cast<const uint32_t*>(columns));
+  _mm256_storeu_ps(sums, _mm256_add_ps(sum[0][0], sum[1][0]));
+  _mm256_storeu_ps(sums + 8, _mm256_add_ps(sum[0][1], sum[1][1]));
+}
+
 #define PYLLMQ_FOUR(kernel, type) \
   { kernel<type, 1>, kernel<type, 2>, kernel<type, 3>, kernel<type, 4> }
 #define PYLLMQ_TYPES(kernel)                                                           \
@@ -342,9 +403,11 @@ const SparseKernels kSparseAvx2 = {
     {expand_bitmap<ValueType::fp32>, expand_bitmap<ValueType::bf16>, expand_bitmap<ValueType::fp16>,
      expand_bitmap<ValueType::int8>},
     {expand_24<ValueType::fp32>, expand_24<ValueType::bf16>, expand_24<ValueType::fp16>, expand_24<ValueType::int8>},
+    {expand_codes<2>, expand_codes<3>, expand_codes<4>},
     build_products,
     {dot_columns<ValueType::fp32>, dot_columns<ValueType::bf16>, dot_columns<ValueType::fp16>,
      dot_columns<ValueType::int8>},
+    {dot_tokens<ValueType::fp32>, dot_tokens<ValueType::bf16>, dot_tokens<ValueType::fp16>, dot_tokens<ValueType::int8>},
 };
 
 }  // namespace pyllmq::cpu

@@ -178,6 +178,51 @@ inline __attribute__((always_inline)) __m512 look_up(const float* products, __m5
   return _mm512_mask_mov_ps(first, _mm512_movepi32_mask(_mm512_slli_epi32(index, 26)), second);
 }
 
+struct Index {  // into the products of a group, of the two kept weights of 16 rows
+  __m512i first, second;
+};
+
+template <int Bits>
+struct CodeBatch {
+  __m512i a, b, c;  // 2 bits: the two planes of code | position << 2; else positions and two planes of codes
+
+  explicit CodeBatch(const uint8_t* cell) : a(load(cell)), b(load(cell + 64)), c(Bits == 2 ? b : load(cell + 128)) {}
+
+  inline __attribute__((always_inline)) Index group(int g) const {
+    if constexpr (Bits == 2) return {_mm512_srli_epi32(a, 4 * g), _mm512_srli_epi32(b, 4 * g)};
+    constexpr int merge = 0xCA;  // (code & mask) | (position & ~mask)
+    const __m512i code_bits = _mm512_set1_epi32((1 << Bits) - 1);
+    const auto shifted = [&](int by) { return by >= 0 ? _mm512_srli_epi32(a, by) : _mm512_slli_epi32(a, -by); };
+    return {_mm512_ternarylogic_epi32(code_bits, _mm512_srli_epi32(b, 4 * g), shifted(4 * g - Bits), merge),
+            _mm512_ternarylogic_epi32(code_bits, _mm512_srli_epi32(c, 4 * g), shifted(4 * g + 2 - Bits), merge)};
+  }
+};
+
+template <int Bits>
+void expand_codes(const uint8_t* cell, int64_t slots, const uint16_t* codebook, float* weights) {
+  const __m512i place = _mm512_set1_epi32(3);
+  for (int64_t slot = 0; slot < slots; slot += kBatchColumns, cell += code_batch_bytes(Bits)) {
+    prefetch(cell);
+    const CodeBatch<Bits> batch(cell);
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; ++g, codebook += 4 << Bits) {
+      alignas(64) float entries[4 << Bits];
+      for (int i = 0; i < 4 << Bits; i += 16)
+        _mm512_store_ps(entries + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codebook + i))));
+      const Index index = batch.group(g);
+      const __m512 first = look_up<Bits>(entries, index.first), second = look_up<Bits>(entries, index.second);
+      const __m512i first_place = _mm512_and_si512(_mm512_srli_epi32(index.first, Bits), place);
+      const __m512i second_place = _mm512_and_si512(_mm512_srli_epi32(index.second, Bits), place);
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c, weights += kCellRows) {
+        const __m512i column = _mm512_set1_epi32(c);
+        const __m512 one = _mm512_maskz_mov_ps(_mm512_cmpeq_epi32_mask(first_place, column), first);
+        _mm512_store_ps(weights, _mm512_mask_mov_ps(one, _mm512_cmpeq_epi32_mask(second_place, column), second));
+      }
+    }
+  }
+}
+
 template <int Bits, int Tokens>
 void multiply_codes(const CellWork& work) {
   __m512 sum[Tokens][kChains<Tokens>];
@@ -187,30 +232,19 @@ void multiply_codes(const CellWork& work) {
     for (int c = 0; c < kChains<Tokens>; ++c) sum[t][c] = _mm512_setzero_ps();
   const float* x = work.x;
   const uint8_t* cell = work.cell;
-  const __m512i code_bits = _mm512_set1_epi32((1 << Bits) - 1);
   for (int64_t slot = 0; slot < work.slots; slot += kBatchColumns, cell += code_batch_bytes(Bits)) {
     for (int line = 0; line < code_batch_bytes(Bits); line += 64) prefetch(cell + line);
-    const __m512i a = load(cell), b = load(cell + 64);
-    const __m512i c = Bits == 2 ? b : load(cell + 128);
+    const CodeBatch<Bits> batch(cell);
 #pragma GCC unroll 8
     for (int g = 0; g < 8; ++g) {
-      __m512i first, second;
-      if constexpr (Bits == 2) {
-        first = _mm512_srli_epi32(a, 4 * g);
-        second = _mm512_srli_epi32(b, 4 * g);
-      } else {  // a: positions, b and c: codes; (code & mask) | (position & ~mask)
-        constexpr int merge = 0xCA;
-        const auto shifted = [&](int by) { return by >= 0 ? _mm512_srli_epi32(a, by) : _mm512_slli_epi32(a, -by); };
-        first = _mm512_ternarylogic_epi32(code_bits, _mm512_srli_epi32(b, 4 * g), shifted(4 * g - Bits), merge);
-        second = _mm512_ternarylogic_epi32(code_bits, _mm512_srli_epi32(c, 4 * g), shifted(4 * g + 2 - Bits), merge);
-      }
+      const Index index = batch.group(g);
 #pragma GCC unroll 4
       for (int t = 0; t < Tokens; ++t) {
         const float* products = x + (g * Tokens + t) * (4 << Bits);
         __m512& one = sum[t][2 * g % kChains<Tokens>];
         __m512& two = sum[t][(2 * g + 1) % kChains<Tokens>];
-        one = _mm512_add_ps(one, look_up<Bits>(products, first));
-        two = _mm512_add_ps(two, look_up<Bits>(products, second));
+        one = _mm512_add_ps(one, look_up<Bits>(products, index.first));
+        two = _mm512_add_ps(two, look_up<Bits>(products, index.second));
       }
     }
     x += 8 * Tokens * (4 << Bits);
@@ -256,6 +290,32 @@ float dot_columns(const uint8_t* values, const uint8_t* columns, int column_byte
   return _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
 }
 
+template <ValueType Type>
+inline float one_value(const uint8_t* values, int64_t i) {
+  if constexpr (Type == ValueType::fp32) return reinterpret_cast<const float*>(values)[i];
+  if constexpr (Type == ValueType::bf16) return bf16_to_fp32(reinterpret_cast<const uint16_t*>(values)[i]);
+  if constexpr (Type == ValueType::fp16) return _cvtsh_ss(reinterpret_cast<const uint16_t*>(values)[i]);
+  return reinterpret_cast<const int8_t*>(values)[i];
+}
+
+template <ValueType Type>
+void dot_tokens(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x, float* sums) {
+  __m512 sum[4];
+  for (__m512& each : sum) each = _mm512_setzero_ps();
+  const auto run = [&](auto* column) {
+    const auto add = [&](int64_t i, __m512& to) {
+      to = _mm512_fmadd_ps(_mm512_set1_ps(one_value<Type>(values, i)), _mm512_loadu_ps(x + column[i] * kColumnTokens), to);
+    };
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4)
+#pragma GCC unroll 4
+      for (int c = 0; c < 4; ++c) add(i + c, sum[c]);
+    for (; i < count; ++i) add(i, sum[0]);
+  };
+  column_bytes == 2 ? run(reinterpret_cast<const uint16_t*>(columns)) : run(reinterpret_cast<const uint32_t*>(columns));
+  _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+}
+
 #define PYLLMQ_EIGHT(kernel, type)                                                                             \
   {                                                                                                            \
     kernel<type, 1>, kernel<type, 2>, kernel<type, 3>, kernel<type, 4>, kernel<type, 5>, kernel<type, 6>,      \
@@ -280,9 +340,11 @@ const SparseKernels kSparseAvx512 = {
     {expand_bitmap<ValueType::fp32>, expand_bitmap<ValueType::bf16>, expand_bitmap<ValueType::fp16>,
      expand_bitmap<ValueType::int8>},
     {expand_24<ValueType::fp32>, expand_24<ValueType::bf16>, expand_24<ValueType::fp16>, expand_24<ValueType::int8>},
+    {expand_codes<2>, expand_codes<3>, expand_codes<4>},
     build_products,
     {dot_columns<ValueType::fp32>, dot_columns<ValueType::bf16>, dot_columns<ValueType::fp16>,
      dot_columns<ValueType::int8>},
+    {dot_tokens<ValueType::fp32>, dot_tokens<ValueType::bf16>, dot_tokens<ValueType::fp16>, dot_tokens<ValueType::int8>},
 };
 
 }  // namespace pyllmq::cpu

@@ -82,19 +82,42 @@ void multiply_codes(const CellWork& work) {
   }
 }
 
+template <int Bits>
+void expand_codes(const uint8_t* cell, int64_t slots, const uint16_t* codebook, float* weights) {
+  for (int64_t i = 0; i < slots * kCellRows; ++i) weights[i] = 0.0f;
+  for (int64_t group = 0; group < slots / 4; ++group)
+    for (int row = 0; row < kCellRows; ++row) {
+      const GroupCodes found = read_group(cell, Bits, group, row);
+      for (int which = 0; which < 2; ++which) {
+        const int64_t slot = group * 4 + found.position[which];
+        weights[slot * kCellRows + row] += fp16_to_fp32(codebook[(slot << Bits) + found.code[which]]);
+      }
+    }
+}
+
 void build_products(const uint16_t* codebook, int bits, const float* x, float* products) {
   for (int i = 0; i < 4 << bits; ++i) products[i] = x[i >> bits] * fp16_to_fp32(codebook[i]);
+}
+
+uint32_t read_column(const uint8_t* columns, int column_bytes, int64_t i) {
+  return column_bytes == 2 ? reinterpret_cast<const uint16_t*>(columns)[i]
+                           : reinterpret_cast<const uint32_t*>(columns)[i];
 }
 
 template <ValueType Type>
 float dot_columns(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x) {
   float sum[4] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t column = column_bytes == 2 ? reinterpret_cast<const uint16_t*>(columns)[i]
-                                              : reinterpret_cast<const uint32_t*>(columns)[i];
-    sum[i % 4] += read_value<Type>(values, i) * x[column];
-  }
+  for (int64_t i = 0; i < count; ++i) sum[i % 4] += read_value<Type>(values, i) * x[read_column(columns, column_bytes, i)];
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+template <ValueType Type>
+void dot_tokens(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x, float* sums) {
+  for (int64_t t = 0; t < kColumnTokens; ++t) sums[t] = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float* own = x + read_column(columns, column_bytes, i) * kColumnTokens;
+    for (int64_t t = 0; t < kColumnTokens; ++t) sums[t] += read_value<Type>(values, i) * own[t];
+  }
 }
 
 }  // namespace
@@ -107,8 +130,10 @@ const SparseKernels kSparseScalar = {
     {{multiply_codes<2>}, {multiply_codes<3>}, {multiply_codes<4>}},
     {expand_bitmap<ValueType::fp32>, expand_bitmap<ValueType::bf16>, expand_bitmap<ValueType::fp16>, expand_bitmap<ValueType::int8>},
     {expand_24<ValueType::fp32>, expand_24<ValueType::bf16>, expand_24<ValueType::fp16>, expand_24<ValueType::int8>},
+    {expand_codes<2>, expand_codes<3>, expand_codes<4>},
     build_products,
     {dot_columns<ValueType::fp32>, dot_columns<ValueType::bf16>, dot_columns<ValueType::fp16>, dot_columns<ValueType::int8>},
+    {dot_tokens<ValueType::fp32>, dot_tokens<ValueType::bf16>, dot_tokens<ValueType::fp16>, dot_tokens<ValueType::int8>},
 };
 
 }  // namespace pyllmq::cpu

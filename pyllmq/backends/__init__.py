@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import BITMAP, CHECKPOINT, SPARSE24, SPARSE24_CODEBOOK, WeightOperand, forced_backend
-from . import cpu, cpu_sparse, reference, triton
+from . import cpu, cpu_sparse, reference, triton, triton_sparse
 
 __all__ = [
     "cpu",
@@ -20,11 +20,12 @@ __all__ = [
     "reference",
     "report",
     "triton",
+    "triton_sparse",
     "unpack_layout",
 ]
 
 SPARSE_LAYOUTS = (BITMAP, SPARSE24, SPARSE24_CODEBOOK)
-_SPARSE: tuple[ModuleType, ...] = (cpu_sparse,)
+_SPARSE: tuple[ModuleType, ...] = (cpu_sparse, triton_sparse)
 """Back ends with layouts of their own for the sparse formats, in the order in which they are asked."""
 
 _WITH_LAYOUT = {cpu.LAYOUT: cpu, triton.LAYOUT: triton}
@@ -57,6 +58,8 @@ def operand_from_layout(layout: str, blob: Tensor, out_features: int, in_feature
     """The operand whose machine layout is `blob`, the first tensor of what `prepack` made."""
     if layout == triton.LAYOUT:
         return triton.operand_from_blob(blob, out_features, in_features)
+    if layout in triton_sparse.LAYOUTS.values():
+        return triton_sparse.operand_from_blob(layout, blob, out_features, in_features)
     return WeightOperand(layout, (blob,), out_features, in_features)
 
 

@@ -82,12 +82,12 @@ def make_all(n, k):
     yield from (random_codes(n, k, bits, outliers)[0] for bits in (2, 3, 4) for outliers in (0, 0.02))
 
 
-@pytest.mark.parametrize("n,k", [(1, 1), (5, 3), (33, 70), (64, 256), (130, 515)])
+@pytest.mark.parametrize("n,k", [(1, 1), (5, 3), (33, 70), (64, 256), (70, 515)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_against_fp64(n, k, dtype, isa):
     bias = torch.randn(n)
     for packed in make_all(n, k):
-        for tokens in (1, 2, 5, 8, 17, 65):
+        for tokens in (1, 2, 5, 8, 17):
             check(packed, torch.randn(tokens, k).to(dtype), bias)
 
 

@@ -247,9 +247,14 @@ void run_more(const Problem& problem, const DecodeKernels& product, const BFloat
       for (int64_t tile = 0; tile < chunk.tiles; ++tile) {
         const int64_t slots = problem.view.slots(block);
         for (int half = 0; half < 2; ++half) {
+          uint16_t* pairs_of_half = pairs + half * kCellColumns * kCellRows;
+          if (tiles != nullptr && h.kind == SparseKind::bitmap && h.values == ValueType::bf16) {
+            tiles->expand_bitmap(problem.view.cell(chunk.tile + tile, block, half), slots, pairs_of_half);
+            continue;
+          }
           float* weights_of_half = expanded + half * kCellColumns * kCellRows;
           expand_cell(problem.view, problem.kernels, chunk.tile + tile, block, half, weights_of_half);
-          if (tiles != nullptr) tiles->pack_weights(weights_of_half, slots, pairs + half * kCellColumns * kCellRows);
+          if (tiles != nullptr) tiles->pack_weights(weights_of_half, slots, pairs_of_half);
         }
         if (tiles != nullptr)
           tiles->multiply(pairs, reinterpret_cast<const uint16_t*>(packed + block * tiles->packed_bytes(tokens)), slots, tokens,

@@ -61,6 +61,7 @@ extern const SparseKernels kSparseAvx512;
 // [group of 16 tokens, slots / 32, 16, 32]; sums [tokens filled up to 16, kTileRows] += both halves.
 struct BFloat16Tiles {
   void (*pack_weights)(const float* weights, int64_t slots, uint16_t* pairs);
+  void (*expand_bitmap)(const uint8_t* cell, int64_t slots, uint16_t* pairs);  // of bf16 values: pairs as they are
   int64_t (*packed_bytes)(int64_t tokens);  // of a block
   void (*pack_x)(const uint16_t* x, int64_t stride, int64_t tokens, int64_t columns, int64_t slots, uint16_t* packed);
   void (*multiply)(const uint16_t* pairs, const uint16_t* packed, int64_t slots, int64_t tokens, float* sums);

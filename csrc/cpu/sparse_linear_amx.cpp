@@ -22,6 +22,20 @@ void pack_weights(const float* weights, int64_t slots, uint16_t* pairs) {
   }
 }
 
+void expand_bitmap(const uint8_t* cell, int64_t slots, uint16_t* pairs) {
+  constexpr int ahead = 2048;
+  const auto* masks = reinterpret_cast<const uint32_t*>(cell);
+  const uint8_t* values = cell + slots * 2;
+  for (int64_t line = 0; line < slots * 2; line += 64) _mm_prefetch(reinterpret_cast<const char*>(cell + line) + ahead, _MM_HINT_T0);
+  for (int64_t pair = 0; pair < slots / 2; ++pair, pairs += 2 * kCellRows) {
+    _mm_prefetch(reinterpret_cast<const char*>(values) + ahead, _MM_HINT_T0);
+    __m512i loaded = _mm512_loadu_si512(values);
+    asm("" : "+v"(loaded));  // from memory the expansion is slower
+    _mm512_store_si512(pairs, _mm512_maskz_expand_epi16(masks[pair], loaded));
+    values += 2 * _mm_popcnt_u64(masks[pair]);
+  }
+}
+
 int64_t packed_bytes(int64_t tokens) {
   return (tokens + kTileTokens - 1) / kTileTokens * kTileTokens * kCellColumns * 2;
 }
@@ -95,6 +109,6 @@ void multiply(const uint16_t* pairs, const uint16_t* packed, int64_t slots, int6
 
 }  // namespace
 
-const BFloat16Tiles kBFloat16TilesAmx = {pack_weights, packed_bytes, pack_x, multiply, begin_chunk, end_chunk};
+const BFloat16Tiles kBFloat16TilesAmx = {pack_weights, expand_bitmap, packed_bytes, pack_x, multiply, begin_chunk, end_chunk};
 
 }  // namespace pyllmq::cpu

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kPrefetchBytes = 1024;
 
+// Relative to where a kernel reads; what it steps over (masks, positions) is fetched with a call of its own.
 inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at) + kPrefetchBytes, _MM_HINT_T0); }
 
 // Where bit i of the byte is set: which value goes there; else zero (the top bit of a shuffle's byte, the sign of a word).
@@ -118,6 +119,7 @@ void multiply_bitmap(const CellWork& work) {
   constexpr int second = Sums<Tokens>::kChains - 1;
   const auto* masks = reinterpret_cast<const uint32_t*>(work.cell);
   const uint8_t* values = work.cell + work.slots * 2;
+  for (int64_t line = 0; line < work.slots * 2; line += 64) prefetch(work.cell + line);
   const float* x = work.x;
   for (int64_t pair = 0; pair < work.slots / 2; ++pair, x += 2 * Tokens) {
     prefetch(values);
@@ -139,6 +141,7 @@ template <ValueType Type>
 void expand_bitmap(const uint8_t* cell, int64_t slots, float* weights) {
   const auto* masks = reinterpret_cast<const uint32_t*>(cell);
   const uint8_t* values = cell + slots * 2;
+  for (int64_t line = 0; line < slots * 2; line += 64) prefetch(cell + line);
   for (int64_t pair = 0; pair < slots / 2; ++pair, weights += 2 * kCellRows) {
     prefetch(values);
     const Rows w = expand_pair<Type>(masks[pair], values);
@@ -186,6 +189,7 @@ void multiply_24(const CellWork& work) {
   const uint8_t* cell = work.cell;
   for (int64_t slot = 0; slot < work.slots; slot += kBatchColumns) {
     __m256i place[2] = {load_32(cell), load_32(cell + 32)};
+    prefetch(cell);
     cell += 4 * kCellRows;
     for (int g = 0; g < 8; ++g, cell += kGroupBytes<Type>, x += 4 * Tokens) {
       for (int64_t line = 0; line < kGroupBytes<Type>; line += 64) prefetch(cell + line);
@@ -223,6 +227,7 @@ void expand_24(const uint8_t* cell, int64_t slots, float* weights) {
   const __m256i three = _mm256_set1_epi32(3);
   for (int64_t slot = 0; slot < slots; slot += kBatchColumns) {
     const uint8_t* positions = cell;
+    prefetch(cell);
     cell += 4 * kCellRows;
     for (int g = 0; g < 8; ++g, cell += kGroupBytes<Type>, weights += 4 * kCellRows) {
       prefetch(cell);
@@ -241,7 +246,9 @@ void expand_24(const uint8_t* cell, int64_t slots, float* weights) {
 // products[index] of 8 rows, among 8 << Doublings of them; the bits above the index may be anything.
 template <int Doublings>
 inline __attribute__((always_inline)) __m256 look_up(const float* products, __m256i index) {
-  if constexpr (Doublings == 0) {
+  if constexpr (Doublings == 3) {  // 8 permutes and 7 blends: 0.27 ns a weight, a gather from the L1 cache: 0.11
+    return _mm256_i32gather_ps(products, _mm256_and_si256(index, _mm256_set1_epi32(63)), 4);
+  } else if constexpr (Doublings == 0) {
     return _mm256_permutevar8x32_ps(_mm256_loadu_ps(products), index);
   } else {
     const __m256 low = look_up<Doublings - 1>(products, index);

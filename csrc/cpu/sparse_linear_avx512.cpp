@@ -9,9 +9,16 @@ namespace {
 
 constexpr int kPrefetchBytes = 2048;
 
+// Relative to where a kernel reads; what it steps over (masks, positions) is fetched with a call of its own.
 inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at) + kPrefetchBytes, _MM_HINT_T0); }
 
 inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }
+// Of what an expansion reads: the pin keeps gcc from folding the load into it.
+inline __m512i load_pinned(const void* from) {
+  __m512i loaded = _mm512_loadu_si512(from);
+  asm("" : "+v"(loaded));
+  return loaded;
+}
 inline __m512 low_bf16(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 inline __m512 high_bf16(__m512i pairs) {
   return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
@@ -26,18 +33,18 @@ struct Two {
 template <ValueType Type>
 inline __attribute__((always_inline)) Two expand_pair(uint32_t mask, const uint8_t*& values) {
   if constexpr (Type == ValueType::fp32) {
-    const __m512 first = _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(values));
-    values += 4 * _mm_popcnt_u32(mask & 0xFFFF);
-    const __m512 second = _mm512_maskz_expand_ps(static_cast<__mmask16>(mask >> 16), _mm512_loadu_ps(values));
-    values += 4 * _mm_popcnt_u32(mask >> 16);
-    return {first, second};
+    const __m512i first = _mm512_maskz_expand_epi32(static_cast<__mmask16>(mask), load_pinned(values));
+    const uint8_t* next = values + 4 * _mm_popcnt_u64(mask & 0xFFFF);
+    const __m512i second = _mm512_maskz_expand_epi32(static_cast<__mmask16>(mask >> 16), load_pinned(next));
+    values += 4 * _mm_popcnt_u64(mask);
+    return {_mm512_castsi512_ps(first), _mm512_castsi512_ps(second)};
   } else if constexpr (Type == ValueType::int8) {
-    const __m256i both = _mm256_maskz_expand_epi8(mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
-    values += _mm_popcnt_u32(mask);
+    const __m256i both = _mm256_maskz_expand_epi8(mask, _mm512_castsi512_si256(load_pinned(values)));
+    values += _mm_popcnt_u64(mask);
     return {int8_to_fp32(_mm256_castsi256_si128(both)), int8_to_fp32(_mm256_extracti128_si256(both, 1))};
   } else {
-    const __m512i both = _mm512_maskz_expand_epi16(mask, load(values));
-    values += 2 * _mm_popcnt_u32(mask);
+    const __m512i both = _mm512_maskz_expand_epi16(mask, load_pinned(values));
+    values += 2 * _mm_popcnt_u64(mask);
     if constexpr (Type == ValueType::bf16) return {low_bf16(both), high_bf16(both)};
     return {_mm512_cvtph_ps(_mm512_castsi512_si256(both)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1))};
   }
@@ -65,6 +72,7 @@ void multiply_bitmap(const CellWork& work) {
     for (int c = 0; c < kChains<Tokens>; ++c) sum[t][c] = _mm512_setzero_ps();
   const auto* masks = reinterpret_cast<const uint32_t*>(work.cell);
   const uint8_t* values = work.cell + work.slots * 2;
+  for (int64_t line = 0; line < work.slots * 2; line += 64) prefetch(work.cell + line);
   const float* x = work.x;
   for (int64_t pair = 0; pair < work.slots / 2; pair += 4) {
 #pragma GCC unroll 4
@@ -88,6 +96,7 @@ template <ValueType Type>
 void expand_bitmap(const uint8_t* cell, int64_t slots, float* weights) {
   const auto* masks = reinterpret_cast<const uint32_t*>(cell);
   const uint8_t* values = cell + slots * 2;
+  for (int64_t line = 0; line < slots * 2; line += 64) prefetch(cell + line);
   for (int64_t pair = 0; pair < slots / 2; ++pair, weights += 2 * kCellRows) {
     prefetch(values);
     const Two w = expand_pair<Type>(masks[pair], values);
@@ -124,6 +133,7 @@ void multiply_24(const CellWork& work) {
   const uint8_t* cell = work.cell;
   for (int64_t slot = 0; slot < work.slots; slot += kBatchColumns) {
     const __m512i positions = load(cell);
+    prefetch(cell);
     cell += 4 * kCellRows;
 #pragma GCC unroll 8
     for (int g = 0; g < 8; ++g, cell += kGroupBytes<Type>) {
@@ -149,6 +159,7 @@ void expand_24(const uint8_t* cell, int64_t slots, float* weights) {
   const __m512i place = _mm512_set1_epi32(3);
   for (int64_t slot = 0; slot < slots; slot += kBatchColumns) {
     const __m512i positions = load(cell);
+    prefetch(cell);
     cell += 4 * kCellRows;
     for (int g = 0; g < 8; ++g, cell += kGroupBytes<Type>) {
       prefetch(cell);

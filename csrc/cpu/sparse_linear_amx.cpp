@@ -23,12 +23,15 @@ void pack_weights(const float* weights, int64_t slots, uint16_t* pairs) {
 }
 
 void expand_bitmap(const uint8_t* cell, int64_t slots, uint16_t* pairs) {
-  constexpr int ahead = 2048;
+  const auto prefetch = [](const uint8_t* at) {  // the distances of the AVX-512 row
+    _mm_prefetch(reinterpret_cast<const char*>(at) + 2048, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(at) + 16384, _MM_HINT_T1);
+  };
   const auto* masks = reinterpret_cast<const uint32_t*>(cell);
   const uint8_t* values = cell + slots * 2;
-  for (int64_t line = 0; line < slots * 2; line += 64) _mm_prefetch(reinterpret_cast<const char*>(cell + line) + ahead, _MM_HINT_T0);
+  for (int64_t line = 0; line < slots * 2; line += 64) prefetch(cell + line);
   for (int64_t pair = 0; pair < slots / 2; ++pair, pairs += 2 * kCellRows) {
-    _mm_prefetch(reinterpret_cast<const char*>(values) + ahead, _MM_HINT_T0);
+    prefetch(values);
     __m512i loaded = _mm512_loadu_si512(values);
     asm("" : "+v"(loaded));  // from memory the expansion is slower
     _mm512_store_si512(pairs, _mm512_maskz_expand_epi16(masks[pair], loaded));

@@ -7,10 +7,15 @@
 namespace pyllmq::cpu {
 namespace {
 
-constexpr int kPrefetchBytes = 2048;
+// From L2 to L1 and from memory to L2. 4096 x 4096 at 50 %, 2 threads, us for fp32 / bf16 / 2:4 bf16: 4 KiB into L1 alone 997
+// / 747 / 727; 1 and 8 KiB 815 / 568 / 518; 2 and 16 KiB 750 / 520 / 455.
+constexpr int kNearBytes = 2048, kFarBytes = 16384;
 
 // Relative to where a kernel reads; what it steps over (masks, positions) is fetched with a call of its own.
-inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at) + kPrefetchBytes, _MM_HINT_T0); }
+inline void prefetch(const void* at) {
+  _mm_prefetch(static_cast<const char*>(at) + kNearBytes, _MM_HINT_T0);
+  _mm_prefetch(static_cast<const char*>(at) + kFarBytes, _MM_HINT_T1);
+}
 
 inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }
 // Of what an expansion reads: the pin keeps gcc from folding the load into it.

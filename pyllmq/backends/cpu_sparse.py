@@ -31,9 +31,9 @@ DEVICE = "cpu"
 LAYOUTS = {BITMAP: "cpu.bitmap", SPARSE24: "cpu.sparse24", SPARSE24_CODEBOOK: "cpu.sparse24_codebook"}
 """Checkpoint layout -> machine layout."""
 
-FEW_KEPT = 0.06
-"""A bitmap that keeps a smaller share of its weights is laid out as column numbers: gathers cost by the kept weight,
-masks by the weight."""
+FEW_KEPT = 0.12
+"""A bitmap that keeps a smaller share of its weights is laid out as column numbers: gathers cost by the kept weight, masks
+by the weight. 4096 x 4096 in bf16, M = 1, in the same run: masks 930 us at 20 % kept and 835 at 10 %; numbers 331 at 5 %."""
 
 _FIELDS = {BITMAP: BITMAP_FIELDS, SPARSE24: SPARSE24_FIELDS, SPARSE24_CODEBOOK: SPARSE24_CODEBOOK_FIELDS}
 _VALUE_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}

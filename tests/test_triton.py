@@ -41,19 +41,21 @@ def test_in_the_interpreter(name, least):
 POINTERS = {
     "x": "*{x}", "y": "*{x}", "bias": "*{x}", "out": "*{x}", "codes": "*u8", "codebook": "*fp16", "columns_of": "*i32",
     "row_segment": "*i32", "row_scale": "*fp16", "parts": "*fp32", "row_offsets": "*i32", "outlier_columns": "*u16",
-    "values": "*fp16", "replaced": "*fp16", "positions": "*u8", "masks": "*i32", "ranks": "*u16", "scale": "*fp32",
+    "values": "*fp16", "replaced": "*fp16", "sums": "*fp64", "masses": "*fp64", "gain": "*fp64", "next_gain": "*fp64",
+    "before": "*i32", "best": "*i32",
+    "positions": "*u8", "masks": "*i32", "ranks": "*u16", "scale": "*fp32",
 }  # fmt: skip
 DIVISIBLE_BY_16 = ("rows", "columns", "slots")
 
 
-def compiled(kernel, constants, x="bf16", arch=90, warps=4, stages=2):
-    """(resources, machine code) of a kernel compiled for a GPU that need not be here."""
+def compiled(kernel, constants, x="bf16", arch=90, warps=4, stages=2, types=POINTERS):
+    """(resources, machine code) of a kernel compiled for a GPU that need not be here. `types` of arguments, i32 without one."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = {
-        name: "constexpr" if name in constants else POINTERS.get(name, "i32").format(x=x) for name in kernel.arg_names
+        name: "constexpr" if name in constants else types.get(name, "i32").format(x=x) for name in kernel.arg_names
     }
     aligned = [n for n, kind in signature.items() if kind[0] == "*" or n in DIVISIBLE_BY_16]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
@@ -153,6 +155,16 @@ def test_the_sparse_kernels_compile_without_spills(arch, x):
     fixed = {"HAS_SCALE": True, "BLOCK_ROWS": 32}
     assert_no_spills(sparse._spread_24, fixed | {"BLOCK_SLOTS": 32}, arch=arch, x=x)
     assert_no_spills(sparse._spread_bitmap, fixed | {"BLOCK_SLOTS": 64}, arch=arch, x=x)
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kmeans_1d_compiles_without_spills(arch):
+    from pyllmq.triton_kernels.kmeans_1d import _level
+
+    for at_once, candidates, sizes in ((1, 256, {}), (32, 8, {}), (32, 8, {"stride": 1}), (1, 256, {"nodes": 1})):
+        fixed = {"HAS_BEFORE": True, "NODES": at_once, "CANDIDATES": candidates}
+        assert_no_spills(_level, fixed | sizes, arch=arch)
 
 
 @needs_triton

@@ -221,7 +221,7 @@ void pack_more(const Problem& problem, const DecodeKernels& product, const BFloa
           std::copy_n(problem.x + (groups.begin(g) + t) * h.columns + first, columns, x + t * kDecodedColumns);
           std::fill(x + t * kDecodedColumns + columns, x + (t + 1) * kDecodedColumns, 0.0f);
         }
-        product.pack(x, slots, groups, g, to);
+        pack_fp32(x, slots, nullptr, groups, g, to);
       }
     }
   });

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..dispatch import BITMAP, CHECKPOINT, SPARSE24, SPARSE24_CODEBOOK, WeightOperand, forced_backend
-from . import cpu, cpu_sparse, reference, triton, triton_sparse
+from . import cpu, cpu_sparse, cuda, reference, triton, triton_sparse
 
 __all__ = [
     "cpu",
     "cpu_sparse",
+    "cuda",
     "layout_codes",
     "machine_layout",
     "operand_from_layout",
@@ -28,7 +29,8 @@ SPARSE_LAYOUTS = (BITMAP, SPARSE24, SPARSE24_CODEBOOK)
 _SPARSE: tuple[ModuleType, ...] = (cpu_sparse, triton_sparse)
 """Back ends with layouts of their own for the sparse formats, in the order in which they are asked."""
 
-_WITH_LAYOUT = {cpu.LAYOUT: cpu, triton.LAYOUT: triton}
+_WITH_LAYOUT = {cpu.LAYOUT: cpu, cuda.LAYOUT: cuda, triton.LAYOUT: triton}
+"""By name; of two back ends for one type of device the first that works makes the layout."""
 
 
 def machine_layout(device: str) -> str:
@@ -94,15 +96,7 @@ def report() -> dict[str, tuple[bool, str]]:
     """For every back end: does it work here, and why (not)."""
     return {
         "cpu": cpu.available(),
-        "cuda": cuda_available(),
+        "cuda": cuda.available(),
         "triton": triton.available(),
         "reference": reference.available(),
     }
-
-
-def cuda_available() -> tuple[bool, str]:
-    try:
-        from .. import _cuda
-    except ImportError as error:
-        return False, f"pyllmq._cuda was not built ({error}); install with nvcc on PATH, or PYLLMQ_CUDA=1 to insist"
-    return False, f"built with CUDA runtime {_cuda.runtime_version()}, but this version ships no CUDA kernels yet"

@@ -33,7 +33,7 @@ void expand_bitmap(const uint8_t* cell, int64_t slots, uint16_t* pairs) {
   for (int64_t pair = 0; pair < slots / 2; ++pair, pairs += 2 * kCellRows) {
     prefetch(values);
     __m512i loaded = _mm512_loadu_si512(values);
-    asm("" : "+v"(loaded));  // from memory the expansion is slower
+    asm("" : "+v"(loaded));  // as load_pinned of the AVX-512 row
     _mm512_store_si512(pairs, _mm512_maskz_expand_epi16(masks[pair], loaded));
     values += 2 * _mm_popcnt_u64(masks[pair]);
   }

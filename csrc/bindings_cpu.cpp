@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <map>
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -19,6 +20,8 @@
 #include "cpu/read_probe.h"
 #include "cpu/sinkhorn.h"
 #include "cpu/softmax_cdist_l1.h"
+#include "cpu/sparse_layout.h"
+#include "cpu/sparse_linear.h"
 #include "cpu/thread_pool.h"
 
 namespace py = pybind11;
@@ -204,6 +207,90 @@ void bind_codebook(py::module_& m) {
         py::arg("row_end"), py::arg("out"), py::arg("out_dtype"), NoGil());
 }
 
+// --- the sparse formats ----------------------------------------------------------------------------------------------
+
+// Pointers by the name of the checkpoint's tensor; absent ones are 0.
+SparseCheckpoint sparse_checkpoint(const std::string& kind, int value_type, int64_t rows, int64_t columns, int64_t kept,
+                                   int64_t bits, int64_t outliers, int column_bytes,
+                                   const std::map<std::string, Pointer>& tensors) {
+  const std::map<std::string, SparseKind> kinds = {
+      {"bitmap", SparseKind::bitmap}, {"sparse24", SparseKind::sparse24}, {"sparse24_codebook", SparseKind::codes}};
+  if (kinds.count(kind) == 0) throw std::invalid_argument("kind '" + kind + "'; allowed: bitmap, sparse24, sparse24_codebook");
+  if (value_type < 0 || value_type > 3)
+    throw std::invalid_argument("value type " + std::to_string(value_type) + "; allowed: 0 to 3 (fp32, bf16, fp16, int8)");
+  const auto pointer = [&](const char* name) -> Pointer {
+    const auto found = tensors.find(name);
+    return found == tensors.end() ? 0 : found->second;
+  };
+  SparseCheckpoint checkpoint{};
+  checkpoint.kind = kinds.at(kind);
+  checkpoint.value_type = static_cast<ValueType>(value_type);
+  checkpoint.rows = rows;
+  checkpoint.columns = columns;
+  checkpoint.kept = kept;
+  checkpoint.bits = bits;
+  checkpoint.outliers = outliers;
+  checkpoint.column_bytes = column_bytes;
+  checkpoint.values = as<uint8_t>(pointer("values"));
+  checkpoint.row_offsets = as<int32_t>(pointer("row_offsets"));
+  checkpoint.mask = as<uint8_t>(pointer("mask"));
+  checkpoint.column_numbers = as<uint8_t>(pointer("columns"));
+  checkpoint.positions = as<uint8_t>(pointer("positions"));
+  checkpoint.scale = as<float>(pointer("scale"));
+  checkpoint.codes = as<uint8_t>(pointer("codes"));
+  checkpoint.codebook = as<uint16_t>(pointer("codebook"));
+  checkpoint.outlier_row_offsets = as<int32_t>(pointer("outlier_row_offsets"));
+  checkpoint.outlier_columns = as<uint8_t>(pointer("outlier_columns"));
+  checkpoint.outlier_values = as<uint16_t>(pointer("outlier_values"));
+  return checkpoint;
+}
+
+SparseView checked_sparse_view(Pointer layout, int64_t bytes, int64_t rows, int64_t columns) {
+  const SparseView view(as<void>(layout), bytes);
+  if (view.header().rows != rows || view.header().columns != columns)
+    throw std::invalid_argument("the layout holds a weight of shape [" + std::to_string(view.header().rows) + ", " +
+                                std::to_string(view.header().columns) + "], but was given as [" +
+                                std::to_string(rows) + ", " + std::to_string(columns) + "]");
+  return view;
+}
+
+void bind_sparse(py::module_& m) {
+  py::class_<SparseCheckpoint>(m, "SparseCheckpoint")
+      .def(py::init(&sparse_checkpoint), py::arg("kind"), py::arg("value_type"), py::arg("rows"), py::arg("columns"),
+           py::arg("kept"), py::arg("bits"), py::arg("outliers"), py::arg("column_bytes"), py::arg("tensors"));
+  m.def("sparse_layout_bytes", &sparse_layout_bytes, py::arg("checkpoint"), py::arg("sparse_columns"), NoGil());
+  m.def(
+      "sparse_layout_pack",
+      [](Pointer layout, int64_t bytes, const SparseCheckpoint& checkpoint, double sparse_columns) {
+        sparse_layout_pack(as<void>(layout), bytes, checkpoint, sparse_columns);
+      },
+      py::arg("layout"), py::arg("layout_bytes"), py::arg("checkpoint"), py::arg("sparse_columns"), NoGil());
+  m.def(
+      "sparse_layout_unpack",
+      [](Pointer layout, int64_t bytes, const SparseCheckpoint& checkpoint) {
+        sparse_layout_unpack(SparseView(as<void>(layout), bytes), checkpoint);
+      },
+      py::arg("layout"), py::arg("layout_bytes"), py::arg("checkpoint"), NoGil());
+  m.def(
+      "sparse_linear",
+      [](Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer x, int x_dtype, int64_t tokens, Pointer bias,
+         int bias_dtype, Pointer y) {
+        const SparseView view = checked_sparse_view(layout, bytes, rows, columns);
+        const DType x_type = dtype_of(x_dtype), bias_type = dtype_of(bias_dtype);
+        sparse_linear(view, elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type, elements(y, x_type));
+      },
+      py::arg("layout"), py::arg("layout_bytes"), py::arg("rows"), py::arg("columns"), py::arg("x"), py::arg("x_dtype"),
+      py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"), py::arg("y"), NoGil());
+  m.def(
+      "sparse_dequantize",
+      [](Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer out, int out_dtype) {
+        const DType type = dtype_of(out_dtype);
+        sparse_dequantize(checked_sparse_view(layout, bytes, rows, columns), elements(out, type), type);
+      },
+      py::arg("layout"), py::arg("layout_bytes"), py::arg("rows"), py::arg("columns"), py::arg("out"), py::arg("out_dtype"),
+      NoGil());
+}
+
 // --- k-means -------------------------------------------------------------------------------------------------------
 
 // centroids and codes: one pointer per k, or none at all; errors: 0 if they are not wanted.
@@ -328,6 +415,7 @@ PYBIND11_MODULE(_cpu, m) {
   pyllmq::cpu::bind_runtime(m);
   pyllmq::cpu::bind_codes(m);
   pyllmq::cpu::bind_codebook(m);
+  pyllmq::cpu::bind_sparse(m);
   pyllmq::cpu::bind_kmeans_1d(m);
   pyllmq::cpu::bind_sinkhorn(m);
   pyllmq::cpu::bind_softmax_cdist_l1(m);

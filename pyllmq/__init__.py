@@ -13,10 +13,17 @@ from .compression.model import compress
 from .compression.report import CompressionReport, LayerReport
 from .config import CLAQConfig
 from .dispatch import NoKernelError, use_backend
-from .formats import CodebookStructure, CodebookWeight, FormatError
+from .formats import (
+    BitmapWeight,
+    CodebookStructure,
+    CodebookWeight,
+    FormatError,
+    Sparse24CodebookWeight,
+    Sparse24Weight,
+)
 from .integrations.transformers import from_pretrained, on_import, save_pretrained
 from .kmeans import kmeans_1d, kmeans_1d_errors
-from .nn import CodebookLinear, set_precision
+from .nn import CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseLinear, set_precision
 from .ops import softmax_cdist_l1
 from .swap import swap_linear
 from .transport import doubly_stochastic, sinkhorn
@@ -24,6 +31,7 @@ from .transport import doubly_stochastic, sinkhorn
 __version__ = "0.1.0"
 
 __all__ = [
+    "BitmapWeight",
     "CLAQConfig",
     "CodebookLinear",
     "CodebookStructure",
@@ -32,6 +40,11 @@ __all__ = [
     "FormatError",
     "LayerReport",
     "NoKernelError",
+    "Sparse24CodebookLinear",
+    "Sparse24CodebookWeight",
+    "Sparse24Linear",
+    "Sparse24Weight",
+    "SparseLinear",
     "compress",
     "doubly_stochastic",
     "from_pretrained",

@@ -174,3 +174,46 @@ def sinkhorn_backward(
     grad_b: int,
 ) -> None:
     """iterations: of the tape, or without one (tape 0) at least the largest count. grad_cost is per problem."""
+
+class SparseCheckpoint:
+    """The tensors of a sparse format as they stand in a checkpoint (docs/formats.md), by name, as addresses.
+
+    kind: "bitmap", "sparse24" or "sparse24_codebook"; value_type: 0 fp32, 1 bf16, 2 fp16, 3 int8; kept: how many values
+    are stored; bits and outliers: of codes; column_bytes: 2 or 4, of a column number, 0 where there is none.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        value_type: int,
+        rows: int,
+        columns: int,
+        kept: int,
+        bits: int,
+        outliers: int,
+        column_bytes: int,
+        tensors: dict[str, int],
+    ) -> None: ...
+
+def sparse_layout_bytes(checkpoint: SparseCheckpoint, sparse_columns: float) -> int:
+    """Size of a layout. A bitmap that keeps a smaller share than sparse_columns is laid out as column numbers."""
+
+def sparse_layout_pack(layout: int, layout_bytes: int, checkpoint: SparseCheckpoint, sparse_columns: float) -> None: ...
+def sparse_layout_unpack(layout: int, layout_bytes: int, checkpoint: SparseCheckpoint) -> None:
+    """The inverse: fills the tensors of `checkpoint`, which must be those of the weight that was packed."""
+
+def sparse_linear(
+    layout: int,
+    layout_bytes: int,
+    rows: int,
+    columns: int,
+    x: int,
+    x_dtype: int,
+    tokens: int,
+    bias: int,
+    bias_dtype: int,
+    y: int,
+) -> None:
+    """y [tokens, rows] = x [tokens, columns] W^T + bias, for a layout of any sparse format; bias [rows] or 0."""
+
+def sparse_dequantize(layout: int, layout_bytes: int, rows: int, columns: int, out: int, out_dtype: int) -> None: ...

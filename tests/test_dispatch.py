@@ -38,6 +38,21 @@ PROBLEMS = {
     "triton.unpack_codes": Problem("unpack_codes", "", "cuda", torch.uint8),
     "reference.codebook_linear": Problem("codebook_linear", "checkpoint", "meta", torch.float32, 1),
     "reference.codebook_dequantize": Problem("codebook_dequantize", "checkpoint", "cpu", torch.float32),
+    **{
+        f"cpu.{format}_{op}": Problem(f"{format}_{op}", f"cpu.{format}", "cpu", torch.float32, 1)
+        for format in ("bitmap", "sparse24", "sparse24_codebook")
+        for op in ("linear", "dequantize")
+    },
+    **{
+        f"triton.{format}_{way}": Problem(f"{format}_{op}", f"triton.{format}", "cuda", torch.bfloat16, tokens)
+        for format in ("bitmap", "sparse24")
+        for way, op, tokens in (("fused", "linear", 64), ("matmul", "linear", 65), ("dequantize", "dequantize", 0))
+    },
+    **{
+        f"reference.{format}_{op}": Problem(f"{format}_{op}", format, "meta", torch.float32, 1)
+        for format in ("bitmap", "sparse24", "sparse24_codebook")
+        for op in ("linear", "dequantize")
+    },
     "reference.pack_codes": Problem("pack_codes", "", "meta", torch.uint8),
     "reference.unpack_codes": Problem("unpack_codes", "", "meta", torch.uint8),
     "triton.kmeans_1d": Problem("kmeans_1d", "windowed", "cuda", torch.float32),

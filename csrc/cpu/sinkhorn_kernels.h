@@ -450,8 +450,8 @@ typename V::Flag small_iterate(const SmallState<V>& state, int64_t n_given, int6
           missed = V::add(missed, V::max(change, V::sub(V::set(0), change)));
         }
         going = V::both(going, V::above(missed, V::mul(state.mass, V::set(tolerance))));
-        if (!V::any(going)) break;
         for (int64_t i = 0; i < n; ++i) fs[i] = V::select(going, fs[i], before[i]);
+        if (!V::any(going)) break;
       }
       counted = V::select(going, V::set(static_cast<float>(t + 1)), counted);
     }

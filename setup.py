@@ -44,10 +44,10 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [
     *AVX2,
-    *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vnni")),
+    *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vbmi2", "vnni")),
     "-Wno-uninitialized",  # gcc 12 warns about its own AVX-512 headers (GCC bug 105593)
 ]
-ISA_FLAGS = {"_avx2": AVX2, "_avx512": AVX512, "_amx": [*AVX512, "-mamx-tile", "-mamx-int8"]}
+ISA_FLAGS = {"_avx2": AVX2, "_avx512": AVX512, "_amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]}
 
 
 def find_nvcc():

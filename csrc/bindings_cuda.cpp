@@ -11,6 +11,7 @@
 #include "cuda/kmeans_1d.h"
 #include "cuda/pack_codes.h"
 #include "cuda/runtime.h"
+#include "cuda/softmax_cdist_l1.h"
 
 namespace py = pybind11;
 namespace cuda = pyllmq::cuda;
@@ -123,6 +124,36 @@ void unpack_codes(uintptr_t packed, uintptr_t codes, int64_t rows, int64_t colum
   cuda::unpack_codes(pointer<uint8_t>(packed), pointer<uint8_t>(codes), rows, columns, bits, stream);
 }
 
+cuda::CdistCall cdist_call(uintptr_t x, int x_dtype, uintptr_t y, int y_dtype, int64_t batch, int64_t x_rows,
+                           int64_t y_rows, int64_t columns, float scale, uintptr_t x_statistics,
+                           uintptr_t y_statistics) {
+  return {pointer<void>(x), pointer<void>(y), x_dtype, y_dtype, batch, x_rows, y_rows, columns, scale,
+          pointer<float>(x_statistics), pointer<float>(y_statistics)};
+}
+
+void bind_softmax_cdist_l1(py::module_& m) {
+  using py::arg;
+  py::class_<cuda::CdistCall>(m, "CdistCall")
+      .def(py::init(&cdist_call), arg("x"), arg("x_dtype"), arg("y"), arg("y_dtype"), arg("batch"), arg("x_rows"),
+           arg("y_rows"), arg("columns"), arg("scale"), arg("x_statistics"), arg("y_statistics"));
+  m.def("softmax_cdist_l1_workspace", &cuda::softmax_cdist_l1_workspace, arg("call"), "-> fp32 elements");
+  m.def("softmax_cdist_l1_backward_workspace", &cuda::softmax_cdist_l1_backward_workspace, arg("call"));
+  m.def(
+      "softmax_cdist_l1",
+      [](const cuda::CdistCall& call, uintptr_t distances, uintptr_t workspace, uintptr_t stream) {
+        cuda::softmax_cdist_l1(call, pointer<float>(distances), pointer<float>(workspace), stream);
+      },
+      arg("call"), arg("distances"), arg("workspace"), arg("stream"));
+  m.def(
+      "softmax_cdist_l1_backward",
+      [](const cuda::CdistCall& call, uintptr_t gradient, uintptr_t x_gradient, uintptr_t workspace,
+         uintptr_t stream) {
+        cuda::softmax_cdist_l1_backward(call, pointer<float>(gradient), pointer<void>(x_gradient),
+                                        pointer<float>(workspace), stream);
+      },
+      arg("call"), arg("gradient"), arg("x_gradient"), arg("workspace"), arg("stream"));
+}
+
 void kmeans_1d_layers(uintptr_t sums, uintptr_t masses, uintptr_t gains, uintptr_t best, int64_t problems, int64_t n,
                       int k_max, uintptr_t stream) {
   cuda::kmeans_1d_layers(pointer<double>(sums), pointer<double>(masses), pointer<double>(gains), pointer<int32_t>(best),
@@ -162,6 +193,7 @@ PYBIND11_MODULE(_cuda, m) {
         arg("stream"));
   m.def("unpack_codes", &unpack_codes, arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"),
         arg("stream"));
+  bind_softmax_cdist_l1(m);
   m.def("kmeans_1d_layers", &kmeans_1d_layers, arg("sums"), arg("masses"), arg("gains"), arg("best"), arg("problems"),
         arg("n"), arg("k_max"), arg("stream"));
 #ifdef PYLLMQ_CUDA_EMULATED

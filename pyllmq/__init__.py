@@ -8,21 +8,31 @@ Importing this package also lets transformers' auto classes load packed folders.
 """
 
 from . import functional as functional
+from . import losses as losses
 from .compression.model import compress
 from .compression.report import CompressionReport, LayerReport
 from .compression.tune import tune_codebooks
 from .config import CLAQConfig, ColumnCodebookConfig
 from .dispatch import NoKernelError, use_backend
-from .formats import CodebookStructure, CodebookWeight, FormatError
+from .formats import (
+    BitmapWeight,
+    CodebookStructure,
+    CodebookWeight,
+    FormatError,
+    Sparse24CodebookWeight,
+    Sparse24Weight,
+)
 from .integrations.transformers import from_pretrained, on_import, save_pretrained
 from .kmeans import kmeans_1d, kmeans_1d_errors
-from .nn import CodebookLinear, set_precision
+from .nn import CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseLinear, set_precision
+from .ops import softmax_cdist_l1
 from .swap import swap_linear
 from .transport import doubly_stochastic, sinkhorn
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BitmapWeight",
     "CLAQConfig",
     "CodebookLinear",
     "CodebookStructure",
@@ -32,15 +42,22 @@ __all__ = [
     "FormatError",
     "LayerReport",
     "NoKernelError",
+    "Sparse24CodebookLinear",
+    "Sparse24CodebookWeight",
+    "Sparse24Linear",
+    "Sparse24Weight",
+    "SparseLinear",
     "compress",
     "doubly_stochastic",
     "from_pretrained",
     "functional",
     "kmeans_1d",
     "kmeans_1d_errors",
+    "losses",
     "save_pretrained",
     "set_precision",
     "sinkhorn",
+    "softmax_cdist_l1",
     "swap_linear",
     "tune_codebooks",
     "use_backend",

@@ -58,6 +58,29 @@ def codebook_dequantize(
 ) -> None: ...
 def pack_codes(codes: int, packed: int, rows: int, columns: int, bits: int, stream: int) -> None: ...
 def unpack_codes(packed: int, codes: int, rows: int, columns: int, bits: int, stream: int) -> None: ...
+
+class CdistCall:
+    """Addresses and sizes of two sides' logits; dtypes 0 fp32, 1 bf16, 2 fp16; statistics fp32 [batch, rows, 2]."""
+
+    def __init__(
+        self,
+        x: int,
+        x_dtype: int,
+        y: int,
+        y_dtype: int,
+        batch: int,
+        x_rows: int,
+        y_rows: int,
+        columns: int,
+        scale: float,
+        x_statistics: int,
+        y_statistics: int,
+    ) -> None: ...
+
+def softmax_cdist_l1_workspace(call: CdistCall) -> int: ...
+def softmax_cdist_l1_backward_workspace(call: CdistCall) -> int: ...
+def softmax_cdist_l1(call: CdistCall, distances: int, workspace: int, stream: int) -> None: ...
+def softmax_cdist_l1_backward(call: CdistCall, gradient: int, x_gradient: int, workspace: int, stream: int) -> None: ...
 def kmeans_1d_layers(
     sums: int, masses: int, gains: int, best: int, problems: int, n: int, k_max: int, stream: int
 ) -> None:

@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     i.set_defaults(run=run_inspect)
 
     b = commands.add_parser("bench", help="kernels beside their rivals", formatter_class=_Help)
-    b.add_argument("--op", default="codebook_linear", choices=["codebook_linear"], help="operation")
+    b.add_argument("--op", default="codebook_linear", choices=["codebook_linear", "sparse_linear"], help="operation")
     b.add_argument("--shapes", default="llama-2-7b", help="model names or NxK, comma separated")
     b.add_argument(
         "--bits",
@@ -339,11 +339,10 @@ def run_inspect(given: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=1))
         return 0
     width = max(len(name) for name in structures)
-    print(f"{'layer':<{width}}  {'shape':>13}  true bits      bytes  outliers  columns per width")
+    print(f"{'layer':<{width}}  {'shape':>13}  true bits      bytes  format")
     for name, s in structures.items():
-        widths = ", ".join(f"{count} x {bits} bit" for bits, count in enumerate(s.columns, 1) if count)
         shape = f"{s.out_features}x{s.in_features}"
-        print(f"{name:<{width}}  {shape:>13}  {s.bits_per_weight:9.3f}  {s.nbytes:9d}  {s.outliers:8d}  {widths}")
+        print(f"{name:<{width}}  {shape:>13}  {s.bits_per_weight:9.3f}  {s.nbytes:9d}  {s.kind}: {s.describe()}")
     weights = sum(s.out_features * s.in_features for s in structures.values())
     nbytes = sum(s.nbytes for s in structures.values())
     print(

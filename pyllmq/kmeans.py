@@ -47,8 +47,8 @@ def kmeans_1d(
     """Cluster each row of `values` into k groups of the least (weighted) sum of squared distances to their centroids.
 
     `exact` finds the global optimum by divide-and-conquer dynamic programming (Gronlund et al. 2017, arXiv 1701.07204;
-    Wang & Song 2011, Ckmeans.1d.dp). `windowed` does that over 256 or more cells of points, then over the points of
-    windows around the cells' bounds, and moves the windows until no bound touches an edge: a few 1e-6 above the optimum.
+    Wang & Song 2011, Ckmeans.1d.dp). `windowed` does that over 128 or more cells of points, then over the points of
+    windows around the cells' bounds, and moves the windows until no bound touches an edge: on average some 1e-5 above it.
     `lloyd` runs greedy k-means++ (Arthur & Vassilvitskii 2007) and Lloyd's iteration, the usual solver. The result does
     not depend on the number of threads. See docs/kernels-kmeans.md.
 

@@ -7,20 +7,27 @@ is wanted, they go through ``torch.ops.pyllmq``.
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .backends import cpu as _cpu_backend
+from .backends import cpu_sparse as _cpu_sparse_backend
 from .backends import cuda as _cuda_backend
 from .backends import reference as _reference_backend
 from .backends import triton as _triton_backend
+from .backends import triton_sparse as _triton_sparse_backend
 from .dispatch import CHECKPOINT, CHECKPOINT_FIELDS, DEFAULT_PRECISION, WeightOperand, check_precision, kernel_for
 
 _cpu_backend.register_kernels()
+_cpu_sparse_backend.register_kernels()
 _cuda_backend.register_kernels()
 _triton_backend.register_kernels()
+_triton_sparse_backend.register_kernels()
 _cpu_backend.register_kernels_for_other_devices()
 _reference_backend.register_kernels()
 
@@ -30,12 +37,22 @@ _TRAINED = tuple(CHECKPOINT_FIELDS.index(name) for name in ("codebook", "outlier
 """Places in a checkpoint operand of the tensors that can be trained, codes staying as they are."""
 
 _library = torch.library.Library("pyllmq", "DEF")
+_FORMATS = ("codebook", "bitmap", "sparse24", "sparse24_codebook")
 for _schema in (
-    "codebook_linear(Tensor x, Tensor[] weight, str layout, int out_features, Tensor? bias, str precision) -> Tensor",
-    "codebook_dequantize(Tensor[] weight, str layout, int out_features, int in_features, ScalarType dtype) -> Tensor",
+    *(
+        f"{_format}_linear(Tensor x, Tensor[] weight, str layout, int out_features, Tensor? bias, str precision) -> Tensor"
+        for _format in _FORMATS
+    ),
+    *(
+        f"{_format}_dequantize(Tensor[] weight, str layout, int out_features, int in_features, ScalarType dtype) -> Tensor"
+        for _format in _FORMATS
+    ),
     "codebook_gradient(Tensor weight_gradient, Tensor[] weight, str layout) -> Tensor",
     "pack_codes(Tensor codes, int bits) -> Tensor",
     "unpack_codes(Tensor packed, int bits, int columns) -> Tensor",
+    "softmax_cdist_l1(Tensor student_logits, Tensor teacher_logits, float temperature) -> (Tensor, Tensor, Tensor)",
+    "softmax_cdist_l1_backward(Tensor grad, Tensor logits, Tensor other_logits, Tensor statistics, Tensor other_statistics, "
+    "float temperature) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -50,7 +67,7 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype) for dtype in dtypes)
 
 
-# ---- codebook_linear ------------------------------------------------------------------------------------------------
+# ---- y = x W^T + bias -----------------------------------------------------------------------------------------------
 
 
 def codebook_linear(
@@ -75,23 +92,55 @@ def codebook_linear(
 
     Source of the format: CLAQ (arXiv 2405.17233), one k-means codebook per input column.
     """
+    return _linear("codebook_linear", x, weight, bias, precision)
+
+
+def bitmap_linear(
+    x: Tensor, weight: PackedWeight | WeightOperand, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION
+) -> Tensor:
+    """y = x W^T + bias, W a sparse weight of any pattern (`BitmapWeight` or its `operand()`).
+
+    Arguments, result and errors as for `codebook_linear`.
+    """
+    return _linear("bitmap_linear", x, weight, bias, precision)
+
+
+def sparse24_linear(
+    x: Tensor, weight: PackedWeight | WeightOperand, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION
+) -> Tensor:
+    """y = x W^T + bias, W a 2:4 sparse weight (`Sparse24Weight` or its `operand()`).
+
+    Arguments, result and errors as for `codebook_linear`.
+    """
+    return _linear("sparse24_linear", x, weight, bias, precision)
+
+
+def sparse24_codebook_linear(
+    x: Tensor, weight: PackedWeight | WeightOperand, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION
+) -> Tensor:
+    """y = x W^T + bias, W a 2:4 sparse weight of codes (`Sparse24CodebookWeight` or its `operand()`).
+
+    Arguments, result and errors as for `codebook_linear`.
+    """
+    return _linear("sparse24_codebook_linear", x, weight, bias, precision)
+
+
+def _linear(op: str, x: Tensor, weight: PackedWeight | WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
     operand = weight if isinstance(weight, WeightOperand) else weight.operand()
     _check_activation(x, operand.in_features)
     if bias is not None:
         _check_bias(bias, operand.out_features)
     check_precision(precision)
     wants_grad = torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad) or _trains(operand)
+        x.requires_grad or (bias is not None and bias.requires_grad) or _trains(operand.tensors, operand.layout)
     )
     if wants_grad or torch.compiler.is_compiling() or type(x) is not Tensor:
-        return torch.ops.pyllmq.codebook_linear(
-            x, operand.tensors, operand.layout, operand.out_features, bias, precision
-        )
-    return _codebook_linear(x, operand.tensors, operand.layout, operand.out_features, bias, precision)
+        return getattr(torch.ops.pyllmq, op)(x, operand.tensors, operand.layout, operand.out_features, bias, precision)
+    return _run_linear(op, x, operand.tensors, operand.layout, operand.out_features, bias, precision)
 
 
-def _trains(operand: WeightOperand) -> bool:
-    return operand.layout == CHECKPOINT and any(operand.tensors[place].requires_grad for place in _TRAINED)
+def _trains(weight: Sequence[Tensor], layout: str) -> bool:
+    return layout == CHECKPOINT and any(weight[place].requires_grad for place in _TRAINED)
 
 
 def _check_activation(x: Tensor, in_features: int) -> None:
@@ -108,7 +157,8 @@ def _check_bias(bias: Tensor, out_features: int) -> None:
         raise TypeError(f"bias is {bias.dtype}; allowed: {_names(ACTIVATION_DTYPES)}")
 
 
-def _codebook_linear(
+def _run_linear(
+    op: str,
     x: Tensor,
     weight: list[Tensor] | tuple[Tensor, ...],
     layout: str,
@@ -122,12 +172,12 @@ def _codebook_linear(
         raise ValueError(f"x is on {x.device}{bias_place}, the weight on {device}; move them to one device")
     in_features = x.shape[-1]
     rows = x if x.dim() == 2 else x.reshape(-1, in_features)
-    kernel = kernel_for("codebook_linear", layout, device.type, x.dtype, rows.shape[0])
+    kernel = kernel_for(op, layout, device.type, x.dtype, rows.shape[0])
     y = kernel.run(rows, weight, out_features, in_features, None if bias is None else bias.contiguous(), precision)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
-def _codebook_linear_fake(
+def _linear_fake(
     x: Tensor,
     weight: list[Tensor],
     layout: str,
@@ -138,20 +188,20 @@ def _codebook_linear_fake(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _codebook_linear_setup(ctx, inputs, output) -> None:
+def _linear_setup(ctx, inputs, output) -> None:
     x, weight, layout, out_features, bias, _ = inputs
     ctx.weight, ctx.layout, ctx.shape = weight, layout, (out_features, x.shape[-1])
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.trains = layout == CHECKPOINT and any(weight[place].requires_grad for place in _TRAINED)
+    ctx.trains = _trains(weight, layout)
     ctx.save_for_backward(*([x] if ctx.trains else []))
 
 
-def _codebook_linear_backward(ctx, grad: Tensor):
+def _linear_backward(dequantize_op: str, ctx, grad: Tensor):
     """dL/dx = dL/dy W, with W decoded anew; in the checkpoint layout also the codebook, row scales and outliers get theirs."""
     grad_x = grad_bias = None
     grad_weight: list[Tensor | None] = [None] * len(ctx.weight)
     if ctx.needs_input_grad[0]:
-        dense = torch.ops.pyllmq.codebook_dequantize(ctx.weight, ctx.layout, *ctx.shape, torch.float32)
+        dense = getattr(torch.ops.pyllmq, dequantize_op)(ctx.weight, ctx.layout, *ctx.shape, torch.float32)
         grad_x = (grad.float() @ dense).to(grad.dtype)
     if ctx.trains:
         (x,) = ctx.saved_tensors
@@ -217,27 +267,45 @@ def _codebook_gradient_fake(weight_gradient: Tensor, weight: list[Tensor], layou
     return torch.empty_like(weight[CHECKPOINT_FIELDS.index("codebook")], dtype=torch.float32)
 
 
-# ---- codebook_dequantize --------------------------------------------------------------------------------------------
+# ---- W ----------------------------------------------------------------------------------------------------------------
 
 
 def codebook_dequantize(weight: PackedWeight | WeightOperand, dtype: torch.dtype = torch.float32) -> Tensor:
     """The dense matrix [N, K] that a packed codebook weight stands for, in float32, bfloat16 or float16."""
+    return _dequantize("codebook_dequantize", weight, dtype)
+
+
+def bitmap_dequantize(weight: PackedWeight | WeightOperand, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense matrix [N, K] that a sparse weight of any pattern stands for, in float32, bfloat16 or float16."""
+    return _dequantize("bitmap_dequantize", weight, dtype)
+
+
+def sparse24_dequantize(weight: PackedWeight | WeightOperand, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense matrix [N, K] that a 2:4 sparse weight stands for, in float32, bfloat16 or float16."""
+    return _dequantize("sparse24_dequantize", weight, dtype)
+
+
+def sparse24_codebook_dequantize(weight: PackedWeight | WeightOperand, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense matrix [N, K] that a 2:4 sparse weight of codes stands for, in float32, bfloat16 or float16."""
+    return _dequantize("sparse24_codebook_dequantize", weight, dtype)
+
+
+def _dequantize(op: str, weight: PackedWeight | WeightOperand, dtype: torch.dtype) -> Tensor:
     operand = weight if isinstance(weight, WeightOperand) else weight.operand()
     if dtype not in ACTIVATION_DTYPES:
         raise TypeError(f"dtype is {dtype}; allowed: {_names(ACTIVATION_DTYPES)}")
-    return torch.ops.pyllmq.codebook_dequantize(
-        operand.tensors, operand.layout, operand.out_features, operand.in_features, dtype
-    )
+    run = getattr(torch.ops.pyllmq, op)
+    return run(operand.tensors, operand.layout, operand.out_features, operand.in_features, dtype)
 
 
-def _codebook_dequantize(
-    weight: list[Tensor], layout: str, out_features: int, in_features: int, dtype: torch.dtype
+def _run_dequantize(
+    op: str, weight: list[Tensor], layout: str, out_features: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
-    kernel = kernel_for("codebook_dequantize", layout, weight[0].device.type, dtype)
+    kernel = kernel_for(op, layout, weight[0].device.type, dtype)
     return kernel.run(weight, out_features, in_features, dtype)
 
 
-def _codebook_dequantize_fake(
+def _dequantize_fake(
     weight: list[Tensor], layout: str, out_features: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     return weight[0].new_empty(out_features, in_features, dtype=dtype)
@@ -286,17 +354,152 @@ def _unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return kernel_for("unpack_codes", "", packed.device.type, packed.dtype).run(packed, bits, columns)
 
 
+# ---- softmax_cdist_l1 -----------------------------------------------------------------------------------------------
+
+LOGITS_DTYPES = (*ACTIVATION_DTYPES, torch.float64)
+
+
+def softmax_cdist_l1(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """D[..., i, j] = sum over v of |softmax(student_logits / T)[..., i, v] - softmax(teacher_logits / T)[..., j, v]|.
+
+    Neither side's probabilities are ever in memory as a whole; only two numbers per row are kept for the backward pass.
+    Differentiable once in both sides; where two probabilities are equal the derivative of their distance is 0.
+
+    Args:
+        student_logits: [..., B, V], float32, bfloat16, float16, or float64.
+        teacher_logits: [..., C, V] on the same device; its dtype may differ, but float64 goes with float64 alone. Leading
+            dimensions broadcast.
+        temperature: T > 0.
+
+    Returns:
+        [..., B, C] in float32 (float64 for float64), values from 0 to 2. A row that holds NaN or +inf, or -inf alone, has no
+        softmax: its distances are NaN.
+
+    Raises:
+        ValueError, TypeError: with what was given and what is allowed.
+
+    Source: the cost matrix of SinKD (arXiv 2402.17110), `torch.cdist(softmax(student), softmax(teacher), p=1)`.
+    """
+    _check_logits(student_logits, teacher_logits, temperature)
+    leading = torch.broadcast_shapes(student_logits.shape[:-2], teacher_logits.shape[:-2])
+    student, teacher = (
+        logits if logits.shape[:-2] == leading else logits.expand(*leading, *logits.shape[-2:])
+        for logits in (student_logits, teacher_logits)
+    )
+    wants_grad = torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
+    if wants_grad or torch.compiler.is_compiling() or type(student) is not Tensor or type(teacher) is not Tensor:
+        return torch.ops.pyllmq.softmax_cdist_l1(student, teacher, float(temperature))[0]
+    return _softmax_cdist_l1(student, teacher, float(temperature))[0]
+
+
+def _check_logits(student: Tensor, teacher: Tensor, temperature: float) -> None:
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if logits.dim() < 2:
+            raise ValueError(f"{name} has shape {tuple(logits.shape)}; it must be [..., rows, vocabulary]")
+        if logits.dtype not in LOGITS_DTYPES:
+            raise TypeError(f"{name} is {logits.dtype}; allowed: {_names(LOGITS_DTYPES)}")
+    if student.shape[-1] != teacher.shape[-1] or not student.shape[-1]:
+        raise ValueError(
+            f"student_logits have a vocabulary of {student.shape[-1]}, teacher_logits of {teacher.shape[-1]}; they must be equal "
+            "and not 0. Where one model pads its vocabulary, cut both to the shorter one"
+        )
+    if (student.dtype == torch.float64) != (teacher.dtype == torch.float64):
+        raise TypeError(
+            f"student_logits are {student.dtype}, teacher_logits {teacher.dtype}; float64 goes with float64 alone"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"student_logits are on {student.device}, teacher_logits on {teacher.device}; move them to one device"
+        )
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be positive and finite")
+
+
+def _as_batch(logits: Tensor) -> Tensor:
+    """[..., rows, V] -> [batch, rows, V]."""
+    return logits.reshape(math.prod(logits.shape[:-2]), *logits.shape[-2:])
+
+
+def _softmax_cdist_l1(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = kernel_for("softmax_cdist_l1", "", student_logits.device.type, student_logits.dtype)
+    distance, *statistics = kernel.run(_as_batch(student_logits), _as_batch(teacher_logits), temperature)
+    leading = student_logits.shape[:-2]
+    student_statistics, teacher_statistics = (each.view(*leading, *each.shape[1:]) for each in statistics)
+    return distance.view(*leading, *distance.shape[1:]), student_statistics, teacher_statistics
+
+
+def _softmax_cdist_l1_fake(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    return (
+        student_logits.new_empty(*student_logits.shape[:-1], teacher_logits.shape[-2], dtype=dtype),
+        student_logits.new_empty(*student_logits.shape[:-1], 2, dtype=dtype),
+        teacher_logits.new_empty(*teacher_logits.shape[:-1], 2, dtype=dtype),
+    )
+
+
+def _softmax_cdist_l1_setup(ctx, inputs, output) -> None:
+    student, teacher, ctx.temperature = inputs
+    _, *statistics = output
+    ctx.mark_non_differentiable(*statistics)
+    ctx.save_for_backward(student, teacher, *statistics)
+
+
+def _softmax_cdist_l1_gradients(ctx, grad: Tensor, *_):
+    student, teacher, statistics, teacher_statistics = ctx.saved_tensors
+    backward = torch.ops.pyllmq.softmax_cdist_l1_backward
+    student_grad = teacher_grad = None
+    if ctx.needs_input_grad[0]:
+        student_grad = backward(grad, student, teacher, statistics, teacher_statistics, ctx.temperature)
+    if ctx.needs_input_grad[1]:
+        teacher_grad = backward(grad.mT, teacher, student, teacher_statistics, statistics, ctx.temperature)
+    return student_grad, teacher_grad, None
+
+
+def _softmax_cdist_l1_backward(
+    grad: Tensor,
+    logits: Tensor,
+    other_logits: Tensor,
+    statistics: Tensor,
+    other_statistics: Tensor,
+    temperature: float,
+) -> Tensor:
+    kernel = kernel_for("softmax_cdist_l1_backward", "", logits.device.type, logits.dtype)
+    batched = (_as_batch(each) for each in (grad, logits, other_logits, statistics, other_statistics))
+    return kernel.run(*batched, temperature).view(logits.shape)
+
+
 # ---- registration ---------------------------------------------------------------------------------------------------
 
-for _name, _run, _fake in (
-    ("codebook_linear", _codebook_linear, _codebook_linear_fake),
-    ("codebook_dequantize", _codebook_dequantize, _codebook_dequantize_fake),
+_OPERATIONS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
+    *((f"{_format}_linear", partial(_run_linear, f"{_format}_linear"), _linear_fake) for _format in _FORMATS),
+    *(
+        (f"{_format}_dequantize", partial(_run_dequantize, f"{_format}_dequantize"), _dequantize_fake)
+        for _format in _FORMATS
+    ),
     ("codebook_gradient", _codebook_gradient, _codebook_gradient_fake),
     ("pack_codes", _pack_codes, lambda codes, bits: codes.new_empty(codes.shape[0], (codes.shape[1] * bits + 7) // 8)),
     ("unpack_codes", _unpack_codes, lambda packed, bits, columns: packed.new_empty(packed.shape[0], columns)),
-):
+    ("softmax_cdist_l1", _softmax_cdist_l1, _softmax_cdist_l1_fake),
+    (
+        "softmax_cdist_l1_backward",
+        _softmax_cdist_l1_backward,
+        lambda grad, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    ),
+)
+for _name, _run, _fake in _OPERATIONS:
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyllmq::{_name}", _fake, lib=_library)
+for _format in _FORMATS:
+    torch.library.register_autograd(
+        f"pyllmq::{_format}_linear",
+        partial(_linear_backward, f"{_format}_dequantize"),
+        setup_context=_linear_setup,
+        lib=_library,
+    )
 torch.library.register_autograd(
-    "pyllmq::codebook_linear", _codebook_linear_backward, setup_context=_codebook_linear_setup, lib=_library
+    "pyllmq::softmax_cdist_l1", _softmax_cdist_l1_gradients, setup_context=_softmax_cdist_l1_setup, lib=_library
 )

@@ -6,15 +6,18 @@ Formulas, numerics and measured times are in docs/kernels-sinkhorn.md.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends import cpu_sinkhorn as _cpu
 from .backends import reference_sinkhorn as _reference
+from .backends import triton_sinkhorn as _triton
 from .dispatch import kernel_for
 
 _cpu.register_kernels()
+_triton.register_kernels()
 _reference.register_kernels()
 
 COST_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -22,7 +25,7 @@ GRADIENTS = ("unroll", "implicit", "envelope")
 OUTPUTS = ("plan", "potentials", "value")
 
 SMALL = 64
-"""Problems of at most so many entries keep no tape: running their loop again costs less than reading it from memory."""
+"""On a CPU problems of at most so many entries keep no tape: running their loop again costs less than reading it from memory."""
 
 _library = torch.library.Library("pyllmq", "FRAGMENT")
 for _schema in (
@@ -52,7 +55,7 @@ def sinkhorn(
     grad: str = "unroll",
     unbalanced: float | tuple[float, float] | None = None,
     output: str = "plan",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Entropic optimal transport between marginals a and b, for a batch of cost matrices.
 
     The plan P minimises <P, cost> + epsilon KL(P | a b^T) subject to P 1 = a and P^T 1 = b. Iterations start from v = 0;
@@ -78,7 +81,8 @@ def sinkhorn(
     Raises:
         ValueError: shapes that do not fit; on the CPU also values without a plan: NaN or -inf costs, negative marginals or
             such that do not sum alike, epsilon <= 0, a row with mass but nowhere to send it. Elsewhere looking at values would
-            wait for the device: there such a problem comes out as NaN, the others of the batch as if alone.
+            wait for the device: there NaN comes out as NaN throughout that problem, lines of negative mass or without a way out
+            as zeros, and only a look at the marginals of the plan tells.
         TypeError: a dtype is not allowed.
     """
     _check_choices(iterations, tolerance, grad, output)
@@ -88,24 +92,19 @@ def sinkhorn(
     if mask is not None:
         cost = _masked(cost, mask)
     n, m = cost.shape[-2:]
-    epsilon = torch.as_tensor(epsilon, dtype=work, device=cost.device)
-    if epsilon.requires_grad:
+    if not isinstance(epsilon, Tensor):
+        epsilon = torch.full((), epsilon, dtype=work, device=cost.device)
+    elif epsilon.requires_grad:
         raise ValueError("epsilon takes no gradient; pass epsilon.detach()")
     a = _marginal("a", a, n, -1, cost, mask, work)
     b = _marginal("b", b, m, -2, cost, mask, work)
-    try:
-        batch = torch.broadcast_shapes(cost.shape[:-2], a.shape[:-1], b.shape[:-1], epsilon.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"the batch dimensions of cost {tuple(cost.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)} and epsilon "
-            f"{tuple(epsilon.shape)} do not broadcast"
-        ) from None
+    batch = _batch_shape(cost, a, b, epsilon)
     problems = math.prod(batch)
     arguments = (
         cost.to(work).expand(*batch, n, m).reshape(problems, n, m),
         a.expand(*batch, n).reshape(problems, n),
         b.expand(*batch, m).reshape(problems, m),
-        epsilon.expand(batch).reshape(problems),
+        epsilon.to(cost.device, work).expand(batch).reshape(problems),
     )
     followed = tuple(tensor.detach() for tensor in arguments) if grad == "envelope" else arguments
     plan, u, v = _run(followed, iterations, tolerance, rho_a, rho_b, grad)
@@ -180,6 +179,19 @@ def _marginal(
     return given.to(work)
 
 
+def _batch_shape(cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> tuple[int, ...]:
+    batch = cost.shape[:-2]
+    if a.dim() == 1 and b.dim() == 1 and epsilon.dim() == 0:
+        return batch  # broadcast_shapes costs 20 us, a tenth of a small call
+    try:
+        return torch.broadcast_shapes(batch, a.shape[:-1], b.shape[:-1], epsilon.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"the batch dimensions of cost {tuple(cost.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)} and epsilon "
+            f"{tuple(epsilon.shape)} do not broadcast"
+        ) from None
+
+
 def _run(
     arguments: tuple[Tensor, ...],
     iterations: int,
@@ -189,10 +201,18 @@ def _run(
     grad: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
-    rest = (iterations, 0.0 if tolerance is None else float(tolerance), rho_a, rho_b, grad if wants_grad else "none")
-    if wants_grad or torch.compiler.is_compiling() or type(arguments[0]) is not Tensor:
-        return torch.ops.pyllmq.sinkhorn(*arguments, *rest)[:3]
-    return _sinkhorn(*arguments, *rest)[:3]
+    operation: Any = _sinkhorn
+    if not _is_eager(arguments[0]):
+        operation = torch.ops.pyllmq.sinkhorn
+    elif wants_grad:
+        operation = _Sinkhorn.apply
+    stop = 0.0 if tolerance is None else float(tolerance)
+    return operation(*arguments, iterations, stop, rho_a, rho_b, grad if wants_grad else "none")[:3]
+
+
+def _is_eager(tensor: Tensor) -> bool:
+    """Not being traced: then a call need not go through torch.library, whose autograd costs 200 us."""
+    return type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
 def _sinkhorn(
@@ -207,15 +227,21 @@ def _sinkhorn(
     grad: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tape = cost.new_empty(_tape_shape(cost, iterations, grad))
-    kernel = kernel_for("sinkhorn", "", cost.device.type, cost.dtype)
+    kernel = kernel_for("sinkhorn", "", cost.device.type, cost.dtype, _padded_entries(cost))
     plan, u, v, count = kernel.run(cost, a, b, epsilon, iterations, tolerance, rho_a, rho_b, tape)
     return plan, u, v, tape, count
+
+
+def _padded_entries(cost: Tensor) -> int:
+    """What the table of kernels is asked by, in the place of tokens: entries of a matrix padded to powers of two."""
+    return math.prod(1 << (size - 1).bit_length() for size in cost.shape[-2:])
 
 
 def _tape_shape(cost: Tensor, iterations: int, grad: str) -> tuple[int, ...]:
     """Room for the scalings of every iteration, which is all that the backward pass wants to know: T (n + m), not T n m."""
     problems, n, m = cost.shape
-    return (problems, iterations, n + m) if grad == "unroll" and n * m > SMALL else (0,)
+    runs_again = cost.device.type == "cpu" and n * m <= SMALL
+    return (problems, iterations, n + m) if grad == "unroll" and not runs_again else (0,)
 
 
 def _sinkhorn_fake(cost, a, b, epsilon, iterations, tolerance, rho_a, rho_b, grad):
@@ -236,14 +262,25 @@ def _sinkhorn_backward_of(ctx, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
     if ctx.grad == "implicit":
         grads = _implicit_gradients(plan[0], a, b, epsilon, grad_plan, grad_u, grad_v, ctx.rho_a, ctx.rho_b)
     else:
-        grads = torch.ops.pyllmq.sinkhorn_backward(
-            cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_v, ctx.rho_a, ctx.rho_b
-        )
+        backward = _sinkhorn_backward if _is_eager(grad_plan) else torch.ops.pyllmq.sinkhorn_backward
+        grads = backward(cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_v, ctx.rho_a, ctx.rho_b)
     return *grads, None, None, None, None, None, None
 
 
+class _Sinkhorn(torch.autograd.Function):
+    """The operation with its gradient for eager calls."""
+
+    forward = staticmethod(_sinkhorn)
+    setup_context = staticmethod(_sinkhorn_setup)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return _sinkhorn_backward_of(ctx, *grads)
+
+
 def _sinkhorn_backward(cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_v, rho_a, rho_b):
-    kernel = kernel_for("sinkhorn_backward", "", cost.device.type, cost.dtype)
+    kernel = kernel_for("sinkhorn_backward", "", cost.device.type, cost.dtype, _padded_entries(cost))
     grads = (grad_plan.contiguous(), grad_u.contiguous(), grad_v.contiguous())
     return kernel.run(cost, a, b, epsilon, tape, count, *grads, rho_a, rho_b)
 

@@ -32,6 +32,7 @@ SOURCES = (
     *sorted((CSRC / "cuda").glob("codebook_*.c*")),
     CSRC / "cuda/kmeans_1d.cu",
     CSRC / "cuda/pack_codes.cu",
+    CSRC / "cuda/softmax_cdist_l1.cu",
     *sorted((CSRC / "cuda/emulator").glob("*.cpp")),
 )
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"] if "PYLLMQ_SANITIZED" in os.environ else []

@@ -171,7 +171,9 @@ def test_windowed_is_close_to_the_optimum_and_never_below_it() -> None:
     torch.manual_seed(0)
     gauss, tails = torch.randn(24, 4096), torch.distributions.StudentT(3.0).sample((24, 4096))
     clumps = torch.randn(8, 4096) * 0.01 + torch.randint(0, 20, (8, 4096)).square()
-    values, weights = torch.cat([gauss, tails, clumps]), torch.rand(56, 4096)
+    far = torch.randn(4, 4096)
+    far[:, 7] = 1e3
+    values, weights = torch.cat([gauss, tails, clumps, far]), torch.rand(60, 4096)
     ks = [2, 4, 8, 16]
     for w in (None, weights):
         ratio = kmeans_1d_errors(values, ks, w, "windowed") / kmeans_1d_errors(values, ks, w)

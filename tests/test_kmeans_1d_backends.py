@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import pyllmq
-from pyllmq.backends import cuda, reference
+from pyllmq.backends import reference
 from pyllmq.functional import kmeans_1d, kmeans_1d_errors
 
 from .cuda_emulator import emulated  # noqa: F401
@@ -38,7 +38,7 @@ def problems(n: int) -> Tensor:
 
 @pytest.mark.parametrize("name", ["reference", "cuda"])
 @pytest.mark.parametrize("weighting", ["none", "shared", "own"])
-@pytest.mark.parametrize("n", [1, 2, 3, 16, 97, 300])
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 97])
 def test_equals_the_cpu(name: str, weighting: str, n: int, request: pytest.FixtureRequest) -> None:
     torch.manual_seed(n)
     values = problems(n)
@@ -71,7 +71,7 @@ def test_schedules_parts_and_an_empty_batch_change_no_bit(emulated, monkeypatch)
         expected = kmeans_1d(values, 7)
         emulated.emulator.set_schedule(last_thread_first=True, last_block_first=True)
         assert all(map(torch.equal, kmeans_1d(values, 7), expected))
-        monkeypatch.setattr(cuda, "KMEANS_WORKSPACE_BYTES", 1)
+        monkeypatch.setattr(reference, "KMEANS_TABLE_BYTES", 1)
         assert all(map(torch.equal, kmeans_1d(values, 7), expected))
         centroids, codes = kmeans_1d(values[:0], 7)
     assert centroids.shape == (0, 7) and codes.shape == (0, 300)

@@ -56,7 +56,15 @@ def check(cost, a, b, epsilon, iterations, **options):
     plan = sinkhorn(cost, a, b, epsilon, iterations, **options)
     rho = options.get("unbalanced") or (math.inf, math.inf)
     exact = log_loop(cost.double(), a.double(), b.double(), torch.as_tensor(epsilon).double(), iterations, rho)
-    assert_as_good_as_torch(plan, exact, log_loop(cost, a, b, epsilon, iterations, rho))
+    assert_as_good_as_torch(plan, exact, *loops_in_orders(cost, a, b, epsilon, iterations, rho))
+
+
+def loops_in_orders(cost, a, b, epsilon, iterations, rho):
+    """torch's results with the columns summed in several orders: where there are few entries, one error is luck."""
+    for _ in range(1 if cost.numel() > 1000 else 12):
+        rows, columns = torch.randperm(cost.shape[-2]), torch.randperm(cost.shape[-1])
+        plan = log_loop(cost[:, rows][:, :, columns], a[:, rows], b[:, columns], epsilon, iterations, rho)
+        yield plan[:, rows.argsort()][:, :, columns.argsort()]
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------
@@ -182,11 +190,11 @@ def test_gradients_match_those_in_fp64(backend, n, m, epsilon, unbalanced):
     weight = torch.randn(5, n, m)
     ours = gradients(cost, a, b, weight, epsilon, 12, unbalanced=unbalanced)
     exact = exact_gradients(cost, a, b, weight, epsilon, 12, unbalanced=unbalanced)
-    # Contributions of this size cancel in a gradient.
+    # Contributions of this size cancel in a gradient; each carries the roundings of 12 iterations and of their adjoint.
     sizes = weight.abs() * sinkhorn(cost, a, b, epsilon, 12, unbalanced=unbalanced)
     rows, columns = (sizes.sum(over) / mass for over, mass in ((-1, a), (-2, b)))
     for mine, true, size in zip(ours, exact, (sizes / epsilon, rows, columns), strict=True):
-        assert (mine - true).abs().max() <= 1e-5 * size.nan_to_num().max()
+        assert (mine - true).abs().max() <= 3e-5 * size.nan_to_num().max()
 
 
 @pytest.mark.parametrize(("n", "m"), [(4, 4), (20, 24)])

@@ -19,7 +19,7 @@ namespace {
 // Codebooks are split once per chunk: with chunks of 8 tiles decoding takes 29 ps per weight in place of 22 (AMX).
 constexpr int64_t kChunkTiles = kStripTiles;
 // Tokens of a pass: so many that what they need (packed x, x for outliers, sums) stays below a part of weight and y.
-constexpr int64_t kBytesPerExtra = 24, kFewestTokens = 32, kMostTokens = 256;
+constexpr int64_t kBytesPerExtra = 28, kFewestTokens = 32, kMostTokens = 256;
 // Single-thread estimates for the thread pool.
 constexpr double kNsPerPackedElement = 0.5;
 constexpr double kNsPerMultiply = 0.02;

@@ -38,12 +38,18 @@ int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
                       " has mass, but its cost is +inf (or masked) wherever the other side has mass; give it mass 0");
 }
 
-double checked_mass(const float* marginal, int64_t count, const char* name, int64_t problem) {
-  double mass = 0;
+struct Mass {
+  double sum;
+  bool somewhere_zero;
+};
+
+Mass checked_mass(const float* marginal, int64_t count, const char* name, int64_t problem) {
+  Mass mass{0, false};
   bool fine = true;
   for (int64_t i = 0; i < count; ++i) {
     fine &= marginal[i] >= 0 && marginal[i] <= std::numeric_limits<float>::max();
-    mass += marginal[i];
+    mass.sum += marginal[i];
+    mass.somewhere_zero |= marginal[i] == 0;
   }
   if (!fine)
     refuse(problem, std::string("marginal ") + name +
@@ -51,25 +57,38 @@ double checked_mass(const float* marginal, int64_t count, const char* name, int6
   return mass;
 }
 
-void check_problem(const SinkhornProblem& p, int64_t q, bool balanced) {
-  if (!(p.epsilon[q] > 0 && p.epsilon[q] <= std::numeric_limits<float>::max()))
-    refuse(q, "epsilon must be positive and finite in every problem, here " + std::to_string(p.epsilon[q]));
-  const double mass = checked_mass(p.a + q * p.n, p.n, "a", q), other = checked_mass(p.b + q * p.m, p.m, "b", q);
-  if (balanced && std::abs(mass - other) > kSameMass * std::max(mass, other))
-    refuse(q, "the marginals a and b do not sum alike (" + std::to_string(mass) + " and " + std::to_string(other) +
-                  "), so no plan has both; rescale one, or give unbalanced=");
+// True if all marginals are above 0.
+bool check_marginals(const SinkhornProblem& p) {
+  const bool balanced = std::isinf(p.rho_a) && std::isinf(p.rho_b);
+  bool full = true;
+  for (int64_t q = 0; q < p.problems; ++q) {
+    if (!(p.epsilon[q] > 0 && p.epsilon[q] <= std::numeric_limits<float>::max()))
+      refuse(q, "epsilon must be positive and finite in every problem, here " + std::to_string(p.epsilon[q]));
+    if (q > 0 && p.a_stride == 0 && p.b_stride == 0) continue;
+    const Mass a = checked_mass(p.a + q * p.a_stride, p.n, "a", q), b = checked_mass(p.b + q * p.b_stride, p.m, "b", q);
+    full &= !a.somewhere_zero && !b.somewhere_zero;
+    if (balanced && std::abs(a.sum - b.sum) > kSameMass * std::max(a.sum, b.sum))
+      refuse(q, "the marginals a and b do not sum alike (" + std::to_string(a.sum) + " and " + std::to_string(b.sum) +
+                    "), so no plan has both; rescale one, or give unbalanced=");
+  }
+  return full;
 }
 
-void check_costs(const SinkhornProblem& p, int64_t q) {
+// True if all costs are finite.
+bool check_costs(const SinkhornProblem& p, int64_t q) {
   const float* cost = p.cost + q * p.cost_stride;
-  int bad = 0;
-  for (int64_t e = 0; e < p.n * p.m; ++e) bad |= !(cost[e] > -std::numeric_limits<float>::infinity());
+  int bad = 0, closed = 0;
+  for (int64_t e = 0; e < p.n * p.m; ++e) {
+    bad |= !(cost[e] > -std::numeric_limits<float>::infinity());
+    closed |= cost[e] == std::numeric_limits<float>::infinity();
+  }
   if (bad) refuse(q, "cost has a NaN or -inf entry; allowed: finite, or +inf where no mass may go");
+  return !closed;
 }
 
 // A row or column with mass that may send it nowhere.
 void check_possible(const SinkhornProblem& p, int64_t q) {
-  const float *cost = p.cost + q * p.cost_stride, *a = p.a + q * p.n, *b = p.b + q * p.m;
+  const float *cost = p.cost + q * p.cost_stride, *a = p.a + q * p.a_stride, *b = p.b + q * p.b_stride;
   const auto open = [&](int64_t i, int64_t j) {
     return a[i] > 0 && b[j] > 0 && cost[i * p.m + j] < std::numeric_limits<float>::infinity();
   };
@@ -113,10 +132,11 @@ class Loop {
     old_f_ = workspace.take<float>(padded(p_.n));
     sums_ = workspace.take<float>(std::max(padded(p_.n), stride_));
     g_ = workspace.take<float>(stride_);
+    block_ = workspace.take<float>(stride_);
   }
   static int64_t bytes(const SinkhornProblem& p) {
     const int64_t n = padded(p.n), m = padded(p.m);
-    return 4 * (p.n * m + 5 * n + 4 * m) + 8 * (2 * n + m) + 12 * 64;
+    return 4 * (p.n * m + 5 * n + 5 * m) + 8 * (2 * n + m) + 13 * 64;
   }
 
   void begin(int64_t q) {
@@ -128,8 +148,8 @@ class Loop {
     std::fill(a_, a_ + padded(p_.n), 0.0f);
     std::fill(f_, f_ + padded(p_.n), 0.0f);
     std::fill(b_, b_ + stride_, 0.0f);
-    std::copy_n(p_.a + q * p_.n, p_.n, a_);
-    std::copy_n(p_.b + q * p_.m, p_.m, b_);
+    std::copy_n(p_.a + q * p_.a_stride, p_.n, a_);
+    std::copy_n(p_.b + q * p_.b_stride, p_.m, b_);
     if (!balanced()) drop_impossible_columns();
     float largest = 1;
     for (int64_t i = 0; i < p_.n; ++i) largest = std::max(largest, a_[i]);
@@ -137,17 +157,17 @@ class Loop {
     limit_ = largest * kLargeScaling;
     // Columns without mass take no part: +inf keeps them out of the minimum, v = -inf out of K.
     for (int64_t j = 0; j < stride_; ++j) {
-      sums_[j] = b_[j] > 0 ? 0 : std::numeric_limits<float>::infinity();
+      block_[j] = b_[j] > 0 ? 0 : std::numeric_limits<float>::infinity();
       v_[j] = b_[j] > 0 ? 0 : -kInfinity;
       g_[j] = b_[j] > 0 ? 1 : 0;
     }
     for (int64_t i = 0; i < p_.n; ++i) {
-      const float low = kernels_.row_floor(cost_ + i * p_.m, sums_, p_.m);
+      const float low = kernels_.row_floor(cost_ + i * p_.m, block_, p_.m);
       if (!(low > -std::numeric_limits<float>::infinity()))
         refuse(problem_, "cost has a NaN or -inf entry; allowed: finite, or +inf where no mass may go");
       set_row_offset(i, low);
     }
-    build();
+    kernels_.build_first(cost_, u_, block_, 1 / epsilon_, p_.n, p_.m, stride_, k_);
   }
 
   // One iteration. True if its row step shows that the plan before was near enough: then that plan's scalings stay.
@@ -199,8 +219,10 @@ class Loop {
 
   void results(float* plan, float* u, float* v) const {
     kernels_.plan(k_, f_, g_, p_.n, p_.m, stride_, plan);
-    for (int64_t i = 0; i < p_.n; ++i) u[i] = static_cast<float>(u_[i] + epsilon_ * std::log(f_[i]));
-    for (int64_t j = 0; j < p_.m; ++j) v[j] = static_cast<float>(v_[j] + epsilon_ * std::log(g_[j]));
+    kernels_.logarithms(f_, p_.n, u);
+    kernels_.logarithms(g_, p_.m, v);
+    for (int64_t i = 0; i < p_.n; ++i) u[i] = static_cast<float>(u_[i] + epsilon_ * u[i]);
+    for (int64_t j = 0; j < p_.m; ++j) v[j] = static_cast<float>(v_[j] + epsilon_ * v[j]);
   }
 
   void use(const Epoch& epoch) {
@@ -359,7 +381,7 @@ class Loop {
   double epsilon_ = 1, damp_a_ = 1, damp_b_ = 1;
   float limit_ = 0;
   bool offsets_moved_ = false;
-  float *k_, *a_, *b_, *f_, *old_f_, *g_, *sums_;
+  float *k_, *a_, *b_, *f_, *old_f_, *g_, *sums_, *block_;
   double *u_, *v_, *old_u_;
 };
 
@@ -378,20 +400,21 @@ class Adjoint {
   Adjoint(const SinkhornProblem& problem, const SinkhornBackward& out, const SinkhornKernels& kernels,
           Workspace& workspace)
       : p_(problem), out_(out), kernels_(kernels), loop_(problem, kernels, workspace), stride_(loop_.stride()) {
-    const int64_t n = p_.n, longest = out.iterations;
+    const int64_t n = padded(p_.n), longest = out.iterations;
     record_.row_f = workspace.take<float>(longest * n);
     record_.row_g = workspace.take<float>(longest * stride_);
     record_.column_f = workspace.take<float>(longest * n);
     record_.column_g = workspace.take<float>(longest * stride_);
     r_ = workspace.take<float>(longest * stride_);
     s_ = workspace.take<float>(longest * n);
+    rows_ = n;
     d_alpha_ = workspace.take<float>(n);
     times_ = workspace.take<float>(n);
     plus_ = workspace.take<float>(n);
     d_beta_ = workspace.take<float>(stride_);
   }
   static int64_t bytes(const SinkhornProblem& p, int64_t iterations) {
-    return Loop::bytes(p) + 4 * (3 * iterations + 4) * (padded(p.n) + padded(p.m)) + 12 * 64;
+    return Loop::bytes(p) + 4 * (3 * iterations + 5) * (padded(p.n) + padded(p.m)) + 12 * 64;
   }
 
   void run(int64_t q) {
@@ -416,6 +439,8 @@ class Adjoint {
     for (int64_t j = 0; j < m; ++j)
       d_beta_[j] = loop_.b()[j] > 0 ? d_beta_[j] + epsilon * out_.grad_v[q * m + j] : 0;
 
+    std::fill(times_, times_ + rows_, 0.0f);
+    std::fill(plus_, plus_ + rows_, 0.0f);
     flushed_ = false;
     epoch_ = static_cast<int64_t>(record_.epochs.size()) - 1;
     column_end_ = row_end_ = count;
@@ -424,7 +449,7 @@ class Adjoint {
       column_adjoint(t, grad_b);
       const bool together = 2 * t >= record_.epochs[epoch_].first;
       row_coefficients(t);
-      float* s = s_ + t * n;
+      float* s = s_ + t * rows_;
       if (together) {
         kernels_.pass(loop_.k(), n, stride_, r_ + t * stride_, {nullptr, times_, plus_}, s, d_beta_);
       } else {
@@ -508,7 +533,7 @@ class Adjoint {
 
   void row_adjoint(int64_t t, float* grad_a) {
     const int64_t n = p_.n;
-    const float *a = loop_.a(), *s = s_ + t * n, *f = record_.row_f + t * n, *g = record_.row_g + t * stride_;
+    const float *a = loop_.a(), *s = s_ + t * rows_, *f = record_.row_f + t * n, *g = record_.row_g + t * stride_;
     if (std::isinf(p_.rho_a)) {
       for (int64_t i = 0; i < n; ++i) grad_a[i] += f[i] > 0 ? s[i] / f[i] : 0;
     } else {
@@ -532,9 +557,10 @@ class Adjoint {
     }
     sums.f = record_.column_f + columns * n;
     sums.r = r_ + columns * stride_;
-    sums.s = s_ + rows * n;
+    sums.s = s_ + rows * rows_;
     sums.g = record_.row_g + rows * stride_;
-    sums.row_stride = n;
+    sums.f_stride = n;
+    sums.s_stride = rows_;
     sums.column_stride = stride_;
     sums.f_terms = column_end_ - columns;
     sums.s_terms = row_end_ - rows;
@@ -551,7 +577,7 @@ class Adjoint {
   const SinkhornKernels& kernels_;
   Loop loop_;
   const int64_t stride_;
-  int64_t q_ = 0, epoch_ = 0, column_end_ = 0, row_end_ = 0;
+  int64_t rows_ = 0, q_ = 0, epoch_ = 0, column_end_ = 0, row_end_ = 0;
   bool flushed_ = false;
   Record record_{};
   float *r_, *s_, *d_alpha_, *times_, *plus_, *d_beta_;
@@ -564,8 +590,16 @@ bool is_small(const SinkhornProblem& p) {
 }
 
 SmallProblem group_of(const SinkhornProblem& p, int64_t first, int64_t lanes) {
-  return {p.cost + first * p.cost_stride, p.cost_stride, p.a + first * p.n, p.b + first * p.m, p.epsilon + first,
-          p.n,                            p.m,           lanes};
+  return {p.cost + first * p.cost_stride,
+          p.cost_stride,
+          p.a + first * p.a_stride,
+          p.a_stride,
+          p.b + first * p.b_stride,
+          p.b_stride,
+          p.epsilon + first,
+          p.n,
+          p.m,
+          lanes};
 }
 
 Workspace& workspace_of(int64_t bytes) {
@@ -582,8 +616,7 @@ double cost_ns(const SinkhornProblem& p, double passes) {
 
 void sinkhorn(const SinkhornProblem& p, const SinkhornForward& out) {
   const SinkhornKernels& kernels = sinkhorn_kernels();
-  const bool balanced = std::isinf(p.rho_a) && std::isinf(p.rho_b);
-  for (int64_t q = 0; q < p.problems; ++q) check_problem(p, q, balanced);
+  const bool full = check_marginals(p);
   const double work = cost_ns(p, 2.0 * static_cast<double>(out.iterations) + 20);
   if (!is_small(p)) {
     parallel_for(p.problems, 1, work, [&](int64_t begin, int64_t end) {
@@ -592,15 +625,13 @@ void sinkhorn(const SinkhornProblem& p, const SinkhornForward& out) {
     });
     return;
   }
-  const int64_t width = kernels.width, groups = (p.problems + width - 1) / width;
-  const int64_t grain = std::max<int64_t>(1, 64 / width);
+  const int64_t width = kernels.small_width, groups = (p.problems + width - 1) / width;
+  const int64_t grain = 4;
   parallel_for(groups, grain, work, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * width, lanes = std::min(width, p.problems - first);
-      for (int64_t q = first; q < first + lanes; ++q) {
-        check_costs(p, q);
-        if (balanced) check_possible(p, q);
-      }
+      for (int64_t q = first; q < first + lanes; ++q)
+        if (!(check_costs(p, q) && full)) check_possible(p, q);
       float* room = workspace_of(4 * small_room(p.n, p.m, 0) + 64).take<float>(small_room(p.n, p.m, 0));
       uint32_t again = kernels.small_forward(group_of(p, first, lanes), out.iterations,
                                              static_cast<float>(out.tolerance), room, out.plan + first * p.n * p.m,
@@ -624,13 +655,13 @@ void sinkhorn_backward(const SinkhornProblem& p, const SinkhornBackward& out) {
     });
     return;
   }
-  const int64_t width = kernels.width, groups = (p.problems + width - 1) / width;
-  const int64_t grain = std::max<int64_t>(1, 64 / width), n = p.n, m = p.m;
+  const int64_t width = kernels.small_width, groups = (p.problems + width - 1) / width;
+  const int64_t grain = 4, n = p.n, m = p.m;
   const int64_t floats = small_room(n, m, out.iterations);
   parallel_for(groups, grain, work, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * width, lanes = std::min(width, p.problems - first);
-      int32_t count[kLanes];
+      int32_t count[kSmallWidth];
       for (int64_t lane = 0; lane < lanes; ++lane) count[lane] = std::abs(out.count[first + lane]);
       float* room = workspace_of(4 * floats + 64).take<float>(floats);
       const uint32_t again = kernels.small_backward(

@@ -8,8 +8,10 @@ namespace pyllmq::cpu {
 struct SinkhornProblem {
   const float* cost;     // [problems, n, m] with cost_stride = n * m, or one matrix for all with cost_stride = 0
   int64_t cost_stride;
-  const float* a;        // [problems, n]
-  const float* b;        // [problems, m]
+  const float* a;        // [problems, n] with a_stride = n, or one for all with a_stride = 0
+  int64_t a_stride;
+  const float* b;  // likewise, [problems, m]
+  int64_t b_stride;
   const float* epsilon;  // [problems]
   int64_t problems;
   int64_t n, m;
@@ -45,11 +47,13 @@ void sinkhorn_backward(const SinkhornProblem& problem, const SinkhornBackward& b
 // ---- what differs between instruction sets ----------------------------------------------------------------------------
 
 constexpr int64_t kSmallEntries = 64;  // up to here one lane of a vector is one problem (transport.SMALL)
+constexpr int64_t kSmallWidth = 32;     // at most so many lanes
 constexpr int64_t kLanes = 16;         // arrays over columns are padded with zeros to a multiple of this
 constexpr float kTiny = 0x1p-126f;     // stands in for a sum of 0
 constexpr float kLargeScaling = 0x1p36f;  // of the largest mass: beyond, the offsets take the scalings up
 
-// s = sum_j K_ij x_j per row i, then out_i = over_i / max(s, kTiny) (forward) or times_i * s + plus_i (adjoint)
+// s = sum_j K_ij x_j per row i, then out_i = over_i / max(s, kTiny) (forward) or times_i * s + plus_i (adjoint). Arrays
+// over rows are padded to a multiple of 4, with zeros where they are read.
 struct RowUpdate {
   const float* over;
   const float* times;
@@ -65,7 +69,7 @@ struct OuterSums {
   const float* r;
   const float* s;
   const float* g;
-  int64_t row_stride, column_stride;
+  int64_t f_stride, s_stride, column_stride;
   int64_t f_terms, s_terms;
 };
 
@@ -73,18 +77,25 @@ struct SmallProblem {
   const float* cost;
   int64_t cost_stride;
   const float* a;
+  int64_t a_stride;
   const float* b;
+  int64_t b_stride;
   const float* epsilon;
-  int64_t n, m, lanes;  // lanes <= width problems
+  int64_t n, m, lanes;  // lanes <= small_width problems
 };
 
 struct SinkhornKernels {
-  int64_t width;
+  int64_t small_width;
   // min_j of cost_j + block_j; NaN if an entry is NaN
   float (*row_floor)(const float* cost, const float* block, int64_t m);
+  // K [n, stride] = exp((u_i - cost_ij - block_j) / epsilon): u as first offsets are, exactly fp32; padding 0
+  void (*build_first)(const float* cost, const double* u, const float* block, double inverse, int64_t n, int64_t m,
+                      int64_t stride, float* k);
   // K [n, stride] = exp((u_i + v_j - cost_ij) * inverse), in fp64 up to the exponential; padding 0
   void (*build)(const float* cost, const double* u, const double* v, double inverse, int64_t n, int64_t m,
                 int64_t stride, float* k);
+  // out = log x, -inf of 0
+  void (*logarithms)(const float* x, int64_t count, float* out);
   // row update, and column_sums = K^T out in the same pass over K. Returns the largest out.
   float (*pass)(const float* k, int64_t n, int64_t stride, const float* x, const RowUpdate& update, float* out,
                 float* column_sums);
@@ -107,7 +118,7 @@ struct SinkhornKernels {
 };
 
 inline int64_t small_room(int64_t n, int64_t m, int64_t iterations) {
-  return kLanes * (4 * n * m + 8 * (n + m) + (iterations + 1) * (n + m));
+  return kSmallWidth * (4 * n * m + 8 * (n + m) + (iterations + 1) * (n + m));
 }
 
 extern const SinkhornKernels kSinkhornScalar;

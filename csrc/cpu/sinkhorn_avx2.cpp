@@ -35,10 +35,16 @@ struct Avx2 {
   static R min(R x, R y) { return _mm256_min_ps(x, y); }
   static R max(R x, R y) { return _mm256_max_ps(x, y); }
   static R round(R x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  // 12 bits, and twice as many after one Newton step: 1 / x to 1e-7 in a third of a division's time
-  static R reciprocal(R x) {
-    const R r = _mm256_rcp_ps(x);
-    return _mm256_fmadd_ps(_mm256_fnmadd_ps(x, r, set(1)), r, r);
+  // 1 / y to 12 bits, and to twice as many after one Newton step: x / y to 1e-7 in a third of a division's time
+  static R quotient(R x, R y) {
+    const R r = _mm256_rcp_ps(y);
+    return _mm256_mul_ps(_mm256_mul_ps(x, r), _mm256_fnmadd_ps(y, r, set(2)));
+  }
+  static void split(R x, R& n, R& m) {
+    const __m256i bits = _mm256_castps_si256(x), shifted = _mm256_sub_epi32(bits, _mm256_set1_epi32(0x3F3504F3));
+    n = _mm256_cvtepi32_ps(_mm256_srai_epi32(shifted, 23));  // m in [sqrt 1/2, sqrt 2)
+    m = _mm256_castsi256_ps(
+        _mm256_sub_epi32(bits, _mm256_and_si256(shifted, _mm256_set1_epi32(static_cast<int>(0xFF800000)))));
   }
   static R scale2(R x, R n) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
@@ -51,9 +57,26 @@ struct Avx2 {
         _mm256_sub_pd(_mm256_add_pd(row, _mm256_loadu_pd(v + 4)), _mm256_cvtps_pd(_mm256_extractf128_ps(cost, 1)));
     return _mm256_set_m128(_mm256_cvtpd_ps(_mm256_mul_pd(high, scale)), _mm256_cvtpd_ps(_mm256_mul_pd(low, scale)));
   }
-  static void sums(R s0, R s1, R s2, R s3, float* out) {
+  static Four sums(R s0, R s1, R s2, R s3) {
     const R pairs = _mm256_hadd_ps(_mm256_hadd_ps(s0, s1), _mm256_hadd_ps(s2, s3));
-    _mm_store_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+    return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+  }
+  static void transpose(R* r) {
+    R pairs[8], fours[8];
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int half = 0; half < 2; ++half) {
+        const __m256d low = _mm256_castps_pd(pairs[i + half]), high = _mm256_castps_pd(pairs[i + 2 + half]);
+        fours[i + 2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+        fours[i + 2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+      }
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+      r[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+    }
   }
   template <class Fold>
   static float fold(R x, Fold pair) {
@@ -80,7 +103,7 @@ struct Avx2 {
 
 }  // namespace
 
-const SinkhornKernels kSinkhornAvx2 = sinkhorn_kernels_of<Avx2>();
+const SinkhornKernels kSinkhornAvx2 = sinkhorn_kernels_of<Avx2, Twice<Avx2>>();
 
 }  // namespace pyllmq::cpu
 #endif

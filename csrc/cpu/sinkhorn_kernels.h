@@ -8,6 +8,17 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
+// Four numbers, one for each of four rows. Spelled out as a vector: gcc 12 makes four divisions of a loop over them.
+using Four = float __attribute__((vector_size(16)));
+
+inline Four load_four(const float* from) {
+  Four four;
+  __builtin_memcpy(&four, from, 16);
+  return four;
+}
+inline void store_four(float* to, Four four) { __builtin_memcpy(to, &four, 16); }
+inline Four larger(Four x, Four y) { return x > y ? x : y; }
+
 // exp to 1e-7 relative for x <= 88; below -87, where the result leaves the normal numbers, exactly 0.
 template <class V>
 inline typename V::R exponential(typename V::R x) {
@@ -27,6 +38,28 @@ inline typename V::R exponential(typename V::R x) {
   return V::zero_unless(V::at_least(x, V::set(-87.0f)), V::scale2(p, n));
 }
 
+// log to 1e-7 relative, -inf of 0. With x = 2^n m, m near 1: log m = 2 artanh s, s = (m - 1) / (m + 1) below 0.18.
+template <class V>
+inline typename V::R logarithm(typename V::R x) {
+  using R = typename V::R;
+  R n, m;
+  V::split(x, n, m);
+  const R s = V::div(V::sub(m, V::set(1)), V::add(m, V::set(1)));
+  const R square = V::mul(s, s);
+  R p = V::set(2.0f / 9);
+  p = V::fma(p, square, V::set(2.0f / 7));
+  p = V::fma(p, square, V::set(2.0f / 5));
+  p = V::fma(p, square, V::set(2.0f / 3));
+  p = V::fma(p, square, V::set(2));
+  return V::select(V::above(x, V::set(0)), V::fma(p, s, V::mul(n, V::set(0.693147181f))), V::set(-kInfinity));
+}
+
+template <class V>
+void logarithms(const float* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += V::width)
+    V::store_part(out + i, count - i, logarithm<V>(V::load_part(x + i, count - i, 1)));
+}
+
 template <class V>
 float row_floor(const float* cost, const float* block, int64_t m) {
   auto low = V::set(kInfinity);
@@ -40,6 +73,19 @@ float row_floor(const float* cost, const float* block, int64_t m) {
 }
 
 template <class V>
+void build_first(const float* cost, const double* u, const float* block, double inverse, int64_t n, int64_t m,
+                 int64_t stride, float* k) {
+  const auto scale = V::set(static_cast<float>(inverse));
+  for (int64_t i = 0; i < n; ++i) {
+    const auto low = V::set(static_cast<float>(u[i]));
+    for (int64_t j = 0; j < stride; j += V::width) {
+      const auto c = V::add(V::load_part(cost + i * m + j, m - j, kInfinity), V::load(block + j));
+      V::store(k + i * stride + j, exponential<V>(V::mul(V::sub(low, c), scale)));
+    }
+  }
+}
+
+template <class V>
 void build(const float* cost, const double* u, const double* v, double inverse, int64_t n, int64_t m, int64_t stride,
            float* k) {
   for (int64_t i = 0; i < n; ++i)
@@ -49,73 +95,105 @@ void build(const float* cost, const double* u, const double* v, double inverse, 
     }
 }
 
-// Four rows at once: their sums are reduced together, and each part of x and of the column sums is loaded for all four.
-template <class V, bool kColumns, class Update>
+// Four rows at once: their sums are reduced together. With kParts vectors to a row, at most 4, the rows, x and the column
+// sums stay in registers (64x64: 380 cycles a pass in place of 900); with 0, any number, the rows come from the L1 cache again.
+template <class V, bool kColumns, int kParts, class Update>
 inline void rows_then_columns(const float* k, int64_t n, int64_t stride, const float* x, float* sums_out,
                               const Update& update) {
   using R = typename V::R;
-  if (kColumns)
+  constexpr int kHeld = kParts > 0 ? kParts : 1;
+  R held_x[kHeld], held_sums[kHeld];
+  if (kParts > 0) {
+    for (int p = 0; p < kHeld; ++p) {
+      held_x[p] = V::load(x + p * V::width);
+      held_sums[p] = V::set(0);
+    }
+  } else if (kColumns) {
     for (int64_t j = 0; j < stride; j += V::width) V::store(sums_out + j, V::set(0));
+  }
   for (int64_t i = 0; i < n; i += 4) {
-    const int64_t rows = n - i < 4 ? n - i : 4;
-    const float* k0 = k + i * stride;  // a missing row is the first one again, its scaling 0
-    const float* k1 = rows > 1 ? k0 + stride : k0;
-    const float* k2 = rows > 2 ? k0 + 2 * stride : k0;
-    const float* k3 = rows > 3 ? k0 + 3 * stride : k0;
-    R s0 = V::set(0), s1 = s0, s2 = s0, s3 = s0;
-    for (int64_t j = 0; j < stride; j += V::width) {
-      const R part = V::load(x + j);
-      s0 = V::fma(V::load(k0 + j), part, s0);
-      s1 = V::fma(V::load(k1 + j), part, s1);
-      s2 = V::fma(V::load(k2 + j), part, s2);
-      s3 = V::fma(V::load(k3 + j), part, s3);
+    const float* row[4];  // a missing row is the first one again, its scaling 0
+    for (int64_t r = 0; r < 4; ++r) row[r] = k + (i + r < n ? i + r : i) * stride;
+    R held[kHeld][4], sum[4];
+    for (int r = 0; r < 4; ++r) sum[r] = V::set(0);
+    if (kParts > 0) {
+      for (int p = 0; p < kHeld; ++p)
+        for (int r = 0; r < 4; ++r) {
+          held[p][r] = V::load(row[r] + p * V::width);
+          sum[r] = V::fma(held[p][r], held_x[p], sum[r]);
+        }
+    } else {
+      for (int64_t j = 0; j < stride; j += V::width) {
+        const R part = V::load(x + j);
+        for (int r = 0; r < 4; ++r) sum[r] = V::fma(V::load(row[r] + j), part, sum[r]);
+      }
     }
-    alignas(16) float sums[4];
-    V::sums(s0, s1, s2, s3, sums);
-    alignas(16) float scaling[4] = {0, 0, 0, 0};
-    update(i, rows, sums, scaling);
+    alignas(16) float scaling[4];
+    store_four(scaling, update(i, V::sums(sum[0], sum[1], sum[2], sum[3])));
     if (!kColumns) continue;
-    const R f0 = V::set(scaling[0]), f1 = V::set(scaling[1]), f2 = V::set(scaling[2]), f3 = V::set(scaling[3]);
-    for (int64_t j = 0; j < stride; j += V::width) {
-      R column = V::load(sums_out + j);
-      column = V::fma(V::load(k0 + j), f0, column);
-      column = V::fma(V::load(k1 + j), f1, column);
-      column = V::fma(V::load(k2 + j), f2, column);
-      column = V::fma(V::load(k3 + j), f3, column);
-      V::store(sums_out + j, column);
+    R factor[4];
+    for (int r = 0; r < 4; ++r) factor[r] = V::set(scaling[r]);
+    if (kParts > 0) {
+      for (int p = 0; p < kHeld; ++p)
+        for (int r = 0; r < 4; ++r) held_sums[p] = V::fma(held[p][r], factor[r], held_sums[p]);
+    } else {
+      const int64_t ahead = 4 * stride;
+      for (int64_t j = 0; j < stride; j += V::width) {
+        R column = V::load(sums_out + j);
+        for (int r = 0; r < 4; ++r) {
+          column = V::fma(V::load(row[r] + j), factor[r], column);
+          __builtin_prefetch(row[r] + ahead + j);
+        }
+        V::store(sums_out + j, column);
+      }
     }
+  }
+  if (kParts > 0 && kColumns)
+    for (int p = 0; p < kHeld; ++p) V::store(sums_out + p * V::width, held_sums[p]);
+}
+
+template <class V, bool kColumns, class Update>
+inline void rows_then_columns_of(const float* k, int64_t n, int64_t stride, const float* x, float* sums_out,
+                                 const Update& update) {
+  switch (V::width > 1 ? stride / V::width : 0) {
+    case 1: return rows_then_columns<V, kColumns, 1>(k, n, stride, x, sums_out, update);
+    case 2: return rows_then_columns<V, kColumns, 2>(k, n, stride, x, sums_out, update);
+    case 3: return rows_then_columns<V, kColumns, 3>(k, n, stride, x, sums_out, update);
+    case 4: return rows_then_columns<V, kColumns, V::width >= 16 ? 4 : 0>(k, n, stride, x, sums_out, update);
+    default: return rows_then_columns<V, kColumns, 0>(k, n, stride, x, sums_out, update);
   }
 }
 
 template <class V>
 float pass(const float* k, int64_t n, int64_t stride, const float* x, const RowUpdate& update, float* out,
            float* column_sums) {
-  float most = 0;
-  if (update.over != nullptr) {
-    rows_then_columns<V, true>(k, n, stride, x, column_sums,
-                               [&](int64_t i, int64_t rows, const float* sums, float* scaling) {
-                                 for (int64_t r = 0; r < rows; ++r) {
-                                   const float s = sums[r] > kTiny ? sums[r] : kTiny;
-                                   scaling[r] = out[i + r] = update.over[i + r] / s;
-                                   most = scaling[r] > most ? scaling[r] : most;
-                                 }
-                               });
-  } else {
-    rows_then_columns<V, true>(k, n, stride, x, column_sums,
-                               [&](int64_t i, int64_t rows, const float* sums, float* scaling) {
-                                 for (int64_t r = 0; r < rows; ++r)
-                                   scaling[r] = out[i + r] = update.times[i + r] * sums[r] + update.plus[i + r];
-                               });
+  if (update.over == nullptr) {
+    const float *times = update.times, *plus = update.plus;
+    rows_then_columns_of<V, true>(k, n, stride, x, column_sums, [=](int64_t i, Four sums) {
+      const Four scaling = load_four(times + i) * sums + load_four(plus + i);
+      store_four(out + i, scaling);
+      return scaling;
+    });
+    return 0;
   }
-  return most;
+  const float* over = update.over;
+  Four most = {0, 0, 0, 0};
+  rows_then_columns_of<V, true>(k, n, stride, x, column_sums, [=, &most](int64_t i, Four sums) {
+    const Four scaling = load_four(over + i) / larger(sums, Four{kTiny, kTiny, kTiny, kTiny});
+    store_four(out + i, scaling);
+    most = larger(scaling, most);
+    return scaling;
+  });
+  const float most01 = most[0] > most[1] ? most[0] : most[1], most23 = most[2] > most[3] ? most[2] : most[3];
+  return most01 > most23 ? most01 : most23;
 }
 
 template <class V>
 void row_sums(const float* k, int64_t n, int64_t stride, const float* x, float* out) {
-  rows_then_columns<V, false>(k, n, stride, x, nullptr,
-                              [&](int64_t i, int64_t rows, const float* sums, float*) {
-                                for (int64_t r = 0; r < rows; ++r) out[i + r] = sums[r];
-                              });
+  rows_then_columns_of<V, false>(k, n, stride, x, nullptr, [=](int64_t i, Four sums) {
+    store_four(out + i, sums);
+    return sums;
+  });
 }
 
 template <class V>
@@ -180,7 +258,7 @@ void outer_sums(const float* k, const OuterSums& sums, int64_t n, int64_t m, int
         const float* right = sums.r + t * sums.column_stride + j;
         const R right0 = V::load(right), right1 = V::load(right + second);
         for (int64_t r = 0; r < kRows; ++r) {
-          const R left = V::set(sums.f[t * sums.row_stride + row[r]]);
+          const R left = V::set(sums.f[t * sums.f_stride + row[r]]);
           total[r][0] = V::fma(left, right0, total[r][0]);
           total[r][1] = V::fma(left, right1, total[r][1]);
         }
@@ -189,7 +267,7 @@ void outer_sums(const float* k, const OuterSums& sums, int64_t n, int64_t m, int
         const float* right = sums.g + t * sums.column_stride + j;
         const R right0 = V::load(right), right1 = V::load(right + second);
         for (int64_t r = 0; r < kRows; ++r) {
-          const R left = V::set(sums.s[t * sums.row_stride + row[r]]);
+          const R left = V::set(sums.s[t * sums.s_stride + row[r]]);
           total[r][0] = V::fma(left, right0, total[r][0]);
           total[r][1] = V::fma(left, right1, total[r][1]);
         }
@@ -215,19 +293,79 @@ void outer_sums(const float* k, const OuterSums& sums, int64_t n, int64_t m, int
 
 // ---- one problem per lane ---------------------------------------------------------------------------------------------
 
+// Two vectors that go through every operation together: a step of the small loop waits 70 cycles for its own results, in
+// which the other half works.
+template <class V>
+struct Twice {
+  using Half = V;
+  struct R {
+    typename V::R x, y;
+  };
+  struct Flag {
+    typename V::Flag x, y;
+  };
+  static constexpr int64_t width = 2 * V::width;
+
+  static R set(float x) { return {V::set(x), V::set(x)}; }
+  static R load(const float* from) { return {V::load(from), V::load(from + V::width)}; }
+  static void store(float* to, R v) {
+    V::store(to, v.x);
+    V::store(to + V::width, v.y);
+  }
+  static R add(R v, R w) { return {V::add(v.x, w.x), V::add(v.y, w.y)}; }
+  static R sub(R v, R w) { return {V::sub(v.x, w.x), V::sub(v.y, w.y)}; }
+  static R mul(R v, R w) { return {V::mul(v.x, w.x), V::mul(v.y, w.y)}; }
+  static R div(R v, R w) { return {V::div(v.x, w.x), V::div(v.y, w.y)}; }
+  static R fma(R v, R w, R z) { return {V::fma(v.x, w.x, z.x), V::fma(v.y, w.y, z.y)}; }
+  static R min(R v, R w) { return {V::min(v.x, w.x), V::min(v.y, w.y)}; }
+  static R max(R v, R w) { return {V::max(v.x, w.x), V::max(v.y, w.y)}; }
+  static R round(R v) { return {V::round(v.x), V::round(v.y)}; }
+  static R quotient(R v, R w) { return {V::quotient(v.x, w.x), V::quotient(v.y, w.y)}; }
+  static R scale2(R v, R n) { return {V::scale2(v.x, n.x), V::scale2(v.y, n.y)}; }
+  static void split(R v, R& n, R& m) {
+    V::split(v.x, n.x, m.x);
+    V::split(v.y, n.y, m.y);
+  }
+  static Flag above(R v, R w) { return {V::above(v.x, w.x), V::above(v.y, w.y)}; }
+  static Flag at_least(R v, R w) { return {V::at_least(v.x, w.x), V::at_least(v.y, w.y)}; }
+  static Flag equal(R v, R w) { return {V::equal(v.x, w.x), V::equal(v.y, w.y)}; }
+  static Flag both(Flag v, Flag w) { return {V::both(v.x, w.x), V::both(v.y, w.y)}; }
+  static R select(Flag flag, R yes, R no) { return {V::select(flag.x, yes.x, no.x), V::select(flag.y, yes.y, no.y)}; }
+  static R zero_unless(Flag flag, R v) { return {V::zero_unless(flag.x, v.x), V::zero_unless(flag.y, v.y)}; }
+  static bool any(Flag flag) { return V::any(flag.x) || V::any(flag.y); }
+  static uint32_t bits(Flag flag) { return V::bits(flag.x) | V::bits(flag.y) << V::width; }
+};
+
 // Lane l of out[e] is from[l * stride + e]; lanes without a problem repeat the first.
 template <class V>
 inline void gather(const float* from, int64_t stride, int64_t entries, int64_t lanes, float* out) {
-  for (int64_t l = 0; l < V::width; ++l) {
-    const float* problem = from + (l < lanes ? l : 0) * stride;
-    for (int64_t e = 0; e < entries; ++e) out[e * V::width + l] = problem[e];
+  if (stride == 0) {
+    for (int64_t e = 0; e < entries; ++e) V::store(out + e * V::width, V::set(from[e]));
+    return;
   }
+  using H = typename V::Half;
+  for (int64_t l = 0; l < V::width; l += H::width)
+    for (int64_t e = 0; e < entries; e += H::width) {
+      typename H::R square[H::width];
+      for (int64_t r = 0; r < H::width; ++r)
+        square[r] = H::load_part(from + (l + r < lanes ? l + r : 0) * stride + e, entries - e, 0);
+      H::transpose(square);
+      for (int64_t r = 0; r < H::width && e + r < entries; ++r) H::store(out + (e + r) * V::width + l, square[r]);
+    }
 }
 
 template <class V>
 inline void scatter(const float* from, int64_t entries, int64_t lanes, float* out) {
-  for (int64_t l = 0; l < lanes; ++l)
-    for (int64_t e = 0; e < entries; ++e) out[l * entries + e] = from[e * V::width + l];
+  using H = typename V::Half;
+  for (int64_t l = 0; l < lanes; l += H::width)
+    for (int64_t e = 0; e < entries; e += H::width) {
+      typename H::R square[H::width];
+      for (int64_t r = 0; r < H::width; ++r)
+        square[r] = e + r < entries ? H::load(from + (e + r) * V::width + l) : H::set(0);
+      H::transpose(square);
+      for (int64_t r = 0; r < H::width && l + r < lanes; ++r)
+        H::store_part(out + (l + r) * entries + e, entries - e, square[r]);
+    }
 }
 
 template <class V>
@@ -248,8 +386,8 @@ struct SmallState {
     b = take(room, p.m);
     row_floor = take(room, p.n);
     gather<V>(p.cost, p.cost_stride, p.n * p.m, p.lanes, k);
-    gather<V>(p.a, p.n, p.n, p.lanes, a);
-    gather<V>(p.b, p.m, p.m, p.lanes, b);
+    gather<V>(p.a, p.a_stride, p.n, p.lanes, a);
+    gather<V>(p.b, p.b_stride, p.m, p.lanes, b);
     alignas(64) float lane_epsilon[V::width];
     gather<V>(p.epsilon, 1, 1, p.lanes, lane_epsilon);
     epsilon = V::load(lane_epsilon);
@@ -298,9 +436,9 @@ typename V::Flag small_iterate(const SmallState<V>& state, int64_t n_given, int6
     if (tolerance > 0)
       for (int64_t i = 0; i < n; ++i) before[i] = fs[i];
     for (int64_t i = 0; i < n; ++i) {
-      R sum = V::mul(S::at(k, i * m), gs[0]);
-      for (int64_t j = 1; j < m; ++j) sum = V::fma(S::at(k, i * m + j), gs[j], sum);
-      fs[i] = V::mul(S::at(state.a, i), V::reciprocal(V::max(sum, V::set(kTiny))));
+      R sum = V::set(kTiny);
+      for (int64_t j = 0; j < m; ++j) sum = V::fma(S::at(k, i * m + j), gs[j], sum);
+      fs[i] = V::quotient(S::at(state.a, i), sum);
       most = V::max(most, fs[i]);
     }
     if (tolerance > 0) {
@@ -312,15 +450,15 @@ typename V::Flag small_iterate(const SmallState<V>& state, int64_t n_given, int6
           missed = V::add(missed, V::max(change, V::sub(V::set(0), change)));
         }
         going = V::both(going, V::above(missed, V::mul(state.mass, V::set(tolerance))));
-        if (!V::any(going)) break;
         for (int64_t i = 0; i < n; ++i) fs[i] = V::select(going, fs[i], before[i]);
+        if (!V::any(going)) break;
       }
       counted = V::select(going, V::set(static_cast<float>(t + 1)), counted);
     }
     for (int64_t j = 0; j < m; ++j) {
-      R sum = V::mul(S::at(k, j), fs[0]);
-      for (int64_t i = 1; i < n; ++i) sum = V::fma(S::at(k, i * m + j), fs[i], sum);
-      const R scaling = V::mul(S::at(state.b, j), V::reciprocal(V::max(sum, V::set(kTiny))));
+      R sum = V::set(kTiny);
+      for (int64_t i = 0; i < n; ++i) sum = V::fma(S::at(k, i * m + j), fs[i], sum);
+      const R scaling = V::quotient(S::at(state.b, j), sum);
       gs[j] = tolerance > 0 ? V::select(going, scaling, gs[j]) : scaling;
       most = V::max(most, gs[j]);
     }
@@ -351,12 +489,12 @@ uint32_t small_forward(const SmallProblem& p, int64_t iterations, float toleranc
     for (int64_t j = 0; j < p.m; ++j)
       S::put(state.k, i * p.m + j, V::mul(V::mul(S::at(f, i), S::at(state.k, i * p.m + j)), S::at(g, j)));
   scatter<V>(state.k, p.n * p.m, p.lanes, plan);
-  for (int64_t l = 0; l < p.lanes; ++l) {
-    count[l] = static_cast<int32_t>(counted[l]);
-    for (int64_t i = 0; i < p.n; ++i)
-      u[l * p.n + i] = state.row_floor[i * V::width + l] + p.epsilon[l] * __builtin_logf(f[i * V::width + l]);
-    for (int64_t j = 0; j < p.m; ++j) v[l * p.m + j] = p.epsilon[l] * __builtin_logf(g[j * V::width + l]);
-  }
+  for (int64_t i = 0; i < p.n; ++i)
+    S::put(f, i, V::fma(logarithm<V>(S::at(f, i)), state.epsilon, S::at(state.row_floor, i)));
+  for (int64_t j = 0; j < p.m; ++j) S::put(g, j, V::mul(logarithm<V>(S::at(g, j)), state.epsilon));
+  scatter<V>(f, p.n, p.lanes, u);
+  scatter<V>(g, p.m, p.lanes, v);
+  for (int64_t l = 0; l < p.lanes; ++l) count[l] = static_cast<int32_t>(counted[l]);
   return V::bits(beyond);
 }
 
@@ -461,10 +599,13 @@ uint32_t small_backward(const SmallProblem& p, int64_t iterations, const int32_t
   return V::bits(beyond);
 }
 
-template <class V>
+template <class V, class Small>
 constexpr SinkhornKernels sinkhorn_kernels_of() {
-  return {V::width,   row_floor<V>, build<V>,        pass<V>,       row_sums<V>,      column_sums<V>,
-          divide<V>,  plan<V>,      through_plan<V>, outer_sums<V>, small_forward<V>, small_backward<V>};
+  return {Small::width,    row_floor<V>,         build_first<V>,
+          build<V>,        logarithms<V>,        pass<V>,
+          row_sums<V>,     column_sums<V>,       divide<V>,
+          plan<V>,         through_plan<V>,      outer_sums<V>,
+          small_forward<Small>, small_backward<Small>};
 }
 
 }  // namespace

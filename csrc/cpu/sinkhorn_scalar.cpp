@@ -9,6 +9,7 @@ namespace {
 // A vector of one number.
 struct Scalar {
   using R = float;
+  using Half = Scalar;
   using Flag = bool;
   static constexpr int64_t width = 1;
 
@@ -27,12 +28,19 @@ struct Scalar {
   static R min(R x, R y) { return x < y ? x : y; }
   static R max(R x, R y) { return x > y ? x : y; }
   static R round(R x) { return std::nearbyint(x); }
-  static R reciprocal(R x) { return 1 / x; }
+  static R quotient(R x, R y) { return x / y; }
+  static void split(R x, R& n, R& m) {
+    int exponent = 0;
+    m = std::frexp(x, &exponent);
+    n = static_cast<float>(exponent);
+    if (m < 0.70710678f) m *= 2, n -= 1;
+  }
   static R scale2(R x, R n) { return n < -126 ? 0 : x * bits_float(static_cast<uint32_t>(static_cast<int>(n) + 127) << 23); }
   static R exponent(R cost, double u, const double* v, double inverse) {
     return static_cast<float>((u + *v - cost) * inverse);
   }
-  static void sums(R s0, R s1, R s2, R s3, float* out) { out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3; }
+  static Four sums(R s0, R s1, R s2, R s3) { return Four{s0, s1, s2, s3}; }
+  static void transpose(R*) {}
   static float total(R x) { return x; }
   static float least(R x) { return x; }
   static float most(R x) { return x; }
@@ -52,6 +60,6 @@ struct Scalar {
 
 }  // namespace
 
-const SinkhornKernels kSinkhornScalar = sinkhorn_kernels_of<Scalar>();
+const SinkhornKernels kSinkhornScalar = sinkhorn_kernels_of<Scalar, Scalar>();
 
 }  // namespace pyllmq::cpu

@@ -89,6 +89,8 @@ PYLLMQ_DEVICE uint16_t fp32_to_bf16(float value) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
   return half;
 }
+PYLLMQ_DEVICE float magnitude(float value) { return fabsf(value); }
+PYLLMQ_DEVICE float exp(float value) { return expf(value); }  // to 1 unit in the last place
 PYLLMQ_DEVICE float bits_to_fp32(uint32_t bits) { return __uint_as_float(bits); }
 PYLLMQ_DEVICE uint32_t fp32_to_bits(float value) { return __float_as_uint(value); }
 

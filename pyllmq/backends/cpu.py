@@ -269,6 +269,60 @@ def fit_columns(
     return moves, decrease
 
 
+def _cdist_arguments(
+    logits: Tensor, other_logits: Tensor, statistics: Tensor, other_statistics: Tensor, temperature: float
+) -> tuple:
+    batch, rows, columns = logits.shape
+    return (
+        logits.data_ptr(),
+        _DTYPE_CODE[logits.dtype],
+        other_logits.data_ptr(),
+        _DTYPE_CODE[other_logits.dtype],
+        batch,
+        rows,
+        other_logits.shape[1],
+        columns,
+        1 / temperature,
+        statistics.data_ptr(),
+        other_statistics.data_ptr(),
+    )
+
+
+def softmax_cdist_l1(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    student_logits, teacher_logits = student_logits.contiguous(), teacher_logits.contiguous()
+    statistics, teacher_statistics = (
+        torch.empty(*logits.shape[:2], 2, dtype=torch.float32) for logits in (student_logits, teacher_logits)
+    )
+    batch, rows, _ = student_logits.shape
+    distance = torch.empty(batch, rows, teacher_logits.shape[1], dtype=torch.float32)
+    kernels().softmax_cdist_l1(
+        *_cdist_arguments(student_logits, teacher_logits, statistics, teacher_statistics, temperature),
+        distance.data_ptr(),
+    )
+    return distance, statistics, teacher_statistics
+
+
+def softmax_cdist_l1_backward(
+    grad: Tensor,
+    logits: Tensor,
+    other_logits: Tensor,
+    statistics: Tensor,
+    other_statistics: Tensor,
+    temperature: float,
+) -> Tensor:
+    logits, other_logits, grad = logits.contiguous(), other_logits.contiguous(), grad.contiguous()
+    statistics, other_statistics = statistics.contiguous(), other_statistics.contiguous()
+    logits_grad = torch.empty_like(logits)
+    kernels().softmax_cdist_l1_backward(
+        *_cdist_arguments(logits, other_logits, statistics, other_statistics, temperature),
+        grad.data_ptr(),
+        logits_grad.data_ptr(),
+    )
+    return logits_grad
+
+
 def kmeans_1d(
     values: Tensor,
     weights: Tensor | None,
@@ -312,6 +366,10 @@ def _reads_layout(problem: Problem) -> Support:
     if problem.layout != LAYOUT:
         wanted = f"reads the layout {LAYOUT!r}, this weight is {problem.layout!r}"
         return False, wanted + ("; CodebookWeight.operand() prepacks it" if problem.layout == CHECKPOINT else "")
+    return _takes_dtype(problem)
+
+
+def _takes_dtype(problem: Problem) -> Support:
     if problem.dtype not in _DTYPE_CODE:
         return False, f"takes float32, bfloat16 and float16, not {problem.dtype}"
     return _on_cpu(problem)
@@ -366,6 +424,20 @@ def register_kernels() -> None:
         ),
         ("pack_codes", "cpu.pack_codes", _on_cpu, pack_codes, "threaded"),
         ("unpack_codes", "cpu.unpack_codes", _on_cpu, unpack_codes, "threaded"),
+        (
+            "softmax_cdist_l1",
+            "cpu.softmax_cdist_l1",
+            _takes_dtype,
+            softmax_cdist_l1,
+            "two instructions a pair, probabilities only in the cache",
+        ),
+        (
+            "softmax_cdist_l1_backward",
+            "cpu.softmax_cdist_l1_backward",
+            _takes_dtype,
+            softmax_cdist_l1_backward,
+            "three instructions a pair, probabilities only in the cache",
+        ),
         ("kmeans_1d", "cpu.kmeans_1d", _on_cpu, kmeans_1d, "a problem per thread"),
         ("kmeans_1d_errors", "cpu.kmeans_1d_errors", _on_cpu, kmeans_1d_errors, "a problem per thread"),
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,12 @@ from ..dispatch import Kernel, Problem, Support, register
 from . import cpu
 
 
-def _cost_stride(cost: Tensor) -> tuple[Tensor, int]:
-    """The cost with a stride between problems that the kernel takes: 0 where all problems share one matrix."""
-    problems, n, m = cost.shape
-    if problems > 1 and cost.stride(0) == 0:
-        return cost[0].contiguous(), 0
-    return cost.contiguous(), n * m
+def _inputs(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
+    """The tensors as the kernel reads them, and how far their problems lie apart: 0 where all share one."""
+    problems = tensors[0].shape[0]
+    shared = [problems > 1 and tensor.stride(0) == 0 for tensor in tensors]
+    laid_out = [(t[0] if once else t).contiguous() for t, once in zip(tensors, shared, strict=True)]
+    return laid_out, [0 if once else math.prod(t.shape[1:]) for t, once in zip(tensors, shared, strict=True)]
 
 
 def sinkhorn(
@@ -30,13 +32,15 @@ def sinkhorn(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(plan [B, n, m], u [B, n], v [B, m], count int32 [B]): count is negated where offsets moved, and the tape is no help."""
     problems, n, m = cost.shape
-    matrix, cost_stride = _cost_stride(cost)
-    a, b, epsilon = a.contiguous(), b.contiguous(), epsilon.contiguous()
     plan, u, v = torch.empty(problems, n, m), torch.empty(problems, n), torch.empty(problems, m)
     count = torch.empty(problems, dtype=torch.int32)
+    if not problems:
+        return plan, u, v, count
+    inputs, strides = _inputs(cost, a, b)
+    epsilon = epsilon.contiguous()
     cpu.kernels().sinkhorn(
-        [tensor.data_ptr() for tensor in (matrix, a, b, epsilon)],
-        cost_stride,
+        [tensor.data_ptr() for tensor in (*inputs, epsilon)],
+        strides,
         problems,
         n,
         m,
@@ -70,11 +74,11 @@ def sinkhorn_backward(
     grad_cost, grad_a, grad_b = torch.empty(problems, n, m), torch.empty(problems, n), torch.empty(problems, m)
     if not problems:
         return grad_cost, grad_a, grad_b
-    matrix, cost_stride = _cost_stride(cost)
-    a, b, epsilon = a.contiguous(), b.contiguous(), epsilon.contiguous()
+    inputs, strides = _inputs(cost, a, b)
+    epsilon = epsilon.contiguous()
     cpu.kernels().sinkhorn_backward(
-        [tensor.data_ptr() for tensor in (matrix, a, b, epsilon)],
-        cost_stride,
+        [tensor.data_ptr() for tensor in (*inputs, epsilon)],
+        strides,
         problems,
         n,
         m,

@@ -7,9 +7,9 @@ See docs/kernels-cuda.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -251,44 +251,69 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return codes
 
 
-def kmeans_1d(
-    values: Tensor,
-    weights: Tensor | None,
-    ks: Sequence[int],
-    method: str,
-    seed: int,
-    half_centroids: bool,
-    packed: bool,
-) -> list[tuple[Tensor, Tensor]]:
-    """The optimum, for "windowed", too: sorted, summed and coded by torch, the dynamic program by a kernel."""
-    parts = [
-        reference.kmeans_1d(*part, ks, method, seed, half_centroids, packed, _kmeans_1d_layers)
-        for part in _parts(values, weights, max(ks))
-    ]
-    of_each_k = zip(*parts, strict=True)
-    return [(torch.cat([c for c, _ in found]), torch.cat([q for _, q in found])) for found in of_each_k]
+def softmax_cdist_l1(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    student_logits, teacher_logits = student_logits.contiguous(), teacher_logits.contiguous()
+    device, (batch, rows, _) = student_logits.device, student_logits.shape
+    statistics, teacher_statistics = (
+        torch.empty(*logits.shape[:2], 2, dtype=torch.float32, device=device)
+        for logits in (student_logits, teacher_logits)
+    )
+    distance = torch.empty(batch, rows, teacher_logits.shape[1], dtype=torch.float32, device=device)
+    if distance.numel():
+        _cuda = _extension()
+        call = _cdist_call(student_logits, teacher_logits, statistics, teacher_statistics, temperature)
+        with _current(device):
+            workspace = torch.empty(_cuda.softmax_cdist_l1_workspace(call), dtype=torch.float32, device=device)
+            _cuda.softmax_cdist_l1(call, distance.data_ptr(), workspace.data_ptr(), _stream(device))
+    return distance, statistics, teacher_statistics
 
 
-def kmeans_1d_errors(values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str) -> Tensor:
-    return torch.cat(
-        [reference.kmeans_1d_errors(*part, ks, method, _kmeans_1d_layers) for part in _parts(values, weights, max(ks))]
+def softmax_cdist_l1_backward(
+    grad: Tensor,
+    logits: Tensor,
+    other_logits: Tensor,
+    statistics: Tensor,
+    other_statistics: Tensor,
+    temperature: float,
+) -> Tensor:
+    if not grad.numel():
+        return torch.zeros_like(logits)
+    logits, other_logits, grad = logits.contiguous(), other_logits.contiguous(), grad.contiguous()
+    device = logits.device
+    _cuda = _extension()
+    call = _cdist_call(logits, other_logits, statistics.contiguous(), other_statistics.contiguous(), temperature)
+    logits_grad = torch.empty(logits.shape, dtype=logits.dtype, device=device)
+    with _current(device):
+        elements = _cuda.softmax_cdist_l1_backward_workspace(call)
+        workspace = torch.empty(elements, dtype=torch.float32, device=device)
+        _cuda.softmax_cdist_l1_backward(
+            call, grad.data_ptr(), logits_grad.data_ptr(), workspace.data_ptr(), _stream(device)
+        )
+    return logits_grad
+
+
+def _cdist_call(
+    logits: Tensor, other_logits: Tensor, statistics: Tensor, other_statistics: Tensor, temperature: float
+) -> Any:
+    return _extension().CdistCall(
+        logits.data_ptr(),
+        _DTYPE_CODE[logits.dtype],
+        other_logits.data_ptr(),
+        _DTYPE_CODE[other_logits.dtype],
+        logits.shape[0],
+        logits.shape[1],
+        other_logits.shape[1],
+        logits.shape[2],
+        1 / temperature,
+        statistics.data_ptr(),
+        other_statistics.data_ptr(),
     )
 
 
-KMEANS_WORKSPACE_BYTES = 1 << 30
-"""Problems are solved in parts whose back pointers take at most this: 4000 columns of 4096 at k = 16, 30 for each
-multiprocessor of the largest devices."""
-
-
-def _parts(values: Tensor, weights: Tensor | None, k_max: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    problems, n = values.shape
-    step = max(1, KMEANS_WORKSPACE_BYTES // (4 * (n + 1) * (k_max + 1)))
-    for begin in range(0, max(problems, 1), step):
-        part = slice(begin, begin + step)
-        yield values[part], weights if weights is None or weights.dim() == 1 else weights[part]
-
-
-def _kmeans_1d_layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
+def kmeans_1d_layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
+    """The dynamic program, a block per problem; see `reference.Layers`."""
     problems, n = sums.shape[0], sums.shape[1] - 1
     sums, masses, device = sums.contiguous(), masses.contiguous(), sums.device
     gains = torch.empty(problems, 2, n + 1, dtype=torch.float64, device=device)
@@ -320,6 +345,12 @@ def _reads_layout(problem: Problem) -> Support:
     if problem.layout != LAYOUT:
         wanted = f"reads the layout {LAYOUT!r}, this weight is {problem.layout!r}"
         return False, wanted + ("; CodebookWeight.operand() prepacks it" if problem.layout == CHECKPOINT else "")
+    if problem.dtype not in _DTYPE_CODE:
+        return False, f"takes float32, bfloat16 and float16, not {problem.dtype}"
+    return _on_device(problem)
+
+
+def _takes_dtype(problem: Problem) -> Support:
     if problem.dtype not in _DTYPE_CODE:
         return False, f"takes float32, bfloat16 and float16, not {problem.dtype}"
     return _on_device(problem)
@@ -382,7 +413,33 @@ def register_kernels() -> None:
         ),
         ("pack_codes", "cuda.pack_codes", _on_device, pack_codes, "one thread per byte"),
         ("unpack_codes", "cuda.unpack_codes", _on_device, unpack_codes, "one thread per byte"),
-        ("kmeans_1d", "cuda.kmeans_1d", _clusters_here, kmeans_1d, "a block per problem"),
-        ("kmeans_1d_errors", "cuda.kmeans_1d_errors", _clusters_here, kmeans_1d_errors, "a block per problem"),
+        (
+            "kmeans_1d",
+            "cuda.kmeans_1d",
+            _clusters_here,
+            partial(reference.kmeans_1d, find_layers=kmeans_1d_layers),
+            "a block per problem; torch sorts and looks codes up",
+        ),
+        (
+            "kmeans_1d_errors",
+            "cuda.kmeans_1d_errors",
+            _clusters_here,
+            partial(reference.kmeans_1d_errors, find_layers=kmeans_1d_layers),
+            "a block per problem; torch sorts",
+        ),
+        (
+            "softmax_cdist_l1",
+            "cuda.softmax_cdist_l1",
+            _takes_dtype,
+            softmax_cdist_l1,
+            "two instructions a pair, probabilities only in shared memory (predicted)",
+        ),
+        (
+            "softmax_cdist_l1_backward",
+            "cuda.softmax_cdist_l1_backward",
+            _takes_dtype,
+            softmax_cdist_l1_backward,
+            "probabilities only in registers (predicted)",
+        ),
     ):
         register(Kernel(op, name, supports, run, because))

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, Kernel, Problem, Support, register
+from ..dispatch import (
+    BITMAP,
+    BITMAP_FIELDS,
+    CHECKPOINT,
+    CHECKPOINT_FIELDS,
+    SPARSE24,
+    SPARSE24_CODEBOOK,
+    SPARSE24_CODEBOOK_FIELDS,
+    SPARSE24_FIELDS,
+    Kernel,
+    Problem,
+    Support,
+    register,
+)
 
 
 def available() -> tuple[bool, str]:
@@ -82,20 +96,123 @@ def codebook_gradient(weight_gradient: Tensor, tensors: list[Tensor], out_featur
     return gradient.float()
 
 
-def codebook_linear(
-    x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None, precision: str
+def bitmap_dequantize(tensors: list[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Checkpoint tensors -> the dense matrix [out_features, in_features] in `dtype`."""
+    field = dict(zip(BITMAP_FIELDS, tensors, strict=True))
+    weight = field["values"].new_zeros(out_features, in_features, dtype=torch.float32)
+    if field["mask"].numel():
+        weight[unpack_codes(field["mask"], 1, in_features).bool()] = field["values"].float()
+    else:
+        row = torch.repeat_interleave(field["row_offsets"].long().diff())
+        weight[row, field["columns"].long()] = field["values"].float()
+    return _scaled(weight, field["scale"]).to(dtype)
+
+
+def sparse24_dequantize(tensors: list[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Checkpoint tensors -> the dense matrix [out_features, in_features] in `dtype`."""
+    field = dict(zip(SPARSE24_FIELDS, tensors, strict=True))
+    weight = _spread_24(field["values"].float(), field["positions"], in_features)
+    return _scaled(weight, field["scale"]).to(dtype)
+
+
+def sparse24_codebook_dequantize(
+    tensors: list[Tensor], out_features: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """Checkpoint tensors -> the dense matrix [out_features, in_features] in `dtype`."""
+    field = dict(zip(SPARSE24_CODEBOOK_FIELDS, tensors, strict=True))
+    codebook = field["codebook"].float()
+    bits = codebook.shape[1].bit_length() - 1
+    kept = unpack_codes(field["codes"], bits, 2 * -(-in_features // 4))
+    # A code's place in the row first, its value then: 0 says that nothing is kept there.
+    place = _spread_24(kept.float() + 1, field["positions"], in_features).long()
+    column = torch.arange(in_features, device=place.device)
+    weight = torch.where(place > 0, codebook[column, (place - 1).clamp_min(0)], 0.0)
+    if field["outlier_values"].numel():
+        row = torch.repeat_interleave(field["outlier_row_offsets"].long().diff())
+        weight[row, field["outlier_columns"].long()] = field["outlier_values"].float()
+    return weight.to(dtype)
+
+
+def _spread_24(kept: Tensor, positions: Tensor, in_features: int) -> Tensor:
+    """Two numbers of each group [N, 2 G] -> [N, K], zero elsewhere."""
+    groups = kept.shape[1] // 2
+    code = unpack_codes(positions, 4, groups).long()
+    spread = kept.new_zeros(kept.shape[0], groups, 4)
+    spread.scatter_(2, torch.stack([code & 3, code >> 2], 2), kept.view(-1, groups, 2))
+    return spread.view(kept.shape[0], -1)[:, :in_features]
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    return weight * scale[:, None] if scale.numel() else weight
+
+
+Dequantize = Callable[[list[Tensor], int, int, torch.dtype], Tensor]
+
+
+def linear(
+    dequantize: Dequantize,
+    x: Tensor,
+    tensors: list[Tensor],
+    out_features: int,
+    in_features: int,
+    bias: Tensor | None,
+    precision: str,
 ) -> Tensor:
     """x [M, K] -> y [M, N] in x's dtype, multiplied and summed in fp32, whatever the precision asked."""
-    weight = codebook_dequantize(tensors, out_features, in_features, torch.float32)
+    weight = dequantize(tensors, out_features, in_features, torch.float32)
     y = x.float() @ weight.T
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def softmax_cdist_l1(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[batch, B, V] and [batch, C, V] -> distances [batch, B, C], and for each row (largest logit, 1 / sum of exponentials)."""
+    statistics = _softmax_statistics(student_logits, temperature)
+    teacher_statistics = _softmax_statistics(teacher_logits, temperature)
+    student = _probabilities(student_logits, statistics, temperature)
+    teacher = _probabilities(teacher_logits, teacher_statistics, temperature)
+    distance = student.new_empty(*student.shape[:2], teacher.shape[1])
+    for row in range(teacher.shape[1]):  # torch.cdist sums in one long chain: errors of 1e-5 at V = 50257
+        distance[:, :, row] = (student - teacher[:, row, None]).abs().sum(-1)
+    return distance, statistics, teacher_statistics
+
+
+def softmax_cdist_l1_backward(
+    grad: Tensor,
+    logits: Tensor,
+    other_logits: Tensor,
+    statistics: Tensor,
+    other_statistics: Tensor,
+    temperature: float,
+) -> Tensor:
+    mine = _probabilities(logits, statistics, temperature)
+    other = _probabilities(other_logits, other_statistics, temperature)
+    grad_mine = torch.zeros_like(mine)
+    for row in range(other.shape[1]):  # one at a time: all of them are [batch, B, C, V]
+        grad_mine += grad[:, :, row, None] * (mine - other[:, row, None]).sign()
+    centred = grad_mine - (mine * grad_mine).sum(-1, keepdim=True)
+    return (mine * centred / temperature).to(logits.dtype)
+
+
+def _softmax_statistics(logits: Tensor, temperature: float) -> Tensor:
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    largest = wide.amax(-1)
+    return torch.stack([largest, 1 / ((wide - largest[..., None]) / temperature).exp().sum(-1)], -1)
+
+
+def _probabilities(logits: Tensor, statistics: Tensor, temperature: float) -> Tensor:
+    largest, inverse_sum = statistics[..., :1], statistics[..., 1:]
+    return ((logits.to(statistics.dtype) - largest) / temperature).exp() * inverse_sum
 
 
 # ---- kmeans_1d ------------------------------------------------------------------------------------------------------
 
 Layers = Callable[[Tensor, Tensor, int], Tensor]
-"""Prefix sums and masses, fp64 [C, n + 1], and k_max -> best splits, integers [C, k_max + 1, n + 1]: entry [:, l, end] is where
-the last of l clusters of the first `end` points begins. Entries with l < 2 or end < l, and of l = k_max other than end = n, are free."""
+"""Prefix sums and masses, fp64 [C, n + 1], and k_max -> best splits, integers [C, k_max + 1, n + 1].
+
+Entry [:, l, end] is where the last of l clusters of the first `end` points begins, 2 <= l <= end; the others are free.
+"""
 
 
 def layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
@@ -130,22 +247,38 @@ def kmeans_1d(
     find_layers: Layers = layers,
 ) -> list[tuple[Tensor, Tensor]]:
     """The optimum, for "windowed", too. `find_layers` is all that a GPU back end has to replace."""
-    found = []
-    for k, means, _ in _clusterings(values, weights, ks, find_layers):
-        centroids = _distinct_first(means.float())
-        if half_centroids:
-            centroids = centroids.half().float()
-        codes = _nearest(values, centroids)
-        bits = max(1, (k - 1).bit_length())
-        found.append((centroids, pack_codes(codes, bits) if packed else codes))
-    return found
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in ks]
+    for part, part_weights in _parts(values, weights, max(ks)):
+        for i, (k, means, _) in enumerate(_clusterings(part, part_weights, ks, find_layers)):
+            centroids = _distinct_first(means.float())
+            if half_centroids:
+                centroids = centroids.half().float()
+            codes = _nearest(part, centroids)
+            bits = max(1, (k - 1).bit_length())
+            found[i].append((centroids, pack_codes(codes, bits) if packed else codes))
+    return [(torch.cat([c for c, _ in parts]), torch.cat([q for _, q in parts])) for parts in found]
 
 
 def kmeans_1d_errors(
     values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str, find_layers: Layers = layers
 ) -> Tensor:
-    errors = [error for _, _, error in _clusterings(values, weights, ks, find_layers)]
-    return torch.stack(errors, 1)
+    parts = _parts(values, weights, max(ks))
+    return torch.cat(
+        [torch.stack([error for _, _, error in _clusterings(*part, ks, find_layers)], 1) for part in parts]
+    )
+
+
+KMEANS_TABLE_BYTES = 1 << 30
+"""Problems are solved in parts whose tables of best splits, 4 bytes each on a GPU, take at most this: 3800 columns of 4096 at
+k = 16, 28 for each multiprocessor of the largest devices."""
+
+
+def _parts(values: Tensor, weights: Tensor | None, k_max: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    problems, n = values.shape
+    step = max(1, KMEANS_TABLE_BYTES // (4 * (n + 1) * (k_max + 1)))
+    for begin in range(0, max(problems, 1), step):
+        part = slice(begin, begin + step)
+        yield values[part], weights if weights is None or weights.dim() == 1 else weights[part]
 
 
 def _clusterings(
@@ -204,10 +337,13 @@ def _finds_optimum(problem: Problem) -> Support:
     return True, ""
 
 
-def _reads_checkpoint(problem: Problem) -> Support:
-    if problem.layout != CHECKPOINT:
-        return False, f"reads the layout {CHECKPOINT!r}, this weight is prepacked as {problem.layout!r}"
-    return True, ""
+def _reads(layout: str) -> Callable[[Problem], Support]:
+    def supports(problem: Problem) -> Support:
+        if problem.layout != layout:
+            return False, f"reads the layout {layout!r}, this weight is prepacked as {problem.layout!r}"
+        return True, ""
+
+    return supports
 
 
 def _anything(problem: Problem) -> Support:
@@ -218,13 +354,22 @@ _BECAUSE = "last row of each operation: runs anywhere, serves where nothing fast
 
 
 def register_kernels() -> None:
-    for op, run, supports in (
-        ("codebook_linear", codebook_linear, _reads_checkpoint),
-        ("codebook_dequantize", codebook_dequantize, _reads_checkpoint),
-        ("codebook_gradient", codebook_gradient, _reads_checkpoint),
+    for name, layout, dequantize in (
+        ("codebook", CHECKPOINT, codebook_dequantize),
+        ("bitmap", BITMAP, bitmap_dequantize),
+        ("sparse24", SPARSE24, sparse24_dequantize),
+        ("sparse24_codebook", SPARSE24_CODEBOOK, sparse24_codebook_dequantize),
+    ):
+        run = partial(linear, dequantize)
+        register(Kernel(f"{name}_linear", f"reference.{name}_linear", _reads(layout), run, _BECAUSE))
+        register(Kernel(f"{name}_dequantize", f"reference.{name}_dequantize", _reads(layout), dequantize, _BECAUSE))
+    for op, run_op, supports in (
+        ("codebook_gradient", codebook_gradient, _reads(CHECKPOINT)),
         ("pack_codes", pack_codes, _anything),
         ("unpack_codes", unpack_codes, _anything),
+        ("softmax_cdist_l1", softmax_cdist_l1, _anything),
+        ("softmax_cdist_l1_backward", softmax_cdist_l1_backward, _anything),
         ("kmeans_1d", kmeans_1d, _finds_optimum),
         ("kmeans_1d_errors", kmeans_1d_errors, _finds_optimum),
     ):
-        register(Kernel(op, f"reference.{op}", supports, run, _BECAUSE))
+        register(Kernel(op, f"reference.{op}", supports, run_op, _BECAUSE))

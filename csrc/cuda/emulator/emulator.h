@@ -108,6 +108,8 @@ static inline uint32_t count_to(uint32_t* counter, uint32_t last) {
 static inline uint16_t fp32_to_fp16(float value) { return cpu::fp32_to_fp16(value); }
 static inline float fp16_to_fp32(uint16_t half) { return cpu::fp16_to_fp32(half); }
 static inline uint16_t fp32_to_bf16(float value) { return cpu::fp32_to_bf16(value); }
+static inline float magnitude(float value) { return std::fabs(value); }
+static inline float exp(float value) { return std::exp(value); }
 static inline float bits_to_fp32(uint32_t bits) { return cpu::bits_float(bits); }
 static inline uint32_t fp32_to_bits(float value) { return cpu::float_bits(value); }
 

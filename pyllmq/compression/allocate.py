@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..formats.codebook import CodebookStructure, outlier_column_dtype
+from ..formats import CodebookStructure
+from ..formats.structure import column_dtype
 
 TOP_SHARE = 0.1
 TOP_KEEP = 2.8
@@ -124,7 +125,7 @@ def _spend(groups: Sequence[ColumnErrors], budget: float) -> Allocation | None:
     columns = len(groups[0].error)
     rows = sum(g.rows for g in groups)
     cost = torch.tensor([rows * b / 8 + 2 * len(groups) * 2**b for b in widths], dtype=torch.float64)
-    outlier = 2 + outlier_column_dtype(columns).itemsize
+    outlier = 2 + column_dtype(columns).itemsize
     if budget < float(cost[0]) * columns:
         return None
     error = torch.stack([g.error for g in groups]).sum(0)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import pyllmq
 from pyllmq import evaluate
 from pyllmq.compression import calibration
+from pyllmq.compression.calibration import Batch
 from pyllmq.compression.column_loop import ColumnQuantizer, factor_hessian, sweep_columns
 from pyllmq.compression.columns import InputStatistics
 from pyllmq.compression.model import visit_groups
@@ -68,8 +69,8 @@ class Subject:
 
     name: str
     dense: Any
-    calibration: Callable[[int], list[calibration.Batch]]
-    tuning: list[calibration.Batch]
+    calibration: Callable[[int], list[Batch]]
+    tuning: list[Batch]
     judge: Callable[[Any], float]
     exclude: tuple[str, ...]
 
@@ -126,7 +127,7 @@ def causal(folder: Path, name: str) -> Subject:
 
     before = judge(dense)
 
-    def windows(draw: int) -> list[calibration.Batch]:
+    def windows(draw: int) -> list[Batch]:
         drawn = calibration.token_windows(tokenizer, calibration_text, CALIBRATION, SEQLEN, seed=draw)
         return [{"input_ids": torch.cat([w["input_ids"] for w in drawn[i : i + 8]])} for i in range(0, len(drawn), 8)]
 

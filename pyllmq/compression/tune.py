@@ -73,9 +73,8 @@ def tune_codebooks(
             replace_module(model, name, module)
         moves = [p for module in trained.values() for p in module.moves()]
         biases = [module.bias for module in trained.values() if module.bias is not None]
-        optimizer = torch.optim.Adam(
-            [{"params": moves}, {"params": [*others, *biases], "scale": OTHERS}], lr=learning_rate, betas=(0.9, 0.95)
-        )
+        groups: list[dict[str, Any]] = [{"params": moves}, {"params": [*others, *biases], "scale": OTHERS}]
+        optimizer = torch.optim.Adam(groups, lr=learning_rate, betas=(0.9, 0.95))
         order = _endless_order(len(batches), seed)
         with (
             _training(model, dense, [*moves, *others, *biases]),

@@ -54,7 +54,7 @@ def test_every_linear_is_given_its_own_inputs(monkeypatch, sequential):
     model = models.tiny_llama()
     batches = models.token_batches(3)
     seen = {}
-    original = pipeline.compress_linears
+    original = pipeline.claq.compress_linears
 
     def spy(weights, hessian, config):
         inputs = []
@@ -70,7 +70,7 @@ def test_every_linear_is_given_its_own_inputs(monkeypatch, sequential):
         seen[tuple(name.rsplit(".", 1)[1] for name in weights)] = hessian.shape
         return original(weights, hessian, config)
 
-    monkeypatch.setattr(pipeline, "compress_linears", spy)
+    monkeypatch.setattr(pipeline.claq, "compress_linears", spy)
     run(model, batches, CLAQConfig(bits=3, true_sequential=sequential))
     assert set(seen) == {("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}
 
@@ -207,7 +207,7 @@ def test_a_failed_compression_leaves_the_model_as_it_was(monkeypatch, failure):
             raise failure
         return original(*args)
 
-    monkeypatch.setattr(pipeline, "compress_linears", fail_late)
+    monkeypatch.setattr(pipeline.claq, "compress_linears", fail_late)
     with pytest.raises(type(failure)):
         run(model)
     after = snapshot(model)
@@ -294,13 +294,13 @@ def test_blocks_that_run_in_another_order_or_hide_their_input():
 
 def test_the_encoders_padding_takes_no_token_from_the_decoder(monkeypatch):
     counted = {}
-    original = pipeline.compress_linears
+    original = pipeline.claq.compress_linears
 
     def spy(weights, hessian, config):
         counted[next(iter(weights))] = hessian
         return original(weights, hessian, config)
 
-    monkeypatch.setattr(pipeline, "compress_linears", spy)
+    monkeypatch.setattr(pipeline.claq, "compress_linears", spy)
     ids = torch.randint(1, 512, (2, 12))
     mask = torch.ones_like(ids)
     mask[:, 6:] = 0

@@ -199,7 +199,7 @@ def snapshot(model):
 def test_a_failed_compression_leaves_the_model_as_it_was(monkeypatch, failure):
     model = models.tiny_llama().train()
     before = snapshot(model)
-    original, calls = pipeline.compress_linears, []
+    original, calls = pipeline.claq.compress_linears, []
 
     def fail_late(*args):
         calls.append(args)

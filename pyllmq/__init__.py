@@ -11,7 +11,7 @@ from . import functional as functional
 from .compression.kmeans import kmeans_1d
 from .compression.model import compress
 from .compression.report import CompressionReport, LayerReport
-from .config import CLAQConfig
+from .config import CLAQConfig, SparseConfig
 from .dispatch import NoKernelError, use_backend
 from .formats import CodebookStructure, CodebookWeight, FormatError
 from .integrations.transformers import from_pretrained, on_import, save_pretrained
@@ -29,6 +29,7 @@ __all__ = [
     "FormatError",
     "LayerReport",
     "NoKernelError",
+    "SparseConfig",
     "compress",
     "from_pretrained",
     "functional",

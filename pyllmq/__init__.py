@@ -13,14 +13,22 @@ from .compression.model import compress
 from .compression.report import CompressionReport, LayerReport
 from .config import CLAQConfig, SparseConfig
 from .dispatch import NoKernelError, use_backend
-from .formats import CodebookStructure, CodebookWeight, FormatError
+from .formats import (
+    BitmapWeight,
+    CodebookStructure,
+    CodebookWeight,
+    FormatError,
+    Sparse24CodebookWeight,
+    Sparse24Weight,
+)
 from .integrations.transformers import from_pretrained, on_import, save_pretrained
-from .nn import CodebookLinear, set_precision
+from .nn import CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseLinear, set_precision
 from .swap import swap_linear
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BitmapWeight",
     "CLAQConfig",
     "CodebookLinear",
     "CodebookStructure",
@@ -29,7 +37,12 @@ __all__ = [
     "FormatError",
     "LayerReport",
     "NoKernelError",
+    "Sparse24CodebookLinear",
+    "Sparse24CodebookWeight",
+    "Sparse24Linear",
+    "Sparse24Weight",
     "SparseConfig",
+    "SparseLinear",
     "compress",
     "from_pretrained",
     "functional",

@@ -286,11 +286,10 @@ def run_inspect(given: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=1))
         return 0
     width = max(len(name) for name in structures)
-    print(f"{'layer':<{width}}  {'shape':>13}  true bits      bytes  outliers  columns per width")
+    print(f"{'layer':<{width}}  {'shape':>13}  true bits      bytes  format")
     for name, s in structures.items():
-        widths = ", ".join(f"{count} x {bits} bit" for bits, count in enumerate(s.columns, 1) if count)
         shape = f"{s.out_features}x{s.in_features}"
-        print(f"{name:<{width}}  {shape:>13}  {s.bits_per_weight:9.3f}  {s.nbytes:9d}  {s.outliers:8d}  {widths}")
+        print(f"{name:<{width}}  {shape:>13}  {s.bits_per_weight:9.3f}  {s.nbytes:9d}  {s.kind}: {s.describe()}")
     weights = sum(s.out_features * s.in_features for s in structures.values())
     nbytes = sum(s.nbytes for s in structures.values())
     print(

@@ -31,6 +31,20 @@ CHECKPOINT_FIELDS = (
 )
 """Order of the tensors of a codebook operand in the checkpoint layout; a field that does not occur is an empty tensor."""
 
+SPARSE24, BITMAP, SPARSE24_CODEBOOK = "sparse24", "bitmap", "sparse24_codebook"
+"""Layout names of the sparse formats' tensors as a checkpoint holds them; their order, absent ones empty:"""
+
+SPARSE24_FIELDS = ("values", "positions", "scale")
+BITMAP_FIELDS = ("values", "row_offsets", "mask", "columns", "scale")
+SPARSE24_CODEBOOK_FIELDS = (
+    "codes",
+    "positions",
+    "codebook",
+    "outlier_row_offsets",
+    "outlier_columns",
+    "outlier_values",
+)
+
 
 PRECISIONS = ("exact", "high", "fast")
 """What a caller of a linear operation permits: "exact" errs no more than torch does in the activations' dtype, "high" has a

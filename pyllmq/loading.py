@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .formats.codebook import CodebookStructure, FormatError
+from .formats import FormatError, Structure
 from .integrations import transformers as integration
 
 Folder = str | os.PathLike[str]
@@ -35,7 +35,7 @@ def is_packed(folder: Folder) -> bool:
     return isinstance(described, Mapping) and described.get("quant_method") == integration.METHOD
 
 
-def packed_structures(folder: Folder) -> dict[str, CodebookStructure]:
+def packed_structures(folder: Folder) -> dict[str, Structure]:
     """Name -> structure of every packed Linear, from config.json, compared with the headers of the safetensors files."""
     config = read_config(folder)
     if not is_packed(folder):

@@ -7,7 +7,9 @@ is wanted, they go through ``torch.ops.pyllmq``.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +26,16 @@ _reference_backend.register_kernels()
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("pyllmq", "DEF")
+_FORMATS = ("codebook", "bitmap", "sparse24", "sparse24_codebook")
 for _schema in (
-    "codebook_linear(Tensor x, Tensor[] weight, str layout, int out_features, Tensor? bias, str precision) -> Tensor",
-    "codebook_dequantize(Tensor[] weight, str layout, int out_features, int in_features, ScalarType dtype) -> Tensor",
+    *(
+        f"{_format}_linear(Tensor x, Tensor[] weight, str layout, int out_features, Tensor? bias, str precision) -> Tensor"
+        for _format in _FORMATS
+    ),
+    *(
+        f"{_format}_dequantize(Tensor[] weight, str layout, int out_features, int in_features, ScalarType dtype) -> Tensor"
+        for _format in _FORMATS
+    ),
     "pack_codes(Tensor codes, int bits) -> Tensor",
     "unpack_codes(Tensor packed, int bits, int columns) -> Tensor",
 ):
@@ -43,7 +52,7 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype) for dtype in dtypes)
 
 
-# ---- codebook_linear ------------------------------------------------------------------------------------------------
+# ---- y = x W^T + bias -----------------------------------------------------------------------------------------------
 
 
 def codebook_linear(
@@ -68,6 +77,40 @@ def codebook_linear(
 
     Source of the format: CLAQ (arXiv 2405.17233), one k-means codebook per input column.
     """
+    return _linear("codebook_linear", x, weight, bias, precision)
+
+
+def bitmap_linear(
+    x: Tensor, weight: PackedWeight | WeightOperand, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION
+) -> Tensor:
+    """y = x W^T + bias, W a sparse weight of any pattern (`BitmapWeight` or its `operand()`).
+
+    Arguments, result and errors as for `codebook_linear`.
+    """
+    return _linear("bitmap_linear", x, weight, bias, precision)
+
+
+def sparse24_linear(
+    x: Tensor, weight: PackedWeight | WeightOperand, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION
+) -> Tensor:
+    """y = x W^T + bias, W a 2:4 sparse weight (`Sparse24Weight` or its `operand()`).
+
+    Arguments, result and errors as for `codebook_linear`.
+    """
+    return _linear("sparse24_linear", x, weight, bias, precision)
+
+
+def sparse24_codebook_linear(
+    x: Tensor, weight: PackedWeight | WeightOperand, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION
+) -> Tensor:
+    """y = x W^T + bias, W a 2:4 sparse weight of codes (`Sparse24CodebookWeight` or its `operand()`).
+
+    Arguments, result and errors as for `codebook_linear`.
+    """
+    return _linear("sparse24_codebook_linear", x, weight, bias, precision)
+
+
+def _linear(op: str, x: Tensor, weight: PackedWeight | WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
     operand = weight if isinstance(weight, WeightOperand) else weight.operand()
     _check_activation(x, operand.in_features)
     if bias is not None:
@@ -75,10 +118,8 @@ def codebook_linear(
     check_precision(precision)
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wants_grad or torch.compiler.is_compiling() or type(x) is not Tensor:
-        return torch.ops.pyllmq.codebook_linear(
-            x, operand.tensors, operand.layout, operand.out_features, bias, precision
-        )
-    return _codebook_linear(x, operand.tensors, operand.layout, operand.out_features, bias, precision)
+        return getattr(torch.ops.pyllmq, op)(x, operand.tensors, operand.layout, operand.out_features, bias, precision)
+    return _run_linear(op, x, operand.tensors, operand.layout, operand.out_features, bias, precision)
 
 
 def _check_activation(x: Tensor, in_features: int) -> None:
@@ -95,7 +136,8 @@ def _check_bias(bias: Tensor, out_features: int) -> None:
         raise TypeError(f"bias is {bias.dtype}; allowed: {_names(ACTIVATION_DTYPES)}")
 
 
-def _codebook_linear(
+def _run_linear(
+    op: str,
     x: Tensor,
     weight: list[Tensor] | tuple[Tensor, ...],
     layout: str,
@@ -109,12 +151,12 @@ def _codebook_linear(
         raise ValueError(f"x is on {x.device}{bias_place}, the weight on {device}; move them to one device")
     in_features = x.shape[-1]
     rows = x if x.dim() == 2 else x.reshape(-1, in_features)
-    kernel = kernel_for("codebook_linear", layout, device.type, x.dtype, rows.shape[0])
+    kernel = kernel_for(op, layout, device.type, x.dtype, rows.shape[0])
     y = kernel.run(rows, weight, out_features, in_features, None if bias is None else bias.contiguous(), precision)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
-def _codebook_linear_fake(
+def _linear_fake(
     x: Tensor,
     weight: list[Tensor],
     layout: str,
@@ -125,44 +167,62 @@ def _codebook_linear_fake(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _codebook_linear_setup(ctx, inputs, output) -> None:
+def _linear_setup(ctx, inputs, output) -> None:
     x, weight, layout, out_features, bias, _ = inputs
     ctx.weight, ctx.layout, ctx.shape = weight, layout, (out_features, x.shape[-1])
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _codebook_linear_backward(ctx, grad: Tensor):
+def _linear_backward(dequantize_op: str, ctx, grad: Tensor):
     """dL/dx = dL/dy W, with W decoded; the packed weight itself gets no gradient."""
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        dense = torch.ops.pyllmq.codebook_dequantize(ctx.weight, ctx.layout, *ctx.shape, torch.float32)
+        dense = getattr(torch.ops.pyllmq, dequantize_op)(ctx.weight, ctx.layout, *ctx.shape, torch.float32)
         grad_x = (grad.float() @ dense).to(grad.dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
         grad_bias = grad.float().reshape(-1, ctx.shape[0]).sum(0).to(ctx.bias_dtype)
     return grad_x, [None] * len(ctx.weight), None, None, grad_bias, None
 
 
-# ---- codebook_dequantize --------------------------------------------------------------------------------------------
+# ---- W ----------------------------------------------------------------------------------------------------------------
 
 
 def codebook_dequantize(weight: PackedWeight | WeightOperand, dtype: torch.dtype = torch.float32) -> Tensor:
     """The dense matrix [N, K] that a packed codebook weight stands for, in float32, bfloat16 or float16."""
+    return _dequantize("codebook_dequantize", weight, dtype)
+
+
+def bitmap_dequantize(weight: PackedWeight | WeightOperand, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense matrix [N, K] that a sparse weight of any pattern stands for, in float32, bfloat16 or float16."""
+    return _dequantize("bitmap_dequantize", weight, dtype)
+
+
+def sparse24_dequantize(weight: PackedWeight | WeightOperand, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense matrix [N, K] that a 2:4 sparse weight stands for, in float32, bfloat16 or float16."""
+    return _dequantize("sparse24_dequantize", weight, dtype)
+
+
+def sparse24_codebook_dequantize(weight: PackedWeight | WeightOperand, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense matrix [N, K] that a 2:4 sparse weight of codes stands for, in float32, bfloat16 or float16."""
+    return _dequantize("sparse24_codebook_dequantize", weight, dtype)
+
+
+def _dequantize(op: str, weight: PackedWeight | WeightOperand, dtype: torch.dtype) -> Tensor:
     operand = weight if isinstance(weight, WeightOperand) else weight.operand()
     if dtype not in ACTIVATION_DTYPES:
         raise TypeError(f"dtype is {dtype}; allowed: {_names(ACTIVATION_DTYPES)}")
-    return torch.ops.pyllmq.codebook_dequantize(
-        operand.tensors, operand.layout, operand.out_features, operand.in_features, dtype
-    )
+    run = getattr(torch.ops.pyllmq, op)
+    return run(operand.tensors, operand.layout, operand.out_features, operand.in_features, dtype)
 
 
-def _codebook_dequantize(
-    weight: list[Tensor], layout: str, out_features: int, in_features: int, dtype: torch.dtype
+def _run_dequantize(
+    op: str, weight: list[Tensor], layout: str, out_features: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
-    kernel = kernel_for("codebook_dequantize", layout, weight[0].device.type, dtype)
+    kernel = kernel_for(op, layout, weight[0].device.type, dtype)
     return kernel.run(weight, out_features, in_features, dtype)
 
 
-def _codebook_dequantize_fake(
+def _dequantize_fake(
     weight: list[Tensor], layout: str, out_features: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     return weight[0].new_empty(out_features, in_features, dtype=dtype)
@@ -213,14 +273,22 @@ def _unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 # ---- registration ---------------------------------------------------------------------------------------------------
 
-for _name, _run, _fake in (
-    ("codebook_linear", _codebook_linear, _codebook_linear_fake),
-    ("codebook_dequantize", _codebook_dequantize, _codebook_dequantize_fake),
+_OPERATIONS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
+    *((f"{_format}_linear", partial(_run_linear, f"{_format}_linear"), _linear_fake) for _format in _FORMATS),
+    *(
+        (f"{_format}_dequantize", partial(_run_dequantize, f"{_format}_dequantize"), _dequantize_fake)
+        for _format in _FORMATS
+    ),
     ("pack_codes", _pack_codes, lambda codes, bits: codes.new_empty(codes.shape[0], (codes.shape[1] * bits + 7) // 8)),
     ("unpack_codes", _unpack_codes, lambda packed, bits, columns: packed.new_empty(packed.shape[0], columns)),
-):
+)
+for _name, _run, _fake in _OPERATIONS:
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyllmq::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "pyllmq::codebook_linear", _codebook_linear_backward, setup_context=_codebook_linear_setup, lib=_library
-)
+for _format in _FORMATS:
+    torch.library.register_autograd(
+        f"pyllmq::{_format}_linear",
+        partial(_linear_backward, f"{_format}_dequantize"),
+        setup_context=_linear_setup,
+        lib=_library,
+    )

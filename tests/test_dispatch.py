@@ -22,6 +22,11 @@ PROBLEMS = {
     "triton.unpack_codes": Problem("unpack_codes", "", "cuda", torch.uint8),
     "reference.codebook_linear": Problem("codebook_linear", "checkpoint", "meta", torch.float32, 1),
     "reference.codebook_dequantize": Problem("codebook_dequantize", "checkpoint", "cpu", torch.float32),
+    **{
+        f"reference.{format}_{op}": Problem(f"{format}_{op}", format, "meta", torch.float32, 1)
+        for format in ("bitmap", "sparse24", "sparse24_codebook")
+        for op in ("linear", "dequantize")
+    },
     "reference.pack_codes": Problem("pack_codes", "", "meta", torch.uint8),
     "reference.unpack_codes": Problem("unpack_codes", "", "meta", torch.uint8),
 }

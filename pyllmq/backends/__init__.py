@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
-from ..dispatch import CHECKPOINT, WeightOperand, forced_backend
+from ..dispatch import BITMAP, CHECKPOINT, SPARSE24, SPARSE24_CODEBOOK, WeightOperand, forced_backend
 from . import cpu, reference, triton
 
 __all__ = [
@@ -16,7 +18,12 @@ __all__ = [
     "reference",
     "report",
     "triton",
+    "unpack_layout",
 ]
+
+SPARSE_LAYOUTS = (BITMAP, SPARSE24, SPARSE24_CODEBOOK)
+_SPARSE: tuple[ModuleType, ...] = ()
+"""Back ends with layouts of their own for the sparse formats, in the order in which they are asked."""
 
 _WITH_LAYOUT = {cpu.LAYOUT: cpu, triton.LAYOUT: triton}
 
@@ -30,11 +37,14 @@ def machine_layout(device: str) -> str:
 
 
 def prepack(operand: WeightOperand) -> WeightOperand:
-    """The codebook operand in the layout that is fastest on the device where its tensors lie.
+    """The operand in the layout that is fastest on the device where its tensors lie.
 
-    Only the checkpoint layout can be prepacked. Without a back end for the device, or with PYLLMQ_BACKEND=reference, the
-    operand comes back as it is: the reference back end reads the checkpoint layout.
+    Only checkpoint layouts can be prepacked. Without a back end for the device, or with PYLLMQ_BACKEND=reference, the
+    operand comes back as it is: the reference back end reads the checkpoint layouts.
     """
+    if operand.layout in SPARSE_LAYOUTS:
+        backend = _sparse_backend(operand)
+        return operand if backend is None else backend.prepack(operand)
     if operand.layout != CHECKPOINT:
         return operand
     layout = machine_layout(operand.tensors[0].device.type)
@@ -55,6 +65,25 @@ def layout_codes(operand: WeightOperand) -> Tensor:
             f"the codes cannot be rebuilt from the layout {operand.layout!r}; allowed: {', '.join(map(repr, _WITH_LAYOUT))}"
         )
     return _WITH_LAYOUT[operand.layout].layout_codes(operand)
+
+
+def _sparse_backend(operand: WeightOperand) -> ModuleType | None:
+    device = operand.tensors[0].device.type
+    for backend in _SPARSE:
+        asked = forced_backend() in (None, backend.NAME)
+        if asked and device == backend.DEVICE and operand.layout in backend.LAYOUTS and backend.available()[0]:
+            return backend
+    return None
+
+
+def unpack_layout(operand: WeightOperand) -> WeightOperand:
+    """The checkpoint layout of a sparse operand, whatever layout `prepack` gave it."""
+    for backend in _SPARSE:
+        if operand.layout in backend.LAYOUTS.values():
+            return backend.unpack_layout(operand)
+    if operand.layout not in SPARSE_LAYOUTS:
+        raise ValueError(f"the layout {operand.layout!r} cannot be unpacked; allowed: {', '.join(SPARSE_LAYOUTS)}")
+    return operand
 
 
 def report() -> dict[str, tuple[bool, str]]:

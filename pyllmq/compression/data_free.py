@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats.codebook import CodebookWeight
+from ..formats import CodebookWeight, Sparse24CodebookWeight
+from ..formats.sparse24 import GROUP, KEPT
+from ..formats.sparse24_codebook import BITS
 from .kmeans import kmeans_1d
 
 MAX_OUTLIER_FRACTION = 0.5
@@ -63,6 +65,36 @@ def pack_columns(
         outlier_mask=kept.T if outlier_fraction else None,
         outlier_weight=columns.T if outlier_fraction else None,
         row_scale=scale,
+    )
+    return packed if device.type == "cpu" else packed.to(device)
+
+
+def pack_columns_24(
+    weight: Tensor, mask: Tensor, bits: int, *, outlier_fraction: float = 0.0
+) -> Sparse24CodebookWeight:
+    """Pack `weight` [N, K], of which `mask` keeps two of every four neighbours, with `bits` bits per kept weight.
+
+    Each column's codebook is the best one for the weights that the column keeps. Outliers are the `outlier_fraction` of them
+    that lie farthest out.
+    """
+    n, k = weight.shape
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ValueError(
+            f"the weight [{n}, {k}] holds {bad} values that are not finite; repair the model before packing it"
+        )
+    if bits not in BITS:
+        raise ValueError(f"bits is {bits}; allowed: {', '.join(map(str, BITS))}")
+    if not 0.0 <= outlier_fraction <= MAX_OUTLIER_FRACTION:
+        raise ValueError(f"outlier_fraction is {outlier_fraction}; allowed: 0 to {MAX_OUTLIER_FRACTION}")
+    device = weight.device
+    columns, kept = weight.float().T.contiguous().cpu(), mask.T.contiguous().cpu()
+    far = outlier_mask(columns.masked_fill(~kept, 0.0), outlier_fraction * KEPT / GROUP) & kept
+    importance = (kept & ~far).float()
+    importance[importance.sum(1) == 0] = 1.0  # a column that keeps nothing: any codebook will do
+    codebook, codes = kmeans_1d(columns, 1 << bits, weights=importance)
+    packed = Sparse24CodebookWeight.pack(
+        codes.T.contiguous(), kept.T, codebook, outlier_mask=far.T, outlier_weight=columns.T
     )
     return packed if device.type == "cpu" else packed.to(device)
 

@@ -17,42 +17,44 @@ Source of the method: CLAQ (arXiv 2405.17233); the byte layout is this project's
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends import layout_codes, prepack
+from ..backends import layout_codes
 from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, WeightOperand
+from .structure import (
+    FormatError,
+    PackedWeight,
+    Structure,
+    column_dtype,
+    expect,
+    expect_ascending_columns,
+    expect_row_offsets,
+    finite_fp16,
+)
 
-FORMAT_VERSION = 1
 OUTLIER_KEYS = ("outlier_row_offsets", "outlier_columns", "outlier_values")
-MAX_UINT16_COLUMNS = 1 << 16
-
-
-class FormatError(ValueError):
-    """Tensors or a description that are not a valid packed weight; the message says what was found and what is allowed."""
 
 
 @dataclass(frozen=True)
-class CodebookStructure:
+class CodebookStructure(Structure):
     """Everything that fixes the shapes of a packed weight: what `config.json` holds for each module."""
 
-    out_features: int
-    in_features: int
     columns: tuple[int, ...]
     """Number of columns of width 1, 2, ..., 8."""
     segments: int = 1
     outliers: int = 0
     row_scale: bool = False
 
+    kind: ClassVar[str] = "codebook"
+
     def __post_init__(self) -> None:
-        if self.out_features < 1 or self.in_features < 1:
-            raise FormatError(f"a weight of shape [{self.out_features}, {self.in_features}]; both must be at least 1")
+        super().__post_init__()
         if len(self.columns) != 8 or min(self.columns) < 0 or sum(self.columns) != self.in_features:
             raise FormatError(
                 f"columns per width {self.columns} must be 8 counts that sum to in_features = {self.in_features}"
@@ -75,7 +77,7 @@ class CodebookStructure:
         }
         if self.outliers:
             shapes["outlier_row_offsets"] = ((n + 1,), torch.int32)
-            shapes["outlier_columns"] = ((self.outliers,), outlier_column_dtype(k))
+            shapes["outlier_columns"] = ((self.outliers,), column_dtype(k))
             shapes["outlier_values"] = ((self.outliers,), torch.float16)
         if self.row_scale:
             shapes["row_scale"] = ((n,), torch.float16)
@@ -84,18 +86,13 @@ class CodebookStructure:
                 shapes[f"codes_b{bits}"] = ((n, -(-count * bits // 8)), torch.uint8)
         return shapes
 
-    @property
-    def nbytes(self) -> int:
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors().values())
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Everything stored (codes, codebooks, bits vector, outliers with positions, scales), in bits per weight."""
-        return 8 * self.nbytes / (self.out_features * self.in_features)
+    def describe(self) -> str:
+        widths = {bits: count for bits, count in enumerate(self.columns, 1) if count}
+        return f"columns_per_width={widths}, outliers={self.outliers}"
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "kind": "codebook",
+            "kind": self.kind,
             "out_features": self.out_features,
             "in_features": self.in_features,
             "columns": {str(bits): count for bits, count in enumerate(self.columns, 1) if count},
@@ -107,8 +104,8 @@ class CodebookStructure:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CodebookStructure:
         known = {"kind", "out_features", "in_features", "columns", "segments", "outliers", "row_scale"}
-        if values.get("kind") != "codebook":
-            raise FormatError(f"kind is {values.get('kind')!r}; this version of pyllmq reads: 'codebook'")
+        if values.get("kind") != cls.kind:
+            raise FormatError(f"kind is {values.get('kind')!r}; this structure reads: {cls.kind!r}")
         if set(values) != known:
             raise FormatError(f"a codebook is described by the keys {sorted(known)}, given: {sorted(values)}")
         widths = values["columns"]
@@ -130,17 +127,14 @@ class CodebookStructure:
         )
 
 
-def outlier_column_dtype(in_features: int) -> torch.dtype:
-    return torch.uint16 if in_features <= MAX_UINT16_COLUMNS else torch.int32
-
-
 @dataclass(frozen=True, eq=False)
-class CodebookWeight:
+class CodebookWeight(PackedWeight):
     """One packed matrix in checkpoint form. Make it with `pack` (from codes) or `from_tensors` (from a checkpoint)."""
 
     structure: CodebookStructure
-    tensors: dict[str, Tensor]
-    _cache: dict[str, WeightOperand] = field(default_factory=dict, repr=False)
+
+    layout: ClassVar[str] = CHECKPOINT
+    fields: ClassVar[tuple[str, ...]] = CHECKPOINT_FIELDS
 
     # ---- making one -------------------------------------------------------------------------------------------------
 
@@ -189,7 +183,7 @@ class CodebookWeight:
             "segment_rows": segment_rows.to(device, torch.int32),
         }
         if row_scale is not None:
-            tensors["row_scale"] = _finite_fp16("row_scale", row_scale.to(device))
+            tensors["row_scale"] = finite_fp16("row_scale", row_scale.to(device))
         if outlier_mask is not None and bool(outlier_mask.any()):
             if outlier_mask.shape != codes.shape or outlier_weight is None or outlier_weight.shape != codes.shape:
                 given = None if outlier_weight is None else tuple(outlier_weight.shape)
@@ -200,8 +194,8 @@ class CodebookWeight:
             offsets = torch.zeros(n + 1, dtype=torch.int64, device=device)
             offsets[1:] = torch.cumsum(torch.bincount(row, minlength=n), 0)
             tensors["outlier_row_offsets"] = offsets.to(torch.int32)
-            tensors["outlier_columns"] = column.to(outlier_column_dtype(k))
-            tensors["outlier_values"] = _finite_fp16("outlier_weight", outlier_weight.to(device)[row, column])
+            tensors["outlier_columns"] = column.to(column_dtype(k))
+            tensors["outlier_values"] = finite_fp16("outlier_weight", outlier_weight.to(device)[row, column])
         for bits in column_bits.unique().tolist():
             try:
                 tensors[f"codes_b{bits}"] = ops.pack_codes(codes[:, column_bits == bits].contiguous(), bits)
@@ -219,7 +213,7 @@ class CodebookWeight:
             if key not in tensors:
                 raise FormatError(f"the key {key!r} is missing; found: {sorted(tensors)}")
         bits = tensors["column_bits"]
-        _expect("column_bits", bits, (in_features,), torch.uint8)
+        expect("column_bits", bits, (in_features,), torch.uint8)
         if int(bits.min()) < 1 or int(bits.max()) > 8:
             raise FormatError(f"column_bits holds {int(bits.min())}..{int(bits.max())}; allowed: 1 to 8")
         structure = CodebookStructure(
@@ -236,7 +230,7 @@ class CodebookWeight:
                 f"the keys are {sorted(tensors)}; column_bits and the outliers ask for {sorted(expected)}"
             )
         for key, (shape, dtype) in expected.items():
-            _expect(key, tensors[key], shape, dtype)
+            expect(key, tensors[key], shape, dtype)
         rows = tensors["segment_rows"]
         if int(rows.min()) < 1 or int(rows.sum()) != out_features:
             raise FormatError(
@@ -248,7 +242,9 @@ class CodebookWeight:
                     f"{key} holds values that are not finite: the file is damaged, or was written from broken weights"
                 )
         if structure.outliers:
-            _check_outliers(tensors["outlier_row_offsets"].long(), tensors["outlier_columns"].long(), structure)
+            offsets = tensors["outlier_row_offsets"].long()
+            expect_row_offsets("outlier_row_offsets", offsets, structure.outliers)
+            expect_ascending_columns("outlier_columns", tensors["outlier_columns"].long(), offsets, in_features)
         return cls(structure, {key: tensors[key].contiguous() for key in expected})
 
     @classmethod
@@ -292,25 +288,8 @@ class CodebookWeight:
     # ---- what it holds ----------------------------------------------------------------------------------------------
 
     @property
-    def out_features(self) -> int:
-        return self.structure.out_features
-
-    @property
-    def in_features(self) -> int:
-        return self.structure.in_features
-
-    @property
     def column_bits(self) -> Tensor:
         return self.tensors["column_bits"]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes stored, all tensors together."""
-        return self.structure.nbytes
-
-    @property
-    def bits_per_weight(self) -> float:
-        return self.structure.bits_per_weight
 
     def unpack(self) -> Tensor:
         """The codes, uint8 [N, K], those under outliers too."""
@@ -323,23 +302,6 @@ class CodebookWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense matrix [N, K]."""
         return ops.codebook_dequantize(self, dtype)
-
-    # ---- how kernels read it ----------------------------------------------------------------------------------------
-
-    def checkpoint_operand(self) -> WeightOperand:
-        """The tensors as they are, in the order that the layout `checkpoint` fixes; absent ones are empty."""
-        empty = self.column_bits.new_empty(0)
-        tensors = tuple(self.tensors.get(key, empty) for key in CHECKPOINT_FIELDS)
-        return WeightOperand(CHECKPOINT, tensors, self.out_features, self.in_features)
-
-    def operand(self) -> WeightOperand:
-        """The fastest layout for the device where the tensors lie; made at the first call and kept."""
-        if "operand" not in self._cache:
-            self._cache["operand"] = prepack(self.checkpoint_operand())
-        return self._cache["operand"]
-
-    def to(self, device: torch.device | str) -> CodebookWeight:
-        return CodebookWeight(self.structure, {key: tensor.to(device) for key, tensor in self.tensors.items()})
 
 
 def _outliers_per_row(weight: CodebookWeight) -> Tensor:
@@ -365,7 +327,7 @@ def _codebook_fp16(codebook: Tensor, column_bits: Tensor, segments: int) -> Tens
             f"codebook is {tuple(codebook.shape)}; it must be [segments, sum of 2**column_bits] = [{segments}, {entries}]"
         )
     codebook = codebook.reshape(segments, entries).float()
-    half = _finite_fp16("codebook", codebook)
+    half = finite_fp16("codebook", codebook)
     width = 1 << column_bits.long()
     first_entry = torch.cumsum(width, 0) - width
     for entries in width.unique().tolist():
@@ -379,29 +341,3 @@ def _codebook_fp16(codebook: Tensor, column_bits: Tensor, segments: int) -> Tens
                 "off by more than 1 %; rescale the weight, or give row_scale"
             )
     return half
-
-
-def _finite_fp16(name: str, values: Tensor) -> Tensor:
-    half = values.to(torch.float16)
-    if not bool(torch.isfinite(half).all()):
-        largest = float(values.float().abs().max())
-        raise FormatError(
-            f"{name} holds values up to {largest:g} or not finite; fp16 ends at 65504. Rescale the weight first"
-        )
-    return half
-
-
-def _expect(key: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        raise FormatError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}; it must be {dtype} {shape}")
-
-
-def _check_outliers(offsets: Tensor, columns: Tensor, structure: CodebookStructure) -> None:
-    if int(offsets[0]) != 0 or int(offsets[-1]) != structure.outliers or bool((offsets.diff() < 0).any()):
-        raise FormatError(f"outlier_row_offsets must rise from 0 to the number of outliers, {structure.outliers}")
-    if int(columns.min()) < 0 or int(columns.max()) >= structure.in_features:
-        raise FormatError(f"outlier_columns holds {int(columns.max())}; allowed: 0 to {structure.in_features - 1}")
-    starts_row = torch.zeros(structure.outliers + 1, dtype=torch.bool, device=columns.device)
-    starts_row[offsets] = True
-    if bool(((columns.diff() <= 0) & ~starts_row[1:-1]).any()):
-        raise FormatError("outlier_columns must ascend within each row, each column at most once")

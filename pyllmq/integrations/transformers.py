@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..formats.codebook import FORMAT_VERSION, CodebookStructure, FormatError
-from ..nn import CodebookLinear
+from ..formats import FORMAT_VERSION, FormatError, Structure, structure_from_dict
+from ..nn import LAYER_OF_KIND, PackedLinear
 from ..swap import as_linear, linear_modules, replace_module
 
 if TYPE_CHECKING:
@@ -66,11 +66,11 @@ def register() -> None:
             self.modules = {name: dict(described) for name, described in modules.items()}
             self.structures()
 
-        def structures(self) -> dict[str, CodebookStructure]:
+        def structures(self) -> dict[str, Structure]:
             found = {}
             for name, described in self.modules.items():
                 try:
-                    found[name] = CodebookStructure.from_dict(described)
+                    found[name] = structure_from_dict(described)
                 except FormatError as error:
                     raise FormatError(f"quantization_config of module {name}: {error}") from error
             return found
@@ -146,11 +146,11 @@ def on_import() -> None:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def packed_modules(model: nn.Module) -> list[tuple[str, CodebookLinear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, CodebookLinear)]
+def packed_modules(model: nn.Module) -> list[tuple[str, PackedLinear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
 
 
-def put_skeletons(model: nn.Module, structures: Mapping[str, CodebookStructure]) -> None:
+def put_skeletons(model: nn.Module, structures: Mapping[str, Structure]) -> None:
     """Replace the Linears that `structures` names by empty packed layers of those sizes."""
     linears = dict(linear_modules(model))
     prefix = getattr(model, "base_model_prefix", "")
@@ -168,14 +168,23 @@ def put_skeletons(model: nn.Module, structures: Mapping[str, CodebookStructure])
                 f"config.json says that {name} is [{structure.out_features}, {structure.in_features}], but "
                 f"{type(model).__name__} has [{linear.out_features}, {linear.in_features}] there"
             )
-        replace_module(model, found, CodebookLinear(structure, linear.bias is not None, linear.weight.dtype))
+        layer = LAYER_OF_KIND[structure.kind](structure, linear.bias is not None, linear.weight.dtype)
+        replace_module(model, found, layer)
 
 
-def check_files(structures: Mapping[str, CodebookStructure], files: Sequence[str] | None) -> None:
+def check_files(structures: Mapping[str, Structure], files: Sequence[str] | None) -> None:
     """Compare the headers of the safetensors files with what config.json says, before anything is loaded."""
     from safetensors import SafetensorError, safe_open
 
-    names = {"U8": "uint8", "U16": "uint16", "I32": "int32", "F16": "float16"}
+    names = {
+        "U8": "uint8",
+        "I8": "int8",
+        "U16": "uint16",
+        "I32": "int32",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "F32": "float32",
+    }
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files or ():
         if not str(file).endswith(".safetensors"):

@@ -1,0 +1,181 @@
+"""Format `bitmap`, version 1: any weights kept, in any number, one bit per weight to say which; at high sparsity their columns.
+
+Keys of one Linear [N, K] that keeps `kept` weights (docs/formats.md draws them):
+
+    values        fp16, bf16, fp32 or int8 [kept]   row by row, in column order
+    row_offsets   int32 [N+1]                       where each row's values start
+    mask          uint8 [N, ceil(K / 8)]            bit k % 8 of byte k / 8: column k is kept; or, where that is smaller,
+    columns       uint16 [kept]                     int32 where K > 65536; ascending within a row
+    scale         fp32 [N]                          with int8 only: weight = value * scale[row]
+
+A stored value may be zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..dispatch import BITMAP, BITMAP_FIELDS
+from .kept_values import checked_weight, stored_values, value_dtype, value_name
+from .structure import (
+    FormatError,
+    PackedWeight,
+    Shapes,
+    Structure,
+    column_dtype,
+    expect_all,
+    expect_ascending_columns,
+    expect_integers,
+    expect_keys,
+    expect_row_offsets,
+)
+
+MOST_KEPT = 2**31 - 1
+POSITIONS = ("mask", "columns")
+
+
+@dataclass(frozen=True)
+class BitmapStructure(Structure):
+    kept: int
+    """Number of stored values."""
+    values: str = "float16"
+    """Their dtype: "float16", "bfloat16", "float32" or "int8"."""
+    positions: str = "mask"
+    """"mask" (a bit per weight) or "columns" (a number per kept weight)."""
+
+    kind: ClassVar[str] = "bitmap"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        value_dtype(self.values)
+        most = min(self.out_features * self.in_features, MOST_KEPT)
+        if not 1 <= self.kept <= most:
+            raise FormatError(
+                f"{self.kept} weights kept of [{self.out_features}, {self.in_features}]; allowed: 1 to {most}"
+            )
+        if self.positions not in POSITIONS:
+            raise FormatError(f"positions is {self.positions!r}; allowed: {', '.join(map(repr, POSITIONS))}")
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.kept / (self.out_features * self.in_features)
+
+    def tensors(self) -> Shapes:
+        n, k = self.out_features, self.in_features
+        shapes: Shapes = {
+            "values": ((self.kept,), value_dtype(self.values)),
+            "row_offsets": ((n + 1,), torch.int32),
+        }
+        if self.positions == "mask":
+            shapes["mask"] = ((n, -(-k // 8)), torch.uint8)
+        else:
+            shapes["columns"] = ((self.kept,), column_dtype(k))
+        if self.values == "int8":
+            shapes["scale"] = ((n,), torch.float32)
+        return shapes
+
+    def describe(self) -> str:
+        return f"sparsity={self.sparsity:.3f}, values={self.values}, positions={self.positions}"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BitmapStructure:
+        known = ("out_features", "in_features", "kept", "values", "positions")
+        expect_keys(cls.kind, dict(values), known)
+        expect_integers(dict(values), known[:3])
+        return cls(*(values[name] for name in known))
+
+
+@dataclass(frozen=True, eq=False)
+class BitmapWeight(PackedWeight):
+    """One sparse matrix of any pattern in checkpoint form. Make it with `pack` (from a pruned matrix) or `from_tensors`."""
+
+    layout: ClassVar[str] = BITMAP
+    fields: ClassVar[tuple[str, ...]] = BITMAP_FIELDS
+
+    @classmethod
+    def pack(
+        cls,
+        weight: Tensor,
+        mask: Tensor | None = None,
+        value_dtype: torch.dtype | None = None,
+        positions: str | None = None,
+    ) -> BitmapWeight:
+        """A pruned matrix -> the packed weight.
+
+        Args:
+            weight: float [N, K].
+            mask: bool [N, K], what is kept; None keeps everything but zero.
+            value_dtype: torch.float16, bfloat16, float32, or int8 (with a scale per row); None is the weight's dtype.
+            positions: "mask" or "columns"; None is the smaller of the two (columns below one kept weight in 16).
+
+        Raises FormatError if a shape or dtype does not fit or a value is not finite in `value_dtype`.
+        """
+        weight, mask = checked_weight(weight, mask)
+        n, k = weight.shape
+        dtype = value_dtype or weight.dtype
+        if not bool(mask.any()):  # safetensors and loaders are spared tensors without elements
+            mask = mask.clone()
+            mask[0, 0] = True
+        kept = int(mask.sum())
+        if positions is None:
+            positions = "columns" if kept * column_dtype(k).itemsize < n * -(-k // 8) else "mask"
+        structure = BitmapStructure(n, k, kept, value_name(dtype), positions)
+        values, scale = stored_values(weight * mask, dtype)
+        tensors = {"values": values[mask], "row_offsets": _offsets(mask.sum(1))}
+        if positions == "mask":
+            tensors["mask"] = ops.pack_codes(mask.to(torch.uint8), 1)
+        else:
+            tensors["columns"] = torch.nonzero(mask)[:, 1].to(column_dtype(k))
+        if scale is not None:
+            tensors["scale"] = scale
+        return cls(structure, tensors)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> BitmapWeight:
+        """Checkpoint tensors (without the module's prefix) -> the weight, after checking what kernels rely on.
+
+        Raises FormatError that names the key, what it holds and what is allowed.
+        """
+        if "values" not in tensors:
+            raise FormatError(f"the key 'values' is missing; found: {sorted(tensors)}")
+        values = tensors["values"]
+        positions = "mask" if "mask" in tensors else "columns"
+        structure = BitmapStructure(out_features, in_features, values.numel(), value_name(values.dtype), positions)
+        expect_all(dict(tensors), structure.tensors())
+        offsets = tensors["row_offsets"].long()
+        expect_row_offsets("row_offsets", offsets, structure.kept)
+        if positions == "mask":
+            mask = ops.unpack_codes(tensors["mask"], 1, in_features)
+            if not torch.equal(mask.sum(1, dtype=torch.int64), offsets.diff()):
+                raise FormatError(
+                    "mask and row_offsets disagree about how many weights a row keeps; the file is damaged"
+                )
+        else:
+            expect_ascending_columns("columns", tensors["columns"].long(), offsets, in_features)
+        return cls(structure, {key: tensors[key].contiguous() for key in structure.tensors()})
+
+    def mask(self) -> Tensor:
+        """bool [N, K]: the places of the stored values."""
+        if "mask" in self.tensors:
+            return ops.unpack_codes(self.tensors["mask"], 1, self.in_features).bool()
+        offsets = self.tensors["row_offsets"].long()
+        mask = torch.zeros(self.out_features, self.in_features, dtype=torch.bool, device=self.device)
+        mask[torch.repeat_interleave(offsets.diff()), self.tensors["columns"].long()] = True
+        return mask
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense matrix [N, K]."""
+        return ops.bitmap_dequantize(self, dtype)
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    """int32 [rows + 1]."""
+    offsets = counts.new_zeros(counts.numel() + 1, dtype=torch.int64)
+    offsets[1:] = counts.cumsum(0)
+    return offsets.to(torch.int32)

@@ -132,8 +132,9 @@ class SparseConfig:
     """What kept weights are stored in: "float16", "bfloat16", "float32" or "int8"; None is the model's dtype."""
     quantize: CLAQConfig | None = None
     """Quantize the kept weights in the same sweep, to codebooks. With "2:4" every column has one width, 2, 3 or 4 bits;
-    otherwise one entry of each codebook is the 0 of the pruned weights, and the size is that of the codes. Sweep settings (`damping`, `block_size`, `true_sequential`) are those
-    of this config, columns go from left to right, and `published` is not allowed."""
+    otherwise one entry of each codebook is the 0 of the pruned weights, and the size is that of the codes. `damping`,
+    `block_size` and `true_sequential` are those of this config, columns go from left to right, and `published` is not
+    allowed."""
     allocation: str | None = None
     """Which matrices are pruned more: "uniform"; by rank of the sensitivity of the model's loss, "fisher" (first
     derivatives) or "hutchinson" (trace of the Hessian); "owl". None: "fisher" for mixed, else "uniform"; with an N:M
@@ -211,7 +212,9 @@ class SparseConfig:
         if self.pattern == "unstructured":
             return None
         kept, colon, group = str(self.pattern).partition(":")
-        if not (colon and kept.isdecimal() and group.isdecimal() and int(group) in GROUPS and 0 < int(kept) < int(group)):
+        if not (
+            colon and kept.isdecimal() and group.isdecimal() and int(group) in GROUPS and 0 < int(kept) < int(group)
+        ):
             raise ValueError(
                 f"pattern is {self.pattern!r}; allowed: 'unstructured', or 'N:M' with M = 2, 4 or 8 and N from 1 to M - 1"
             )
@@ -235,7 +238,9 @@ class SparseConfig:
         allowed = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(allowed), key=str)
         if unknown:
-            raise ValueError(f"SparseConfig does not know {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}")
+            raise ValueError(
+                f"SparseConfig does not know {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}"
+            )
         values = dict(values)
         if isinstance(values.get("quantize"), Mapping):
             values["quantize"] = CLAQConfig.from_dict(values["quantize"])

@@ -121,7 +121,9 @@ class CodebookColumns(ColumnQuantizer):
         # Columns as rows, as the sweep has them.
         self.codes = torch.empty(size, rows, dtype=torch.uint8, device=weight.device)
         self.kept = torch.zeros(size, rows, dtype=torch.bool, device=weight.device)
-        self.kept_values = torch.zeros(size, rows, dtype=torch.float16, device=weight.device) if any(self.keep) else None
+        self.kept_values = (
+            torch.zeros(size, rows, dtype=torch.float16, device=weight.device) if any(self.keep) else None
+        )
         self.codebooks: dict[int, Tensor] = {}
 
     def column(self, position: int, column: int, values: Tensor) -> Tensor:
@@ -162,9 +164,7 @@ class CodebookColumns(ColumnQuantizer):
                 raise outgrown(self.name, column, values)
         return stored
 
-    def _cluster(
-        self, column: int, values: Tensor, clusters: int, inliers: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _cluster(self, column: int, values: Tensor, clusters: int, inliers: Tensor | None) -> tuple[Tensor, Tensor]:
         """fp16 [clusters] and uint8 [N]."""
         if inliers is not None and not bool(inliers.any()):
             return values.new_zeros(clusters, dtype=torch.float16), torch.zeros_like(values, dtype=torch.uint8)

@@ -299,7 +299,7 @@ def _plan_sparsity(job: _Job, config: SparseConfig, stages: Sequence[_Stage]) ->
 
 def _input_norms(job: _Job, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """name -> |X_j| over the calibration tokens, float32 [K]; 0 for a Linear that never runs."""
-    sums = {name: torch.zeros(dense_weight(m).shape[1], device=m.weight.device) for name, m in linears.items()}
+    sums = {name: torch.zeros_like(dense_weight(module)[0], dtype=torch.float32) for name, module in linears.items()}
     current = 0
 
     def recorder(name: str) -> Callable[..., None]:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from ..config import SparseConfig
-from ..formats import BitmapWeight, PackedWeight, Sparse24CodebookWeight, Sparse24Weight
+from ..formats import BitmapWeight, CodebookWeight, Sparse24CodebookWeight, Sparse24Weight
 from .claq import CodebookColumns, CompressedLinear, check_weight, column_plans
 from .column_loop import (
     LAZY_COLUMNS,
@@ -94,7 +95,7 @@ def prune_linears(
 
 def _pack(
     stored: Tensor, pruned: Tensor, codebooks: CodebookColumns | None, config: SparseConfig, dtype: torch.dtype
-) -> PackedWeight:
+) -> BitmapWeight | Sparse24Weight | CodebookWeight | Sparse24CodebookWeight:
     if codebooks is None:
         if config.pattern == "2:4":
             return Sparse24Weight.pack(stored, ~pruned, dtype)

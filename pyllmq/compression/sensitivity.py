@@ -24,7 +24,12 @@ from .calibration import Batch
 
 
 def trace_per_weight(
-    model: nn.Module, linears: Mapping[str, nn.Module], batches: Sequence[Batch], method: str, draws: int = 1, seed: int = 0
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    method: str,
+    draws: int = 1,
+    seed: int = 0,
 ) -> dict[str, float]:
     """name -> estimated trace of the Hessian with respect to that weight matrix, divided by its number of weights.
 
@@ -39,13 +44,13 @@ def trace_per_weight(
     """
     if method not in ("fisher", "hutchinson"):
         raise ValueError(f"method is {method!r}; allowed: 'fisher', 'hutchinson'")
-    weights = [module.weight for module in linears.values()]
+    weights = [_weight(module) for module in linears.values()]
     sums = [0.0] * len(weights)
+    estimate = _gauss_newton if method == "fisher" else _hutchinson
     generator = torch.Generator(weights[0].device).manual_seed(seed)
     with _only_these_need_gradients(model, weights), torch.enable_grad():
         for batch in batches:
             for _ in range(draws):
-                estimate = _gauss_newton if method == "fisher" else _hutchinson
                 for i, value in enumerate(estimate(model, weights, batch, generator)):
                     sums[i] += value
     runs = len(batches) * draws
@@ -78,14 +83,12 @@ def _hutchinson(model: nn.Module, weights: list[Tensor], batch: Batch, generator
         signs = [_signs(w, generator) for w in weights]
         used = [i for i, g in enumerate(gradients) if g is not None]
         # z over all matrices at once: the terms between two matrices have mean 0.
-        product = sum((gradients[i] * signs[i]).sum() for i in used)
+        product = torch.stack([(gradients[i] * signs[i]).sum() for i in used]).sum()
         seconds: Any = [None] * len(weights)
         for i, s in zip(used, torch.autograd.grad(product, [weights[i] for i in used], allow_unused=True), strict=True):
             seconds[i] = s
     count = output.numel() // output.shape[-1]
-    return (
-        0.0 if s is None else float((s.double() * z).sum()) / count for s, z in zip(seconds, signs, strict=True)
-    )
+    return (0.0 if s is None else float((s.double() * z).sum()) / count for s, z in zip(seconds, signs, strict=True))
 
 
 def _output(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -110,6 +113,11 @@ def _output(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
     if mask is not None and output.dim() == 3 and mask.shape == output.shape[:2]:
         output = output[mask.bool()]
     return output.reshape(-1, output.shape[-1]), None
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)
+    return module.weight
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

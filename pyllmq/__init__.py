@@ -10,6 +10,7 @@ Importing this package also lets transformers' auto classes load packed folders.
 from . import functional as functional
 from .compression.kmeans import kmeans_1d
 from .compression.model import compress
+from .compression.pruned import pack_pruned
 from .compression.report import CompressionReport, LayerReport
 from .config import CLAQConfig, SparseConfig
 from .dispatch import NoKernelError, use_backend
@@ -47,6 +48,7 @@ __all__ = [
     "from_pretrained",
     "functional",
     "kmeans_1d",
+    "pack_pruned",
     "save_pretrained",
     "set_precision",
     "swap_linear",

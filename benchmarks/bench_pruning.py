@@ -26,6 +26,6 @@ def test_prune_one_linear(benchmark, capsys, method: str, published: bool) -> No
     benchmark.extra_info |= {"bits_per_weight": done.weight.bits_per_weight, "error": done.error}
     with capsys.disabled():
         print(
-            f"\n{method}{' as published' if published else ''}, {N}x{K} at 50 %, {torch.get_num_threads()} threads: {seconds:.1f} s "
-            f"(goal {GOAL_S:g} s); relative output error {done.error:.4f}"
+            f"\n{method}{' as published' if published else ''}, {N}x{K} at 50 %, {torch.get_num_threads()} threads: "
+            f"{seconds:.1f} s (goal {GOAL_S:g} s); relative output error {done.error:.4f}"
         )

@@ -104,8 +104,6 @@ class Task:
         started = time.perf_counter()
         report = compress(model, config, self.batches, exclude=self.exclude, progress=False)
         seconds = time.perf_counter() - started
-        # Dense matrices with the same values: the table is about weights, not about kernels.
-        bits = report.bits_per_weight
         return Row(
             self.folder.name,
             pruned,
@@ -114,7 +112,7 @@ class Task:
             self.value(model),
             self.dense_value,
             report.mean_error,
-            bits,
+            report.bits_per_weight,
             seconds,
             self.samples,
             self.seqlen,

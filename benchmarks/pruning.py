@@ -64,21 +64,25 @@ class Row:
 class Task:
     """A model with its calibration and test text, none of which is in both."""
 
-    def __init__(self, folder: Path, samples: int, seqlen: int, test_tokens: int) -> None:
-        self.folder, self.samples, self.seqlen, self.test_tokens = folder, samples, seqlen, test_tokens
+    def __init__(self, given: argparse.Namespace) -> None:
+        folder = given.model or bundled_encoder()
+        self.name = given.model.name if given.model else "all-MiniLM-L6-v2"
+        self.samples, self.seqlen, self.test_tokens = given.samples, given.seqlen, given.test_tokens
         self.tokenizer, self.dense = load_tokenizer(folder), load_model(folder).float()
         self.causal = is_causal(self.dense)
         self.exclude = DEFAULT_EXCLUDE
         if self.causal:
             paragraphs = calibration.builtin_paragraphs()
-            self.test_text = "\n\n".join(paragraphs[1::2])
-            self.batches = calibration.token_windows(self.tokenizer, "\n\n".join(paragraphs[::2]), samples, seqlen)
+            text, self.test_text = "\n\n".join(paragraphs[::2]), "\n\n".join(paragraphs[1::2])
+            if given.calibration:
+                text, self.test_text = (file.read_text(encoding="utf-8") for file in (given.calibration, given.test))
+            self.batches = calibration.token_windows(self.tokenizer, text, self.samples, self.seqlen)
         else:
             sentences = calibration.builtin_sentences()
             order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(0)).tolist()
             shuffled = [sentences[i] for i in order]
-            self.batches = calibration.sentence_batches(self.tokenizer, shuffled[:samples])
-            self.test = calibration.sentence_batches(self.tokenizer, shuffled[samples : samples + 256])
+            self.batches = calibration.sentence_batches(self.tokenizer, shuffled[: self.samples])
+            self.test = calibration.sentence_batches(self.tokenizer, shuffled[self.samples : self.samples + 256])
             self.dense_embeddings = evaluate.sentence_embeddings(self.dense, self.test)
             if any("pooler" in name for name, _ in self.dense.named_modules()):
                 self.exclude = (*DEFAULT_EXCLUDE, "pooler")
@@ -105,7 +109,7 @@ class Task:
         report = compress(model, config, self.batches, exclude=self.exclude, progress=False)
         seconds = time.perf_counter() - started
         return Row(
-            self.folder.name,
+            self.name,
             pruned,
             method,
             self.metric,
@@ -140,6 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="folder of a causal LM or encoder; default: all-MiniLM-L6-v2")
     parser.add_argument("--pruned", default="0.5,0.6,2:4", help="shares and N:M patterns, comma separated")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma separated")
+    parser.add_argument("--calibration", type=Path, help="UTF-8 text for a causal model; default: half of the built-in")
+    parser.add_argument("--test", type=Path, help="UTF-8 text, with --calibration; default: the other half")
     parser.add_argument("--samples", type=int, default=256, help="calibration sentences, or windows of a causal model")
     parser.add_argument("--seqlen", type=int, default=256, help="tokens per window")
     parser.add_argument("--test-tokens", type=int, default=8192, help="of the test text of a causal model")
@@ -149,8 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in given.methods.split(",") if name not in METHODS]
     if unknown:
         raise SystemExit(f"--methods does not know {unknown}; allowed: {', '.join(METHODS)}")
-    task = Task(given.model or bundled_encoder(), given.samples, given.seqlen, given.test_tokens)
-    print(f"{task.folder.name}: {task.metric} of the dense model {task.dense_value:.5g}, {os.cpu_count()} cores")
+    if (given.calibration is None) != (given.test is None):
+        raise SystemExit("--calibration and --test go together: text from one file would be in both")
+    task = Task(given)
+    print(f"{task.name}: {task.metric} of the dense model {task.dense_value:.5g}, {os.cpu_count()} cores")
     for pruned in given.pruned.split(","):
         for method in given.methods.split(","):
             if ":" in pruned and method in UNSTRUCTURED_ONLY:

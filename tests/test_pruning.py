@@ -312,6 +312,16 @@ def test_settings_survive_a_round_trip() -> None:
         SparseConfig.from_dict({"sparsity": 0.5, "bits": 2})
 
 
+def test_weights_beyond_fp16_are_pruned_in_their_own_dtype() -> None:
+    weight, hessian = problem(8, 16, 10, torch.bfloat16)
+    large = prune(weight * 1e6, hessian, SparseConfig(0.5, method="sparsegpt"))
+    assert large.pruned == 0.5 and large.error == pytest.approx(
+        prune(weight, hessian, SparseConfig(0.5, method="sparsegpt")).error, rel=0.02
+    )
+    with pytest.raises(ValueError, match="fp16, which ends at 65504"):
+        prune(weight * 1e6, hessian, SparseConfig(0.5, quantize=CLAQConfig(3)))
+
+
 def test_no_weights_and_bad_weights() -> None:
     _, hessian = problem(2, 8, 0)
     with pytest.raises(ValueError, match="weights is empty"):

@@ -37,6 +37,8 @@ class CompressedLinear:
     paper_bits: float
     """Bits per weight as the paper counts them: average code width + (16 - base width) * kept share, where published
     mode counts one of the two sides of the outliers. `weight.bits_per_weight` counts everything that is stored."""
+    pruned: float = 0.0
+    """Share of the weights."""
 
 
 def compress_linears(weights: Mapping[str, Tensor], hessian: Tensor, config: CLAQConfig) -> dict[str, CompressedLinear]:
@@ -230,15 +232,8 @@ def outgrown(name: str, column: int, values: Tensor) -> ValueError:
 
 
 def check_weight(name: str, weight: Tensor, hessian: Tensor) -> None:
-    if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
-        raise ValueError(f"{name!r} is {weight.dtype} {tuple(weight.shape)}; it must be a non-empty float [N, K]")
-    if tuple(hessian.shape) != (weight.shape[1],) * 2:
-        raise ValueError(
-            f"{name!r} is {tuple(weight.shape)} and the hessian {tuple(hessian.shape)}; with [N, K] it must be [K, K]"
-        )
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
-        raise ValueError(f"{name!r} holds {bad} of {weight.numel()} weights that are not finite; check the checkpoint")
+    """`check_matrix`, and that fp16 codebooks can hold the weight."""
+    check_matrix(name, weight, hessian)
     by_column = weight.detach().float().abs().amax(0)
     largest = float(by_column.max())
     if largest > FP16_MAX:
@@ -253,3 +248,15 @@ def check_weight(name: str, weight: Tensor, hessian: Tensor) -> None:
             f"{int(tiny.sum())} columns of {name!r} are so small that fp16 codebooks lose more than 1 % of them "
             f"(column {column}: at most {float(by_column[column]):g}, limit {FP16_TINY:.2g}). Rescale the weight first"
         )
+
+
+def check_matrix(name: str, weight: Tensor, hessian: Tensor) -> None:
+    if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
+        raise ValueError(f"{name!r} is {weight.dtype} {tuple(weight.shape)}; it must be a non-empty float [N, K]")
+    if tuple(hessian.shape) != (weight.shape[1],) * 2:
+        raise ValueError(
+            f"{name!r} is {tuple(weight.shape)} and the hessian {tuple(hessian.shape)}; with [N, K] it must be [K, K]"
+        )
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise ValueError(f"{name!r} holds {bad} of {weight.numel()} weights that are not finite; check the checkpoint")

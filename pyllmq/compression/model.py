@@ -274,7 +274,9 @@ def _run_call(calls: Sequence[_Call], block: nn.Module, index: int) -> Tensor:
 
 def _plan_sparsity(job: _Job, config: SparseConfig, stages: Sequence[_Stage]) -> dict[str, float]:
     linears = {name: module for stage in stages for name, module in stage.linears.items()}
-    layer_of = {name: str(i) if stage.block else name for i, stage in enumerate(stages) for name in stage.linears}
+    layer_of = {
+        name: name if stage.block is None else str(i) for i, stage in enumerate(stages) for name in stage.linears
+    }
     if config.allocation == "uniform" or len(linears) == 1:
         return dict.fromkeys(linears, config.share)
     by_layer = config.level == "layer" or config.allocation == "owl"
@@ -455,6 +457,7 @@ def _compress_group(job: _Job, group: dict[str, nn.Module], hessian: Tensor) -> 
                 dense_nbytes=dense.numel() * dense.element_size(),
                 error=done.error,
                 seconds=done.seconds,
+                pruned=done.pruned,
             )
         )
         job.bar.set_postfix_str(f"{name} error {done.error:.5f}", refresh=False)

@@ -79,6 +79,7 @@ def pack_pruned(
                 dense_nbytes=dense.numel() * dense.element_size(),
                 error=float(lost / dense.double().square().sum().clamp_min(1e-300)),
                 seconds=time.perf_counter() - layer_started,
+                pruned=zeros,
             )
         )
     if not made:

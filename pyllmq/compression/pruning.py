@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..config import SparseConfig
 from ..formats import BitmapWeight, CodebookWeight, Sparse24CodebookWeight, Sparse24Weight
-from .claq import CodebookColumns, CompressedLinear, check_weight, column_plans
+from .claq import CodebookColumns, CompressedLinear, check_matrix, check_weight, column_plans
 from .column_loop import (
     LAZY_COLUMNS,
     ColumnQuantizer,
@@ -58,7 +58,7 @@ def prune_linears(
     if not weights:
         raise ValueError("weights is empty; it must map at least one name to a tensor [N, K]")
     for name, weight in weights.items():
-        check_weight(name, weight, hessian)
+        (check_matrix if config.quantize is None else check_weight)(name, weight, hessian)
     started = time.perf_counter()
     factor, plans = None, {}
     if config.sweeps:
@@ -88,8 +88,8 @@ def prune_linears(
         error = output_error(weight, packed.dequantize(), hessian)
         seconds = time.perf_counter() - started + shared_seconds
         value_bits = 8.0 * value_dtype.itemsize if codebooks is None else float(codebooks.column_bits.float().mean())
-        paper_bits = value_bits * float((~pruned).float().mean())
-        compressed[name] = CompressedLinear(packed, error, seconds, paper_bits)
+        share = float(pruned.double().mean())
+        compressed[name] = CompressedLinear(packed, error, seconds, value_bits * (1 - share), share)
     return compressed
 
 

@@ -370,5 +370,8 @@ def test_the_better_methods_are_closer():
     for method in ("magnitude", "wanda", "sparsegpt"):
         torch.manual_seed(0)
         model = models.tiny_llama()
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name:  # inputs on uneven scales, as trained models have them
+                parameter.data.copy_(torch.randn_like(parameter).exp())
         errors[method] = run(model, config=SparseConfig(0.5, method=method)).mean_error
     assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]

@@ -147,7 +147,7 @@ class SparseConfig:
     """Columns among which a sweep chooses what to prune."""
     damping: float = 0.01
     """Share of the Hessian's mean diagonal added to its diagonal."""
-    refine: int = 3
+    refine: int = 1
     """Most cycles of coordinate descent over the kept weights after a sweep; 0 to 100, none with `published`."""
     true_sequential: bool = True
     """Calibrate q/k/v, o, gate/up, down one after the other, each on the outputs of those before."""

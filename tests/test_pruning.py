@@ -95,7 +95,7 @@ def slow_sweep(weight: Tensor, hessian: Tensor, config: SparseConfig) -> np.ndar
         step = config.block_size
         before = [round(config.share * rows * j) for j in range(size)] + [total]
     else:
-        step = 8
+        step = 4
         least = np.zeros(w.size, bool)
         least[np.argsort(w**2 * cost, axis=None, kind="stable")[:total]] = True
         before = [0, *np.cumsum(least.reshape(w.shape).sum(0))]

@@ -70,7 +70,7 @@ class Task:
         self.samples, self.seqlen, self.test_tokens = given.samples, given.seqlen, given.test_tokens
         self.tokenizer, self.dense = load_tokenizer(folder), load_model(folder).float()
         self.causal = is_causal(self.dense)
-        self.exclude = DEFAULT_EXCLUDE
+        self.exclude: tuple[str, ...] = DEFAULT_EXCLUDE
         if self.causal:
             paragraphs = calibration.builtin_paragraphs()
             text, self.test_text = "\n\n".join(paragraphs[::2]), "\n\n".join(paragraphs[1::2])

@@ -87,8 +87,8 @@ def pack_pruned(
             f"none of {len(chosen)} Linears has zeros that would save bytes ({next(iter(stay.items()), None)}); prune the model "
             "first (pyllmq.SparseConfig), or check that this checkpoint is the pruned one"
         )
-    for name, layer in made.items():
-        replace_module(model, name, layer)
+    for name, replacement in made.items():
+        replace_module(model, name, replacement)
     from ..integrations.transformers import mark_packed
 
     mark_packed(model)

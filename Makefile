@@ -39,4 +39,4 @@ $(BUILT): $(VENV)/bin/python $(SOURCES)
 	touch $(BUILT)
 
 clean:
-	rm -rf build demo_output $(VENV) pyllmq/*.so *.egg-info
+	rm -rf build demo_output distill_output $(VENV) pyllmq/*.so *.egg-info

@@ -1,7 +1,7 @@
 """Builds pyllmq._cpu always and pyllmq._cuda where nvcc is found; neither links libtorch, so one build serves every torch.
 
 PYLLMQ_CUDA=0|1|auto   never / must / if nvcc is found (default auto)
-PYLLMQ_CUDA_ARCHS      compute capabilities for nvcc, default "80 90a"
+PYLLMQ_CUDA_ARCHS      compute capabilities for nvcc, default "80+PTX 90a"; the PTX serves what is newer than all of them
 PYLLMQ_DEBUG=1         keep symbols and assertions
 CXXFLAGS               appended to every C++ compile and to the link (sanitizers)
 MAX_JOBS               parallel compiles, default: all cores
@@ -44,10 +44,10 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [
     *AVX2,
-    *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vnni")),
+    *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vbmi2", "vnni")),
     "-Wno-uninitialized",  # gcc 12 warns about its own AVX-512 headers (GCC bug 105593)
 ]
-ISA_FLAGS = {"_avx2": AVX2, "_avx512": AVX512, "_amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}
+ISA_FLAGS = {"_avx2": AVX2, "_avx512": AVX512, "_amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]}
 
 
 def find_nvcc():
@@ -143,8 +143,12 @@ class BuildExtension(build_ext):
         return [self.cxx(), *CXX_FLAGS, *isa, *self.includes(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
     def nvcc_compile(self, nvcc):
-        archs = os.environ.get("PYLLMQ_CUDA_ARCHS", "80 90a").split()
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        archs = os.environ.get("PYLLMQ_CUDA_ARCHS", "80+PTX 90a").split()
+        codes = []
+        for arch in archs:
+            number = arch.removesuffix("+PTX")
+            code = f"sm_{number}" if number == arch else f"[sm_{number},compute_{number}]"
+            codes.append(f"-gencode=arch=compute_{number},code={code}")
         return [
             nvcc,
             "-O3",
@@ -164,6 +168,6 @@ def sources(binding, folder, *patterns):
 
 extensions = [Extension("pyllmq._cpu", sources("bindings_cpu.cpp", "cpu", "*.cpp"))]
 if find_nvcc():
-    extensions.append(Extension("pyllmq._cuda", sources("bindings_cuda.cpp", "cuda", "*.cu")))
+    extensions.append(Extension("pyllmq._cuda", sources("bindings_cuda.cpp", "cuda", "*.cpp", "*.cu")))
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

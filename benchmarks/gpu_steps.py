@@ -29,7 +29,7 @@ SHORTEST_S = 5.0
 
 SHAPES = ("28672x8192", "8192x8192", "4096x4096")
 BITS = "2,3,4,2.1+0.005"
-TOKENS = "1,16,512,2048"
+TOKENS = "1,2,16,512,2048"
 
 WHAT_IS_HERE = """
 import importlib.metadata as m, importlib.util as u, platform, shutil, torch
@@ -94,6 +94,7 @@ def steps(out: Path, python: str) -> list[Step]:
             )
             for shape in SHAPES
         ),
+        Step("softmax_cdist_l1", f"{py} -m pyllmq.benchmarks.softmax_cdist_l1 --device cuda --budget-s 0.5", 40),
         Step("tests", pytest, 170),
         # torch asks the driver questions that it may answer with an error; those are not ours
         Step("memcheck", f"{sanitizer} memcheck --report-api-errors no {pytest} -k sanitized", 60),

@@ -14,7 +14,7 @@ from pyllmq import backends
 from pyllmq.dispatch import DEFAULT_PRECISION
 
 from . import plot as plotting
-from . import record
+from . import record, sparse
 from .gpu import run_on_gpu
 from .memory import READ_LIMIT, cold_bytes_for, last_level_cache_bytes, ram_bytes, read_limit_calls
 from .providers import BASELINE, RIVALS, Layer, Provider, activations, check, dense_weight, pyllmq_codebook
@@ -22,7 +22,7 @@ from .record import Row
 from .shapes import Shape, resolve
 from .timing import FEW_TOKENS, Samples, cold_copies, measure
 
-OPS = ("codebook_linear",)
+OPS = ("codebook_linear", sparse.OP)
 OUR_ACTIVATIONS = (torch.float32, torch.bfloat16)
 BUSY_SHARE = 0.05
 
@@ -45,7 +45,7 @@ def run(
     """Measure pyllmq beside its rivals and print one table.
 
     Args:
-        op: "codebook_linear".
+        op: "codebook_linear", or "sparse_linear" with providers of its own (sparse.py), whose goals are printed, too.
         shapes: names of models (see shapes.py) or "NxK".
         bits: widths of our columns: 1..8, a mix "2.1", with outliers "2.1+0.005".
         tokens: numbers of tokens M.
@@ -81,7 +81,9 @@ def run(
             progress=progress,
         )
     chosen = list(RIVALS if providers is None else providers)
-    if providers is None:
+    if providers is None and op == sparse.OP:
+        chosen = sparse.providers()
+    elif providers is None:
         chosen += [
             pyllmq_codebook(width, dtype, each)
             for dtype in OUR_ACTIVATIONS
@@ -116,6 +118,8 @@ def run(
 
     print(f"{op} on {record.cpu_model()}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(record.table(rows))
+    if op == sparse.OP:
+        print(sparse.goals_table(rows))
     for name, why in left_out.items():
         print(f"not measured: {name}: {why}")
     if cold_note:
@@ -127,7 +131,7 @@ def run(
         record.append(Path(csv), rows)
         print(f"{len(rows)} rows appended to {csv}")
     if plot is not None and csv is not None:
-        plotting.draw(Path(csv), Path(plot))
+        sparse.draw(rows, Path(plot)) if op == sparse.OP else plotting.draw(Path(csv), Path(plot))
         print(f"drawn: {plot}")
     return rows
 
@@ -139,6 +143,8 @@ def _check(op: str, tokens: Sequence[int], device: str, budget_s: float) -> None
         raise ValueError(f"numbers of tokens {list(tokens)}; each must be an integer of at least 1")
     if budget_s <= 0:
         raise ValueError(f"budget_s is {budget_s}; it must be positive")
+    if device == "cuda" and op == sparse.OP:
+        raise ValueError(f"op {op!r} is measured on the CPU only; allowed device: 'cpu'")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch finds no GPU here; allowed: 'cpu'")
     if device not in ("cpu", "cuda"):

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <map>
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -17,6 +18,10 @@
 #include "cpu/kmeans_1d.h"
 #include "cpu/pack_codes.h"
 #include "cpu/read_probe.h"
+#include "cpu/sinkhorn.h"
+#include "cpu/softmax_cdist_l1.h"
+#include "cpu/sparse_layout.h"
+#include "cpu/sparse_linear.h"
 #include "cpu/thread_pool.h"
 
 namespace py = pybind11;
@@ -202,20 +207,204 @@ void bind_codebook(py::module_& m) {
         py::arg("row_end"), py::arg("out"), py::arg("out_dtype"), NoGil());
 }
 
+// --- the sparse formats ----------------------------------------------------------------------------------------------
+
+// Pointers by the name of the checkpoint's tensor; absent ones are 0.
+SparseCheckpoint sparse_checkpoint(const std::string& kind, int value_type, int64_t rows, int64_t columns, int64_t kept,
+                                   int64_t bits, int64_t outliers, int column_bytes,
+                                   const std::map<std::string, Pointer>& tensors) {
+  const std::map<std::string, SparseKind> kinds = {
+      {"bitmap", SparseKind::bitmap}, {"sparse24", SparseKind::sparse24}, {"sparse24_codebook", SparseKind::codes}};
+  if (kinds.count(kind) == 0) throw std::invalid_argument("kind '" + kind + "'; allowed: bitmap, sparse24, sparse24_codebook");
+  if (value_type < 0 || value_type > 3)
+    throw std::invalid_argument("value type " + std::to_string(value_type) + "; allowed: 0 to 3 (fp32, bf16, fp16, int8)");
+  const auto pointer = [&](const char* name) -> Pointer {
+    const auto found = tensors.find(name);
+    return found == tensors.end() ? 0 : found->second;
+  };
+  SparseCheckpoint checkpoint{};
+  checkpoint.kind = kinds.at(kind);
+  checkpoint.value_type = static_cast<ValueType>(value_type);
+  checkpoint.rows = rows;
+  checkpoint.columns = columns;
+  checkpoint.kept = kept;
+  checkpoint.bits = bits;
+  checkpoint.outliers = outliers;
+  checkpoint.column_bytes = column_bytes;
+  checkpoint.values = as<uint8_t>(pointer("values"));
+  checkpoint.row_offsets = as<int32_t>(pointer("row_offsets"));
+  checkpoint.mask = as<uint8_t>(pointer("mask"));
+  checkpoint.column_numbers = as<uint8_t>(pointer("columns"));
+  checkpoint.positions = as<uint8_t>(pointer("positions"));
+  checkpoint.scale = as<float>(pointer("scale"));
+  checkpoint.codes = as<uint8_t>(pointer("codes"));
+  checkpoint.codebook = as<uint16_t>(pointer("codebook"));
+  checkpoint.outlier_row_offsets = as<int32_t>(pointer("outlier_row_offsets"));
+  checkpoint.outlier_columns = as<uint8_t>(pointer("outlier_columns"));
+  checkpoint.outlier_values = as<uint16_t>(pointer("outlier_values"));
+  return checkpoint;
+}
+
+SparseView checked_sparse_view(Pointer layout, int64_t bytes, int64_t rows, int64_t columns) {
+  const SparseView view(as<void>(layout), bytes);
+  if (view.header().rows != rows || view.header().columns != columns)
+    throw std::invalid_argument("the layout holds a weight of shape [" + std::to_string(view.header().rows) + ", " +
+                                std::to_string(view.header().columns) + "], but was given as [" +
+                                std::to_string(rows) + ", " + std::to_string(columns) + "]");
+  return view;
+}
+
+void bind_sparse(py::module_& m) {
+  py::class_<SparseCheckpoint>(m, "SparseCheckpoint")
+      .def(py::init(&sparse_checkpoint), py::arg("kind"), py::arg("value_type"), py::arg("rows"), py::arg("columns"),
+           py::arg("kept"), py::arg("bits"), py::arg("outliers"), py::arg("column_bytes"), py::arg("tensors"));
+  m.def("sparse_layout_bytes", &sparse_layout_bytes, py::arg("checkpoint"), py::arg("sparse_columns"), NoGil());
+  m.def(
+      "sparse_layout_pack",
+      [](Pointer layout, int64_t bytes, const SparseCheckpoint& checkpoint, double sparse_columns) {
+        sparse_layout_pack(as<void>(layout), bytes, checkpoint, sparse_columns);
+      },
+      py::arg("layout"), py::arg("layout_bytes"), py::arg("checkpoint"), py::arg("sparse_columns"), NoGil());
+  m.def(
+      "sparse_layout_unpack",
+      [](Pointer layout, int64_t bytes, const SparseCheckpoint& checkpoint) {
+        sparse_layout_unpack(SparseView(as<void>(layout), bytes), checkpoint);
+      },
+      py::arg("layout"), py::arg("layout_bytes"), py::arg("checkpoint"), NoGil());
+  m.def(
+      "sparse_linear",
+      [](Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer x, int x_dtype, int64_t tokens, Pointer bias,
+         int bias_dtype, Pointer y) {
+        const SparseView view = checked_sparse_view(layout, bytes, rows, columns);
+        const DType x_type = dtype_of(x_dtype), bias_type = dtype_of(bias_dtype);
+        sparse_linear(view, elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type, elements(y, x_type));
+      },
+      py::arg("layout"), py::arg("layout_bytes"), py::arg("rows"), py::arg("columns"), py::arg("x"), py::arg("x_dtype"),
+      py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"), py::arg("y"), NoGil());
+  m.def(
+      "sparse_dequantize",
+      [](Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer out, int out_dtype) {
+        const DType type = dtype_of(out_dtype);
+        sparse_dequantize(checked_sparse_view(layout, bytes, rows, columns), elements(out, type), type);
+      },
+      py::arg("layout"), py::arg("layout_bytes"), py::arg("rows"), py::arg("columns"), py::arg("out"), py::arg("out_dtype"),
+      NoGil());
+}
+
 // --- k-means -------------------------------------------------------------------------------------------------------
 
+// centroids and codes: one pointer per k, or none at all; errors: 0 if they are not wanted.
+void kmeans(Pointer values, Pointer weights, int64_t weights_stride, int64_t problems, int64_t n,
+            const std::vector<int>& ks, int method, uint64_t seed, bool half_centroids, bool packed,
+            const std::vector<Pointer>& centroids, const std::vector<Pointer>& codes, Pointer errors) {
+  if (ks.empty() || centroids.size() != codes.size() || (!codes.empty() && codes.size() != ks.size()))
+    throw std::invalid_argument("kmeans_1d takes at least one k, and no or one pointer to centroids and codes for each");
+  if (method < 0 || method > 2)
+    throw std::invalid_argument("method " + std::to_string(method) + "; allowed: 0 (exact), 1 (windowed), 2 (lloyd)");
+  std::vector<float*> centroids_out;
+  std::vector<uint8_t*> codes_out;
+  for (const Pointer pointer : centroids) centroids_out.push_back(as<float>(pointer));
+  for (const Pointer pointer : codes) codes_out.push_back(as<uint8_t>(pointer));
+  kmeans_1d({as<float>(values), as<float>(weights), weights_stride, problems, n, static_cast<int>(ks.size()), ks.data(),
+             static_cast<KMeans1dMethod>(method), seed, half_centroids, packed,
+             centroids.empty() ? nullptr : centroids_out.data(), codes.empty() ? nullptr : codes_out.data(),
+             as<double>(errors)});
+}
+
 void bind_kmeans_1d(py::module_& m) {
+  m.def("kmeans_1d", &kmeans, py::arg("values"), py::arg("weights"), py::arg("weights_stride"), py::arg("problems"),
+        py::arg("n"), py::arg("ks"), py::arg("method"), py::arg("seed"), py::arg("half_centroids"), py::arg("packed"),
+        py::arg("centroids"), py::arg("codes"), py::arg("errors"), NoGil());
+}
+
+// --- sinkhorn ------------------------------------------------------------------------------------------------------
+
+SinkhornProblem sinkhorn_problem(const std::vector<Pointer>& inputs, const std::vector<int64_t>& strides,
+                                 int64_t problems, int64_t n, int64_t m, int64_t iterations, double rho_a,
+                                 double rho_b) {
+  if (inputs.size() != 4)
+    throw std::invalid_argument("inputs has " + std::to_string(inputs.size()) +
+                                " pointers; needs 4: cost, a, b, epsilon");
+  if (problems < 0 || n < 1 || m < 1 || iterations < 1 || !(rho_a > 0 && rho_b > 0))
+    throw std::invalid_argument("problems must be >= 0, n, m and iterations >= 1, prices > 0");
+  const int64_t sizes[3] = {n * m, n, m};
+  for (size_t i = 0; i < 3; ++i)
+    if (strides.size() != 3 || (strides[i] != 0 && strides[i] != sizes[i]))
+      throw std::invalid_argument("strides are those of cost, a and b between problems: each its size, or 0 if shared");
+  return {as<float>(inputs[0]), strides[0],           as<float>(inputs[1]), strides[1], as<float>(inputs[2]),
+          strides[2],           as<float>(inputs[3]), problems,             n,          m,
+          rho_a,                rho_b};
+}
+
+void bind_sinkhorn(py::module_& m) {
   m.def(
-      "kmeans_1d",
-      [](Pointer values, Pointer weights, int64_t weights_stride, int64_t problems, int64_t n, int k, bool exact,
-         uint64_t seed, bool half_centroids, Pointer centroids, Pointer codes) {
-        const auto method = exact ? KMeans1dMethod::exact : KMeans1dMethod::lloyd;
-        kmeans_1d({as<float>(values), as<float>(weights), weights_stride, problems, n, k, method, seed, half_centroids,
-                   as<float>(centroids), as<uint8_t>(codes)});
+      "sinkhorn",
+      [](const std::vector<Pointer>& inputs, const std::vector<int64_t>& strides, int64_t problems, int64_t n, int64_t m,
+         int64_t iterations, double tolerance, double rho_a, double rho_b, Pointer plan, Pointer u, Pointer v,
+         Pointer tape, Pointer count) {
+        sinkhorn(sinkhorn_problem(inputs, strides, problems, n, m, iterations, rho_a, rho_b),
+                 {iterations, tolerance, as<float>(plan), as<float>(u), as<float>(v), as<float>(tape),
+                  as<int32_t>(count)});
       },
-      py::arg("values"), py::arg("weights"), py::arg("weights_stride"), py::arg("problems"), py::arg("n"),
-      py::arg("k"), py::arg("exact"), py::arg("seed"), py::arg("half_centroids"), py::arg("centroids"), py::arg("codes"),
-      NoGil());
+      py::arg("inputs"), py::arg("strides"), py::arg("problems"), py::arg("n"), py::arg("m"),
+      py::arg("iterations"), py::arg("tolerance"), py::arg("rho_a"), py::arg("rho_b"), py::arg("plan"), py::arg("u"),
+      py::arg("v"), py::arg("tape"), py::arg("count"), NoGil());
+  m.def(
+      "sinkhorn_backward",
+      [](const std::vector<Pointer>& inputs, const std::vector<int64_t>& strides, int64_t problems, int64_t n, int64_t m,
+         int64_t iterations, double rho_a, double rho_b, Pointer tape, Pointer count, Pointer grad_plan, Pointer grad_u,
+         Pointer grad_v, Pointer grad_cost, Pointer grad_a, Pointer grad_b) {
+        sinkhorn_backward(sinkhorn_problem(inputs, strides, problems, n, m, iterations, rho_a, rho_b),
+                          {iterations, as<float>(tape), as<int32_t>(count), as<float>(grad_plan), as<float>(grad_u),
+                           as<float>(grad_v), as<float>(grad_cost), as<float>(grad_a), as<float>(grad_b)});
+      },
+      py::arg("inputs"), py::arg("strides"), py::arg("problems"), py::arg("n"), py::arg("m"),
+      py::arg("iterations"), py::arg("rho_a"), py::arg("rho_b"), py::arg("tape"), py::arg("count"),
+      py::arg("grad_plan"), py::arg("grad_u"), py::arg("grad_v"), py::arg("grad_cost"), py::arg("grad_a"),
+      py::arg("grad_b"), NoGil());
+}
+
+// --- distances of distributions --------------------------------------------------------------------------------------
+
+SoftmaxCdistProblem cdist_problem(Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows,
+                                  int64_t y_rows, int64_t columns, float inverse_temperature, Pointer x_statistics,
+                                  Pointer y_statistics) {
+  if (batch < 0 || x_rows < 0 || y_rows < 0 || columns < 1)
+    throw std::invalid_argument("batch, rows and columns are " + std::to_string(batch) + ", " +
+                                std::to_string(x_rows) + " and " + std::to_string(y_rows) + ", " +
+                                std::to_string(columns) + "; none may be negative, and columns not 0");
+  const DType x_type = dtype_of(x_dtype), y_type = dtype_of(y_dtype);
+  return {{elements(x, x_type), x_type, x_rows, as<RowStatistics>(x_statistics)},
+          {elements(y, y_type), y_type, y_rows, as<RowStatistics>(y_statistics)},
+          batch,
+          columns,
+          inverse_temperature};
+}
+
+void bind_softmax_cdist_l1(py::module_& m) {
+  m.def(
+      "softmax_cdist_l1",
+      [](Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows, int64_t y_rows,
+         int64_t columns, float inverse_temperature, Pointer x_statistics, Pointer y_statistics, Pointer distances) {
+        softmax_cdist_l1(cdist_problem(x, x_dtype, y, y_dtype, batch, x_rows, y_rows, columns, inverse_temperature,
+                                       x_statistics, y_statistics),
+                         as<float>(distances));
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("y"), py::arg("y_dtype"), py::arg("batch"), py::arg("x_rows"),
+      py::arg("y_rows"), py::arg("columns"), py::arg("inverse_temperature"), py::arg("x_statistics"),
+      py::arg("y_statistics"), py::arg("distances"), NoGil());
+  m.def(
+      "softmax_cdist_l1_backward",
+      [](Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows, int64_t y_rows,
+         int64_t columns, float inverse_temperature, Pointer x_statistics, Pointer y_statistics, Pointer gradient,
+         Pointer x_gradient) {
+        softmax_cdist_l1_backward(cdist_problem(x, x_dtype, y, y_dtype, batch, x_rows, y_rows, columns,
+                                                inverse_temperature, x_statistics, y_statistics),
+                                  as<float>(gradient), elements(x_gradient, dtype_of(x_dtype)));
+      },
+      py::arg("x"), py::arg("x_dtype"), py::arg("y"), py::arg("y_dtype"), py::arg("batch"), py::arg("x_rows"),
+      py::arg("y_rows"), py::arg("columns"), py::arg("inverse_temperature"), py::arg("x_statistics"),
+      py::arg("y_statistics"), py::arg("gradient"), py::arg("x_gradient"), NoGil());
 }
 
 }  // namespace
@@ -226,5 +415,8 @@ PYBIND11_MODULE(_cpu, m) {
   pyllmq::cpu::bind_runtime(m);
   pyllmq::cpu::bind_codes(m);
   pyllmq::cpu::bind_codebook(m);
+  pyllmq::cpu::bind_sparse(m);
   pyllmq::cpu::bind_kmeans_1d(m);
+  pyllmq::cpu::bind_sinkhorn(m);
+  pyllmq::cpu::bind_softmax_cdist_l1(m);
 }

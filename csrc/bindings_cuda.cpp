@@ -1,11 +1,202 @@
-// Python's door to the CUDA back end. No kernel stands behind it yet: the room exists so that builds, wheels and
-// `pyllmq doctor` treat a machine with nvcc as they will when the kernels come.
+// Python's door to the CUDA back end. Takes addresses and sizes as integers, knows nothing of torch; the GIL is released
+// while layouts are packed on the host. Every function that launches works on the current device.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+
+#include "cuda/codebook_dequantize.h"
+#include "cuda/codebook_layout.h"
+#include "cuda/codebook_linear.h"
+#include "cuda/kmeans_1d.h"
+#include "cuda/pack_codes.h"
 #include "cuda/runtime.h"
+#include "cuda/softmax_cdist_l1.h"
+
+namespace py = pybind11;
+namespace cuda = pyllmq::cuda;
+
+#ifdef PYLLMQ_CUDA_EMULATED
+namespace pyllmq::cuda::emulator {
+void add_bindings(py::module_& parent);
+}
+#endif
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+int64_t layout_bytes(int64_t rows, int64_t columns, uintptr_t column_bits, uintptr_t segment_rows, int64_t segments,
+                     int64_t outliers, bool row_scale) {
+  return cuda::codebook_layout_bytes(rows, columns, pointer<uint8_t>(column_bits), pointer<int32_t>(segment_rows),
+                                     segments, outliers, row_scale);
+}
+
+void layout_pack(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t column_bits,
+                 uintptr_t segment_rows, int64_t segments, const std::array<uintptr_t, 8>& codes, uintptr_t codebook,
+                 uintptr_t row_scale, uintptr_t outlier_row_offsets, uintptr_t outlier_columns,
+                 int outlier_columns_bytes, uintptr_t outlier_values) {
+  cuda::CodebookCheckpoint c{};
+  c.rows = rows;
+  c.columns = columns;
+  c.segments = segments;
+  c.column_bits = pointer<uint8_t>(column_bits);
+  c.segment_rows = pointer<int32_t>(segment_rows);
+  for (int width = 1; width <= 8; ++width) c.codes[width] = pointer<uint8_t>(codes[width - 1]);
+  c.codebook = pointer<uint16_t>(codebook);
+  c.row_scale = pointer<uint16_t>(row_scale);
+  c.outlier_row_offsets = pointer<int32_t>(outlier_row_offsets);
+  c.outlier_columns = pointer<void>(outlier_columns);
+  c.outlier_columns_bytes = outlier_columns_bytes;
+  c.outlier_values = pointer<uint16_t>(outlier_values);
+  const py::gil_scoped_release release;
+  cuda::codebook_layout_pack(pointer<void>(layout), layout_bytes, c);
+}
+
+py::tuple layout_shape(uintptr_t layout, int64_t layout_bytes) {
+  const cuda::LayoutHeader& h = cuda::checked_header(pointer<void>(layout), layout_bytes);
+  return py::make_tuple(h.rows, h.columns);
+}
+
+void layout_codes(uintptr_t layout, int64_t layout_bytes, uintptr_t codes_out) {
+  const py::gil_scoped_release release;
+  cuda::codebook_layout_codes(pointer<void>(layout), layout_bytes, pointer<uint8_t>(codes_out));
+}
+
+py::tuple linear_workspace(int64_t rows, int64_t columns, int64_t tokens, int dtype) {
+  const cuda::LinearPlan plan = cuda::plan_linear(rows, columns, tokens, dtype, cuda::multiprocessors());
+  return py::make_tuple(plan.partials, plan.counters);
+}
+
+py::tuple linear_tables_workspace(int64_t rows, int64_t columns) {
+  const cuda::TablesPlan plan = cuda::plan_linear_tables(rows, columns);
+  return py::make_tuple(plan.partials, plan.counters);
+}
+
+cuda::LinearCall linear_call(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t x,
+                             int dtype, int64_t tokens, uintptr_t bias, int bias_dtype, uintptr_t y, uintptr_t partials,
+                             uintptr_t counters) {
+  cuda::LinearCall call{};
+  call.layout = pointer<uint8_t>(layout);
+  call.layout_bytes = layout_bytes;
+  call.rows = rows;
+  call.columns = columns;
+  call.tokens = tokens;
+  call.x = pointer<void>(x);
+  call.dtype = dtype;
+  call.bias = pointer<void>(bias);
+  call.bias_dtype = bias_dtype;
+  call.y = pointer<void>(y);
+  call.partials = pointer<float>(partials);
+  call.counters = pointer<uint32_t>(counters);
+  return call;
+}
+
+void codebook_linear(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t x, int dtype,
+                     int64_t tokens, uintptr_t bias, int bias_dtype, uintptr_t y, uintptr_t partials,
+                     uintptr_t counters, uintptr_t stream) {
+  cuda::codebook_linear(linear_call(layout, layout_bytes, rows, columns, x, dtype, tokens, bias, bias_dtype, y, partials,
+                                    counters),
+                        stream);
+}
+
+void codebook_linear_tables(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t x,
+                            int dtype, uintptr_t bias, int bias_dtype, uintptr_t y, uintptr_t partials,
+                            uintptr_t counters, uintptr_t stream) {
+  cuda::codebook_linear_tables(linear_call(layout, layout_bytes, rows, columns, x, dtype, 1, bias, bias_dtype, y,
+                                           partials, counters),
+                               stream);
+}
+
+void codebook_dequantize(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t weight,
+                         int dtype, uintptr_t stream) {
+  cuda::codebook_dequantize(pointer<uint8_t>(layout), layout_bytes, rows, columns, pointer<void>(weight), dtype, stream);
+}
+
+void pack_codes(uintptr_t codes, uintptr_t packed, int64_t rows, int64_t columns, int bits, uintptr_t stream) {
+  cuda::pack_codes(pointer<uint8_t>(codes), pointer<uint8_t>(packed), rows, columns, bits, stream);
+}
+
+void unpack_codes(uintptr_t packed, uintptr_t codes, int64_t rows, int64_t columns, int bits, uintptr_t stream) {
+  cuda::unpack_codes(pointer<uint8_t>(packed), pointer<uint8_t>(codes), rows, columns, bits, stream);
+}
+
+cuda::CdistCall cdist_call(uintptr_t x, int x_dtype, uintptr_t y, int y_dtype, int64_t batch, int64_t x_rows,
+                           int64_t y_rows, int64_t columns, float scale, uintptr_t x_statistics,
+                           uintptr_t y_statistics) {
+  return {pointer<void>(x), pointer<void>(y), x_dtype, y_dtype, batch, x_rows, y_rows, columns, scale,
+          pointer<float>(x_statistics), pointer<float>(y_statistics)};
+}
+
+void bind_softmax_cdist_l1(py::module_& m) {
+  using py::arg;
+  py::class_<cuda::CdistCall>(m, "CdistCall")
+      .def(py::init(&cdist_call), arg("x"), arg("x_dtype"), arg("y"), arg("y_dtype"), arg("batch"), arg("x_rows"),
+           arg("y_rows"), arg("columns"), arg("scale"), arg("x_statistics"), arg("y_statistics"));
+  m.def("softmax_cdist_l1_workspace", &cuda::softmax_cdist_l1_workspace, arg("call"), "-> fp32 elements");
+  m.def("softmax_cdist_l1_backward_workspace", &cuda::softmax_cdist_l1_backward_workspace, arg("call"));
+  m.def(
+      "softmax_cdist_l1",
+      [](const cuda::CdistCall& call, uintptr_t distances, uintptr_t workspace, uintptr_t stream) {
+        cuda::softmax_cdist_l1(call, pointer<float>(distances), pointer<float>(workspace), stream);
+      },
+      arg("call"), arg("distances"), arg("workspace"), arg("stream"));
+  m.def(
+      "softmax_cdist_l1_backward",
+      [](const cuda::CdistCall& call, uintptr_t gradient, uintptr_t x_gradient, uintptr_t workspace,
+         uintptr_t stream) {
+        cuda::softmax_cdist_l1_backward(call, pointer<float>(gradient), pointer<void>(x_gradient),
+                                        pointer<float>(workspace), stream);
+      },
+      arg("call"), arg("gradient"), arg("x_gradient"), arg("workspace"), arg("stream"));
+}
+
+void kmeans_1d_layers(uintptr_t sums, uintptr_t masses, uintptr_t gains, uintptr_t best, int64_t problems, int64_t n,
+                      int k_max, uintptr_t stream) {
+  cuda::kmeans_1d_layers(pointer<double>(sums), pointer<double>(masses), pointer<double>(gains), pointer<int32_t>(best),
+                         problems, n, k_max, stream);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
+  using py::arg;
   m.doc() = "pyllmq CUDA back end (built without libtorch, static cudart)";
-  m.attr("kernels") = pybind11::tuple();
-  m.def("runtime_version", &pyllmq::cuda::runtime_version);
+  m.def("runtime_version", &cuda::runtime_version);
+  m.def("device_problem", &cuda::device_problem, "why the kernels cannot run on the current device, or ''");
+
+  m.def("codebook_layout_bytes", &layout_bytes, arg("rows"), arg("columns"), arg("column_bits"), arg("segment_rows"),
+        arg("segments"), arg("outliers"), arg("row_scale"));
+  m.def("codebook_layout_pack", &layout_pack, arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"),
+        arg("column_bits"), arg("segment_rows"), arg("segments"), arg("codes"), arg("codebook"), arg("row_scale"),
+        arg("outlier_row_offsets"), arg("outlier_columns"), arg("outlier_columns_bytes"), arg("outlier_values"),
+        "on the host; codes: 8 addresses of codes_b1..codes_b8, 0 where absent");
+  m.def("codebook_layout_shape", &layout_shape, arg("layout"), arg("layout_bytes"));
+  m.def("codebook_layout_codes", &layout_codes, arg("layout"), arg("layout_bytes"), arg("codes_out"));
+
+  m.def("codebook_linear_workspace", &linear_workspace, arg("rows"), arg("columns"), arg("tokens"), arg("dtype"),
+        "-> (fp32 elements, uint32 counters that are zero before the first call)");
+  m.def("codebook_linear", &codebook_linear, arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("x"),
+        arg("dtype"), arg("tokens"), arg("bias"), arg("bias_dtype"), arg("y"), arg("partials"), arg("counters"), arg("stream"),
+        "dtype: 0 fp32, 1 bf16, 2 fp16");
+  m.def("linear_tables_fit", &cuda::linear_tables_fit, "whether the current device's blocks get the shared memory for tables");
+  m.def("codebook_linear_tables_workspace", &linear_tables_workspace, arg("rows"), arg("columns"), "as above");
+  m.def("codebook_linear_tables", &codebook_linear_tables, arg("layout"), arg("layout_bytes"), arg("rows"),
+        arg("columns"), arg("x"), arg("dtype"), arg("bias"), arg("bias_dtype"), arg("y"), arg("partials"),
+        arg("counters"), arg("stream"), "of one token");
+  m.def("codebook_dequantize", &codebook_dequantize, arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"),
+        arg("weight"), arg("dtype"), arg("stream"));
+  m.def("pack_codes", &pack_codes, arg("codes"), arg("packed"), arg("rows"), arg("columns"), arg("bits"),
+        arg("stream"));
+  m.def("unpack_codes", &unpack_codes, arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"),
+        arg("stream"));
+  bind_softmax_cdist_l1(m);
+  m.def("kmeans_1d_layers", &kmeans_1d_layers, arg("sums"), arg("masses"), arg("gains"), arg("best"), arg("problems"),
+        arg("n"), arg("k_max"), arg("stream"));
+#ifdef PYLLMQ_CUDA_EMULATED
+  cuda::emulator::add_bindings(m);
+#endif
 }

@@ -8,7 +8,7 @@ Importing this package also lets transformers' auto classes load packed folders.
 """
 
 from . import functional as functional
-from .compression.kmeans import kmeans_1d
+from . import losses as losses
 from .compression.model import compress
 from .compression.pruned import pack_pruned
 from .compression.report import CompressionReport, LayerReport
@@ -23,8 +23,11 @@ from .formats import (
     Sparse24Weight,
 )
 from .integrations.transformers import from_pretrained, on_import, save_pretrained
+from .kmeans import kmeans_1d, kmeans_1d_errors
 from .nn import CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseLinear, set_precision
+from .ops import softmax_cdist_l1
 from .swap import swap_linear
+from .transport import doubly_stochastic, sinkhorn
 
 __version__ = "0.1.0"
 
@@ -45,12 +48,17 @@ __all__ = [
     "SparseConfig",
     "SparseLinear",
     "compress",
+    "doubly_stochastic",
     "from_pretrained",
     "functional",
     "kmeans_1d",
+    "kmeans_1d_errors",
+    "losses",
     "pack_pruned",
     "save_pretrained",
     "set_precision",
+    "sinkhorn",
+    "softmax_cdist_l1",
     "swap_linear",
     "use_backend",
 ]

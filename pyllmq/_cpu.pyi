@@ -82,3 +82,138 @@ def codebook_linear(
 
 def codebook_dequantize(layout: int, layout_bytes: int, row_begin: int, row_end: int, out: int, out_dtype: int) -> None:
     """out [row_end - row_begin, columns] = those rows of W: exact in fp32, else rounded to nearest even."""
+
+def softmax_cdist_l1(
+    x: int,
+    x_dtype: int,
+    y: int,
+    y_dtype: int,
+    batch: int,
+    x_rows: int,
+    y_rows: int,
+    columns: int,
+    inverse_temperature: float,
+    x_statistics: int,
+    y_statistics: int,
+    distances: int,
+) -> None:
+    """Logits x [batch, x_rows, columns] and y [batch, y_rows, columns] -> fp32 distances [batch, x_rows, y_rows], and for each
+    row (largest logit, 1 / sum of exponentials) in fp32 statistics [batch, rows, 2]."""
+
+def softmax_cdist_l1_backward(
+    x: int,
+    x_dtype: int,
+    y: int,
+    y_dtype: int,
+    batch: int,
+    x_rows: int,
+    y_rows: int,
+    columns: int,
+    inverse_temperature: float,
+    x_statistics: int,
+    y_statistics: int,
+    gradient: int,
+    x_gradient: int,
+) -> None:
+    """fp32 gradient [batch, x_rows, y_rows] of the distances -> gradient of x, in its shape and dtype. For y: swap the sides."""
+
+def kmeans_1d(
+    values: int,
+    weights: int,
+    weights_stride: int,
+    problems: int,
+    n: int,
+    ks: list[int],
+    method: int,
+    seed: int,
+    half_centroids: bool,
+    packed: bool,
+    centroids: list[int],
+    codes: list[int],
+    errors: int,
+) -> None:
+    """values [problems, n]; `centroids` and `codes` hold one pointer per k or nothing, errors fp64 [problems, len(ks)] or 0."""
+
+def sinkhorn(
+    inputs: list[int],
+    strides: list[int],
+    problems: int,
+    n: int,
+    m: int,
+    iterations: int,
+    tolerance: float,
+    rho_a: float,
+    rho_b: float,
+    plan: int,
+    u: int,
+    v: int,
+    tape: int,
+    count: int,
+) -> None:
+    """inputs: the addresses of cost [problems, n, m], a, b and epsilon, all fp32. strides: of cost, a and b between problems,
+    n m, n and m, or 0 where all share one. Out: plan, u, v, tape [problems, iterations, n + m] (or 0), count int32 [problems],
+    see csrc/cpu/sinkhorn.h.
+    """
+
+def sinkhorn_backward(
+    inputs: list[int],
+    strides: list[int],
+    problems: int,
+    n: int,
+    m: int,
+    iterations: int,
+    rho_a: float,
+    rho_b: float,
+    tape: int,
+    count: int,
+    grad_plan: int,
+    grad_u: int,
+    grad_v: int,
+    grad_cost: int,
+    grad_a: int,
+    grad_b: int,
+) -> None:
+    """iterations: of the tape, or without one (tape 0) at least the largest count. grad_cost is per problem."""
+
+class SparseCheckpoint:
+    """The tensors of a sparse format as they stand in a checkpoint (docs/formats.md), by name, as addresses.
+
+    kind: "bitmap", "sparse24" or "sparse24_codebook"; value_type: 0 fp32, 1 bf16, 2 fp16, 3 int8; kept: how many values
+    are stored; bits and outliers: of codes; column_bytes: 2 or 4, of a column number, 0 where there is none.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        value_type: int,
+        rows: int,
+        columns: int,
+        kept: int,
+        bits: int,
+        outliers: int,
+        column_bytes: int,
+        tensors: dict[str, int],
+    ) -> None: ...
+
+def sparse_layout_bytes(checkpoint: SparseCheckpoint, sparse_columns: float) -> int:
+    """Size of a layout. A bitmap that keeps a smaller share than sparse_columns is laid out as column numbers."""
+
+def sparse_layout_pack(layout: int, layout_bytes: int, checkpoint: SparseCheckpoint, sparse_columns: float) -> None: ...
+def sparse_layout_unpack(layout: int, layout_bytes: int, checkpoint: SparseCheckpoint) -> None:
+    """The inverse: fills the tensors of `checkpoint`, which must be those of the weight that was packed."""
+
+def sparse_linear(
+    layout: int,
+    layout_bytes: int,
+    rows: int,
+    columns: int,
+    x: int,
+    x_dtype: int,
+    tokens: int,
+    bias: int,
+    bias_dtype: int,
+    y: int,
+) -> None:
+    """y [tokens, rows] = x [tokens, columns] W^T + bias, for a layout of any sparse format; bias [rows] or 0."""
+
+def sparse_dequantize(layout: int, layout_bytes: int, rows: int, columns: int, out: int, out_dtype: int) -> None: ...

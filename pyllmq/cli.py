@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="share of the weights kept in fp16; default 0.005 for 2.12 and 3.12, 0.01 for 2.24 and 3.23, else 0",
     )
-    c.add_argument("--kmeans", choices=["exact", "lloyd"], default="exact", help="1-D k-means solver")
+    c.add_argument("--kmeans", choices=["exact", "windowed", "lloyd"], default="exact", help="1-D k-means solver")
     c.add_argument(
         "--calibration",
         metavar="FILE",
@@ -122,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     i.set_defaults(run=run_inspect)
 
     b = commands.add_parser("bench", help="kernels beside their rivals", formatter_class=_Help)
-    b.add_argument("--op", default="codebook_linear", choices=["codebook_linear"], help="operation")
+    b.add_argument("--op", default="codebook_linear", choices=["codebook_linear", "sparse_linear"], help="operation")
     b.add_argument("--shapes", default="llama-2-7b", help="model names or NxK, comma separated")
     b.add_argument(
         "--bits",
@@ -381,7 +381,7 @@ def run_doctor(given: argparse.Namespace) -> int:
     import torch
 
     from . import __version__, backends
-    from .dispatch import rows
+    from .dispatch import Kernel, kernel_for, rows
 
     print(f"pyllmq-kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "transformers", "safetensors", "numpy", "triton", "matplotlib"):
@@ -391,6 +391,15 @@ def run_doctor(given: argparse.Namespace) -> int:
     print("back ends:")
     for name, (ok, why) in backends.report().items():
         print(f"  {name:<10} {'works' if ok else 'missing'}: {why}")
+    print("codebook_linear with fp16 activations runs here, by device and number of tokens:")
+    for device in ("cpu", "cuda"):
+        layout = backends.machine_layout(device)
+        print(f"  {device:<10} layout {layout}")
+        tokens: dict[Kernel, list[str]] = {}
+        for m in (1, 2, 16, 64, 65, 512):
+            tokens.setdefault(kernel_for("codebook_linear", layout, device, torch.float16, m), []).append(str(m))
+        for kernel, numbers in tokens.items():
+            print(f"  {'':<10} {kernel.name} for {', '.join(numbers)}: {kernel.because}")
     print("kernels, in the order in which they are tried:")
     for row in rows():
         print(f"  {row.op:<20} {row.name:<32} {row.because}")

@@ -50,8 +50,8 @@ class CLAQConfig:
         _number("outliers", self.outliers, 0, MAX_OUTLIERS)
         _number("damping", self.damping, 0, 1)
         _number("outlier_order_threshold", self.outlier_order_threshold, 0, math.inf)
-        if self.kmeans not in ("exact", "lloyd"):
-            raise ValueError(f"kmeans is {self.kmeans!r}; allowed: 'exact', 'lloyd'")
+        if self.kmeans not in ("exact", "windowed", "lloyd"):
+            raise ValueError(f"kmeans is {self.kmeans!r}; allowed: 'exact', 'windowed', 'lloyd'")
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
             raise ValueError(f"block_size is {self.block_size!r}; allowed: an integer >= 1")
         for name in ("act_order", "true_sequential", "share_bits", "published"):

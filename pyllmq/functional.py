@@ -1,26 +1,32 @@
 """The operations as functions; `pyllmq.ops` defines them and `torch.ops.pyllmq` holds them for compiled graphs."""
 
-from .compression.kmeans import kmeans_1d
+from .kmeans import kmeans_1d, kmeans_1d_errors
 from .ops import (
     bitmap_dequantize,
     bitmap_linear,
     codebook_dequantize,
     codebook_linear,
     pack_codes,
+    softmax_cdist_l1,
     sparse24_codebook_dequantize,
     sparse24_codebook_linear,
     sparse24_dequantize,
     sparse24_linear,
     unpack_codes,
 )
+from .transport import doubly_stochastic, sinkhorn
 
 __all__ = [
     "bitmap_dequantize",
     "bitmap_linear",
     "codebook_dequantize",
     "codebook_linear",
+    "doubly_stochastic",
     "kmeans_1d",
+    "kmeans_1d_errors",
     "pack_codes",
+    "sinkhorn",
+    "softmax_cdist_l1",
     "sparse24_codebook_dequantize",
     "sparse24_codebook_linear",
     "sparse24_dequantize",

@@ -183,8 +183,7 @@ class PackedLinear(nn.Module):
 
     def _tensors_of_layout(self, operand: WeightOperand) -> dict[str, Tensor]:
         """What `_is_in_layout` says, rebuilt."""
-        fields = self.weight_type.fields
-        return dict(zip(fields, unpack_layout(operand).tensors, strict=True))
+        return unpack_layout(operand, self._structure.tensors())
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.bias is not None:

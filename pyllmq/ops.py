@@ -7,6 +7,7 @@ is wanted, they go through ``torch.ops.pyllmq``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -15,12 +16,19 @@ import torch
 from torch import Tensor
 
 from .backends import cpu as _cpu_backend
+from .backends import cpu_sparse as _cpu_sparse_backend
+from .backends import cuda as _cuda_backend
 from .backends import reference as _reference_backend
 from .backends import triton as _triton_backend
+from .backends import triton_sparse as _triton_sparse_backend
 from .dispatch import DEFAULT_PRECISION, WeightOperand, check_precision, kernel_for
 
 _cpu_backend.register_kernels()
+_cpu_sparse_backend.register_kernels()
+_cuda_backend.register_kernels()
 _triton_backend.register_kernels()
+_triton_sparse_backend.register_kernels()
+_cpu_backend.register_kernels_for_other_devices()
 _reference_backend.register_kernels()
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,6 +46,9 @@ for _schema in (
     ),
     "pack_codes(Tensor codes, int bits) -> Tensor",
     "unpack_codes(Tensor packed, int bits, int columns) -> Tensor",
+    "softmax_cdist_l1(Tensor student_logits, Tensor teacher_logits, float temperature) -> (Tensor, Tensor, Tensor)",
+    "softmax_cdist_l1_backward(Tensor grad, Tensor logits, Tensor other_logits, Tensor statistics, Tensor other_statistics, "
+    "float temperature) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -271,6 +282,124 @@ def _unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return kernel_for("unpack_codes", "", packed.device.type, packed.dtype).run(packed, bits, columns)
 
 
+# ---- softmax_cdist_l1 -----------------------------------------------------------------------------------------------
+
+LOGITS_DTYPES = (*ACTIVATION_DTYPES, torch.float64)
+
+
+def softmax_cdist_l1(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """D[..., i, j] = sum over v of |softmax(student_logits / T)[..., i, v] - softmax(teacher_logits / T)[..., j, v]|.
+
+    Neither side's probabilities are ever in memory as a whole; only two numbers per row are kept for the backward pass.
+    Differentiable once in both sides; where two probabilities are equal the derivative of their distance is 0.
+
+    Args:
+        student_logits: [..., B, V], float32, bfloat16, float16, or float64.
+        teacher_logits: [..., C, V] on the same device; its dtype may differ, but float64 goes with float64 alone. Leading
+            dimensions broadcast.
+        temperature: T > 0.
+
+    Returns:
+        [..., B, C] in float32 (float64 for float64), values from 0 to 2. A row that holds NaN or +inf, or -inf alone, has no
+        softmax: its distances are NaN.
+
+    Raises:
+        ValueError, TypeError: with what was given and what is allowed.
+
+    Source: the cost matrix of SinKD (arXiv 2402.17110), `torch.cdist(softmax(student), softmax(teacher), p=1)`.
+    """
+    _check_logits(student_logits, teacher_logits, temperature)
+    leading = torch.broadcast_shapes(student_logits.shape[:-2], teacher_logits.shape[:-2])
+    student, teacher = (
+        logits if logits.shape[:-2] == leading else logits.expand(*leading, *logits.shape[-2:])
+        for logits in (student_logits, teacher_logits)
+    )
+    wants_grad = torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad)
+    if wants_grad or torch.compiler.is_compiling() or type(student) is not Tensor or type(teacher) is not Tensor:
+        return torch.ops.pyllmq.softmax_cdist_l1(student, teacher, float(temperature))[0]
+    return _softmax_cdist_l1(student, teacher, float(temperature))[0]
+
+
+def _check_logits(student: Tensor, teacher: Tensor, temperature: float) -> None:
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if logits.dim() < 2:
+            raise ValueError(f"{name} has shape {tuple(logits.shape)}; it must be [..., rows, vocabulary]")
+        if logits.dtype not in LOGITS_DTYPES:
+            raise TypeError(f"{name} is {logits.dtype}; allowed: {_names(LOGITS_DTYPES)}")
+    if student.shape[-1] != teacher.shape[-1] or not student.shape[-1]:
+        raise ValueError(
+            f"student_logits have a vocabulary of {student.shape[-1]}, teacher_logits of {teacher.shape[-1]}; they must be equal "
+            "and not 0. Where one model pads its vocabulary, cut both to the shorter one"
+        )
+    if (student.dtype == torch.float64) != (teacher.dtype == torch.float64):
+        raise TypeError(
+            f"student_logits are {student.dtype}, teacher_logits {teacher.dtype}; float64 goes with float64 alone"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"student_logits are on {student.device}, teacher_logits on {teacher.device}; move them to one device"
+        )
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be positive and finite")
+
+
+def _as_batch(logits: Tensor) -> Tensor:
+    """[..., rows, V] -> [batch, rows, V]."""
+    return logits.reshape(math.prod(logits.shape[:-2]), *logits.shape[-2:])
+
+
+def _softmax_cdist_l1(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = kernel_for("softmax_cdist_l1", "", student_logits.device.type, student_logits.dtype)
+    distance, *statistics = kernel.run(_as_batch(student_logits), _as_batch(teacher_logits), temperature)
+    leading = student_logits.shape[:-2]
+    student_statistics, teacher_statistics = (each.view(*leading, *each.shape[1:]) for each in statistics)
+    return distance.view(*leading, *distance.shape[1:]), student_statistics, teacher_statistics
+
+
+def _softmax_cdist_l1_fake(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    return (
+        student_logits.new_empty(*student_logits.shape[:-1], teacher_logits.shape[-2], dtype=dtype),
+        student_logits.new_empty(*student_logits.shape[:-1], 2, dtype=dtype),
+        teacher_logits.new_empty(*teacher_logits.shape[:-1], 2, dtype=dtype),
+    )
+
+
+def _softmax_cdist_l1_setup(ctx, inputs, output) -> None:
+    student, teacher, ctx.temperature = inputs
+    _, *statistics = output
+    ctx.mark_non_differentiable(*statistics)
+    ctx.save_for_backward(student, teacher, *statistics)
+
+
+def _softmax_cdist_l1_gradients(ctx, grad: Tensor, *_):
+    student, teacher, statistics, teacher_statistics = ctx.saved_tensors
+    backward = torch.ops.pyllmq.softmax_cdist_l1_backward
+    student_grad = teacher_grad = None
+    if ctx.needs_input_grad[0]:
+        student_grad = backward(grad, student, teacher, statistics, teacher_statistics, ctx.temperature)
+    if ctx.needs_input_grad[1]:
+        teacher_grad = backward(grad.mT, teacher, student, teacher_statistics, statistics, ctx.temperature)
+    return student_grad, teacher_grad, None
+
+
+def _softmax_cdist_l1_backward(
+    grad: Tensor,
+    logits: Tensor,
+    other_logits: Tensor,
+    statistics: Tensor,
+    other_statistics: Tensor,
+    temperature: float,
+) -> Tensor:
+    kernel = kernel_for("softmax_cdist_l1_backward", "", logits.device.type, logits.dtype)
+    batched = (_as_batch(each) for each in (grad, logits, other_logits, statistics, other_statistics))
+    return kernel.run(*batched, temperature).view(logits.shape)
+
+
 # ---- registration ---------------------------------------------------------------------------------------------------
 
 _OPERATIONS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
@@ -281,6 +410,12 @@ _OPERATIONS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
     ),
     ("pack_codes", _pack_codes, lambda codes, bits: codes.new_empty(codes.shape[0], (codes.shape[1] * bits + 7) // 8)),
     ("unpack_codes", _unpack_codes, lambda packed, bits, columns: packed.new_empty(packed.shape[0], columns)),
+    ("softmax_cdist_l1", _softmax_cdist_l1, _softmax_cdist_l1_fake),
+    (
+        "softmax_cdist_l1_backward",
+        _softmax_cdist_l1_backward,
+        lambda grad, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    ),
 )
 for _name, _run, _fake in _OPERATIONS:
     _library.impl(_name, _run, "CompositeExplicitAutograd")
@@ -292,3 +427,6 @@ for _format in _FORMATS:
         setup_context=_linear_setup,
         lib=_library,
     )
+torch.library.register_autograd(
+    "pyllmq::softmax_cdist_l1", _softmax_cdist_l1_gradients, setup_context=_softmax_cdist_l1_setup, lib=_library
+)

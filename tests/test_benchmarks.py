@@ -6,11 +6,12 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from pyllmq import _cpu, dispatch
-from pyllmq.benchmarks import memory, plot, providers, record, timing
+from pyllmq.benchmarks import memory, path_cost, plot, providers, record, timing
 from pyllmq.benchmarks.memory import READ_LIMIT
 from pyllmq.benchmarks.providers import BASELINE, RIVALS, Layer, Provider, Widths, WrongResultError
 from pyllmq.benchmarks.run import run
@@ -486,3 +487,27 @@ def test_plot_without_matplotlib(monkeypatch, tmp_path):
     with pytest.raises(ImportError, match=r"pyllmq-kernels\[plot\]"):
         tiny_run(csv=tmp_path / "results.csv", plot=tmp_path / "out.png")
     assert not (tmp_path / "results.csv").exists()
+
+
+# ---- costs of the CPU paths -----------------------------------------------------------------------------------------
+
+
+def test_fit_finds_both_costs_and_none_is_negative():
+    tokens = np.array([1.0, 2, 8, 12, 32])
+    passes = np.ceil(tokens / path_cost.TOKEN_BLOCK)
+    assert path_cost.fit(passes, tokens, 30 * passes + 4 * tokens) == pytest.approx((30, 4))
+    assert path_cost.fit(np.ones(5), tokens, 7 * tokens - 2)[0] == 0
+    assert path_cost.fit(np.ones(5), tokens, 9 - 0.1 * tokens)[1] == 0
+
+
+def test_path_cost_prints_a_row_of_the_table_per_isa(monkeypatch, capsys):
+    monkeypatch.setattr(path_cost, "SHAPE", dict.fromkeys(path_cost.ISAS, (32, 64)))
+    monkeypatch.setattr(path_cost, "TURN_S", 0)
+    before, threads = _cpu.isa(), torch.get_num_threads()
+    try:
+        assert path_cost.main(["scalar"]) == 0
+    finally:
+        _cpu.set_isa(before)
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert "// scalar" in printed and printed.count("{") == 1 + 3 + 3 * 8 and printed.count("{") == printed.count("}")

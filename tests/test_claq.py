@@ -329,7 +329,7 @@ def test_bits_split_into_codes_and_outliers(
         ({"bits": True}, "bits is True"),
         ({"bits": 2, "outliers": 0.2}, "outliers is 0.2; allowed: a number, 0 to 0.1"),
         ({"bits": 1, "outliers": 0.01}, "leaves 0.85 bits for the codes.*raise bits to 1.15"),
-        ({"bits": 2, "kmeans": "smawk"}, "kmeans is 'smawk'; allowed: 'exact', 'lloyd'"),
+        ({"bits": 2, "kmeans": "smawk"}, "kmeans is 'smawk'; allowed: 'exact', 'windowed', 'lloyd'"),
         ({"bits": 2, "block_size": 0}, "block_size is 0; allowed: an integer >= 1"),
         ({"bits": 2, "damping": -1}, "damping is -1"),
         ({"bits": 2, "outlier_order_threshold": float("inf")}, "outlier_order_threshold is inf; allowed: .*finite"),

@@ -124,7 +124,8 @@ def test_doctor(capsys):
         "cpu        works",
         "cuda       missing",
         "reference  works",
-        "cpu.codebook_linear",
+        "cpu        layout cpu\n             cpu.codebook_linear for 1, 2, 16, 64, 65, 512: tables of partial products",
+        "cuda       layout checkpoint\n             reference.codebook_linear for 1, 2, 16, 64, 65, 512: last row",
     ):
         assert expected in printed
 

@@ -212,7 +212,10 @@ def test_errors_name_what_was_given_and_what_is_allowed():
         "reference.codebook_linear: reads the layout 'checkpoint'",
     ):
         assert row in str(refusal.value)
-    with pytest.raises(ValueError, match="'gpu' does not exist; allowed: cpu, reference"), pyllmq.use_backend("gpu"):
+    with (
+        pytest.raises(ValueError, match="'gpu' does not exist; allowed: cpu, cuda, reference"),
+        pyllmq.use_backend("gpu"),
+    ):
         pass
 
 

@@ -219,18 +219,21 @@ def test_decode_gives_each_token_the_same_bits_beside_any_others(widths):
         assert torch.equal(weight.linear(x[:tokens], path="decode"), all_tokens[:tokens]), tokens
 
 
-@pytest.mark.parametrize(
-    ("widths", "tokens", "path"),
-    [([1], 16, "tables"), ([2], 8, "tables"), ([2], 64, "decode"), ([3], 2, "tables"), ([4], 8, "decode"),
-     ([2, 3], 64, "decode"), ([8], 1, "tables"), ([8], 9, "decode")],
-    ids=str,
-)  # fmt: skip
-def test_automatic_path_goes_by_width_and_tokens(widths, tokens, path):
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("widths", [[1], [2], [3], [4], [2, 3], [8]], ids=str)
+def test_automatic_takes_the_path_that_it_names(widths, precision):
     weight = Weight(100, 600, widths)
-    x = torch.randn(tokens, 600)
-    results = {name: weight.linear(x, path=name) for name in PATHS}
-    assert not torch.equal(results["tables"], results["decode"])  # else this test could not tell them apart
-    assert torch.equal(results["automatic"], results[path])
+    named = []
+    for tokens in (1, 9, 512):
+        x = torch.randn(tokens, 600)
+        results = {name: weight.linear(x, path=name, precision=precision) for name in PATHS}
+        assert not torch.equal(results["tables"], results["decode"])  # else this test could not tell them apart
+        named.append(
+            _cpu.codebook_linear_path(weight.layout.data_ptr(), weight.layout.numel(), 0, tokens, PRECISIONS[precision])
+        )
+        assert torch.equal(results["automatic"], results[named[-1]])
+    few_bits = max(widths) <= 2  # whose tables may stay cheaper for any number of tokens
+    assert named[0] == "tables" if few_bits else named[-1] == "decode"
 
 
 @pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
@@ -252,7 +255,7 @@ def test_decode_uses_the_exact_outlier_where_the_row_scale_is_zero_or_the_code_i
 @both_paths
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 def test_isas_agree_bit_for_bit(widths, path, isa):
-    """Exact on all ISAs; high and fast too, but for the decode path in bf16 tiles."""
+    """Exact on all ISAs; high and fast too, but for the decode path in AMX tiles."""
     weight = Weight(100, 600, widths, segments=2, outlier_fraction=0.01, row_scale=path == "decode")
     x = torch.randn(9, 600)
 

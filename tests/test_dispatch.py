@@ -15,13 +15,39 @@ PROBLEMS = {
     "cpu.dequantize": Problem("codebook_dequantize", "cpu", "cpu", torch.float16),
     "cpu.pack_codes": Problem("pack_codes", "", "cpu", torch.uint8),
     "cpu.unpack_codes": Problem("unpack_codes", "", "cpu", torch.uint8),
+    "cuda.tables": Problem("codebook_linear", "cuda", "cuda", torch.float32, 1),
+    "cuda.fused": Problem("codebook_linear", "cuda", "cuda", torch.float32, 2),
+    "cpu.kmeans_1d": Problem("kmeans_1d", "lloyd", "cpu", torch.float32),
+    "cpu.kmeans_1d_errors": Problem("kmeans_1d_errors", "windowed", "cpu", torch.float32),
+    "cuda.dequantize_matmul": Problem("codebook_linear", "cuda", "cuda", torch.bfloat16, 65),
+    "cuda.dequantize": Problem("codebook_dequantize", "cuda", "cuda", torch.float16),
+    "cuda.pack_codes": Problem("pack_codes", "", "cuda", torch.uint8),
+    "cuda.unpack_codes": Problem("unpack_codes", "", "cuda", torch.uint8),
     "triton.fused": Problem("codebook_linear", "triton", "cuda", torch.float16, 64),
     "triton.decode_and_matmul": Problem("codebook_linear", "triton", "cuda", torch.bfloat16, 65),
     "triton.dequantize": Problem("codebook_dequantize", "triton", "cuda", torch.bfloat16),
+    "cpu.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cpu", torch.float16),
+    "cpu.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "", "cpu", torch.float32),
+    "cuda.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cuda", torch.bfloat16),
+    "cuda.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "", "cuda", torch.float16),
+    "triton.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cuda", torch.bfloat16),
+    "triton.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "", "cuda", torch.float16),
+    "reference.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cpu", torch.float64),
+    "reference.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "", "meta", torch.float32),
     "triton.pack_codes": Problem("pack_codes", "", "cuda", torch.uint8),
     "triton.unpack_codes": Problem("unpack_codes", "", "cuda", torch.uint8),
     "reference.codebook_linear": Problem("codebook_linear", "checkpoint", "meta", torch.float32, 1),
     "reference.codebook_dequantize": Problem("codebook_dequantize", "checkpoint", "cpu", torch.float32),
+    **{
+        f"cpu.{format}_{op}": Problem(f"{format}_{op}", f"cpu.{format}", "cpu", torch.float32, 1)
+        for format in ("bitmap", "sparse24", "sparse24_codebook")
+        for op in ("linear", "dequantize")
+    },
+    **{
+        f"triton.{format}_{way}": Problem(f"{format}_{op}", f"triton.{format}", "cuda", torch.bfloat16, tokens)
+        for format in ("bitmap", "sparse24")
+        for way, op, tokens in (("fused", "linear", 64), ("matmul", "linear", 65), ("dequantize", "dequantize", 0))
+    },
     **{
         f"reference.{format}_{op}": Problem(f"{format}_{op}", format, "meta", torch.float32, 1)
         for format in ("bitmap", "sparse24", "sparse24_codebook")
@@ -29,10 +55,28 @@ PROBLEMS = {
     },
     "reference.pack_codes": Problem("pack_codes", "", "meta", torch.uint8),
     "reference.unpack_codes": Problem("unpack_codes", "", "meta", torch.uint8),
+    "triton.kmeans_1d": Problem("kmeans_1d", "windowed", "cuda", torch.float32),
+    "triton.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "cuda", torch.float32),
+    "cuda.kmeans_1d": Problem("kmeans_1d", "exact", "cuda", torch.float32),
+    "cuda.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "cuda", torch.float32),
+    "cpu.kmeans_1d_moved": Problem("kmeans_1d", "lloyd", "xpu", torch.float32),
+    "cpu.kmeans_1d_errors_moved": Problem("kmeans_1d_errors", "windowed", "xpu", torch.float32),
+    "reference.kmeans_1d": Problem("kmeans_1d", "exact", "meta", torch.float32),
+    "reference.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "meta", torch.float32),
+    "cpu.sinkhorn": Problem("sinkhorn", "", "cpu", torch.float32),
+    "cpu.sinkhorn_backward": Problem("sinkhorn_backward", "", "cpu", torch.float32),
+    "triton.sinkhorn": Problem("sinkhorn", "", "cuda", torch.float32, 128 * 128),
+    "triton.sinkhorn_backward": Problem("sinkhorn_backward", "", "cuda", torch.float32, 128 * 128),
+    "reference.sinkhorn": Problem("sinkhorn", "", "cpu", torch.float64),
+    "reference.sinkhorn_backward": Problem("sinkhorn_backward", "", "cpu", torch.float64),
+    "reference.doubly_stochastic": Problem("doubly_stochastic", "", "cpu", torch.float64),
+    "reference.doubly_stochastic_backward": Problem("doubly_stochastic_backward", "", "cpu", torch.float64),
 }
 
 
-def test_every_row_is_reachable():
+def test_every_row_is_reachable(monkeypatch):
+    monkeypatch.setattr(backends.cuda, "available", lambda: (True, "a GPU is pretended"))
+    monkeypatch.setattr(backends.cuda, "_tables_fit", lambda: True)
     assert {row.name for row in dispatch.rows()} == set(PROBLEMS)
     for name, problem in PROBLEMS.items():
         backend = name.split(".")[0]
@@ -53,9 +97,16 @@ def test_every_row_is_reachable():
         (Problem("codebook_linear", "cpu", "cpu", torch.float64, 1), ("not torch.float64", "prepacked as 'cpu'")),
         (Problem("codebook_linear", "cpu", "meta", torch.float32, 1), ("these are on meta", "prepacked as 'cpu'")),
         (
-            Problem("codebook_linear", "cuda", "cuda", torch.float32, 1),
-            ("this weight is 'cuda'", "reads the layout 'checkpoint'"),
+            Problem("codebook_linear", "cuda", "cuda", torch.float64, 70),
+            (
+                "this weight is 'cuda'",
+                "one token, here 70",
+                "up to 64 tokens, here 70",
+                "not torch.float64",
+                "prepacked as 'cuda'",
+            ),
         ),
+        (Problem("codebook_linear", "cuda", "cpu", torch.float32, 1), ("on a cuda device, these are on cpu",)),
         (Problem("no_such_op", "", "cpu", torch.float32), ("no kernel of that name",)),
     ],
 )

@@ -73,3 +73,11 @@ def test_extra_memory_of_a_call_is_bounded(m, precision):
     assert packed > 16e6 and output == 4 * m * 4096
     # Linux counts resident pages in batches: 256 KiB on 2 CPUs.
     assert extra < 0.05 * packed + 2 * output + (256 << 10)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks Linux and glibc what is resident")
+@pytest.mark.parametrize("bits", ["2", "4"])
+def test_many_tokens_are_multiplied_in_passes(bits):
+    """Packed x and the sums of all tokens together would be as large as y."""
+    extra, packed, output = goals.peak_of_one_call(4096, 4096, 512, bits, "high")
+    assert output == 4 * 512 * 4096 and extra < 1.05 * output + 0.05 * packed + (256 << 10)

@@ -11,9 +11,10 @@ from torch import nn
 import pyllmq
 from pyllmq import CodebookLinear, CodebookWeight, backends
 from pyllmq.dispatch import WeightOperand
-from pyllmq.functional import codebook_dequantize, codebook_linear, pack_codes, unpack_codes
+from pyllmq.functional import codebook_dequantize, codebook_linear, pack_codes, softmax_cdist_l1, unpack_codes
 
 from .oracle import assert_as_good_as_torch, random_case
+from .test_softmax_cdist_l1 import check_gradient, exact_distance
 
 DEVICE = "cuda"
 BACKENDS = ("cuda", "triton", "reference")
@@ -267,6 +268,20 @@ def test_tensors_on_different_devices_are_refused(backend):
     assert torch.isfinite(y).all(), "the process is not usable after a refusal"
 
 
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+def test_out_of_memory(backend):
+    weight = on_gpu(random_case(4096, 1024, (2,)), backend)
+    x = torch.randn(65, 1024, device=DEVICE).half()
+    expected = codebook_linear(x, weight)
+    torch.cuda.empty_cache()
+    all_but_a_little = torch.cuda.mem_get_info()[0] - (4 << 20)
+    hog = torch.empty(all_but_a_little, dtype=torch.uint8, device=DEVICE)
+    with pytest.raises(torch.OutOfMemoryError):
+        codebook_linear(x, weight)  # decodes to 8 MiB
+    del hog
+    assert torch.equal(codebook_linear(x, weight), expected), "the process is not usable after a refusal"
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
 @pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 def test_a_gpu_that_is_not_the_current_one(backend):
@@ -276,3 +291,23 @@ def test_a_gpu_that_is_not_the_current_one(backend):
     for tokens in (1, 16, 100):
         x = torch.randn(tokens, 90, device="cuda:1")
         torch.testing.assert_close(codebook_linear(x, weight).double(), x.double() @ case.dense.to("cuda:1").T)
+
+
+# ---- softmax_cdist_l1 -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 17, 31), (65, 33, 3000), (64, 64, 50257)], ids=str)
+def test_softmax_cdist_l1(backend, dtype, shape):
+    rows, teacher_rows, columns = shape
+    student = torch.randn(rows, columns, device=DEVICE).mul(3).to(dtype).requires_grad_()
+    teacher = torch.randn(teacher_rows, columns, device=DEVICE).mul(3)
+    grad = torch.randn(rows, teacher_rows, device=DEVICE)
+    with pyllmq.use_backend(backend):
+        found = [softmax_cdist_l1(student, teacher, 1.5) for _ in range(2)]
+        (actual,) = torch.autograd.grad(found[0], student, grad)
+    assert torch.equal(*found), "the same call gives the same bits"
+    exact = exact_distance(student.detach(), teacher, 1.5)
+    torch.testing.assert_close(found[0].detach().double(), exact, rtol=0, atol=4e-6)
+    check_gradient(actual, student.detach(), teacher, 1.5, grad)

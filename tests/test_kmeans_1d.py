@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyllmq import _cpu
-from pyllmq.compression.kmeans import kmeans_1d
+from pyllmq.functional import kmeans_1d, kmeans_1d_errors, pack_codes
 
 pytestmark = pytest.mark.kernels
 
@@ -145,6 +145,50 @@ def test_fewer_distinct_values_than_centroids() -> None:
     assert kmeans_1d(torch.tensor([[3.0]]), 1)[0].tolist() == [[3.0]]
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("method", ["exact", "windowed"])
+def test_one_run_gives_every_number_of_centroids(method: str, weighted: bool) -> None:
+    torch.manual_seed(0)
+    values = torch.distributions.StudentT(3.0).sample((5, 2500))
+    values[3] = values[3].mul(8).round()  # fewer distinct values than the largest k
+    values[4] = 2.5
+    weights = torch.rand(5, 2500) if weighted else None
+    ks = [7, 1, 2, 100, 16]
+    together = kmeans_1d(values, ks, weights, method)
+    errors = kmeans_1d_errors(values, ks, weights, method)
+    assert errors.dtype == torch.float64 and errors.shape == (5, len(ks))
+    for i, k in enumerate(ks):
+        centroids, codes = together[i]
+        assert_nearest(values, centroids, codes)
+        alone = kmeans_1d(values, k, weights, method)
+        if method == "exact":  # windows start from cells, whose number depends on the largest k
+            assert torch.equal(centroids, alone[0]) and torch.equal(codes, alone[1])
+        found = error_of(values, centroids, codes, weights)
+        torch.testing.assert_close(found, errors[:, i], rtol=1e-5, atol=1e-9)  # centroids are rounded to fp32
+
+
+def test_windowed_is_close_to_the_optimum_and_never_below_it() -> None:
+    torch.manual_seed(0)
+    gauss, tails = torch.randn(24, 4096), torch.distributions.StudentT(3.0).sample((24, 4096))
+    clumps = torch.randn(8, 4096) * 0.01 + torch.randint(0, 20, (8, 4096)).square()
+    far = torch.randn(4, 4096)
+    far[:, 7] = 1e3
+    values, weights = torch.cat([gauss, tails, clumps, far]), torch.rand(60, 4096)
+    ks = [2, 4, 8, 16]
+    for w in (None, weights):
+        ratio = kmeans_1d_errors(values, ks, w, "windowed") / kmeans_1d_errors(values, ks, w)
+        assert bool((ratio > 1 - 1e-9).all())
+        assert bool((ratio.mean(0) < 1 + 1e-3).all()) and float(ratio.max()) < 1.02
+
+
+def test_packed_codes() -> None:
+    torch.manual_seed(0)
+    values = torch.randn(3, 101)
+    for k, bits in ((1, 1), (2, 1), (3, 2), (16, 4), (33, 6), (256, 8)):
+        codes = kmeans_1d(values, k)[1]
+        assert torch.equal(kmeans_1d(values, k, packed=True)[1], pack_codes(codes, bits))
+
+
 def test_zero_weight_moves_nothing_and_is_still_coded() -> None:
     values = torch.tensor([[0.0, 1.0, 10.0, 11.0, 1000.0, -1000.0]])
     centroids, codes = kmeans_1d(values, 2, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0]))
@@ -240,13 +284,19 @@ def test_properties(values: list[float], weights: list[float]) -> None:
         ((torch.randn(2, 3), 0), ValueError, "k is 0; allowed: an integer from 1 to 256"),
         ((torch.randn(2, 3), 257), ValueError, "k is 257"),
         ((torch.randn(2, 3), 2.0), ValueError, "k is 2.0"),
+        ((torch.randn(2, 3), [2, 300]), ValueError, "k is 300; .* or a sequence of such"),
+        ((torch.randn(2, 3), []), ValueError, "k is empty"),
         ((torch.tensor([[1.0, 2.0], [3.0, float("nan")]]), 2), ValueError, r"values\[1, 1\] is nan"),
         ((torch.tensor([[1.0, 1e300]], dtype=torch.float64), 2), ValueError, r"values\[0, 1\] is inf"),
         ((torch.randn(2, 3), 2, torch.ones(2)), ValueError, r"weights has .* \(2,\); allowed: \[2, 3\] or \[3\]"),
         ((torch.randn(1, 2), 2, torch.tensor([1.0, -1.0])), ValueError, r"weights\[1\] is -1.0; allowed: .* >= 0"),
         ((torch.randn(1, 2), 2, torch.tensor([[1.0, float("inf")]])), ValueError, r"weights\[0, 1\] is inf"),
         ((torch.randn(2, 2), 2, torch.tensor([[1.0, 1], [0, 0]])), ValueError, r"weights\[1\] are all 0"),
-        ((torch.randn(2, 2), 2, None, "kmeans++"), ValueError, "method is 'kmeans\\+\\+'; allowed: 'exact', 'lloyd'"),
+        (
+            (torch.randn(2, 2), 2, None, "kmeans++"),
+            ValueError,
+            "method is 'kmeans\\+\\+'; allowed: 'exact', 'windowed', 'lloyd'",
+        ),
         ((torch.randn(2, 2), 2, None, "lloyd", -1), ValueError, "seed is -1"),
         ((torch.randn(2, 2), 2, None, "exact", 0, torch.bfloat16), ValueError, "centroid_dtype is torch.bfloat16"),
     ],
@@ -254,6 +304,13 @@ def test_properties(values: list[float], weights: list[float]) -> None:
 def test_bad_input_says_what_is_allowed(arguments: tuple, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         kmeans_1d(*arguments)
+
+
+def test_errors_say_what_is_allowed() -> None:
+    with pytest.raises(TypeError, match=r"k is 4; it must be a sequence of numbers, such as range\(1, 4 \+ 1\)"):
+        kmeans_1d_errors(torch.randn(2, 9), 4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="method is 'lloyd'; allowed: 'exact', 'windowed'"):
+        kmeans_1d_errors(torch.randn(2, 9), [4], method="lloyd")
 
 
 def test_matches_numpy_reference_dynamic_program() -> None:

@@ -26,13 +26,14 @@ needs_triton = pytest.mark.skipif(
 
 
 @needs_triton
-def test_in_the_interpreter():
-    file = Path(__file__).with_name("triton_interpreter.py")
+@pytest.mark.parametrize(("name", "least"), [("triton_interpreter.py", 100), ("triton_sparse_interpreter.py", 50)])
+def test_in_the_interpreter(name, least):
+    file = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(file)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=file.parents[1], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 100 and "skipped" not in done.stdout, done.stdout[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > least and "skipped" not in done.stdout, done.stdout[-2000:]
 
 
 # ---- compiled ahead of time -----------------------------------------------------------------------------------------
@@ -40,19 +41,21 @@ def test_in_the_interpreter():
 POINTERS = {
     "x": "*{x}", "y": "*{x}", "bias": "*{x}", "out": "*{x}", "codes": "*u8", "codebook": "*fp16", "columns_of": "*i32",
     "row_segment": "*i32", "row_scale": "*fp16", "parts": "*fp32", "row_offsets": "*i32", "outlier_columns": "*u16",
-    "values": "*fp16", "replaced": "*fp16",
+    "values": "*fp16", "replaced": "*fp16", "sums": "*fp64", "masses": "*fp64", "gain": "*fp64", "next_gain": "*fp64",
+    "before": "*i32", "best": "*i32",
+    "positions": "*u8", "masks": "*i32", "ranks": "*u16", "scale": "*fp32",
 }  # fmt: skip
 DIVISIBLE_BY_16 = ("rows", "columns", "slots")
 
 
-def compiled(kernel, constants, x="bf16", arch=90, warps=4, stages=2):
-    """(resources, machine code) of a kernel compiled for a GPU that need not be here."""
+def compiled(kernel, constants, x="bf16", arch=90, warps=4, stages=2, types=POINTERS):
+    """(resources, machine code) of a kernel compiled for a GPU that need not be here. `types` of arguments, i32 without one."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = {
-        name: "constexpr" if name in constants else POINTERS.get(name, "i32").format(x=x) for name in kernel.arg_names
+        name: "constexpr" if name in constants else types.get(name, "i32").format(x=x) for name in kernel.arg_names
     }
     aligned = [n for n, kind in signature.items() if kind[0] == "*" or n in DIVISIBLE_BY_16]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
@@ -136,6 +139,32 @@ def test_the_small_kernels_compile_without_spills(arch):
     for tokens in (1, 16):
         fixed = {"HAS_ROW_SCALE": True, "BLOCK_TOKENS": tokens, "BLOCK_ROWS": 16, "BLOCK": 16}
         assert_no_spills(_multiply_outliers, fixed, arch=arch)
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("x", ["bf16", "fp32"])
+def test_the_sparse_kernels_compile_without_spills(arch, x):
+    from pyllmq.triton_kernels import sparse_linear as sparse
+
+    for tile in (sparse.ONE_TOKEN, sparse.MORE_TOKENS):
+        fixed = {"BLOCK_TOKENS": tile.tokens, "BLOCK_ROWS": tile.rows, "FP32_DOT": "tf32x3"}
+        options = {"arch": arch, "x": x, "warps": tile.warps, "stages": tile.stages}
+        assert_no_spills(sparse._multiply_24, fixed | {"BLOCK_SLOTS": tile.slots}, **options)
+        assert_no_spills(sparse._multiply_bitmap, fixed | {"BLOCK_SLOTS": 2 * tile.slots}, **options)
+    fixed = {"HAS_SCALE": True, "BLOCK_ROWS": 32}
+    assert_no_spills(sparse._spread_24, fixed | {"BLOCK_SLOTS": 32}, arch=arch, x=x)
+    assert_no_spills(sparse._spread_bitmap, fixed | {"BLOCK_SLOTS": 64}, arch=arch, x=x)
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kmeans_1d_compiles_without_spills(arch):
+    from pyllmq.triton_kernels.kmeans_1d import _level
+
+    for at_once, candidates, sizes in ((1, 256, {}), (32, 8, {}), (32, 8, {"stride": 1}), (1, 256, {"nodes": 1})):
+        fixed = {"HAS_BEFORE": True, "NODES": at_once, "CANDIDATES": candidates}
+        assert_no_spills(_level, fixed | sizes, arch=arch)
 
 
 @needs_triton

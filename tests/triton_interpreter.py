@@ -14,7 +14,7 @@ import torch
 import pyllmq
 from pyllmq import CodebookLinear, CodebookWeight, backends
 from pyllmq.backends import triton as triton_backend
-from pyllmq.functional import codebook_dequantize, codebook_linear
+from pyllmq.functional import codebook_dequantize, codebook_linear, kmeans_1d, kmeans_1d_errors
 
 from .oracle import assert_as_good_as_torch, random_case
 
@@ -226,3 +226,22 @@ def test_every_width_and_number_of_tokens_has_a_tile():
             )
     with pytest.raises(LookupError, match="sinkhorn"):
         tile_for("sinkhorn", 2, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("n", [1, 3, 70, 150])
+def test_kmeans_1d_equals_the_cpu(n, weighted, guarded):
+    """150 points reach strides of one program per end; duplicates and a constant row are in it."""
+    torch.manual_seed(n)
+    values = torch.randn(3, n)
+    values[1] = values[1].mul(2).round()
+    values[2] = 0.25
+    weights = torch.rand(n) + 0.1 if weighted else None
+    ks = [1, 2, 5]
+    found, errors = kmeans_1d(values, ks, weights), kmeans_1d_errors(values, ks, weights)
+    with pyllmq.use_backend("cpu"):
+        expected, expected_errors = kmeans_1d(values, ks, weights), kmeans_1d_errors(values, ks, weights)
+    torch.testing.assert_close(errors, expected_errors, rtol=1e-9, atol=1e-9)
+    for (centroids, codes), (their_centroids, their_codes) in zip(found, expected, strict=True):
+        torch.testing.assert_close(centroids[0], their_centroids[0], rtol=1e-6, atol=1e-6)
+        assert torch.equal(codes[0], their_codes[0]) and torch.equal(codes[2], their_codes[2])

@@ -27,7 +27,8 @@ extern const DecodeKernels kDecodeInt16Avx512;  // fours
 static inline int64_t flushes(int64_t slots) { return (slots + kFlushColumns - 1) / kFlushColumns; }
 static inline int64_t packed_token_bytes(int64_t slots) { return slots * 2 + flushes(slots) * 4; }
 static inline int64_t packed_int16_bytes(int64_t tokens) { return packed_token_bytes(kDecodedColumns) * tokens; }
-bool pack_int16(const float* x, int64_t slots, const TokenGroups& groups, int64_t group, uint8_t* packed);
+bool pack_int16(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group,
+                uint8_t* packed);
 
 struct PackedGroup {
   const int32_t* pairs;
@@ -40,17 +41,5 @@ static inline PackedGroup packed_group(const uint8_t* packed, int64_t slots, int
 
 // The factor of a column's weights; its maximum is finite, or `pack` has refused x.
 static inline float to_int16(float max_magnitude) { return max_magnitude > 0 ? kLargestWeight / max_magnitude : 0.0f; }
-
-// Compiled once per ISA: the loops over tokens become vectors of that ISA, in the same order.
-static inline void add_outliers_loop(const RowOutliers& outliers, const float* x, int64_t count, float* sums) {
-  for (int64_t r = 0; r < outliers.rows; ++r) {
-    float sum[kOutlierTokens] = {};
-    for (uint32_t i = outliers.row_offsets[r]; i < outliers.row_offsets[r + 1]; ++i) {
-      const float* column = x + int64_t{outliers.columns[i]} * kOutlierTokens;
-      for (int64_t t = 0; t < kOutlierTokens; ++t) sum[t] += outliers.deltas[i] * column[t];
-    }
-    for (int64_t t = 0; t < count; ++t) sums[t * kTileRows + r] += sum[t];
-  }
-}
 
 }  // namespace pyllmq::cpu

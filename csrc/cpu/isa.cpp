@@ -21,10 +21,10 @@ std::atomic<Isa>& active() {
 // Linux grants the tile registers to a process that asks for them; asking where they are missing is an error only.
 bool amx_granted() {
 #if defined(__linux__)
-  constexpr unsigned bf16_and_tiles = 1u << 22 | 1u << 24;   // of CPUID 7.0 EDX
+  constexpr unsigned tiles = 1u << 22 | 1u << 24 | 1u << 25;   // with bf16 and int8, of CPUID 7.0 EDX
   constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16_and_tiles) == bf16_and_tiles &&
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & tiles) == tiles &&
          syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
   return false;
@@ -52,7 +52,8 @@ std::vector<Isa> supported_isas() {
   const bool avx512 =
       avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+      __builtin_cpu_supports("avx512vnni");
   if (avx512 && amx_granted()) found.push_back(Isa::amx);
   if (avx512) found.push_back(Isa::avx512);
   if (avx2) found.push_back(Isa::avx2);

@@ -6,7 +6,7 @@
 
 namespace pyllmq::cpu {
 
-// avx512: F, BW, VL, DQ, VBMI and VNNI (Ice Lake, Zen 4 and later). amx: those and tiles of bf16, granted by the
+// avx512: F, BW, VL, DQ, VBMI, VBMI2 and VNNI (Ice Lake, Zen 4 and later). amx: those and tiles of int8 and bf16, granted by the
 // operating system (Sapphire Rapids and later). Each includes those before it.
 enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, amx = 3 };
 

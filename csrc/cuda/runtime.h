@@ -1,9 +1,27 @@
-// What the bindings may ask of the CUDA runtime, without seeing a CUDA header.
+// What the bindings and the launching code may ask of the CUDA runtime, without seeing a CUDA header.
 #pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
 
 namespace pyllmq::cuda {
 
 // Version of the linked static runtime, major * 1000 + minor * 10. Needs no driver.
 int runtime_version();
+
+// Why the kernels cannot run on the current device; empty if they can.
+std::string device_problem();
+
+// Of the current device; asked once per device.
+int multiprocessors();
+
+// Most shared memory that a block can get on the current device.
+int64_t shared_bytes();
+
+// Lets a kernel take that much dynamic shared memory on the current device; done once per kernel and device.
+void allow_shared(const void* kernel, size_t bytes);
+
+// Throws std::runtime_error with the runtime's own text if a launch was refused. The error is taken: later calls are clean.
+void check_launch(const char* kernel);
 
 }  // namespace pyllmq::cuda

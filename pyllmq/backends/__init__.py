@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from ..dispatch import BITMAP, CHECKPOINT, SPARSE24, SPARSE24_CODEBOOK, WeightOperand, forced_backend
-from . import cpu, reference, triton
+from . import cpu, cpu_sparse, cuda, reference, triton, triton_sparse
 
 __all__ = [
     "cpu",
+    "cpu_sparse",
+    "cuda",
     "layout_codes",
     "machine_layout",
     "operand_from_layout",
@@ -18,14 +21,16 @@ __all__ = [
     "reference",
     "report",
     "triton",
+    "triton_sparse",
     "unpack_layout",
 ]
 
 SPARSE_LAYOUTS = (BITMAP, SPARSE24, SPARSE24_CODEBOOK)
-_SPARSE: tuple[ModuleType, ...] = ()
+_SPARSE: tuple[ModuleType, ...] = (cpu_sparse, triton_sparse)
 """Back ends with layouts of their own for the sparse formats, in the order in which they are asked."""
 
-_WITH_LAYOUT = {cpu.LAYOUT: cpu, triton.LAYOUT: triton}
+_WITH_LAYOUT = {cpu.LAYOUT: cpu, cuda.LAYOUT: cuda, triton.LAYOUT: triton}
+"""By name; of two back ends for one type of device the first that works makes the layout."""
 
 
 def machine_layout(device: str) -> str:
@@ -55,6 +60,8 @@ def operand_from_layout(layout: str, blob: Tensor, out_features: int, in_feature
     """The operand whose machine layout is `blob`, the first tensor of what `prepack` made."""
     if layout == triton.LAYOUT:
         return triton.operand_from_blob(blob, out_features, in_features)
+    if layout in triton_sparse.LAYOUTS.values():
+        return triton_sparse.operand_from_blob(layout, blob, out_features, in_features)
     return WeightOperand(layout, (blob,), out_features, in_features)
 
 
@@ -76,29 +83,20 @@ def _sparse_backend(operand: WeightOperand) -> ModuleType | None:
     return None
 
 
-def unpack_layout(operand: WeightOperand) -> WeightOperand:
-    """The checkpoint layout of a sparse operand, whatever layout `prepack` gave it."""
+def unpack_layout(operand: WeightOperand, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+    """The checkpoint tensors, of these shapes and dtypes, of a sparse operand in a machine layout."""
     for backend in _SPARSE:
         if operand.layout in backend.LAYOUTS.values():
-            return backend.unpack_layout(operand)
-    if operand.layout not in SPARSE_LAYOUTS:
-        raise ValueError(f"the layout {operand.layout!r} cannot be unpacked; allowed: {', '.join(SPARSE_LAYOUTS)}")
-    return operand
+            return backend.unpack_layout(operand, shapes)
+    known = [layout for backend in _SPARSE for layout in backend.LAYOUTS.values()]
+    raise ValueError(f"the layout {operand.layout!r} cannot be unpacked; allowed: {', '.join(map(repr, known))}")
 
 
 def report() -> dict[str, tuple[bool, str]]:
     """For every back end: does it work here, and why (not)."""
     return {
         "cpu": cpu.available(),
-        "cuda": cuda_available(),
+        "cuda": cuda.available(),
         "triton": triton.available(),
         "reference": reference.available(),
     }
-
-
-def cuda_available() -> tuple[bool, str]:
-    try:
-        from .. import _cuda
-    except ImportError as error:
-        return False, f"pyllmq._cuda was not built ({error}); install with nvcc on PATH, or PYLLMQ_CUDA=1 to insist"
-    return False, f"built with CUDA runtime {_cuda.runtime_version()}, but this version ships no CUDA kernels yet"

@@ -7,6 +7,7 @@ is loaded and holds everything but the bias. See docs/kernels-cpu.md.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from types import ModuleType
@@ -23,6 +24,8 @@ _AUTOMATIC = 2
 """`path` of _cpu.codebook_linear (LinearPath in csrc/cpu/codebook_linear.h): tables or decoding, by a table of measured costs."""
 
 _PRECISION_CODE = {name: code for code, name in enumerate(PRECISIONS)}
+_KMEANS_CODE = {"exact": 0, "windowed": 1, "lloyd": 2}
+"""KMeans1dMethod in csrc/cpu/kmeans_1d.h."""
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -183,6 +186,93 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return codes
 
 
+def _cdist_arguments(
+    logits: Tensor, other_logits: Tensor, statistics: Tensor, other_statistics: Tensor, temperature: float
+) -> tuple:
+    batch, rows, columns = logits.shape
+    return (
+        logits.data_ptr(),
+        _DTYPE_CODE[logits.dtype],
+        other_logits.data_ptr(),
+        _DTYPE_CODE[other_logits.dtype],
+        batch,
+        rows,
+        other_logits.shape[1],
+        columns,
+        1 / temperature,
+        statistics.data_ptr(),
+        other_statistics.data_ptr(),
+    )
+
+
+def softmax_cdist_l1(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    student_logits, teacher_logits = student_logits.contiguous(), teacher_logits.contiguous()
+    statistics, teacher_statistics = (
+        torch.empty(*logits.shape[:2], 2, dtype=torch.float32) for logits in (student_logits, teacher_logits)
+    )
+    batch, rows, _ = student_logits.shape
+    distance = torch.empty(batch, rows, teacher_logits.shape[1], dtype=torch.float32)
+    kernels().softmax_cdist_l1(
+        *_cdist_arguments(student_logits, teacher_logits, statistics, teacher_statistics, temperature),
+        distance.data_ptr(),
+    )
+    return distance, statistics, teacher_statistics
+
+
+def softmax_cdist_l1_backward(
+    grad: Tensor,
+    logits: Tensor,
+    other_logits: Tensor,
+    statistics: Tensor,
+    other_statistics: Tensor,
+    temperature: float,
+) -> Tensor:
+    logits, other_logits, grad = logits.contiguous(), other_logits.contiguous(), grad.contiguous()
+    statistics, other_statistics = statistics.contiguous(), other_statistics.contiguous()
+    logits_grad = torch.empty_like(logits)
+    kernels().softmax_cdist_l1_backward(
+        *_cdist_arguments(logits, other_logits, statistics, other_statistics, temperature),
+        grad.data_ptr(),
+        logits_grad.data_ptr(),
+    )
+    return logits_grad
+
+
+def kmeans_1d(
+    values: Tensor,
+    weights: Tensor | None,
+    ks: Sequence[int],
+    method: str,
+    seed: int,
+    half_centroids: bool,
+    packed: bool,
+) -> list[tuple[Tensor, Tensor]]:
+    """Values on another device travel here and the results back: 5 bytes a value."""
+    problems, n = values.shape
+    row_bytes = [-(-n * max(1, (k - 1).bit_length()) // 8) if packed else n for k in ks]
+    centroids = [torch.empty(problems, k) for k in ks]
+    codes = [torch.empty(problems, nbytes, dtype=torch.uint8) for nbytes in row_bytes]
+    pointers = [[t.data_ptr() for t in tensors] for tensors in (centroids, codes)]
+    _kmeans_1d(values, weights, ks, method, seed, half_centroids, packed, *pointers, 0)
+    return [(c.to(values.device), q.to(values.device)) for c, q in zip(centroids, codes, strict=True)]
+
+
+def kmeans_1d_errors(values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str) -> Tensor:
+    errors = torch.empty(values.shape[0], len(ks), dtype=torch.float64)
+    _kmeans_1d(values, weights, ks, method, 0, False, False, [], [], errors.data_ptr())
+    return errors.to(values.device)
+
+
+def _kmeans_1d(values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str, *rest: object) -> None:
+    values = values.to(DEVICE)
+    weights = None if weights is None else weights.to(DEVICE)
+    stride = values.shape[1] if weights is not None and weights.dim() == 2 else 0
+    pointer = 0 if weights is None else weights.data_ptr()
+    kernels().kmeans_1d(values.data_ptr(), pointer, stride, *values.shape, list(ks), _KMEANS_CODE[method], *rest)
+
+
 def _on_cpu(problem: Problem) -> Support:
     if problem.device != DEVICE:
         return False, f"needs tensors on the CPU, these are on {problem.device}"
@@ -193,9 +283,17 @@ def _reads_layout(problem: Problem) -> Support:
     if problem.layout != LAYOUT:
         wanted = f"reads the layout {LAYOUT!r}, this weight is {problem.layout!r}"
         return False, wanted + ("; CodebookWeight.operand() prepacks it" if problem.layout == CHECKPOINT else "")
+    return _takes_dtype(problem)
+
+
+def _takes_dtype(problem: Problem) -> Support:
     if problem.dtype not in _DTYPE_CODE:
         return False, f"takes float32, bfloat16 and float16, not {problem.dtype}"
     return _on_cpu(problem)
+
+
+def _from_another_device(problem: Problem) -> Support:
+    return (False, "needs values, not a meta tensor") if problem.device == "meta" else available()
 
 
 def register_kernels() -> None:
@@ -216,5 +314,31 @@ def register_kernels() -> None:
         ),
         ("pack_codes", "cpu.pack_codes", _on_cpu, pack_codes, "threaded"),
         ("unpack_codes", "cpu.unpack_codes", _on_cpu, unpack_codes, "threaded"),
+        (
+            "softmax_cdist_l1",
+            "cpu.softmax_cdist_l1",
+            _takes_dtype,
+            softmax_cdist_l1,
+            "two instructions a pair, probabilities only in the cache",
+        ),
+        (
+            "softmax_cdist_l1_backward",
+            "cpu.softmax_cdist_l1_backward",
+            _takes_dtype,
+            softmax_cdist_l1_backward,
+            "three instructions a pair, probabilities only in the cache",
+        ),
+        ("kmeans_1d", "cpu.kmeans_1d", _on_cpu, kmeans_1d, "a problem per thread"),
+        ("kmeans_1d_errors", "cpu.kmeans_1d_errors", _on_cpu, kmeans_1d_errors, "a problem per thread"),
     ):
         register(Kernel(op, name, supports, run, because))
+
+
+def register_kernels_for_other_devices() -> None:
+    """Behind the rows of the back ends that serve those devices themselves."""
+    because = "moving a value (5 bytes there and back) costs less than clustering it by plain torch"
+    for op, name, run in (
+        ("kmeans_1d", "cpu.kmeans_1d_moved", kmeans_1d),
+        ("kmeans_1d_errors", "cpu.kmeans_1d_errors_moved", kmeans_1d_errors),
+    ):
+        register(Kernel(op, name, _from_another_device, run, because))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -138,6 +138,179 @@ def linear(
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
+def softmax_cdist_l1(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[batch, B, V] and [batch, C, V] -> distances [batch, B, C], and for each row (largest logit, 1 / sum of exponentials)."""
+    statistics = _softmax_statistics(student_logits, temperature)
+    teacher_statistics = _softmax_statistics(teacher_logits, temperature)
+    student = _probabilities(student_logits, statistics, temperature)
+    teacher = _probabilities(teacher_logits, teacher_statistics, temperature)
+    distance = student.new_empty(*student.shape[:2], teacher.shape[1])
+    for row in range(teacher.shape[1]):  # torch.cdist sums in one long chain: errors of 1e-5 at V = 50257
+        distance[:, :, row] = (student - teacher[:, row, None]).abs().sum(-1)
+    return distance, statistics, teacher_statistics
+
+
+def softmax_cdist_l1_backward(
+    grad: Tensor,
+    logits: Tensor,
+    other_logits: Tensor,
+    statistics: Tensor,
+    other_statistics: Tensor,
+    temperature: float,
+) -> Tensor:
+    mine = _probabilities(logits, statistics, temperature)
+    other = _probabilities(other_logits, other_statistics, temperature)
+    grad_mine = torch.zeros_like(mine)
+    for row in range(other.shape[1]):  # one at a time: all of them are [batch, B, C, V]
+        grad_mine += grad[:, :, row, None] * (mine - other[:, row, None]).sign()
+    centred = grad_mine - (mine * grad_mine).sum(-1, keepdim=True)
+    return (mine * centred / temperature).to(logits.dtype)
+
+
+def _softmax_statistics(logits: Tensor, temperature: float) -> Tensor:
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    largest = wide.amax(-1)
+    return torch.stack([largest, 1 / ((wide - largest[..., None]) / temperature).exp().sum(-1)], -1)
+
+
+def _probabilities(logits: Tensor, statistics: Tensor, temperature: float) -> Tensor:
+    largest, inverse_sum = statistics[..., :1], statistics[..., 1:]
+    return ((logits.to(statistics.dtype) - largest) / temperature).exp() * inverse_sum
+
+
+# ---- kmeans_1d ------------------------------------------------------------------------------------------------------
+
+Layers = Callable[[Tensor, Tensor, int], Tensor]
+"""Prefix sums and masses, fp64 [C, n + 1], and k_max -> best splits, integers [C, k_max + 1, n + 1].
+
+Entry [:, l, end] is where the last of l clusters of the first `end` points begins, 2 <= l <= end; the others are free.
+"""
+
+
+def layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
+    """Every split of every end is tried: k_max n^2 steps. docs/kernels-kmeans.md has the formula."""
+    problems, points = sums.shape[0], sums.shape[1] - 1
+    best = torch.zeros(problems, k_max + 1, points + 1, dtype=torch.int64, device=sums.device)
+    gain = _share(sums, masses)
+    for clusters in range(2, k_max + 1):
+        next_gain = torch.zeros_like(gain)
+        for end in range(clusters, points + 1):
+            at = slice(clusters - 1, end)
+            share = _share(sums[:, end, None] - sums[:, at], masses[:, end, None] - masses[:, at])
+            next_gain[:, end], split = (gain[:, at] + share).max(1)
+            best[:, clusters, end] = split + clusters - 1
+        gain = next_gain
+    return best
+
+
+def _share(sums: Tensor, masses: Tensor) -> Tensor:
+    """What clusters of these sums and masses add to the gain; nothing if there is no mass."""
+    return torch.where(masses > 0, sums.square() / masses, 0.0)
+
+
+def kmeans_1d(
+    values: Tensor,
+    weights: Tensor | None,
+    ks: Sequence[int],
+    method: str,
+    seed: int,
+    half_centroids: bool,
+    packed: bool,
+    find_layers: Layers = layers,
+) -> list[tuple[Tensor, Tensor]]:
+    """The optimum, for "windowed", too. `find_layers` is all that a GPU back end has to replace."""
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in ks]
+    for part, part_weights in _parts(values, weights, max(ks)):
+        for i, (k, means, _) in enumerate(_clusterings(part, part_weights, ks, find_layers)):
+            centroids = _distinct_first(means.float())
+            if half_centroids:
+                centroids = centroids.half().float()
+            codes = _nearest(part, centroids)
+            bits = max(1, (k - 1).bit_length())
+            found[i].append((centroids, pack_codes(codes, bits) if packed else codes))
+    return [(torch.cat([c for c, _ in parts]), torch.cat([q for _, q in parts])) for parts in found]
+
+
+def kmeans_1d_errors(
+    values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str, find_layers: Layers = layers
+) -> Tensor:
+    parts = _parts(values, weights, max(ks))
+    return torch.cat(
+        [torch.stack([error for _, _, error in _clusterings(*part, ks, find_layers)], 1) for part in parts]
+    )
+
+
+KMEANS_TABLE_BYTES = 1 << 30
+"""Problems are solved in parts whose tables of best splits, 4 bytes each on a GPU, take at most this: 3800 columns of 4096 at
+k = 16, 28 for each multiprocessor of the largest devices."""
+
+
+def _parts(values: Tensor, weights: Tensor | None, k_max: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    problems, n = values.shape
+    step = max(1, KMEANS_TABLE_BYTES // (4 * (n + 1) * (k_max + 1)))
+    for begin in range(0, max(problems, 1), step):
+        part = slice(begin, begin + step)
+        yield values[part], weights if weights is None or weights.dim() == 1 else weights[part]
+
+
+def _clusterings(
+    values: Tensor, weights: Tensor | None, ks: Sequence[int], find_layers: Layers
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(k, means [C, k] ascending, errors [C]) in fp64 for each k."""
+    points, order = values.double().sort(1)
+    mass = torch.ones_like(points) if weights is None else weights.double().expand_as(points).gather(1, order)
+    if weights is not None:  # a point without weight is made a copy of the last one that has some: it changes nothing
+        last = torch.where(mass > 0, points, -torch.inf).amax(1, keepdim=True)
+        points, order = torch.where(mass > 0, points, last).sort(1)
+        mass = mass.gather(1, order)
+    shift = points[:, points.shape[1] // 2, None]
+    sums = _prefix(mass * (points - shift))
+    masses = _prefix(mass)
+    squares = _prefix(mass * (points - shift).square())
+    count = points.shape[1]
+    k_max = min(max(ks), count)
+    best = find_layers(sums, masses, k_max)
+    for k in ks:
+        bounds = torch.full((len(points), k + 1), count, device=points.device)
+        for clusters in range(min(k, count), 1, -1):
+            end = bounds[:, clusters, None]
+            bounds[:, clusters - 1] = best[:, clusters].gather(1, end)[:, 0].long()
+        bounds[:, 0] = 0
+        mean_shift, cluster_mass = sums.gather(1, bounds).diff(dim=1), masses.gather(1, bounds).diff(dim=1)
+        first = points.gather(1, bounds[:, :-1].clamp_max(count - 1))
+        means = torch.where(cluster_mass > 0, shift + mean_shift / cluster_mass, first)
+        left = squares.gather(1, bounds).diff(dim=1) - _share(mean_shift, cluster_mass)
+        yield k, means, left.clamp_min(0).sum(1)
+
+
+def _prefix(terms: Tensor) -> Tensor:
+    return torch.nn.functional.pad(terms.cumsum(1), (1, 0))
+
+
+def _distinct_first(ascending: Tensor) -> Tensor:
+    """Equal values of a row [C, k] once, then the last one repeated."""
+    new = torch.ones_like(ascending, dtype=torch.bool)
+    new[:, 1:] = ascending[:, 1:] != ascending[:, :-1]
+    place = new.cumsum(1) - 1
+    return ascending[:, -1:].expand_as(ascending).scatter(1, place, ascending)
+
+
+def _nearest(values: Tensor, centroids: Tensor) -> Tensor:
+    """The nearest centroid, the lower one at a tie, the first of equal ones: uint8 [C, n]."""
+    middles = (centroids[:, 1:].double() + centroids[:, :-1].double()) / 2
+    code = torch.searchsorted(middles, values.double())
+    first = torch.searchsorted(centroids, centroids.gather(1, code))
+    return first.to(torch.uint8)
+
+
+def _finds_optimum(problem: Problem) -> Support:
+    if problem.layout == "lloyd":
+        return False, "finds the optimum, not what k-means++ and Lloyd's iteration find"
+    return True, ""
+
+
 def _reads(layout: str) -> Callable[[Problem], Support]:
     def supports(problem: Problem) -> Support:
         if problem.layout != layout:
@@ -164,5 +337,12 @@ def register_kernels() -> None:
         run = partial(linear, dequantize)
         register(Kernel(f"{name}_linear", f"reference.{name}_linear", _reads(layout), run, _BECAUSE))
         register(Kernel(f"{name}_dequantize", f"reference.{name}_dequantize", _reads(layout), dequantize, _BECAUSE))
-    register(Kernel("pack_codes", "reference.pack_codes", _anything, pack_codes, _BECAUSE))
-    register(Kernel("unpack_codes", "reference.unpack_codes", _anything, unpack_codes, _BECAUSE))
+    for op, run_op, supports in (
+        ("pack_codes", pack_codes, _anything),
+        ("unpack_codes", unpack_codes, _anything),
+        ("softmax_cdist_l1", softmax_cdist_l1, _anything),
+        ("softmax_cdist_l1_backward", softmax_cdist_l1_backward, _anything),
+        ("kmeans_1d", kmeans_1d, _finds_optimum),
+        ("kmeans_1d_errors", kmeans_1d_errors, _finds_optimum),
+    ):
+        register(Kernel(op, f"reference.{op}", supports, run_op, _BECAUSE))

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -256,6 +257,38 @@ def decode_and_matmul(
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+def kmeans_1d_layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
+    """The dynamic program, a launch per level; see `reference.Layers`."""
+    from ..triton_kernels.kmeans_1d import kmeans_1d_layers as run
+
+    with _on_device_of(sums):
+        return run(sums, masses, k_max)
+
+
+def softmax_cdist_l1(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..triton_kernels.softmax_cdist_l1 import softmax_cdist_l1 as run
+
+    with _on_device_of(student_logits):
+        return run(student_logits.contiguous(), teacher_logits.contiguous(), temperature)
+
+
+def softmax_cdist_l1_backward(
+    grad: Tensor,
+    logits: Tensor,
+    other_logits: Tensor,
+    statistics: Tensor,
+    other_statistics: Tensor,
+    temperature: float,
+) -> Tensor:
+    from ..triton_kernels.softmax_cdist_l1 import softmax_cdist_l1_backward as run
+
+    grad, logits, other_logits = grad.contiguous(), logits.contiguous(), other_logits.contiguous()
+    with _on_device_of(logits):
+        return run(grad, logits, other_logits, statistics.contiguous(), other_statistics.contiguous(), temperature)
+
+
 def _on_device_of(tensor: Tensor):
     """Triton launches on the current device, whatever its arguments say."""
     return torch.cuda.device_of(tensor)
@@ -274,10 +307,22 @@ def _on_device(problem: Problem) -> Support:
     return available()
 
 
+def _takes_dtype(problem: Problem) -> Support:
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False, f"takes float32, bfloat16 and float16, not {problem.dtype}"
+    return _on_device(problem)
+
+
 def _few_tokens(problem: Problem) -> Support:
     if problem.tokens > MAX_FUSED_TOKENS:
         return False, f"serves up to {MAX_FUSED_TOKENS} tokens, here {problem.tokens}"
     return _reads_layout(problem)
+
+
+def _finds_optimum(problem: Problem) -> Support:
+    if problem.layout == "lloyd":
+        return False, "finds the optimum, not what k-means++ and Lloyd's iteration find"
+    return _on_device(problem)
 
 
 def register_kernels() -> None:
@@ -311,5 +356,33 @@ def register_kernels() -> None:
             "plain torch: once, when a weight is made",
         ),
         ("unpack_codes", "triton.unpack_codes", _on_device, reference.unpack_codes, "plain torch: never in a forward"),
+        (
+            "kmeans_1d",
+            "triton.kmeans_1d",
+            _finds_optimum,
+            partial(reference.kmeans_1d, find_layers=kmeans_1d_layers),
+            "a launch per level of the dynamic program; torch sorts and looks codes up",
+        ),
+        (
+            "kmeans_1d_errors",
+            "triton.kmeans_1d_errors",
+            _finds_optimum,
+            partial(reference.kmeans_1d_errors, find_layers=kmeans_1d_layers),
+            "a launch per level of the dynamic program; torch sorts",
+        ),
+        (
+            "softmax_cdist_l1",
+            "triton.softmax_cdist_l1",
+            _takes_dtype,
+            softmax_cdist_l1,
+            "two instructions a pair, no probabilities in memory (not measured)",
+        ),
+        (
+            "softmax_cdist_l1_backward",
+            "triton.softmax_cdist_l1_backward",
+            _takes_dtype,
+            softmax_cdist_l1_backward,
+            "no probabilities in memory (not measured)",
+        ),
     ):
         register(Kernel(op, name, supports, run, because))

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..config import FULL_BITS, CLAQConfig
 from ..formats import CodebookWeight, PackedWeight
+from ..kmeans import kmeans_1d
 from . import allocate
 from .column_loop import ColumnQuantizer, factor_hessian, output_error, sweep_columns
-from .kmeans import kmeans_1d
 
 FP16_MAX = 65504.0
 FP16_TINY = 2.0**-25 / 0.01

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..formats import CodebookWeight, Sparse24CodebookWeight
 from ..formats.sparse24 import GROUP, KEPT
 from ..formats.sparse24_codebook import BITS
-from .kmeans import kmeans_1d
+from ..kmeans import kmeans_1d
 
 MAX_OUTLIER_FRACTION = 0.5
 

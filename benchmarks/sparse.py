@@ -1,0 +1,189 @@
+"""`pyllmq bench --op sparse_linear`: the sparse formats beside dense torch and torch's CSR, the goals, speed against sparsity."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyllmq import backends, dispatch, ops
+from pyllmq.compression.data_free import pack_columns_24
+from pyllmq.compression.magnitude import mask_24
+from pyllmq.formats import BitmapWeight, PackedWeight, Sparse24CodebookWeight, Sparse24Weight
+
+from .providers import BASELINE, RIVALS, Layer, Provider, _always, _pyllmq_available, _pyllmq_isa, _torch_isa
+from .record import Row
+
+OP = "sparse_linear"
+SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+CODE_BITS = (2, 3, 4)
+TORCH_BF16 = "torch bf16"
+_SUFFIX = {torch.float32: "", torch.bfloat16: " bf16"}
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def providers() -> list[Provider]:
+    """torch dense, torch CSR at each sparsity, ours."""
+    dense = [provider for provider in RIVALS if provider.name in (BASELINE, TORCH_BF16)]
+    rows = [*dense, *(torch_csr(sparsity) for sparsity in SPARSITIES)]
+    for dtype in (torch.float32, torch.bfloat16):
+        rows += [_ours(f"bitmap {s:g}", partial(_pruned, s, dtype), ops.bitmap_linear, dtype) for s in SPARSITIES]
+        rows.append(_ours("2:4", partial(_pruned_24, dtype), ops.sparse24_linear, dtype))
+    for bits in CODE_BITS:
+        make = partial(_coded, bits)
+        rows.append(_ours(f"2:4 {bits} bits", make, ops.sparse24_codebook_linear, torch.float32))
+    return rows
+
+
+def _random_mask(weight: Tensor, sparsity: float) -> Tensor:
+    """What is kept does not matter to a kernel, and sorting every row by magnitude takes longer than all timings."""
+    return torch.rand(weight.shape, generator=torch.Generator().manual_seed(4)) >= sparsity
+
+
+def _pruned(sparsity: float, dtype: torch.dtype, weight: Tensor) -> BitmapWeight:
+    return BitmapWeight.pack(weight, _random_mask(weight, sparsity), dtype)
+
+
+def _pruned_24(dtype: torch.dtype, weight: Tensor) -> Sparse24Weight:
+    return Sparse24Weight.pack(weight, mask_24(weight), dtype)
+
+
+def _coded(bits: int, weight: Tensor) -> Sparse24CodebookWeight:
+    """As k-means would, but with the codebook of the first 512 rows: exact k-means of 16 million weights takes minutes."""
+    n = weight.shape[0]
+    few = pack_columns_24(weight[:512], mask_24(weight[:512]), bits).tensors["codebook"].float()
+    middles = (few[:, 1:] + few[:, :-1]) / 2
+    codes = torch.searchsorted(middles, weight.T.contiguous()).to(torch.uint8).T.contiguous()
+    assert codes.shape[0] == n
+    return Sparse24CodebookWeight.pack(codes, mask_24(weight), few)
+
+
+def _ours(
+    name: str, pack: Callable[[Tensor], PackedWeight], linear: Callable[..., Tensor], dtype: torch.dtype
+) -> Provider:
+    def make(weight: Tensor) -> Layer:
+        packed = pack(weight)
+        dense = getattr(ops, linear.__name__.replace("_linear", "_dequantize"))
+        return _layer(packed.operand(), packed.nbytes, linear, dtype, partial(dense, packed))
+
+    return Provider(
+        f"pyllmq {name}{_SUFFIX[dtype]}", _pyllmq_available, make, _TOLERANCE[dtype], _pyllmq_isa, most_lost=1.0
+    )
+
+
+def _layer(
+    operand: dispatch.WeightOperand,
+    nbytes: int,
+    linear: Callable[..., Tensor],
+    dtype: torch.dtype,
+    dense: Callable[[], Tensor],
+) -> Layer:
+    def copy() -> Layer:
+        return _layer(backends.cpu.copy_layout(operand), nbytes, linear, dtype, dense)
+
+    def kernel(m: int) -> str:
+        return dispatch.choose(dispatch.Problem(linear.__name__, operand.layout, "cpu", dtype, m)).name
+
+    return Layer(lambda x: linear(x, operand), dense, copy, nbytes, dtype, kernel)
+
+
+def torch_csr(sparsity: float) -> Provider:
+    """torch's compressed rows in fp32, 32-bit indices where torch takes them."""
+
+    def make(weight: Tensor) -> Layer:
+        return layer((weight * _random_mask(weight, sparsity)).contiguous())
+
+    def layer(pruned: Tensor) -> Layer:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "beta state"
+            wide = pruned.to_sparse_csr()
+            held = torch.sparse_csr_tensor(
+                wide.crow_indices().int(), wide.col_indices().int(), wide.values().clone(), wide.shape
+            )
+        nbytes = sum(t.nbytes for t in (held.crow_indices(), held.col_indices(), held.values()))
+        return Layer(
+            lambda x: F.linear(x, held),
+            lambda: pruned,
+            lambda: layer(pruned),
+            nbytes,
+            torch.float32,
+            lambda m: "F.linear",
+        )
+
+    return Provider(f"torch CSR {sparsity:g}", _always, make, 1e-5, _torch_isa, most_lost=1.0)
+
+
+# ---- goals ----------------------------------------------------------------------------------------------------------
+
+GOALS = (
+    *((f"pyllmq bitmap {s:g}", BASELINE, 1, goal) for s, goal in zip(SPARSITIES, (2.4, 2.6, 2.8, 3.0), strict=False)),
+    *((f"pyllmq bitmap {s:g} bf16", TORCH_BF16, 1, 2.2) for s in SPARSITIES[:4]),
+    ("pyllmq 2:4 bf16", TORCH_BF16, 1, 2.5),
+    ("pyllmq 2:4 2 bits", BASELINE, 1, 9.0),
+    ("pyllmq 2:4 4 bits", BASELINE, 1, 4.0),
+    *((f"pyllmq bitmap {s:g}", f"torch CSR {s:g}", 1, 1.0) for s in SPARSITIES),
+    *((f"pyllmq bitmap 0.5{suffix}", rival, m, 1.0) for m in (8, 512) for suffix, rival in (("", BASELINE), (" bf16", TORCH_BF16))),
+)  # fmt: skip
+"""(ours, rival in the same run, M, how many times as fast)."""
+
+
+def goals_table(rows: Sequence[Row]) -> str:
+    """One line for each goal that the rows allow to judge."""
+    lines = []
+    for shape in dict.fromkeys(row.shape for row in rows):
+        for ours, rival, m, goal in GOALS:
+            found = {row.provider: row.median_us for row in rows if (row.shape, row.m) == (shape, m)}
+            if ours in found and rival in found:
+                ratio = found[rival] / found[ours]
+                lines.append(f"{shape}  M={m:<4} {ours:<24} / {rival:<15} {ratio:6.2f}  goal {goal:g}"
+                             f"  {'reached' if ratio >= goal else 'MISSED'}")  # fmt: skip
+    return "\n".join(lines)
+
+
+# ---- speed against sparsity -----------------------------------------------------------------------------------------
+
+
+def draw(rows: Sequence[Row], png: Path) -> None:
+    """M = 1: speed against sparsity in multiples of dense torch of the same dtype, and what the bytes alone would allow."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row.m == 1]
+    shapes = list(dict.fromkeys((row.n, row.k) for row in rows))
+    figure, panels = plt.subplots(1, 2 * len(shapes), figsize=(4.6 * 2 * len(shapes), 3.6), squeeze=False)
+    for place, (n, k) in enumerate(shapes):
+        found = {row.provider: row for row in rows if (row.n, row.k) == (n, k)}
+        for half, (suffix, rival) in enumerate((("", BASELINE), (" bf16", TORCH_BF16))):
+            panel, dense = panels[0][2 * place + half], found[rival]
+            sparsities = [s for s in SPARSITIES if f"pyllmq bitmap {s:g}{suffix}" in found]
+            bitmap = [found[f"pyllmq bitmap {s:g}{suffix}"] for s in sparsities]
+            limit = [dense.bits_per_weight / row.bits_per_weight for row in bitmap]
+            panel.plot(
+                sparsities, [dense.median_us / row.median_us for row in bitmap], "o-", color="#1b6ca8", label="bitmap"
+            )
+            panel.plot(sparsities, limit, ":", color="black", label="its bytes alone")
+            panel.plot(0.5, dense.median_us / found[f"pyllmq 2:4{suffix}"].median_us, "s", color="#d1495b", label="2:4")
+            if not suffix:
+                csr = [dense.median_us / found[f"torch CSR {s:g}"].median_us for s in sparsities]
+                panel.plot(sparsities, csr, "x-", color="#b8bcc2", label="torch CSR")
+            panel.axhline(1, color="black", linewidth=0.8)
+            panel.set_yscale("log")
+            panel.set_title(f"N={n}, K={k}, M=1, against {rival}", fontsize=9)
+            panel.set_xlabel("sparsity", fontsize=8)
+            panel.tick_params(labelsize=8)
+            panel.legend(fontsize=7)
+            panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("times as fast", fontsize=8)
+    last = rows[-1]
+    figure.suptitle(f"{last.op}: {last.device}, {last.threads} threads, torch {last.torch}", fontsize=9)
+    figure.tight_layout()
+    png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,279 @@
+#include "cuda/emulator/emulator.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifndef __x86_64__
+#error "the emulator switches fibers by x86-64 code"
+#endif
+
+// Saves the callee-saved registers of System V, swaps stacks, restores them.
+extern "C" void pyllmq_emulator_switch(void** save_stack_pointer, void* stack_pointer);
+asm(R"(.text
+.globl pyllmq_emulator_switch
+.hidden pyllmq_emulator_switch
+.type pyllmq_emulator_switch, @function
+pyllmq_emulator_switch:
+  pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+  ret
+)");
+
+namespace pyllmq::cuda::emulator {
+
+Schedule schedule;
+
+namespace {
+
+constexpr size_t kStackBytes = 64 << 10;
+constexpr int kWarp = 32;
+constexpr size_t kGuardBytes = 64;
+constexpr size_t kMostSharedBytes = 163 << 10;  // what a block gets on compute capability 8.0
+constexpr uint8_t kPoison = 0xFF;  // fp16, bf16 and fp32 of these bytes are NaN
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
+struct Fiber {
+  void* stack_pointer;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  Meeting waits_for;
+  bool done;
+  std::vector<std::vector<Copy>> copies;  // groups, the last one still open
+};
+
+struct Warp {
+  int arrived;
+  Meeting meeting;
+  void* brought[kWarp];
+};
+
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<uint8_t> shared;
+  const std::function<void()>* kernel;
+  void* main_stack_pointer;
+  int64_t block, blocks;
+  int current, threads, at_barrier;
+  size_t shared_bytes;
+  std::string failure;
+};
+Machine machine;
+int64_t launch_count = 0;
+
+[[noreturn]] void fail(const std::string& why) {
+  machine.failure = why;
+  void* abandoned;
+  pyllmq_emulator_switch(&abandoned, machine.main_stack_pointer);
+  std::abort();
+}
+
+// The next fiber that is neither finished nor waiting; ends the block when all are finished.
+void run_next() {
+  Machine& m = machine;
+  const int self = m.current, step = schedule.last_thread_first ? m.threads - 1 : 1;
+  int next = self;
+  do {
+    next = (next + step) % m.threads;
+    Fiber& fiber = m.fibers[next];
+    if (!fiber.done && fiber.waits_for == Meeting::none) {
+      m.current = next;
+      if (next != self) pyllmq_emulator_switch(&m.fibers[self].stack_pointer, fiber.stack_pointer);
+      return;
+    }
+  } while (next != self);
+  int done = 0;
+  for (const Fiber& fiber : m.fibers) done += fiber.done;
+  if (done < m.threads)
+    fail("deadlock: " + std::to_string(done) + " of " + std::to_string(m.threads) + " threads have left, " +
+         std::to_string(m.at_barrier) + " wait at a block barrier, the others at a warp's meeting");
+  void* finished;
+  pyllmq_emulator_switch(&finished, m.main_stack_pointer);
+}
+
+void fiber_main() {
+  (*machine.kernel)();
+  machine.fibers[machine.current].done = true;
+  run_next();
+  std::abort();  // a finished fiber is never resumed
+}
+
+void prepare(Fiber& fiber) {
+  fiber.waits_for = Meeting::none;
+  fiber.done = false;
+  fiber.copies.assign(1, {});
+  auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) / 64 * 64;
+  auto* at = reinterpret_cast<void**>(top - 64);
+  *--at = nullptr;  // fiber_main's own return address: it never returns
+  *--at = reinterpret_cast<void*>(&fiber_main);
+  for (int i = 0; i < 6; ++i) *--at = nullptr;
+  fiber.stack_pointer = at;
+}
+
+void run_block(int64_t block) {
+  Machine& m = machine;
+  m.block = block;
+  m.at_barrier = 0;
+  std::fill(m.shared.begin(), m.shared.end(), kPoison);
+  for (Warp& warp : m.warps) warp.arrived = 0;
+  for (Fiber& fiber : m.fibers) prepare(fiber);
+  m.current = schedule.last_thread_first ? m.threads - 1 : 0;
+  pyllmq_emulator_switch(&m.main_stack_pointer, m.fibers[m.current].stack_pointer);
+  if (!m.failure.empty()) throw std::runtime_error("emulator: " + m.failure);
+  for (size_t i = 0; i < kGuardBytes; ++i)
+    if (m.shared[i] != kPoison || m.shared[kGuardBytes + m.shared_bytes + i] != kPoison)
+      throw std::runtime_error("emulator: shared memory was written outside of the " + std::to_string(m.shared_bytes) +
+                               " bytes of the launch");
+  for (const Fiber& fiber : m.fibers)
+    for (const auto& group : fiber.copies)
+      if (!group.empty()) throw std::runtime_error("emulator: a thread left before its asynchronous copies landed");
+}
+
+}  // namespace
+
+void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  Machine& m = machine;
+  if (blocks < 1 || blocks > 0x7FFFFFFF || threads < 1 || threads > 1024 || threads % kWarp || shared_bytes > kMostSharedBytes)
+    throw std::runtime_error("emulator: a launch of " + std::to_string(blocks) + " blocks of " +
+                             std::to_string(threads) + " threads with " + std::to_string(shared_bytes) +
+                             " bytes of shared memory");
+  ++launch_count;
+  m.failure.clear();
+  m.kernel = &kernel;
+  m.blocks = blocks;
+  m.threads = threads;
+  m.shared_bytes = shared_bytes;
+  m.shared.assign(shared_bytes + 2 * kGuardBytes, kPoison);
+  m.fibers.resize(threads);
+  m.warps.resize(threads / kWarp);
+  for (int64_t i = 0; i < blocks; ++i) run_block(schedule.last_block_first ? blocks - 1 - i : i);
+}
+
+int64_t launches() { return launch_count; }
+int thread() { return machine.current; }
+int64_t block() { return machine.block; }
+int64_t blocks() { return machine.blocks; }
+uint8_t* dynamic_shared() {
+  return machine.shared.data() + kGuardBytes;  // operator new aligns to 16 bytes
+}
+
+void meet_block() {
+  Machine& m = machine;
+  if (++m.at_barrier < m.threads) {
+    m.fibers[m.current].waits_for = Meeting::block_barrier;
+    run_next();
+    return;
+  }
+  m.at_barrier = 0;
+  for (Fiber& fiber : m.fibers)
+    if (fiber.waits_for == Meeting::block_barrier) fiber.waits_for = Meeting::none;
+}
+
+void meet_warp(Meeting meeting, void* brought, WarpWork work) {
+  Machine& m = machine;
+  const int lane = m.current % kWarp, first = m.current - lane;
+  Warp& warp = m.warps[m.current / kWarp];
+  if (warp.arrived > 0 && warp.meeting != meeting) fail("lanes of one warp meet at different instructions");
+  warp.meeting = meeting;
+  warp.brought[lane] = brought;
+  if (++warp.arrived < kWarp) {
+    m.fibers[m.current].waits_for = meeting;
+    run_next();
+    return;
+  }
+  warp.arrived = 0;
+  if (work != nullptr) work(warp.brought);
+  for (int i = 0; i < kWarp; ++i)
+    if (m.fibers[first + i].waits_for == meeting) m.fibers[first + i].waits_for = Meeting::none;
+}
+
+void copy_async(void* to, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
+    fail("an asynchronous copy is not aligned to its size");
+  if (schedule.eager_copies)
+    std::memcpy(to, from, bytes);
+  else
+    machine.fibers[machine.current].copies.back().push_back({to, from, bytes});
+}
+
+void commit_async() { machine.fibers[machine.current].copies.emplace_back(); }
+
+void wait_async(int latest_left) {
+  auto& groups = machine.fibers[machine.current].copies;
+  const int closed = static_cast<int>(groups.size()) - 1;
+  for (int i = 0; i < closed - latest_left; ++i) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    groups.erase(groups.begin());
+  }
+}
+
+namespace {
+
+struct Mma {
+  float* c;
+  const uint32_t* a;
+  const uint32_t* b;
+};
+
+float half_of(uint32_t word, int which) { return cpu::fp16_to_fp32(static_cast<uint16_t>(word >> (16 * which))); }
+
+void multiply(void* const* brought) {
+  float a[16][16], b[16][8], c[16][8];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const Mma& held = *static_cast<const Mma*>(brought[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int half = 0; half < 2; ++half) {
+      for (int r = 0; r < 4; ++r) a[g + 8 * (r & 1)][2 * t + half + 8 * (r >> 1)] = half_of(held.a[r], half);
+      for (int r = 0; r < 2; ++r) b[2 * t + half + 8 * r][g] = half_of(held.b[r], half);
+    }
+    for (int e = 0; e < 4; ++e) c[g + 8 * (e >> 1)][2 * t + (e & 1)] = held.c[e];
+  }
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < 16; ++k)
+      for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+  for (int lane = 0; lane < kWarp; ++lane)
+    for (int e = 0; e < 4; ++e)
+      static_cast<Mma*>(brought[lane])->c[e] = c[lane / 4 + 8 * (e >> 1)][2 * (lane % 4) + (e & 1)];
+}
+
+struct Shuffle {
+  float value, result;
+  int mask;
+};
+
+void exchange(void* const* brought) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    auto& self = *static_cast<Shuffle*>(brought[lane]);
+    self.result = static_cast<const Shuffle*>(brought[lane ^ self.mask])->value;
+  }
+}
+
+}  // namespace
+
+void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b) {
+  Mma held{c, a, b};
+  meet_warp(Meeting::mma, &held, multiply);
+}
+
+}  // namespace pyllmq::cuda::emulator
+
+namespace pyllmq::cuda::ptx {
+
+float shuffle_xor(float value, int mask) {
+  emulator::Shuffle held{value, 0, mask};
+  emulator::meet_warp(emulator::Meeting::shuffle, &held, emulator::exchange);
+  return held.result;
+}
+
+}  // namespace pyllmq::cuda::ptx

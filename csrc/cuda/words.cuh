@@ -1,0 +1,137 @@
+// The vocabulary of the CUDA files: every PTX instruction that a kernel uses is one function here, every launch one macro.
+// Compiled by g++ (tests only) the same names come from emulator/emulator.h, and the kernel bodies run on a CPU.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define PYLLMQ_KERNEL __global__
+#define PYLLMQ_DEVICE __device__ __forceinline__
+#define PYLLMQ_MEMBER __device__ __forceinline__
+#define PYLLMQ_UNROLL _Pragma("unroll")
+#define PYLLMQ_DYNAMIC_SHARED(name) extern __shared__ __align__(16) uint8_t name[]
+#define PYLLMQ_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+
+namespace pyllmq::cuda::ptx {
+
+PYLLMQ_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+PYLLMQ_DEVICE int64_t block() { return blockIdx.x; }
+PYLLMQ_DEVICE int64_t blocks() { return gridDim.x; }
+
+PYLLMQ_DEVICE void sync_block() { __syncthreads(); }
+PYLLMQ_DEVICE void sync_warp() { __syncwarp(); }
+PYLLMQ_DEVICE void fence() { __threadfence(); }
+
+// Byte i of the result is byte (selector >> 4i & 7) of {b, a}; bit 3 of a selector nibble must be 0.
+PYLLMQ_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
+
+PYLLMQ_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
+
+// c += a * b: fp16 [16, 16] x fp16 [16, 8], summed in fp32. With g = lane / 4 and t = lane % 4, a lane holds
+// a = {A[g][2t..], A[g+8][2t..], A[g][2t+8..], A[g+8][2t+8..]}, b = {B[2t..][g], B[2t+8..][g]}, c = {C[g][2t..], C[g+8][2t..]}.
+PYLLMQ_DEVICE void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// 16 bytes from global to shared memory, past the L1 cache; there after wait_async and a barrier.
+PYLLMQ_DEVICE void copy_async_16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+PYLLMQ_DEVICE void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLatestLeft>  // waits until at most so many of this thread's latest groups are still under way
+PYLLMQ_DEVICE void wait_async() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLatestLeft) : "memory");
+}
+
+// A byte address in shared memory: sums of such addresses stay as they are written, one instruction each, where a pointer's
+// would be split into an offset and the block's base.
+using SharedAddress = uint32_t;
+PYLLMQ_DEVICE SharedAddress shared_address(const void* shared) {
+  uint32_t address;
+  asm volatile("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(address) : "l"(shared));
+  return address;
+}
+template <int kOffset>
+PYLLMQ_DEVICE float load_shared(SharedAddress from) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1+%2];" : "=f"(value) : "r"(from), "n"(kOffset));
+  return value;
+}
+
+// What another block wrote: read from L2, where all blocks see the same.
+PYLLMQ_DEVICE float load_l2(const float* from) { return __ldcg(from); }
+// Returns the old value; counts 0..last and starts again at 0.
+PYLLMQ_DEVICE uint32_t count_to(uint32_t* counter, uint32_t last) { return atomicInc(counter, last); }
+
+PYLLMQ_DEVICE uint16_t fp32_to_fp16(float value) {
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+}
+PYLLMQ_DEVICE float fp16_to_fp32(uint16_t half) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+}
+PYLLMQ_DEVICE uint16_t fp32_to_bf16(float value) {
+  uint16_t half;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+}
+PYLLMQ_DEVICE float magnitude(float value) { return fabsf(value); }
+PYLLMQ_DEVICE float exp(float value) { return expf(value); }  // to 1 unit in the last place
+PYLLMQ_DEVICE float bits_to_fp32(uint32_t bits) { return __uint_as_float(bits); }
+PYLLMQ_DEVICE uint32_t fp32_to_bits(float value) { return __float_as_uint(value); }
+
+}  // namespace pyllmq::cuda::ptx
+#else
+#include "cuda/emulator/emulator.h"
+#endif
+
+namespace pyllmq::cuda {
+
+enum class DType : int { fp32 = 0, bf16 = 1, fp16 = 2 };
+
+PYLLMQ_DEVICE float bf16_to_fp32(uint16_t half) { return ptx::bits_to_fp32(static_cast<uint32_t>(half) << 16); }
+
+PYLLMQ_DEVICE float load_element(const void* from, DType dtype, int64_t index) {
+  if (dtype == DType::fp32) return static_cast<const float*>(from)[index];
+  const uint16_t half = static_cast<const uint16_t*>(from)[index];
+  return dtype == DType::fp16 ? ptx::fp16_to_fp32(half) : bf16_to_fp32(half);
+}
+
+PYLLMQ_DEVICE void store_element(void* to, DType dtype, int64_t index, float value) {
+  if (dtype == DType::fp32)
+    static_cast<float*>(to)[index] = value;
+  else
+    static_cast<uint16_t*>(to)[index] = dtype == DType::fp16 ? ptx::fp32_to_fp16(value) : ptx::fp32_to_bf16(value);
+}
+
+PYLLMQ_DEVICE void store_nan(void* to, DType dtype, int64_t count, int threads) {
+  for (int64_t i = ptx::block() * threads + ptx::thread(); i < count; i += ptx::blocks() * threads)
+    store_element(to, dtype, i, ptx::bits_to_fp32(0x7FC00000u));
+}
+
+// N words at an address aligned to their size: one load instruction.
+template <int kWords>
+struct alignas(kWords % 4 == 0 ? 16 : kWords % 2 == 0 ? 8 : 4) Words {
+  uint32_t word[kWords];
+  PYLLMQ_MEMBER uint32_t operator[](int i) const { return word[i]; }
+};
+template <int kWords>
+PYLLMQ_DEVICE Words<kWords> load_words(const void* from) {
+  return *static_cast<const Words<kWords>*>(from);
+}
+
+}  // namespace pyllmq::cuda

@@ -1,0 +1,113 @@
+"""sinkhorn in C++ (csrc/cpu/sinkhorn.h): fp32, the exponential domain with offsets that move when scalings grow too far."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Kernel, Problem, Support, register
+from . import cpu
+
+
+def _inputs(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
+    """The tensors as the kernel reads them, and how far their problems lie apart: 0 where all share one."""
+    problems = tensors[0].shape[0]
+    shared = [problems > 1 and tensor.stride(0) == 0 for tensor in tensors]
+    laid_out = [(t[0] if once else t).contiguous() for t, once in zip(tensors, shared, strict=True)]
+    return laid_out, [0 if once else math.prod(t.shape[1:]) for t, once in zip(tensors, shared, strict=True)]
+
+
+def sinkhorn(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: Tensor,
+    iterations: int,
+    tolerance: float,
+    rho_a: float,
+    rho_b: float,
+    tape: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(plan [B, n, m], u [B, n], v [B, m], count int32 [B]): count is negated where offsets moved, and the tape is no help."""
+    problems, n, m = cost.shape
+    plan, u, v = torch.empty(problems, n, m), torch.empty(problems, n), torch.empty(problems, m)
+    count = torch.empty(problems, dtype=torch.int32)
+    if not problems:
+        return plan, u, v, count
+    inputs, strides = _inputs(cost, a, b)
+    epsilon = epsilon.contiguous()
+    cpu.kernels().sinkhorn(
+        [tensor.data_ptr() for tensor in (*inputs, epsilon)],
+        strides,
+        problems,
+        n,
+        m,
+        iterations,
+        tolerance,
+        rho_a,
+        rho_b,
+        plan.data_ptr(),
+        u.data_ptr(),
+        v.data_ptr(),
+        tape.data_ptr(),
+        count.data_ptr(),
+    )
+    return plan, u, v, count
+
+
+def sinkhorn_backward(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: Tensor,
+    tape: Tensor,
+    count: Tensor,
+    grad_plan: Tensor,
+    grad_u: Tensor,
+    grad_v: Tensor,
+    rho_a: float,
+    rho_b: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problems, n, m = cost.shape
+    grad_cost, grad_a, grad_b = torch.empty(problems, n, m), torch.empty(problems, n), torch.empty(problems, m)
+    if not problems:
+        return grad_cost, grad_a, grad_b
+    inputs, strides = _inputs(cost, a, b)
+    epsilon = epsilon.contiguous()
+    cpu.kernels().sinkhorn_backward(
+        [tensor.data_ptr() for tensor in (*inputs, epsilon)],
+        strides,
+        problems,
+        n,
+        m,
+        tape.shape[1] if tape.numel() else int(count.abs().max()),
+        rho_a,
+        rho_b,
+        tape.data_ptr(),
+        count.data_ptr(),
+        grad_plan.data_ptr(),
+        grad_u.data_ptr(),
+        grad_v.data_ptr(),
+        grad_cost.data_ptr(),
+        grad_a.data_ptr(),
+        grad_b.data_ptr(),
+    )
+    return grad_cost, grad_a, grad_b
+
+
+def _fp32_on_cpu(problem: Problem) -> Support:
+    if problem.device != cpu.DEVICE:
+        return False, f"needs tensors on the CPU, these are on {problem.device}"
+    if problem.dtype != torch.float32:
+        return False, f"computes in fp32, asked for {problem.dtype}"
+    return cpu.available()
+
+
+def register_kernels() -> None:
+    for op, run, because in (
+        ("sinkhorn", sinkhorn, "no exponential inside the loop; small problems one to a vector lane"),
+        ("sinkhorn_backward", sinkhorn_backward, "the exact adjoint from T (n + m) saved numbers"),
+    ):
+        register(Kernel(op, f"cpu.{op}", _fp32_on_cpu, run, because))

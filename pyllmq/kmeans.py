@@ -1,0 +1,179 @@
+"""One-dimensional k-means of many problems at once: arguments are checked here, the kernel comes from the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from .dispatch import kernel_for
+
+METHODS = ("exact", "windowed", "lloyd")
+MAX_CLUSTERS = 256
+MAX_POINTS = 2**32 - 1
+
+
+@overload
+def kmeans_1d(
+    values: Tensor,
+    k: int,
+    weights: Tensor | None = None,
+    method: str = "exact",
+    seed: int = 0,
+    centroid_dtype: torch.dtype = torch.float32,
+    packed: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def kmeans_1d(
+    values: Tensor,
+    k: Sequence[int],
+    weights: Tensor | None = None,
+    method: str = "exact",
+    seed: int = 0,
+    centroid_dtype: torch.dtype = torch.float32,
+    packed: bool = False,
+) -> list[tuple[Tensor, Tensor]]: ...
+def kmeans_1d(
+    values: Tensor,
+    k: int | Sequence[int],
+    weights: Tensor | None = None,
+    method: str = "exact",
+    seed: int = 0,
+    centroid_dtype: torch.dtype = torch.float32,
+    packed: bool = False,
+) -> tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor]]:
+    """Cluster each row of `values` into k groups of the least (weighted) sum of squared distances to their centroids.
+
+    `exact` finds the global optimum by divide-and-conquer dynamic programming (Gronlund et al. 2017, arXiv 1701.07204;
+    Wang & Song 2011, Ckmeans.1d.dp). `windowed` does that over 128 or more cells of points, then over the points of
+    windows around the cells' bounds, and moves the windows until no bound touches an edge: on average some 1e-5 above it.
+    `lloyd` runs greedy k-means++ (Arthur & Vassilvitskii 2007) and Lloyd's iteration, the usual solver. The result does
+    not depend on the number of threads. See docs/kernels-kmeans.md.
+
+    Args:
+        values: float [C, n], n >= 1; C problems. Worked on as float32; the results lie where `values` lies.
+        k: number of centroids, 1 to 256; or several numbers, which then share one sort and one dynamic program.
+        weights: float [C, n] or [n] >= 0, each problem with one > 0. A point of weight 0 has a code, moves no centroid.
+        method: "exact", "windowed" or "lloyd".
+        seed: of k-means++ (each problem starts from the same one); unused by the other methods.
+        centroid_dtype: torch.float32, or torch.float16: centroids are rounded to it before the codes are assigned.
+        packed: codes as `pack_codes` packs them, with ceil(log2 k) bits (at least 1).
+
+    Returns:
+        (centroids, codes), or a list of such pairs, one for each number of centroids.
+        centroids: `centroid_dtype` [C, k], ascending. With fewer distinct values than k the last one is repeated.
+        codes: uint8 [C, n], the nearest centroid, the lower one at a tie; packed [C, ceil(n * bits / 8)].
+
+    Raises:
+        TypeError, ValueError: with what was given and what is allowed; for values and weights the first bad index.
+    """
+    ks = (k,) if isinstance(k, int) else _checked_list(k)
+    _check_clusters(ks)
+    _check_method(method)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed!r}; allowed: an integer from 0 to 2**64 - 1")
+    if centroid_dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"centroid_dtype is {centroid_dtype}; allowed: torch.float32, torch.float16")
+    points, weights = _checked_points(values, weights)
+
+    half = centroid_dtype == torch.float16
+    kernel = kernel_for("kmeans_1d", method, points.device.type, points.dtype)
+    found = kernel.run(points, weights, ks, method, seed, half, packed)
+    if half:
+        _check_fits_half([centroids for centroids, _ in found], points)
+        found = [(centroids.half(), codes) for centroids, codes in found]
+    return found[0] if isinstance(k, int) else found
+
+
+def kmeans_1d_errors(values: Tensor, k: Sequence[int], weights: Tensor | None = None, method: str = "exact") -> Tensor:
+    """The (weighted) sum of squared distances that `kmeans_1d` leaves with each number of centroids: float64 [C, len(k)].
+
+    One dynamic program to max(k) gives them all: `kmeans_1d_errors(values, range(1, 17))` costs as much as 16 alone.
+    Centroids are not rounded. Arguments as for `kmeans_1d`, with "exact" or "windowed" as the method.
+    """
+    if isinstance(k, int):
+        raise TypeError(f"k is {k}; it must be a sequence of numbers, such as range(1, {k} + 1) or [{k}]")
+    ks = _checked_list(k)
+    _check_clusters(ks)
+    if method == "lloyd":
+        raise ValueError("method is 'lloyd'; allowed: 'exact', 'windowed': one run gives the errors of every k")
+    _check_method(method)
+    points, weights = _checked_points(values, weights)
+    return kernel_for("kmeans_1d_errors", method, points.device.type, points.dtype).run(points, weights, ks, method)
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+
+def _checked_list(k: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(k, (str, bytes)) or not isinstance(k, Sequence):
+        raise ValueError(f"k is {k!r}; allowed: an integer from 1 to {MAX_CLUSTERS}, or a sequence of such")
+    if not k:
+        raise ValueError("k is empty; it needs at least one number of centroids")
+    return tuple(k)
+
+
+def _check_clusters(ks: tuple[int, ...]) -> None:
+    for k in ks:
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MAX_CLUSTERS:
+            raise ValueError(f"k is {k!r}; allowed: an integer from 1 to {MAX_CLUSTERS}, or a sequence of such")
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; allowed: {', '.join(map(repr, METHODS))}")
+
+
+def _checked_points(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both in float32, contiguous, on the device of `values`."""
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        given = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"values is {given}; it must be a floating-point tensor [C, n]")
+    if values.dim() != 2:
+        hint = "; for one problem pass values.unsqueeze(0)" if values.dim() == 1 else ""
+        raise ValueError(f"values has the shape {tuple(values.shape)}; it must be [C, n]: C problems of n values{hint}")
+    problems, n = values.shape
+    if not 1 <= n <= MAX_POINTS:
+        raise ValueError(f"values has n = {n} values per problem; allowed: 1 to {MAX_POINTS}")
+    points = values.detach().to(torch.float32).contiguous()
+    _require_range(points, "values", "finite in float32", float("-inf"))
+    if weights is None:
+        return points, None
+
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        given = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights is {given}; it must be a floating-point tensor [C, n] or [n]")
+    if tuple(weights.shape) not in ((problems, n), (n,)):
+        raise ValueError(f"weights has the shape {tuple(weights.shape)}; allowed: [{problems}, {n}] or [{n}]")
+    weights = weights.detach().to(points.device, torch.float32).contiguous()
+    _require_range(weights, "weights", "finite in float32 and >= 0", 0.0)
+    if problems:
+        largest = weights.amax(-1)
+        if not bool(largest.all()):
+            where = f"[{int((largest == 0).nonzero()[0])}]" if weights.dim() == 2 else ""
+            raise ValueError(f"weights{where} are all 0; each problem needs at least one weight > 0")
+    return points, weights
+
+
+def _require_range(tensor: Tensor, name: str, allowed: str, least: float) -> None:
+    if tensor.numel() == 0:
+        return
+    low, high = (float(end) for end in torch.aminmax(tensor))  # NaN if there is one; half the time of isfinite().all()
+    if low >= least and low > float("-inf") and high < float("inf"):
+        return
+    bad = ~torch.isfinite(tensor) | (tensor < least)
+    index = tuple(bad.nonzero()[0].tolist())
+    place = ", ".join(map(str, index))
+    raise ValueError(f"{name}[{place}] is {float(tensor[index])}; allowed: {allowed}")
+
+
+def _check_fits_half(found: list[Tensor], points: Tensor) -> None:
+    for centroids in found:
+        if not bool(torch.isfinite(centroids).all()):
+            problem = int((~torch.isfinite(centroids)).any(1).nonzero()[0])
+            raise ValueError(
+                f"a centroid of values[{problem}] (up to {float(points[problem].abs().max()):g}) does not fit into fp16, "
+                "which ends at 65504; rescale the values or ask for torch.float32"
+            )

@@ -1,0 +1,44 @@
+"""examples/distill.py, a few steps of it: what it prints and writes, and that a second run trains nothing."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+DISTILL = Path(__file__).parent.parent / "examples" / "distill.py"
+
+
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed (pip install '.[distill]')")
+def test_distil_with_and_without_the_term(tmp_path):
+    command = [
+        sys.executable,
+        str(DISTILL),
+        "--out",
+        str(tmp_path),
+        "--teacher-steps",
+        "3",
+        "--steps",
+        "2",
+        "--seeds",
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.txt").read_text()
+    assert table in done.stdout
+    assert [line.split("|")[1].strip() for line in table.splitlines()[3:]] == [
+        "labels",
+        "labels + KL",
+        "labels + KL + Sinkhorn",
+    ]
+    results = sorted(tmp_path.glob("labels*-2-0.json"))
+    found = [json.loads(path.read_text()) for path in results]
+    assert len(found) == 3 and len({row["perplexity"] for row in found}) == 3
+    assert all(1 < row["perplexity"] < 2000 and row["kl"] > 0 and 0 <= row["agreement"] <= 1 for row in found)
+    assert (tmp_path / "teacher" / "model.safetensors").exists() and not list(tmp_path.glob("*.part"))
+    written = {path: path.stat().st_mtime_ns for path in (*results, tmp_path / "teacher" / "model.safetensors")}
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert table in again.stdout and all(path.stat().st_mtime_ns == at for path, at in written.items())

@@ -10,8 +10,9 @@ Importing this package also lets transformers' auto classes load packed folders.
 from . import functional as functional
 from . import losses as losses
 from .compression.model import compress
+from .compression.pruned import pack_pruned
 from .compression.report import CompressionReport, LayerReport
-from .config import CLAQConfig
+from .config import CLAQConfig, SparseConfig
 from .dispatch import NoKernelError, use_backend
 from .formats import (
     BitmapWeight,
@@ -44,6 +45,7 @@ __all__ = [
     "Sparse24CodebookWeight",
     "Sparse24Linear",
     "Sparse24Weight",
+    "SparseConfig",
     "SparseLinear",
     "compress",
     "doubly_stochastic",
@@ -52,6 +54,7 @@ __all__ = [
     "kmeans_1d",
     "kmeans_1d_errors",
     "losses",
+    "pack_pruned",
     "save_pretrained",
     "set_precision",
     "sinkhorn",

@@ -49,9 +49,22 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "output", metavar="OUT", help="folder to write; an earlier packed folder of that name is replaced at the end"
     )
-    c.add_argument("--method", choices=["claq"], default="claq", help="compression method")
     c.add_argument(
-        "--bits", type=float, default=3.12, help="bits per weight as the CLAQ paper counts them (true bits are printed)"
+        "--method",
+        choices=["claq", *PRUNING, "pack"],
+        default="claq",
+        help="claq quantizes; magnitude, wanda, sparsegpt and mixed-sparsity prune; pack makes a model pruned elsewhere small",
+    )
+    c.add_argument(
+        "--bits",
+        type=float,
+        help="bits per weight as the CLAQ paper counts them (true bits are printed); default 3.12; when pruning: quantize what "
+        "is kept as well",
+    )
+    c.add_argument("--sparsity", type=float, metavar="SHARE", help="share of the weights to prune; default 0.5")
+    c.add_argument("--pattern", default="unstructured", help="of the pruned weights: unstructured or N:M, such as 2:4")
+    c.add_argument(
+        "--values", choices=["float16", "bfloat16", "float32", "int8"], help="of kept weights; default as in SRC"
     )
     c.add_argument(
         "--outliers",
@@ -62,7 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     c.add_argument("--kmeans", choices=["exact", "windowed", "lloyd"], default="exact", help="1-D k-means solver")
     c.add_argument(
-        "--calibration", metavar="FILE", help="UTF-8 text file; default: prose of CPython's reference manual"
+        "--calibration",
+        metavar="FILE",
+        help="UTF-8 text file, or self: the model writes the text (causal models); default: prose of CPython's reference manual",
     )
     c.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (encoders: sentences)")
     c.add_argument("--seqlen", type=int, default=512, metavar="L", help="tokens per window")
@@ -157,13 +172,16 @@ NAMED_OUTLIERS = {2.12: 0.005, 2.24: 0.01, 3.12: 0.005, 3.23: 0.01}
 """CLAQ's fusion points: at these bits the paper keeps this share of the weights in fp16."""
 
 
+PRUNING = {"magnitude": "magnitude", "wanda": "wanda", "sparsegpt": "sparsegpt", "mixed-sparsity": "mixed"}
+"""--method -> `SparseConfig.method`."""
+
+
 def run_compress(given: argparse.Namespace) -> int:
-    from . import CLAQConfig, compress, save_pretrained
+    from . import compress, pack_pruned, save_pretrained
     from .loading import is_packed, load_model, load_tokenizer
     from .swap import DEFAULT_EXCLUDE
 
-    outliers = NAMED_OUTLIERS.get(given.bits, 0.0) if given.outliers is None else given.outliers
-    config = CLAQConfig(bits=given.bits, outliers=outliers, kmeans=given.kmeans)
+    config = None if given.method == "pack" else _config(given)
     output = Path(given.output)
     if output.exists() and not (output.is_dir() and (is_packed(output) or not any(output.iterdir()))):
         raise FileExistsError(
@@ -175,15 +193,13 @@ def run_compress(given: argparse.Namespace) -> int:
         raise ValueError(f"{given.source} is already packed; compress the dense model that it was made from")
     tokenizer = load_tokenizer(given.source)
     model = load_model(given.source)
-    batches = _calibration_batches(model, tokenizer, given)
-    report = compress(
-        model,
-        config,
-        batches,
-        include=given.include,
-        exclude=(*DEFAULT_EXCLUDE, *(given.exclude or ())),
-        progress=not given.quiet,
-    )
+    names = {"include": given.include, "exclude": (*DEFAULT_EXCLUDE, *(given.exclude or ()))}
+    if config is None:
+        report = pack_pruned(model, values=given.values, **names)
+    else:
+        report = compress(
+            model, config, _calibration_batches(model, tokenizer, given), progress=not given.quiet, **names
+        )
     save_pretrained(model, output, tokenizer)
     if given.report:
         report.save(given.report)
@@ -192,14 +208,36 @@ def run_compress(given: argparse.Namespace) -> int:
     return 0
 
 
+def _config(given: argparse.Namespace) -> Any:
+    from . import CLAQConfig, SparseConfig
+
+    quantizer = None
+    if given.method == "claq" or given.bits is not None:
+        bits = 3.12 if given.bits is None else given.bits
+        outliers = NAMED_OUTLIERS.get(bits, 0.0) if given.outliers is None else given.outliers
+        quantizer = CLAQConfig(bits=bits, outliers=outliers, kmeans=given.kmeans)
+    if given.method == "claq":
+        if given.sparsity is not None or given.pattern != "unstructured" or given.values is not None:
+            raise ValueError(
+                f"--sparsity, --pattern and --values prune; choose --method {' or '.join(PRUNING)} with them"
+            )
+        return quantizer
+    sparsity = 0.5 if given.sparsity is None and given.pattern == "unstructured" else given.sparsity
+    return SparseConfig(sparsity, given.pattern, PRUNING[given.method], values=given.values, quantize=quantizer)
+
+
 def _calibration_batches(model: Any, tokenizer: Any, given: argparse.Namespace) -> list[dict[str, Any]]:
     from .compression import calibration
     from .loading import is_causal
 
     if is_causal(model):
-        text = _text(given.calibration)
         limit = getattr(model.config, "max_position_embeddings", None) or given.seqlen
-        return calibration.token_windows(tokenizer, text, given.samples, min(given.seqlen, limit))
+        seqlen = min(given.seqlen, limit)
+        if given.calibration == "self":
+            return calibration.self_generated(model, tokenizer, given.samples, seqlen, progress=not given.quiet)
+        return calibration.token_windows(tokenizer, _text(given.calibration), given.samples, seqlen)
+    if given.calibration == "self":
+        raise ValueError(f"{type(model).__name__} writes no text; --calibration self needs a causal language model")
     if given.calibration:
         sentences = [line.strip() for line in _text(given.calibration).splitlines() if line.strip()]
     else:

@@ -48,6 +48,20 @@ class ColumnQuantizer:
             upper_diagonal: float32 [B], U_jj; a change of d in column j costs d^2 / U_jj^2.
         """
 
+    def refit(self, column: int, target: Tensor, stored: Tensor) -> tuple[Tensor, float]:
+        """What `refine_columns` calls: a better form of a column that `column` has stored before.
+
+        Args:
+            column: original index.
+            target: float32 [N], the values that would make the output error least, given all other columns.
+            stored: float32 [N], what the column holds now.
+
+        Returns:
+            What it holds from now on, and by how much sum_r omega_r (stored_r - target_r)^2 fell (omega_r: the weight of
+            row r in the objective, 1 unless the quantizer says otherwise). `stored` itself and 0.0 where nothing is better.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define refit(column, target, stored)")
+
     def column(self, position: int, column: int, values: Tensor) -> Tensor:
         """What is stored in place of `values`.
 
@@ -205,6 +219,81 @@ def sweep_columns(
     restored = torch.empty_like(work)
     restored[order] = quantized
     return SweepResult(weight, restored.t().contiguous(), loss)
+
+
+@dataclass(frozen=True, eq=False)
+class RefineResult:
+    quantized: Tensor
+    """float32 [N, K], in the original column order."""
+    decreases: list[float]
+    """By how much each cycle lowered sum_r omega_r e_r H e_r^T, H damped: never negative."""
+
+
+def refine_columns(
+    weight: Tensor,
+    quantized: Tensor,
+    hessian: Tensor,
+    factor: HessianFactor,
+    quantizer: ColumnQuantizer,
+    cycles: int = 3,
+    tolerance: float = 0.01,
+    block_size: int = 128,
+) -> RefineResult:
+    """Block coordinate descent over columns: refit one after the other, each against all others as they are now.
+
+    With E = quantized - weight and G = E H, the error is least where column j is t_j = q_j - G_j / H_jj, and grows from there
+    by H_jj |q - t_j|^2: one column is a 1-D k-means problem of t_j, codebook and codes together, whose exact solution cannot
+    raise the error. Inputs that were always 0 are coupled to nothing and keep what the sweep gave them.
+
+    Args:
+        weight: float [N, K], the dense matrix.
+        quantized: float [N, K], where to start: what the quantizer has stored.
+        hessian: float [K, K], undamped; `factor`'s damping is added.
+        factor: of that Hessian; gives the order and the damping.
+        quantizer: its `refit` is called for each column.
+        cycles: most passes over all columns.
+        tolerance: stop after a pass that lowers the error by less than this share of the first pass's decrease.
+        block_size: columns whose influence on later blocks is gathered into one matmul.
+    """
+    order = factor.order
+    work = quantized.detach().float().t()[order].contiguous()
+    coupling = hessian.float()[order][:, order]
+    diagonal = hessian.diagonal().double()
+    alive = diagonal[diagonal > 0]
+    coupling.diagonal().add_(factor.damping * float(alive.mean()) if alive.numel() else 0.0)
+    error = work - weight.detach().float().t()[order]
+    dead, indices = set(factor.dead_columns.tolist()), order.tolist()
+    curvature = coupling.diagonal().tolist()
+    decreases: list[float] = []
+    for _ in range(cycles):
+        decrease = 0.0
+        for begin in range(0, len(indices), block_size):
+            end = min(begin + block_size, len(indices))
+            gradient = coupling[begin:end] @ error
+            for near in range(begin, end, LAZY_COLUMNS):
+                far = min(near + LAZY_COLUMNS, end)
+                before = error[near:far].clone()
+                for place in range(near, far):
+                    if indices[place] in dead:
+                        continue
+                    step = curvature[place]
+                    target = torch.sub(work[place], gradient[place - begin], alpha=1.0 / step)
+                    stored, fell = quantizer.refit(indices[place], target, work[place])
+                    if fell <= 0.0:
+                        continue
+                    decrease += step * fell
+                    change = stored - work[place]
+                    work[place] = stored
+                    error[place] += change
+                    later = gradient[place + 1 - begin : far - begin]
+                    later.addcmul_(coupling[place, place + 1 : far, None], change)
+                gradient[far - begin :].addmm_(coupling[near:far, far:end].t(), error[near:far] - before)
+        decreases.append(decrease)
+        if decrease <= tolerance * decreases[0]:
+            break
+    restored = torch.empty_like(work)
+    restored[order] = work
+    return RefineResult(restored.t().contiguous(), decreases)
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..config import CLAQConfig
-from ..nn import CodebookLinear
+from ..config import CLAQConfig, SparseConfig
+from ..nn import LAYER_OF_KIND
 from ..swap import (
     DEFAULT_EXCLUDE,
     dense_weight,
@@ -25,9 +25,12 @@ from ..swap import (
     select_linears,
     tied_weights,
 )
+from . import densities
 from .calibration import Batch, as_batches
 from .claq import compress_linears
+from .pruning import prune_linears
 from .report import CompressionReport, LayerReport, summary
+from .sensitivity import trace_per_weight
 
 SILENT_SHARE = 0.01
 """Linear-like parameters left dense without being asked for are reported loudly above this share."""
@@ -35,7 +38,7 @@ SILENT_SHARE = 0.01
 
 def compress(
     model: nn.Module,
-    config: CLAQConfig,
+    config: CLAQConfig | SparseConfig,
     calibration: Iterable[Any],
     *,
     include: Sequence[str] | None = None,
@@ -51,7 +54,7 @@ def compress(
     Args:
         model: on any device, in any float dtype; put into eval mode for the run. Its dense weights are held until the end:
             if anything fails, or is interrupted, the model is as it was.
-        config: `CLAQConfig`.
+        config: `CLAQConfig`, or `SparseConfig` to prune.
         calibration: batches, each a tensor of token ids [B, L] or a dict as the model's forward takes it. With an
             ``attention_mask`` [B, L], padding does not count.
         include, exclude: name patterns (see `pyllmq.swap.matches`). Embeddings, norms and output heads stay dense by default;
@@ -82,7 +85,8 @@ def compress(
         _check_finite(name, dense_weight(chosen[name]))
     dense, total = left_dense(model, planned, include, exclude)
 
-    report = CompressionReport("claq", config.to_dict(), left_dense=dense)
+    method = config.method if isinstance(config, SparseConfig) else "claq"
+    report = CompressionReport(method, config.to_dict(), left_dense=dense)
     unasked = sum(item.parameters for item in dense if not item.asked)
     if unasked > SILENT_SHARE * total:
         names = summary([item for item in dense if not item.asked])
@@ -98,6 +102,8 @@ def compress(
             device = next(model.parameters()).device
             batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
             job = _Job(model, batches, config, replaced, report, bar)
+            if isinstance(config, SparseConfig):
+                job.sparsity = _plan_sparsity(job, config, stages)
             for chain in _find_chains(model, stages, batches[0]):
                 _compress_chain(job, chain)
     except BaseException:
@@ -225,10 +231,12 @@ class _Job:
 
     model: nn.Module
     batches: list[Batch]
-    config: CLAQConfig
+    config: CLAQConfig | SparseConfig
     replaced: dict[str, nn.Module]
     report: CompressionReport
     bar: tqdm
+    sparsity: dict[str, float] = field(default_factory=dict)
+    """name -> share of the weights to prune."""
 
 
 def _compress_chain(job: _Job, chain: list[_Stage]) -> None:
@@ -261,6 +269,66 @@ def _run_call(calls: Sequence[_Call], block: nn.Module, index: int) -> Tensor:
     return calls[index].run(block)
 
 
+# ---- pruning: how much of each Linear ---------------------------------------------------------------------------------
+
+
+def _plan_sparsity(job: _Job, config: SparseConfig, stages: Sequence[_Stage]) -> dict[str, float]:
+    linears = {name: module for stage in stages for name, module in stage.linears.items()}
+    layer_of = {
+        name: name if stage.block is None else str(i) for i, stage in enumerate(stages) for name in stage.linears
+    }
+    if config.allocation == "uniform" or len(linears) == 1:
+        return dict.fromkeys(linears, config.share)
+    by_layer = config.level == "layer" or config.allocation == "owl"
+    unit = layer_of if by_layer else {name: name for name in linears}
+    members: dict[str, list[str]] = {}
+    for name, key in unit.items():
+        members.setdefault(key, []).append(name)
+    sizes = {key: sum(dense_weight(linears[name]).numel() for name in names) for key, names in members.items()}
+    if config.allocation == "owl":
+        norms = _input_norms(job, linears)
+        outliers = {}
+        for key, names in members.items():
+            scores = {name: densities.wanda_scores(dense_weight(linears[name]), norms[name]) for name in names}
+            outliers[key] = densities.outlier_share(scores)
+        shares = densities.by_outliers(outliers, sizes, config.share, config.spread)
+    else:
+        traces = trace_per_weight(job.model, linears, job.batches, str(config.allocation))
+        sums = {key: sum(traces[name] for name in names) for key, names in members.items()}
+        shares = densities.by_rank(sums, sizes, config.share, config.spread)
+    return {name: shares[key] for name, key in unit.items()}
+
+
+def _input_norms(job: _Job, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """name -> |X_j| over the calibration tokens, float32 [K]; 0 for a Linear that never runs."""
+    sums = {name: torch.zeros_like(dense_weight(module)[0], dtype=torch.float32) for name, module in linears.items()}
+    current = 0
+
+    def recorder(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            sums[name] += _real_tokens(args[0], job.batches[current], name).square().sum(0)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(recorder(name)) for name, module in linears.items()]
+    try:
+        for current in range(len(job.batches)):  # noqa: B007  (read by the hooks)
+            job.model(**job.batches[current])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total.sqrt() for name, total in sums.items()}
+
+
+def _real_tokens(x: Tensor, batch: Batch, name: str) -> Tensor:
+    """The input of a Linear without padding, float32 [tokens, K]."""
+    x = x.detach()
+    mask = _token_mask(batch, name)
+    if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
+        x = x[mask.bool()]
+    return x.reshape(-1, x.shape[-1]).float()
+
+
 # ---- one stage: group the Linears by input, take the Hessian, compress ----------------------------------------------
 
 
@@ -278,7 +346,7 @@ def _compress_stage(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> None
         if name not in reached:
             _warn(
                 job.report,
-                f"{name} was never run by the calibration data; its codebooks are plain k-means of its weights",
+                f"{name} was never run by the calibration data; it is compressed by its weights alone",
             )
             _compress_group(job, {name: module}, torch.eye(dense_weight(module).shape[1]))
 
@@ -325,11 +393,7 @@ def _input_hessians(job: _Job, groups: list[dict[str, nn.Module]], run: Callable
         name = next(iter(groups[i]))
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
-            mask = _token_mask(job.batches[current], name)
-            if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
-                x = x[mask.bool()]
-            x = x.reshape(-1, x.shape[-1]).float()
+            x = _real_tokens(args[0], job.batches[current], name)
             product = x.T @ x
             known = sums[i]
             sums[i] = product if known is None else known.add_(product)
@@ -369,13 +433,17 @@ def _token_mask(batch: Batch, name: str) -> Tensor | None:
 
 def _compress_group(job: _Job, group: dict[str, nn.Module], hessian: Tensor) -> None:
     weights = {name: dense_weight(module).float() for name, module in group.items()}
-    for name, done in compress_linears(weights, hessian, job.config).items():
+    if isinstance(job.config, SparseConfig):
+        dtype = dense_weight(next(iter(group.values()))).dtype
+        compressed = prune_linears(weights, hessian, job.config, job.sparsity, dtype)
+    else:
+        compressed = compress_linears(weights, hessian, job.config)
+    for name, done in compressed.items():
         module = group[name]
         dense = dense_weight(module)
-        bias = module.bias if isinstance(module.bias, Tensor) else None
-        layer = CodebookLinear.from_weight(
-            done.weight.to(dense.device), None if bias is None else bias.detach(), dense.dtype
-        )
+        bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
+        layer_type = LAYER_OF_KIND[done.weight.structure.kind]
+        layer = layer_type.from_weight(done.weight.to(dense.device), bias, dense.dtype)
         job.replaced[name] = module
         replace_module(job.model, name, layer)
         job.report.layers.append(
@@ -389,6 +457,7 @@ def _compress_group(job: _Job, group: dict[str, nn.Module], hessian: Tensor) -> 
                 dense_nbytes=dense.numel() * dense.element_size(),
                 error=done.error,
                 seconds=done.seconds,
+                pruned=done.pruned,
             )
         )
         job.bar.set_postfix_str(f"{name} error {done.error:.5f}", refresh=False)

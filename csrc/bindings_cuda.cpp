@@ -133,7 +133,7 @@ cuda::CdistCall cdist_call(uintptr_t x, int x_dtype, uintptr_t y, int y_dtype, i
 
 void bind_softmax_cdist_l1(py::module_& m) {
   using py::arg;
-  py::class_<cuda::CdistCall>(m, "CdistCall")
+  py::class_<cuda::CdistCall>(m, "CdistCall", py::module_local())  // the emulated module has it as well
       .def(py::init(&cdist_call), arg("x"), arg("x_dtype"), arg("y"), arg("y_dtype"), arg("batch"), arg("x_rows"),
            arg("y_rows"), arg("columns"), arg("scale"), arg("x_statistics"), arg("y_statistics"));
   m.def("softmax_cdist_l1_workspace", &cuda::softmax_cdist_l1_workspace, arg("call"), "-> fp32 elements");

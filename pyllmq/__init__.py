@@ -10,9 +10,10 @@ Importing this package also lets transformers' auto classes load packed folders.
 from . import functional as functional
 from . import losses as losses
 from .compression.model import compress
+from .compression.pruned import pack_pruned
 from .compression.report import CompressionReport, LayerReport
 from .compression.tune import tune_codebooks
-from .config import CLAQConfig, ColumnCodebookConfig
+from .config import CLAQConfig, ColumnCodebookConfig, SparseConfig
 from .dispatch import NoKernelError, use_backend
 from .formats import (
     BitmapWeight,
@@ -46,6 +47,7 @@ __all__ = [
     "Sparse24CodebookWeight",
     "Sparse24Linear",
     "Sparse24Weight",
+    "SparseConfig",
     "SparseLinear",
     "compress",
     "doubly_stochastic",
@@ -54,6 +56,7 @@ __all__ = [
     "kmeans_1d",
     "kmeans_1d_errors",
     "losses",
+    "pack_pruned",
     "save_pretrained",
     "set_precision",
     "sinkhorn",

@@ -9,9 +9,11 @@ import platform
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .config import CLAQConfig, ColumnCodebookConfig, SparseConfig
 from .dispatch import PRECISIONS
 
 
@@ -51,9 +53,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     c.add_argument(
         "--method",
-        choices=["columns", "claq"],
+        choices=["columns", "claq", *PRUNING, "pack"],
         default="columns",
-        help="column codebooks at their best, or as published",
+        help="columns: column codebooks at their best, claq: as published; magnitude, wanda, sparsegpt and mixed-sparsity prune; "
+        "pack makes a model pruned elsewhere small",
+    )
+    c.add_argument("--sparsity", type=float, metavar="SHARE", help="share of the weights to prune; default 0.5")
+    c.add_argument("--pattern", default="unstructured", help="of the pruned weights: unstructured or N:M, such as 2:4")
+    c.add_argument(
+        "--values", choices=["float16", "bfloat16", "float32", "int8"], help="of kept weights; default as in SRC"
     )
     c.add_argument(
         "--bits",
@@ -74,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     c.add_argument("--kmeans", choices=["exact", "windowed", "lloyd"], default="exact", help="1-D k-means solver")
     c.add_argument(
-        "--calibration", metavar="FILE", help="UTF-8 text file; default: prose of CPython's reference manual"
+        "--calibration",
+        metavar="FILE",
+        help="UTF-8 text file, or self: the model writes the text (causal models); default: prose of CPython's reference manual",
     )
     c.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (encoders: sentences)")
     c.add_argument("--seqlen", type=int, default=512, metavar="L", help="tokens per window")
@@ -169,11 +179,16 @@ NAMED_OUTLIERS = {2.12: 0.005, 2.24: 0.01, 3.12: 0.005, 3.23: 0.01}
 """CLAQ's fusion points: at these bits the paper keeps this share of the weights in fp16."""
 
 
+PRUNING = {"magnitude": "magnitude", "wanda": "wanda", "sparsegpt": "sparsegpt", "mixed-sparsity": "mixed"}
+"""--method -> `SparseConfig.method`."""
+
+
 def run_compress(given: argparse.Namespace) -> int:
-    from . import compress, save_pretrained
+    from . import compress, pack_pruned, save_pretrained
     from .loading import is_packed, load_model, load_tokenizer
     from .swap import DEFAULT_EXCLUDE
 
+    config = _compression_config(given)
     output = Path(given.output)
     if output.exists() and not (output.is_dir() and (is_packed(output) or not any(output.iterdir()))):
         raise FileExistsError(
@@ -185,16 +200,14 @@ def run_compress(given: argparse.Namespace) -> int:
         raise ValueError(f"{given.source} is already packed; compress the dense model that it was made from")
     tokenizer = load_tokenizer(given.source)
     model = load_model(given.source)
-    config = _compression_config(model, given)
-    batches = _calibration_batches(model, tokenizer, given)
-    report = compress(
-        model,
-        config,
-        batches,
-        include=given.include,
-        exclude=(*DEFAULT_EXCLUDE, *(given.exclude or ())),
-        progress=not given.quiet,
-    )
+    names = {"include": given.include, "exclude": (*DEFAULT_EXCLUDE, *(given.exclude or ()))}
+    if config is None:
+        report = pack_pruned(model, values=given.values, **names)
+    else:
+        if given.size is not None:
+            config = replace(config, bits=_bits_for_size(model, given))
+        batches = _calibration_batches(model, tokenizer, given)
+        report = compress(model, config, batches, progress=not given.quiet, **names)
     save_pretrained(model, output, tokenizer)
     if given.report:
         report.save(given.report)
@@ -203,24 +216,39 @@ def run_compress(given: argparse.Namespace) -> int:
     return 0
 
 
-def _compression_config(model: Any, given: argparse.Namespace) -> Any:
-    from . import CLAQConfig, ColumnCodebookConfig
-
+def _compression_config(given: argparse.Namespace) -> Any:
+    """None for `pack`. A target size becomes bits when the model is known."""
+    for option, value, methods in (
+        ("--size", given.size, ("columns",)),
+        ("--tune", given.tune, ("columns",)),
+        ("--outliers", given.outliers, ("claq", *PRUNING)),
+        ("--sparsity", given.sparsity, tuple(PRUNING)),
+        ("--pattern", None if given.pattern == "unstructured" else given.pattern, tuple(PRUNING)),
+        ("--values", given.values, (*PRUNING, "pack")),
+        ("--bits", given.bits, ("columns", "claq", *PRUNING)),
+    ):
+        if value is not None and given.method not in methods:
+            raise ValueError(
+                f"{option} {value} does not go with --method {given.method}; choose {' or '.join(methods)}"
+            )
+    if given.method == "pack":
+        return None
     if given.method == "claq":
-        if given.size is not None or given.tune is not None:
-            raise ValueError("--size and --tune belong to --method columns; the published method knows bits alone")
-        bits = 3.12 if given.bits is None else given.bits
-        outliers = NAMED_OUTLIERS.get(bits, 0.0) if given.outliers is None else given.outliers
-        return CLAQConfig(bits=bits, outliers=outliers, kmeans=given.kmeans)
-    if given.outliers is not None:
-        raise ValueError("--outliers belongs to --method claq; the method columns buys outliers where they pay")
+        return _published(given)
+    if given.method in PRUNING:
+        sparsity = 0.5 if given.sparsity is None and given.pattern == "unstructured" else given.sparsity
+        quantizer = None if given.bits is None else _published(given)
+        return SparseConfig(sparsity, given.pattern, PRUNING[given.method], values=given.values, quantize=quantizer)
     if given.bits is not None and given.size is not None:
         raise ValueError(f"--bits {given.bits:g} and --size {given.size} are two targets; give one of them")
-    bits = 3.0 if given.bits is None else given.bits
-    if given.size is not None:
-        bits = _bits_for_size(model, given)
     tuned = {} if given.tune is None else {"tune_steps": given.tune}
-    return ColumnCodebookConfig.preset(given.preset, bits, **tuned)
+    return ColumnCodebookConfig.preset(given.preset, 3.0 if given.bits is None else given.bits, **tuned)
+
+
+def _published(given: argparse.Namespace) -> CLAQConfig:
+    bits = 3.12 if given.bits is None else given.bits
+    outliers = NAMED_OUTLIERS.get(bits, 0.0) if given.outliers is None else given.outliers
+    return CLAQConfig(bits=bits, outliers=outliers, kmeans=given.kmeans)
 
 
 def _bits_for_size(model: Any, given: argparse.Namespace) -> float:
@@ -250,9 +278,13 @@ def _calibration_batches(model: Any, tokenizer: Any, given: argparse.Namespace) 
     from .loading import is_causal
 
     if is_causal(model):
-        text = _text(given.calibration)
         limit = getattr(model.config, "max_position_embeddings", None) or given.seqlen
-        return calibration.token_windows(tokenizer, text, given.samples, min(given.seqlen, limit))
+        seqlen = min(given.seqlen, limit)
+        if given.calibration == "self":
+            return calibration.self_generated(model, tokenizer, given.samples, seqlen, progress=not given.quiet)
+        return calibration.token_windows(tokenizer, _text(given.calibration), given.samples, seqlen)
+    if given.calibration == "self":
+        raise ValueError(f"{type(model).__name__} writes no text; --calibration self needs a causal language model")
     if given.calibration:
         sentences = [line.strip() for line in _text(given.calibration).splitlines() if line.strip()]
     else:

@@ -201,6 +201,140 @@ class ColumnCodebookConfig:
         return cls(**values)
 
 
+PRUNING_METHODS = ("magnitude", "wanda", "sparsegpt", "mixed")
+ALLOCATIONS = ("uniform", "fisher", "hutchinson", "owl")
+GROUPS = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """Pruning, alone or together with CLAQ: docs/pruning.md has the formulas and sources."""
+
+    sparsity: float | None = None
+    """Share of the weights that become 0, 0 to 0.99. With an N:M pattern it follows from that."""
+    pattern: str = "unstructured"
+    """"unstructured", or "N:M": at most N of M neighbours in a row are kept, M = 2, 4 or 8. "2:4" has its own format."""
+    method: str = "mixed"
+    """"magnitude", "wanda", "sparsegpt", or "mixed": its criterion, and sparsities by the sensitivity of each matrix."""
+    values: str | None = None
+    """What kept weights are stored in: "float16", "bfloat16", "float32" or "int8"; None is the model's dtype."""
+    quantize: CLAQConfig | None = None
+    """Quantize the kept weights in the same sweep, to codebooks. With "2:4" every column has one width, 2, 3 or 4 bits;
+    otherwise one entry of each codebook is the 0 of the pruned weights, and the size is that of the codes. `damping`,
+    `block_size` and `true_sequential` are those of this config, columns go from left to right, and `published` is not
+    allowed."""
+    allocation: str | None = None
+    """Which matrices are pruned more: "uniform"; by rank of the sensitivity of the model's loss, "fisher" (first
+    derivatives) or "hutchinson" (trace of the Hessian); "owl". None: "fisher" for mixed, else "uniform"; with an N:M
+    pattern always "uniform"."""
+    level: str = "matrix"
+    """Sensitivities are ranked by "matrix" or by "layer"; OWL always goes by layer."""
+    spread: float = 0.1
+    """Half the range of the sparsities, 0.5 with 0.1: 0.4 to 0.6."""
+    block_size: int = 128
+    """Columns among which a sweep chooses what to prune."""
+    damping: float = 0.01
+    """Share of the Hessian's mean diagonal added to its diagonal."""
+    refine: int = 1
+    """Most cycles of coordinate descent over the kept weights after a sweep; 0 to 100, none with `published`."""
+    true_sequential: bool = True
+    """Calibrate q/k/v, o, gate/up, down one after the other, each on the outputs of those before."""
+    published: bool = False
+    """Sweep as the papers do: the same share from every block of `block_size` columns, no refinement."""
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "method": PRUNING_METHODS,
+            "level": ("matrix", "layer"),
+            "values": (None, "float16", "bfloat16", "float32", "int8"),
+            "allocation": (None, *(ALLOCATIONS if self.pattern == "unstructured" else ("uniform",))),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, values))}")
+        group = self.kept_of
+        if group is not None:
+            share = 1 - group[0] / group[1]
+            if self.sparsity is None:
+                object.__setattr__(self, "sparsity", share)
+            elif abs(self.sparsity - share) > 1e-9:
+                raise ValueError(
+                    f"sparsity is {self.sparsity!r}, but the pattern {self.pattern} prunes {share:g}; leave sparsity out"
+                )
+        _number("sparsity", self.sparsity, 0, 0.99)
+        _number("spread", self.spread, 0, 0.5)
+        _number("damping", self.damping, 0, 1)
+        if isinstance(self.refine, bool) or not isinstance(self.refine, int) or not 0 <= self.refine <= 100:
+            raise ValueError(f"refine is {self.refine!r}; allowed: an integer from 0 to 100")
+        step = group[1] if group else 8
+        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
+            raise ValueError(f"block_size is {self.block_size!r}; allowed: an integer >= 1")
+        if self.block_size % step:
+            raise ValueError(f"block_size is {self.block_size}; with {self.pattern} it must be a multiple of {step}")
+        for flag in ("true_sequential", "published"):
+            if not isinstance(getattr(self, flag), bool):
+                raise ValueError(f"{flag} is {getattr(self, flag)!r}; allowed: True, False")
+        if self.quantize is not None and not isinstance(self.quantize, CLAQConfig):
+            raise ValueError(f"quantize is {self.quantize!r}; allowed: None or a CLAQConfig")
+        if self.quantize is not None and self.quantize.published:
+            raise ValueError("quantize has published=True; the released code does not prune, leave it out")
+        if self.quantize is not None and self.values is not None:
+            raise ValueError(f"values is {self.values!r} and quantize is given; codebooks are fp16, leave values out")
+        if self.quantize is not None and self.pattern == "2:4" and self.quantize.code_bits not in (2, 3, 4):
+            raise ValueError(
+                f"quantize has {self.quantize.code_bits:g} bits for the codes; with the pattern 2:4 it must be 2, 3 or 4"
+            )
+        if self.allocation is None:
+            by_method = "fisher" if self.method == "mixed" and group is None else "uniform"
+            object.__setattr__(self, "allocation", by_method)
+
+    @property
+    def share(self) -> float:
+        """`sparsity` as a number, whether it was given or follows from the pattern."""
+        assert self.sparsity is not None
+        return self.sparsity
+
+    @property
+    def kept_of(self) -> tuple[int, int] | None:
+        """(N, M) of an N:M pattern, None if unstructured."""
+        if self.pattern == "unstructured":
+            return None
+        kept, colon, group = str(self.pattern).partition(":")
+        if not (
+            colon and kept.isdecimal() and group.isdecimal() and int(group) in GROUPS and 0 < int(kept) < int(group)
+        ):
+            raise ValueError(
+                f"pattern is {self.pattern!r}; allowed: 'unstructured', or 'N:M' with M = 2, 4 or 8 and N from 1 to M - 1"
+            )
+        return int(kept), int(group)
+
+    @property
+    def sweeps(self) -> bool:
+        """Does the column sweep run? Magnitude and Wanda alone leave the kept weights as they are."""
+        return self.quantize is not None or self.method in ("sparsegpt", "mixed")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SparseConfig:
+        """The inverse of `to_dict`; missing keys take their defaults.
+
+        Raises:
+            ValueError: unknown keys (the allowed ones are named), or a value out of range.
+        """
+        allowed = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(allowed), key=str)
+        if unknown:
+            raise ValueError(
+                f"SparseConfig does not know {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}"
+            )
+        values = dict(values)
+        if isinstance(values.get("quantize"), Mapping):
+            values["quantize"] = CLAQConfig.from_dict(values["quantize"])
+        return cls(**values)
+
+
 def _check_keys(config: type, values: Mapping[str, Any]) -> None:
     allowed = [field.name for field in fields(config)]
     unknown = sorted(set(values) - set(allowed), key=str)

@@ -219,3 +219,70 @@ def test_bench(tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     assert "torch fp32" in printed and "pyllmq" in printed and csv.stat().st_size > 100
+
+
+def test_prune_and_run(source, tmp_path, capsys):
+    out = tmp_path / "sparse"
+    arguments = ["compress", str(source), str(out), "--method", "mixed-sparsity", "--sparsity", "0.6", "--samples", "3",
+                 "--seqlen", "24", "--calibration", "self"]  # fmt: skip
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "model.layers.1.mlp.down_proj" in printed and "true bits per weight" in printed
+    model = pyllmq.from_pretrained(out)
+    layers = [m for m in model.modules() if isinstance(m, pyllmq.SparseLinear)]
+    kept, total = sum(m.structure.kept for m in layers), sum(m.in_features * m.out_features for m in layers)
+    assert len(layers) == 14 and kept / total == pytest.approx(0.4, abs=0.01)
+    assert main(["generate", str(out), "--prompt", "The", "--max-new-tokens", "3"]) == 0
+
+
+def test_prune_and_quantize(source, tmp_path, capsys):
+    out = tmp_path / "joint"
+    assert main(["compress", str(source), str(out), "--method", "sparsegpt", "--pattern", "2:4", "--bits", "4", "--samples", "3",
+                 "--seqlen", "24", "--quiet"]) == 0  # fmt: skip
+    assert main(["inspect", str(out), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out.split("\n", 2)[2])
+    assert {row["kind"] for row in described.values()} == {"sparse24_codebook"}
+
+
+def test_a_checkpoint_pruned_elsewhere(source, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source)
+    for i, layer in enumerate(model.model.layers):
+        for name, module in layer.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                smallest = module.weight.abs().flatten().kthvalue(module.weight.numel() // 2).values
+                mask = module.weight.abs() > smallest
+                if i:
+                    mask = torch.zeros_like(mask).scatter(
+                        1, torch.arange(1, mask.shape[1], 2).expand(len(mask), -1), True
+                    )
+                if name != "self_attn.o_proj":
+                    module.weight.data *= mask
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "packed"
+    model.save_pretrained(elsewhere)
+    AutoTokenizer.from_pretrained(source).save_pretrained(elsewhere)
+    assert main(["compress", str(elsewhere), str(out), "--method", "pack"]) == 0
+    assert "0 % zeros save nothing" in capsys.readouterr().out
+    packed = pyllmq.from_pretrained(out)
+    kinds = [type(layer.mlp.up_proj) for layer in packed.model.layers]
+    assert kinds == [pyllmq.SparseLinear, pyllmq.Sparse24Linear]
+    assert type(packed.model.layers[0].self_attn.o_proj) is torch.nn.Linear
+    ids = torch.randint(0, 512, (1, 9))
+    torch.testing.assert_close(packed(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    # The packed folder may not replace one that is not packed, and dense models have nothing to pack.
+    assert main(["compress", str(source), str(tmp_path / "none"), "--method", "pack"]) == 1
+    assert "none of 14 Linears has zeros that would save bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparsity", "0.5"], "choose --method magnitude or wanda or sparsegpt or mixed-sparsity"),
+        (["--method", "wanda", "--sparsity", "1.5"], "sparsity is 1.5; allowed"),
+        (["--method", "wanda", "--pattern", "2:5"], "pattern is '2:5'; allowed"),
+    ],
+)
+def test_bad_pruning_settings(source, tmp_path, capsys, arguments, message):
+    assert main(["compress", str(source), str(tmp_path / "out"), *arguments]) == 1
+    assert message in capsys.readouterr().err

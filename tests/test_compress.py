@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pyllmq
-from pyllmq import CLAQConfig, CodebookLinear
+from pyllmq import CLAQConfig, CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseConfig, SparseLinear
 from pyllmq.compression import model as pipeline
 
 from . import models
@@ -312,3 +312,66 @@ def test_the_encoders_padding_takes_no_token_from_the_decoder(monkeypatch):
         run(model, [batch], config=CLAQConfig(bits=4))
         hessians.append(counted["decoder.block.0.layer.0.SelfAttention.q"])
     torch.testing.assert_close(hessians[0], hessians[1])
+
+
+# ---- pruning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "layer"),
+    [
+        (SparseConfig(0.5), SparseLinear),
+        (SparseConfig(0.5, method="magnitude"), SparseLinear),
+        (SparseConfig(0.5, method="sparsegpt", allocation="hutchinson", level="layer"), SparseLinear),
+        (SparseConfig(0.5, method="wanda", allocation="owl", spread=0.08), SparseLinear),
+        (SparseConfig(pattern="2:4"), Sparse24Linear),
+        (SparseConfig(pattern="1:4", method="sparsegpt"), SparseLinear),
+        (SparseConfig(pattern="2:4", quantize=CLAQConfig(4)), Sparse24CodebookLinear),
+        (SparseConfig(0.5, quantize=CLAQConfig(3.12, outliers=0.005)), CodebookLinear),
+    ],
+)
+def test_pruned_models(config, layer):
+    torch.manual_seed(3)
+    model = models.tiny_llama()
+    ids = torch.randint(0, 512, (1, 20))
+    dense = model(ids).logits
+    report = run(model, config=config)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, layer)}
+    assert set(layers) == {row.name for row in report.layers} and len(layers) == 14
+    assert report.method == config.method and report.config == config.to_dict()
+    zeros = {name: float((module.dequantize() == 0).float().mean()) for name, module in layers.items()}
+    sizes = {name: module.in_features * module.out_features for name, module in layers.items()}
+    mean = sum(zeros[name] * sizes[name] for name in sizes) / sum(sizes.values())
+    assert mean == pytest.approx(config.sparsity, abs=0.01)
+    if config.allocation == "uniform":
+        assert max(zeros.values()) - min(zeros.values()) < 0.02
+    else:
+        assert max(zeros.values()) - min(zeros.values()) > config.spread / 2
+        assert max(abs(z - config.sparsity) for z in zeros.values()) < 2 * config.spread + 0.01
+    if config.level == "layer":
+        assert len({round(z, 2) for z in zeros.values()}) == 2
+    assert not any(p.requires_grad and p.grad is not None for p in model.parameters())
+    assert (model(ids).logits - dense).norm() / dense.norm() < 1.0
+    assert report.nbytes < report.dense_nbytes / (1 if config.quantize is None else 3)
+
+
+def test_pruning_other_architectures_and_dtypes():
+    for make in (models.tiny_bert, models.tiny_gpt2):
+        model = make().to(torch.bfloat16)
+        exclude = (*pyllmq.swap.DEFAULT_EXCLUDE, *(["pooler"] if make is models.tiny_bert else []))
+        report = run(model, exclude=exclude, config=SparseConfig(0.5))
+        layer = model.get_submodule(report.layers[0].name)
+        assert isinstance(layer, SparseLinear) and layer.structure.values == "bfloat16"
+        assert report.bits_per_weight == pytest.approx(9, abs=0.7)
+
+
+def test_the_better_methods_are_closer():
+    errors = {}
+    for method in ("magnitude", "wanda", "sparsegpt"):
+        torch.manual_seed(0)
+        model = models.tiny_llama()
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name:  # inputs on uneven scales, as trained models have them
+                parameter.data.copy_(torch.randn_like(parameter).exp())
+        errors[method] = run(model, config=SparseConfig(0.5, method=method)).mean_error
+    assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]

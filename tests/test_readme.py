@@ -38,6 +38,10 @@ def test_examples_run(where_the_examples_run):
         "column_bits": torch.full((6,), 2),
         "x": torch.randn(3, 6),
         "values": torch.randn(5, 100),
+        "cost": torch.rand(2, 6, 4),
+        "student_logits": torch.randn(2, 5, 9),
+        "teacher_logits": torch.randn(2, 5, 9),
+        "labels": torch.randint(0, 9, (2, 5)),
         **dict.fromkeys("qkv", data_free.pack_columns(torch.randn(8, 6), torch.full((6,), 3))),
     }
     exec(second, names)
@@ -47,3 +51,5 @@ def test_examples_run(where_the_examples_run):
     torch.testing.assert_close(names["y"], expected, rtol=1e-3, atol=1e-3)  # the default precision
     assert names["qkv"].out_features == 24 and names["model"].model.layers[0].mlp.up_proj.precision == "fast"
     assert names["centroids"].shape == (5, 16) and names["codes"].shape == (5, 100)
+    torch.testing.assert_close(names["plan"].sum(-1), torch.full((2, 6), 1 / 6), rtol=0.1, atol=0.01)
+    assert names["loss"].dim() == 0 and bool(torch.isfinite(names["loss"]))

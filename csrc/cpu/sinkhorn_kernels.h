@@ -429,10 +429,10 @@ typename V::Flag small_iterate(const SmallState<V>& state, int64_t n_given, int6
   R most = V::set(0);
   R counted = V::set(0);
   auto going = V::above(V::set(1), V::set(0));
-  R fs[kSmallEntries], gs[kSmallEntries];
+  R fs[kSmallEntries], gs[kSmallEntries], before[kSmallEntries];
+  for (int64_t i = 0; i < n; ++i) fs[i] = before[i] = V::set(0);
   for (int64_t j = 0; j < m; ++j) gs[j] = state.start(j);
   for (int64_t t = 0; t < iterations; ++t) {
-    R before[kSmallEntries];
     if (tolerance > 0)
       for (int64_t i = 0; i < n; ++i) before[i] = fs[i];
     for (int64_t i = 0; i < n; ++i) {

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 Batch = dict[str, Tensor]
 
@@ -63,6 +67,115 @@ def token_windows(tokenizer: Any, text: str, samples: int, seqlen: int, seed: in
         )
     order = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
     return [{"input_ids": stream[i * seqlen : (i + 1) * seqlen].unsqueeze(0)} for i in order.tolist()]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model continues its prefixes for `self_generated`; the defaults are those of arXiv 2410.17711."""
+
+    prefix_tokens: int = 2
+    temperature: float = 0.6
+    top_p: float = 0.95
+    top_k: int = 50
+    repetition_penalty: float = 1.2
+    drop: float = 0.2
+    """Share of the texts that is thrown away, those of the highest perplexity for the model itself."""
+
+
+def self_generated(
+    model: Any,
+    tokenizer: Any,
+    samples: int,
+    seqlen: int,
+    *,
+    prefixes: Sequence[str] | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> list[Batch]:
+    """`samples` windows of `seqlen` tokens that a causal model wrote itself: what it was trained on, as near as one can get.
+
+    The model continues the first tokens of `prefixes` (paragraphs of `builtin_paragraphs`) up to `seqlen` tokens or its own
+    end of text. Texts that it finds unlikely are dropped; the others are strung together and cut.
+
+    Raises:
+        ValueError: samples, seqlen or a sampling setting out of range, or a model that ends its texts at once.
+    """
+    if samples < 1 or seqlen <= sampling.prefix_tokens or sampling.prefix_tokens < 1 or not 0 <= sampling.drop < 1:
+        raise ValueError(
+            f"samples is {samples}, seqlen {seqlen}, prefix_tokens {sampling.prefix_tokens} and drop {sampling.drop}; samples and "
+            "prefix_tokens must be at least 1, seqlen above prefix_tokens, drop from 0 to below 1"
+        )
+    device = next(model.parameters()).device
+    starts = _starts(tokenizer, builtin_paragraphs() if prefixes is None else prefixes, sampling.prefix_tokens, seed)
+    training, wanted, texts, found = model.training, samples * seqlen / (1 - sampling.drop), [], 0
+    model.eval()
+    try:
+        with torch.random.fork_rng(), tqdm(total=round(wanted), disable=not progress, unit="token") as bar:
+            torch.manual_seed(seed)
+            for begin in itertools.count(0, batch_size):
+                # Three times as many as would be needed at full length: a model that ends sooner than that has no text to give.
+                if begin >= 3 * wanted / seqlen + batch_size:
+                    raise ValueError(
+                        f"the model wrote {found} tokens in {begin} texts, too few for {samples} windows of {seqlen}: it ends its "
+                        "texts early; ask for fewer or shorter windows, or give text of your own"
+                    )
+                chosen = [starts[i % len(starts)] for i in range(begin, begin + batch_size)]
+                for text, surprise in _continued(model, tokenizer, torch.stack(chosen).to(device), seqlen, sampling):
+                    texts.append((surprise, text))
+                    found += len(text)
+                    bar.update(len(text))
+                texts_by_surprise = sorted(range(len(texts)), key=lambda i: texts[i][0])
+                kept = sorted(texts_by_surprise[: math.ceil((1 - sampling.drop) * len(texts))])
+                stream = torch.cat([texts[i][1] for i in kept])
+                if len(stream) >= samples * seqlen:
+                    break
+    finally:
+        model.train(training)
+    return [{"input_ids": window[None]} for window in stream[: samples * seqlen].split(seqlen)]
+
+
+def _starts(tokenizer: Any, prefixes: Sequence[str], tokens: int, seed: int) -> list[Tensor]:
+    """The first `tokens` ids of each prefix, int64 [tokens], in random order, none twice."""
+    ids = {tuple(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]) for text in prefixes}
+    starts = sorted(start for start in ids if len(start) == tokens)
+    if not starts:
+        raise ValueError(f"none of {len(prefixes)} prefixes has {tokens} tokens; give longer ones")
+    order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [torch.tensor(starts[i]) for i in order]
+
+
+@torch.no_grad()
+def _continued(
+    model: Any, tokenizer: Any, starts: Tensor, seqlen: int, sampling: Sampling
+) -> list[tuple[Tensor, float]]:
+    """(token ids on the CPU, mean negative log-likelihood of those that were not given) of each continued start."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(ends[0]) if len(ends) else 0
+    given = starts.shape[1]
+    ids = model.generate(
+        starts,
+        attention_mask=torch.ones_like(starts),
+        max_new_tokens=seqlen - given,
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        repetition_penalty=sampling.repetition_penalty,
+        pad_token_id=pad,
+    )
+    ended = torch.isin(ids[:, given:], ends.to(ids.device)).int()
+    real = torch.cat([torch.ones_like(starts), (ended.cumsum(1) - ended == 0).to(starts)], 1)
+    logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits
+    written = real[:, given:]
+    texts = []
+    for row, length in enumerate(written.sum(1).tolist()):
+        predicted = logits[row, given - 1 : given - 1 + length].float()
+        surprise = torch.nn.functional.cross_entropy(predicted, ids[row, given : given + length])
+        texts.append((ids[row, : given + length].cpu(), float(surprise)))
+    return texts
 
 
 def as_batches(calibration: Iterable[Any]) -> list[Batch]:

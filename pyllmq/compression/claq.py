@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import FULL_BITS, CLAQConfig
-from ..formats import CodebookWeight
+from ..formats import CodebookWeight, PackedWeight
 from ..kmeans import kmeans_1d
 from . import allocate
 from .column_loop import ColumnQuantizer, factor_hessian, output_error, sweep_columns
@@ -29,7 +29,7 @@ FP16_NEGLIGIBLE = 2.0**-11
 
 @dataclass(frozen=True, eq=False)
 class CompressedLinear:
-    weight: CodebookWeight
+    weight: PackedWeight
     error: float
     """tr(E H E^T) / tr(W H W^T) with the Hessian given, undamped."""
     seconds: float
@@ -39,6 +39,8 @@ class CompressedLinear:
     mode counts one of the two sides of the outliers. `weight.bits_per_weight` counts everything that is stored."""
     bias_change: Tensor | None = None
     """float [N] to add to the bias, where the method moves the mean error there."""
+    pruned: float = 0.0
+    """Share of the weights."""
 
 
 def compress_linears(weights: Mapping[str, Tensor], hessian: Tensor, config: CLAQConfig) -> dict[str, CompressedLinear]:
@@ -63,19 +65,16 @@ def compress_linears(weights: Mapping[str, Tensor], hessian: Tensor, config: CLA
 
     started = time.perf_counter()
     factor = factor_hessian(hessian, config.damping, config.act_order)
-    plans = _column_plans(weights, factor.order, config)
+    plans = column_plans(weights, factor.order, config)
     shared_seconds = (time.perf_counter() - started) / len(weights)
 
     compressed = {}
     for name, weight in weights.items():
         started = time.perf_counter()
         bits, keep = plans[name]
-        # Released: shares stand in processing order and are read by the index inside the block, so every block reuses
-        # those of the first.
-        keep_at = keep[factor.order].tolist() if config.published else None
-        columns = _CodebookColumns(name, weight, bits.tolist(), keep.tolist(), keep_at, config)
+        columns = CodebookColumns(name, weight, bits, keep, config, factor.order)
         swept = sweep_columns(weight, factor, columns, config.block_size)
-        packed = columns.pack(bits)
+        packed = columns.pack()
         seconds = time.perf_counter() - started + shared_seconds
 
         kept_share = float(columns.kept.float().mean())
@@ -86,7 +85,7 @@ def compress_linears(weights: Mapping[str, Tensor], hessian: Tensor, config: CLA
     return compressed
 
 
-def _column_plans(weights: Mapping[str, Tensor], order: Tensor, config: CLAQConfig) -> dict[str, tuple[Tensor, Tensor]]:
+def column_plans(weights: Mapping[str, Tensor], order: Tensor, config: CLAQConfig) -> dict[str, tuple[Tensor, Tensor]]:
     """name -> (column bits uint8 [K], share of each column's weights to keep, float64 [K])."""
     counts = {name: allocate.outlier_order(w, config.outlier_order_threshold) for name, w in weights.items()}
 
@@ -103,42 +102,64 @@ def _column_plans(weights: Mapping[str, Tensor], order: Tensor, config: CLAQConf
     return dict.fromkeys(weights, plan(allocate.rank_columns(count, size)))
 
 
-class _CodebookColumns(ColumnQuantizer):
+class CodebookColumns(ColumnQuantizer):
     """Fits a codebook to each column that the sweep offers and remembers codes, codebooks and kept weights."""
 
     def __init__(
         self,
         name: str,
         weight: Tensor,
-        bits: list[int],
-        keep: list[float],
-        keep_at: list[float] | None,
+        bits: Tensor,
+        keep: Tensor,
         config: CLAQConfig,
+        order: Tensor,
+        zero_entry: bool = False,
     ) -> None:
         rows, size = weight.shape
-        self.name, self.bits, self.keep, self.keep_at, self.method = name, bits, keep, keep_at, config.kmeans
+        self.zero_entry = zero_entry
+        self.name, self.method, self.column_bits = name, config.kmeans, bits
+        self.bits, self.keep = bits.tolist(), keep.tolist()
+        # Released: shares stand in processing order and are read by the index inside the block, so every block reuses
+        # those of the first.
+        self.keep_at = keep[order].tolist() if config.published else None
         # Columns as rows, as the sweep has them.
         self.codes = torch.empty(size, rows, dtype=torch.uint8, device=weight.device)
         self.kept = torch.zeros(size, rows, dtype=torch.bool, device=weight.device)
-        self.kept_values = torch.zeros(size, rows, dtype=torch.float16, device=weight.device) if any(keep) else None
+        self.kept_values = (
+            torch.zeros(size, rows, dtype=torch.float16, device=weight.device) if any(self.keep) else None
+        )
         self.codebooks: dict[int, Tensor] = {}
 
     def column(self, position: int, column: int, values: Tensor) -> Tensor:
+        return self.fit(position, column, values)
+
+    def fit(self, position: int, column: int, values: Tensor, pruned: Tensor | None = None) -> Tensor:
+        """`column`, where the weights that `pruned` (bool [N]) names become 0 and take no part in the clustering.
+
+        With `zero_entry` their code is 0, and entry 0 of the codebook is the value 0; without, the format knows where they are.
+        """
         share = self.keep[column] if self.keep_at is None else self.keep_at[position]
+        clusters = 1 << self.bits[column]
+        if pruned is not None:
+            values, clusters = values.masked_fill(pruned, 0), clusters - self.zero_entry
         kept = None
         if share > 0:
             kept = _both_tails_released(values, share) if self.keep_at is not None else _extremes(values, share)
         # Released: k-means spends centroids on the outliers too, though they are kept.
         inliers = None if kept is None or self.keep_at is not None else (~kept).float()
-        try:
-            centroids, codes = kmeans_1d(
-                values[None], 1 << self.bits[column], inliers, method=self.method, centroid_dtype=torch.float16
-            )
-        except ValueError as error:
-            raise outgrown(self.name, column, values) from error
-        self.codebooks[column], self.codes[column] = centroids[0], codes[0]
+        if pruned is not None:
+            inliers = (~pruned).float() if inliers is None else inliers.masked_fill(pruned, 0)
+            kept = None if kept is None else kept & ~pruned
+        centroids, codes = self._cluster(column, values, clusters, inliers)
+        if self.zero_entry:
+            centroids, codes = torch.cat([centroids.new_zeros(1), centroids]), codes + 1
+        if pruned is not None:
+            codes = codes.masked_fill(pruned, 0)
+        self.codebooks[column], self.codes[column] = centroids, codes
         # index_select, not indexing: that and bucketize start torch's threads even for 4096 elements.
-        stored = centroids[0].float().index_select(0, codes[0].int())
+        stored = centroids.float().index_select(0, codes.int())
+        if pruned is not None:
+            stored = stored.masked_fill(pruned, 0)
         if kept is not None and self.kept_values is not None:
             half = values.half()
             self.kept[column], self.kept_values[column] = kept, half
@@ -147,12 +168,37 @@ class _CodebookColumns(ColumnQuantizer):
                 raise outgrown(self.name, column, values)
         return stored
 
-    def pack(self, bits: Tensor) -> CodebookWeight:
+    def _cluster(self, column: int, values: Tensor, clusters: int, inliers: Tensor | None) -> tuple[Tensor, Tensor]:
+        """fp16 [clusters] and uint8 [N]."""
+        if inliers is not None and not bool(inliers.any()):
+            return values.new_zeros(clusters, dtype=torch.float16), torch.zeros_like(values, dtype=torch.uint8)
+        try:
+            centroids, codes = kmeans_1d(
+                values[None], clusters, inliers, method=self.method, centroid_dtype=torch.float16
+            )
+        except ValueError as error:
+            raise outgrown(self.name, column, values) from error
+        return centroids[0], codes[0]
+
+    def state(self, column: int) -> tuple[Tensor, ...]:
+        """What the column holds; `restore` brings it back."""
+        kept = (self.kept[column].clone(), self.kept_values[column].clone()) if self.kept_values is not None else ()
+        return self.codebooks[column], self.codes[column].clone(), *kept
+
+    def restore(self, column: int, state: tuple[Tensor, ...]) -> None:
+        self.codebooks[column], self.codes[column] = state[:2]
+        if self.kept_values is not None:
+            self.kept[column], self.kept_values[column] = state[2:]
+
+    def pack(self) -> CodebookWeight:
         codebook = torch.cat([self.codebooks[column] for column in range(len(self.bits))])
-        outliers = {}
-        if self.kept_values is not None and bool(self.kept.any()):
-            outliers = {"outlier_mask": self.kept.t(), "outlier_weight": self.kept_values.t()}
-        return CodebookWeight.pack(self.codes.t().contiguous(), codebook, bits, **outliers)
+        return CodebookWeight.pack(self.codes.t().contiguous(), codebook, self.column_bits, **self.outliers())
+
+    def outliers(self) -> dict[str, Tensor]:
+        """The arguments of a format's `pack`; none where no weight is kept."""
+        if self.kept_values is None or not bool(self.kept.any()):
+            return {}
+        return {"outlier_mask": self.kept.t(), "outlier_weight": self.kept_values.t()}
 
 
 def _extremes(values: Tensor, share: float) -> Tensor | None:
@@ -188,15 +234,8 @@ def outgrown(name: str, column: int, values: Tensor) -> ValueError:
 
 
 def check_weight(name: str, weight: Tensor, hessian: Tensor) -> None:
-    if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
-        raise ValueError(f"{name!r} is {weight.dtype} {tuple(weight.shape)}; it must be a non-empty float [N, K]")
-    if tuple(hessian.shape) != (weight.shape[1],) * 2:
-        raise ValueError(
-            f"{name!r} is {tuple(weight.shape)} and the hessian {tuple(hessian.shape)}; with [N, K] it must be [K, K]"
-        )
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
-        raise ValueError(f"{name!r} holds {bad} of {weight.numel()} weights that are not finite; check the checkpoint")
+    """`check_matrix`, and that fp16 codebooks can hold the weight."""
+    check_matrix(name, weight, hessian)
     by_column = weight.detach().float().abs().amax(0)
     largest = float(by_column.max())
     if largest > FP16_MAX:
@@ -211,3 +250,15 @@ def check_weight(name: str, weight: Tensor, hessian: Tensor) -> None:
             f"{int(tiny.sum())} columns of {name!r} are so small that fp16 codebooks lose more than 1 % of them "
             f"(column {column}: at most {float(by_column[column]):g}, limit {FP16_TINY:.2g}). Rescale the weight first"
         )
+
+
+def check_matrix(name: str, weight: Tensor, hessian: Tensor) -> None:
+    if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
+        raise ValueError(f"{name!r} is {weight.dtype} {tuple(weight.shape)}; it must be a non-empty float [N, K]")
+    if tuple(hessian.shape) != (weight.shape[1],) * 2:
+        raise ValueError(
+            f"{name!r} is {tuple(weight.shape)} and the hessian {tuple(hessian.shape)}; with [N, K] it must be [K, K]"
+        )
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise ValueError(f"{name!r} holds {bad} of {weight.numel()} weights that are not finite; check the checkpoint")

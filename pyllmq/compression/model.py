@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..config import CLAQConfig, ColumnCodebookConfig
-from ..nn import CodebookLinear
+from ..config import CLAQConfig, ColumnCodebookConfig, SparseConfig
+from ..nn import LAYER_OF_KIND
 from ..swap import (
     DEFAULT_EXCLUDE,
     dense_weight,
@@ -26,10 +26,12 @@ from ..swap import (
     select_linears,
     tied_weights,
 )
-from . import allocate, claq, columns
+from . import allocate, claq, columns, densities
 from .calibration import Batch, as_batches
 from .guide import Guidance, output_gradients
+from .pruning import prune_linears
 from .report import CompressionReport, LayerReport, summary
+from .sensitivity import trace_per_weight
 from .tune import tune_codebooks
 
 SILENT_SHARE = 0.01
@@ -41,7 +43,7 @@ DESCRIPTION_BYTES = 960
 
 def compress(
     model: nn.Module,
-    config: CLAQConfig | ColumnCodebookConfig,
+    config: CLAQConfig | ColumnCodebookConfig | SparseConfig,
     calibration: Iterable[Any],
     *,
     include: Sequence[str] | None = None,
@@ -58,7 +60,8 @@ def compress(
     Args:
         model: on any device, in any float dtype; put into eval mode for the run. Its dense weights are held until the end:
             if anything fails, or is interrupted, the model is as it was.
-        config: `ColumnCodebookConfig` (the best accuracy per stored bit) or `CLAQConfig` (the published method).
+        config: `ColumnCodebookConfig` (the best accuracy per stored bit), `CLAQConfig` (the published method), or `SparseConfig`
+            to prune.
         calibration: batches, each a tensor of token ids [B, L] or a dict as the model's forward takes it. With an
             ``attention_mask`` [B, L], padding does not count.
         include, exclude: name patterns (see `pyllmq.swap.matches`). Embeddings, norms and output heads stay dense by default;
@@ -90,10 +93,12 @@ def compress(
         _check_finite(name, dense_weight(chosen[name]))
     dense, total = left_dense(model, planned, include, exclude)
 
-    method = "claq" if isinstance(config, CLAQConfig) else "columns"
-    steps = 0 if isinstance(config, CLAQConfig) else config.tune_steps
+    steps = config.tune_steps if isinstance(config, ColumnCodebookConfig) else 0
     original = copy.deepcopy(model) if steps else None
     tuning = batches if tuning is None else as_batches(tuning)
+    method = (
+        config.method if isinstance(config, SparseConfig) else "claq" if isinstance(config, CLAQConfig) else "columns"
+    )
     report = CompressionReport(method, config.to_dict(), left_dense=dense)
     unasked = sum(item.parameters for item in dense if not item.asked)
     if unasked > SILENT_SHARE * total:
@@ -113,6 +118,8 @@ def compress(
             job.visit = partial(_compress_group, job)
             if isinstance(config, ColumnCodebookConfig):
                 _plan_budgets(job, config, {name: chosen[name] for name in planned})
+            if isinstance(config, SparseConfig):
+                job.sparsity = _plan_sparsity(job, config, stages)
             for chain in _find_chains(model, stages, batches[0]):
                 _compress_chain(job, chain)
         if original is not None:
@@ -272,12 +279,14 @@ class _Job:
 
     model: nn.Module
     batches: list[Batch]
-    config: CLAQConfig | ColumnCodebookConfig
+    config: CLAQConfig | ColumnCodebookConfig | SparseConfig
     replaced: dict[str, nn.Module]
     report: CompressionReport
     bar: tqdm
     budgets: dict[str, float] = field(default_factory=dict)
     """name -> bytes, for a method whose target is the true size."""
+    sparsity: dict[str, float] = field(default_factory=dict)
+    """name -> share of the weights to prune."""
     guidance: Guidance = field(default_factory=Guidance)
     left_over: float = 0.0
     """Bytes that the groups done so far were given and did not use."""
@@ -315,6 +324,66 @@ def _run_call(calls: Sequence[_Call], block: nn.Module, index: int) -> Tensor:
     return calls[index].run(block)
 
 
+# ---- pruning: how much of each Linear ---------------------------------------------------------------------------------
+
+
+def _plan_sparsity(job: _Job, config: SparseConfig, stages: Sequence[_Stage]) -> dict[str, float]:
+    linears = {name: module for stage in stages for name, module in stage.linears.items()}
+    layer_of = {
+        name: name if stage.block is None else str(i) for i, stage in enumerate(stages) for name in stage.linears
+    }
+    if config.allocation == "uniform" or len(linears) == 1:
+        return dict.fromkeys(linears, config.share)
+    by_layer = config.level == "layer" or config.allocation == "owl"
+    unit = layer_of if by_layer else {name: name for name in linears}
+    members: dict[str, list[str]] = {}
+    for name, key in unit.items():
+        members.setdefault(key, []).append(name)
+    sizes = {key: sum(dense_weight(linears[name]).numel() for name in names) for key, names in members.items()}
+    if config.allocation == "owl":
+        norms = _input_norms(job, linears)
+        outliers = {}
+        for key, names in members.items():
+            scores = {name: densities.wanda_scores(dense_weight(linears[name]), norms[name]) for name in names}
+            outliers[key] = densities.outlier_share(scores)
+        shares = densities.by_outliers(outliers, sizes, config.share, config.spread)
+    else:
+        traces = trace_per_weight(job.model, linears, job.batches, str(config.allocation))
+        sums = {key: sum(traces[name] for name in names) for key, names in members.items()}
+        shares = densities.by_rank(sums, sizes, config.share, config.spread)
+    return {name: shares[key] for name, key in unit.items()}
+
+
+def _input_norms(job: _Job, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """name -> |X_j| over the calibration tokens, float32 [K]; 0 for a Linear that never runs."""
+    sums = {name: torch.zeros_like(dense_weight(module)[0], dtype=torch.float32) for name, module in linears.items()}
+    current = 0
+
+    def recorder(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            sums[name] += _real_tokens(args[0], job.batches[current], name).square().sum(0)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(recorder(name)) for name, module in linears.items()]
+    try:
+        for current in range(len(job.batches)):  # noqa: B007  (read by the hooks)
+            job.model(**job.batches[current])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total.sqrt() for name, total in sums.items()}
+
+
+def _real_tokens(x: Tensor, batch: Batch, name: str) -> Tensor:
+    """The input of a Linear without padding, float32 [tokens, K]."""
+    x = x.detach()
+    mask = _token_mask(batch, name)
+    if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
+        x = x[mask.bool()]
+    return x.reshape(-1, x.shape[-1]).float()
+
+
 # ---- one stage: group the Linears by input, take the Hessian, compress ----------------------------------------------
 
 
@@ -332,7 +401,7 @@ def _compress_stage(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> None
         if name not in reached:
             _warn(
                 job.report,
-                f"{name} was never run by the calibration data; its codebooks are plain k-means of its weights",
+                f"{name} was never run by the calibration data; it is compressed by its weights alone",
             )
             job.visit({name: module}, columns.InputStatistics(torch.eye(dense_weight(module).shape[1])))
 
@@ -382,13 +451,9 @@ def _input_statistics(
         name = next(iter(groups[i]))
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
-            s = job.guidance.token_weights[name][current] if name in job.guidance.token_weights else None
-            mask = _token_mask(job.batches[current], name)
-            if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
-                x = x[mask.bool()]
-                s = None if s is None else s[mask.bool()]
-            x = x.reshape(-1, x.shape[-1]).float()
+            batch = job.batches[current]
+            x = _real_tokens(args[0], batch, name)
+            s = _token_weights(job, name, current, args[0].shape[:-1])
             if s is not None and s.numel() != len(x):  # an expert that was sent other tokens than in the dense model
                 s = None
             weighted = x if s is None else x * s.reshape(-1, 1)
@@ -413,13 +478,22 @@ def _input_statistics(
                 f"the calibration data reaches {next(iter(groups[i]))} with no token; is the attention_mask all zero?"
             )
         biased = all(isinstance(module.bias, Tensor) for module in groups[i].values())
-        # The published method knows 2/n sum x x^T; the covariance needs the plain mean.
-        if isinstance(job.config, CLAQConfig):
+        # The published methods know 2/n sum x x^T; the covariance needs the plain mean.
+        if not isinstance(job.config, ColumnCodebookConfig):
             found.append(columns.InputStatistics(products.mul_(2.0 / tokens[i])))
             continue
         mean = total.div_(tokens[i]) if biased and job.config.correct_bias else None
         found.append(columns.InputStatistics(products.div_(tokens[i]), mean))
     return found
+
+
+def _token_weights(job: _Job, name: str, current: int, shape: torch.Size) -> Tensor | None:
+    """What the tokens of `_real_tokens` count in the statistics; None: all alike."""
+    if name not in job.guidance.token_weights:
+        return None
+    weights = job.guidance.token_weights[name][current]
+    mask = _token_mask(job.batches[current], name)
+    return weights if mask is None or mask.shape != shape else weights[mask.bool()]
 
 
 def _token_mask(batch: Batch, name: str) -> Tensor | None:
@@ -437,11 +511,15 @@ def _token_mask(batch: Batch, name: str) -> Tensor | None:
 
 def _compress_group(job: _Job, group: dict[str, nn.Module], inputs: columns.InputStatistics) -> None:
     weights = {name: dense_weight(module).float() for name, module in group.items()}
-    if isinstance(job.config, CLAQConfig):
-        compressed = claq.compress_linears(weights, inputs.hessian, job.config)
+    config = job.config
+    if isinstance(config, CLAQConfig):
+        compressed = claq.compress_linears(weights, inputs.hessian, config)
+    elif isinstance(config, SparseConfig):
+        dtype = dense_weight(next(iter(group.values()))).dtype
+        compressed = prune_linears(weights, inputs.hessian, config, job.sparsity, dtype)
     else:
         budget = sum(job.budgets[name] for name in group) + job.left_over
-        compressed = columns.compress_linears(weights, inputs, budget, job.config, job.guidance.row_weights)
+        compressed = columns.compress_linears(weights, inputs, budget, config, job.guidance.row_weights)
         job.left_over = budget - sum(done.weight.nbytes for done in compressed.values())
     for name, done in compressed.items():
         module = group[name]
@@ -449,7 +527,8 @@ def _compress_group(job: _Job, group: dict[str, nn.Module], inputs: columns.Inpu
         bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
         if bias is not None and done.bias_change is not None:
             bias = bias + done.bias_change.to(bias)
-        layer = CodebookLinear.from_weight(done.weight.to(dense.device), bias, dense.dtype)
+        layer_type = LAYER_OF_KIND[done.weight.structure.kind]
+        layer = layer_type.from_weight(done.weight.to(dense.device), bias, dense.dtype)
         job.replaced[name] = module
         replace_module(job.model, name, layer)
         job.report.layers.append(
@@ -463,6 +542,7 @@ def _compress_group(job: _Job, group: dict[str, nn.Module], inputs: columns.Inpu
                 dense_nbytes=dense.numel() * dense.element_size(),
                 error=done.error,
                 seconds=done.seconds,
+                pruned=done.pruned,
             )
         )
         job.bar.set_postfix_str(f"{name} error {done.error:.5f}", refresh=False)

@@ -25,6 +25,8 @@ class LayerReport:
     dense_nbytes: int
     error: float
     seconds: float
+    pruned: float = 0.0
+    """Share of the weights."""
 
 
 @dataclass
@@ -87,12 +89,13 @@ class CompressionReport:
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [5])
-        lines = [f"{'layer':<{width}}  {'shape':>13}  true bits  paper bits     error  seconds"]
+        pruned = any(layer.pruned for layer in self.layers)
+        lines = [f"{'layer':<{width}}  {'shape':>13}  true bits  paper bits     error  seconds{'  pruned' * pruned}"]
         for layer in self.layers:
             shape = f"{layer.out_features}x{layer.in_features}"
             lines.append(
                 f"{layer.name:<{width}}  {shape:>13}  {layer.bits_per_weight:9.3f}  {layer.paper_bits:10.3f}  "
-                f"{layer.error:8.5f}  {layer.seconds:7.2f}"
+                f"{layer.error:8.5f}  {layer.seconds:7.2f}" + f"  {layer.pruned:6.3f}" * pruned
             )
         lines.append(self.totals())
         if self.left_dense:

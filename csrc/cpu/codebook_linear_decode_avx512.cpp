@@ -66,8 +66,9 @@ void decode_columns(const uint8_t* codes, const uint8_t* split, int64_t slots, c
 
 template <int Width>
 void decode_width(const uint8_t* codes, const uint8_t* split, int64_t slots, const float* row_scale, float* weights) {
-  if (row_scale == nullptr) return decode_columns<Width, false>(codes, split, slots, nullptr, weights);
-  const __m512 scale[2] = {_mm512_loadu_ps(row_scale), _mm512_loadu_ps(row_scale + kHalfRows)};
+  __m512 scale[2] = {};
+  if (row_scale == nullptr) return decode_columns<Width, false>(codes, split, slots, scale, weights);
+  for (int half = 0; half < 2; ++half) scale[half] = _mm512_loadu_ps(row_scale + half * kHalfRows);
   decode_columns<Width, true>(codes, split, slots, scale, weights);
 }
 

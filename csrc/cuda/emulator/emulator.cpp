@@ -8,6 +8,10 @@
 #include <string>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 #ifndef __x86_64__
 #error "the emulator switches fibers by x86-64 code"
 #endif
@@ -110,6 +114,10 @@ void fiber_main() {
 }
 
 void prepare(Fiber& fiber) {
+#ifdef __SANITIZE_ADDRESS__
+  // The last frames of the thread that ended here never returned, so their red zones are still marked.
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStackBytes);
+#endif
   fiber.waits_for = Meeting::none;
   fiber.done = false;
   fiber.copies.assign(1, {});

@@ -229,7 +229,7 @@ def _compression_config(given: argparse.Namespace) -> Any:
     ):
         if value is not None and given.method not in methods:
             raise ValueError(
-                f"{option} {value} does not go with --method {given.method}; choose {' or '.join(methods)}"
+                f"{option} {value} does not go with --method {given.method}; choose --method {' or '.join(methods)}"
             )
     if given.method == "pack":
         return None

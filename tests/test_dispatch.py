@@ -37,7 +37,13 @@ PROBLEMS = {
     "triton.pack_codes": Problem("pack_codes", "", "cuda", torch.uint8),
     "triton.unpack_codes": Problem("unpack_codes", "", "cuda", torch.uint8),
     "reference.codebook_linear": Problem("codebook_linear", "checkpoint", "meta", torch.float32, 1),
-    "reference.codebook_dequantize": Problem("codebook_dequantize", "checkpoint", "cpu", torch.float32),
+    "reference.codebook_dequantize": Problem("codebook_dequantize", "checkpoint", "meta", torch.float32),
+    "cpu.decode_checkpoint_and_matmul": Problem("codebook_linear", "checkpoint", "cpu", torch.float32, 1),
+    "cpu.decode_checkpoint": Problem("codebook_dequantize", "checkpoint", "cpu", torch.float32),
+    "cpu.codebook_gradient": Problem("codebook_gradient", "checkpoint", "cpu", torch.float32),
+    "triton.codebook_gradient": Problem("codebook_gradient", "checkpoint", "cuda", torch.float32),
+    "reference.codebook_gradient": Problem("codebook_gradient", "checkpoint", "meta", torch.float32),
+    "cpu.fit_columns": Problem("fit_columns", "", "cpu", torch.float32),
     **{
         f"cpu.{format}_{op}": Problem(f"{format}_{op}", f"cpu.{format}", "cpu", torch.float32, 1)
         for format in ("bitmap", "sparse24", "sparse24_codebook")

@@ -25,6 +25,7 @@ from .oracle import assert_as_good_as_torch
 from .test_triton import compiled, needs_triton
 
 pytestmark = pytest.mark.kernels
+not_sanitized = pytest.mark.skipif("PYLLMQ_SANITIZED" in os.environ, reason="Triton's machine code is not sanitized")
 
 ISAS = cpu.kernels().supported_isas()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -315,6 +316,7 @@ def test_errors_name_what_was_given_and_what_is_allowed():
 
 
 @needs_triton
+@not_sanitized
 def test_in_the_interpreter():
     """In a process of its own: triton decides at its import whether it interprets."""
     file = Path(__file__).with_name("triton_softmax_cdist_l1.py")
@@ -326,6 +328,7 @@ def test_in_the_interpreter():
 
 
 @needs_triton
+@not_sanitized
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_kernels_compile_without_spills(arch, dtype, tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ void layout_pack(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t c
                  uintptr_t segment_rows, int64_t segments, const std::array<uintptr_t, 8>& codes, uintptr_t codebook,
                  uintptr_t row_scale, uintptr_t outlier_row_offsets, uintptr_t outlier_columns,
                  int outlier_columns_bytes, uintptr_t outlier_values) {
-  cuda::CodebookCheckpoint c{};
+  pyllmq::CodebookCheckpoint c{};
   c.rows = rows;
   c.columns = columns;
   c.segments = segments;

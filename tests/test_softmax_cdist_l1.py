@@ -7,10 +7,7 @@ and enough tiles that one block is split over tasks. Left out: more than two blo
 import math
 import os
 import re
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +19,7 @@ from pyllmq.backends import cpu
 from pyllmq.functional import softmax_cdist_l1
 
 from .oracle import assert_as_good_as_torch
-from .test_triton import compiled, needs_triton
+from .test_triton import assert_passes_in_the_interpreter, compiled, needs_triton
 
 pytestmark = pytest.mark.kernels
 not_sanitized = pytest.mark.skipif("PYLLMQ_SANITIZED" in os.environ, reason="Triton's machine code is not sanitized")
@@ -318,13 +315,7 @@ def test_errors_name_what_was_given_and_what_is_allowed():
 @needs_triton
 @not_sanitized
 def test_in_the_interpreter():
-    """In a process of its own: triton decides at its import whether it interprets."""
-    file = Path(__file__).with_name("triton_softmax_cdist_l1.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(file)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=file.parents[1], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 10 and "skipped" not in done.stdout
+    assert_passes_in_the_interpreter("triton_softmax_cdist_l1.py", 10)
 
 
 @needs_triton

@@ -1,24 +1,19 @@
 """The Triton sinkhorn without a GPU: in Triton's interpreter, and compiled ahead of time."""
 
-import os
 import re
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from .test_triton import assert_passes_in_the_interpreter
+
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
 def test_interpreter():
-    file = Path(__file__).with_name("triton_interpreter_sinkhorn.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(file)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=file.parents[1], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 30 and "skipped" not in done.stdout, done.stdout[-2000:]
+    assert_passes_in_the_interpreter("triton_interpreter_sinkhorn.py", 29)
 
 
 @pytest.mark.parametrize("block", [1, 4, 16, 32, 64])

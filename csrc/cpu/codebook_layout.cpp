@@ -50,29 +50,6 @@ struct LayoutPlan {
   std::vector<uint32_t> columns;  // by slot; padding slots hold 0
 };
 
-void check_shape(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,
-                 int64_t segments, int64_t outliers) {
-  constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  if (rows < 1 || rows > most || columns < 1 || columns > most)
-    refuse("the weight has shape [" + std::to_string(rows) + ", " + std::to_string(columns) + "]; allowed: 1.." +
-           std::to_string(most) + " each");
-  if (segments < 1 || segments > rows)
-    refuse(std::to_string(segments) + " segments for " + std::to_string(rows) + " rows; allowed: 1..rows");
-  if (column_bits == nullptr || segment_rows == nullptr) refuse("column_bits and segment_rows must not be null");
-  if (outliers < 0 || outliers > most || outliers > rows * columns)
-    refuse(std::to_string(outliers) + " outliers; allowed: 0.." + std::to_string(std::min(most, rows * columns)));
-  int64_t sum = 0;
-  for (int64_t s = 0; s < segments; ++s) {
-    if (segment_rows[s] < 1) refuse("segment_rows[" + std::to_string(s) + "] must be at least 1");
-    sum += segment_rows[s];
-  }
-  if (sum != rows)
-    refuse("segment_rows sum to " + std::to_string(sum) + ", not to the " + std::to_string(rows) + " rows");
-  for (int64_t k = 0; k < columns; ++k)
-    if (column_bits[k] < 1 || column_bits[k] > 8)
-      refuse("column_bits[" + std::to_string(k) + "] = " + std::to_string(column_bits[k]) + "; allowed: 1..8");
-}
-
 void plan_segments(LayoutPlan& plan, const int32_t* segment_rows, int64_t segments) {
   SegmentRecord record{0, 0, 0, 0};
   for (int64_t s = 0; s < segments; ++s) {
@@ -416,12 +393,12 @@ std::vector<TileChunk> tile_chunks(const LayoutView& view, int64_t most_tiles) {
 
 int64_t codebook_layout_bytes(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,
                               int64_t segments, int64_t outliers) {
-  check_shape(rows, columns, column_bits, segment_rows, segments, outliers);
+  check_codebook_shape(refuse, rows, columns, column_bits, segment_rows, segments, outliers);
   return make_plan(rows, columns, column_bits, segment_rows, segments, outliers, false).header.bytes;
 }
 
 void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookCheckpoint& c) {
-  check_shape(c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, 0);
+  check_codebook_shape(refuse, c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, 0);
   check_outliers(c);
   check_codes(c);
   const int64_t outliers = c.outlier_row_offsets ? c.outlier_row_offsets[c.rows] : 0;

@@ -23,6 +23,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "codebook_shape.h"
+
 namespace pyllmq::cpu {
 
 constexpr int kTileRows = 32;
@@ -134,20 +136,6 @@ static inline int read_code(const uint8_t* tile_codes, StepOrder order, int widt
   const int bit = 4 * (column - 6) + 3;
   return (byte(0) >> bit & 1) | (byte(1) >> bit & 1) << 1 | (byte(2) >> bit & 1) << 2;
 }
-
-// A weight as it stands in a checkpoint (docs/formats.md), all arrays row-major and contiguous.
-struct CodebookCheckpoint {
-  int64_t rows, columns, segments;
-  const uint8_t* column_bits;          // [columns]
-  const int32_t* segment_rows;         // [segments]
-  const uint8_t* codes[9];             // by width; [rows, packed_row_bytes(columns of that width)]
-  const uint16_t* codebook;            // fp16 [segments, sum 2^bits]
-  const uint16_t* row_scale;           // fp16 [rows] or null
-  const int32_t* outlier_row_offsets;  // [rows + 1] or null
-  const void* outlier_columns;         // uint16 or int32, ascending within a row
-  int outlier_columns_bytes;
-  const uint16_t* outlier_values;  // fp16
-};
 
 int64_t codebook_layout_bytes(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,
                               int64_t segments, int64_t outliers);

@@ -26,29 +26,6 @@ struct Plan {
   std::vector<int32_t> columns;  // by slot, -1 for padding
 };
 
-void check_shape(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,
-                 int64_t segments, int64_t outliers) {
-  constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  if (rows < 1 || rows > most || columns < 1 || columns > most)
-    refuse("the weight has shape [" + std::to_string(rows) + ", " + std::to_string(columns) + "]; allowed: 1.." +
-           std::to_string(most) + " each");
-  if (segments < 1 || segments > rows)
-    refuse(std::to_string(segments) + " segments for " + std::to_string(rows) + " rows; allowed: 1..rows");
-  if (column_bits == nullptr || segment_rows == nullptr) refuse("column_bits and segment_rows must not be null");
-  if (outliers < 0 || outliers > most || outliers > rows * columns)
-    refuse(std::to_string(outliers) + " outliers; allowed: 0.." + std::to_string(std::min(most, rows * columns)));
-  int64_t sum = 0;
-  for (int64_t s = 0; s < segments; ++s) {
-    if (segment_rows[s] < 1) refuse("segment_rows[" + std::to_string(s) + "] must be at least 1");
-    sum += segment_rows[s];
-  }
-  if (sum != rows)
-    refuse("segment_rows sum to " + std::to_string(sum) + ", not to the " + std::to_string(rows) + " rows");
-  for (int64_t k = 0; k < columns; ++k)
-    if (column_bits[k] < 1 || column_bits[k] > 8)
-      refuse("column_bits[" + std::to_string(k) + "] = " + std::to_string(column_bits[k]) + "; allowed: 1..8");
-}
-
 Plan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows, int64_t segments,
                int64_t outliers, bool row_scale) {
   Plan plan;
@@ -351,13 +328,13 @@ const LayoutHeader& checked_header(const void* layout, int64_t layout_bytes) {
 
 int64_t codebook_layout_bytes(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,
                               int64_t segments, int64_t outliers, bool row_scale) {
-  check_shape(rows, columns, column_bits, segment_rows, segments, outliers);
+  check_codebook_shape(refuse, rows, columns, column_bits, segment_rows, segments, outliers);
   return make_plan(rows, columns, column_bits, segment_rows, segments, outliers, row_scale).header.bytes;
 }
 
 void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookCheckpoint& c) {
   const int64_t outliers = c.outlier_row_offsets ? c.outlier_row_offsets[c.rows] : 0;
-  check_shape(c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers);
+  check_codebook_shape(refuse, c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers);
   check_arrays(c);
   const Plan plan =
       make_plan(c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers, c.row_scale != nullptr);

@@ -17,6 +17,8 @@
 #pragma once
 #include <cstdint>
 
+#include "codebook_shape.h"
+
 #ifdef __CUDACC__
 #define PYLLMQ_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -101,20 +103,6 @@ PYLLMQ_HOST_DEVICE int nibble_of(int width, int i, int h) {
 PYLLMQ_HOST_DEVICE int row_of_nibble(int width, int n, int g) {
   return width <= 2 ? 16 * (n >> 2 | (n & 1) << 1) + 2 * g + (n >> 1 & 1) : 16 * (n >> 1) + 2 * g + (n & 1);
 }
-
-// A weight as it stands in a checkpoint (docs/formats.md), all arrays row-major and contiguous, on the host.
-struct CodebookCheckpoint {
-  int64_t rows, columns, segments;
-  const uint8_t* column_bits;          // [columns]
-  const int32_t* segment_rows;         // [segments]
-  const uint8_t* codes[9];             // by width; [rows, ceil(columns of that width * width / 8)]
-  const uint16_t* codebook;            // fp16 [segments, sum 2^bits]
-  const uint16_t* row_scale;           // fp16 [rows] or null
-  const int32_t* outlier_row_offsets;  // [rows + 1] or null
-  const void* outlier_columns;         // uint16 or int32, ascending within a row
-  int outlier_columns_bytes;
-  const uint16_t* outlier_values;  // fp16
-};
 
 // Host functions. They throw std::invalid_argument that says what does not fit.
 int64_t codebook_layout_bytes(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,

@@ -29,6 +29,12 @@ class Guidance:
     token_weights: dict[str, list[Tensor]] = field(default_factory=dict)
     """name -> for each batch float32, shaped as the Linear's input without its last dimension; mean 1 over all batches."""
 
+    def limited_to(self, guidance: str) -> Guidance:
+        """What `ColumnCodebookConfig.guidance` asks for."""
+        return Guidance(
+            self.row_weights if "rows" in guidance else {}, self.token_weights if "tokens" in guidance else {}
+        )
+
 
 def output_gradients(model: nn.Module, linears: Mapping[str, nn.Module], batches: Sequence[Batch]) -> Guidance:
     """Row and token weights of each Linear for the model's own loss: of the next tokens, or of the sentence embedding."""

@@ -12,6 +12,7 @@ from . import losses as losses
 from .compression.model import compress
 from .compression.pruned import pack_pruned
 from .compression.report import CompressionReport, LayerReport
+from .compression.stream import compress_folder
 from .compression.tune import tune_codebooks
 from .config import CLAQConfig, ColumnCodebookConfig, SparseConfig
 from .dispatch import NoKernelError, use_backend
@@ -50,6 +51,7 @@ __all__ = [
     "SparseConfig",
     "SparseLinear",
     "compress",
+    "compress_folder",
     "doubly_stochastic",
     "from_pretrained",
     "functional",

@@ -8,7 +8,7 @@ from torch import nn
 
 import pyllmq
 from pyllmq import CLAQConfig, CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseConfig, SparseLinear
-from pyllmq.compression import model as pipeline
+from pyllmq.compression import job as pipeline
 
 from . import models
 

@@ -165,6 +165,7 @@ class BlockLoop:
 
         A block that runs several times in one forward (shared layers), or whose hidden states cannot be told from its other
         arguments, or that never runs, becomes a stage of the whole model: one recorded call would not tell its whole story.
+        Those come last, in one chain.
         """
         staged = {stage.name: stage for stage in stages if stage.block is not None}
         ran = self._observe(staged, check)
@@ -172,28 +173,35 @@ class BlockLoop:
             with self.weights.loaded(name):
                 check(staged[name])
         chains: list[Chain] = []
+        rest: list[Stage] = []
         before = False
         for name in [*ran, *(name for name in staged if name not in self.seen)]:
             seen = self.seen.get(name)
             if seen is None or len(seen.calls) != 1 or seen.calls[0] is None:
-                chains.append(Chain([Stage(OUTSIDE, None, staged[name].linears)]))
                 self.seen.pop(name, None)
+                if staged[name].linears:
+                    rest.append(Stage(OUTSIDE, None, staged[name].linears))
                 before = False
-                continue
-            if before and seen.chained:
+            elif before and seen.chained:
                 chains[-1].stages.append(staged[name])
             else:
                 chains.append(Chain([staged[name]]))
-            before = True
+                before = True
         self.weights.settle(self.seen)
         with self.weights.loaded(OUTSIDE):
             for stage in stages:
                 if stage.block is None:
                     check(stage)
             for chain in chains:
-                if chain.stages[0].block is not None:
-                    chain.alike = self._is_alike(chain)
-        chains += [Chain([stage]) for stage in stages if stage.block is None]
+                chain.alike = self._is_alike(chain)
+        rest += [stage for stage in stages if stage.block is None]
+        if rest:
+            chains.append(Chain(rest))
+        # What comes after the last Linear only runs.
+        while chains and not any(stage.linears for stage in chains[-1].stages):
+            chains.pop()
+        while chains and not chains[-1].stages[-1].linears:
+            chains[-1].stages.pop()
         for seen in self.seen.values():
             seen.calls = []
         # What comes after the last Linear only runs.
@@ -371,7 +379,7 @@ class BlockLoop:
             with self.weights.loaded(OUTSIDE):
                 for stage in chain.stages:
                     visit(stage, self.run_model)
-                    done(stage, [])
+                done(chain.stages[-1], [])
             return
         recorded = self.record(chain)
         if hidden is None:

@@ -195,10 +195,10 @@ def bits_for_size(
     chosen = select_linears(model, include, exclude)
     linears = [m for stage in find_stages(model, chosen, include is not None) for m in stage.linears.values()]
     weights = [dense_weight(module) for module in linears]
-    packed = {weight.data_ptr() for weight in weights}
-    # Tied tensors are stored once.
-    rest = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
-    dense = sum(size for pointer, size in rest.items() if pointer not in packed) + other_files
+    packed = {id(module.weight) for module in linears}
+    # Tied tensors are stored once. On the meta device only their identity tells.
+    rest = {id(t): t.numel() * t.element_size() for t in model.state_dict(keep_vars=True).values()}
+    dense = sum(size for tensor, size in rest.items() if tensor not in packed) + other_files
     dense += DESCRIPTION_BYTES * len(linears)
     bits = 8 * (nbytes - dense) / max(1, sum(w.numel() for w in weights))
     if not 1.1 <= bits <= 8:

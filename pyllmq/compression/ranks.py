@@ -40,6 +40,11 @@ class Ranks:
         """Every `size`-th item, from the `rank`-th on."""
         return list(items[self.rank :: self.size])
 
+    def interleaved(self, shares: Sequence[Sequence[Value]]) -> list[Value]:
+        """The inverse of `share`, of what all processes have."""
+        total = sum(map(len, shares))
+        return [shares[i % self.size][i // self.size] for i in range(total)]
+
     def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
         """name -> rank: falling by cost, each to the process that has the least so far; alike in all processes."""
         loads = [(0.0, rank) for rank in range(self.size)]

@@ -113,6 +113,7 @@ class StreamedModel(Weights):
         for file, keys in wanted.items():
             with opened(file) as content:
                 tensors |= {key: content.get_tensor(key) for key in keys}
+        mapping = cast(list[Any], get_model_conversion_mapping(self.model))
         config = LoadStateDictConfig(device_map={"": self.device}, dtype=self.model.dtype, weight_mapping=mapping)
         with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)

@@ -66,7 +66,7 @@ def run(kills: int, place: Path, seed: int = 0) -> dict[str, Any]:
     maker = context.Process(target=write_model, args=(source,))
     maker.start()
     maker.join()
-    killed = {method: 0 for method in METHODS}
+    killed = dict.fromkeys(METHODS, 0)
     resumed = finished = 0
     while sum(killed.values()) < kills or not finished:
         for method in METHODS:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -86,6 +88,7 @@ def run(kills: int, place: Path, seed: int = 0) -> dict[str, Any]:
                     os.kill(process.pid, signal.SIGKILL)
                     process.join()
                     killed[method] += 1
+                    print(f"{sum(killed.values())} kills, {finished} folders compared", file=sys.stderr)
                 else:
                     assert process.exitcode == 0, f"a run of {method} ended with {process.exitcode}"
                     assert output.exists()
@@ -102,4 +105,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(run(given.kills, Path(folder), given.seed))
+        print(json.dumps(run(given.kills, Path(folder), given.seed)))

@@ -97,7 +97,7 @@ def write_checkpoint(folder: Path, shape: str, blocks: int) -> None:
         if value is None:
             value = noise[i % 64 :][: like.numel()].view(like.shape).clone()
         units.setdefault(unit, {})[key] = value
-    where = {}
+    where: dict[str, str] = {}
     for i, tensors in enumerate(units.values(), 1):
         name = f"model-{i:05d}-of-{len(units):05d}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})

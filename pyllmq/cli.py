@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .config import CLAQConfig, ColumnCodebookConfig, SparseConfig
+from .config import CLAQConfig, ColumnCodebookConfig, KMeansConfig, SparseConfig
 from .dispatch import PRECISIONS
 
 
@@ -67,10 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     c.add_argument(
         "--method",
-        choices=["columns", "claq", *PRUNING, "pack"],
+        choices=["columns", "claq", "kmeans", *PRUNING, "pack"],
         default="columns",
-        help="columns: column codebooks at their best, claq: as published; magnitude, wanda, sparsegpt and mixed-sparsity prune; "
-        "pack makes a model pruned elsewhere small",
+        help="columns: column codebooks at their best, claq: as published, kmeans: by the weights alone; magnitude, wanda, "
+        "sparsegpt and mixed-sparsity prune; pack makes a model pruned elsewhere small",
     )
     c.add_argument("--sparsity", type=float, metavar="SHARE", help="share of the weights to prune; default 0.5")
     c.add_argument("--pattern", default="unstructured", help="of the pruned weights: unstructured or N:M, such as 2:4")
@@ -115,6 +115,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with the same command after it was ended, to the same bytes"
     )
     c.add_argument("--dry-run", action="store_true", help="print what would be done, sizes and an estimate of the time")
+    c.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="with kmeans and magnitude: processes, each on one file of SRC at a time; default 1",
+    )
     c.add_argument(
         "--in-memory",
         action="store_true",
@@ -221,6 +227,14 @@ def run_compress(given: argparse.Namespace) -> int:
         raise ValueError(f"SRC and OUT are the same folder, {output}; give another OUT")
     if is_packed(given.source):
         raise ValueError(f"{given.source} is already packed; compress the dense model that it was made from")
+    if _is_data_free(config) and not given.in_memory:
+        return _compress_files(given, config)
+    if given.workers is not None:
+        raise ValueError(
+            f"--workers {given.workers} is for methods without calibration; use torchrun for several processes"
+        )
+    if isinstance(config, KMeansConfig):
+        raise ValueError("--in-memory does not go with --method kmeans, which never holds more than one file of SRC")
     whole = _needs_whole_model(given, config)
     if not whole:
         return _compress_streamed(given, config)
@@ -240,6 +254,35 @@ def run_compress(given: argparse.Namespace) -> int:
         batches = _calibration_batches(model, tokenizer, given)
         report = compress(model, config, batches, progress=not given.quiet, **names)
     save_pretrained(model, output, tokenizer)
+    _print_report(report, given)
+    return 0
+
+
+def _is_data_free(config: Any) -> bool:
+    if isinstance(config, SparseConfig):
+        return config.method == "magnitude" and config.quantize is None and config.allocation == "uniform"
+    return isinstance(config, KMeansConfig)
+
+
+def _compress_files(given: argparse.Namespace, config: Any) -> int:
+    from .compression.files import compress_files
+    from .loading import load_tokenizer
+    from .swap import DEFAULT_EXCLUDE
+
+    if given.dry_run:
+        raise ValueError(f"--dry-run does not go with --method {given.method}, which takes minutes")
+    with _ended_by_signal():
+        report = compress_files(
+            given.source,
+            given.output,
+            config,
+            include=given.include,
+            exclude=(*DEFAULT_EXCLUDE, *(given.exclude or ())),
+            others=[load_tokenizer(given.source)],
+            workers=given.workers or 1,
+            resume=given.resume,
+            progress=not given.quiet,
+        )
     _print_report(report, given)
     return 0
 
@@ -322,7 +365,8 @@ def _compression_config(given: argparse.Namespace) -> Any:
         ("--sparsity", given.sparsity, tuple(PRUNING)),
         ("--pattern", None if given.pattern == "unstructured" else given.pattern, tuple(PRUNING)),
         ("--values", given.values, (*PRUNING, "pack")),
-        ("--bits", given.bits, ("columns", "claq", *PRUNING)),
+        ("--bits", given.bits, ("columns", "claq", "kmeans", *PRUNING)),
+        ("--workers", given.workers, ("kmeans", "magnitude")),
     ):
         if value is not None and given.method not in methods:
             raise ValueError(
@@ -332,6 +376,13 @@ def _compression_config(given: argparse.Namespace) -> Any:
         return None
     if given.method == "claq":
         return _published(given)
+    if given.method == "kmeans":
+        bits = 3.0 if given.bits is None else given.bits
+        if bits != int(bits):
+            raise ValueError(
+                f"--bits {bits:g} does not go with --method kmeans, where all columns have one width; give 1 to 8"
+            )
+        return KMeansConfig(int(bits))
     if given.method in PRUNING:
         sparsity = 0.5 if given.sparsity is None and given.pattern == "unstructured" else given.sparsity
         quantizer = None if given.bits is None else _published(given)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -66,7 +68,7 @@ def run(kills: int, place: Path, seed: int = 0) -> dict[str, Any]:
     maker = context.Process(target=write_model, args=(source,))
     maker.start()
     maker.join()
-    killed = {method: 0 for method in METHODS}
+    killed = dict.fromkeys(METHODS, 0)
     resumed = finished = 0
     while sum(killed.values()) < kills or not finished:
         for method in METHODS:
@@ -86,6 +88,7 @@ def run(kills: int, place: Path, seed: int = 0) -> dict[str, Any]:
                     os.kill(process.pid, signal.SIGKILL)
                     process.join()
                     killed[method] += 1
+                    print(f"{sum(killed.values())} kills, {finished} folders compared", file=sys.stderr)
                 else:
                     assert process.exitcode == 0, f"a run of {method} ended with {process.exitcode}"
                     assert output.exists()
@@ -102,4 +105,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(run(given.kills, Path(folder), given.seed))
+        print(json.dumps(run(given.kills, Path(folder), given.seed)))

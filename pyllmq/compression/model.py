@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..config import CLAQConfig, ColumnCodebookConfig, SparseConfig
+from ..config import CLAQConfig, ColumnCodebookConfig, KMeansConfig, SparseConfig
 from ..swap import (
     DEFAULT_EXCLUDE,
     LeftDense,
@@ -146,11 +146,10 @@ def planned_linears(model: nn.Module, chosen: Mapping[str, nn.Module], stages: S
     return planned
 
 
-def start_report(config: Config, dense: list[LeftDense], total: int) -> CompressionReport:
+def start_report(config: Config | KMeansConfig, dense: list[LeftDense], total: int) -> CompressionReport:
     """A report that names what stays dense of `total` Linear-like parameters, and warns if that is much and was not asked for."""
-    method = (
-        config.method if isinstance(config, SparseConfig) else "claq" if isinstance(config, CLAQConfig) else "columns"
-    )
+    methods = {CLAQConfig: "claq", ColumnCodebookConfig: "columns", KMeansConfig: "kmeans"}
+    method = config.method if isinstance(config, SparseConfig) else methods[type(config)]
     report = CompressionReport(method, config.to_dict(), left_dense=dense)
     unasked = sum(item.parameters for item in dense if not item.asked)
     if unasked > SILENT_SHARE * total:

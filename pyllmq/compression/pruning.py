@@ -88,7 +88,7 @@ def prune_linears(
             if config.refine and not config.published:
                 stored = refine_columns(weight, stored, hessian, factor, columns, config.refine).quantized
             pruned = columns.pruned.t()
-        packed = _pack(stored, pruned, codebooks, config, value_dtype)
+        packed = pack_kept(stored, pruned, codebooks, config, value_dtype)
         error = output_error(weight, packed.dequantize(), hessian)
         seconds = time.perf_counter() - started + shared_seconds
         value_bits = 8.0 * value_dtype.itemsize if codebooks is None else float(codebooks.column_bits.float().mean())
@@ -97,9 +97,10 @@ def prune_linears(
     return ranks.merge(compressed, list(weights))
 
 
-def _pack(
+def pack_kept(
     stored: Tensor, pruned: Tensor, codebooks: CodebookColumns | None, config: SparseConfig, dtype: torch.dtype
 ) -> BitmapWeight | Sparse24Weight | CodebookWeight | Sparse24CodebookWeight:
+    """What is kept of a matrix [N, K], in the format that the config asks for."""
     if codebooks is None:
         if config.pattern == "2:4":
             return Sparse24Weight.pack(stored, ~pruned, dtype)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ from .manifest import (
 from .model import planned_linears, quiet_eval, start_report
 from .ranks import ALONE, Ranks
 from .report import CompressionReport, LayerReport, peak_memory
+
+if TYPE_CHECKING:
+    from ..integrations.checkpoint import StreamedModel
 
 
 def compress_folder(
@@ -97,7 +100,7 @@ def compress_folder(
 
     report = start_report(config, dense, total)
     with ExitStack() as context:
-        manifest = ranks.from_first(lambda: _open(target, signature(), resume))
+        manifest = ranks.from_first(lambda: open_manifest(target, signature(), resume))
         if ranks.first:
             context.enter_context(manifest.locked())
         batches = [_to_device(batch, streamed.device) for batch in ranks.share(all_batches)]
@@ -114,7 +117,7 @@ def compress_folder(
             folder.copy_the_rest()
         report.seconds = folder.seconds()
         report.peak_memory = max(ranks.gather(peak_memory()))
-        ranks.from_first(lambda: folder.put(target, others))
+        ranks.from_first(lambda: put_finished(manifest, streamed, target, others))
     return report
 
 
@@ -147,11 +150,6 @@ def job_signature(
     source: Path, config: Config, batches: Sequence[Batch], linears: Sequence[str], ranks: Ranks
 ) -> dict[str, Any]:
     """Everything that the bytes of the result depend on."""
-    import safetensors
-    import transformers
-
-    from .. import __version__
-
     return {
         "source": source_signature(source),
         "config": {"type": type(config).__name__, **config.to_dict()},
@@ -160,16 +158,27 @@ def job_signature(
         "processes": ranks.size,
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "versions": {
-            "pyllmq": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-        },
+        "versions": versions(),
     }
 
 
-def _open(target: Path, signature: Mapping[str, Any], resume: bool) -> Manifest:
+def versions() -> dict[str, str]:
+    """Of everything that takes part in the result."""
+    import safetensors
+    import transformers
+
+    from .. import __version__
+
+    return {
+        "pyllmq": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def open_manifest(target: Path, signature: Mapping[str, Any], resume: bool) -> Manifest:
+    """The job that writes `target`: a new one, or the one to go on with."""
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; give the name of a folder")
     if resume:
@@ -306,29 +315,28 @@ class _FolderJob:
     def _hidden(self, unit: str) -> _Hidden:
         return _Stored(self.manifest.place, "hidden", self.ranks).of(unit)
 
-    # ---- the end ----
 
-    def put(self, target: Path, others: Sequence[Any]) -> None:
-        """Make the folder whole and move it to its place."""
-        from ..integrations.transformers import describe_packed, put_folder
+def put_finished(manifest: Manifest, streamed: StreamedModel, target: Path, others: Sequence[Any]) -> None:
+    """Make the folder of finished files whole and move it to its place."""
+    from ..integrations.transformers import describe_packed, put_folder
 
-        manifest, folder = self.manifest, self.manifest.folder
-        write_index(folder, [entry["file"] for entry in manifest.finished])
-        structures = {
-            name: structure_from_dict(described)
-            for entry in manifest.finished
-            for name, described in entry["structures"].items()
-        }
-        order = {name: i for i, (name, _) in enumerate(self.job.model.named_modules())}
-        describe_packed(self.job.model, dict(sorted(structures.items(), key=lambda item: order[item[0]])))
-        self.streamed.save_settings(folder)
-        for other in others:
-            other.save_pretrained(folder)
-        for file in folder.iterdir():
-            sync(file)
-        sync(folder)
-        put_folder(folder, target)
-        manifest.remove()
+    folder = manifest.folder
+    write_index(folder, [entry["file"] for entry in manifest.finished])
+    structures = {
+        name: structure_from_dict(described)
+        for entry in manifest.finished
+        for name, described in entry["structures"].items()
+    }
+    order = {name: i for i, (name, _) in enumerate(streamed.model.named_modules())}
+    describe_packed(streamed.model, dict(sorted(structures.items(), key=lambda item: order[item[0]])))
+    streamed.save_settings(folder)
+    for other in others:
+        other.save_pretrained(folder)
+    for file in folder.iterdir():
+        sync(file)
+    sync(folder)
+    put_folder(folder, target)
+    manifest.remove()
 
 
 def _packed(job: Job, name: str) -> PackedLinear:

@@ -7,7 +7,8 @@ then filled from the safetensors files, one at a time, by the same functions tha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -47,7 +48,7 @@ class StreamedModel(Weights):
     Raises ValueError for a folder that is quantized, incomplete, or not in safetensors.
     """
 
-    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
+    def __init__(self, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
         self.folder, self.device = Path(folder), torch.device(device)
         self.files = checkpoint_files(self.folder)
         self.model = _skeleton(self.folder, self.device)
@@ -77,6 +78,29 @@ class StreamedModel(Weights):
                         target = key
                     if target in known:
                         found[key] = file, target
+        return found
+
+    def keys(self) -> list[str]:
+        """Of the checkpoint's tensors those that belong to the model."""
+        return list(self._targets)
+
+    def weight_keys(self, linears: Mapping[str, nn.Module]) -> dict[str, str]:
+        """Name of each Linear -> key of its weight in the checkpoint. Raises ValueError if that is no tensor of its own there."""
+        keys: dict[str, list[str]] = {}
+        for key, (_, target) in self._targets.items():
+            keys.setdefault(target, []).append(key)
+        found = {}
+        for name, module in linears.items():
+            sources = keys.get(f"{name}.weight", [])
+            if len(sources) == 1 and sources[0].endswith("weight"):
+                with opened(self._targets[sources[0]][0]) as tensors:
+                    if list(tensors.get_slice(sources[0]).get_shape()) == list(cast(Tensor, module.weight).shape):
+                        found[name] = sources[0]
+                        continue
+            raise ValueError(
+                f"{name}.weight is no tensor of its own in {self.folder}, transformers makes it from others; take a calibrated "
+                "method, or hold the whole model in memory (--in-memory)"
+            )
         return found
 
     def split(self, blocks: Iterable[str]) -> None:

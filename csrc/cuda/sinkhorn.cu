@@ -114,7 +114,7 @@ struct Part {
   Team team;
   Prices prices;
   const float* cost;  // of the block's first row
-  int64_t m, rows_of_all, first_row;
+  int64_t m, first_row;
   int rows, rows_room, resident;
   bool moved;
   float limit;
@@ -185,7 +185,6 @@ struct Part {
       b[j] = mass > 0 ? mass : 0;
       v[j] = mass > 0 ? 0 : -infinity();
       g[j] = mass > 0 ? 1 : 0;
-      sums[j] = 0;
       largest = larger(mass, largest);
     });
     for (int i = ptx::thread(); i < rows_room; i += S::threads) {
@@ -204,7 +203,7 @@ struct Part {
     build();
   }
 
-  // Makes the largest entry of each row of K about 1; a row that may send its mass nowhere loses it.
+  // Makes the largest entry of each row of K about 1.
   PYLLMQ_MEMBER void row_offsets() {
     for (int row = ptx::thread() / 32; row < rows; row += S::warps) {
       float low = infinity();
@@ -212,10 +211,7 @@ struct Part {
         if (v[j] != -infinity()) low = smaller(cost_at(row, j) - v[j], low);
       PYLLMQ_UNROLL
       for (int mask = 16; mask > 0; mask /= 2) low = smaller(ptx::shuffle_xor(low, mask), low);
-      if (ptx::thread() % 32 == 0) {
-        if (low == infinity()) a[row] = 0;
-        u[row] = a[row] > 0 ? low : -infinity();
-      }
+      if (ptx::thread() % 32 == 0) u[row] = offset_of(a[row], low);
     }
     ptx::sync_block();
   }
@@ -229,10 +225,7 @@ struct Part {
     });
     if (ptx::thread() < kFlags) flags[ptx::thread()] = 0;
     team.template combine<true, S::threads>(flags);
-    for_columns([&](int j) {
-      if (sums[j] == infinity()) b[j] = 0;
-      v[j] = b[j] > 0 ? sums[j] : -infinity();
-    });
+    for_columns([&](int j) { v[j] = offset_of(b[j], sums[j]); });
     ptx::sync_block();
   }
 

@@ -15,7 +15,14 @@ constexpr double kLargeLogarithm = 25;    // of 2^36
 
 PYLLMQ_DEVICE float infinity() { return ptx::bits_to_fp32(0x7F800000u); }
 PYLLMQ_DEVICE float larger(float x, float y) { return x > y ? x : y; }
-PYLLMQ_DEVICE float smaller(float x, float y) { return x < y ? x : y; }
+PYLLMQ_DEVICE float smaller(float x, float y) { return x < y || x != x ? x : y; }  // NaN if either is
+
+// The first offset of a line whose lowest reduced cost is `low`; a line that may send its mass nowhere loses it.
+PYLLMQ_DEVICE float offset_of(float& mass, float low) {
+  if (low == infinity()) mass = 0;
+  if (!(mass > 0)) return -infinity();
+  return low == -infinity() ? ptx::bits_to_fp32(0x7FC00000u) : low;  // a cost of -inf has no plan
+}
 
 // exp((u + v - cost) / epsilon), the sum exact but for one rounding; 0 where a line takes no part or cost is +inf.
 PYLLMQ_DEVICE float entry_of_k(float u, float v, float cost, float inverse) {

@@ -95,7 +95,7 @@ struct Problem {
       for (int j = 0; j < N; ++j) k[i][j] = entry_of_k(u[i], v[j], cost_at(i, j), prices.inverse);
   }
 
-  // Makes the largest entry of each line of K about 1; a line that may send its mass nowhere loses it.
+  // Makes the largest entry of each line of K about 1.
   template <bool kRows>
   PYLLMQ_MEMBER void first_offsets() {
     Side<N>& own = kRows ? a : b;
@@ -106,8 +106,7 @@ struct Problem {
       PYLLMQ_UNROLL
       for (int j = 0; j < N; ++j)
         if (other.offset[j] != -infinity()) low = smaller((kRows ? cost_at(i, j) : cost_at(j, i)) - other.offset[j], low);
-      if (low == infinity()) own.mass[i] = 0;
-      own.offset[i] = own.mass[i] > 0 ? low : -infinity();
+      own.offset[i] = offset_of(own.mass[i], low);
     }
   }
 

@@ -157,7 +157,9 @@ def assert_as_good_as_torch(weight, x, bias=None, path="tables", precision="exac
     ours = weight.linear(x, bias, path=path, precision=precision).double()
     # Room for one more rounding of a sum of this size: of a handful of outputs torch may hit one exactly by luck.
     size = torch.linalg.norm((x.double() ** 2 @ weight.dense.T**2).sqrt() + exact.abs())
-    allowed = 2 * torch.linalg.norm(torch_y - exact) + torch.finfo(x.dtype).eps / 2 * size + max_error(precision, path) * size
+    allowed = (
+        2 * torch.linalg.norm(torch_y - exact) + torch.finfo(x.dtype).eps / 2 * size + max_error(precision, path) * size
+    )
     error = torch.linalg.norm(ours - exact)
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}, size {size:.3e}"
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,14 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .formats import FormatError, PackedWeight
+from .formats import FormatError, PackedWeight, Structure
 from .nn import LAYER_OF_KIND, PackedLinear
 from .swap import as_linear, dense_weight, is_transposed_linear, replace_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Group = "dist.ProcessGroup | None"
 
 ROWS, COLUMNS = "rows", "columns"
 STYLES = {
@@ -151,6 +150,12 @@ def _styles_of_model(model: nn.Module) -> Mapping[str, str]:
             '{"encoder.layer.*.intermediate.dense": "colwise", "encoder.layer.*.output.dense": "rowwise"}'
         )
     return styles
+
+
+def planned_linears(model: nn.Module, styles: Mapping[str, str]) -> dict[str, str]:
+    """The entries of `styles` that name Linears of the model."""
+    names = [name for name, _ in _linears(model)]
+    return {pattern: style for pattern, style in styles.items() if any(_fits(pattern, name) for name in names)}
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -404,26 +409,60 @@ def from_pretrained(
     from .integrations import transformers as integration
 
     ranks, rank = _ranks(group)
-    model_class, config = integration.model_class_and_config(folder, auto_class)
-    structures = config.quantization_config.structures()
+    model_class, config = integration.model_class_and_config(folder, auto_class, **kwargs)
+    structures = integration.structures_of(config)
     files = sorted(str(file) for file in Path(folder).glob("*.safetensors"))
     if not files:
         raise FormatError(f"{folder} has no safetensors file; the folder is incomplete")
     integration.check_files(structures, files)
-    found = plan(_skeleton(model_class, config, structures), ranks, styles)
-    tensors, parts = _read_part(files, structures, found, rank)
-    config.quantization_config = integration.config_of_part(parts, ranks)
-    model = model_class.from_pretrained(None, config=config, state_dict=tensors, **kwargs)
-    dense = {name: split for name, split in found.splits.items() if name not in parts}
+    skeleton = _skeleton(model_class, config)
+    modules = integration.put_skeletons(skeleton, structures)
+    found = plan(skeleton, ranks, styles)
+    tensors, parts = _read_part(files, structures, modules, found, rank)
+    config.quantization_config = integration.quantization_config(parts, part_of_ranks=ranks)
+    model = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, **kwargs)
+    dense = {name: split for name, split in found.splits.items() if name not in modules.values()}
     _cut_modules(model, replace(found, splits=dense), rank)
     _connect(model, found, rank, group)
     return model
 
 
-def _skeleton(model_class: Any, config: Any, structures: Mapping[str, Any]) -> nn.Module:
-    from .integrations.transformers import put_skeletons
-
+def _skeleton(model_class: Any, config: Any) -> Any:
+    """The model on the meta device, all Linears dense; an auto class says here which class that is."""
+    make = getattr(model_class, "from_config", None) or model_class._from_config
     with torch.device("meta"):
-        model = model_class._from_config(config) if hasattr(model_class, "_from_config") else model_class(config)
-    put_skeletons(model, structures)
-    return model
+        return make(deepcopy(config))
+
+
+def _read_part(
+    files: Sequence[str], structures: Mapping[str, Structure], modules: Mapping[str, str], found: Plan, rank: int
+) -> tuple[dict[str, Any], dict[str, Structure]]:
+    """(state dict of this rank, tensors that are not cut still in their file; structures of this rank's packed modules)."""
+    from safetensors import safe_open
+
+    holder: dict[str, Any] = {}
+    for file in files:
+        opened = safe_open(file, framework="pt")
+        holder |= dict.fromkeys(opened.keys(), opened)
+    tensors: dict[str, Any] = {key: opened.get_slice(key) for key, opened in holder.items()}
+    parts = dict(structures)
+    for name, structure in structures.items():
+        split = found.splits.get(modules[name])
+        if split is None:
+            continue
+        keys = {key: f"{name}.{key}" for key in structure.tensors()}
+        stored = {key: holder[full].get_tensor(full) for key, full in keys.items()}
+        weight_type = LAYER_OF_KIND[structure.kind].weight_type
+        try:
+            weight = weight_type.from_tensors(stored, structure.out_features, structure.in_features)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from error
+        part = cut(weight, split, rank)
+        for key in keys.values():
+            del tensors[key]
+        tensors |= {f"{name}.{key}": tensor for key, tensor in part.tensors.items()}
+        parts[name] = part.structure
+        bias = f"{name}.bias"
+        if bias in holder:
+            tensors[bias] = _bias_of_part(holder[bias].get_tensor(bias), split, rank)
+    return tensors, parts

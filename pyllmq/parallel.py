@@ -124,7 +124,9 @@ def plan(model: nn.Module, ranks: int, styles: Mapping[str, str] | None = None) 
         if isinstance(found, str):
             whole |= dict.fromkeys(block, found)
         else:
-            splits |= {key: replace(split, whole_outside=whole_outside) for key, split in zip(block, found.splits, strict=True)}
+            splits |= {
+                key: replace(split, whole_outside=whole_outside) for key, split in zip(block, found.splits, strict=True)
+            }
             shared |= found.key_value_groups
     if producers:
         raise ValueError(
@@ -132,7 +134,9 @@ def plan(model: nn.Module, ranks: int, styles: Mapping[str, str] | None = None) 
             "style too, or make these 'colwise_gather_output'"
         )
     if given and (unused := [pattern for pattern in styles if pattern not in used]):
-        raise ValueError(f"the styles name {', '.join(map(repr, unused))}, which fit no Linear of {type(model).__name__}")
+        raise ValueError(
+            f"the styles name {', '.join(map(repr, unused))}, which fit no Linear of {type(model).__name__}"
+        )
     return Plan(ranks, splits, whole, shared)
 
 
@@ -239,7 +243,9 @@ def _attention(
         ]
         local = heads // groups // sharing
     if any(start % unit for start, _ in cut[-1]):
-        return f"heads of {size // heads} columns cannot be cut at multiples of {unit}, as the format of the weight asks"
+        return (
+            f"heads of {size // heads} columns cannot be cut at multiples of {unit}, as the format of the weight asks"
+        )
     splits = [*(Split(ROWS, ranges) for ranges in cut[:-1]), Split(COLUMNS, cut[-1])]
     return _Shares(splits, {} if local is None else {name: local})
 
@@ -419,7 +425,7 @@ def from_pretrained(
     modules = integration.put_skeletons(skeleton, structures)
     found = plan(skeleton, ranks, styles)
     tensors, parts = _read_part(files, structures, modules, found, rank)
-    config.quantization_config = integration.quantization_config(parts, part_of_ranks=ranks)
+    config.quantization_config = integration.describe(parts) | {"part_of_ranks": ranks}
     model = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, **kwargs)
     dense = {name: split for name, split in found.splits.items() if name not in modules.values()}
     _cut_modules(model, replace(found, splits=dense), rank)

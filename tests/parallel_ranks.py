@@ -1,4 +1,4 @@
-"""One rank of the processes that tests/test_parallel.py starts: python -m tests.parallel_ranks RANK RANKS FOLDER."""
+"""The processes that tests/test_parallel.py needs, forked after one import: python -m tests.parallel_ranks RANKS FOLDER [CASE ...]."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, multiprocessing
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 import pyllmq
 from pyllmq import parallel
 from pyllmq.nn import PackedLinear
 
 
-def main(rank: int, ranks: int, folder: Path) -> None:
+def run(rank: int, ranks: int, folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{ranks}", rank=rank, world_size=ranks)
     with torch.inference_mode():
-        for case in sorted(path for path in folder.iterdir() if path.is_dir()):
-            found = check(case, rank, ranks)
+        for case in cases:
+            found = check(folder / case, rank, ranks)
             if rank == 0:
-                (folder / f"{case.name}.{ranks}.json").write_text(json.dumps(found))
+                (folder / f"{case}.{ranks}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
@@ -55,14 +57,16 @@ def check(case: Path, rank: int, ranks: int) -> dict[str, Any]:
         found["generated"] = torch.equal(made, expected["generated"])
     if expected["through transformers"]:
         found["transformers"] = _through_transformers(case, ranks, ids, logits)
-    found["refusals"] = [_refusal(lambda: part.save_pretrained(case / "never")), _refusal(lambda: pyllmq.save_pretrained(part, case / "never")), _refusal(lambda: parallel.parallelize(part, styles=styles))]  # fmt: skip
+    never = case / "never"
+    found["refusals"] = [
+        _refusal(lambda: part.save_pretrained(never)),
+        _refusal(lambda: pyllmq.save_pretrained(part, never)),
+        _refusal(lambda: parallel.parallelize(part, styles=styles)),
+    ]
     return found
 
 
 def _through_transformers(case: Path, ranks: int, ids: Tensor, logits: Tensor) -> float:
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
-
     model = AutoModelForCausalLM.from_pretrained(case, distributed_config=DistributedConfig(tp_size=ranks))
     pyllmq.set_precision(model, "exact")
     assert model.tensor_parallel_plan.ranks == ranks
@@ -98,4 +102,5 @@ def _refusal(act: Any) -> str:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    ranks, folder = int(sys.argv[1]), Path(sys.argv[2])
+    multiprocessing.start_processes(run, (ranks, folder, sys.argv[3:]), nprocs=ranks, start_method="fork")

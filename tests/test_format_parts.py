@@ -1,4 +1,4 @@
-"""Rows and columns cut out of a packed weight, of every format: the same numbers to the bit, byte for byte what packing the part gives."""
+"""Rows and columns cut out of a packed weight, of every format: the same numbers to the bit, the bytes of packing them alone."""
 
 import pytest
 import torch
@@ -43,7 +43,12 @@ def same(a, b):
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25, deadline=None)
-@given(n=st.integers(1, 40), k=st.integers(1, 70), places=st.lists(st.integers(0, 70), min_size=2, max_size=2), seed=st.integers(0, 2**31))  # fmt: skip
+@given(
+    n=st.integers(1, 40),
+    k=st.integers(1, 70),
+    places=st.lists(st.integers(0, 70), min_size=2, max_size=2),
+    seed=st.integers(0, 2**31),
+)
 def test_parts_hold_the_numbers_of_the_whole(kind, n, k, places, seed):
     torch.manual_seed(seed)
     whole = KINDS[kind](n, k)

@@ -211,7 +211,9 @@ def expect_cut(what: str, start: int, stop: int, size: int, unit: int = 1) -> No
     if not 0 <= start < stop <= size:
         raise FormatError(f"{what} {start} to {stop} were asked for; allowed: 0 <= start < stop <= {size}")
     if start % unit or (stop % unit and stop != size):
-        raise FormatError(f"{what} {start} to {stop} were asked for; this format is cut at multiples of {unit}, or at {size}")
+        raise FormatError(
+            f"{what} {start} to {stop} were asked for; this format is cut at multiples of {unit}, or at {size}"
+        )
 
 
 def sparse_rows(offsets: Tensor, start: int, stop: int) -> tuple[Tensor, slice]:

@@ -49,8 +49,16 @@ def register() -> None:
         part_of_ranks = 0
         """Of how many processes the modules are one's part; 0: the modules are whole. Never in a file."""
 
-        def __init__(self, modules: Mapping[str, Any], format_version: int = FORMAT_VERSION, **unknown: Any) -> None:
+        def __init__(
+            self,
+            modules: Mapping[str, Any],
+            format_version: int = FORMAT_VERSION,
+            part_of_ranks: int = 0,
+            **unknown: Any,
+        ) -> None:
             unknown.pop("quant_method", None)
+            if part_of_ranks:
+                self.part_of_ranks = part_of_ranks
             if format_version != FORMAT_VERSION:
                 raise FormatError(
                     f"format_version is {format_version!r}; this pyllmq reads version {FORMAT_VERSION}. Update pyllmq-kernels, or "
@@ -88,9 +96,11 @@ def register() -> None:
         """The plan for transformers' tensor parallelism, where that was asked for."""
 
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
-            structures = self.quantization_config.structures()
+            structures, part = self.quantization_config.structures(), self.quantization_config.part_of_ranks > 0
+            if part and checkpoint_files is not None:
+                raise FormatError("config.json describes one rank's part of a model; folders hold whole models")
             check_files(structures, checkpoint_files)
-            put_skeletons(model, structures, part=self.quantization_config.part_of_ranks > 0)
+            put_skeletons(model, structures, part)
             self.styles = take_over_linears(model)
             return model
 
@@ -297,6 +307,14 @@ def model_class_and_config(folder: str | os.PathLike[str], auto_class: Any = Non
     return auto_class, config
 
 
+def _config_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        k: v
+        for k, v in kwargs.items()
+        if k in ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+    }
+
+
 def structures_of(config: Any) -> dict[str, Structure]:
     """Name -> structure of every packed module that a model's config describes."""
     from transformers.quantizers.auto import AutoQuantizationConfig
@@ -307,23 +325,10 @@ def structures_of(config: Any) -> dict[str, Structure]:
     return described.structures()
 
 
-def quantization_config(modules: Mapping[str, Structure], part_of_ranks: int = 0) -> Any:
-    """What config.json says of a model with these packed modules."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    register()
+def describe(modules: Mapping[str, Structure]) -> dict[str, Any]:
+    """The `quantization_config` of a model with these packed modules."""
     described = {name: structure.to_dict() for name, structure in modules.items()}
-    config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](modules=described)
-    config.part_of_ranks = part_of_ranks
-    return config
-
-
-def _config_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        k: v
-        for k, v in kwargs.items()
-        if k in ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
-    }
+    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": described}
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
@@ -334,13 +339,15 @@ def mark_packed(model: nn.Module) -> None:
     if "transformers" not in sys.modules:
         return
     from transformers import PreTrainedModel
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
     if not isinstance(model, PreTrainedModel):
         return
     found = getattr(model, "tensor_parallel_plan", None)
     expect_whole(0 if found is None else found.ranks)
-    config = quantization_config({name: module.structure for name, module in packed_modules(model)})
+    register()
+    described = describe({name: module.structure for name, module in packed_modules(model)})
+    config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](**described)
     model.config.quantization_config = config
     model.hf_quantizer = AUTO_QUANTIZER_MAPPING[METHOD](config, pre_quantized=True)
     model.is_quantized = True  # type: ignore[assignment]

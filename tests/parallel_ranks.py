@@ -1,4 +1,4 @@
-"""The processes that tests/test_parallel.py needs, forked after one import: python -m tests.parallel_ranks RANKS FOLDER [CASE ...]."""
+"""The processes that tests/test_parallel.py needs, forked after one import: parallel_ranks RANKS FOLDER CASE ..."""
 
 from __future__ import annotations
 

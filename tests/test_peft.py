@@ -76,10 +76,17 @@ def test_gradient_of_the_adapter_is_that_beside_the_dense_matrix():
     torch.nn.init.normal_(layer.lora_B["default"].weight)
     x = torch.randn(3, 64, requires_grad=True)
     layer(x).square().sum().backward()
-    a, b = (w.detach().double().requires_grad_() for w in (layer.lora_A["default"].weight, layer.lora_B["default"].weight))
+    a, b = (
+        w.detach().double().requires_grad_() for w in (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    )
     exact = x.detach().double().requires_grad_()
     (exact @ (layer.base_layer.weight.double() + 2 * b @ a).T).square().sum().backward()
-    for found, expected in ((layer.lora_A["default"].weight.grad, a.grad), (layer.lora_B["default"].weight.grad, b.grad), (x.grad, exact.grad)):  # fmt: skip
+    pairs = [
+        (layer.lora_A["default"].weight.grad, a.grad),
+        (layer.lora_B["default"].weight.grad, b.grad),
+        (x.grad, exact.grad),
+    ]
+    for found, expected in pairs:
         torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
     assert model is not None
 

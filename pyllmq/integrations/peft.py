@@ -26,7 +26,9 @@ class PackedLoraLinear(nn.Module, LoraLayer):
         self, base_layer: PackedLinear, adapter_name: str, config: LoraConfig, r: int = 0, lora_alpha: int = 1, **_: Any
     ) -> None:
         if config.use_dora:
-            raise ValueError("DoRA asks for the norms of a dense weight, which a packed layer does not have; set use_dora=False")
+            raise ValueError(
+                "DoRA asks for the norms of a dense weight, which a packed layer does not have; set use_dora=False"
+            )
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
@@ -55,7 +57,7 @@ class PackedLoraLinear(nn.Module, LoraLayer):
 
 
 def register(config: LoraConfig) -> LoraConfig:
-    """The config, after telling it how packed layers get an adapter. `target_modules` names them ("all-linear" finds dense ones)."""
+    """The config, after telling it how packed layers get an adapter. Its `target_modules` names them ("all-linear" means dense)."""
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{type(config).__name__} is not supported on packed layers; give a peft.LoraConfig")
     config._register_custom_module(dict.fromkeys(LAYER_OF_KIND.values(), PackedLoraLinear))

@@ -1,8 +1,8 @@
 """vLLM: packed folders in its server. `register()` is the entry point `vllm.general_plugins`, called in every vLLM process.
 
-vLLM makes one layer of q, k and v (and one of gate and up) and shards it itself. The tensors of a packed module come as they stand in
-the checkpoint; as soon as a module's are complete, this rank's rows or columns are cut out. After loading, codebooks of the same
-widths become segments of one weight, one call; others stay side by side.
+vLLM makes one layer of q, k and v (and one of gate and up) and shards it itself. The tensors of a packed module come as they
+stand in the checkpoint; as soon as a module's are complete, this rank's rows or columns are cut out. After loading, codebooks of
+the same widths become segments of one weight, one call; others stay side by side.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..formats import FORMAT_VERSION, CodebookWeight, FormatError, PackedWeight, Structure, structure_from_dict
 from ..nn import LAYER_OF_KIND, PackedLinear
 from .transformers import METHOD
@@ -74,7 +75,9 @@ class Arrivals:
         """The parts in the order of the layer's outputs; neighbours that can share a call are one weight."""
         missing = [piece.name for i, piece in enumerate(self.pieces) if i not in self.parts]
         if missing:
-            raise FormatError(f"the folder lacks tensors of {', '.join(missing)}; it is incomplete, copy or compress it again")
+            raise FormatError(
+                f"the folder lacks tensors of {', '.join(missing)}; it is incomplete, copy or compress it again"
+            )
         parts = [self.parts[i] for i in range(len(self.pieces))]
         books = [part for part in parts if isinstance(part, CodebookWeight)]
         if len(books) == len(parts) and all(torch.equal(book.column_bits, books[0].column_bits) for book in books):
@@ -98,17 +101,13 @@ def pieces_of_layer(
         name = names[i if len(names) > 1 else 0]
         structure = structures[name]
         start = 0 if len(names) > 1 else first
-        # Column-parallel layers say so by having fewer rows than the checkpoint; replicated ones have them all.
-        split = sum(outputs) * ranks * structure.out_features if len(names) == 1 else size
-        parallel = inputs == structure.in_features and (
-            size != structure.out_features if len(names) > 1 else sum(outputs) != structure.out_features
-        )
-        del split
-        if parallel:
+        # A column-parallel layer has fewer rows than the checkpoint, a replicated or row-parallel one has all of them.
+        if (size if len(names) > 1 else sum(outputs)) < structure.out_features:
             start += size * (rank // replicas[i])
-            first += size * ranks // replicas[i]
+            size_of_all = size * ranks // replicas[i]
         else:
-            first += size
+            size_of_all = size
+        first += size_of_all
         column = 0 if inputs == structure.in_features else inputs * rank
         piece = Piece(name, structure, (start, start + size), (column, column + inputs))
         if piece.rows[1] > structure.out_features or piece.columns[1] > structure.in_features:
@@ -120,7 +119,9 @@ def pieces_of_layer(
     return pieces
 
 
-def modules_of_prefix(prefix: str, structures: Mapping[str, Structure], fused: Mapping[str, Sequence[str]]) -> list[str]:
+def modules_of_prefix(
+    prefix: str, structures: Mapping[str, Structure], fused: Mapping[str, Sequence[str]]
+) -> list[str]:
     """Packed modules of the checkpoint behind the vLLM layer `prefix`; none if it is dense."""
     if prefix in structures:
         return [prefix]
@@ -234,10 +235,10 @@ def _classes() -> tuple[Any, Any]:
             del layer.arrivals
 
         def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-            first: PackedLinear = layer.packed[0]
-            if len(layer.packed) == 1:
-                return first.multiply(x, bias)
-            y = torch.cat([part(x) for part in layer.packed], -1)
+            parts: Sequence[PackedLinear] = layer.packed
+            if len(parts) == 1:
+                return getattr(ops, parts[0].op)(x, parts[0].operand(), bias, parts[0].precision)
+            y = torch.cat([part(x) for part in parts], -1)
             return y if bias is None else y + bias
 
     return PyllmqVllmConfig, PackedLinearMethod

@@ -131,7 +131,7 @@ def register() -> None:
 
         @property
         def is_trainable(self) -> bool:
-            return False
+            return True
 
         @property
         def is_compileable(self) -> bool:

@@ -1,6 +1,6 @@
 """Text from a packed folder, each process holding a part of every layer.
 
-    torchrun --nproc-per-node 2 examples/parallel_generate.py DIR "Once upon a time"
+torchrun --nproc-per-node 2 examples/parallel_generate.py DIR "Once upon a time"
 """
 
 from __future__ import annotations

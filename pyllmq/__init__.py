@@ -9,6 +9,7 @@ Importing this package also lets transformers' auto classes load packed folders.
 
 from . import functional as functional
 from . import losses as losses
+from . import parallel as parallel
 from .compression.model import compress
 from .compression.pruned import pack_pruned
 from .compression.report import CompressionReport, LayerReport
@@ -57,6 +58,7 @@ __all__ = [
     "kmeans_1d_errors",
     "losses",
     "pack_pruned",
+    "parallel",
     "save_pretrained",
     "set_precision",
     "sinkhorn",

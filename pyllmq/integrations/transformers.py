@@ -95,6 +95,19 @@ def register() -> None:
         styles: Mapping[str, str] | None = None
         """The plan for transformers' tensor parallelism, where that was asked for."""
 
+        def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+            """Packed layers make their machine layout once and keep it in memory."""
+            places = device_map if isinstance(device_map, Mapping) else {}
+            on_disk = [name for name, device in places.items() if device == "disk"]
+            packed = [
+                m for m in self.quantization_config.modules if any(f"{m}.".startswith(f"{name}.") for name in on_disk)
+            ]
+            if packed:
+                raise ValueError(
+                    f"device_map puts {packed[0]} and {len(packed) - 1} more packed layers on disk; only dense modules can be "
+                    "there. Give them a device, or share the model out among processes (pyllmq.parallel)"
+                )
+
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
             structures, part = self.quantization_config.structures(), self.quantization_config.part_of_ranks > 0
             if part and checkpoint_files is not None:

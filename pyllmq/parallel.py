@@ -94,49 +94,17 @@ def plan(model: nn.Module, ranks: int, styles: Mapping[str, str] | None = None) 
     """
     if ranks < 1:
         raise ValueError(f"ranks is {ranks}; at least one process is needed")
-    given = styles is not None
-    styles = _styles_of_model(model) if styles is None else styles
+    planned = _planned(model, styles)
+    whole = {name: f"the plan says {style!r}" for name, style in planned.items() if style not in STYLES}
     splits: dict[str, Split] = {}
-    whole: dict[str, str] = {}
     shared: dict[str, int] = {}
-    producers: dict[str, nn.Module] = {}
-    used = set()
-    for name, module in _linears(model):
-        pattern = next((pattern for pattern in styles if _fits(pattern, name)), None)
-        if pattern is None:
-            continue
-        used.add(pattern)
-        if styles[pattern] not in STYLES:
-            if given:
-                raise ValueError(f"the style of {name} is {styles[pattern]!r}; allowed: {', '.join(map(repr, STYLES))}")
-            whole[name] = f"the plan says {styles[pattern]!r}"
-            continue
-        by, whole_outside = STYLES[styles[pattern]]
-        if not whole_outside and by == ROWS:
-            producers[name] = module
-            continue
-        if whole_outside:
-            found: _Shares | str = _alone(module, by, ranks)
-            block = {name: module}
-        else:
-            block = producers | {name: module}
-            found, producers = _block(model, block, ranks), {}
+    for by, whole_outside, block in _blocks(model, {name: s for name, s in planned.items() if s in STYLES}):
+        found = _alone(block, by, ranks) if whole_outside else _block(model, block, ranks)
         if isinstance(found, str):
             whole |= dict.fromkeys(block, found)
         else:
-            splits |= {
-                key: replace(split, whole_outside=whole_outside) for key, split in zip(block, found.splits, strict=True)
-            }
+            splits |= dict(zip(block, found.splits, strict=True))
             shared |= found.key_value_groups
-    if producers:
-        raise ValueError(
-            f"{', '.join(producers)} are 'colwise', but no 'rowwise' Linear comes after them to take their parts; give that one a "
-            "style too, or make these 'colwise_gather_output'"
-        )
-    if given and (unused := [pattern for pattern in styles if pattern not in used]):
-        raise ValueError(
-            f"the styles name {', '.join(map(repr, unused))}, which fit no Linear of {type(model).__name__}"
-        )
     return Plan(ranks, splits, whole, shared)
 
 
@@ -146,20 +114,54 @@ class _Shares:
     key_value_groups: dict[str, int]
 
 
-def _styles_of_model(model: nn.Module) -> Mapping[str, str]:
-    styles = getattr(model, "tp_plan", None)
-    if not styles:
+def _planned(model: nn.Module, styles: Mapping[str, str] | None) -> dict[str, str]:
+    """Linear -> style, in the model's order."""
+    given = styles is not None
+    styles = styles if given else getattr(model, "tp_plan", None)
+    if styles is None or not (given or styles):
         raise ValueError(
             f"transformers has no tensor-parallel plan for {type(model).__name__}; give styles, such as "
             '{"encoder.layer.*.intermediate.dense": "colwise", "encoder.layer.*.output.dense": "rowwise"}'
         )
-    return styles
+    names = [name for name, _ in _linears(model)]
+    of_name = {name: next((pattern for pattern in styles if _fits(pattern, name)), None) for name in names}
+    planned = {name: styles[pattern] for name, pattern in of_name.items() if pattern is not None}
+    if given:
+        wrong = next(((name, style) for name, style in planned.items() if style not in STYLES), None)
+        if wrong is not None:
+            raise ValueError(f"the style of {wrong[0]} is {wrong[1]!r}; allowed: {', '.join(map(repr, STYLES))}")
+        if unused := [pattern for pattern in styles if pattern not in of_name.values()]:
+            raise ValueError(
+                f"the styles name {', '.join(map(repr, unused))}, which fit no Linear of {type(model).__name__}"
+            )
+    return planned
+
+
+def _blocks(model: nn.Module, planned: Mapping[str, str]) -> Iterator[tuple[str, bool, dict[str, nn.Module]]]:
+    """(what is cut, whether activations outside are whole, Linears cut together, the one that takes their parts last)."""
+    producers: dict[str, nn.Module] = {}
+    for name, style in planned.items():
+        by, whole_outside = STYLES[style]
+        module = model.get_submodule(name)
+        if whole_outside:
+            yield by, True, {name: module}
+        elif by == ROWS:
+            producers[name] = module
+        else:
+            yield by, False, producers | {name: module}
+            producers = {}
+    if producers:
+        raise ValueError(
+            f"{', '.join(producers)} are 'colwise', but no 'rowwise' Linear comes after them to take their parts; give that one a "
+            "style too, or make these 'colwise_gather_output'"
+        )
 
 
 def planned_linears(model: nn.Module, styles: Mapping[str, str]) -> dict[str, str]:
-    """The entries of `styles` that name Linears of the model."""
+    """The entries of `styles` that name Linears of the model and say how to cut them."""
     names = [name for name, _ in _linears(model)]
-    return {pattern: style for pattern, style in styles.items() if any(_fits(pattern, name) for name in names)}
+    known = {pattern: style for pattern, style in styles.items() if style in STYLES}
+    return {pattern: style for pattern, style in known.items() if any(_fits(pattern, name) for name in names)}
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -194,9 +196,11 @@ def _even(size: int, ranks: int, unit: int) -> tuple[tuple[int, int], ...] | str
     return tuple(zip(places, places[1:], strict=False))
 
 
-def _alone(module: nn.Module, by: str, ranks: int) -> _Shares | str:
+def _alone(block: Mapping[str, nn.Module], by: str, ranks: int) -> _Shares | str:
+    """Shares of a Linear whose activations outside are whole: it may be cut anywhere."""
+    (module,) = block.values()
     ranges = _even(_size(module, by), ranks, _column_unit(module) if by == COLUMNS else 1)
-    return ranges if isinstance(ranges, str) else _Shares([Split(by, ranges)], {})
+    return ranges if isinstance(ranges, str) else _Shares([Split(by, ranges, whole_outside=True)], {})
 
 
 def _block(model: nn.Module, block: Mapping[str, nn.Module], ranks: int) -> _Shares | str:

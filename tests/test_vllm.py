@@ -109,7 +109,7 @@ def test_damage_is_named():
     with pytest.raises(FormatError, match="up: codebook holds values that are not finite"):
         for key, tensor in tensors.items():
             arrivals.add("up", key, tensor)
-    with pytest.raises(ValueError, match="too small for rows 40 to 80"):
+    with pytest.raises(ValueError, match="too small for rows 0 to 40 and columns 33 to 66"):
         plugin.pieces_of_layer(SimpleNamespace(tp_rank=1, tp_size=2), ["up"], structures(layers), [40], HIDDEN // 2 + 1)
 
 

@@ -9,6 +9,7 @@ PEFT knows layer types of other libraries only where a config lists them, and do
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ class PackedLoraLinear(nn.Module, LoraLayer):
                 "DoRA asks for the norms of a dense weight, which a packed layer does not have; set use_dora=False"
             )
         super().__init__()
-        LoraLayer.__init__(self, base_layer)
+        with warnings.catch_warnings():  # PEFT asks layers of types that it does not know for their sizes, and says so
+            warnings.filterwarnings("ignore", "Unsupported layer type")
+            LoraLayer.__init__(self, base_layer)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)

@@ -228,7 +228,10 @@ def take_over_linears(model: Any) -> dict[str, str] | None:
 
     ALL_PARALLEL_STYLES.register(METHOD, TensorParallelLayer())  # does nothing
     styles = dict(asked.tp_plan) if isinstance(asked.tp_plan, Mapping) else dict(model.tp_plan)
-    ours = planned_linears(model, styles)
+    # A tied head shares the embedding's tensor, which transformers shards: it keeps both.
+    tied = {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", None) or {}}
+    tied -= {name for name, _ in packed_modules(model)}
+    ours = {pattern: style for pattern, style in planned_linears(model, styles).items() if pattern not in tied}
     theirs = {pattern: METHOD if pattern in ours else style for pattern, style in styles.items()}
     if isinstance(asked.tp_plan, Mapping):
         asked.tp_plan = theirs

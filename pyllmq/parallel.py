@@ -354,7 +354,8 @@ def _connect(model: nn.Module, found: Plan, rank: int, group: dist.ProcessGroup 
         else:
             module.register_forward_pre_hook(_expect_no_gradient)
     for name, groups in found.key_value_groups.items():
-        model.get_submodule(name).num_key_value_groups = groups
+        attention: Any = model.get_submodule(name)
+        attention.num_key_value_groups = groups
     model.requires_grad_(False)
     model.tensor_parallel_plan = found  # type: ignore[assignment]
     quantizer = getattr(model, "hf_quantizer", None)

@@ -23,6 +23,12 @@ from ..nn import LAYER_OF_KIND, PackedLinear
 class PackedLoraLinear(nn.Module, LoraLayer):
     """y = packed(x) + scaling * B A dropout(x)."""
 
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    scaling: dict[str, float]
+
     def __init__(
         self, base_layer: PackedLinear, adapter_name: str, config: LoraConfig, r: int = 0, lora_alpha: int = 1, **_: Any
     ) -> None:

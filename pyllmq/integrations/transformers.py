@@ -226,7 +226,8 @@ def take_over_linears(model: Any) -> dict[str, str] | None:
 
     from ..parallel import planned_linears
 
-    ALL_PARALLEL_STYLES.register(METHOD, TensorParallelLayer())  # does nothing
+    does_nothing: Any = TensorParallelLayer()
+    ALL_PARALLEL_STYLES.register(METHOD, does_nothing)
     styles = dict(asked.tp_plan) if isinstance(asked.tp_plan, Mapping) else dict(model.tp_plan)
     # A tied head shares the embedding's tensor, which transformers shards: it keeps both.
     tied = {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", None) or {}}

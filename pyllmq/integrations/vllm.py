@@ -197,7 +197,7 @@ def _classes() -> tuple[Any, Any]:
 
         def create_weights(
             self,
-            layer: nn.Module,
+            layer: Any,
             input_size_per_partition: int,
             output_partition_sizes: list[int],
             input_size: int,

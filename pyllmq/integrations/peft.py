@@ -23,6 +23,9 @@ from ..nn import LAYER_OF_KIND, PackedLinear
 class PackedLoraLinear(nn.Module, LoraLayer):
     """y = packed(x) + scaling * B A dropout(x)."""
 
+    # What LoraLayer gives; without its types, nn.Module would say that these are tensors or modules.
+    update_layer: Any
+    active_adapters: Any
     base_layer: Any
     lora_A: Any
     lora_B: Any

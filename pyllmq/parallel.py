@@ -430,7 +430,7 @@ def from_pretrained(
     modules = integration.put_skeletons(skeleton, structures)
     found = plan(skeleton, ranks, styles)
     tensors, parts = _read_part(files, structures, modules, found, rank)
-    config.quantization_config = integration.describe(parts) | {"part_of_ranks": ranks}
+    config.quantization_config = integration.packed_description(parts) | {"part_of_ranks": ranks}
     model = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, **kwargs)
     dense = {name: split for name, split in found.splits.items() if name not in modules.values()}
     _cut_modules(model, replace(found, splits=dense), rank)

@@ -342,10 +342,10 @@ def structures_of(config: Any) -> dict[str, Structure]:
     return described.structures()
 
 
-def describe(modules: Mapping[str, Structure]) -> dict[str, Any]:
+def packed_description(structures: Mapping[str, Structure]) -> dict[str, Any]:
     """The `quantization_config` of a model with these packed modules."""
-    described = {name: structure.to_dict() for name, structure in modules.items()}
-    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": described}
+    modules = {name: structure.to_dict() for name, structure in structures.items()}
+    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": modules}
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
@@ -356,19 +356,23 @@ def mark_packed(model: nn.Module) -> None:
     if "transformers" not in sys.modules:
         return
     from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        found = getattr(model, "tensor_parallel_plan", None)
+        expect_whole(0 if found is None else found.ranks)
+        describe_packed(model, {name: module.structure for name, module in packed_modules(model)})
+
+
+def describe_packed(model: Any, structures: Mapping[str, Structure]) -> None:
+    """Put into the model's config what loading needs to know of its packed layers."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-    if not isinstance(model, PreTrainedModel):
-        return
-    found = getattr(model, "tensor_parallel_plan", None)
-    expect_whole(0 if found is None else found.ranks)
     register()
-    described = describe({name: module.structure for name, module in packed_modules(model)})
-    config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](**described)
+    config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](**packed_description(structures))
     model.config.quantization_config = config
     model.hf_quantizer = AUTO_QUANTIZER_MAPPING[METHOD](config, pre_quantized=True)
-    model.is_quantized = True  # type: ignore[assignment]
-    model.quantization_method = METHOD  # type: ignore[assignment]
+    model.is_quantized = True
+    model.quantization_method = METHOD
 
 
 def save_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str], *others: Any) -> None:

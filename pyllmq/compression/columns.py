@@ -34,6 +34,14 @@ class InputStatistics:
     """float [K, K]: mean of x x^T over the tokens, on any scale."""
     mean: Tensor | None = None
     """float [K]: mean of x, where the Hessian is the plain mean of x x^T: their difference is the covariance. None: biases stay."""
+    drift: Tensor | None = None
+    """float [K, K]: mean of (z - x) x^T, z the input that the dense model has at this place. None: z is x."""
+    mean_drift: Tensor | None = None
+    """float [K]: mean of z - x."""
+
+    def cpu(self) -> InputStatistics:
+        known = (None if value is None else value.cpu() for value in (self.mean, self.drift, self.mean_drift))
+        return InputStatistics(self.hessian.cpu(), *known)
 
     def of_the_error(self) -> Tensor:
         """What the error is weighed by: where the bias takes up the mean error, only the input's covariance matters."""
@@ -71,10 +79,13 @@ def compress_linears(
         check_weight(name, weight, inputs.hessian)
     # k-means runs on the CPU, whatever device the model is on.
     weights = {name: weight.detach().float().cpu() for name, weight in weights.items()}
-    inputs = InputStatistics(inputs.hessian.cpu(), None if inputs.mean is None else inputs.mean.cpu())
+    inputs = inputs.cpu()
     started = time.perf_counter()
     hessian = inputs.of_the_error()
     factor = factor_hessian(hessian, config.damping, config.act_order)
+    dense, weights = weights, {
+        name: _target(weight, inputs, factor, config.propagation) for name, weight in weights.items()
+    }
     fits = {
         name: ColumnFits(name, weight, (row_weights or {}).get(name), config.row_scale, config.kmeans)
         for name, weight in weights.items()
@@ -94,11 +105,31 @@ def compress_linears(
             )
             quantized = refined.quantized
         packed = columns.pack()
-        bias_change = None if inputs.mean is None else (weight - quantized) @ inputs.mean
+        bias_change = None
+        if inputs.mean is not None:
+            bias_change = (dense[name] - quantized) @ inputs.mean
+            if inputs.mean_drift is not None:
+                bias_change += dense[name] @ inputs.mean_drift
         seconds = time.perf_counter() - started + shared_seconds
         error = _relative_error(weight, quantized, hessian, inputs.hessian)
         compressed[name] = CompressedLinear(packed, error, seconds, packed.bits_per_weight, bias_change)
     return compressed
+
+
+def _target(weight: Tensor, inputs: InputStatistics, factor: HessianFactor, share: float) -> Tensor:
+    """The weight whose output on the input x comes closest to that of `weight` on the dense model's input, `share` of the way.
+
+    With d the difference of the inputs it is W + W mean(d x^T) H^-1, H damped; what biases take up is in neither factor.
+    """
+    if inputs.drift is None or share == 0:
+        return weight
+    drift = inputs.drift
+    if inputs.mean is not None and inputs.mean_drift is not None:
+        drift = drift - torch.outer(inputs.mean_drift, inputs.mean)
+    wanted = (weight @ drift)[:, factor.order]
+    change = torch.empty_like(wanted)
+    change[:, factor.order] = wanted @ factor.upper.t() @ factor.upper
+    return weight + share * change
 
 
 def _relative_error(weight: Tensor, quantized: Tensor, of_the_error: Tensor, of_the_output: Tensor) -> float:

@@ -290,8 +290,18 @@ class _Job:
     guidance: Guidance = field(default_factory=Guidance)
     left_over: float = 0.0
     """Bytes that the groups done so far were given and did not use."""
+    dense: _Dense | None = None
     visit: Visit = lambda group, inputs: None
     """What is done with each group of Linears that share an input, before anything after them is run."""
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """The block that is being compressed as it was, and run on what the dense blocks before it give."""
+
+    linears: dict[str, nn.Module]
+    run: Callable[[int], Any]
+    hidden_shapes: list[torch.Size]
 
 
 def _compress_chain(job: _Job, chain: list[_Stage]) -> None:
@@ -313,11 +323,26 @@ def _compress_chain(job: _Job, chain: list[_Stage]) -> None:
             )
         recorded.append([call if i == 0 else replace(call, hidden=call.hidden[:0]) for i, call in enumerate(calls)])
     hidden = [calls[0].hidden for calls in recorded]
+    propagate = isinstance(job.config, ColumnCodebookConfig) and job.config.propagation > 0
+    dense_hidden = hidden
     for i, (stage, block) in enumerate(zip(chain, blocks, strict=True)):
         calls = [replace(calls[i], hidden=h) for calls, h in zip(recorded, hidden, strict=True)]
+        dense_block, job.dense = None, None
+        if propagate:
+            dense_block = copy.deepcopy(block)
+            dense_calls = [replace(call, hidden=h) for call, h in zip(calls, dense_hidden, strict=True)]
+            twins = dict(zip(map(id, block.modules()), dense_block.modules(), strict=True))
+            job.dense = _Dense(
+                {name: twins[id(module)] for name, module in stage.linears.items()},
+                partial(_run_call, dense_calls, dense_block),
+                [call.hidden.shape for call in calls],
+            )
         _compress_stage(job, stage, partial(_run_call, calls, block))
         if i + 1 < len(chain):
             hidden = [call.run(block) for call in calls]
+            if dense_block is not None:
+                dense_hidden = [call.run(dense_block) for call in dense_calls]
+    job.dense = None
 
 
 def _run_call(calls: Sequence[_Call], block: nn.Module, index: int) -> Tensor:
@@ -445,7 +470,16 @@ def _input_statistics(
     sums: list[Tensor | None] = [None] * len(groups)
     totals: list[Tensor | None] = [None] * len(groups)
     tokens = [0.0] * len(groups)
+    drifts: list[Tensor | None] = [None] * len(groups)
+    mean_drifts: list[Tensor | None] = [None] * len(groups)
+    wanted: dict[int, Tensor] = {}
     current = 0
+
+    def keeper(i: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            wanted[i] = _real_tokens(args[0], job.batches[current], next(iter(groups[i])))
+
+        return hook
 
     def recorder(i: int) -> Callable[..., None]:
         name = next(iter(groups[i]))
@@ -457,7 +491,12 @@ def _input_statistics(
             if s is not None and s.numel() != len(x):  # an expert that was sent other tokens than in the dense model
                 s = None
             weighted = x if s is None else x * s.reshape(-1, 1)
-            for into, value in ((sums, weighted.T @ x), (totals, weighted.sum(0))):
+            found = [(sums, weighted.T @ x), (totals, weighted.sum(0))]
+            z = wanted.pop(i, None)
+            if z is not None and z.shape == x.shape:
+                d = z - x
+                found += [(drifts, d.T @ weighted), (mean_drifts, (d if s is None else d * s.reshape(-1, 1)).sum(0))]
+            for into, value in found:
                 known = into[i]
                 into[i] = value if known is None else known.add_(value)
             tokens[i] += x.shape[0] if s is None else float(s.sum())
@@ -465,8 +504,14 @@ def _input_statistics(
         return hook
 
     handles = [next(iter(group.values())).register_forward_pre_hook(recorder(i)) for i, group in enumerate(groups)]
+    if job.dense is not None:
+        handles += [
+            job.dense.linears[next(iter(group))].register_forward_pre_hook(keeper(i)) for i, group in enumerate(groups)
+        ]
     try:
-        for current in range(len(job.batches)):  # noqa: B007  (read by the hooks)
+        for current in range(len(job.batches)):
+            if job.dense is not None:
+                job.dense.run(current)
             run(current)
     finally:
         for handle in handles:
@@ -483,7 +528,8 @@ def _input_statistics(
             found.append(columns.InputStatistics(products.mul_(2.0 / tokens[i])))
             continue
         mean = total.div_(tokens[i]) if biased and job.config.correct_bias else None
-        found.append(columns.InputStatistics(products.div_(tokens[i]), mean))
+        drift = [None if d is None else d.div_(tokens[i]) for d in (drifts[i], mean_drifts[i])]
+        found.append(columns.InputStatistics(products.div_(tokens[i]), mean, *drift))
     return found
 
 

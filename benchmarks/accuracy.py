@@ -15,7 +15,7 @@ import csv
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -213,18 +213,35 @@ def run_published(subject: Subject, bits: float, outliers: float, draw: int) -> 
     return [Result(subject.name, PUBLISHED, setting, draw, report.bits_per_weight, damage, report.seconds)]
 
 
-def run_ours(subject: Subject, bits: float, draw: int, steps: int) -> Iterator[Result]:
-    """Untuned, and then the same model with its codebooks tuned if `steps`."""
+def compress_ours(subject: Subject, bits: float, draw: int) -> Any:
     model = copy.deepcopy(subject.dense)
     config = pyllmq.ColumnCodebookConfig.preset("balanced", bits)
-    report = pyllmq.compress(model, config, subject.calibration(draw), exclude=subject.exclude, progress=False)
-    true_bits, setting = report.bits_per_weight, f"{bits:g}"
-    yield Result(subject.name, UNTUNED, setting, draw, true_bits, subject.judge(model), report.seconds)
-    if steps:
-        started = time.perf_counter()
-        pyllmq.tune_codebooks(model, subject.dense, subject.tuning, steps=steps, progress=False)
-        seconds = report.seconds + time.perf_counter() - started
-        yield Result(subject.name, TUNED, setting, draw, true_bits, subject.judge(model), seconds)
+    pyllmq.compress(model, config, subject.calibration(draw), exclude=subject.exclude, progress=False)
+    return model
+
+
+def run_ours(subject: Subject, bits: float, draw: int, keep: Path | None) -> list[Result]:
+    """Untuned; the packed model is left in the folder `keep`, if one is given, for `run_tuned`."""
+    started = time.perf_counter()
+    model = compress_ours(subject, bits, draw)
+    seconds = time.perf_counter() - started
+    if keep is not None:
+        model.save_pretrained(keep)
+    return [Result(subject.name, UNTUNED, f"{bits:g}", draw, true_bits(model), subject.judge(model), seconds)]
+
+
+def run_tuned(subject: Subject, bits: float, draw: int, steps: int, keep: Path | None) -> list[Result]:
+    """The same model with its codebooks tuned; the seconds are those of the tuning."""
+    model = load_model(keep) if keep is not None and keep.exists() else compress_ours(subject, bits, draw)
+    started = time.perf_counter()
+    pyllmq.tune_codebooks(model, subject.dense, subject.tuning, steps=steps, progress=False)
+    seconds = time.perf_counter() - started
+    return [Result(subject.name, TUNED, f"{bits:g}", draw, true_bits(model), subject.judge(model), seconds)]
+
+
+def true_bits(model: nn.Module) -> float:
+    layers = [m for m in model.modules() if isinstance(m, pyllmq.CodebookLinear)]
+    return sum(8 * m.nbytes for m in layers) / sum(m.in_features * m.out_features for m in layers)
 
 
 @dataclass(frozen=True)
@@ -232,17 +249,27 @@ class Job:
     method: str
     setting: str
     draw: int
-    run: Callable[[], Iterable[Result]]
+    run: Callable[[], list[Result]]
 
 
-def plan(subject: Subject, draws: int, only: Sequence[str], steps: int) -> list[Job]:
+def plan(subject: Subject, draws: int, only: Sequence[str], steps: int, keep: Path | None) -> list[Job]:
+    """What the table needs first comes first: all draws of ours and of CLAQ, then tuning, then the others."""
+
+    def kept(bits: float, draw: int) -> Path | None:
+        return None if keep is None else keep / f"{subject.name}-{bits:g}-{draw}"
+
     jobs: list[Job] = []
     for draw in range(draws):
         for bits in TRUE_BITS:
-            jobs.append(Job(UNTUNED, f"{bits:g}", draw, partial(run_ours, subject, bits, draw, steps)))
+            jobs.append(Job(UNTUNED, f"{bits:g}", draw, partial(run_ours, subject, bits, draw, kept(bits, draw))))
         for bits, outliers in PUBLISHED_POINTS:
             setting = f"{bits:g}/{outliers:g}"
             jobs.append(Job(PUBLISHED, setting, draw, partial(run_published, subject, bits, outliers, draw)))
+    for draw in range(draws):
+        for bits in TRUE_BITS if steps else ():
+            run = partial(run_tuned, subject, bits, draw, steps, kept(bits, draw))
+            jobs.append(Job(TUNED, f"{bits:g}", draw, run))
+    for draw in range(draws):
         for name in RIVALS:
             jobs += [Job(name, f"{b}", draw, partial(run_rival, subject, name, b, draw)) for b in (2, 3, 4)]
     return [job for job in jobs if job.method in only]
@@ -250,7 +277,7 @@ def plan(subject: Subject, draws: int, only: Sequence[str], steps: int) -> list[
 
 PUBLISHED, UNTUNED, TUNED = "CLAQ published", "ours", "ours tuned"
 OURS = (UNTUNED, TUNED)
-METHODS = (*RIVALS, PUBLISHED, UNTUNED)
+METHODS = (*RIVALS, PUBLISHED, UNTUNED, TUNED)
 
 
 # ---- report -----------------------------------------------------------------------------------------------------------
@@ -374,6 +401,7 @@ def main() -> None:
     parser.add_argument(
         "--csv", type=Path, default=Path("pyllmq_accuracy.csv"), help="appended to; what it holds is not run again"
     )
+    parser.add_argument("--keep", type=Path, help="folder for ours, packed, so that tuning can start from it later")
     parser.add_argument("--plot", type=Path, help="PNG to draw")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no further run after so long")
     given = parser.parse_args()
@@ -386,7 +414,7 @@ def main() -> None:
         name = BUNDLED if folder == bundled_encoder() else folder.name
         subject = causal(folder, name) if is_causal(load_model(folder)) else encoder(folder, name)
         done = {(r.model, r.method, r.setting, r.draw) for r in read(given.csv)}
-        for job in plan(subject, given.draws, only, given.steps):
+        for job in plan(subject, given.draws, only, given.steps, given.keep):
             if (subject.name, job.method, job.setting, job.draw) in done:
                 continue
             if time.monotonic() - started > 60 * given.minutes:

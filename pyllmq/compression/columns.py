@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ..kmeans import kmeans_1d
 from . import allocate
 from .claq import CompressedLinear, check_weight, outgrown
 from .column_loop import ColumnQuantizer, HessianFactor, factor_hessian, refine_columns, squared_output, sweep_columns
+from .drift import Drift
 
 MAX_KEPT = 0.02
 """Largest share of a column's weights that may stay in fp16."""
@@ -34,14 +35,12 @@ class InputStatistics:
     """float [K, K]: mean of x x^T over the tokens, on any scale."""
     mean: Tensor | None = None
     """float [K]: mean of x, where the Hessian is the plain mean of x x^T: their difference is the covariance. None: biases stay."""
-    drift: Tensor | None = None
-    """float [K, K]: mean of (z - x) x^T, z the input that the dense model has at this place. None: z is x."""
-    mean_drift: Tensor | None = None
-    """float [K]: mean of z - x."""
+    drifts: Mapping[str, Drift] = field(default_factory=dict)
+    """name -> what its output should make up for; Linears that are not named: nothing."""
 
     def cpu(self) -> InputStatistics:
-        known = (None if value is None else value.cpu() for value in (self.mean, self.drift, self.mean_drift))
-        return InputStatistics(self.hessian.cpu(), *known)
+        drifts = {name: Drift(drift.products.cpu(), drift.mean.cpu()) for name, drift in self.drifts.items()}
+        return InputStatistics(self.hessian.cpu(), None if self.mean is None else self.mean.cpu(), drifts)
 
     def of_the_error(self) -> Tensor:
         """What the error is weighed by: where the bias takes up the mean error, only the input's covariance matters."""
@@ -83,9 +82,13 @@ def compress_linears(
     started = time.perf_counter()
     hessian = inputs.of_the_error()
     factor = factor_hessian(hessian, config.damping, config.act_order)
-    dense, weights = weights, {
-        name: _target(weight, inputs, factor, config.propagation) for name, weight in weights.items()
-    }
+    dense, weights = (
+        weights,
+        {
+            name: _target(weight, inputs, inputs.drifts.get(name), factor, config.propagation)
+            for name, weight in weights.items()
+        },
+    )
     fits = {
         name: ColumnFits(name, weight, (row_weights or {}).get(name), config.row_scale, config.kmeans)
         for name, weight in weights.items()
@@ -108,28 +111,24 @@ def compress_linears(
         bias_change = None
         if inputs.mean is not None:
             bias_change = (dense[name] - quantized) @ inputs.mean
-            if inputs.mean_drift is not None:
-                bias_change += dense[name] @ inputs.mean_drift
+            if name in inputs.drifts:
+                bias_change += inputs.drifts[name].mean
         seconds = time.perf_counter() - started + shared_seconds
         error = _relative_error(weight, quantized, hessian, inputs.hessian)
         compressed[name] = CompressedLinear(packed, error, seconds, packed.bits_per_weight, bias_change)
     return compressed
 
 
-def _target(weight: Tensor, inputs: InputStatistics, factor: HessianFactor, share: float) -> Tensor:
-    """The weight whose output on the input x comes closest to that of `weight` on the dense model's input, `share` of the way.
-
-    With d the difference of the inputs it is W + W mean(d x^T) H^-1, H damped; what biases take up is in neither factor.
-    """
-    if inputs.drift is None or share == 0:
+def _target(
+    weight: Tensor, inputs: InputStatistics, drift: Drift | None, factor: HessianFactor, share: float
+) -> Tensor:
+    """W + share * mean(e x^T) H^-1, H damped: the weight whose output comes closest to W x + e. What biases take up is in neither."""
+    if drift is None or share == 0:
         return weight
-    drift = inputs.drift
-    if inputs.mean is not None and inputs.mean_drift is not None:
-        drift = drift - torch.outer(inputs.mean_drift, inputs.mean)
-    wanted = (weight @ drift)[:, factor.order]
-    change = torch.empty_like(wanted)
-    change[:, factor.order] = wanted @ factor.upper.t() @ factor.upper
-    return weight + share * change
+    products = drift.products if inputs.mean is None else drift.products - torch.outer(drift.mean, inputs.mean)
+    change = torch.empty_like(weight)
+    change[:, factor.order] = products[:, factor.order] @ factor.upper.t() @ factor.upper
+    return weight.add(change, alpha=share)
 
 
 def _relative_error(weight: Tensor, quantized: Tensor, of_the_error: Tensor, of_the_output: Tensor) -> float:

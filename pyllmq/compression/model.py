@@ -28,6 +28,7 @@ from ..swap import (
 )
 from . import allocate, claq, columns, densities
 from .calibration import Batch, as_batches
+from .drift import DenseTwin, Drift, watch
 from .guide import Guidance, output_gradients
 from .pruning import prune_linears
 from .report import CompressionReport, LayerReport, summary
@@ -290,18 +291,10 @@ class _Job:
     guidance: Guidance = field(default_factory=Guidance)
     left_over: float = 0.0
     """Bytes that the groups done so far were given and did not use."""
-    dense: _Dense | None = None
+    twin: DenseTwin | None = None
+    """The block at work as it was, for a method that makes up for the damage done so far."""
     visit: Visit = lambda group, inputs: None
     """What is done with each group of Linears that share an input, before anything after them is run."""
-
-
-@dataclass(frozen=True)
-class _Dense:
-    """The block that is being compressed as it was, and run on what the dense blocks before it give."""
-
-    linears: dict[str, nn.Module]
-    run: Callable[[int], Any]
-    hidden_shapes: list[torch.Size]
 
 
 def _compress_chain(job: _Job, chain: list[_Stage]) -> None:
@@ -327,22 +320,15 @@ def _compress_chain(job: _Job, chain: list[_Stage]) -> None:
     dense_hidden = hidden
     for i, (stage, block) in enumerate(zip(chain, blocks, strict=True)):
         calls = [replace(calls[i], hidden=h) for calls, h in zip(recorded, hidden, strict=True)]
-        dense_block, job.dense = None, None
         if propagate:
-            dense_block = copy.deepcopy(block)
             dense_calls = [replace(call, hidden=h) for call, h in zip(calls, dense_hidden, strict=True)]
-            twins = dict(zip(map(id, block.modules()), dense_block.modules(), strict=True))
-            job.dense = _Dense(
-                {name: twins[id(module)] for name, module in stage.linears.items()},
-                partial(_run_call, dense_calls, dense_block),
-                [call.hidden.shape for call in calls],
-            )
+            job.twin = DenseTwin(block, stage.linears, partial(_run_call, dense_calls))
         _compress_stage(job, stage, partial(_run_call, calls, block))
         if i + 1 < len(chain):
             hidden = [call.run(block) for call in calls]
-            if dense_block is not None:
-                dense_hidden = [call.run(dense_block) for call in dense_calls]
-    job.dense = None
+            if job.twin is not None:
+                dense_hidden = [call.run(job.twin.block) for call in dense_calls]
+    job.twin = None
 
 
 def _run_call(calls: Sequence[_Call], block: nn.Module, index: int) -> Tensor:
@@ -467,69 +453,73 @@ def _input_statistics(
     job: _Job, groups: list[dict[str, nn.Module]], run: Callable[[int], Any]
 ) -> list[columns.InputStatistics]:
     """H, fp32 [K, K], a sum of x x^T over the calibration tokens, and their mean, for the common input of each group."""
-    sums: list[Tensor | None] = [None] * len(groups)
-    totals: list[Tensor | None] = [None] * len(groups)
+    sums: dict[Any, Tensor] = {}
     tokens = [0.0] * len(groups)
-    drifts: list[Tensor | None] = [None] * len(groups)
-    mean_drifts: list[Tensor | None] = [None] * len(groups)
-    wanted: dict[int, Tensor] = {}
     current = 0
+    seen: dict[int, tuple[Tensor, Tensor | None]] = {}
 
-    def keeper(i: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            wanted[i] = _real_tokens(args[0], job.batches[current], next(iter(groups[i])))
-
-        return hook
+    def add(key: Any, value: Tensor) -> None:
+        sums[key] = sums[key].add_(value) if key in sums else value
 
     def recorder(i: int) -> Callable[..., None]:
         name = next(iter(groups[i]))
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            batch = job.batches[current]
-            x = _real_tokens(args[0], batch, name)
+            x = _real_tokens(args[0], job.batches[current], name)
             s = _token_weights(job, name, current, args[0].shape[:-1])
             if s is not None and s.numel() != len(x):  # an expert that was sent other tokens than in the dense model
                 s = None
             weighted = x if s is None else x * s.reshape(-1, 1)
-            found = [(sums, weighted.T @ x), (totals, weighted.sum(0))]
-            z = wanted.pop(i, None)
-            if z is not None and z.shape == x.shape:
-                d = z - x
-                found += [(drifts, d.T @ weighted), (mean_drifts, (d if s is None else d * s.reshape(-1, 1)).sum(0))]
-            for into, value in found:
-                known = into[i]
-                into[i] = value if known is None else known.add_(value)
+            add(("products", i), weighted.T @ x)
+            add(("total", i), weighted.sum(0))
             tokens[i] += x.shape[0] if s is None else float(s.sum())
+            seen[i] = weighted, s
 
         return hook
 
+    members = [(i, name) for i, group in enumerate(groups) for name in group]
+    places = {} if job.twin is None else {name: job.twin.places_in_block[name] for _, name in members}
+    had: dict[str, Tensor] = {}
     handles = [next(iter(group.values())).register_forward_pre_hook(recorder(i)) for i, group in enumerate(groups)]
-    if job.dense is not None:
-        handles += [
-            job.dense.linears[next(iter(group))].register_forward_pre_hook(keeper(i)) for i, group in enumerate(groups)
-        ]
     try:
-        for current in range(len(job.batches)):
-            if job.dense is not None:
-                job.dense.run(current)
-            run(current)
+        with watch(places, had):
+            for current in range(len(job.batches)):  # noqa: B007  (read by the hooks)
+                seen.clear()
+                had.clear()
+                run(current)
+                if job.twin is None:
+                    continue
+                wanted = job.twin.look([name for _, name in members], current)
+                for i, name in members:
+                    # An expert is sent other tokens than in the dense model: nothing to compare.
+                    if i not in seen or name not in wanted or wanted[name].dim() != 3:
+                        continue
+                    x, s = seen[i]
+                    missing = _real_tokens(wanted[name] - had[name], job.batches[current], name)
+                    add(("drift", name), missing.T @ x)
+                    add(("mean drift", name), (missing if s is None else missing * s.reshape(-1, 1)).sum(0))
     finally:
         for handle in handles:
             handle.remove()
     found = []
-    for i, (products, total) in enumerate(zip(sums, totals, strict=True)):
-        if products is None or total is None or tokens[i] == 0:
+    for i, group in enumerate(groups):
+        if tokens[i] == 0:
             raise ValueError(
-                f"the calibration data reaches {next(iter(groups[i]))} with no token; is the attention_mask all zero?"
+                f"the calibration data reaches {next(iter(group))} with no token; is the attention_mask all zero?"
             )
-        biased = all(isinstance(module.bias, Tensor) for module in groups[i].values())
+        biased = all(isinstance(module.bias, Tensor) for module in group.values())
+        products, total = sums["products", i], sums["total", i]
         # The published methods know 2/n sum x x^T; the covariance needs the plain mean.
         if not isinstance(job.config, ColumnCodebookConfig):
             found.append(columns.InputStatistics(products.mul_(2.0 / tokens[i])))
             continue
         mean = total.div_(tokens[i]) if biased and job.config.correct_bias else None
-        drift = [None if d is None else d.div_(tokens[i]) for d in (drifts[i], mean_drifts[i])]
-        found.append(columns.InputStatistics(products.div_(tokens[i]), mean, *drift))
+        drifts = {
+            name: Drift(sums["drift", name].div_(tokens[i]), sums["mean drift", name].div_(tokens[i]))
+            for name in group
+            if ("drift", name) in sums
+        }
+        found.append(columns.InputStatistics(products.div_(tokens[i]), mean, drifts))
     return found
 
 

@@ -122,7 +122,7 @@ def compress_linears(
 def _target(
     weight: Tensor, inputs: InputStatistics, drift: Drift | None, factor: HessianFactor, share: float
 ) -> Tensor:
-    """W + share * mean(e x^T) H^-1, H damped: the weight whose output comes closest to W x + e. What biases take up is in neither."""
+    """W + share * mean(e x^T) H^-1, H damped: its output comes closest to W x + e. Means are left to the bias, if there is one."""
     if drift is None or share == 0:
         return weight
     products = drift.products if inputs.mean is None else drift.products - torch.outer(drift.mean, inputs.mean)

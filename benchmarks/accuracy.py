@@ -107,7 +107,8 @@ def encoder(folder: Path, name: str) -> Subject:
         name,
         dense,
         lambda draw: calibration.sentence_batches(tokenizer, drawn[draw * CALIBRATION : (draw + 1) * CALIBRATION]),
-        calibration.sentence_batches(tokenizer, tune),
+        # By length: half the tokens of a batch would be padding.
+        calibration.sentence_batches(tokenizer, sorted(tune, key=len), batch_size=8),
         judge,
         (*DEFAULT_EXCLUDE, "pooler"),
     )
@@ -397,7 +398,7 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=int, default=3, help="calibration draws")
     parser.add_argument("--methods", default=",".join(METHODS), help="which, separated by commas")
-    parser.add_argument("--steps", type=int, default=200, help="of codebook tuning; 0 for none")
+    parser.add_argument("--steps", type=int, default=150, help="of codebook tuning; 0 for none")
     parser.add_argument(
         "--csv", type=Path, default=Path("pyllmq_accuracy.csv"), help="appended to; what it holds is not run again"
     )

@@ -27,6 +27,7 @@ from ..swap import (
     tied_weights,
 )
 from . import allocate, claq, columns, densities
+from .blocks import Stage, find_chains, find_stages, record_chain, run_call
 from .calibration import Batch, as_batches
 from .drift import DenseTwin, Drift, watch
 from .guide import Guidance, output_gradients
@@ -83,7 +84,7 @@ def compress(
         raise ValueError(
             f"{name} shares its weight with {owner}; compressing it would untie them. Add {name!r} to exclude"
         )
-    stages = _find_stages(model, chosen, outside=include is not None)
+    stages = find_stages(model, chosen, outside=include is not None)
     planned = [name for stage in stages for name in stage.linears]
     if not planned:
         raise ValueError(
@@ -121,7 +122,7 @@ def compress(
                 _plan_budgets(job, config, {name: chosen[name] for name in planned})
             if isinstance(config, SparseConfig):
                 job.sparsity = _plan_sparsity(job, config, stages)
-            for chain in _find_chains(model, stages, batches[0]):
+            for chain in find_chains(model, stages, batches[0]):
                 _compress_chain(job, chain)
         if original is not None:
             report.tuning_losses = tune_codebooks(model, original, tuning, steps=steps, progress=progress)
@@ -143,119 +144,11 @@ def visit_groups(
 
     `visit` may change the weights: what runs after them sees the change. For other methods beside ours.
     """
-    stages = _find_stages(model, select_linears(model, None, exclude), outside=False)
+    stages = find_stages(model, select_linears(model, None, exclude), outside=False)
     with _quiet_eval(model), torch.no_grad(), tqdm(disable=True) as bar:
         job = _Job(model, as_batches(calibration), CLAQConfig(bits=2), {}, CompressionReport("", {}), bar, visit=visit)
-        for chain in _find_chains(model, stages, job.batches[0]):
+        for chain in find_chains(model, stages, job.batches[0]):
             _compress_chain(job, chain)
-
-
-# ---- stages: what runs as one piece ---------------------------------------------------------------------------------
-
-
-@dataclass
-class _Stage:
-    """A block that is run on its own, or (block is None) Linears that only a run of the whole model reaches."""
-
-    block: nn.Module | None
-    linears: dict[str, nn.Module] = field(default_factory=dict)
-
-
-def _find_stages(model: nn.Module, chosen: dict[str, nn.Module], outside: bool) -> list[_Stage]:
-    """One stage per block that holds chosen Linears, then one for those outside all blocks if `outside`."""
-    block_names: list[str] = []
-    for name, module in model.named_modules():
-        nested = any(name.startswith(block + ".") for block in block_names)
-        if isinstance(module, nn.ModuleList) and len(module) and not nested:
-            block_names += [f"{name}.{i}".lstrip(".") for i in range(len(module))]
-    stages, taken = [], set()
-    for block_name in block_names:
-        inside = {
-            name: module for name, module in chosen.items() if name.startswith(block_name + ".") or name == block_name
-        }
-        if inside:
-            stages.append(_Stage(model.get_submodule(block_name), inside))
-            taken |= set(inside)
-    rest = {name: module for name, module in chosen.items() if name not in taken}
-    if rest and (outside or not stages):
-        stages.append(_Stage(None, rest))
-    return stages
-
-
-@dataclass
-class _Call:
-    """The arguments of one call of a block, with the hidden states apart."""
-
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
-        """None if no argument can be told to be the hidden states."""
-        # A cache would grow with every repeated run of the block; calibration never needs one.
-        kwargs = {k: None if type(v).__name__.endswith("Cache") else v for k, v in kwargs.items()}
-        args = tuple(None if type(v).__name__.endswith("Cache") else v for v in args)
-        if args and isinstance(args[0], Tensor):
-            return cls(args[0], args[1:], kwargs)
-        hidden = kwargs.pop("hidden_states", None)
-        return cls(hidden, args, kwargs) if isinstance(hidden, Tensor) else None
-
-    def run(self, block: nn.Module) -> Tensor:
-        output = block(self.hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple | list) else output
-
-
-def _record_calls(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> list[tuple[int, _Call | None]]:
-    """Run the model on one batch; the calls of all blocks in the order in which they happen, each with its block's index."""
-    calls: list[tuple[int, _Call | None]] = []
-
-    def recorder(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append((index, _Call.of(args, dict(kwargs))))
-
-        return hook
-
-    handles = [block.register_forward_pre_hook(recorder(i), with_kwargs=True) for i, block in enumerate(blocks)]
-    try:
-        model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _find_chains(model: nn.Module, stages: list[_Stage], batch: Batch) -> list[list[_Stage]]:
-    """Cut the stages into chains: blocks of which each takes just what the one before gave out.
-
-    Stages come in the order in which the model runs them. A block that runs several times in one forward (shared layers), or
-    whose hidden states cannot be told from its other arguments, or that never runs, becomes a stage of the whole model: one
-    recorded call would not tell its whole story.
-    """
-    staged = [(stage, stage.block) for stage in stages if stage.block is not None]
-    recorded = _record_calls(model, [block for _, block in staged], batch)
-    ran = list(dict.fromkeys(index for index, _ in recorded))
-    chains: list[list[_Stage]] = []
-    before: tuple[nn.Module, _Call] | None = None
-    for index in [*ran, *(i for i in range(len(staged)) if i not in ran)]:
-        stage, block = staged[index]
-        calls = [call for at, call in recorded if at == index]
-        if len(calls) != 1 or calls[0] is None:
-            chains.append([_Stage(None, stage.linears)])
-            before = None
-            continue
-        if before is not None and _gives(before[1].run(before[0]), calls[0].hidden):
-            chains[-1].append(stage)
-        else:
-            chains.append([stage])
-        before = (block, calls[0])
-    return chains + [[stage] for stage in stages if stage.block is None]
-
-
-def _gives(output: Tensor, wanted: Tensor) -> bool:
-    if not isinstance(output, Tensor) or output.shape != wanted.shape:
-        return False
-    return bool((output.float() - wanted.float()).norm() <= 1e-3 * wanted.float().norm())
 
 
 def _plan_budgets(job: _Job, config: ColumnCodebookConfig, linears: dict[str, nn.Module]) -> None:
@@ -297,24 +190,13 @@ class _Job:
     """What is done with each group of Linears that share an input, before anything after them is run."""
 
 
-def _compress_chain(job: _Job, chain: list[_Stage]) -> None:
+def _compress_chain(job: _Job, chain: list[Stage]) -> None:
     blocks = [stage.block for stage in chain if stage.block is not None]
     if not blocks:
         for stage in chain:
             _compress_stage(job, stage, lambda index: job.model(**job.batches[index]))
         return
-    # Masks and position embeddings may differ from block to block (sliding and global attention), and an encoder's output
-    # enters every decoder block: each block's own arguments are recorded when the chain before it is done, and only the
-    # hidden states are carried from block to block.
-    recorded = []
-    for batch in job.batches:
-        calls = [call for _, call in _record_calls(job.model, blocks, batch) if call is not None]
-        if len(calls) != len(blocks):
-            raise ValueError(
-                f"a calibration batch runs {len(calls)} of {len(blocks)} blocks that the first batch ran once each; batches must "
-                "take the same way through the model"
-            )
-        recorded.append([call if i == 0 else replace(call, hidden=call.hidden[:0]) for i, call in enumerate(calls)])
+    recorded = record_chain(job.model, blocks, job.batches)
     hidden = [calls[0].hidden for calls in recorded]
     propagate = isinstance(job.config, ColumnCodebookConfig) and job.config.propagation > 0
     dense_hidden = hidden
@@ -322,8 +204,8 @@ def _compress_chain(job: _Job, chain: list[_Stage]) -> None:
         calls = [replace(calls[i], hidden=h) for calls, h in zip(recorded, hidden, strict=True)]
         if propagate:
             dense_calls = [replace(call, hidden=h) for call, h in zip(calls, dense_hidden, strict=True)]
-            job.twin = DenseTwin(block, stage.linears, partial(_run_call, dense_calls))
-        _compress_stage(job, stage, partial(_run_call, calls, block))
+            job.twin = DenseTwin(block, stage.linears, partial(run_call, dense_calls))
+        _compress_stage(job, stage, partial(run_call, calls, block))
         if i + 1 < len(chain):
             hidden = [call.run(block) for call in calls]
             if job.twin is not None:
@@ -331,14 +213,10 @@ def _compress_chain(job: _Job, chain: list[_Stage]) -> None:
     job.twin = None
 
 
-def _run_call(calls: Sequence[_Call], block: nn.Module, index: int) -> Tensor:
-    return calls[index].run(block)
-
-
 # ---- pruning: how much of each Linear ---------------------------------------------------------------------------------
 
 
-def _plan_sparsity(job: _Job, config: SparseConfig, stages: Sequence[_Stage]) -> dict[str, float]:
+def _plan_sparsity(job: _Job, config: SparseConfig, stages: Sequence[Stage]) -> dict[str, float]:
     linears = {name: module for stage in stages for name, module in stage.linears.items()}
     layer_of = {
         name: name if stage.block is None else str(i) for i, stage in enumerate(stages) for name in stage.linears
@@ -398,7 +276,7 @@ def _real_tokens(x: Tensor, batch: Batch, name: str) -> Tensor:
 # ---- one stage: group the Linears by input, take the Hessian, compress ----------------------------------------------
 
 
-def _compress_stage(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> None:
+def _compress_stage(job: _Job, stage: Stage, run: Callable[[int], Any]) -> None:
     groups = _group_by_input(job, stage, run)
     if job.config.true_sequential:
         for group in groups:
@@ -417,7 +295,7 @@ def _compress_stage(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> None
             job.visit({name: module}, columns.InputStatistics(torch.eye(dense_weight(module).shape[1])))
 
 
-def _group_by_input(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> list[dict[str, nn.Module]]:
+def _group_by_input(job: _Job, stage: Stage, run: Callable[[int], Any]) -> list[dict[str, nn.Module]]:
     """The stage's Linears in the order in which they run, those that are given the very same tensor in one group."""
     groups: list[tuple[Tensor, int, dict[str, nn.Module]]] = []
     seen: set[str] = set()
@@ -628,7 +506,7 @@ def bits_for_size(
     Raises ValueError if what stays dense takes the whole size, or leaves fewer than 1.1 bits or more than 8.
     """
     chosen = select_linears(model, include, exclude)
-    linears = [m for stage in _find_stages(model, chosen, include is not None) for m in stage.linears.values()]
+    linears = [m for stage in find_stages(model, chosen, include is not None) for m in stage.linears.values()]
     weights = [dense_weight(module) for module in linears]
     packed = {weight.data_ptr() for weight in weights}
     # Tied tensors are stored once.

@@ -12,7 +12,7 @@ from . import losses as losses
 from .compression.model import compress
 from .compression.pruned import pack_pruned
 from .compression.report import CompressionReport, LayerReport
-from .compression.tune import tune_codebooks
+from .compression.tune import tune_blocks, tune_codebooks
 from .config import CLAQConfig, ColumnCodebookConfig, SparseConfig
 from .dispatch import NoKernelError, use_backend
 from .formats import (
@@ -62,6 +62,7 @@ __all__ = [
     "sinkhorn",
     "softmax_cdist_l1",
     "swap_linear",
+    "tune_blocks",
     "tune_codebooks",
     "use_backend",
 ]

@@ -370,10 +370,12 @@ def _input_statistics(
                 wanted = job.twin.look([name for _, name in members], current)
                 for i, name in members:
                     # An expert is sent other tokens than in the dense model: nothing to compare.
-                    if i not in seen or name not in wanted or wanted[name].dim() != 3:
+                    if i not in seen or name not in had or name not in wanted or wanted[name].dim() != 3:
                         continue
                     x, s = seen[i]
                     missing = _real_tokens(wanted[name] - had[name], job.batches[current], name)
+                    if len(missing) != len(x):
+                        continue
                     add(("drift", name), missing.T @ x)
                     add(("mean drift", name), (missing if s is None else missing * s.reshape(-1, 1)).sum(0))
     finally:

@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -39,6 +41,7 @@ def tune_codebooks(
     steps: int,
     learning_rate: float = 0.01,
     seed: int = 0,
+    checkpoint: bool = False,
     progress: bool = True,
 ) -> list[float]:
     """Train what is not codes in the packed layers of `model` to match `dense`, in place, end to end.
@@ -51,6 +54,8 @@ def tune_codebooks(
         steps: optimizer steps (Adam), one batch each.
         learning_rate: of the codebooks, relative to their columns' root mean square.
         seed: of the order of the batches.
+        checkpoint: keep only the blocks' inputs for the backward pass and run each block again there: a third more time,
+            activations of one block instead of all.
 
     Returns:
         The loss of every step. If anything fails, the model is as it was.
@@ -65,7 +70,12 @@ def tune_codebooks(
     def loss() -> Tensor:
         return _mismatch(model, dense, {key: value.to(device) for key, value in batches[next(order)].items()})
 
-    with tqdm(total=steps, disable=not progress, unit="step") as bar, _eval(model, dense):
+    blocks = [stage.block for stage in find_stages(model, dict(layers), outside=False) if stage.block is not None]
+    with (
+        tqdm(total=steps, disable=not progress, unit="step") as bar,
+        _eval(model, dense),
+        _run_again(blocks if checkpoint else []),
+    ):
         return _train(model, model, layers, loss, steps, learning_rate, bar)
 
 
@@ -274,6 +284,18 @@ def _eval(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _run_again(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """The blocks keep no activations for the backward pass. transformers' own switch works in training mode only."""
+    for block in blocks:
+        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 @contextmanager

@@ -240,6 +240,34 @@ def run_tuned(subject: Subject, bits: float, draw: int, steps: int, keep: Path |
     return [Result(subject.name, TUNED, f"{bits:g}", draw, true_bits(model), subject.judge(model), seconds)]
 
 
+def layer_errors(subject: Subject, bits: int) -> str:
+    """Relative output error at one width for all columns and equal bytes: what exact k-means and descent give by themselves."""
+    published = pyllmq.CLAQConfig(bits=bits, published=True, kmeans="lloyd")
+    before = pyllmq.compress(
+        copy.deepcopy(subject.dense), published, subject.calibration(0), exclude=subject.exclude, progress=False
+    )
+    ours = pyllmq.ColumnCodebookConfig(
+        bits=before.bits_per_weight * (1 + 1e-6),
+        widths=(bits,),
+        outliers=False,
+        row_scale=False,
+        correct_bias=False,
+        propagation=0.0,
+        guidance="none",
+        damping=published.damping,
+    )
+    after = pyllmq.compress(
+        copy.deepcopy(subject.dense), ours, subject.calibration(0), exclude=subject.exclude, progress=False
+    )
+    worst = max(a.error / b.error for a, b in zip(after.layers, before.layers, strict=True))
+    return (
+        f"{subject.name}, {bits} bits in every column, {before.bits_per_weight:.4f} and {after.bits_per_weight:.4f} true bits: "
+        f"relative output error {before.mean_error:.5f} published, {after.mean_error:.5f} with descent, "
+        f"ratio {after.mean_error / before.mean_error:.3f} (worst Linear {worst:.3f}); "
+        f"{before.seconds:.0f} and {after.seconds:.0f} s"
+    )
+
+
 def true_bits(model: nn.Module) -> float:
     layers = [m for m in model.modules() if isinstance(m, pyllmq.CodebookLinear)]
     return sum(8 * m.nbytes for m in layers) / sum(m.in_features * m.out_features for m in layers)
@@ -404,6 +432,9 @@ def main() -> None:
     )
     parser.add_argument("--keep", type=Path, help="folder for ours, packed, so that tuning can start from it later")
     parser.add_argument("--plot", type=Path, help="PNG to draw")
+    parser.add_argument(
+        "--layers", action="store_true", help="only compare relative output errors at 2 and 3 bits uniform"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no further run after so long")
     given = parser.parse_args()
     only = [name.strip() for name in given.methods.split(",")]
@@ -414,6 +445,10 @@ def main() -> None:
     for folder in [folder for folder in folders if folder]:
         name = BUNDLED if folder == bundled_encoder() else folder.name
         subject = causal(folder, name) if is_causal(load_model(folder)) else encoder(folder, name)
+        if given.layers:
+            for bits in (2, 3):
+                print(layer_errors(subject, bits), flush=True)
+            continue
         done = {(r.model, r.method, r.setting, r.draw) for r in read(given.csv)}
         for job in plan(subject, given.draws, only, given.steps, given.keep):
             if (subject.name, job.method, job.setting, job.draw) in done:
@@ -427,6 +462,8 @@ def main() -> None:
                     f"damage {result.damage:.5f}, {result.seconds:.0f} s",
                     flush=True,
                 )
+    if given.layers:
+        return
     results = read(given.csv)
     print(table(results))
     if given.plot:

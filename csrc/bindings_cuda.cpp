@@ -12,6 +12,7 @@
 #include "cuda/kmeans_1d.h"
 #include "cuda/pack_codes.h"
 #include "cuda/runtime.h"
+#include "cuda/sinkhorn.h"
 #include "cuda/softmax_cdist_l1.h"
 
 namespace py = pybind11;
@@ -186,6 +187,60 @@ void bind_softmax_cdist_l1(py::module_& m) {
       arg("call"), arg("gradient"), arg("x_gradient"), arg("workspace"), arg("stream"));
 }
 
+cuda::SinkhornCall sinkhorn_call(const std::array<uintptr_t, 4>& inputs, const std::array<int64_t, 4>& strides,
+                                 int64_t problems, int64_t n, int64_t m, double rho_a, double rho_b) {
+  return {pointer<float>(inputs[0]), strides[0], pointer<float>(inputs[1]), strides[1], pointer<float>(inputs[2]),
+          strides[2], pointer<float>(inputs[3]), strides[3], problems, n, m, rho_a, rho_b};
+}
+
+void sinkhorn(const cuda::SinkhornCall& call, int64_t iterations, float tolerance, uintptr_t plan, uintptr_t u,
+              uintptr_t v, uintptr_t tape, uintptr_t count, uintptr_t workspace, uintptr_t counters, uintptr_t stream) {
+  const cuda::SinkhornForward out{iterations,        tolerance,           pointer<float>(plan),  pointer<float>(u),
+                                  pointer<float>(v), pointer<float>(tape), pointer<int32_t>(count)};
+  if (cuda::sinkhorn_is_small(call))
+    cuda::sinkhorn_small(call, out, stream);
+  else
+    cuda::sinkhorn(call, out, pointer<float>(workspace), pointer<uint32_t>(counters), stream);
+}
+
+void sinkhorn_backward(const cuda::SinkhornCall& call, int64_t iterations, uintptr_t tape, uintptr_t count,
+                       uintptr_t grad_plan, uintptr_t grad_u, uintptr_t grad_v, uintptr_t grad_cost, uintptr_t grad_a,
+                       uintptr_t grad_b, uintptr_t workspace, uintptr_t counters, uintptr_t stream) {
+  const cuda::SinkhornBackward out{iterations,
+                                   pointer<float>(tape),
+                                   pointer<int32_t>(count),
+                                   pointer<float>(grad_plan),
+                                   pointer<float>(grad_u),
+                                   pointer<float>(grad_v),
+                                   pointer<float>(grad_cost),
+                                   pointer<float>(grad_a),
+                                   pointer<float>(grad_b)};
+  if (cuda::sinkhorn_is_small(call))
+    cuda::sinkhorn_small_backward(call, out, stream);
+  else
+    cuda::sinkhorn_backward(call, out, pointer<float>(workspace), pointer<uint32_t>(counters), stream);
+}
+
+void bind_sinkhorn(py::module_& m) {
+  using py::arg;
+  py::class_<cuda::SinkhornCall>(m, "SinkhornCall", py::module_local())
+      .def(py::init(&sinkhorn_call), arg("inputs"), arg("strides"), arg("problems"), arg("n"), arg("m"), arg("rho_a"),
+           arg("rho_b"));
+  m.def("sinkhorn_fits", &cuda::sinkhorn_fits, arg("n"), arg("m"));
+  m.def(
+      "sinkhorn_room",
+      [](const cuda::SinkhornCall& call, int64_t backward_iterations) {
+        const cuda::SinkhornRoom room = cuda::sinkhorn_room(call, backward_iterations);
+        return py::make_tuple(room.floats, room.counters);
+      },
+      arg("call"), arg("backward_iterations"), "-> (fp32 elements, uint32 counters that are zero before the first call)");
+  m.def("sinkhorn", &sinkhorn, arg("call"), arg("iterations"), arg("tolerance"), arg("plan"), arg("u"), arg("v"),
+        arg("tape"), arg("count"), arg("workspace"), arg("counters"), arg("stream"));
+  m.def("sinkhorn_backward", &sinkhorn_backward, arg("call"), arg("iterations"), arg("tape"), arg("count"),
+        arg("grad_plan"), arg("grad_u"), arg("grad_v"), arg("grad_cost"), arg("grad_a"), arg("grad_b"),
+        arg("workspace"), arg("counters"), arg("stream"));
+}
+
 void kmeans_1d_layers(uintptr_t sums, uintptr_t masses, uintptr_t gains, uintptr_t best, int64_t problems, int64_t n,
                       int k_max, uintptr_t stream) {
   cuda::kmeans_1d_layers(pointer<double>(sums), pointer<double>(masses), pointer<double>(gains), pointer<int32_t>(best),
@@ -227,6 +282,7 @@ PYBIND11_MODULE(_cuda, m) {
         arg("stream"));
   bind_codebook_gradient(m);
   bind_softmax_cdist_l1(m);
+  bind_sinkhorn(m);
   m.def("kmeans_1d_layers", &kmeans_1d_layers, arg("sums"), arg("masses"), arg("gains"), arg("best"), arg("problems"),
         arg("n"), arg("k_max"), arg("stream"));
 #ifdef PYLLMQ_CUDA_EMULATED

@@ -9,11 +9,13 @@ Importing this package also lets transformers' auto classes load packed folders.
 
 from . import functional as functional
 from . import losses as losses
+from .compression.files import compress_files
 from .compression.model import compress
 from .compression.pruned import pack_pruned
 from .compression.report import CompressionReport, LayerReport
+from .compression.stream import compress_folder
 from .compression.tune import tune_blocks, tune_codebooks
-from .config import CLAQConfig, ColumnCodebookConfig, SparseConfig
+from .config import CLAQConfig, ColumnCodebookConfig, KMeansConfig, SparseConfig
 from .dispatch import NoKernelError, use_backend
 from .formats import (
     BitmapWeight,
@@ -41,6 +43,7 @@ __all__ = [
     "ColumnCodebookConfig",
     "CompressionReport",
     "FormatError",
+    "KMeansConfig",
     "LayerReport",
     "NoKernelError",
     "Sparse24CodebookLinear",
@@ -50,6 +53,8 @@ __all__ = [
     "SparseConfig",
     "SparseLinear",
     "compress",
+    "compress_files",
+    "compress_folder",
     "doubly_stochastic",
     "from_pretrained",
     "functional",

@@ -104,6 +104,44 @@ def softmax_cdist_l1_workspace(call: CdistCall) -> int: ...
 def softmax_cdist_l1_backward_workspace(call: CdistCall) -> int: ...
 def softmax_cdist_l1(call: CdistCall, distances: int, workspace: int, stream: int) -> None: ...
 def softmax_cdist_l1_backward(call: CdistCall, gradient: int, x_gradient: int, workspace: int, stream: int) -> None: ...
+
+class SinkhornCall:
+    """Addresses of cost, a, b, epsilon in fp32, how far their problems lie apart (0: one for all), and what they mean."""
+
+    def __init__(
+        self, inputs: list[int], strides: list[int], problems: int, n: int, m: int, rho_a: float, rho_b: float
+    ) -> None: ...
+
+def sinkhorn_fits(n: int, m: int) -> bool: ...
+def sinkhorn_room(call: SinkhornCall, backward_iterations: int) -> tuple[int, int]: ...
+def sinkhorn(
+    call: SinkhornCall,
+    iterations: int,
+    tolerance: float,
+    plan: int,
+    u: int,
+    v: int,
+    tape: int,
+    count: int,
+    workspace: int,
+    counters: int,
+    stream: int,
+) -> None: ...
+def sinkhorn_backward(
+    call: SinkhornCall,
+    iterations: int,
+    tape: int,
+    count: int,
+    grad_plan: int,
+    grad_u: int,
+    grad_v: int,
+    grad_cost: int,
+    grad_a: int,
+    grad_b: int,
+    workspace: int,
+    counters: int,
+    stream: int,
+) -> None: ...
 def kmeans_1d_layers(
     sums: int, masses: int, gains: int, best: int, problems: int, n: int, k_max: int, stream: int
 ) -> None:

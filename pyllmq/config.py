@@ -108,6 +108,31 @@ class CLAQConfig:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class KMeansConfig:
+    """Exact k-means in every input column, by the weights alone: no calibration data, minutes instead of hours."""
+
+    bits: int
+    """Width of the codes of all columns, 1 to 8."""
+    row_scale: bool = False
+    """One fp16 factor per row, its root mean square."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
+            raise ValueError(f"bits is {self.bits!r}; allowed: an integer from 1 to 8")
+        if not isinstance(self.row_scale, bool):
+            raise ValueError(f"row_scale is {self.row_scale!r}; allowed: True, False")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> KMeansConfig:
+        """The inverse of `to_dict`; missing keys take their defaults. Raises ValueError as CLAQConfig's does."""
+        _check_keys(cls, values)
+        return cls(**values)
+
+
 PRESETS = ("fast", "balanced", "best")
 GUIDANCE = ("none", "rows", "tokens", "rows+tokens")
 

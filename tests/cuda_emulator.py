@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from pyllmq import dispatch
-from pyllmq.backends import cuda
+from pyllmq.backends import cuda, cuda_sinkhorn
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -32,6 +32,8 @@ SOURCES = (
     *sorted((CSRC / "cuda").glob("codebook_*.c*")),
     CSRC / "cuda/kmeans_1d.cu",
     CSRC / "cuda/pack_codes.cu",
+    CSRC / "cuda/sinkhorn.cu",
+    CSRC / "cuda/sinkhorn_small.cu",
     CSRC / "cuda/softmax_cdist_l1.cu",
     *sorted((CSRC / "cuda/emulator").glob("*.cpp")),
 )
@@ -112,6 +114,7 @@ def emulated(monkeypatch):
     extension = emulated_extension()
     poisoning = PoisoningTorch()
     monkeypatch.setattr(cuda, "torch", poisoning)
+    monkeypatch.setattr(cuda_sinkhorn, "torch", poisoning)
     monkeypatch.setattr(cuda, "DEVICE", "cpu")
     monkeypatch.setattr(cuda, "available", lambda: (True, "emulated"))
     monkeypatch.setattr(cuda, "_extension", lambda: extension)

@@ -76,6 +76,12 @@ class ColumnErrors:
     worst: Tensor
     """float64 [K, widths, T]: the losses of the T weights that the codebook serves worst, falling. T = 0: keep no weight."""
 
+    @classmethod
+    def joined(cls, parts: Sequence[ColumnErrors]) -> ColumnErrors:
+        """Consecutive columns of one Linear."""
+        error, worst = torch.cat([p.error for p in parts]), torch.cat([p.worst for p in parts])
+        return cls(parts[0].rows, parts[0].widths, error, worst)
+
 
 @dataclass(frozen=True, eq=False)
 class Allocation:

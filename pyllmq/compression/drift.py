@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class DenseTwin:
         self, block: nn.Module, linears: Mapping[str, nn.Module], run: Callable[[nn.Module, int], Tensor]
     ) -> None:
         """`run(block, index)` runs it on the dense inputs of batch `index`."""
-        self.block, self.run = copy.deepcopy(block), run
+        self.block = copy.deepcopy(block)
+        self.run = partial(run, self.block)
         twins = dict(zip(block.modules(), self.block.modules(), strict=True))
         modules = {twin: module for module, twin in twins.items()}
         self.places = _find_places(self.block, {name: twins[module] for name, module in linears.items()}, run)
@@ -57,7 +59,7 @@ class DenseTwin:
         """What the dense model has at the places of `names`."""
         found: dict[str, Tensor] = {}
         with watch({name: self.places[name] for name in names}, found):
-            self.run(self.block, index)
+            self.run(index)
         return found
 
 

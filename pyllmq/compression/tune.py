@@ -24,7 +24,7 @@ from ..dispatch import CHECKPOINT_FIELDS, WeightOperand
 from ..formats import CodebookWeight
 from ..nn import CodebookLinear
 from ..swap import replace_module
-from .blocks import Call, find_chains, find_stages, record_chain
+from .blocks import BlockLoop, Call, Chain, find_stages
 from .calibration import Batch, as_batches
 
 WARM_UP = 0.05
@@ -105,42 +105,46 @@ def tune_blocks(
     batches, layers = _checked(model, text, steps)
     device = next(dense.parameters()).device
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
-    names = {module: name for name, module in model.named_modules()}
     stages = find_stages(model, dict(layers), outside=False)
+    total = steps * sum(bool(stage.linears) for stage in stages)
     found: dict[str, list[float]] = {}
-    with _eval(model, dense), tqdm(total=steps * len(stages), disable=not progress, unit="step") as bar:
-        with torch.no_grad():
-            chains = find_chains(model, stages, batches[0])
+    with _eval(model, dense), tqdm(total=total, disable=not progress, unit="step") as bar, torch.no_grad():
+        loop, dense_loop = (BlockLoop(of, batches[0], batches) for of in (model, dense))
+        chains = loop.find_chains(stages)
+        dense_loop.find_chains(find_stages(dense, {name: dense.get_submodule(name) for name in layers}, outside=False))
         for chain in chains:
-            blocks = [stage.block for stage in chain if stage.block is not None]
-            if not blocks:
+            if chain.stages[0].block is None:
                 continue
-            with torch.no_grad():
-                recorded = record_chain(model, blocks, batches)
-                dense_recorded = record_chain(dense, [dense.get_submodule(names[block]) for block in blocks], batches)
+            dense_chain = Chain([replace(s, block=dense.get_submodule(s.name)) for s in chain.stages], chain.alike)
+            recorded, dense_recorded = loop.record(chain), dense_loop.record(dense_chain)
             hidden, wanted = ([calls[0].hidden for calls in of] for of in (recorded, dense_recorded))
-            for i, (stage, block) in enumerate(zip(chain, blocks, strict=True)):
-                calls = [replace(calls[i], hidden=h) for calls, h in zip(recorded, hidden, strict=True)]
-                dense_calls = [replace(calls[i], hidden=h) for calls, h in zip(dense_recorded, wanted, strict=True)]
-                with torch.no_grad():
-                    wanted = [call.run(dense.get_submodule(names[block])) for call in dense_calls]
-                order = _endless_order(len(batches), seed)
-
-                def loss(
-                    block: nn.Module = block,
-                    calls: list[Call] = calls,
-                    wanted: list[Tensor] = wanted,
-                    order: Iterator[int] = order,
-                ) -> Tensor:
-                    at = next(order)
-                    return _relative_error(calls[at].run(block), wanted[at], batches[at].get("attention_mask"))
-
-                inside = {name: layers[name] for name in stage.linears}
-                found[names[block]] = _train(model, block, inside, loss, steps, learning_rate, bar)
-                if i + 1 < len(blocks):
-                    with torch.no_grad():
-                        hidden = [call.run(block) for call in calls]
+            for i, (stage, dense_stage) in enumerate(zip(chain.stages, dense_chain.stages, strict=True)):
+                block, dense_block = stage.block, dense_stage.block
+                assert block is not None and dense_block is not None
+                calls = [of_batch[i] for of_batch in recorded]
+                wanted = [of[i].run(dense_block, h) for of, h in zip(dense_recorded, wanted, strict=True)]
+                if stage.linears:
+                    loss = partial(
+                        _block_error, block, calls, hidden, wanted, batches, _endless_order(len(batches), seed)
+                    )
+                    inside = {name: layers[name] for name in stage.linears}
+                    found[stage.name] = _train(model, block, inside, loss, steps, learning_rate, bar)
+                hidden = [call.run(block, h) for call, h in zip(calls, hidden, strict=True)]
+            loop.finish(chain, hidden)
+            dense_loop.finish(dense_chain, wanted)
     return found
+
+
+def _block_error(
+    block: nn.Module,
+    calls: Sequence[Call],
+    hidden: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    batches: Sequence[Batch],
+    order: Iterator[int],
+) -> Tensor:
+    at = next(order)
+    return _relative_error(calls[at].run(block, hidden[at]), wanted[at], batches[at].get("attention_mask"))
 
 
 def _checked(model: nn.Module, text: Iterable[Any], steps: int) -> tuple[list[Batch], dict[str, CodebookLinear]]:

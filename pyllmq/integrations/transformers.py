@@ -259,17 +259,22 @@ def mark_packed(model: nn.Module) -> None:
     if "transformers" not in sys.modules:
         return
     from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        describe_packed(model, {name: module.structure for name, module in packed_modules(model)})
+
+
+def describe_packed(model: Any, structures: Mapping[str, Structure]) -> None:
+    """Put into the model's config what loading needs to know of its packed layers."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-    if not isinstance(model, PreTrainedModel):
-        return
     register()
-    modules = {name: module.structure.to_dict() for name, module in packed_modules(model)}
+    modules = {name: structure.to_dict() for name, structure in structures.items()}
     quantization_config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](modules=modules)
     model.config.quantization_config = quantization_config
     model.hf_quantizer = AUTO_QUANTIZER_MAPPING[METHOD](quantization_config, pre_quantized=True)
-    model.is_quantized = True  # type: ignore[assignment]
-    model.quantization_method = METHOD  # type: ignore[assignment]
+    model.is_quantized = True
+    model.quantization_method = METHOD
 
 
 def save_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str], *others: Any) -> None:

@@ -6,6 +6,7 @@
 #include <array>
 
 #include "cuda/codebook_dequantize.h"
+#include "cuda/codebook_gradient.h"
 #include "cuda/codebook_layout.h"
 #include "cuda/codebook_linear.h"
 #include "cuda/kmeans_1d.h"
@@ -123,6 +124,37 @@ void pack_codes(uintptr_t codes, uintptr_t packed, int64_t rows, int64_t columns
 
 void unpack_codes(uintptr_t packed, uintptr_t codes, int64_t rows, int64_t columns, int bits, uintptr_t stream) {
   cuda::unpack_codes(pointer<uint8_t>(packed), pointer<uint8_t>(codes), rows, columns, bits, stream);
+}
+
+cuda::GradientCall gradient_call(int64_t rows, int64_t columns, int64_t segments, int64_t entries,
+                                 uintptr_t segment_starts, uintptr_t sorted_columns, uintptr_t width_starts,
+                                 uintptr_t first_entry, const std::array<uintptr_t, 8>& codes,
+                                 const std::array<int64_t, 8>& code_bytes, uintptr_t row_scale, int row_scale_dtype,
+                                 uintptr_t weight_gradient) {
+  cuda::GradientCall call{rows, columns, segments, entries, pointer<int64_t>(segment_starts),
+                          pointer<int64_t>(sorted_columns), pointer<int64_t>(width_starts),
+                          pointer<int64_t>(first_entry), {}, {}, pointer<void>(row_scale), row_scale_dtype,
+                          pointer<float>(weight_gradient)};
+  for (int bits = 1; bits <= 8; ++bits) {
+    call.codes[bits] = pointer<uint8_t>(codes[bits - 1]);
+    call.code_bytes[bits] = code_bytes[bits - 1];
+  }
+  return call;
+}
+
+void bind_codebook_gradient(py::module_& m) {
+  using py::arg;
+  py::class_<cuda::GradientCall>(m, "GradientCall", py::module_local())
+      .def(py::init(&gradient_call), arg("rows"), arg("columns"), arg("segments"), arg("entries"),
+           arg("segment_starts"), arg("sorted_columns"), arg("width_starts"), arg("first_entry"), arg("codes"),
+           arg("code_bytes"), arg("row_scale"), arg("row_scale_dtype"), arg("weight_gradient"));
+  m.def("codebook_gradient_workspace", &cuda::codebook_gradient_workspace, arg("call"), "-> fp32 elements");
+  m.def(
+      "codebook_gradient",
+      [](const cuda::GradientCall& call, uintptr_t gradient, uintptr_t workspace, uintptr_t stream) {
+        cuda::codebook_gradient(call, pointer<float>(gradient), pointer<float>(workspace), stream);
+      },
+      arg("call"), arg("gradient"), arg("workspace"), arg("stream"));
 }
 
 cuda::CdistCall cdist_call(uintptr_t x, int x_dtype, uintptr_t y, int y_dtype, int64_t batch, int64_t x_rows,
@@ -248,6 +280,7 @@ PYBIND11_MODULE(_cuda, m) {
         arg("stream"));
   m.def("unpack_codes", &unpack_codes, arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"),
         arg("stream"));
+  bind_codebook_gradient(m);
   bind_softmax_cdist_l1(m);
   bind_sinkhorn(m);
   m.def("kmeans_1d_layers", &kmeans_1d_layers, arg("sums"), arg("masses"), arg("gains"), arg("best"), arg("problems"),

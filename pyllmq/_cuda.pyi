@@ -59,6 +59,29 @@ def codebook_dequantize(
 def pack_codes(codes: int, packed: int, rows: int, columns: int, bits: int, stream: int) -> None: ...
 def unpack_codes(packed: int, codes: int, rows: int, columns: int, bits: int, stream: int) -> None: ...
 
+class GradientCall:
+    """Addresses and sizes of a checkpoint's tensors and of dL/dW; `codes` and `code_bytes` of a row for the widths 1 to 8."""
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        segments: int,
+        entries: int,
+        segment_starts: int,
+        sorted_columns: int,
+        width_starts: int,
+        first_entry: int,
+        codes: list[int],
+        code_bytes: list[int],
+        row_scale: int,
+        row_scale_dtype: int,
+        weight_gradient: int,
+    ) -> None: ...
+
+def codebook_gradient_workspace(call: GradientCall) -> int: ...
+def codebook_gradient(call: GradientCall, gradient: int, workspace: int, stream: int) -> None: ...
+
 class CdistCall:
     """Addresses and sizes of two sides' logits; dtypes 0 fp32, 1 bf16, 2 fp16; statistics fp32 [batch, rows, 2]."""
 

@@ -42,6 +42,7 @@ PROBLEMS = {
     "cpu.decode_checkpoint_and_matmul": Problem("codebook_linear", "checkpoint", "cpu", torch.float32, 1),
     "cpu.decode_checkpoint": Problem("codebook_dequantize", "checkpoint", "cpu", torch.float32),
     "cpu.codebook_gradient": Problem("codebook_gradient", "checkpoint", "cpu", torch.float32),
+    "cuda.codebook_gradient": Problem("codebook_gradient", "checkpoint", "cuda", torch.float32),
     "triton.codebook_gradient": Problem("codebook_gradient", "checkpoint", "cuda", torch.float32),
     "reference.codebook_gradient": Problem("codebook_gradient", "checkpoint", "meta", torch.float32),
     "cpu.fit_columns": Problem("fit_columns", "", "cpu", torch.float32),

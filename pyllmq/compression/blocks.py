@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..swap import dense_weight
 from .calibration import Batch
+from .drift import DenseTwin
 
 OUTSIDE = ""
 """Unit of everything that is in no block."""
@@ -159,6 +160,8 @@ class BlockLoop:
     """By block, once `find_chains` has run."""
     outputs: dict[str, list[Tensor] | None] = field(default_factory=dict)
     """By block of the chains that are done: what the last of a chain gives out for each batch, None for the others."""
+    twin: DenseTwin | None = None
+    """The block that is visited as it was before, in a walk with twins."""
 
     # ---- which blocks follow on which ----
 
@@ -373,41 +376,55 @@ class BlockLoop:
         visit: Callable[[Stage, Callable[[int], Any]], None],
         *,
         hand_on: bool,
-        done: Callable[[Stage, list[Tensor]], None] = lambda stage, hidden: None,
+        done: Callable[[Stage, list[Tensor], list[Tensor]], None] = lambda stage, hidden, dense: None,
         begin: int = 0,
         hidden: list[Tensor] | None = None,
+        dense: list[Tensor] | None = None,
+        with_twin: bool = False,
     ) -> None:
         """Visit the stages of a chain, each with its weights there and a function that runs it on the batch of an index.
 
         Args:
             visit: called once for each stage; what runs afterwards sees what it changed.
             hand_on: what the last block gives out is wanted too.
-            done: called after each block with what it gives out, while its weights are still there.
+            done: called after each block with what it gives out, and with what its twin does, while its weights are still there.
             begin: the first stage to visit.
             hidden: its inputs, for each batch; None: those of the first stage.
+            dense: its twin's inputs; None: the same, as at the first stage of a chain.
+            with_twin: during each visit `twin` is the block as it was before, on what the twins of the blocks before gave out:
+                a second copy of the block and of the hidden states.
         """
         if chain.stages[0].block is None:
             with self.weights.loaded(OUTSIDE):
                 for stage in chain.stages:
                     visit(stage, self.run_model)
-                done(chain.stages[-1], [])
+                done(chain.stages[-1], [], [])
             return
         recorded = self.record(chain)
         if hidden is None:
             hidden = [calls[0].hidden for calls in recorded]
         for calls in recorded:
             calls[0] = calls[0].without_hidden()
+        if with_twin and dense is None:
+            dense = list(hidden)
         for i in range(begin, len(chain.stages)):
             stage = chain.stages[i]
             with self.weights.loaded(stage.name):
                 assert stage.block is not None
                 run = partial(_run_call, stage.block, recorded, i, hidden)
+                run_dense = partial(_run_call, stage.block, recorded, i, dense or [])
+                if dense is not None and stage.linears:
+                    self.twin = DenseTwin(stage.block, stage.linears, partial(_run_twin, recorded, i, dense))
+                    run_dense = self.twin.run
                 visit(stage, run)
+                self.twin = None
                 if hand_on or i + 1 < len(chain.stages):
                     # In place, so that two sets of hidden states are never there at once.
                     for index in range(len(hidden)):
                         hidden[index] = run(index)
-                done(stage, hidden)
+                        if dense is not None:
+                            dense[index] = run_dense(index)
+                done(stage, hidden, dense or [])
         self.finish(chain, hidden if hand_on else None)
 
     def finish(self, chain: Chain, outputs: list[Tensor] | None) -> None:
@@ -417,6 +434,10 @@ class BlockLoop:
 
 
 def _run_call(block: nn.Module, recorded: list[list[Call]], at: int, hidden: list[Tensor], index: int) -> Tensor:
+    return recorded[index][at].run(block, hidden[index])
+
+
+def _run_twin(recorded: list[list[Call]], at: int, hidden: list[Tensor], block: nn.Module, index: int) -> Tensor:
     return recorded[index][at].run(block, hidden[index])
 
 

@@ -251,23 +251,34 @@ class _FolderJob:
             if OUTSIDE not in finished:
                 self.job.loop.walk(chain, self.job.compress_stage, hand_on=False, done=self.finish)
             return
-        hidden = None
+        hidden = dense = None
         if begin and (hand_on or begin < len(names)):
             hidden = self._hidden(names[begin - 1]).read()
+            if self.job.with_twin and begin < len(names):
+                dense = self._hidden(names[begin - 1], "dense").read()
         if begin == len(names):
             self.job.loop.finish(chain, hidden)
             return
         self.chain, self.hand_on = chain, hand_on
         self.job.loop.walk(
-            chain, self.job.compress_stage, hand_on=hand_on, done=self.finish, begin=begin, hidden=hidden
+            chain,
+            self.job.compress_stage,
+            hand_on=hand_on,
+            done=self.finish,
+            begin=begin,
+            hidden=hidden,
+            dense=dense,
+            with_twin=self.job.with_twin,
         )
 
-    def finish(self, stage: Stage, hidden: list[Tensor]) -> None:
+    def finish(self, stage: Stage, hidden: list[Tensor], dense: list[Tensor]) -> None:
         """Write a unit, then the hidden states behind it, then its entry in the manifest."""
         unit, job = self._unit(stage), self.job
         last = stage.block is None or stage is self.chain.stages[-1]
         if hidden and (self.hand_on or not last):
             self._hidden(unit).write(hidden)
+        if dense and not last:
+            self._hidden(unit, "dense").write(dense)
         self.ranks.gather(None)  # all of them are written
         layers = job.report.layers[sum(len(entry["layers"]) for entry in self.manifest.finished) :]
         structures = {name: _packed(job, name).structure.to_dict() for name in job.replaced}
@@ -285,6 +296,7 @@ class _FolderJob:
         before = 0 if stage.block is None else self.chain.stages.index(stage)
         if before:
             self._hidden(self.chain.stages[before - 1].name).remove()
+            self._hidden(self.chain.stages[before - 1].name, "dense").remove()
         for name, module in job.replaced.items():
             replace_module(job.model, name, module)
         job.replaced.clear()
@@ -313,8 +325,9 @@ class _FolderJob:
     def _unit(stage: Stage) -> str:
         return OUTSIDE if stage.block is None else stage.name
 
-    def _hidden(self, unit: str) -> _Hidden:
-        return _Stored(self.manifest.place, "hidden", self.ranks).of(unit)
+    def _hidden(self, unit: str, kind: str = "hidden") -> _Hidden:
+        """`kind` "dense": what the dense blocks give out."""
+        return _Stored(self.manifest.place, kind, self.ranks).of(unit)
 
 
 def put_finished(manifest: Manifest, streamed: StreamedModel, target: Path, others: Sequence[Any]) -> None:

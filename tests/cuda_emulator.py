@@ -29,11 +29,13 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 SOURCES = (
     CSRC / "bindings_cuda.cpp",
-    *sorted((CSRC / "cuda").glob("codebook_*.c*")),
+    *sorted((CSRC / "cuda").glob("codebook_*.cpp")),
+    *sorted((CSRC / "cuda").glob("codebook_*.cu")),
     CSRC / "cuda/kmeans_1d.cu",
     CSRC / "cuda/pack_codes.cu",
     CSRC / "cuda/softmax_cdist_l1.cu",
-    *sorted((CSRC / "cuda").glob("sparse_*.c*")),
+    *sorted((CSRC / "cuda").glob("sparse_*.cpp")),
+    *sorted((CSRC / "cuda").glob("sparse_*.cu")),
     *sorted((CSRC / "cuda/emulator").glob("*.cpp")),
 )
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"] if "PYLLMQ_SANITIZED" in os.environ else []

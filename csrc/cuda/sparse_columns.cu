@@ -97,7 +97,7 @@ PYLLMQ_DEVICE void add_row(const SparseHeader& h, const float (*x)[kTokens], int
       const int place = at < kPanelColumns ? at : kPanelColumns;
       const float value = now.value(i);
       PYLLMQ_UNROLL
-      for (int token = 0; token < kTokens; ++token) sums[token] += value * x[place][token];
+      for (int token = 0; token < kTokens; ++token) sums[token] = fmaf(value, x[place][token], sums[token]);
     }
   }
 }

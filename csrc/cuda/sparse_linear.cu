@@ -112,7 +112,7 @@ PYLLMQ_DEVICE void stage_x(const Work& w, const Arguments& a, Shared& shared, ui
 template <class Cells>
 struct Cursor {
   const Work& w;
-  int cell, strip, table;  // table: which of the two halves of the warp's tables
+  int cell, strip, table;  // table: slot of the cell's codebooks; as many as stages, since a stage may be a whole cell
 
   // Copies the next cell of a strip, and with the first strip's the codebooks, if there is any left.
   PYLLMQ_MEMBER void fetch(const Arguments& a, uint8_t* to, uint8_t* tables, int lane) {
@@ -132,7 +132,7 @@ struct Cursor {
         const uint8_t* codebooks = base + h.codebook_offset + int64_t{cell} * Cells::kTableBytes;
         for (int at = lane * 16; at < Cells::kTableBytes; at += 512)
           ptx::copy_async_16(tables + table * Cells::kTableBytes + at, codebooks + at);
-        table ^= 1;
+        table = (table + 1) % Cells::kStages;
       }
       if (++strip == w.strips) {
         strip = 0;
@@ -163,7 +163,7 @@ PYLLMQ_DEVICE void accumulate(const Work& w, const Arguments& a, uint8_t* memory
   const int lane = ptx::thread() % 32;
   uint8_t* ring = memory;
   uint8_t* tables = ring + Cells::kStages * a.stage_bytes;
-  uint8_t* own = tables + 2 * Cells::kTableBytes;
+  uint8_t* own = tables + Cells::kStages * Cells::kTableBytes;
   const int first = w.cell_begin + ptx::thread() / 32;
   Cursor<Cells> cursor{w, first, 0, 0};
   for (int ahead = 0; ahead < Cells::kStages - 1; ++ahead) cursor.fetch(a, ring + ahead * a.stage_bytes, tables, lane);
@@ -186,7 +186,7 @@ PYLLMQ_DEVICE void accumulate(const Work& w, const Arguments& a, uint8_t* memory
       ptx::sync_warp();  // the next fetch overwrites this stage
       stage = (stage + 1) % Cells::kStages;
     }
-    table ^= 1;
+    table = (table + 1) % Cells::kStages;
   }
   ptx::wait_async<0>();
 }
@@ -329,7 +329,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Cells>
 int64_t warp_bytes(int64_t stage_bytes) {
-  return Cells::kStages * stage_bytes + 2 * Cells::kTableBytes + Cells::kOwnBytes;
+  return Cells::kStages * (stage_bytes + Cells::kTableBytes) + Cells::kOwnBytes;
 }
 
 int64_t row_blocks_of(int64_t rows, int token_tiles) {

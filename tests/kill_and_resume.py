@@ -30,7 +30,6 @@ import transformers.generation
 import transformers.models.llama.modeling_llama
 import transformers.quantizers
 
-import pyllmq.integrations.checkpoint
 from pyllmq import CLAQConfig, ColumnCodebookConfig, compress_folder
 from pyllmq.compression.manifest import working_folder
 

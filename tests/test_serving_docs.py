@@ -32,7 +32,7 @@ def test_torchrun_command(packed):
     words = command[1].replace("examples/", f"{ROOT}/examples/").replace('"', "").split()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--master-port", "0", *words],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *words],
         capture_output=True, text=True, timeout=900, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -15,7 +15,7 @@ from .compression.model import compress
 from .compression.pruned import pack_pruned
 from .compression.report import CompressionReport, LayerReport
 from .compression.stream import compress_folder
-from .compression.tune import tune_codebooks
+from .compression.tune import tune_blocks, tune_codebooks
 from .config import CLAQConfig, ColumnCodebookConfig, KMeansConfig, SparseConfig
 from .dispatch import NoKernelError, use_backend
 from .formats import (
@@ -69,6 +69,7 @@ __all__ = [
     "sinkhorn",
     "softmax_cdist_l1",
     "swap_linear",
+    "tune_blocks",
     "tune_codebooks",
     "use_backend",
 ]

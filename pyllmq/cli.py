@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.traceback:
             raise
         print(f"pyllmq {given.command}: {error}", file=sys.stderr)
-        if not isinstance(error, FileExistsError | FileNotFoundError) and (left := _left_behind(given)):
+        there = isinstance(error, FileExistsError | FileNotFoundError)
+        if isinstance(error, OSError | RuntimeError) and not there and (left := _left_behind(given)):
             print(left, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -158,6 +158,8 @@ class ColumnCodebookConfig:
     """The descent ends when a pass gains less than this share of what the first gained."""
     correct_bias: bool = True
     """Where the Linear has a bias, let it take up the mean error, and weigh the rest by the input's covariance."""
+    propagation: float = 1.0
+    """Share of the damage done by earlier Linears that a Linear's target makes up for, 0 to 1."""
     guidance: str = "rows"
     """Weigh "rows", "tokens" or "rows+tokens" by the gradient of the model's loss, which takes a backward pass; "none"
     weighs all alike."""
@@ -180,6 +182,7 @@ class ColumnCodebookConfig:
         _number("bits", self.bits, 1.1, 8)
         _number("tolerance", self.tolerance, 0, 1)
         _number("damping", self.damping, 0, 1)
+        _number("propagation", self.propagation, 0, 1)
         if self.widths is not None:
             widths = tuple(self.widths)
             good = widths and all(isinstance(w, int) and not isinstance(w, bool) and 1 <= w <= 8 for w in widths)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..swap import dense_weight
 from .calibration import Batch
+from .drift import DenseTwin
 
 OUTSIDE = ""
 """Unit of everything that is in no block."""
@@ -115,6 +116,8 @@ class Seen:
     """It was given just what the block before gave out."""
     others: tuple[Any, ...] | None
     """What it gave out beside the hidden states; None: nothing but them."""
+    output: Tensor | None = None
+    """The hidden states that it gave out, where the next block was not chained to it."""
 
     @property
     def gives_tensors(self) -> bool:
@@ -157,6 +160,8 @@ class BlockLoop:
     """By block, once `find_chains` has run."""
     outputs: dict[str, list[Tensor] | None] = field(default_factory=dict)
     """By block of the chains that are done: what the last of a chain gives out for each batch, None for the others."""
+    twin: DenseTwin | None = None
+    """The block that is visited as it was before, in a walk with twins."""
 
     # ---- which blocks follow on which ----
 
@@ -203,7 +208,7 @@ class BlockLoop:
         while chains and not chains[-1].stages[-1].linears:
             chains[-1].stages.pop()
         for seen in self.seen.values():
-            seen.calls = []
+            seen.calls, seen.output = [], None
         # What comes after the last Linear only runs.
         while chains and not any(stage.linears for stage in chains[-1].stages):
             chains.pop()
@@ -214,12 +219,15 @@ class BlockLoop:
     def _observe(self, staged: Mapping[str, Stage], check: Callable[[Stage], None]) -> list[str]:
         """Run the model on the first batch, each block with its weights; fills `seen`, gives the order of the blocks."""
         given: tuple[Tensor, int] | None = None
+        before = ""
 
         def begin(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 self.weights.load(name)
                 call = Call.of(args, dict(kwargs))
                 chained = given is not None and call is not None and _gives(*given, call.hidden)
+                if given is not None and not chained:
+                    self.seen[before].output = given[0]
                 if name not in self.seen:
                     check(staged[name])
                     self.seen[name] = Seen([], chained, None)
@@ -229,7 +237,8 @@ class BlockLoop:
 
         def end(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                nonlocal given
+                nonlocal given, before
+                before = name
                 if isinstance(output, tuple | list) and output:
                     self.seen[name].others, output = tuple(output[1:]), output[0]
                 given = (output, output._version) if isinstance(output, Tensor) else None
@@ -250,8 +259,13 @@ class BlockLoop:
         """Do stubs lead to the arguments that the blocks were really given?"""
         if any(self.seen[stage.name].gives_tensors for stage in chain.stages):
             return False
+
+        def reply(name: str, hidden: Tensor) -> Tensor:
+            output = self.seen[name].output
+            return hidden.clone() if output is None else output
+
         try:
-            recorded = self._record_stubbed(chain, self.first, lambda name, hidden: hidden.clone())
+            recorded = self._record_stubbed(chain, self.first, reply)
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError):
             return False
         return all(
@@ -362,41 +376,55 @@ class BlockLoop:
         visit: Callable[[Stage, Callable[[int], Any]], None],
         *,
         hand_on: bool,
-        done: Callable[[Stage, list[Tensor]], None] = lambda stage, hidden: None,
+        done: Callable[[Stage, list[Tensor], list[Tensor]], None] = lambda stage, hidden, dense: None,
         begin: int = 0,
         hidden: list[Tensor] | None = None,
+        dense: list[Tensor] | None = None,
+        with_twin: bool = False,
     ) -> None:
         """Visit the stages of a chain, each with its weights there and a function that runs it on the batch of an index.
 
         Args:
             visit: called once for each stage; what runs afterwards sees what it changed.
             hand_on: what the last block gives out is wanted too.
-            done: called after each block with what it gives out, while its weights are still there.
+            done: called after each block with what it gives out, and with what its twin does, while its weights are still there.
             begin: the first stage to visit.
             hidden: its inputs, for each batch; None: those of the first stage.
+            dense: its twin's inputs; None: the same, as at the first stage of a chain.
+            with_twin: during each visit `twin` is the block as it was before, on what the twins of the blocks before gave out:
+                a second copy of the block and of the hidden states.
         """
         if chain.stages[0].block is None:
             with self.weights.loaded(OUTSIDE):
                 for stage in chain.stages:
                     visit(stage, self.run_model)
-                done(chain.stages[-1], [])
+                done(chain.stages[-1], [], [])
             return
         recorded = self.record(chain)
         if hidden is None:
             hidden = [calls[0].hidden for calls in recorded]
         for calls in recorded:
             calls[0] = calls[0].without_hidden()
+        if with_twin and dense is None:
+            dense = list(hidden)
         for i in range(begin, len(chain.stages)):
             stage = chain.stages[i]
             with self.weights.loaded(stage.name):
                 assert stage.block is not None
                 run = partial(_run_call, stage.block, recorded, i, hidden)
+                run_dense = partial(_run_call, stage.block, recorded, i, dense or [])
+                if dense is not None and stage.linears:
+                    self.twin = DenseTwin(stage.block, stage.linears, partial(_run_twin, recorded, i, dense))
+                    run_dense = self.twin.run
                 visit(stage, run)
+                self.twin = None
                 if hand_on or i + 1 < len(chain.stages):
                     # In place, so that two sets of hidden states are never there at once.
                     for index in range(len(hidden)):
                         hidden[index] = run(index)
-                done(stage, hidden)
+                        if dense is not None:
+                            dense[index] = run_dense(index)
+                done(stage, hidden, dense or [])
         self.finish(chain, hidden if hand_on else None)
 
     def finish(self, chain: Chain, outputs: list[Tensor] | None) -> None:
@@ -406,6 +434,10 @@ class BlockLoop:
 
 
 def _run_call(block: nn.Module, recorded: list[list[Call]], at: int, hidden: list[Tensor], index: int) -> Tensor:
+    return recorded[index][at].run(block, hidden[index])
+
+
+def _run_twin(recorded: list[list[Call]], at: int, hidden: list[Tensor], block: nn.Module, index: int) -> Tensor:
     return recorded[index][at].run(block, hidden[index])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ..kmeans import kmeans_1d
 from . import allocate
 from .claq import CompressedLinear, check_weight, outgrown
 from .column_loop import ColumnQuantizer, HessianFactor, factor_hessian, refine_columns, squared_output, sweep_columns
+from .drift import Drift
 from .ranks import ALONE, Ranks
 
 MAX_KEPT = 0.02
@@ -35,6 +36,12 @@ class InputStatistics:
     """float [K, K]: mean of x x^T over the tokens, on any scale."""
     mean: Tensor | None = None
     """float [K]: mean of x, where the Hessian is the plain mean of x x^T: their difference is the covariance. None: biases stay."""
+    drifts: Mapping[str, Drift] = field(default_factory=dict)
+    """name -> what its output should make up for; Linears that are not named: nothing."""
+
+    def cpu(self) -> InputStatistics:
+        drifts = {name: Drift(drift.products.cpu(), drift.mean.cpu()) for name, drift in self.drifts.items()}
+        return InputStatistics(self.hessian.cpu(), None if self.mean is None else self.mean.cpu(), drifts)
 
     def of_the_error(self) -> Tensor:
         """What the error is weighed by: where the bias takes up the mean error, only the input's covariance matters."""
@@ -74,10 +81,17 @@ def compress_linears(
         check_weight(name, weight, inputs.hessian)
     # k-means runs on the CPU, whatever device the model is on.
     weights = {name: weight.detach().float().cpu() for name, weight in weights.items()}
-    inputs = InputStatistics(inputs.hessian.cpu(), None if inputs.mean is None else inputs.mean.cpu())
+    inputs = inputs.cpu()
     started = time.perf_counter()
     hessian = inputs.of_the_error()
     factor = factor_hessian(hessian, config.damping, config.act_order)
+    dense, weights = (
+        weights,
+        {
+            name: _target(weight, inputs, inputs.drifts.get(name), factor, config.propagation)
+            for name, weight in weights.items()
+        },
+    )
     fits = {
         name: ColumnFits(name, weight, (row_weights or {}).get(name), config.row_scale, config.kmeans)
         for name, weight in weights.items()
@@ -97,11 +111,27 @@ def compress_linears(
             )
             quantized = refined.quantized
         packed = columns.pack()
-        bias_change = None if inputs.mean is None else (weight - quantized) @ inputs.mean
+        bias_change = None
+        if inputs.mean is not None:
+            bias_change = (dense[name] - quantized) @ inputs.mean
+            if name in inputs.drifts:
+                bias_change += inputs.drifts[name].mean
         seconds = time.perf_counter() - started + shared_seconds
         error = _relative_error(weight, quantized, hessian, inputs.hessian)
         compressed[name] = CompressedLinear(packed, error, seconds, packed.bits_per_weight, bias_change)
     return ranks.merge(compressed, list(weights))
+
+
+def _target(
+    weight: Tensor, inputs: InputStatistics, drift: Drift | None, factor: HessianFactor, share: float
+) -> Tensor:
+    """W + share * mean(e x^T) H^-1, H damped: its output comes closest to W x + e. Means are left to the bias, if there is one."""
+    if drift is None or share == 0:
+        return weight
+    products = drift.products if inputs.mean is None else drift.products - torch.outer(drift.mean, inputs.mean)
+    change = torch.empty_like(weight)
+    change[:, factor.order] = products[:, factor.order] @ factor.upper.t() @ factor.upper
+    return weight.add(change, alpha=share)
 
 
 def _relative_error(weight: Tensor, quantized: Tensor, of_the_error: Tensor, of_the_output: Tensor) -> float:

@@ -118,10 +118,12 @@ def plan_folder(
             raise _Timed
 
         with suppress(_Timed):
-            loop.walk(loop.find_chains(stages)[0], visit, hand_on=False)
+            loop.walk(loop.find_chains(stages)[0], visit, hand_on=False, with_twin=job.with_twin)
 
-    # Each group's statistics take a run of the block, grouping one batch, handing on another run; guidance three.
+    # Each group's statistics take a run of the block, grouping one batch, handing on another run; a twin runs as often; guidance
+    # three.
     runs = (len(groups) if config.true_sequential else 1) + 1
+    runs *= 2 if job.with_twin else 1
     runs += 3 if isinstance(config, ColumnCodebookConfig) and config.guidance != "none" else 0
     dense = sum(
         t.numel() * t.element_size() for n, t in model.state_dict().items() if n.rpartition(".")[0] not in planned
@@ -139,7 +141,7 @@ def plan_folder(
         block_bytes=max(
             4 * sum(p.numel() for p in stage.block.parameters()) for stage in stages if stage.block is not None
         ),
-        hidden_bytes=round(spent["hidden"] * len(batches)),
+        hidden_bytes=round(spent["hidden"] * len(batches) * (2 if job.with_twin else 1)),
         free_bytes=shutil.disk_usage(exists).free,
         seconds_run=spent["run"] * len(batches) * runs * len(blocks),
         seconds_compress=spent["compress"] * sum(weights.values()),

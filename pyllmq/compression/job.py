@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..swap import dense_weight, replace_module
 from . import allocate, claq, columns, densities
 from .blocks import BlockLoop, Chain, Stage
 from .calibration import Batch
+from .drift import Drift, watch
 from .guide import Guidance
 from .pruning import prune_linears
 from .ranks import Ranks
@@ -48,6 +50,11 @@ class Job:
     """Bytes that the groups done so far were given and did not use."""
     visit: Visit | None = None
     """What is done with each group of Linears that share an input, before anything after them is run; None compresses them."""
+
+    @property
+    def with_twin(self) -> bool:
+        """Does the method ask what the dense model has where the damage is?"""
+        return isinstance(self.config, ColumnCodebookConfig) and self.config.propagation > 0
 
     @property
     def model(self) -> nn.Module:
@@ -251,7 +258,8 @@ def _group_by_input(job: Job, stage: Stage, run: Callable[[int], Any]) -> list[d
 def _input_statistics(
     job: Job, groups: list[dict[str, nn.Module]], run: Callable[[int], Any]
 ) -> list[columns.InputStatistics]:
-    """H, fp32 [K, K], a sum of x x^T over the calibration tokens, and their mean, for the common input of each group."""
+    """H, fp32 [K, K], a sum of x x^T over the calibration tokens, and their mean, for the common input of each group; with a
+    twin also how far the outputs have drifted."""
     sums = [torch.zeros(0)] * len(groups)
     totals = [torch.zeros(0)] * len(groups)
     tokens = torch.zeros(len(groups), dtype=torch.float64)
@@ -259,6 +267,8 @@ def _input_statistics(
         weight = dense_weight(next(iter(group.values())))
         totals[i] = torch.zeros(weight.shape[1], device=weight.device)
         sums[i] = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+    drifts = _Drifts(job, groups)
+    seen: dict[int, tuple[Tensor, Tensor | None]] = {}
     current = 0
 
     def recorder(i: int) -> Callable[..., None]:
@@ -275,13 +285,17 @@ def _input_statistics(
             sums[i].addmm_(weighted.T, x)
             totals[i].add_(weighted.sum(0))
             tokens[i] += x.shape[0] if s is None else float(s.sum())
+            seen[i] = weighted, s
 
         return hook
 
     handles = [next(iter(group.values())).register_forward_pre_hook(recorder(i)) for i, group in enumerate(groups)]
     try:
-        for current in range(len(job.batches)):  # noqa: B007  (read by the hooks)
-            run(current)
+        with drifts.watched():
+            for current in range(len(job.batches)):
+                seen.clear()
+                run(current)
+                drifts.add(current, seen)
     finally:
         for handle in handles:
             handle.remove()
@@ -300,8 +314,53 @@ def _input_statistics(
             found.append(columns.InputStatistics(products.mul_(2.0 / counts[i])))
             continue
         mean = total.div_(counts[i]) if biased and job.config.correct_bias else None
-        found.append(columns.InputStatistics(products.div_(counts[i]), mean))
+        found.append(columns.InputStatistics(products.div_(counts[i]), mean, drifts.of(groups[i], counts[i])))
     return found
+
+
+class _Drifts:
+    """Collects, for the Linears of some groups, what the twin has at their places beyond what the block has."""
+
+    def __init__(self, job: Job, groups: list[dict[str, nn.Module]]) -> None:
+        self.job, self.twin = job, job.loop.twin
+        self.members = [(i, name) for i, group in enumerate(groups) for name in group] if self.twin else []
+        self.had: dict[str, Tensor] = {}
+        self.sums: dict[str, Drift] = {}
+        for i, name in self.members:
+            weight = dense_weight(groups[i][name])
+            products, mean = (
+                torch.zeros_like(weight, dtype=torch.float32),
+                torch.zeros(len(weight), device=weight.device),
+            )
+            self.sums[name] = Drift(products, mean)
+
+    def watched(self) -> AbstractContextManager[None]:
+        places = {name: self.twin.places_in_block[name] for _, name in self.members} if self.twin else {}
+        return watch(places, self.had)
+
+    def add(self, current: int, seen: Mapping[int, tuple[Tensor, Tensor | None]]) -> None:
+        """`seen`: for each group its input in the batch of index `current`, times the weights of its tokens, and those."""
+        if self.twin is None:
+            return
+        wanted = self.twin.look([name for _, name in self.members], current)
+        for i, name in self.members:
+            # An expert is sent other tokens than in the dense model: nothing to compare.
+            if i not in seen or name not in self.had or name not in wanted or wanted[name].dim() != 3:
+                continue
+            x, s = seen[i]
+            missing = _real_tokens(wanted[name] - self.had[name], self.job.batches[current], name)
+            if len(missing) == len(x):
+                self.sums[name].products.addmm_(missing.T, x)
+                self.sums[name].mean.add_((missing if s is None else missing * s.reshape(-1, 1)).sum(0))
+        self.had.clear()
+
+    def of(self, group: Mapping[str, nn.Module], count: float) -> dict[str, Drift]:
+        """The means over `count` tokens."""
+        found = {name: self.sums[name] for name in group if name in self.sums}
+        for drift in found.values():
+            self.job.ranks.sum_(drift.products).div_(count)
+            self.job.ranks.sum_(drift.mean).div_(count)
+        return found
 
 
 def _token_weights(job: Job, name: str, current: int, shape: torch.Size) -> Tensor | None:

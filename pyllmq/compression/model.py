@@ -100,7 +100,7 @@ def compress(
             if isinstance(config, SparseConfig):
                 job.sparsity = plan_sparsity(job, config, chains)
             for i, chain in enumerate(chains):
-                loop.walk(chain, job.compress_stage, hand_on=i + 1 < len(chains))
+                loop.walk(chain, job.compress_stage, hand_on=i + 1 < len(chains), with_twin=job.with_twin)
         if original is not None:
             report.tuning_losses = tune_codebooks(model, original, tuning, steps=steps, progress=progress)
     except BaseException:

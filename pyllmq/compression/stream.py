@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import ColumnCodebookConfig, SparseConfig
@@ -110,7 +110,7 @@ def compress_folder(
         folder = _FolderJob(Job(loop, config, report, bar, ranks), streamed, manifest, started)
         with quiet_eval(model), torch.no_grad(), bar:
             chains = loop.find_chains(stages, _check)
-            folder.plan(chains, [len(next(iter(batch.values()))) for batch in all_batches])
+            folder.plan(chains, planned, [len(next(iter(batch.values()))) for batch in all_batches])
             folder.restore()
             for i, chain in enumerate(chains):
                 folder.compress_chain(chain, hand_on=i + 1 < len(chains))
@@ -202,6 +202,8 @@ class _FolderJob:
         self.job, self.streamed, self.manifest, self.started = job, streamed, manifest, started
         self.earlier = manifest.finished[-1]["seconds"] if manifest.finished else 0.0
         self.ranks = job.ranks
+        self.chain, self.hand_on = Chain([]), False
+        """The chain in hand."""
 
     def seconds(self) -> float:
         """Of this run and those that it goes on from."""
@@ -209,10 +211,9 @@ class _FolderJob:
 
     # ---- the plan ----
 
-    def plan(self, chains: Sequence[Chain], rows: Sequence[int]) -> None:
+    def plan(self, chains: Sequence[Chain], linears: Mapping[str, nn.Module], rows: Sequence[int]) -> None:
         """What is decided before the first block; a resumed job reads it. `rows`: the number of texts of every batch."""
         job, config = self.job, self.job.config
-        linears = {name: m for chain in chains for stage in chain.stages for name, m in stage.linears.items()}
         file = self.manifest.place / "plan.safetensors"
         if self.manifest.plan is not None:
             job.budgets, job.sparsity = self.manifest.plan["budgets"], self.manifest.plan["sparsity"]
@@ -244,29 +245,40 @@ class _FolderJob:
 
     def compress_chain(self, chain: Chain, hand_on: bool) -> None:
         names = [self._unit(stage) for stage in chain.stages]
-        finished = {entry["unit"]: i for i, entry in enumerate(self.manifest.finished)}
+        finished = {entry["unit"] for entry in self.manifest.finished}
         begin = sum(name in finished for name in names)
         if chain.stages[0].block is None:
             if OUTSIDE not in finished:
                 self.job.loop.walk(chain, self.job.compress_stage, hand_on=False, done=self.finish)
             return
-        hidden = None
+        hidden = dense = None
         if begin and (hand_on or begin < len(names)):
             hidden = self._hidden(names[begin - 1]).read()
+            if self.job.with_twin and begin < len(names):
+                dense = self._hidden(names[begin - 1], "dense").read()
         if begin == len(names):
             self.job.loop.finish(chain, hidden)
             return
         self.chain, self.hand_on = chain, hand_on
         self.job.loop.walk(
-            chain, self.job.compress_stage, hand_on=hand_on, done=self.finish, begin=begin, hidden=hidden
+            chain,
+            self.job.compress_stage,
+            hand_on=hand_on,
+            done=self.finish,
+            begin=begin,
+            hidden=hidden,
+            dense=dense,
+            with_twin=self.job.with_twin,
         )
 
-    def finish(self, stage: Stage, hidden: list[Tensor]) -> None:
+    def finish(self, stage: Stage, hidden: list[Tensor], dense: list[Tensor]) -> None:
         """Write a unit, then the hidden states behind it, then its entry in the manifest."""
         unit, job = self._unit(stage), self.job
         last = stage.block is None or stage is self.chain.stages[-1]
         if hidden and (self.hand_on or not last):
             self._hidden(unit).write(hidden)
+        if dense and not last:
+            self._hidden(unit, "dense").write(dense)
         self.ranks.gather(None)  # all of them are written
         layers = job.report.layers[sum(len(entry["layers"]) for entry in self.manifest.finished) :]
         structures = {name: _packed(job, name).structure.to_dict() for name in job.replaced}
@@ -284,6 +296,7 @@ class _FolderJob:
         before = 0 if stage.block is None else self.chain.stages.index(stage)
         if before:
             self._hidden(self.chain.stages[before - 1].name).remove()
+            self._hidden(self.chain.stages[before - 1].name, "dense").remove()
         for name, module in job.replaced.items():
             replace_module(job.model, name, module)
         job.replaced.clear()
@@ -312,8 +325,9 @@ class _FolderJob:
     def _unit(stage: Stage) -> str:
         return OUTSIDE if stage.block is None else stage.name
 
-    def _hidden(self, unit: str) -> _Hidden:
-        return _Stored(self.manifest.place, "hidden", self.ranks).of(unit)
+    def _hidden(self, unit: str, kind: str = "hidden") -> _Hidden:
+        """`kind` "dense": what the dense blocks give out."""
+        return _Stored(self.manifest.place, kind, self.ranks).of(unit)
 
 
 def put_finished(manifest: Manifest, streamed: StreamedModel, target: Path, others: Sequence[Any]) -> None:

@@ -29,10 +29,9 @@ from .structure import (
     Shapes,
     Structure,
     column_dtype,
+    described,
     expect_all,
     expect_ascending_columns,
-    expect_integers,
-    expect_keys,
     expect_row_offsets,
     sparse_columns,
     sparse_rows,
@@ -87,10 +86,7 @@ class BitmapStructure(Structure):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BitmapStructure:
-        known = ("out_features", "in_features", "kept", "values", "positions")
-        expect_keys(cls.kind, dict(values), known)
-        expect_integers(dict(values), known[:3])
-        return cls(*(values[name] for name in known))
+        return described(cls, values, ("out_features", "in_features", "kept"), ("values", "positions"))
 
 
 @dataclass(frozen=True, eq=False)

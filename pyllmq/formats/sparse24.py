@@ -23,7 +23,7 @@ from .. import ops
 from ..dispatch import SPARSE24, SPARSE24_FIELDS
 from .codes import cut_codes
 from .kept_values import checked_weight, stored_values, value_dtype, value_name
-from .structure import FormatError, PackedWeight, Shapes, Structure, expect_all, expect_integers, expect_keys
+from .structure import FormatError, PackedWeight, Shapes, Structure, described, expect_all
 
 GROUP = 4
 KEPT = 2
@@ -60,10 +60,7 @@ class Sparse24Structure(Structure):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Sparse24Structure:
-        known = ("out_features", "in_features", "values")
-        expect_keys(cls.kind, dict(values), known)
-        expect_integers(dict(values), known[:2])
-        return cls(*(values[name] for name in known))
+        return described(cls, values, ("out_features", "in_features"), ("values",))
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,10 +33,9 @@ from .structure import (
     Shapes,
     Structure,
     column_dtype,
+    described,
     expect_all,
     expect_ascending_columns,
-    expect_integers,
-    expect_keys,
     expect_row_offsets,
     finite_fp16,
     outliers_of_columns,
@@ -83,10 +82,7 @@ class Sparse24CodebookStructure(Structure):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Sparse24CodebookStructure:
-        known = ("out_features", "in_features", "bits", "outliers")
-        expect_keys(cls.kind, dict(values), known)
-        expect_integers(dict(values), known)
-        return cls(*(values[name] for name in known))
+        return described(cls, values, ("out_features", "in_features", "bits", "outliers"))
 
 
 @dataclass(frozen=True, eq=False)

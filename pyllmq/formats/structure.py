@@ -172,6 +172,15 @@ def expect_keys(kind: str, values: dict[str, Any], known: tuple[str, ...]) -> No
         raise FormatError(f"a {kind} is described by the keys {sorted(('kind', *known))}, given: {sorted(values)}")
 
 
+def described(
+    structure: type[Any], values: Mapping[str, Any], integers: tuple[str, ...], names: tuple[str, ...] = ()
+) -> Any:
+    """The structure that a description in config.json says: fields that must be integers, then those that it checks itself."""
+    expect_keys(structure.kind, dict(values), (*integers, *names))
+    expect_integers(dict(values), integers)
+    return structure(*(values[field] for field in (*integers, *names)))
+
+
 def column_dtype(in_features: int) -> torch.dtype:
     """Of column numbers."""
     return torch.uint16 if in_features <= MAX_UINT16_COLUMNS else torch.int32

@@ -168,7 +168,7 @@ def draw(rows: Sequence[Row], png: Path) -> None:
     ) -> list[tuple[float, float, float]]:
         """(sparsity, times as fast as dense torch in its run, times as few bits) of the providers that were measured."""
         pairs = [
-            (s, found[*shape, name], dense_of.get((*shape, rival, found[*shape, name].timestamp)))
+            (s, found[(*shape, name)], dense_of.get((*shape, rival, found[(*shape, name)].timestamp)))
             for s, name in named
             if (*shape, name) in found
         ]

@@ -101,6 +101,8 @@ def steps(out: Path, python: str) -> list[Step]:
             100,
         ),
         Step("softmax_cdist_l1", f"{py} -m pyllmq.benchmarks.softmax_cdist_l1 --device cuda --budget-s 0.5", 40),
+        Step("sinkhorn", f"{py} -m pyllmq.benchmarks.sinkhorn --device cuda", 60),
+        Step("kmeans_1d", f"{py} -m pyllmq.benchmarks.kmeans_1d --device cuda", 60),
         Step("tests", pytest, 170),
         # torch asks the driver questions that it may answer with an error; those are not ours
         Step("memcheck", f"{sanitizer} memcheck --report-api-errors no {pytest} -k sanitized", 60),

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -110,13 +112,58 @@ def sources(n: int, model: Path | None) -> dict[str, Tensor]:
     return found
 
 
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+MODEL_COLUMNS = ((4096, 876_544), (11008, 262_144))
+"""(points of a column, columns) of the linear layers of a model of 7 billion weights (Llama 2)."""
+GPU_GOALS_S = {"windowed": 3.0, "exact": 15.0}
+"""For all of them, k = 16, on an H200."""
+GPU_COLUMNS = 8192
+GPU_REPEATS = 3
+
+
+def run_on_gpu(
+    device: str = "cuda", columns: int = GPU_COLUMNS, synchronize: Callable[[], None] = torch.cuda.synchronize
+) -> None:
+    """Seconds for every column of a model, from batches of each length: wall time of calls that end synchronised, medians."""
+    generator = torch.Generator().manual_seed(0)
+    seconds = dict.fromkeys(GPU_GOALS_S, 0.0)
+    for n, count in MODEL_COLUMNS:
+        values = torch.randn(columns, n, generator=generator).to(device)
+        for method in GPU_GOALS_S:
+            optimum = kmeans_1d_errors(values[:64].cpu(), [16])[:, 0].numpy()
+            found = error_of(values[:64].cpu(), list(kmeans_1d(values[:64], 16, method=method)[0].cpu().numpy()))
+            taken = []
+            for _ in range(GPU_REPEATS + 1):  # the first one compiles and loads
+                synchronize()
+                begin = time.perf_counter()
+                kmeans_1d(values, 16, method=method)
+                synchronize()
+                taken.append(time.perf_counter() - begin)
+            each = median(taken[1:]) / columns
+            seconds[method] += each * count
+            print(
+                f"{method:9} n = {n}, k = 16: {1e6 * each:8.2f} us a column ({columns} in a call); "
+                f"mean excess error {(found / optimum).mean() - 1:.1e}",
+                flush=True,
+            )
+    for method, goal in GPU_GOALS_S.items():
+        said = "reached" if seconds[method] <= goal else "NOT reached"
+        total = sum(count for _, count in MODEL_COLUMNS)
+        print(f"{method}: {seconds[method]:.2f} s for {total} columns (goal {goal:g} s: {said})")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pyllmq.benchmarks.kmeans_1d", description=__doc__)
     parser.add_argument("--n", type=int, default=4096, help="values per column")
     parser.add_argument("--k", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--seconds", type=float, default=0.5, help="per solver and k")
     parser.add_argument("--model", type=Path, help="a folder with safetensors, whose columns are clustered, too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the goals for a whole model")
     given = parser.parse_args(arguments)
+    if given.device == "cuda":
+        run_on_gpu()
+        return 0
     logging.disable(logging.WARNING)  # flash1dkmeans logs at each call
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,8 @@ import pyllmq
 from pyllmq import backends
 
 from . import record
-from .timing import measure
+from .gpu_timing import measure_replays
+from .timing import Samples, measure
 
 SHAPES = ("64x64x64", "8x512x512", "4096x4x4")
 EPSILON = 0.1
@@ -38,6 +40,12 @@ GOALS: dict[tuple[str, str, str], float] = {
     for shape, goal in zip(SHAPES, goals, strict=True)
 }
 """(shape, mode, rival) -> how many times as fast as the rival we mean to be: one thread, 50 iterations, fp32."""
+
+
+GPU_GOALS_US = {("64x64x64", 50): 80, ("8x512x512", 50): 150, ("65536x4x4", 20): 25, ("1x4096x4096", 50): 1000}
+"""(shape, iterations) -> microseconds of a forward call that we mean to stay below on an H200."""
+GPU_BACKENDS = ("cuda", "triton")
+GPU_RIVALS = (LOOP, "torch exp loop")
 
 
 @dataclass(frozen=True)
@@ -235,14 +243,107 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+THREADS_GOAL = 1.8
+
+
+def threads_line(shape: str, iterations: int, threads: int = 2, budget_s: float = 1.0) -> str:
+    """One thread and several in turns; a busy machine shows less than a quiet one."""
+    cost = torch.rand(*_sizes(shape), generator=torch.Generator().manual_seed(0))
+
+    def with_threads(count: int) -> Callable[[], object]:
+        def call() -> None:
+            torch.set_num_threads(count)
+            _ours(cost, iterations)
+
+        return call
+
+    before = torch.get_num_threads()
+    try:
+        samples = measure({"1": [with_threads(1)], "n": [with_threads(threads)]}, budget_s=budget_s)
+    finally:
+        torch.set_num_threads(before)
+    ratio = samples["1"].percentile_us(50) / samples["n"].percentile_us(50)
+    said = "reached" if ratio >= THREADS_GOAL else "NOT reached"
+    return f"{shape}, {threads} threads: {ratio:.2f}x one (goal {THREADS_GOAL}x: {said})"
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+def run_on_gpu(
+    cases: Sequence[tuple[str, int]] = tuple(GPU_GOALS_US),
+    *,
+    budget_s: float = 0.3,
+    device: str = "cuda",
+    measure: Callable[..., tuple[dict[str, Samples], dict[str, str]]] = measure_replays,
+) -> None:
+    """A line for each back end and rival in each case, printed as it comes: CUDA graphs, interleaved, medians.
+
+    What fails is named, and the rest goes on; RuntimeError at the end if a plan was wrong. The last two arguments are a test's.
+    """
+    wrong = []
+    for shape, iterations in cases:
+        generator = torch.Generator().manual_seed(0)
+        cost, weight = (make(*_sizes(shape), generator=generator).to(device) for make in (torch.rand, torch.randn))
+        exact = log_loop(cost[:4].double(), iterations)
+        print(f"\nsinkhorn {shape}, {iterations} iterations, fp32")
+        calls: dict[str, list[Callable[[], object]]] = {}
+        for name in (*GPU_BACKENDS, *GPU_RIVALS):
+            provider = _gpu_provider(name)
+            try:
+                error = float((provider.run(cost[:4], iterations) - exact).abs().max() / exact.max())
+            except Exception as failure:  # a back end that is not there, or does not take this shape
+                print(f"  not measured: {name}: {type(failure).__name__}: {str(failure).splitlines()[0]}")
+                continue
+            if not error <= provider.tolerance:
+                wrong.append(f"{name} is wrong at {shape}: error {error:.2g}, allowed {provider.tolerance:.2g}")
+                print(f"  not measured: {wrong[-1]}")
+                continue
+            for mode in ("forward", "forward+backward"):
+                calls[f"{name}, {mode}"] = [_call(provider, cost, weight, iterations, mode)]
+        samples, failures = measure(calls, budget_s=budget_s)
+        for name, sample in samples.items():
+            goal = (
+                GPU_GOALS_US.get((shape, iterations)) if name in [f"{ours}, forward" for ours in GPU_BACKENDS] else None
+            )
+            median = sample.percentile_us(50)
+            said = "" if goal is None else f"  (goal {goal} us: {'reached' if median <= goal else 'NOT reached'})"
+            print(f"  {name:<34} {median:11.1f} us{said}", flush=True)
+        for name, why in failures.items():
+            print(f"  not measured: {name}: {why}")
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
+
+
+def _gpu_provider(name: str) -> Provider:
+    """A back end is chosen at each call: outside of it none is forced."""
+    if name in PROVIDERS:
+        return PROVIDERS[name]
+    return Provider(partial(_forced, name))
+
+
+def _forced(backend: str, cost: Tensor, iterations: int) -> Tensor:
+    with pyllmq.use_backend(backend):
+        return _ours(cost, iterations)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the shapes that have goals there"
+    )
     parser.add_argument("--shapes", default=",".join(SHAPES), help="problems x rows x columns, comma-separated")
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--csv", default=None, help="append the rows to this file")
     given = parser.parse_args()
-    run(given.shapes.split(","), given.iterations, given.threads, given.csv)
+    if given.device == "cuda":
+        run_on_gpu()
+        return
+    shapes = given.shapes.split(",")
+    run(shapes, given.iterations, given.threads, given.csv)
+    for shape in shapes:
+        print(threads_line(shape, given.iterations))
 
 
 if __name__ == "__main__":

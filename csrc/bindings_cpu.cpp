@@ -380,6 +380,34 @@ void bind_sinkhorn(py::module_& m) {
       py::arg("grad_b"), NoGil());
 }
 
+// --- doubly_stochastic ---------------------------------------------------------------------------------------------
+
+DoublyStochastic doubly_stochastic_call(Pointer logits, int64_t problems, int64_t n, int64_t m, int64_t iterations,
+                                        bool columns_first, bool softmax_start, int shift, float matrix_epsilon,
+                                        float division_epsilon) {
+  if (problems < 0 || n < 1 || m < 1 || n * m > kSmallEntries || iterations < 1 || shift < 0 || shift > 2)
+    throw std::invalid_argument("problems must be >= 0, n, m and iterations >= 1, n * m at most " +
+                                std::to_string(kSmallEntries) + ", shift 0 (none), 1 (line) or 2 (matrix)");
+  return {as<float>(logits), problems,      n, m, iterations, columns_first, softmax_start, static_cast<Shift>(shift),
+          matrix_epsilon,    division_epsilon};
+}
+
+void bind_doubly_stochastic(py::module_& m) {
+  using py::arg;
+  py::class_<DoublyStochastic>(m, "DoublyStochastic", py::module_local())
+      .def(py::init(&doubly_stochastic_call), arg("logits"), arg("problems"), arg("n"), arg("m"), arg("iterations"),
+           arg("columns_first"), arg("softmax_start"), arg("shift"), arg("matrix_epsilon"), arg("division_epsilon"));
+  m.def(
+      "doubly_stochastic", [](const DoublyStochastic& call, Pointer out) { doubly_stochastic(call, as<float>(out)); },
+      arg("call"), arg("out"), NoGil());
+  m.def(
+      "doubly_stochastic_backward",
+      [](const DoublyStochastic& call, Pointer gradient, Pointer logits_gradient) {
+        doubly_stochastic_backward(call, as<float>(gradient), as<float>(logits_gradient));
+      },
+      arg("call"), arg("gradient"), arg("logits_gradient"), NoGil());
+}
+
 // --- distances of distributions --------------------------------------------------------------------------------------
 
 SoftmaxCdistProblem cdist_problem(Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows,
@@ -436,5 +464,6 @@ PYBIND11_MODULE(_cpu, m) {
   pyllmq::cpu::bind_kmeans_1d(m);
   pyllmq::cpu::bind_fit_columns(m);
   pyllmq::cpu::bind_sinkhorn(m);
+  pyllmq::cpu::bind_doubly_stochastic(m);
   pyllmq::cpu::bind_softmax_cdist_l1(m);
 }

@@ -8,11 +8,13 @@
 #include <string>
 
 #include "cuda/codebook_dequantize.h"
+#include "cuda/codebook_gradient.h"
 #include "cuda/codebook_layout.h"
 #include "cuda/codebook_linear.h"
 #include "cuda/kmeans_1d.h"
 #include "cuda/pack_codes.h"
 #include "cuda/runtime.h"
+#include "cuda/sinkhorn.h"
 #include "cuda/softmax_cdist_l1.h"
 #include "cuda/sparse_layout.h"
 #include "cuda/sparse_linear.h"
@@ -128,6 +130,37 @@ void unpack_codes(uintptr_t packed, uintptr_t codes, int64_t rows, int64_t colum
   cuda::unpack_codes(pointer<uint8_t>(packed), pointer<uint8_t>(codes), rows, columns, bits, stream);
 }
 
+cuda::GradientCall gradient_call(int64_t rows, int64_t columns, int64_t segments, int64_t entries,
+                                 uintptr_t segment_starts, uintptr_t sorted_columns, uintptr_t width_starts,
+                                 uintptr_t first_entry, const std::array<uintptr_t, 8>& codes,
+                                 const std::array<int64_t, 8>& code_bytes, uintptr_t row_scale, int row_scale_dtype,
+                                 uintptr_t weight_gradient) {
+  cuda::GradientCall call{rows, columns, segments, entries, pointer<int64_t>(segment_starts),
+                          pointer<int64_t>(sorted_columns), pointer<int64_t>(width_starts),
+                          pointer<int64_t>(first_entry), {}, {}, pointer<void>(row_scale), row_scale_dtype,
+                          pointer<float>(weight_gradient)};
+  for (int bits = 1; bits <= 8; ++bits) {
+    call.codes[bits] = pointer<uint8_t>(codes[bits - 1]);
+    call.code_bytes[bits] = code_bytes[bits - 1];
+  }
+  return call;
+}
+
+void bind_codebook_gradient(py::module_& m) {
+  using py::arg;
+  py::class_<cuda::GradientCall>(m, "GradientCall", py::module_local())
+      .def(py::init(&gradient_call), arg("rows"), arg("columns"), arg("segments"), arg("entries"),
+           arg("segment_starts"), arg("sorted_columns"), arg("width_starts"), arg("first_entry"), arg("codes"),
+           arg("code_bytes"), arg("row_scale"), arg("row_scale_dtype"), arg("weight_gradient"));
+  m.def("codebook_gradient_workspace", &cuda::codebook_gradient_workspace, arg("call"), "-> fp32 elements");
+  m.def(
+      "codebook_gradient",
+      [](const cuda::GradientCall& call, uintptr_t gradient, uintptr_t workspace, uintptr_t stream) {
+        cuda::codebook_gradient(call, pointer<float>(gradient), pointer<float>(workspace), stream);
+      },
+      arg("call"), arg("gradient"), arg("workspace"), arg("stream"));
+}
+
 cuda::CdistCall cdist_call(uintptr_t x, int x_dtype, uintptr_t y, int y_dtype, int64_t batch, int64_t x_rows,
                            int64_t y_rows, int64_t columns, float scale, uintptr_t x_statistics,
                            uintptr_t y_statistics) {
@@ -156,6 +189,60 @@ void bind_softmax_cdist_l1(py::module_& m) {
                                         pointer<float>(workspace), stream);
       },
       arg("call"), arg("gradient"), arg("x_gradient"), arg("workspace"), arg("stream"));
+}
+
+cuda::SinkhornCall sinkhorn_call(const std::array<uintptr_t, 4>& inputs, const std::array<int64_t, 4>& strides,
+                                 int64_t problems, int64_t n, int64_t m, double rho_a, double rho_b) {
+  return {pointer<float>(inputs[0]), strides[0], pointer<float>(inputs[1]), strides[1], pointer<float>(inputs[2]),
+          strides[2], pointer<float>(inputs[3]), strides[3], problems, n, m, rho_a, rho_b};
+}
+
+void sinkhorn(const cuda::SinkhornCall& call, int64_t iterations, float tolerance, uintptr_t plan, uintptr_t u,
+              uintptr_t v, uintptr_t tape, uintptr_t count, uintptr_t workspace, uintptr_t counters, uintptr_t stream) {
+  const cuda::SinkhornForward out{iterations,        tolerance,           pointer<float>(plan),  pointer<float>(u),
+                                  pointer<float>(v), pointer<float>(tape), pointer<int32_t>(count)};
+  if (cuda::sinkhorn_is_small(call))
+    cuda::sinkhorn_small(call, out, stream);
+  else
+    cuda::sinkhorn(call, out, pointer<float>(workspace), pointer<uint32_t>(counters), stream);
+}
+
+void sinkhorn_backward(const cuda::SinkhornCall& call, int64_t iterations, uintptr_t tape, uintptr_t count,
+                       uintptr_t grad_plan, uintptr_t grad_u, uintptr_t grad_v, uintptr_t grad_cost, uintptr_t grad_a,
+                       uintptr_t grad_b, uintptr_t workspace, uintptr_t counters, uintptr_t stream) {
+  const cuda::SinkhornBackward out{iterations,
+                                   pointer<float>(tape),
+                                   pointer<int32_t>(count),
+                                   pointer<float>(grad_plan),
+                                   pointer<float>(grad_u),
+                                   pointer<float>(grad_v),
+                                   pointer<float>(grad_cost),
+                                   pointer<float>(grad_a),
+                                   pointer<float>(grad_b)};
+  if (cuda::sinkhorn_is_small(call))
+    cuda::sinkhorn_small_backward(call, out, stream);
+  else
+    cuda::sinkhorn_backward(call, out, pointer<float>(workspace), pointer<uint32_t>(counters), stream);
+}
+
+void bind_sinkhorn(py::module_& m) {
+  using py::arg;
+  py::class_<cuda::SinkhornCall>(m, "SinkhornCall", py::module_local())
+      .def(py::init(&sinkhorn_call), arg("inputs"), arg("strides"), arg("problems"), arg("n"), arg("m"), arg("rho_a"),
+           arg("rho_b"));
+  m.def("sinkhorn_fits", &cuda::sinkhorn_fits, arg("n"), arg("m"));
+  m.def(
+      "sinkhorn_room",
+      [](const cuda::SinkhornCall& call, int64_t backward_iterations) {
+        const cuda::SinkhornRoom room = cuda::sinkhorn_room(call, backward_iterations);
+        return py::make_tuple(room.floats, room.counters);
+      },
+      arg("call"), arg("backward_iterations"), "-> (fp32 elements, uint32 counters that are zero before the first call)");
+  m.def("sinkhorn", &sinkhorn, arg("call"), arg("iterations"), arg("tolerance"), arg("plan"), arg("u"), arg("v"),
+        arg("tape"), arg("count"), arg("workspace"), arg("counters"), arg("stream"));
+  m.def("sinkhorn_backward", &sinkhorn_backward, arg("call"), arg("iterations"), arg("tape"), arg("count"),
+        arg("grad_plan"), arg("grad_u"), arg("grad_v"), arg("grad_cost"), arg("grad_a"), arg("grad_b"),
+        arg("workspace"), arg("counters"), arg("stream"));
 }
 
 // --- the sparse formats ----------------------------------------------------------------------------------------------
@@ -285,7 +372,9 @@ PYBIND11_MODULE(_cuda, m) {
         arg("stream"));
   m.def("unpack_codes", &unpack_codes, arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"),
         arg("stream"));
+  bind_codebook_gradient(m);
   bind_softmax_cdist_l1(m);
+  bind_sinkhorn(m);
   bind_sparse(m);
   m.def("kmeans_1d_layers", &kmeans_1d_layers, arg("sums"), arg("masses"), arg("gains"), arg("best"), arg("problems"),
         arg("n"), arg("k_max"), arg("stream"));

@@ -223,6 +223,26 @@ def sinkhorn_backward(
 ) -> None:
     """iterations: of the tape, or without one (tape 0) at least the largest count. grad_cost is per problem."""
 
+class DoublyStochastic:
+    """logits: the address of [problems, n, m] in fp32, n m at most 64. shift: 0 none, 1 line, 2 matrix."""
+
+    def __init__(
+        self,
+        logits: int,
+        problems: int,
+        n: int,
+        m: int,
+        iterations: int,
+        columns_first: bool,
+        softmax_start: bool,
+        shift: int,
+        matrix_epsilon: float,
+        division_epsilon: float,
+    ) -> None: ...
+
+def doubly_stochastic(call: DoublyStochastic, out: int) -> None: ...
+def doubly_stochastic_backward(call: DoublyStochastic, gradient: int, logits_gradient: int) -> None: ...
+
 class SparseCheckpoint:
     """The tensors of a sparse format as they stand in a checkpoint (docs/formats.md), by name, as addresses.
 

@@ -59,6 +59,29 @@ def codebook_dequantize(
 def pack_codes(codes: int, packed: int, rows: int, columns: int, bits: int, stream: int) -> None: ...
 def unpack_codes(packed: int, codes: int, rows: int, columns: int, bits: int, stream: int) -> None: ...
 
+class GradientCall:
+    """Addresses and sizes of a checkpoint's tensors and of dL/dW; `codes` and `code_bytes` of a row for the widths 1 to 8."""
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        segments: int,
+        entries: int,
+        segment_starts: int,
+        sorted_columns: int,
+        width_starts: int,
+        first_entry: int,
+        codes: list[int],
+        code_bytes: list[int],
+        row_scale: int,
+        row_scale_dtype: int,
+        weight_gradient: int,
+    ) -> None: ...
+
+def codebook_gradient_workspace(call: GradientCall) -> int: ...
+def codebook_gradient(call: GradientCall, gradient: int, workspace: int, stream: int) -> None: ...
+
 class CdistCall:
     """Addresses and sizes of two sides' logits; dtypes 0 fp32, 1 bf16, 2 fp16; statistics fp32 [batch, rows, 2]."""
 
@@ -81,6 +104,44 @@ def softmax_cdist_l1_workspace(call: CdistCall) -> int: ...
 def softmax_cdist_l1_backward_workspace(call: CdistCall) -> int: ...
 def softmax_cdist_l1(call: CdistCall, distances: int, workspace: int, stream: int) -> None: ...
 def softmax_cdist_l1_backward(call: CdistCall, gradient: int, x_gradient: int, workspace: int, stream: int) -> None: ...
+
+class SinkhornCall:
+    """Addresses of cost, a, b, epsilon in fp32, how far their problems lie apart (0: one for all), and what they mean."""
+
+    def __init__(
+        self, inputs: list[int], strides: list[int], problems: int, n: int, m: int, rho_a: float, rho_b: float
+    ) -> None: ...
+
+def sinkhorn_fits(n: int, m: int) -> bool: ...
+def sinkhorn_room(call: SinkhornCall, backward_iterations: int) -> tuple[int, int]: ...
+def sinkhorn(
+    call: SinkhornCall,
+    iterations: int,
+    tolerance: float,
+    plan: int,
+    u: int,
+    v: int,
+    tape: int,
+    count: int,
+    workspace: int,
+    counters: int,
+    stream: int,
+) -> None: ...
+def sinkhorn_backward(
+    call: SinkhornCall,
+    iterations: int,
+    tape: int,
+    count: int,
+    grad_plan: int,
+    grad_u: int,
+    grad_v: int,
+    grad_cost: int,
+    grad_a: int,
+    grad_b: int,
+    workspace: int,
+    counters: int,
+    stream: int,
+) -> None: ...
 
 class SparseCheckpoint:
     """As `_cpu.SparseCheckpoint`."""

@@ -82,7 +82,7 @@ def codebook_linear(
         weight: a `CodebookWeight` or its `operand()`, [N, K].
         bias: [N] or None.
         precision: what the arithmetic may cost in accuracy: "exact" (errors as those of torch in x's dtype), "high" (relative
-            error up to 2e-4 beyond the dtype's) or "fast" (up to 2e-3). A back end may be more exact than asked.
+            error up to 2e-4 beyond the dtype's) or "fast" (up to 2e-2). A back end may be more exact than asked.
 
     Returns:
         [..., N] in x's dtype.

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from .backends import cpu_sinkhorn as _cpu
+from .backends import cuda
+from .backends import cuda_sinkhorn as _cuda
 from .backends import reference_sinkhorn as _reference
 from .backends import triton_sinkhorn as _triton
 from .dispatch import kernel_for
 
 _cpu.register_kernels()
+_cuda.register_kernels()
 _triton.register_kernels()
 _reference.register_kernels()
 
@@ -227,9 +230,14 @@ def _sinkhorn(
     grad: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tape = cost.new_empty(_tape_shape(cost, iterations, grad))
-    kernel = kernel_for("sinkhorn", "", cost.device.type, cost.dtype, _padded_entries(cost))
+    kernel = kernel_for("sinkhorn", _shape_name(cost), cost.device.type, cost.dtype, _padded_entries(cost))
     plan, u, v, count = kernel.run(cost, a, b, epsilon, iterations, tolerance, rho_a, rho_b, tape)
     return plan, u, v, tape, count
+
+
+def _shape_name(cost: Tensor) -> str:
+    """What the table of kernels is asked by, in the place of a layout."""
+    return f"{cost.shape[1]}x{cost.shape[2]}"
 
 
 def _padded_entries(cost: Tensor) -> int:
@@ -238,10 +246,13 @@ def _padded_entries(cost: Tensor) -> int:
 
 
 def _tape_shape(cost: Tensor, iterations: int, grad: str) -> tuple[int, ...]:
-    """Room for the scalings of every iteration, which is all that the backward pass wants to know: T (n + m), not T n m."""
+    """Room for the scalings of every iteration, which is all that the backward pass wants to know: T (n + m), not T n m. On a
+    GPU as much again for offsets, written only by problems whose offsets move."""
     problems, n, m = cost.shape
-    runs_again = cost.device.type == "cpu" and n * m <= SMALL
-    return (problems, iterations, n + m) if grad == "unroll" and not runs_again else (0,)
+    on_gpu = cost.device.type == cuda.DEVICE
+    if grad != "unroll" or (n * m <= SMALL and not on_gpu):
+        return (0,)
+    return problems, iterations, (2 if on_gpu else 1) * (n + m)
 
 
 def _sinkhorn_fake(cost, a, b, epsilon, iterations, tolerance, rho_a, rho_b, grad):
@@ -280,7 +291,7 @@ class _Sinkhorn(torch.autograd.Function):
 
 
 def _sinkhorn_backward(cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_v, rho_a, rho_b):
-    kernel = kernel_for("sinkhorn_backward", "", cost.device.type, cost.dtype, _padded_entries(cost))
+    kernel = kernel_for("sinkhorn_backward", _shape_name(cost), cost.device.type, cost.dtype, _padded_entries(cost))
     grads = (grad_plan.contiguous(), grad_u.contiguous(), grad_v.contiguous())
     return kernel.run(cost, a, b, epsilon, tape, count, *grads, rho_a, rho_b)
 
@@ -428,19 +439,17 @@ def doubly_stochastic(
         float(matrix_epsilon),
         float(division_epsilon),
     )
-    if (
-        (torch.is_grad_enabled() and logits.requires_grad)
-        or torch.compiler.is_compiling()
-        or type(logits) is not Tensor
-    ):
-        normalised = torch.ops.pyllmq.doubly_stochastic(matrices, *rest)
-    else:
-        normalised = _doubly_stochastic(matrices, *rest)
-    return normalised.view(logits.shape).to(logits.dtype)
+    operation: Any = _doubly_stochastic
+    if not _is_eager(logits):
+        operation = torch.ops.pyllmq.doubly_stochastic
+    elif torch.is_grad_enabled() and logits.requires_grad:
+        operation = _DoublyStochastic.apply
+    return operation(matrices, *rest).view(logits.shape).to(logits.dtype)
 
 
 def _doubly_stochastic(logits: Tensor, *rest) -> Tensor:
-    return kernel_for("doubly_stochastic", "", logits.device.type, logits.dtype).run(logits, *rest).contiguous()
+    kernel = kernel_for("doubly_stochastic", "", logits.device.type, logits.dtype, logits.shape[1] * logits.shape[2])
+    return kernel.run(logits, *rest).contiguous()
 
 
 def _doubly_stochastic_setup(ctx, inputs, output) -> None:
@@ -450,11 +459,25 @@ def _doubly_stochastic_setup(ctx, inputs, output) -> None:
 
 def _doubly_stochastic_backward_of(ctx, grad: Tensor):
     (logits,) = ctx.saved_tensors
-    return torch.ops.pyllmq.doubly_stochastic_backward(logits, grad, *ctx.rest), *[None] * len(ctx.rest)
+    backward = _doubly_stochastic_backward if _is_eager(grad) else torch.ops.pyllmq.doubly_stochastic_backward
+    return backward(logits, grad, *ctx.rest), *[None] * len(ctx.rest)
+
+
+class _DoublyStochastic(torch.autograd.Function):
+    """The operation with its gradient for eager calls."""
+
+    forward = staticmethod(_doubly_stochastic)
+    setup_context = staticmethod(_doubly_stochastic_setup)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return _doubly_stochastic_backward_of(ctx, *grads)
 
 
 def _doubly_stochastic_backward(logits: Tensor, grad: Tensor, *rest) -> Tensor:
-    kernel = kernel_for("doubly_stochastic_backward", "", logits.device.type, logits.dtype)
+    entries = logits.shape[1] * logits.shape[2]
+    kernel = kernel_for("doubly_stochastic_backward", "", logits.device.type, logits.dtype, entries)
     return kernel.run(logits, grad.contiguous(), *rest).contiguous()
 
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from pyllmq import dispatch
-from pyllmq.backends import cuda, cuda_sparse
+from pyllmq.backends import cuda, cuda_sinkhorn, cuda_sparse
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -33,6 +33,8 @@ SOURCES = (
     *sorted((CSRC / "cuda").glob("codebook_*.cu")),
     CSRC / "cuda/kmeans_1d.cu",
     CSRC / "cuda/pack_codes.cu",
+    CSRC / "cuda/sinkhorn.cu",
+    CSRC / "cuda/sinkhorn_small.cu",
     CSRC / "cuda/softmax_cdist_l1.cu",
     *sorted((CSRC / "cuda").glob("sparse_*.cpp")),
     *sorted((CSRC / "cuda").glob("sparse_*.cu")),
@@ -114,8 +116,9 @@ def emulated(monkeypatch):
     """
     extension = emulated_extension()
     poisoning = PoisoningTorch()
-    for module in (cuda, cuda_sparse):
+    for module in (cuda, cuda_sinkhorn, cuda_sparse):
         monkeypatch.setattr(module, "torch", poisoning)
+    for module in (cuda, cuda_sparse):
         monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(cuda, "available", lambda: (True, "emulated"))
     monkeypatch.setattr(cuda, "_extension", lambda: extension)

@@ -8,6 +8,7 @@ import torch
 
 import pyllmq
 from pyllmq import NoKernelError, backends, dispatch
+from pyllmq.backends import cuda_sinkhorn
 from pyllmq.dispatch import Problem, choose
 
 PROBLEMS = {
@@ -41,6 +42,7 @@ PROBLEMS = {
     "cpu.decode_checkpoint_and_matmul": Problem("codebook_linear", "checkpoint", "cpu", torch.float32, 1),
     "cpu.decode_checkpoint": Problem("codebook_dequantize", "checkpoint", "cpu", torch.float32),
     "cpu.codebook_gradient": Problem("codebook_gradient", "checkpoint", "cpu", torch.float32),
+    "cuda.codebook_gradient": Problem("codebook_gradient", "checkpoint", "cuda", torch.float32),
     "triton.codebook_gradient": Problem("codebook_gradient", "checkpoint", "cuda", torch.float32),
     "reference.codebook_gradient": Problem("codebook_gradient", "checkpoint", "meta", torch.float32),
     "cpu.fit_columns": Problem("fit_columns", "", "cpu", torch.float32),
@@ -80,12 +82,18 @@ PROBLEMS = {
     "cpu.kmeans_1d_errors_moved": Problem("kmeans_1d_errors", "windowed", "xpu", torch.float32),
     "reference.kmeans_1d": Problem("kmeans_1d", "exact", "meta", torch.float32),
     "reference.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "meta", torch.float32),
-    "cpu.sinkhorn": Problem("sinkhorn", "", "cpu", torch.float32),
-    "cpu.sinkhorn_backward": Problem("sinkhorn_backward", "", "cpu", torch.float32),
-    "triton.sinkhorn": Problem("sinkhorn", "", "cuda", torch.float32, 4096),
-    "triton.sinkhorn_backward": Problem("sinkhorn_backward", "", "cuda", torch.float32, 4096),
-    "reference.sinkhorn": Problem("sinkhorn", "", "cpu", torch.float64),
-    "reference.sinkhorn_backward": Problem("sinkhorn_backward", "", "cpu", torch.float64),
+    "cpu.sinkhorn": Problem("sinkhorn", "64x64", "cpu", torch.float32),
+    "cpu.sinkhorn_backward": Problem("sinkhorn_backward", "64x64", "cpu", torch.float32),
+    "cuda.sinkhorn": Problem("sinkhorn", "64x64", "cuda", torch.float32, 4096),
+    "cuda.sinkhorn_backward": Problem("sinkhorn_backward", "64x64", "cuda", torch.float32, 4096),
+    "triton.sinkhorn": Problem("sinkhorn", "64x64", "cuda", torch.float32, 4096),
+    "triton.sinkhorn_backward": Problem("sinkhorn_backward", "64x64", "cuda", torch.float32, 4096),
+    "triton.sinkhorn_tiles": Problem("sinkhorn", "64x65", "cuda", torch.float32, 8192),
+    "triton.sinkhorn_tiles_backward": Problem("sinkhorn_backward", "64x65", "cuda", torch.float32, 8192),
+    "reference.sinkhorn": Problem("sinkhorn", "64x64", "cpu", torch.float64),
+    "reference.sinkhorn_backward": Problem("sinkhorn_backward", "64x64", "cpu", torch.float64),
+    "cpu.doubly_stochastic": Problem("doubly_stochastic", "", "cpu", torch.float32, 16),
+    "cpu.doubly_stochastic_backward": Problem("doubly_stochastic_backward", "", "cpu", torch.float32, 16),
     "reference.doubly_stochastic": Problem("doubly_stochastic", "", "cpu", torch.float64),
     "reference.doubly_stochastic_backward": Problem("doubly_stochastic_backward", "", "cpu", torch.float64),
 }
@@ -94,6 +102,7 @@ PROBLEMS = {
 def test_every_row_is_reachable(monkeypatch):
     monkeypatch.setattr(backends.cuda, "available", lambda: (True, "a GPU is pretended"))
     monkeypatch.setattr(backends.cuda, "_tables_fit", lambda: True)
+    monkeypatch.setattr(cuda_sinkhorn, "_has_room", lambda n, m: True)
     assert {row.name for row in dispatch.rows()} == set(PROBLEMS)
     for name, problem in PROBLEMS.items():
         backend = name.split(".")[0]

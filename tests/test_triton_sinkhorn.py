@@ -13,32 +13,46 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 
 
 def test_interpreter():
-    assert_passes_in_the_interpreter("triton_interpreter_sinkhorn.py", 29)
+    assert_passes_in_the_interpreter("triton_interpreter_sinkhorn.py", 38)
 
 
 @pytest.mark.parametrize("block", [1, 4, 16, 32, 64])
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", ["_forward", "_backward"])
 def test_compiled_without_spills(name, block, arch, tmp_path, monkeypatch):
+    from pyllmq.triton_kernels import sinkhorn
+
+    constants = {"BALANCED_A": True, "BALANCED_B": True, "BLOCK_N": block, "BLOCK_M": block}
+    if name == "_forward":
+        constants |= {"TAPE": True, "STOPS": True}
+    assert_no_spills(getattr(sinkhorn, name), constants, sinkhorn.warps(block, block), arch, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", ["_rows", "_columns", "_results", "_adjoint_rows", "_adjoint_columns"])
+def test_tiles_compiled_without_spills(name, arch, tmp_path, monkeypatch):
+    from pyllmq.triton_kernels import sinkhorn_tiles as tiles
+
+    kernel = getattr(tiles, name)
+    constants = {"BALANCED_A": False, "BALANCED_B": False, "STOPS": True, "ROWS": tiles.ROWS, "COLUMNS": tiles.COLUMNS}
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    assert_no_spills(kernel, constants, tiles.WARPS, arch, tmp_path, monkeypatch)
+
+
+def assert_no_spills(kernel, constants, warps, arch, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pyllmq.triton_kernels import sinkhorn
-
-    kernel = getattr(sinkhorn, name)
-    constants = {"BALANCED_A": True, "BALANCED_B": True, "BLOCK_N": block, "BLOCK_M": block}
-    if name == "_forward":
-        constants |= {"TAPE": True, "STOPS": True}
-    kinds = {"n": "i32", "m": "i32", "iterations": "i32", "tolerance": "fp32", "rho_a": "fp32", "rho_b": "fp32"}
+    kinds = dict.fromkeys(("n", "m", "iterations", "slots", "step", "row_blocks"), "i32")
+    kinds |= dict.fromkeys(("tolerance", "rho_a", "rho_b"), "fp32")
     signature = {
         arg: "constexpr" if arg in constants else kinds.get(arg, "*i32" if arg == "count" else "*fp32")
         for arg in kernel.arg_names
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": sinkhorn.warps(block, block)}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(built.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

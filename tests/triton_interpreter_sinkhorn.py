@@ -14,7 +14,8 @@ from pyllmq import sinkhorn
 from .oracle import assert_as_good_as_torch
 from .test_sinkhorn import exact_gradients, gradients, log_loop, loops_in_orders, marginal
 
-SHAPES = [(1, 1), (1, 7), (9, 1), (4, 4), (7, 9), (16, 16), (33, 17)]
+SHAPES = [(1, 1), (1, 7), (9, 1), (4, 4), (7, 9), (16, 16), (33, 17), (3, 4100), (70, 130)]
+"""The last two are more than a program holds: in tiles."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def test_plan(n, m, rho):
     assert_as_good_as_torch(plan, exact, *loops_in_orders(cost, a, b, epsilon, 9, rho))
 
 
-@pytest.mark.parametrize(("n", "m"), [(9, 8), (33, 17)])
+@pytest.mark.parametrize(("n", "m"), [(9, 8), (33, 17), (40, 140)])
 @pytest.mark.parametrize("rho", [(math.inf, math.inf), (0.2, 0.5)])
 @pytest.mark.parametrize("tolerance", [None, 1e-2])
 def test_gradients(n, m, rho, tolerance):
@@ -50,8 +51,9 @@ def test_gradients(n, m, rho, tolerance):
         torch.testing.assert_close(mine.double(), true, rtol=1e-3, atol=1e-5 * float(true.abs().max()))
 
 
-def test_potentials_and_tolerance():
-    cost, a, b = torch.rand(4, 10, 12), marginal(4, 10, zeros=0.3), marginal(4, 12)
+@pytest.mark.parametrize(("n", "m"), [(10, 12), (33, 130)])
+def test_potentials_and_tolerance(n, m):
+    cost, a, b = torch.rand(4, n, m), marginal(4, n, zeros=0.3), marginal(4, m)
     epsilon = torch.tensor([0.05, 0.2, 1.0, 9.0])
     u, v = sinkhorn(cost, a, b, epsilon, 300, 1e-3, output="potentials")
     plan = sinkhorn(cost, a, b, epsilon, 300, 1e-3)

@@ -19,14 +19,6 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kSameMass = 1e-3;  // reference_sinkhorn.SAME_MASS
 constexpr double kNsPerEntry = 0.15;
 
-const SinkhornKernels& sinkhorn_kernels() {
-#if defined(__x86_64__)
-  if (active_isa() >= Isa::avx512) return kSinkhornAvx512;
-  if (active_isa() == Isa::avx2) return kSinkhornAvx2;
-#endif
-  return kSinkhornScalar;
-}
-
 int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
 [[noreturn]] void refuse(int64_t problem, const std::string& what) {
@@ -74,24 +66,15 @@ bool check_marginals(const SinkhornProblem& p) {
   return full;
 }
 
-// True if all costs are finite.
-bool check_costs(const SinkhornProblem& p, int64_t q) {
-  const float* cost = p.cost + q * p.cost_stride;
-  int bad = 0, closed = 0;
-  for (int64_t e = 0; e < p.n * p.m; ++e) {
-    bad |= !(cost[e] > -std::numeric_limits<float>::infinity());
-    closed |= cost[e] == std::numeric_limits<float>::infinity();
-  }
-  if (bad) refuse(q, "cost has a NaN or -inf entry; allowed: finite, or +inf where no mass may go");
-  return !closed;
-}
-
-// A row or column with mass that may send it nowhere.
+// Costs that are NaN or -inf; a row or column with mass that may send it nowhere.
 void check_possible(const SinkhornProblem& p, int64_t q) {
   const float *cost = p.cost + q * p.cost_stride, *a = p.a + q * p.a_stride, *b = p.b + q * p.b_stride;
   const auto open = [&](int64_t i, int64_t j) {
     return a[i] > 0 && b[j] > 0 && cost[i * p.m + j] < std::numeric_limits<float>::infinity();
   };
+  for (int64_t e = 0; e < p.n * p.m; ++e)
+    if (!(cost[e] > -std::numeric_limits<float>::infinity()))
+      refuse(q, "cost has a NaN or -inf entry; allowed: finite, or +inf where no mass may go");
   for (int64_t i = 0; i < p.n; ++i) {
     bool some = a[i] == 0;
     for (int64_t j = 0; j < p.m; ++j) some |= open(i, j);
@@ -589,7 +572,7 @@ bool is_small(const SinkhornProblem& p) {
   return p.n * p.m <= kSmallEntries && std::isinf(p.rho_a) && std::isinf(p.rho_b);
 }
 
-SmallProblem group_of(const SinkhornProblem& p, int64_t first, int64_t lanes) {
+SmallProblem group_of(const SinkhornProblem& p, int64_t first, int64_t lanes, bool full) {
   return {p.cost + first * p.cost_stride,
           p.cost_stride,
           p.a + first * p.a_stride,
@@ -599,7 +582,12 @@ SmallProblem group_of(const SinkhornProblem& p, int64_t first, int64_t lanes) {
           p.epsilon + first,
           p.n,
           p.m,
-          lanes};
+          lanes,
+          full};
+}
+
+bool has_no_zero(const float* marginal, int64_t stride, int64_t problems, int64_t count) {
+  return std::all_of(marginal, marginal + (stride == 0 ? count : problems * count), [](float mass) { return mass > 0; });
 }
 
 Workspace& workspace_of(int64_t bytes) {
@@ -613,6 +601,14 @@ double cost_ns(const SinkhornProblem& p, double passes) {
 }
 
 }  // namespace
+
+const SinkhornKernels& sinkhorn_kernels() {
+#if defined(__x86_64__)
+  if (active_isa() >= Isa::avx512) return kSinkhornAvx512;
+  if (active_isa() == Isa::avx2) return kSinkhornAvx2;
+#endif
+  return kSinkhornScalar;
+}
 
 void sinkhorn(const SinkhornProblem& p, const SinkhornForward& out) {
   const SinkhornKernels& kernels = sinkhorn_kernels();
@@ -630,14 +626,13 @@ void sinkhorn(const SinkhornProblem& p, const SinkhornForward& out) {
   parallel_for(groups, grain, work, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * width, lanes = std::min(width, p.problems - first);
-      for (int64_t q = first; q < first + lanes; ++q)
-        if (!(check_costs(p, q) && full)) check_possible(p, q);
       float* room = workspace_of(4 * small_room(p.n, p.m, 0) + 64).take<float>(small_room(p.n, p.m, 0));
-      uint32_t again = kernels.small_forward(group_of(p, first, lanes), out.iterations,
-                                             static_cast<float>(out.tolerance), room, out.plan + first * p.n * p.m,
-                                             out.u + first * p.n, out.v + first * p.m, out.count + first);
+      const SmallLanes found = kernels.small_forward(
+          group_of(p, first, lanes, full), out.iterations, static_cast<float>(out.tolerance), room,
+          out.plan + first * p.n * p.m, out.u + first * p.n, out.v + first * p.m, out.count + first);
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        if (!(again >> lane & 1)) continue;
+        if (!full || found.not_finite >> lane & 1) check_possible(p, first + lane);
+        if (!(found.again >> lane & 1)) continue;
         Loop loop(p, kernels, workspace_of(Loop::bytes(p)));
         forward_one(loop, p, out, first + lane);
       }
@@ -657,6 +652,7 @@ void sinkhorn_backward(const SinkhornProblem& p, const SinkhornBackward& out) {
   }
   const int64_t width = kernels.small_width, groups = (p.problems + width - 1) / width;
   const int64_t grain = 4, n = p.n, m = p.m;
+  const bool full = has_no_zero(p.a, p.a_stride, p.problems, n) && has_no_zero(p.b, p.b_stride, p.problems, m);
   const int64_t floats = small_room(n, m, out.iterations);
   parallel_for(groups, grain, work, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
@@ -665,7 +661,7 @@ void sinkhorn_backward(const SinkhornProblem& p, const SinkhornBackward& out) {
       for (int64_t lane = 0; lane < lanes; ++lane) count[lane] = std::abs(out.count[first + lane]);
       float* room = workspace_of(4 * floats + 64).take<float>(floats);
       const uint32_t again = kernels.small_backward(
-          group_of(p, first, lanes), *std::max_element(count, count + lanes), count, out.grad_plan + first * n * m,
+          group_of(p, first, lanes, full), *std::max_element(count, count + lanes), count, out.grad_plan + first * n * m,
           out.grad_u + first * n, out.grad_v + first * m, room, out.grad_cost + first * n * m, out.grad_a + first * n,
           out.grad_b + first * m);
       for (int64_t lane = 0; lane < lanes; ++lane) {

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/doubly_stochastic.h"
+
 namespace pyllmq::cpu {
 
 struct SinkhornProblem {
@@ -49,6 +51,7 @@ void sinkhorn_backward(const SinkhornProblem& problem, const SinkhornBackward& b
 constexpr int64_t kSmallEntries = 64;  // up to here one lane of a vector is one problem (transport.SMALL)
 constexpr int64_t kSmallWidth = 32;     // at most so many lanes
 constexpr int64_t kLanes = 16;         // arrays over columns are padded with zeros to a multiple of this
+constexpr float kLargestUnshifted = 87.7f;  // a unit below the logarithm of the largest fp32 number
 constexpr float kTiny = 0x1p-126f;     // stands in for a sum of 0
 constexpr float kLargeScaling = 0x1p36f;  // of the largest mass: beyond, the offsets take the scalings up
 
@@ -82,6 +85,12 @@ struct SmallProblem {
   int64_t b_stride;
   const float* epsilon;
   int64_t n, m, lanes;  // lanes <= small_width problems
+  bool full;            // all of a and b are above 0
+};
+
+// A bit per lane: must be done over by the general loop; has a cost that is not finite. Lanes without a problem are as the first.
+struct SmallLanes {
+  uint32_t again, not_finite;
 };
 
 struct SinkhornKernels {
@@ -109,17 +118,24 @@ struct SinkhornKernels {
                        int64_t stride, float* row_sums, float* column_sums);
   void (*outer_sums)(const float* k, const OuterSums& sums, int64_t n, int64_t m, int64_t stride, float scale,
                      bool add, float* grad_cost);
-  // One problem per lane. room: small_room floats. Returns a bit per lane that must be done over by the general loop.
-  uint32_t (*small_forward)(const SmallProblem& problem, int64_t iterations, float tolerance, float* room, float* plan,
-                            float* u, float* v, int32_t* count);
+  // One problem per lane. room: small_room floats.
+  SmallLanes (*small_forward)(const SmallProblem& problem, int64_t iterations, float tolerance, float* room, float* plan,
+                              float* u, float* v, int32_t* count);
+  // Returns a bit per lane that must be done over by the general loop.
   uint32_t (*small_backward)(const SmallProblem& problem, int64_t iterations, const int32_t* count,
                              const float* grad_plan, const float* grad_u, const float* grad_v, float* room,
                              float* grad_cost, float* grad_a, float* grad_b);
+  // doubly_stochastic of `lanes` problems from `first` on. Returns a bit per lane that must be refused, then out is untouched.
+  uint32_t (*normalise)(const DoublyStochastic& call, int64_t first, int64_t lanes, float* room, float* out);
+  void (*normalise_backward)(const DoublyStochastic& call, int64_t first, int64_t lanes, float* room,
+                             const float* gradient, float* out);
 };
 
 inline int64_t small_room(int64_t n, int64_t m, int64_t iterations) {
-  return kSmallWidth * (4 * n * m + 8 * (n + m) + (iterations + 1) * (n + m));
+  return kSmallWidth * (6 * n * m + 8 * (n + m) + (iterations + 1) * (n + m));
 }
+
+const SinkhornKernels& sinkhorn_kernels();  // of the instruction set in use
 
 extern const SinkhornKernels kSinkhornScalar;
 extern const SinkhornKernels kSinkhornAvx2;

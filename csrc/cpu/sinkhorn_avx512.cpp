@@ -1,7 +1,7 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 
-#include "cpu/sinkhorn_kernels.h"
+#include "cpu/doubly_stochastic_kernels.h"
 
 namespace pyllmq::cpu {
 namespace {
@@ -27,6 +27,10 @@ struct Avx512 {
   static R min(R x, R y) { return _mm512_min_ps(x, y); }
   static R max(R x, R y) { return _mm512_max_ps(x, y); }
   static R round(R x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static R reciprocal(R x) {
+    const R r = _mm512_rcp14_ps(x);
+    return _mm512_mul_ps(r, _mm512_fnmadd_ps(x, r, set(2)));
+  }
   static R quotient(R x, R y) {
     const R r = _mm512_rcp14_ps(y);
     return _mm512_mul_ps(_mm512_mul_ps(x, r), _mm512_fnmadd_ps(y, r, set(2)));

@@ -44,7 +44,7 @@ inline typename V::R logarithm(typename V::R x) {
   using R = typename V::R;
   R n, m;
   V::split(x, n, m);
-  const R s = V::div(V::sub(m, V::set(1)), V::add(m, V::set(1)));
+  const R s = V::quotient(V::sub(m, V::set(1)), V::add(m, V::set(1)));
   const R square = V::mul(s, s);
   R p = V::set(2.0f / 9);
   p = V::fma(p, square, V::set(2.0f / 7));
@@ -209,7 +209,7 @@ template <class V>
 float divide(const float* over, const float* sums, int64_t count, float* out) {
   auto most = V::set(0);
   for (int64_t j = 0; j < count; j += V::width) {
-    const auto quotient = V::div(V::load(over + j), V::max(V::load(sums + j), V::set(kTiny)));
+    const auto quotient = V::quotient(V::load(over + j), V::max(V::load(sums + j), V::set(kTiny)));
     most = V::max(most, quotient);
     V::store(out + j, quotient);
   }
@@ -321,6 +321,7 @@ struct Twice {
   static R max(R v, R w) { return {V::max(v.x, w.x), V::max(v.y, w.y)}; }
   static R round(R v) { return {V::round(v.x), V::round(v.y)}; }
   static R quotient(R v, R w) { return {V::quotient(v.x, w.x), V::quotient(v.y, w.y)}; }
+  static R reciprocal(R v) { return {V::reciprocal(v.x), V::reciprocal(v.y)}; }
   static R scale2(R v, R n) { return {V::scale2(v.x, n.x), V::scale2(v.y, n.y)}; }
   static void split(R v, R& n, R& m) {
     V::split(v.x, n.x, m.x);
@@ -371,8 +372,10 @@ inline void scatter(const float* from, int64_t entries, int64_t lanes, float* ou
 template <class V>
 struct SmallState {
   using R = typename V::R;
-  float *k, *a, *b, *row_floor, *scalings;
+  float *k, *a, *b, *row_floor;
+  float *over_a, *over_b;  // K with its rows divided by a, its columns by b: scalings are reciprocals then; all masses above 0
   R epsilon, mass, limit;
+  typename V::Flag finite;  // all costs of the lane's problem
 
   static float* take(float*& room, int64_t count) {
     float* taken = room;
@@ -385,6 +388,8 @@ struct SmallState {
     a = take(room, p.n);
     b = take(room, p.m);
     row_floor = take(room, p.n);
+    over_a = take(room, p.n * p.m);
+    over_b = take(room, p.n * p.m);
     gather<V>(p.cost, p.cost_stride, p.n * p.m, p.lanes, k);
     gather<V>(p.a, p.a_stride, p.n, p.lanes, a);
     gather<V>(p.b, p.b_stride, p.m, p.lanes, b);
@@ -394,6 +399,9 @@ struct SmallState {
     const R minus_inverse = V::div(V::set(-1), epsilon);
     R most = V::set(1);
     mass = V::set(0);
+    finite = V::above(V::set(1), V::set(0));
+    for (int64_t e = 0; e < p.n * p.m; ++e)
+      finite = V::both(finite, V::both(V::above(at(k, e), V::set(-kInfinity)), V::above(V::set(kInfinity), at(k, e))));
     for (int64_t i = 0; i < p.n; ++i) {
       R low = V::set(kInfinity);
       for (int64_t j = 0; j < p.m; ++j) {
@@ -410,6 +418,15 @@ struct SmallState {
     }
     for (int64_t j = 0; j < p.m; ++j) most = V::max(most, at(b, j));
     limit = V::mul(most, V::set(kLargeScaling));
+    if (!p.full) return;
+    for (int64_t i = 0; i < p.n; ++i) {
+      const R inverse = V::div(V::set(1), at(a, i));
+      for (int64_t j = 0; j < p.m; ++j) put(over_a, i * p.m + j, V::mul(at(k, i * p.m + j), inverse));
+    }
+    for (int64_t j = 0; j < p.m; ++j) {
+      const R inverse = V::div(V::set(1), at(b, j));
+      for (int64_t i = 0; i < p.n; ++i) put(over_b, i * p.m + j, V::mul(at(k, i * p.m + j), inverse));
+    }
   }
 
   static R at(const float* array, int64_t e) { return V::load(array + e * V::width); }
@@ -418,18 +435,23 @@ struct SmallState {
   R start(int64_t j) const { return V::select(V::above(at(b, j), V::set(0)), V::set(1), V::set(0)); }
 };
 
-// kN = kM = 0: sizes known at run time only. f, g of iteration t go to tape + t * (n + m) lanes when kTape.
-template <class V, int kN, int kM, bool kTape>
+// Out-of-range scalings are looked for in the first iterations, where they change most, and then in every eighth.
+inline bool looks_at_scalings(int64_t t, int64_t iterations) { return t < 4 || t % 8 == 7 || t == iterations - 1; }
+
+// kN = kM = 0: sizes known at run time only. f, g of iteration t go to tape + t * (n + m) lanes when kTape. kFull: all masses
+// are above 0.
+template <class V, int kN, int kM, bool kFull, bool kTape>
 typename V::Flag small_iterate(const SmallState<V>& state, int64_t n_given, int64_t m_given, int64_t iterations,
                                float tolerance, float* f, float* g, float* tape, float* count) {
   using R = typename V::R;
   using S = SmallState<V>;
   const int64_t n = kN ? kN : n_given, m = kM ? kM : m_given;
-  const float* k = state.k;
+  const float *for_rows = kFull ? state.over_a : state.k, *for_columns = kFull ? state.over_b : state.k;
   R most = V::set(0);
   R counted = V::set(0);
   auto going = V::above(V::set(1), V::set(0));
-  R fs[kSmallEntries], gs[kSmallEntries], before[kSmallEntries];
+  constexpr int64_t kRows = kN ? kN : kSmallEntries, kColumns = kM ? kM : kSmallEntries;
+  R fs[kRows], gs[kColumns], before[kRows];
   for (int64_t i = 0; i < n; ++i) fs[i] = before[i] = V::set(0);
   for (int64_t j = 0; j < m; ++j) gs[j] = state.start(j);
   for (int64_t t = 0; t < iterations; ++t) {
@@ -437,9 +459,8 @@ typename V::Flag small_iterate(const SmallState<V>& state, int64_t n_given, int6
       for (int64_t i = 0; i < n; ++i) before[i] = fs[i];
     for (int64_t i = 0; i < n; ++i) {
       R sum = V::set(kTiny);
-      for (int64_t j = 0; j < m; ++j) sum = V::fma(S::at(k, i * m + j), gs[j], sum);
-      fs[i] = V::quotient(S::at(state.a, i), sum);
-      most = V::max(most, fs[i]);
+      for (int64_t j = 0; j < m; ++j) sum = V::fma(S::at(for_rows, i * m + j), gs[j], sum);
+      fs[i] = kFull ? V::reciprocal(sum) : V::quotient(S::at(state.a, i), sum);
     }
     if (tolerance > 0) {
       if (t > 0) {
@@ -457,10 +478,13 @@ typename V::Flag small_iterate(const SmallState<V>& state, int64_t n_given, int6
     }
     for (int64_t j = 0; j < m; ++j) {
       R sum = V::set(kTiny);
-      for (int64_t i = 0; i < n; ++i) sum = V::fma(S::at(k, i * m + j), fs[i], sum);
-      const R scaling = V::quotient(S::at(state.b, j), sum);
+      for (int64_t i = 0; i < n; ++i) sum = V::fma(S::at(for_columns, i * m + j), fs[i], sum);
+      const R scaling = kFull ? V::reciprocal(sum) : V::quotient(S::at(state.b, j), sum);
       gs[j] = tolerance > 0 ? V::select(going, scaling, gs[j]) : scaling;
-      most = V::max(most, gs[j]);
+    }
+    if (tolerance > 0 || looks_at_scalings(t, iterations)) {
+      for (int64_t i = 0; i < n; ++i) most = V::max(most, fs[i]);
+      for (int64_t j = 0; j < m; ++j) most = V::max(most, gs[j]);
     }
     if (kTape) {
       for (int64_t i = 0; i < n; ++i) S::put(tape, t * (n + m) + i, fs[i]);
@@ -473,18 +497,23 @@ typename V::Flag small_iterate(const SmallState<V>& state, int64_t n_given, int6
   return V::above(most, state.limit);
 }
 
+template <class V, bool kTape, class... Rest>
+typename V::Flag small_iterate_of(const SmallState<V>& state, const SmallProblem& p, Rest... rest) {
+  const bool four = p.n == 4 && p.m == 4;
+  if (p.full)
+    return (four ? small_iterate<V, 4, 4, true, kTape> : small_iterate<V, 0, 0, true, kTape>)(state, p.n, p.m, rest...);
+  return (four ? small_iterate<V, 4, 4, false, kTape> : small_iterate<V, 0, 0, false, kTape>)(state, p.n, p.m, rest...);
+}
+
 template <class V>
-uint32_t small_forward(const SmallProblem& p, int64_t iterations, float tolerance, float* room, float* plan, float* u,
-                       float* v, int32_t* count) {
+SmallLanes small_forward(const SmallProblem& p, int64_t iterations, float tolerance, float* room, float* plan, float* u,
+                         float* v, int32_t* count) {
   using S = SmallState<V>;
   const S state(p, room);
   float* f = S::take(room, p.n);
   float* g = S::take(room, p.m);
   alignas(64) float counted[V::width];
-  const auto beyond = p.n == 4 && p.m == 4 ? small_iterate<V, 4, 4, false>(state, 4, 4, iterations, tolerance, f, g,
-                                                                           nullptr, counted)
-                                           : small_iterate<V, 0, 0, false>(state, p.n, p.m, iterations, tolerance, f,
-                                                                           g, nullptr, counted);
+  const auto beyond = small_iterate_of<V, false>(state, p, iterations, tolerance, f, g, static_cast<float*>(nullptr), counted);
   for (int64_t i = 0; i < p.n; ++i)
     for (int64_t j = 0; j < p.m; ++j)
       S::put(state.k, i * p.m + j, V::mul(V::mul(S::at(f, i), S::at(state.k, i * p.m + j)), S::at(g, j)));
@@ -495,39 +524,26 @@ uint32_t small_forward(const SmallProblem& p, int64_t iterations, float toleranc
   scatter<V>(f, p.n, p.lanes, u);
   scatter<V>(g, p.m, p.lanes, v);
   for (int64_t l = 0; l < p.lanes; ++l) count[l] = static_cast<int32_t>(counted[l]);
-  return V::bits(beyond);
+  return {V::bits(beyond), ~V::bits(state.finite)};
 }
 
 template <class V>
-uint32_t small_backward(const SmallProblem& p, int64_t iterations, const int32_t* count, const float* grad_plan,
-                        const float* grad_u, const float* grad_v, float* room, float* grad_cost, float* grad_a,
-                        float* grad_b) {
+struct SmallAdjoint {
+  const SmallState<V>& state;
+  typename V::R counted;
+  float *grad, *through, *gradient_a, *gradient_b, *outside_f, *outside_g, *tape;
+};
+
+template <class V, int kN, int kM>
+void small_adjoint(const SmallAdjoint<V>& given, int64_t n_given, int64_t m_given, int64_t iterations) {
   using R = typename V::R;
   using S = SmallState<V>;
-  const int64_t n = p.n, m = p.m;
-  const S state(p, room);
-  float* last_f = S::take(room, n);
-  float* last_g = S::take(room, m);
-  float* grad = S::take(room, n * m);  // of the plan, then of the cost
-  float* through = S::take(room, n * m);
-  float* gradient_a = S::take(room, n);
-  float* gradient_b = S::take(room, m);
-  float* outside_f = S::take(room, n);  // d loss / d u, and below d loss / d v
-  float* outside_g = S::take(room, m);
-  float* tape = S::take(room, iterations * (n + m));
-  alignas(64) float lane_count[V::width], unused[V::width];
-  for (int64_t l = 0; l < V::width; ++l) lane_count[l] = static_cast<float>(count[l < p.lanes ? l : 0]);
-  const R counted = V::load(lane_count);
-  gather<V>(grad_plan, n * m, n * m, p.lanes, grad);
-  gather<V>(grad_u, n, n, p.lanes, outside_f);
-  gather<V>(grad_v, m, m, p.lanes, outside_g);
-  const auto beyond =
-      n == 4 && m == 4
-          ? small_iterate<V, 4, 4, true>(state, 4, 4, iterations, 0, last_f, last_g, tape, unused)
-          : small_iterate<V, 0, 0, true>(state, n, m, iterations, 0, last_f, last_g, tape, unused);
-
+  const int64_t n = kN ? kN : n_given, m = kM ? kM : m_given;
+  const S& state = given.state;
+  float *grad = given.grad, *through = given.through, *gradient_a = given.gradient_a, *gradient_b = given.gradient_b;
+  constexpr int64_t kRows = kN ? kN : kSmallEntries, kColumns = kM ? kM : kSmallEntries;
   const R zero = V::set(0), one = V::set(1);
-  R inverse_a[kSmallEntries], inverse_b[kSmallEntries], ds[kSmallEntries], dr[kSmallEntries], dg[kSmallEntries];
+  R inverse_a[kRows], inverse_b[kColumns], ds[kRows], dr[kColumns], dg[kColumns];
   for (int64_t i = 0; i < n; ++i) {
     const R mass = S::at(state.a, i);
     inverse_a[i] = V::zero_unless(V::above(mass, zero), V::div(one, V::max(mass, V::set(kTiny))));
@@ -542,16 +558,16 @@ uint32_t small_backward(const SmallProblem& p, int64_t iterations, const int32_t
   for (int64_t e = 0; e < n * m; ++e) S::put(through, e, zero);
 
   for (int64_t t = iterations - 1; t >= 0; --t) {
-    const float* f = tape + t * (n + m) * V::width;
+    const float* f = given.tape + t * (n + m) * V::width;
     const float* g = f + n * V::width;
-    const auto last = V::equal(counted, V::set(static_cast<float>(t + 1)));
-    R df[kSmallEntries];
+    const auto last = V::equal(given.counted, V::set(static_cast<float>(t + 1)));
+    R df[kRows];
     for (int64_t i = 0; i < n; ++i) df[i] = zero;
     if (V::any(last)) {
       for (int64_t i = 0; i < n; ++i)
-        df[i] = V::zero_unless(V::above(S::at(state.a, i), zero), V::mul(state.epsilon, S::at(outside_f, i)));
+        df[i] = V::zero_unless(V::above(S::at(state.a, i), zero), V::mul(state.epsilon, S::at(given.outside_f, i)));
       for (int64_t j = 0; j < m; ++j) {
-        R sum = V::zero_unless(V::above(S::at(state.b, j), zero), V::mul(state.epsilon, S::at(outside_g, j)));
+        R sum = V::zero_unless(V::above(S::at(state.b, j), zero), V::mul(state.epsilon, S::at(given.outside_g, j)));
         for (int64_t i = 0; i < n; ++i) {
           const int64_t e = i * m + j;
           const R scaled = V::mul(V::mul(S::at(f, i), S::at(g, j)), S::at(grad, e));
@@ -590,6 +606,34 @@ uint32_t small_backward(const SmallProblem& p, int64_t iterations, const int32_t
       dg[j] = V::sub(zero, V::mul(dg[j], earlier));
     }
   }
+}
+
+template <class V>
+uint32_t small_backward(const SmallProblem& p, int64_t iterations, const int32_t* count, const float* grad_plan,
+                        const float* grad_u, const float* grad_v, float* room, float* grad_cost, float* grad_a,
+                        float* grad_b) {
+  using R = typename V::R;
+  using S = SmallState<V>;
+  const int64_t n = p.n, m = p.m;
+  const S state(p, room);
+  float* last_f = S::take(room, n);
+  float* last_g = S::take(room, m);
+  float* grad = S::take(room, n * m);  // of the plan, then of the cost
+  float* through = S::take(room, n * m);
+  float* gradient_a = S::take(room, n);
+  float* gradient_b = S::take(room, m);
+  float* outside_f = S::take(room, n);  // d loss / d u, and below d loss / d v
+  float* outside_g = S::take(room, m);
+  float* tape = S::take(room, iterations * (n + m));
+  alignas(64) float lane_count[V::width], unused[V::width];
+  for (int64_t l = 0; l < V::width; ++l) lane_count[l] = static_cast<float>(count[l < p.lanes ? l : 0]);
+  const R counted = V::load(lane_count);
+  gather<V>(grad_plan, n * m, n * m, p.lanes, grad);
+  gather<V>(grad_u, n, n, p.lanes, outside_f);
+  gather<V>(grad_v, m, m, p.lanes, outside_g);
+  const auto beyond = small_iterate_of<V, true>(state, p, iterations, 0.0f, last_f, last_g, tape, unused);
+  const SmallAdjoint<V> adjoint{state, counted, grad, through, gradient_a, gradient_b, outside_f, outside_g, tape};
+  (n == 4 && m == 4 ? small_adjoint<V, 4, 4> : small_adjoint<V, 0, 0>)(adjoint, n, m, iterations);
   const R minus_inverse = V::div(V::set(-1), state.epsilon);
   for (int64_t e = 0; e < n * m; ++e)
     S::put(grad, e, V::mul(V::mul(S::at(through, e), S::at(state.k, e)), minus_inverse));
@@ -597,15 +641,6 @@ uint32_t small_backward(const SmallProblem& p, int64_t iterations, const int32_t
   scatter<V>(gradient_a, n, p.lanes, grad_a);
   scatter<V>(gradient_b, m, p.lanes, grad_b);
   return V::bits(beyond);
-}
-
-template <class V, class Small>
-constexpr SinkhornKernels sinkhorn_kernels_of() {
-  return {Small::width,    row_floor<V>,         build_first<V>,
-          build<V>,        logarithms<V>,        pass<V>,
-          row_sums<V>,     column_sums<V>,       divide<V>,
-          plan<V>,         through_plan<V>,      outer_sums<V>,
-          small_forward<Small>, small_backward<Small>};
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 #include <cmath>
 
 #include "cpu/half.h"
-#include "cpu/sinkhorn_kernels.h"
+#include "cpu/doubly_stochastic_kernels.h"
 
 namespace pyllmq::cpu {
 namespace {
@@ -28,6 +28,7 @@ struct Scalar {
   static R min(R x, R y) { return x < y ? x : y; }
   static R max(R x, R y) { return x > y ? x : y; }
   static R round(R x) { return std::nearbyint(x); }
+  static R reciprocal(R x) { return 1 / x; }
   static R quotient(R x, R y) { return x / y; }
   static void split(R x, R& n, R& m) {
     int exponent = 0;

@@ -12,6 +12,14 @@
 #define PYLLMQ_DYNAMIC_SHARED(name) extern __shared__ __align__(16) uint8_t name[]
 #define PYLLMQ_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+// All blocks run at once, or the launch is refused: they may wait for each other.
+#define PYLLMQ_LAUNCH_TOGETHER(kernel, blocks, threads, shared_bytes, stream, argument)                             \
+  do {                                                                                                              \
+    auto held = argument;                                                                                           \
+    void* held_arguments[] = {&held};                                                                               \
+    cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),         \
+                                dim3(threads), held_arguments, shared_bytes, reinterpret_cast<cudaStream_t>(stream)); \
+  } while (false)
 
 namespace pyllmq::cuda::ptx {
 
@@ -117,6 +125,19 @@ PYLLMQ_DEVICE uint32_t load_shared_word(SharedAddress from) {
 PYLLMQ_DEVICE float load_l2(const float* from) { return __ldcg(from); }
 // Returns the old value; counts 0..last and starts again at 0.
 PYLLMQ_DEVICE uint32_t count_to(uint32_t* counter, uint32_t last) { return atomicInc(counter, last); }
+// A word through which blocks wait for each other: what was written before `publish` is there after `observe` saw it.
+PYLLMQ_DEVICE uint32_t observe(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+PYLLMQ_DEVICE void publish(uint32_t* word, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+PYLLMQ_DEVICE void wait_while(const uint32_t* word, uint32_t value) {
+  while (observe(word) == value) {
+  }
+}
 
 PYLLMQ_DEVICE uint16_t fp32_to_fp16(float value) {
   uint16_t half;
@@ -141,6 +162,12 @@ PYLLMQ_DEVICE uint32_t subtract_fp16x2(uint32_t a, uint32_t b) {
 }
 PYLLMQ_DEVICE float magnitude(float value) { return fabsf(value); }
 PYLLMQ_DEVICE float exp(float value) { return expf(value); }  // to 1 unit in the last place
+PYLLMQ_DEVICE double exp(double value) { return ::exp(value); }
+PYLLMQ_DEVICE float log(float value) { return logf(value); }
+PYLLMQ_DEVICE double log(double value) { return ::log(value); }
+// a / b to 2 units in the last place, for b between 2^-126 and 2^126: 3 instructions, an exact one takes 8 and a branch
+PYLLMQ_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
+PYLLMQ_DEVICE float fma(float a, float b, float c) { return fmaf(a, b, c); }
 PYLLMQ_DEVICE float bits_to_fp32(uint32_t bits) { return __uint_as_float(bits); }
 PYLLMQ_DEVICE uint32_t fp32_to_bits(float value) { return __float_as_uint(value); }
 

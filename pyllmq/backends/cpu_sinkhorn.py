@@ -1,8 +1,12 @@
-"""sinkhorn in C++ (csrc/cpu/sinkhorn.h): fp32, the exponential domain with offsets that move when scalings grow too far."""
+"""sinkhorn and doubly_stochastic in C++ (csrc/cpu/sinkhorn.h, doubly_stochastic.h): fp32.
+
+sinkhorn works in the exponential domain, with offsets that move when scalings grow too far.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +15,12 @@ from ..dispatch import Kernel, Problem, Support, register
 from . import cpu
 
 
-def _inputs(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
+def laid_out(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
     """The tensors as the kernel reads them, and how far their problems lie apart: 0 where all share one."""
     problems = tensors[0].shape[0]
     shared = [problems > 1 and tensor.stride(0) == 0 for tensor in tensors]
-    laid_out = [(t[0] if once else t).contiguous() for t, once in zip(tensors, shared, strict=True)]
-    return laid_out, [0 if once else math.prod(t.shape[1:]) for t, once in zip(tensors, shared, strict=True)]
+    contiguous = [(t[0] if once else t).contiguous() for t, once in zip(tensors, shared, strict=True)]
+    return contiguous, [0 if once else math.prod(t.shape[1:]) for t, once in zip(tensors, shared, strict=True)]
 
 
 def sinkhorn(
@@ -36,7 +40,7 @@ def sinkhorn(
     count = torch.empty(problems, dtype=torch.int32)
     if not problems:
         return plan, u, v, count
-    inputs, strides = _inputs(cost, a, b)
+    inputs, strides = laid_out(cost, a, b)
     epsilon = epsilon.contiguous()
     cpu.kernels().sinkhorn(
         [tensor.data_ptr() for tensor in (*inputs, epsilon)],
@@ -74,7 +78,7 @@ def sinkhorn_backward(
     grad_cost, grad_a, grad_b = torch.empty(problems, n, m), torch.empty(problems, n), torch.empty(problems, m)
     if not problems:
         return grad_cost, grad_a, grad_b
-    inputs, strides = _inputs(cost, a, b)
+    inputs, strides = laid_out(cost, a, b)
     epsilon = epsilon.contiguous()
     cpu.kernels().sinkhorn_backward(
         [tensor.data_ptr() for tensor in (*inputs, epsilon)],
@@ -97,6 +101,64 @@ def sinkhorn_backward(
     return grad_cost, grad_a, grad_b
 
 
+# ---- doubly_stochastic ----------------------------------------------------------------------------------------------
+
+MAX_ENTRIES = 64
+"""Of a matrix of doubly_stochastic: a problem is a vector lane."""
+
+_SHIFTS = {"none": 0, "line": 1, "matrix": 2}
+
+
+def _call(
+    logits: Tensor, iterations: int, columns_first: bool, softmax_start: bool, shift: str, *epsilons: float
+) -> Any:
+    return cpu.kernels().DoublyStochastic(
+        logits.data_ptr(), *logits.shape, iterations, columns_first, softmax_start, _SHIFTS[shift], *epsilons
+    )
+
+
+def doubly_stochastic(
+    logits: Tensor,
+    iterations: int,
+    columns_first: bool,
+    softmax_start: bool,
+    shift: str,
+    matrix_epsilon: float,
+    division_epsilon: float,
+) -> Tensor:
+    logits = logits.contiguous()
+    out = torch.empty(logits.shape)
+    call = _call(logits, iterations, columns_first, softmax_start, shift, matrix_epsilon, division_epsilon)
+    cpu.kernels().doubly_stochastic(call, out.data_ptr())
+    return out
+
+
+def doubly_stochastic_backward(
+    logits: Tensor,
+    grad: Tensor,
+    iterations: int,
+    columns_first: bool,
+    softmax_start: bool,
+    shift: str,
+    matrix_epsilon: float,
+    division_epsilon: float,
+) -> Tensor:
+    logits, grad = logits.contiguous(), grad.contiguous()
+    logits_grad = torch.empty(logits.shape)
+    call = _call(logits, iterations, columns_first, softmax_start, shift, matrix_epsilon, division_epsilon)
+    cpu.kernels().doubly_stochastic_backward(call, grad.data_ptr(), logits_grad.data_ptr())
+    return logits_grad
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def _few_entries(problem: Problem) -> Support:
+    if problem.tokens > MAX_ENTRIES:
+        return False, f"holds up to {MAX_ENTRIES} entries of a matrix, here {problem.tokens}"
+    return _fp32_on_cpu(problem)
+
+
 def _fp32_on_cpu(problem: Problem) -> Support:
     if problem.device != cpu.DEVICE:
         return False, f"needs tensors on the CPU, these are on {problem.device}"
@@ -106,8 +168,15 @@ def _fp32_on_cpu(problem: Problem) -> Support:
 
 
 def register_kernels() -> None:
-    for op, run, because in (
-        ("sinkhorn", sinkhorn, "no exponential inside the loop; small problems one to a vector lane"),
-        ("sinkhorn_backward", sinkhorn_backward, "the exact adjoint from T (n + m) saved numbers"),
+    for op, supports, run, because in (
+        ("sinkhorn", _fp32_on_cpu, sinkhorn, "no exponential inside the loop; small problems one to a vector lane"),
+        ("sinkhorn_backward", _fp32_on_cpu, sinkhorn_backward, "the exact adjoint from T (n + m) saved numbers"),
+        ("doubly_stochastic", _few_entries, doubly_stochastic, "a problem to a vector lane, 4 x 4 in registers"),
+        (
+            "doubly_stochastic_backward",
+            _few_entries,
+            doubly_stochastic_backward,
+            "the exact adjoint, which undoes the divisions as it goes back: no matrix is kept",
+        ),
     ):
-        register(Kernel(op, f"cpu.{op}", _fp32_on_cpu, run, because))
+        register(Kernel(op, f"cpu.{op}", supports, run, because))

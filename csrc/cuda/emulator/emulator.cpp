@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/runtime.h"
+
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #endif
@@ -41,6 +43,7 @@ constexpr int kWarp = 32;
 constexpr size_t kGuardBytes = 64;
 constexpr size_t kMostSharedBytes = 163 << 10;  // what a block gets on compute capability 8.0
 constexpr uint8_t kPoison = 0xFF;  // fp16, bf16 and fp32 of these bytes are NaN
+constexpr int kMostYields = 1 << 22;
 
 struct Copy {
   void* to;
@@ -62,16 +65,24 @@ struct Warp {
   void* brought[kWarp];
 };
 
-struct Machine {
-  std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
+struct Block {
   std::vector<uint8_t> shared;
+  int at_barrier;
+};
+
+struct Machine {
+  std::vector<Fiber> fibers;  // of all blocks that run at once
+  std::vector<Warp> warps;
+  std::vector<Block> running;
   const std::function<void()>* kernel;
   void* main_stack_pointer;
-  int64_t block, blocks;
-  int current, threads, at_barrier;
+  int64_t first_block, blocks;
+  int current, threads;
   size_t shared_bytes;
   std::string failure;
+
+  int count() const { return threads * static_cast<int>(running.size()); }
+  Block& block() { return running[current / threads]; }
 };
 Machine machine;
 int64_t launch_count = 0;
@@ -83,13 +94,13 @@ int64_t launch_count = 0;
   std::abort();
 }
 
-// The next fiber that is neither finished nor waiting; ends the block when all are finished.
+// The next fiber that is neither finished nor waiting; ends the blocks when all are finished.
 void run_next() {
   Machine& m = machine;
-  const int self = m.current, step = schedule.last_thread_first ? m.threads - 1 : 1;
+  const int self = m.current, count = m.count(), step = schedule.last_thread_first ? count - 1 : 1;
   int next = self;
   do {
-    next = (next + step) % m.threads;
+    next = (next + step) % count;
     Fiber& fiber = m.fibers[next];
     if (!fiber.done && fiber.waits_for == Meeting::none) {
       m.current = next;
@@ -97,11 +108,14 @@ void run_next() {
       return;
     }
   } while (next != self);
-  int done = 0;
-  for (const Fiber& fiber : m.fibers) done += fiber.done;
-  if (done < m.threads)
-    fail("deadlock: " + std::to_string(done) + " of " + std::to_string(m.threads) + " threads have left, " +
-         std::to_string(m.at_barrier) + " wait at a block barrier, the others at a warp's meeting");
+  int done = 0, at_barrier = 0;
+  for (int i = 0; i < count; ++i) {
+    done += m.fibers[i].done;
+    at_barrier += m.fibers[i].waits_for == Meeting::block_barrier;
+  }
+  if (done < count)
+    fail("deadlock: " + std::to_string(done) + " of " + std::to_string(count) + " threads have left, " +
+         std::to_string(at_barrier) + " wait at a block barrier, the others at a warp's meeting");
   void* finished;
   pyllmq_emulator_switch(&finished, m.main_stack_pointer);
 }
@@ -129,28 +143,29 @@ void prepare(Fiber& fiber) {
   fiber.stack_pointer = at;
 }
 
-void run_block(int64_t block) {
+void run_blocks(int64_t first) {
   Machine& m = machine;
-  m.block = block;
-  m.at_barrier = 0;
-  std::fill(m.shared.begin(), m.shared.end(), kPoison);
+  m.first_block = first;
+  for (Block& block : m.running) {
+    block.at_barrier = 0;
+    block.shared.assign(m.shared_bytes + 2 * kGuardBytes, kPoison);
+  }
   for (Warp& warp : m.warps) warp.arrived = 0;
-  for (Fiber& fiber : m.fibers) prepare(fiber);
-  m.current = schedule.last_thread_first ? m.threads - 1 : 0;
+  for (int i = 0; i < m.count(); ++i) prepare(m.fibers[i]);
+  m.current = schedule.last_thread_first ? m.count() - 1 : 0;
   pyllmq_emulator_switch(&m.main_stack_pointer, m.fibers[m.current].stack_pointer);
   if (!m.failure.empty()) throw std::runtime_error("emulator: " + m.failure);
-  for (size_t i = 0; i < kGuardBytes; ++i)
-    if (m.shared[i] != kPoison || m.shared[kGuardBytes + m.shared_bytes + i] != kPoison)
-      throw std::runtime_error("emulator: shared memory was written outside of the " + std::to_string(m.shared_bytes) +
-                               " bytes of the launch");
-  for (const Fiber& fiber : m.fibers)
-    for (const auto& group : fiber.copies)
+  for (const Block& block : m.running)
+    for (size_t i = 0; i < kGuardBytes; ++i)
+      if (block.shared[i] != kPoison || block.shared[kGuardBytes + m.shared_bytes + i] != kPoison)
+        throw std::runtime_error("emulator: shared memory was written outside of the " +
+                                 std::to_string(m.shared_bytes) + " bytes of the launch");
+  for (int i = 0; i < m.count(); ++i)
+    for (const auto& group : m.fibers[i].copies)
       if (!group.empty()) throw std::runtime_error("emulator: a thread left before its asynchronous copies landed");
 }
 
-}  // namespace
-
-void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+void begin_launch(int64_t blocks, int64_t at_once, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
   Machine& m = machine;
   if (blocks < 1 || blocks > 0x7FFFFFFF || threads < 1 || threads > 1024 || threads % kWarp || shared_bytes > kMostSharedBytes)
     throw std::runtime_error("emulator: a launch of " + std::to_string(blocks) + " blocks of " +
@@ -162,30 +177,52 @@ void launch(int64_t blocks, int threads, size_t shared_bytes, const std::functio
   m.blocks = blocks;
   m.threads = threads;
   m.shared_bytes = shared_bytes;
-  m.shared.assign(shared_bytes + 2 * kGuardBytes, kPoison);
-  m.fibers.resize(threads);
-  m.warps.resize(threads / kWarp);
-  for (int64_t i = 0; i < blocks; ++i) run_block(schedule.last_block_first ? blocks - 1 - i : i);
+  m.running.resize(at_once);
+  if (m.fibers.size() < static_cast<size_t>(m.count())) m.fibers.resize(m.count());
+  m.warps.resize(m.count() / kWarp);
+}
+
+}  // namespace
+
+void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  begin_launch(blocks, 1, threads, shared_bytes, kernel);
+  for (int64_t i = 0; i < blocks; ++i) run_blocks(schedule.last_block_first ? blocks - 1 - i : i);
+}
+
+void launch_together(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  if (blocks > multiprocessors())
+    throw std::runtime_error("emulator: " + std::to_string(blocks) + " blocks cannot all run at once");
+  begin_launch(blocks, blocks, threads, shared_bytes, kernel);
+  run_blocks(0);
 }
 
 int64_t launches() { return launch_count; }
-int thread() { return machine.current; }
-int64_t block() { return machine.block; }
+int thread() { return machine.current % machine.threads; }
+int64_t block() { return machine.first_block + machine.current / machine.threads; }
 int64_t blocks() { return machine.blocks; }
 uint8_t* dynamic_shared() {
-  return machine.shared.data() + kGuardBytes;  // operator new aligns to 16 bytes
+  return machine.block().shared.data() + kGuardBytes;  // operator new aligns to 16 bytes
 }
 
 void meet_block() {
   Machine& m = machine;
-  if (++m.at_barrier < m.threads) {
+  Block& block = m.block();
+  const int first = m.current / m.threads * m.threads;
+  if (++block.at_barrier < m.threads) {
     m.fibers[m.current].waits_for = Meeting::block_barrier;
     run_next();
     return;
   }
-  m.at_barrier = 0;
-  for (Fiber& fiber : m.fibers)
-    if (fiber.waits_for == Meeting::block_barrier) fiber.waits_for = Meeting::none;
+  block.at_barrier = 0;
+  for (int i = first; i < first + m.threads; ++i)
+    if (m.fibers[i].waits_for == Meeting::block_barrier) m.fibers[i].waits_for = Meeting::none;
+}
+
+void wait_while(const uint32_t* word, uint32_t value) {
+  for (int yields = 0; *word == value; ++yields) {
+    if (yields == kMostYields) fail("a thread waits for another block, which never comes");
+    run_next();
+  }
 }
 
 void meet_warp(Meeting meeting, void* brought, WarpWork work) {

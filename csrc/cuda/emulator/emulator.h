@@ -1,4 +1,4 @@
-// Tests only: runs CUDA kernel bodies on a CPU, one fiber per thread, one block after the other.
+// Tests only: runs CUDA kernel bodies on a CPU, one fiber per thread, one block after the other, or all of a launch together.
 //
 // What it finds: wrong indices, layouts, masks and sums; a missing barrier (fibers of a warp run one after the other, in
 // either order, and an asynchronous copy lands as late as the kernel allows); shared memory read before it was written
@@ -20,6 +20,8 @@
 #define PYLLMQ_DYNAMIC_SHARED(name) uint8_t* name = ::pyllmq::cuda::emulator::dynamic_shared()
 #define PYLLMQ_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
   (static_cast<void>(stream), ::pyllmq::cuda::emulator::launch(blocks, threads, shared_bytes, [=] { (kernel)(__VA_ARGS__); }))
+#define PYLLMQ_LAUNCH_TOGETHER(kernel, blocks, threads, shared_bytes, stream, argument) \
+  (static_cast<void>(stream), ::pyllmq::cuda::emulator::launch_together(blocks, threads, shared_bytes, [=] { (kernel)(argument); }))
 
 namespace pyllmq::cuda::emulator {
 
@@ -32,6 +34,7 @@ struct Schedule {
 extern Schedule schedule;
 
 void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+void launch_together(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
 int64_t launches();  // since the process started
 
 int thread();
@@ -45,6 +48,7 @@ enum class Meeting : int { none, block_barrier, warp_barrier, shuffle, mma, spar
 using WarpWork = void (*)(void* const* brought);
 void meet_block();
 void meet_warp(Meeting meeting, void* brought, WarpWork work);
+void wait_while(const uint32_t* word, uint32_t value);  // lets the other fibers run until another block has changed it
 
 void copy_async(void* to, const void* from, int bytes);
 void commit_async();
@@ -122,6 +126,9 @@ static inline uint32_t count_to(uint32_t* counter, uint32_t last) {
   *counter = old >= last ? 0 : old + 1;
   return old;
 }
+static inline uint32_t observe(const uint32_t* word) { return *word; }
+static inline void publish(uint32_t* word, uint32_t value) { *word = value; }
+static inline void wait_while(const uint32_t* word, uint32_t value) { emulator::wait_while(word, value); }
 
 static inline uint16_t fp32_to_fp16(float value) { return cpu::fp32_to_fp16(value); }
 static inline float fp16_to_fp32(uint16_t half) { return cpu::fp16_to_fp32(half); }
@@ -136,6 +143,11 @@ static inline uint32_t subtract_fp16x2(uint32_t a, uint32_t b) {
 }
 static inline float magnitude(float value) { return std::fabs(value); }
 static inline float exp(float value) { return std::exp(value); }
+static inline double exp(double value) { return std::exp(value); }
+static inline float log(float value) { return std::log(value); }
+static inline double log(double value) { return std::log(value); }
+static inline float quotient(float a, float b) { return a / b; }
+static inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 static inline float bits_to_fp32(uint32_t bits) { return cpu::bits_float(bits); }
 static inline uint32_t fp32_to_bits(float value) { return cpu::float_bits(value); }
 

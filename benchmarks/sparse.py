@@ -32,10 +32,10 @@ def providers() -> list[Provider]:
     dense = [provider for provider in RIVALS if provider.name in (BASELINE, TORCH_BF16)]
     rows = [*dense, *(torch_csr(sparsity) for sparsity in SPARSITIES)]
     for dtype in (torch.float32, torch.bfloat16):
-        rows += [_ours(f"bitmap {s:g}", partial(_pruned, s, dtype), ops.bitmap_linear, dtype) for s in SPARSITIES]
-        rows.append(_ours("2:4", partial(_pruned_24, dtype), ops.sparse24_linear, dtype))
+        rows += [_ours(f"bitmap {s:g}", partial(pruned, s, dtype), ops.bitmap_linear, dtype) for s in SPARSITIES]
+        rows.append(_ours("2:4", partial(pruned_24, dtype), ops.sparse24_linear, dtype))
     for bits in CODE_BITS:
-        make = partial(_coded, bits)
+        make = partial(coded, bits)
         rows.append(_ours(f"2:4 {bits} bits", make, ops.sparse24_codebook_linear, torch.float32))
     return rows
 
@@ -45,15 +45,15 @@ def _random_mask(weight: Tensor, sparsity: float) -> Tensor:
     return torch.rand(weight.shape, generator=torch.Generator().manual_seed(4)) >= sparsity
 
 
-def _pruned(sparsity: float, dtype: torch.dtype, weight: Tensor) -> BitmapWeight:
+def pruned(sparsity: float, dtype: torch.dtype, weight: Tensor) -> BitmapWeight:
     return BitmapWeight.pack(weight, _random_mask(weight, sparsity), dtype)
 
 
-def _pruned_24(dtype: torch.dtype, weight: Tensor) -> Sparse24Weight:
+def pruned_24(dtype: torch.dtype, weight: Tensor) -> Sparse24Weight:
     return Sparse24Weight.pack(weight, mask_24(weight), dtype)
 
 
-def _coded(bits: int, weight: Tensor) -> Sparse24CodebookWeight:
+def coded(bits: int, weight: Tensor) -> Sparse24CodebookWeight:
     """As k-means would, but with the codebook of the first 512 rows: exact k-means of 16 million weights takes minutes."""
     n = weight.shape[0]
     few = pack_columns_24(weight[:512], mask_24(weight[:512]), bits).tensors["codebook"].float()

@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
+#include <string>
 
 #include "cuda/codebook_dequantize.h"
 #include "cuda/codebook_gradient.h"
@@ -14,6 +16,8 @@
 #include "cuda/runtime.h"
 #include "cuda/sinkhorn.h"
 #include "cuda/softmax_cdist_l1.h"
+#include "cuda/sparse_layout.h"
+#include "cuda/sparse_linear.h"
 
 namespace py = pybind11;
 namespace cuda = pyllmq::cuda;
@@ -241,6 +245,94 @@ void bind_sinkhorn(py::module_& m) {
         arg("workspace"), arg("counters"), arg("stream"));
 }
 
+// --- the sparse formats ----------------------------------------------------------------------------------------------
+
+// As _cuda names layouts: a kind that is not the format's own is `columns`.
+const std::map<std::string, pyllmq::SparseKind> kSparseKinds = {{"bitmap", pyllmq::SparseKind::bitmap},
+                                                                {"columns", pyllmq::SparseKind::columns},
+                                                                {"sparse24", pyllmq::SparseKind::sparse24},
+                                                                {"sparse24_codebook", pyllmq::SparseKind::codes}};
+
+cuda::SparseOperand sparse_operand(const std::string& kind, int values, int64_t bits, int64_t stage_bytes) {
+  if (kSparseKinds.count(kind) == 0)
+    throw std::invalid_argument("kind '" + kind + "'; allowed: bitmap, columns, sparse24, sparse24_codebook");
+  return {kSparseKinds.at(kind), static_cast<pyllmq::ValueType>(values), bits, stage_bytes};
+}
+
+// What the header says that kernels are told by the host; and where the data begin.
+py::tuple sparse_layout_describe(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns) {
+  const cuda::SparseHeader& h = cuda::checked_sparse_header(pointer<void>(layout), layout_bytes);
+  if (h.rows != rows || h.columns != columns)
+    throw std::invalid_argument("the layout holds a weight of shape [" + std::to_string(h.rows) + ", " +
+                                std::to_string(h.columns) + "], but was given as [" + std::to_string(rows) + ", " +
+                                std::to_string(columns) + "]");
+  std::string kind;
+  for (const auto& [name, value] : kSparseKinds)
+    if (value == h.kind) kind = name;
+  return py::make_tuple(kind, static_cast<int>(h.values), h.bits, h.stage_bytes, h.data_offset);
+}
+
+py::tuple sparse_linear_workspace(const cuda::SparseOperand& operand, int64_t rows, int64_t columns, int64_t tokens,
+                                  int dtype) {
+  const cuda::SparsePlan plan =
+      operand.kind == pyllmq::SparseKind::columns
+          ? cuda::plan_sparse_columns_linear(rows, columns, tokens, cuda::multiprocessors())
+          : cuda::plan_sparse_linear(operand, rows, columns, tokens, dtype, cuda::multiprocessors(), cuda::shared_bytes());
+  return py::make_tuple(plan.partials, plan.counters);
+}
+
+void sparse_linear(const cuda::SparseOperand& operand, uintptr_t layout, int64_t layout_bytes, int64_t rows,
+                   int64_t columns, uintptr_t x, int dtype, int64_t tokens, uintptr_t bias, int bias_dtype, uintptr_t y,
+                   uintptr_t partials, uintptr_t counters, uintptr_t stream) {
+  const cuda::LinearCall call =
+      linear_call(layout, layout_bytes, rows, columns, x, dtype, tokens, bias, bias_dtype, y, partials, counters);
+  if (operand.kind == pyllmq::SparseKind::columns)
+    cuda::sparse_columns_linear(operand.values, call, stream);
+  else
+    cuda::sparse_linear(operand, call, stream);
+}
+
+void bind_sparse(py::module_& m) {
+  using py::arg;
+  using pyllmq::SparseCheckpoint;
+  py::class_<SparseCheckpoint>(m, "SparseCheckpoint", py::module_local())  // the emulated module has it as well
+      .def(py::init(&pyllmq::sparse_checkpoint), arg("kind"), arg("value_type"), arg("rows"), arg("columns"), arg("kept"),
+           arg("bits"), arg("outliers"), arg("column_bytes"), arg("tensors"));
+  py::class_<cuda::SparseOperand>(m, "SparseOperand", py::module_local())
+      .def(py::init(&sparse_operand), arg("kind"), arg("values"), arg("bits"), arg("stage_bytes"));
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.def("sparse_layout_bytes", &cuda::sparse_layout_bytes, arg("checkpoint"), arg("sparse_columns"), NoGil());
+  m.def(
+      "sparse_layout_pack",
+      [](uintptr_t layout, int64_t layout_bytes, const SparseCheckpoint& checkpoint, double sparse_columns) {
+        cuda::sparse_layout_pack(pointer<void>(layout), layout_bytes, checkpoint, sparse_columns);
+      },
+      arg("layout"), arg("layout_bytes"), arg("checkpoint"), arg("sparse_columns"), NoGil());
+  m.def(
+      "sparse_layout_unpack",
+      [](uintptr_t layout, int64_t layout_bytes, const SparseCheckpoint& checkpoint) {
+        cuda::sparse_layout_unpack(pointer<void>(layout), layout_bytes, checkpoint);
+      },
+      arg("layout"), arg("layout_bytes"), arg("checkpoint"), NoGil());
+  m.attr("sparse_header_bytes") = sizeof(cuda::SparseHeader);
+  m.def("sparse_layout_describe", &sparse_layout_describe, arg("header"), arg("layout_bytes"), arg("rows"), arg("columns"),
+        "-> (kind, values, bits, stage_bytes, data_offset)");
+  m.def("sparse_linear_workspace", &sparse_linear_workspace, arg("operand"), arg("rows"), arg("columns"), arg("tokens"),
+        arg("dtype"), "as codebook_linear_workspace");
+  m.def("sparse_linear", &sparse_linear, arg("operand"), arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"),
+        arg("x"), arg("dtype"), arg("tokens"), arg("bias"), arg("bias_dtype"), arg("y"), arg("partials"), arg("counters"),
+        arg("stream"));
+  m.def(
+      "sparse_dequantize",
+      [](const cuda::SparseOperand& operand, uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns,
+         uintptr_t weight, int dtype, uintptr_t stream) {
+        cuda::sparse_dequantize(operand, pointer<uint8_t>(layout), layout_bytes, rows, columns, pointer<void>(weight), dtype,
+                                stream);
+      },
+      arg("operand"), arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("weight"), arg("dtype"),
+      arg("stream"));
+}
+
 void kmeans_1d_layers(uintptr_t sums, uintptr_t masses, uintptr_t gains, uintptr_t best, int64_t problems, int64_t n,
                       int k_max, uintptr_t stream) {
   cuda::kmeans_1d_layers(pointer<double>(sums), pointer<double>(masses), pointer<double>(gains), pointer<int32_t>(best),
@@ -283,6 +375,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind_codebook_gradient(m);
   bind_softmax_cdist_l1(m);
   bind_sinkhorn(m);
+  bind_sparse(m);
   m.def("kmeans_1d_layers", &kmeans_1d_layers, arg("sums"), arg("masses"), arg("gains"), arg("best"), arg("problems"),
         arg("n"), arg("k_max"), arg("stream"));
 #ifdef PYLLMQ_CUDA_EMULATED

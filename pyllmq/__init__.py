@@ -9,6 +9,7 @@ Importing this package also lets transformers' auto classes load packed folders.
 
 from . import functional as functional
 from . import losses as losses
+from . import parallel as parallel
 from .compression.files import compress_files
 from .compression.model import compress
 from .compression.pruned import pack_pruned
@@ -62,6 +63,7 @@ __all__ = [
     "kmeans_1d_errors",
     "losses",
     "pack_pruned",
+    "parallel",
     "save_pretrained",
     "set_precision",
     "sinkhorn",

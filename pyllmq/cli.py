@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.traceback:
             raise
         print(f"pyllmq {given.command}: {error}", file=sys.stderr)
-        if not isinstance(error, FileExistsError | FileNotFoundError) and (left := _left_behind(given)):
+        there = isinstance(error, FileExistsError | FileNotFoundError)
+        if isinstance(error, OSError | RuntimeError) and not there and (left := _left_behind(given)):
             print(left, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -138,6 +139,13 @@ def build_parser() -> argparse.ArgumentParser:
     e.add_argument("--seqlen", type=int, default=512, metavar="L", help="tokens per window")
     e.add_argument("--max-tokens", type=int, default=None, metavar="T", help="evaluate only the first T tokens")
     e.add_argument("--precision", choices=PRECISIONS, help="of the packed layers' arithmetic; default high")
+    e.add_argument("--tasks", metavar="T,T", help="instead: tasks of lm-evaluation-harness, such as piqa,arc_easy")
+    e.add_argument("--task-folder", metavar="DIR", help="with --tasks: folder of task files of your own")
+    e.add_argument(
+        "--fewshot", type=int, metavar="N", help="with --tasks: examples before each question; default the task's"
+    )
+    e.add_argument("--limit", type=int, metavar="N", help="with --tasks: only the first N questions of each")
+    e.add_argument("--batch-size", type=int, default=8, metavar="N", help="with --tasks: questions at a time")
     e.add_argument("--json", action="store_true", help="print one JSON line")
     e.set_defaults(run=run_eval)
 
@@ -462,6 +470,8 @@ def run_eval(given: argparse.Namespace) -> int:
 
     tokenizer, model = load_tokenizer(given.folder), load_causal_model(given.folder)
     _apply_precision(model, given.precision)
+    if given.tasks is not None:
+        return _run_tasks(model, tokenizer, given)
     text = _text(given.text)
     found = perplexity(model, tokenizer, text, given.seqlen, given.max_tokens, progress=not given.json)
     speed = decoding_speed(model, tokenizer, text[:200])
@@ -477,6 +487,27 @@ def run_eval(given: argparse.Namespace) -> int:
     else:
         print(f"perplexity {found.perplexity:.4f} over {found.tokens} tokens in windows of {found.seqlen}")
         print(f"{found.tokens_per_second:.1f} tokens/s reading, {speed.tokens_per_second:.1f} tokens/s generating")
+    return 0
+
+
+def _run_tasks(model: Any, tokenizer: Any, given: argparse.Namespace) -> int:
+    from .evaluate import harness
+
+    found = harness(
+        model,
+        tokenizer,
+        [task.strip() for task in given.tasks.split(",") if task.strip()],
+        task_folder=given.task_folder,
+        fewshot=given.fewshot,
+        limit=given.limit,
+        batch_size=given.batch_size,
+    )
+    if given.json:
+        print(json.dumps(found))
+        return 0
+    width = max(len(task) for task in found)
+    for task, metrics in found.items():
+        print(f"{task:<{width}}  " + "  ".join(f"{metric} {value:.4f}" for metric, value in metrics.items()))
     return 0
 
 

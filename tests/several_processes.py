@@ -95,7 +95,10 @@ def main(place: Path) -> dict[str, Any]:
     maker.join()
     found: dict[str, Any] = {}
     for method in METHODS:
-        jobs = {size: job(size, place, f"{method}{size}", method) for size in (1, 2, 3)}
+        jobs = {}
+        for size in (1, 2, 3):
+            jobs[size] = job(size, place, f"{method}{size}", method)
+            print(f"{method}, {size} processes: {jobs[size]}", file=sys.stderr)
         hessians = {size: [torch.load(place / f"{method}{size}.{rank}.pt") for rank in range(size)] for size in jobs}
         alone = hessians[1][0]
         found[method] = {

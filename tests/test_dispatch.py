@@ -52,6 +52,17 @@ PROBLEMS = {
         for op in ("linear", "dequantize")
     },
     **{
+        f"cuda.{layout}_{way}": Problem(f"{format}_{op}", f"cuda.{layout}", "cuda", torch.bfloat16, tokens)
+        for format, layout in (
+            ("bitmap", "bitmap"),
+            ("bitmap", "columns"),
+            ("sparse24", "sparse24"),
+            ("sparse24", "columns"),
+            ("sparse24_codebook", "sparse24_codebook"),
+        )
+        for way, op, tokens in (("fused", "linear", 16), ("matmul", "linear", 65), ("dequantize", "dequantize", 0))
+    },
+    **{
         f"triton.{format}_{way}": Problem(f"{format}_{op}", f"triton.{format}", "cuda", torch.bfloat16, tokens)
         for format in ("bitmap", "sparse24")
         for way, op, tokens in (("fused", "linear", 64), ("matmul", "linear", 65), ("dequantize", "dequantize", 0))

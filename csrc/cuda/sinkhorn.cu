@@ -439,17 +439,24 @@ struct Forward {
     p.moved = true;
   }
 
-  // The row step in new offsets, which take up g.
-  PYLLMQ_MEMBER void move_rows(int64_t iteration) {
-    begin_to_move(iteration);
-    p.for_columns([&](int j) { absorb(p.v[j], p.g[j], p.prices.inverse); });
-    ptx::sync_block();
-    p.row_offsets();
-    p.build();
-    if (p.prices.a.kept()) {
-      row_step(true);
-      return;
+  // Once more in new offsets, which take up g, if scalings left the range.
+  PYLLMQ_MEMBER void rows(int64_t iteration) {
+    bool again = false;
+    while (!row_step(again) && !again) {
+      begin_to_move(iteration);
+      p.for_columns([&](int j) { absorb(p.v[j], p.g[j], p.prices.inverse); });
+      ptx::sync_block();
+      p.row_offsets();
+      p.build();
+      again = true;
+      if (p.prices.a.kept()) continue;
+      rows_in_moved_offsets();
+      break;
     }
+  }
+
+  // Where a marginal may be missed u takes up f, too.
+  PYLLMQ_MEMBER void rows_in_moved_offsets() {
     pass([&](int row, float sum) {
       if (p.leads()) set_pair(p.u[row], p.f[row], p.prices.a.moved(p.a[row], sum, p.u[row], p.prices.inverse));
       return 0.0f;
@@ -501,7 +508,7 @@ struct Forward {
     if (out.tolerance > 0) mass = p.mass_of_rows();
     int64_t t = 0;
     for (; t < out.iterations; ++t) {
-      if (!row_step(false)) move_rows(t);
+      rows(t);
       if (out.tolerance > 0 && t > 0 && p.flags[1] <= out.tolerance * mass) {
         p.for_rows([&](int row) { p.f[row] = p.a[row] > 0 ? f_before[row] : 0; });
         break;

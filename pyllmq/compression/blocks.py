@@ -116,6 +116,8 @@ class Seen:
     """It was given just what the block before gave out."""
     others: tuple[Any, ...] | None
     """What it gave out beside the hidden states; None: nothing but them."""
+    output: Tensor | None = None
+    """The hidden states that it gave out, where the next block was not chained to it."""
 
     @property
     def gives_tensors(self) -> bool:
@@ -206,7 +208,7 @@ class BlockLoop:
         while chains and not chains[-1].stages[-1].linears:
             chains[-1].stages.pop()
         for seen in self.seen.values():
-            seen.calls = []
+            seen.calls, seen.output = [], None
         # What comes after the last Linear only runs.
         while chains and not any(stage.linears for stage in chains[-1].stages):
             chains.pop()
@@ -217,12 +219,15 @@ class BlockLoop:
     def _observe(self, staged: Mapping[str, Stage], check: Callable[[Stage], None]) -> list[str]:
         """Run the model on the first batch, each block with its weights; fills `seen`, gives the order of the blocks."""
         given: tuple[Tensor, int] | None = None
+        before = ""
 
         def begin(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 self.weights.load(name)
                 call = Call.of(args, dict(kwargs))
                 chained = given is not None and call is not None and _gives(*given, call.hidden)
+                if given is not None and not chained:
+                    self.seen[before].output = given[0]
                 if name not in self.seen:
                     check(staged[name])
                     self.seen[name] = Seen([], chained, None)
@@ -232,7 +237,8 @@ class BlockLoop:
 
         def end(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                nonlocal given
+                nonlocal given, before
+                before = name
                 if isinstance(output, tuple | list) and output:
                     self.seen[name].others, output = tuple(output[1:]), output[0]
                 given = (output, output._version) if isinstance(output, Tensor) else None
@@ -253,8 +259,13 @@ class BlockLoop:
         """Do stubs lead to the arguments that the blocks were really given?"""
         if any(self.seen[stage.name].gives_tensors for stage in chain.stages):
             return False
+
+        def reply(name: str, hidden: Tensor) -> Tensor:
+            output = self.seen[name].output
+            return hidden.clone() if output is None else output
+
         try:
-            recorded = self._record_stubbed(chain, self.first, lambda name, hidden: hidden.clone())
+            recorded = self._record_stubbed(chain, self.first, reply)
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError):
             return False
         return all(

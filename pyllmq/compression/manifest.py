@@ -46,9 +46,11 @@ class Manifest:
             raise FileExistsError(
                 f"{place} holds an unfinished compression; go on with --resume, or delete that folder to begin anew"
             )
-        shutil.rmtree(place, ignore_errors=True)
+        if (place / "lock").exists():
+            with _lock(place):
+                shutil.rmtree(place, ignore_errors=True)
         manifest = cls(output, {"signature": dict(signature), "plan": None, "finished": []})
-        manifest.folder.mkdir(parents=True)
+        manifest.folder.mkdir(parents=True, exist_ok=True)
         manifest._write()
         return manifest
 
@@ -85,11 +87,7 @@ class Manifest:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Raises RuntimeError if another process is at work on the same job."""
-        with (self.place / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise RuntimeError(f"another process is at work in {self.place}; wait for it, or end it") from error
+        with _lock(self.place):
             yield
 
     # ---- what is finished ----
@@ -118,6 +116,16 @@ class Manifest:
 
     def remove(self) -> None:
         shutil.rmtree(self.place, ignore_errors=True)
+
+
+@contextmanager
+def _lock(place: Path) -> Iterator[None]:
+    with (place / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RuntimeError(f"another process is at work in {place}; wait for it, or end it") from error
+        yield
 
 
 def working_folder(output: Path) -> Path:

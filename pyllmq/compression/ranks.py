@@ -128,10 +128,10 @@ def joined() -> Iterator[Ranks]:
     if not started_by_torchrun():
         yield Ranks()
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
+    backend, local = "gloo", int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available() and local < torch.cuda.device_count():
         backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         torch.distributed.init_process_group(backend, timeout=PATIENCE)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import ColumnCodebookConfig, SparseConfig
@@ -110,7 +110,7 @@ def compress_folder(
         folder = _FolderJob(Job(loop, config, report, bar, ranks), streamed, manifest, started)
         with quiet_eval(model), torch.no_grad(), bar:
             chains = loop.find_chains(stages, _check)
-            folder.plan(chains, [len(next(iter(batch.values()))) for batch in all_batches])
+            folder.plan(chains, planned, [len(next(iter(batch.values()))) for batch in all_batches])
             folder.restore()
             for i, chain in enumerate(chains):
                 folder.compress_chain(chain, hand_on=i + 1 < len(chains))
@@ -202,6 +202,8 @@ class _FolderJob:
         self.job, self.streamed, self.manifest, self.started = job, streamed, manifest, started
         self.earlier = manifest.finished[-1]["seconds"] if manifest.finished else 0.0
         self.ranks = job.ranks
+        self.chain, self.hand_on = Chain([]), False
+        """The chain in hand."""
 
     def seconds(self) -> float:
         """Of this run and those that it goes on from."""
@@ -209,10 +211,9 @@ class _FolderJob:
 
     # ---- the plan ----
 
-    def plan(self, chains: Sequence[Chain], rows: Sequence[int]) -> None:
+    def plan(self, chains: Sequence[Chain], linears: Mapping[str, nn.Module], rows: Sequence[int]) -> None:
         """What is decided before the first block; a resumed job reads it. `rows`: the number of texts of every batch."""
         job, config = self.job, self.job.config
-        linears = {name: m for chain in chains for stage in chain.stages for name, m in stage.linears.items()}
         file = self.manifest.place / "plan.safetensors"
         if self.manifest.plan is not None:
             job.budgets, job.sparsity = self.manifest.plan["budgets"], self.manifest.plan["sparsity"]
@@ -244,7 +245,7 @@ class _FolderJob:
 
     def compress_chain(self, chain: Chain, hand_on: bool) -> None:
         names = [self._unit(stage) for stage in chain.stages]
-        finished = {entry["unit"]: i for i, entry in enumerate(self.manifest.finished)}
+        finished = {entry["unit"] for entry in self.manifest.finished}
         begin = sum(name in finished for name in names)
         if chain.stages[0].block is None:
             if OUTSIDE not in finished:

@@ -13,11 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyllmq import backends, dispatch, ops
+from pyllmq.formats import PackedWeight
 
 from .gpu_table import BASELINE as GPU_BASELINE
 from .providers import BASELINE, INT4_GROUP, Available, Layer, Provider, Widths, pack_normal, torch_dense
+from .sparse import CODE_BITS, coded, pruned, pruned_24
 
 _INNER_K_TILES = 8
+TORCH_24 = "torch 2:4 bf16"
+GPU_SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 
 
 def gpu_isa() -> str:
@@ -147,7 +151,7 @@ GPU_RIVALS = (
     _gpu_dense(BASELINE, torch.float32, 1e-5),
     _gpu_dense(GPU_BASELINE, torch.bfloat16, 1e-2),
     Provider("torch int4 g128", _int4_available, _make_int4, 1e-2, gpu_isa),
-    Provider("torch 2:4 bf16", _semi_structured_available, _make_semi_structured, 1e-2, gpu_isa),
+    Provider(TORCH_24, _semi_structured_available, _make_semi_structured, 1e-2, gpu_isa),
     Provider("bitsandbytes nf4", _nf4_available, _make_nf4, 1e-2, gpu_isa),
     *(_no_recipe(package) for package in ("gemlite", "flute-kernel", "marlin")),
 )
@@ -164,23 +168,51 @@ def pyllmq_on_gpu(bits: str | int | float, backend: str) -> Provider:
         with dispatch.use_backend(backend):
             packed = pack_normal(weight, widths)
             operand = packed.operand()
-        return _codebook_layer(operand, packed.nbytes, partial(packed.dequantize, torch.float32))
+        return _packed_layer(operand, packed.nbytes, "codebook_linear", partial(packed.dequantize, torch.float32))
 
     return Provider(f"pyllmq {bits} {backend}", lambda: backends.report()[backend], make, 1e-2, gpu_isa)
 
 
-def _codebook_layer(operand: dispatch.WeightOperand, nbytes: int, dense: Callable[[], Tensor]) -> Layer:
+def sparse_on_gpu(name: str, pack: Callable[[Tensor], PackedWeight], op: str, backend: str) -> Provider:
+    """A sparse layer of bf16 values or codes, bf16 activations, on one of our GPU back ends."""
+
+    def make(weight: Tensor) -> Layer:
+        packed = pack(weight.cpu()).to(weight.device)
+        with dispatch.use_backend(backend):
+            operand = packed.operand()
+        return _packed_layer(operand, packed.nbytes, op, partial(packed.dequantize, torch.float32))
+
+    return Provider(f"pyllmq {name} {backend}", lambda: backends.report()[backend], make, 1e-2, gpu_isa, most_lost=1.0)
+
+
+def _packed_layer(operand: dispatch.WeightOperand, nbytes: int, op: str, dense: Callable[[], Tensor]) -> Layer:
     def copy() -> Layer:
         blob, *_ = operand.tensors
         shape = (operand.out_features, operand.in_features)
-        return _codebook_layer(backends.operand_from_layout(operand.layout, blob.clone(), *shape), nbytes, dense)
+        return _packed_layer(backends.operand_from_layout(operand.layout, blob.clone(), *shape), nbytes, op, dense)
 
     def kernel(m: int) -> str:
         device = operand.tensors[0].device.type
-        return dispatch.choose(dispatch.Problem("codebook_linear", operand.layout, device, torch.bfloat16, m)).name
+        return dispatch.choose(dispatch.Problem(op, operand.layout, device, torch.bfloat16, m)).name
 
-    return Layer(lambda x: ops.codebook_linear(x, operand), dense, copy, nbytes, torch.bfloat16, kernel)
+    return Layer(lambda x: getattr(ops, op)(x, operand), dense, copy, nbytes, torch.bfloat16, kernel)
 
 
 def gpu_providers(bits: Sequence[str | int | float]) -> list[Provider]:
     return [*GPU_RIVALS, *(pyllmq_on_gpu(width, backend) for backend in ("cuda", "triton") for width in bits)]
+
+
+def sparse_gpu_providers() -> list[Provider]:
+    """cuBLAS, torch's 2:4, ours: bitmaps as masks and as column numbers, 2:4, and 2:4 of codes."""
+    rivals = [provider for provider in GPU_RIVALS if provider.name in (BASELINE, GPU_BASELINE, TORCH_24)]
+    rows = []
+    for sparsity in GPU_SPARSITIES:
+        pack = partial(pruned, sparsity, torch.bfloat16)
+        rows += [sparse_on_gpu(f"bitmap {sparsity:g}", pack, "bitmap_linear", b) for b in ("cuda", "triton")]
+    pack = partial(pruned_24, torch.bfloat16)
+    rows += [sparse_on_gpu("2:4", pack, "sparse24_linear", b) for b in ("cuda", "triton")]
+    rows += [
+        sparse_on_gpu(f"2:4 {bits} bits", partial(coded, bits), "sparse24_codebook_linear", "cuda")
+        for bits in CODE_BITS
+    ]
+    return [*rivals, *rows]

@@ -30,6 +30,7 @@ SHORTEST_S = 5.0
 SHAPES = ("28672x8192", "8192x8192", "4096x4096")
 BITS = "2,3,4,2.1+0.005"
 TOKENS = "1,2,16,512,2048"
+SPARSE_TOKENS = "1,16,2048"
 
 WHAT_IS_HERE = """
 import importlib.metadata as m, importlib.util as u, platform, shutil, torch
@@ -93,6 +94,11 @@ def steps(out: Path, python: str) -> list[Step]:
                 100,
             )
             for shape in SHAPES
+        ),
+        Step(
+            "bench sparse",
+            f"{py} -m pyllmq bench --op sparse_linear --device cuda --shapes {SHAPES[0]} --m {SPARSE_TOKENS} --csv {results}",
+            100,
         ),
         Step("softmax_cdist_l1", f"{py} -m pyllmq.benchmarks.softmax_cdist_l1 --device cuda --budget-s 0.5", 40),
         Step("sinkhorn", f"{py} -m pyllmq.benchmarks.sinkhorn --device cuda", 60),

@@ -16,6 +16,7 @@ from pyllmq.dispatch import DEFAULT_PRECISION
 from . import plot as plotting
 from . import record, sparse
 from .gpu import run_on_gpu
+from .gpu_providers import sparse_gpu_providers
 from .memory import READ_LIMIT, cold_bytes_for, last_level_cache_bytes, ram_bytes, read_limit_calls
 from .providers import BASELINE, RIVALS, Layer, Provider, activations, check, dense_weight, pyllmq_codebook
 from .record import Row
@@ -76,7 +77,7 @@ def run(
             _unique(bits),
             _unique(tokens),
             csv,
-            providers=providers,
+            providers=sparse_gpu_providers() if providers is None and op == sparse.OP else providers,
             cold_bytes=cold_bytes,
             progress=progress,
         )
@@ -143,8 +144,6 @@ def _check(op: str, tokens: Sequence[int], device: str, budget_s: float) -> None
         raise ValueError(f"numbers of tokens {list(tokens)}; each must be an integer of at least 1")
     if budget_s <= 0:
         raise ValueError(f"budget_s is {budget_s}; it must be positive")
-    if device == "cuda" and op == sparse.OP:
-        raise ValueError(f"op {op!r} is measured on the CPU only; allowed device: 'cpu'")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch finds no GPU here; allowed: 'cpu'")
     if device not in ("cpu", "cuda"):

@@ -242,42 +242,6 @@ void bind_codebook_checkpoint(py::module_& m) {
 
 // --- the sparse formats ----------------------------------------------------------------------------------------------
 
-// Pointers by the name of the checkpoint's tensor; absent ones are 0.
-SparseCheckpoint sparse_checkpoint(const std::string& kind, int value_type, int64_t rows, int64_t columns, int64_t kept,
-                                   int64_t bits, int64_t outliers, int column_bytes,
-                                   const std::map<std::string, Pointer>& tensors) {
-  const std::map<std::string, SparseKind> kinds = {
-      {"bitmap", SparseKind::bitmap}, {"sparse24", SparseKind::sparse24}, {"sparse24_codebook", SparseKind::codes}};
-  if (kinds.count(kind) == 0) throw std::invalid_argument("kind '" + kind + "'; allowed: bitmap, sparse24, sparse24_codebook");
-  if (value_type < 0 || value_type > 3)
-    throw std::invalid_argument("value type " + std::to_string(value_type) + "; allowed: 0 to 3 (fp32, bf16, fp16, int8)");
-  const auto pointer = [&](const char* name) -> Pointer {
-    const auto found = tensors.find(name);
-    return found == tensors.end() ? 0 : found->second;
-  };
-  SparseCheckpoint checkpoint{};
-  checkpoint.kind = kinds.at(kind);
-  checkpoint.value_type = static_cast<ValueType>(value_type);
-  checkpoint.rows = rows;
-  checkpoint.columns = columns;
-  checkpoint.kept = kept;
-  checkpoint.bits = bits;
-  checkpoint.outliers = outliers;
-  checkpoint.column_bytes = column_bytes;
-  checkpoint.values = as<uint8_t>(pointer("values"));
-  checkpoint.row_offsets = as<int32_t>(pointer("row_offsets"));
-  checkpoint.mask = as<uint8_t>(pointer("mask"));
-  checkpoint.column_numbers = as<uint8_t>(pointer("columns"));
-  checkpoint.positions = as<uint8_t>(pointer("positions"));
-  checkpoint.scale = as<float>(pointer("scale"));
-  checkpoint.codes = as<uint8_t>(pointer("codes"));
-  checkpoint.codebook = as<uint16_t>(pointer("codebook"));
-  checkpoint.outlier_row_offsets = as<int32_t>(pointer("outlier_row_offsets"));
-  checkpoint.outlier_columns = as<uint8_t>(pointer("outlier_columns"));
-  checkpoint.outlier_values = as<uint16_t>(pointer("outlier_values"));
-  return checkpoint;
-}
-
 SparseView checked_sparse_view(Pointer layout, int64_t bytes, int64_t rows, int64_t columns) {
   const SparseView view(as<void>(layout), bytes);
   if (view.header().rows != rows || view.header().columns != columns)

@@ -4,8 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
+#include <string>
 
 #include "cuda/codebook_dequantize.h"
+#include "cuda/codebook_gradient.h"
 #include "cuda/codebook_layout.h"
 #include "cuda/codebook_linear.h"
 #include "cuda/kmeans_1d.h"
@@ -13,6 +16,8 @@
 #include "cuda/runtime.h"
 #include "cuda/sinkhorn.h"
 #include "cuda/softmax_cdist_l1.h"
+#include "cuda/sparse_layout.h"
+#include "cuda/sparse_linear.h"
 
 namespace py = pybind11;
 namespace cuda = pyllmq::cuda;
@@ -125,6 +130,37 @@ void unpack_codes(uintptr_t packed, uintptr_t codes, int64_t rows, int64_t colum
   cuda::unpack_codes(pointer<uint8_t>(packed), pointer<uint8_t>(codes), rows, columns, bits, stream);
 }
 
+cuda::GradientCall gradient_call(int64_t rows, int64_t columns, int64_t segments, int64_t entries,
+                                 uintptr_t segment_starts, uintptr_t sorted_columns, uintptr_t width_starts,
+                                 uintptr_t first_entry, const std::array<uintptr_t, 8>& codes,
+                                 const std::array<int64_t, 8>& code_bytes, uintptr_t row_scale, int row_scale_dtype,
+                                 uintptr_t weight_gradient) {
+  cuda::GradientCall call{rows, columns, segments, entries, pointer<int64_t>(segment_starts),
+                          pointer<int64_t>(sorted_columns), pointer<int64_t>(width_starts),
+                          pointer<int64_t>(first_entry), {}, {}, pointer<void>(row_scale), row_scale_dtype,
+                          pointer<float>(weight_gradient)};
+  for (int bits = 1; bits <= 8; ++bits) {
+    call.codes[bits] = pointer<uint8_t>(codes[bits - 1]);
+    call.code_bytes[bits] = code_bytes[bits - 1];
+  }
+  return call;
+}
+
+void bind_codebook_gradient(py::module_& m) {
+  using py::arg;
+  py::class_<cuda::GradientCall>(m, "GradientCall", py::module_local())
+      .def(py::init(&gradient_call), arg("rows"), arg("columns"), arg("segments"), arg("entries"),
+           arg("segment_starts"), arg("sorted_columns"), arg("width_starts"), arg("first_entry"), arg("codes"),
+           arg("code_bytes"), arg("row_scale"), arg("row_scale_dtype"), arg("weight_gradient"));
+  m.def("codebook_gradient_workspace", &cuda::codebook_gradient_workspace, arg("call"), "-> fp32 elements");
+  m.def(
+      "codebook_gradient",
+      [](const cuda::GradientCall& call, uintptr_t gradient, uintptr_t workspace, uintptr_t stream) {
+        cuda::codebook_gradient(call, pointer<float>(gradient), pointer<float>(workspace), stream);
+      },
+      arg("call"), arg("gradient"), arg("workspace"), arg("stream"));
+}
+
 cuda::CdistCall cdist_call(uintptr_t x, int x_dtype, uintptr_t y, int y_dtype, int64_t batch, int64_t x_rows,
                            int64_t y_rows, int64_t columns, float scale, uintptr_t x_statistics,
                            uintptr_t y_statistics) {
@@ -209,6 +245,94 @@ void bind_sinkhorn(py::module_& m) {
         arg("workspace"), arg("counters"), arg("stream"));
 }
 
+// --- the sparse formats ----------------------------------------------------------------------------------------------
+
+// As _cuda names layouts: a kind that is not the format's own is `columns`.
+const std::map<std::string, pyllmq::SparseKind> kSparseKinds = {{"bitmap", pyllmq::SparseKind::bitmap},
+                                                                {"columns", pyllmq::SparseKind::columns},
+                                                                {"sparse24", pyllmq::SparseKind::sparse24},
+                                                                {"sparse24_codebook", pyllmq::SparseKind::codes}};
+
+cuda::SparseOperand sparse_operand(const std::string& kind, int values, int64_t bits, int64_t stage_bytes) {
+  if (kSparseKinds.count(kind) == 0)
+    throw std::invalid_argument("kind '" + kind + "'; allowed: bitmap, columns, sparse24, sparse24_codebook");
+  return {kSparseKinds.at(kind), static_cast<pyllmq::ValueType>(values), bits, stage_bytes};
+}
+
+// What the header says that kernels are told by the host; and where the data begin.
+py::tuple sparse_layout_describe(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns) {
+  const cuda::SparseHeader& h = cuda::checked_sparse_header(pointer<void>(layout), layout_bytes);
+  if (h.rows != rows || h.columns != columns)
+    throw std::invalid_argument("the layout holds a weight of shape [" + std::to_string(h.rows) + ", " +
+                                std::to_string(h.columns) + "], but was given as [" + std::to_string(rows) + ", " +
+                                std::to_string(columns) + "]");
+  std::string kind;
+  for (const auto& [name, value] : kSparseKinds)
+    if (value == h.kind) kind = name;
+  return py::make_tuple(kind, static_cast<int>(h.values), h.bits, h.stage_bytes, h.data_offset);
+}
+
+py::tuple sparse_linear_workspace(const cuda::SparseOperand& operand, int64_t rows, int64_t columns, int64_t tokens,
+                                  int dtype) {
+  const cuda::SparsePlan plan =
+      operand.kind == pyllmq::SparseKind::columns
+          ? cuda::plan_sparse_columns_linear(rows, columns, tokens, cuda::multiprocessors())
+          : cuda::plan_sparse_linear(operand, rows, columns, tokens, dtype, cuda::multiprocessors(), cuda::shared_bytes());
+  return py::make_tuple(plan.partials, plan.counters);
+}
+
+void sparse_linear(const cuda::SparseOperand& operand, uintptr_t layout, int64_t layout_bytes, int64_t rows,
+                   int64_t columns, uintptr_t x, int dtype, int64_t tokens, uintptr_t bias, int bias_dtype, uintptr_t y,
+                   uintptr_t partials, uintptr_t counters, uintptr_t stream) {
+  const cuda::LinearCall call =
+      linear_call(layout, layout_bytes, rows, columns, x, dtype, tokens, bias, bias_dtype, y, partials, counters);
+  if (operand.kind == pyllmq::SparseKind::columns)
+    cuda::sparse_columns_linear(operand.values, call, stream);
+  else
+    cuda::sparse_linear(operand, call, stream);
+}
+
+void bind_sparse(py::module_& m) {
+  using py::arg;
+  using pyllmq::SparseCheckpoint;
+  py::class_<SparseCheckpoint>(m, "SparseCheckpoint", py::module_local())  // the emulated module has it as well
+      .def(py::init(&pyllmq::sparse_checkpoint), arg("kind"), arg("value_type"), arg("rows"), arg("columns"), arg("kept"),
+           arg("bits"), arg("outliers"), arg("column_bytes"), arg("tensors"));
+  py::class_<cuda::SparseOperand>(m, "SparseOperand", py::module_local())
+      .def(py::init(&sparse_operand), arg("kind"), arg("values"), arg("bits"), arg("stage_bytes"));
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.def("sparse_layout_bytes", &cuda::sparse_layout_bytes, arg("checkpoint"), arg("sparse_columns"), NoGil());
+  m.def(
+      "sparse_layout_pack",
+      [](uintptr_t layout, int64_t layout_bytes, const SparseCheckpoint& checkpoint, double sparse_columns) {
+        cuda::sparse_layout_pack(pointer<void>(layout), layout_bytes, checkpoint, sparse_columns);
+      },
+      arg("layout"), arg("layout_bytes"), arg("checkpoint"), arg("sparse_columns"), NoGil());
+  m.def(
+      "sparse_layout_unpack",
+      [](uintptr_t layout, int64_t layout_bytes, const SparseCheckpoint& checkpoint) {
+        cuda::sparse_layout_unpack(pointer<void>(layout), layout_bytes, checkpoint);
+      },
+      arg("layout"), arg("layout_bytes"), arg("checkpoint"), NoGil());
+  m.attr("sparse_header_bytes") = sizeof(cuda::SparseHeader);
+  m.def("sparse_layout_describe", &sparse_layout_describe, arg("header"), arg("layout_bytes"), arg("rows"), arg("columns"),
+        "-> (kind, values, bits, stage_bytes, data_offset)");
+  m.def("sparse_linear_workspace", &sparse_linear_workspace, arg("operand"), arg("rows"), arg("columns"), arg("tokens"),
+        arg("dtype"), "as codebook_linear_workspace");
+  m.def("sparse_linear", &sparse_linear, arg("operand"), arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"),
+        arg("x"), arg("dtype"), arg("tokens"), arg("bias"), arg("bias_dtype"), arg("y"), arg("partials"), arg("counters"),
+        arg("stream"));
+  m.def(
+      "sparse_dequantize",
+      [](const cuda::SparseOperand& operand, uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns,
+         uintptr_t weight, int dtype, uintptr_t stream) {
+        cuda::sparse_dequantize(operand, pointer<uint8_t>(layout), layout_bytes, rows, columns, pointer<void>(weight), dtype,
+                                stream);
+      },
+      arg("operand"), arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("weight"), arg("dtype"),
+      arg("stream"));
+}
+
 void kmeans_1d_layers(uintptr_t sums, uintptr_t masses, uintptr_t gains, uintptr_t best, int64_t problems, int64_t n,
                       int k_max, uintptr_t stream) {
   cuda::kmeans_1d_layers(pointer<double>(sums), pointer<double>(masses), pointer<double>(gains), pointer<int32_t>(best),
@@ -248,8 +372,10 @@ PYBIND11_MODULE(_cuda, m) {
         arg("stream"));
   m.def("unpack_codes", &unpack_codes, arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"),
         arg("stream"));
+  bind_codebook_gradient(m);
   bind_softmax_cdist_l1(m);
   bind_sinkhorn(m);
+  bind_sparse(m);
   m.def("kmeans_1d_layers", &kmeans_1d_layers, arg("sums"), arg("masses"), arg("gains"), arg("best"), arg("problems"),
         arg("n"), arg("k_max"), arg("stream"));
 #ifdef PYLLMQ_CUDA_EMULATED

@@ -1,4 +1,4 @@
-"""Compress a real model at several bit rates, reload each in a new process, and show size, fidelity and speed.
+"""Compress a real model at several bit rates, and pruned, reload each in a new process, and show size, fidelity and speed.
 
 `make demo` runs this on all-MiniLM-L6-v2, which a package of the index carries; `make demo MODEL=/path` on your own causal LM.
 Everything is written to OUT: the packed folders, table.txt, results.json and fidelity.png.
@@ -15,6 +15,7 @@ import time
 import warnings
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -25,8 +26,14 @@ from pyllmq.compression import calibration
 from pyllmq.loading import is_causal, load_model, load_tokenizer
 
 # True bits per weight: everything stored is counted.
-POINTS = (4.0, 3.0, 2.5, 2.25)
+BITS = (4.0, 3.0, 2.5, 2.25)
 PRESET = "balanced"
+# What the table calls it -> its settings; the rows of sparse layers name the share of weights that is kept.
+POINTS = {
+    **{f"{bits:g} bits": pyllmq.ColumnCodebookConfig.preset(PRESET, bits) for bits in BITS},
+    "50 % kept": pyllmq.SparseConfig(0.5, values="bfloat16"),
+    "2:4, 4 bits": pyllmq.SparseConfig(pattern="2:4", quantize=pyllmq.CLAQConfig(4)),
+}
 CALIBRATION_SENTENCES = 256
 TEST_SENTENCES = 256
 SEQLEN = 256
@@ -57,7 +64,7 @@ def split_text() -> tuple[str, str]:
     return "\n\n".join(paragraphs[::2]), "\n\n".join(paragraphs[1::2])
 
 
-def compress_at(source: Path, folder: Path, bits: float) -> dict[str, float]:
+def compress_at(source: Path, folder: Path, name: str) -> dict[str, Any]:
     model, tokenizer = load_model(source), load_tokenizer(source)
     if is_causal(model):
         batches = calibration.token_windows(tokenizer, split_text()[0], samples=64, seqlen=SEQLEN)
@@ -65,11 +72,11 @@ def compress_at(source: Path, folder: Path, bits: float) -> dict[str, float]:
     else:
         batches = calibration.sentence_batches(tokenizer, split_sentences()[0])
         exclude = EXCLUDE if any("pooler" in name for name, _ in model.named_modules()) else pyllmq.swap.DEFAULT_EXCLUDE
-    report = pyllmq.compress(model, pyllmq.ColumnCodebookConfig.preset(PRESET, bits), batches, exclude=exclude)
+    report = pyllmq.compress(model, POINTS[name], batches, exclude=exclude)
     pyllmq.save_pretrained(model, folder, tokenizer)
     report.save(folder / "compression_report.json")
     return {
-        "bits": bits,
+        "name": name,
         "true_bits": report.bits_per_weight,
         "dense_mb": report.dense_nbytes / 1e6,
         "packed_mb": report.nbytes / 1e6,
@@ -116,10 +123,10 @@ def measure(source: Path, folder: Path) -> dict[str, float]:
     }
 
 
-def table(rows: list[dict[str, float]], causal: bool) -> str:
+def table(rows: list[dict[str, Any]], causal: bool) -> str:
     fidelity, unit = ("perplexity", "ms/token") if causal else ("cosine", "ms/sentence")
     head = (
-        "bits asked",
+        "asked",
         "true bits",
         "Linears MB",
         "packed MB",
@@ -133,7 +140,7 @@ def table(rows: list[dict[str, float]], causal: bool) -> str:
     for row in rows:
         lines.append(
             (
-                f"{row['bits']:g}",
+                row["name"],
                 f"{row['true_bits']:.3f}",
                 f"{row['dense_mb']:.2f}",
                 f"{row['packed_mb']:.2f}",
@@ -148,17 +155,19 @@ def table(rows: list[dict[str, float]], causal: bool) -> str:
     return "\n".join(text)
 
 
-def plot(rows: list[dict[str, float]], causal: bool, path: Path) -> None:
+def plot(rows: list[dict[str, Any]], causal: bool, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    points = sorted((row["true_bits"], row["fidelity"], row["bits"]) for row in rows)
-    axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color="tab:blue")
-    for true_bits, fidelity, bits in points:
-        axes.annotate(f"{bits:g}", (true_bits, fidelity), textcoords="offset points", xytext=(6, -12))
+    for style, sparse in (("o-", False), ("s", True)):
+        kind = [row for row in rows if isinstance(POINTS[row["name"]], pyllmq.SparseConfig) == sparse]
+        points = sorted((row["true_bits"], row["fidelity"], row["name"]) for row in kind)
+        axes.plot([p[0] for p in points], [p[1] for p in points], style, color="tab:red" if sparse else "tab:blue")
+        for true_bits, fidelity, name in points:
+            axes.annotate(name, (true_bits, fidelity), textcoords="offset points", xytext=(6, -12))
     axes.axhline(rows[0]["dense_fidelity"], color="gray", linestyle="--", label="dense")
     axes.set_xlabel("true bits per weight (everything stored)")
     axes.set_ylabel("perplexity" if causal else "cosine with the dense model's embeddings")
@@ -186,9 +195,9 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     causal = is_causal(load_model(source))
     rows = []
-    for bits in POINTS:
-        folder = given.out / f"bits-{bits:g}"
-        row = compress_at(source, folder, bits)
+    for name in POINTS:
+        folder = given.out / name.replace(" %", "").replace(",", "").replace(":", "-").replace(" ", "-")
+        row = compress_at(source, folder, name)
         command = [sys.executable, __file__, "--model", str(source), "--measure", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

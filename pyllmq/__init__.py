@@ -9,11 +9,14 @@ Importing this package also lets transformers' auto classes load packed folders.
 
 from . import functional as functional
 from . import losses as losses
+from . import parallel as parallel
+from .compression.files import compress_files
 from .compression.model import compress
 from .compression.pruned import pack_pruned
 from .compression.report import CompressionReport, LayerReport
-from .compression.tune import tune_codebooks
-from .config import CLAQConfig, ColumnCodebookConfig, SparseConfig
+from .compression.stream import compress_folder
+from .compression.tune import tune_blocks, tune_codebooks
+from .config import CLAQConfig, ColumnCodebookConfig, KMeansConfig, SparseConfig
 from .dispatch import NoKernelError, use_backend
 from .formats import (
     BitmapWeight,
@@ -41,6 +44,7 @@ __all__ = [
     "ColumnCodebookConfig",
     "CompressionReport",
     "FormatError",
+    "KMeansConfig",
     "LayerReport",
     "NoKernelError",
     "Sparse24CodebookLinear",
@@ -50,6 +54,8 @@ __all__ = [
     "SparseConfig",
     "SparseLinear",
     "compress",
+    "compress_files",
+    "compress_folder",
     "doubly_stochastic",
     "from_pretrained",
     "functional",
@@ -57,11 +63,13 @@ __all__ = [
     "kmeans_1d_errors",
     "losses",
     "pack_pruned",
+    "parallel",
     "save_pretrained",
     "set_precision",
     "sinkhorn",
     "softmax_cdist_l1",
     "swap_linear",
+    "tune_blocks",
     "tune_codebooks",
     "use_backend",
 ]

@@ -59,6 +59,29 @@ def codebook_dequantize(
 def pack_codes(codes: int, packed: int, rows: int, columns: int, bits: int, stream: int) -> None: ...
 def unpack_codes(packed: int, codes: int, rows: int, columns: int, bits: int, stream: int) -> None: ...
 
+class GradientCall:
+    """Addresses and sizes of a checkpoint's tensors and of dL/dW; `codes` and `code_bytes` of a row for the widths 1 to 8."""
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        segments: int,
+        entries: int,
+        segment_starts: int,
+        sorted_columns: int,
+        width_starts: int,
+        first_entry: int,
+        codes: list[int],
+        code_bytes: list[int],
+        row_scale: int,
+        row_scale_dtype: int,
+        weight_gradient: int,
+    ) -> None: ...
+
+def codebook_gradient_workspace(call: GradientCall) -> int: ...
+def codebook_gradient(call: GradientCall, gradient: int, workspace: int, stream: int) -> None: ...
+
 class CdistCall:
     """Addresses and sizes of two sides' logits; dtypes 0 fp32, 1 bf16, 2 fp16; statistics fp32 [batch, rows, 2]."""
 
@@ -117,6 +140,65 @@ def sinkhorn_backward(
     grad_b: int,
     workspace: int,
     counters: int,
+    stream: int,
+) -> None: ...
+
+class SparseCheckpoint:
+    """As `_cpu.SparseCheckpoint`."""
+
+    def __init__(
+        self,
+        kind: str,
+        value_type: int,
+        rows: int,
+        columns: int,
+        kept: int,
+        bits: int,
+        outliers: int,
+        column_bytes: int,
+        tensors: dict[str, int],
+    ) -> None: ...
+
+class SparseOperand:
+    """kind: "bitmap", "columns", "sparse24" or "sparse24_codebook"; values: 0 fp32, 1 bf16, 2 fp16, 3 int8."""
+
+    def __init__(self, kind: str, values: int, bits: int, stage_bytes: int) -> None: ...
+
+sparse_header_bytes: int
+
+def sparse_layout_bytes(checkpoint: SparseCheckpoint, sparse_columns: float) -> int: ...
+def sparse_layout_pack(layout: int, layout_bytes: int, checkpoint: SparseCheckpoint, sparse_columns: float) -> None: ...
+def sparse_layout_unpack(layout: int, layout_bytes: int, checkpoint: SparseCheckpoint) -> None: ...
+def sparse_layout_describe(
+    header: int, layout_bytes: int, rows: int, columns: int
+) -> tuple[str, int, int, int, int]: ...
+def sparse_linear_workspace(
+    operand: SparseOperand, rows: int, columns: int, tokens: int, dtype: int
+) -> tuple[int, int]: ...
+def sparse_linear(
+    operand: SparseOperand,
+    layout: int,
+    layout_bytes: int,
+    rows: int,
+    columns: int,
+    x: int,
+    dtype: int,
+    tokens: int,
+    bias: int,
+    bias_dtype: int,
+    y: int,
+    partials: int,
+    counters: int,
+    stream: int,
+) -> None: ...
+def sparse_dequantize(
+    operand: SparseOperand,
+    layout: int,
+    layout_bytes: int,
+    rows: int,
+    columns: int,
+    weight: int,
+    dtype: int,
     stream: int,
 ) -> None: ...
 def kmeans_1d_layers(

@@ -6,14 +6,16 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .config import CLAQConfig, ColumnCodebookConfig, SparseConfig
+from .config import CLAQConfig, ColumnCodebookConfig, KMeansConfig, SparseConfig
 from .dispatch import PRECISIONS
 
 
@@ -33,10 +35,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.traceback:
             raise
         print(f"pyllmq {given.command}: {error}", file=sys.stderr)
+        there = isinstance(error, FileExistsError | FileNotFoundError)
+        if isinstance(error, OSError | RuntimeError) and not there and (left := _left_behind(given)):
+            print(left, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"pyllmq {given.command}: interrupted; nothing was written", file=sys.stderr)
+        left = _left_behind(given) or "nothing was written"
+        print(f"pyllmq {given.command}: interrupted; {left}", file=sys.stderr)
         return 130
+
+
+def _left_behind(given: argparse.Namespace) -> str:
+    """What an ended `compress` kept, and how to go on with it."""
+    if given.command != "compress":
+        return ""
+    from .compression.stream import how_to_go_on
+
+    return how_to_go_on(given.output)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,10 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     c.add_argument(
         "--method",
-        choices=["columns", "claq", *PRUNING, "pack"],
+        choices=["columns", "claq", "kmeans", *PRUNING, "pack"],
         default="columns",
-        help="columns: column codebooks at their best, claq: as published; magnitude, wanda, sparsegpt and mixed-sparsity prune; "
-        "pack makes a model pruned elsewhere small",
+        help="columns: column codebooks at their best, claq: as published, kmeans: by the weights alone; magnitude, wanda, "
+        "sparsegpt and mixed-sparsity prune; pack makes a model pruned elsewhere small",
     )
     c.add_argument("--sparsity", type=float, metavar="SHARE", help="share of the weights to prune; default 0.5")
     c.add_argument("--pattern", default="unstructured", help="of the pruned weights: unstructured or N:M, such as 2:4")
@@ -97,6 +112,21 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="leave these Linears dense, besides output heads (repeatable)",
     )
+    c.add_argument(
+        "--resume", action="store_true", help="go on with the same command after it was ended, to the same bytes"
+    )
+    c.add_argument("--dry-run", action="store_true", help="print what would be done, sizes and an estimate of the time")
+    c.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="with kmeans and magnitude: processes, each on one file of SRC at a time; default 1",
+    )
+    c.add_argument(
+        "--in-memory",
+        action="store_true",
+        help="hold the whole model instead of one block; needed for --tune and --calibration self; cannot be resumed",
+    )
     c.add_argument("--report", metavar="FILE", help="also write the per-layer report as JSON")
     c.add_argument("--quiet", action="store_true", help="no progress bar, no per-layer table")
     c.set_defaults(run=run_compress)
@@ -109,6 +139,13 @@ def build_parser() -> argparse.ArgumentParser:
     e.add_argument("--seqlen", type=int, default=512, metavar="L", help="tokens per window")
     e.add_argument("--max-tokens", type=int, default=None, metavar="T", help="evaluate only the first T tokens")
     e.add_argument("--precision", choices=PRECISIONS, help="of the packed layers' arithmetic; default high")
+    e.add_argument("--tasks", metavar="T,T", help="instead: tasks of lm-evaluation-harness, such as piqa,arc_easy")
+    e.add_argument("--task-folder", metavar="DIR", help="with --tasks: folder of task files of your own")
+    e.add_argument(
+        "--fewshot", type=int, metavar="N", help="with --tasks: examples before each question; default the task's"
+    )
+    e.add_argument("--limit", type=int, metavar="N", help="with --tasks: only the first N questions of each")
+    e.add_argument("--batch-size", type=int, default=8, metavar="N", help="with --tasks: questions at a time")
     e.add_argument("--json", action="store_true", help="print one JSON line")
     e.set_defaults(run=run_eval)
 
@@ -198,6 +235,22 @@ def run_compress(given: argparse.Namespace) -> int:
         raise ValueError(f"SRC and OUT are the same folder, {output}; give another OUT")
     if is_packed(given.source):
         raise ValueError(f"{given.source} is already packed; compress the dense model that it was made from")
+    if _is_data_free(config) and not given.in_memory:
+        return _compress_files(given, config)
+    if given.workers is not None:
+        raise ValueError(
+            f"--workers {given.workers} is for methods without calibration; use torchrun for several processes"
+        )
+    if isinstance(config, KMeansConfig):
+        raise ValueError("--in-memory does not go with --method kmeans, which never holds more than one file of SRC")
+    whole = _needs_whole_model(given, config)
+    if not whole:
+        return _compress_streamed(given, config)
+    if given.resume or given.dry_run:
+        option = "--resume" if given.resume else "--dry-run"
+        raise ValueError(f"{option} goes block by block, which is not possible here: {whole}")
+    if not given.in_memory:
+        print(f"pyllmq compress: {whole}, so the whole model is loaded", file=sys.stderr)
     tokenizer = load_tokenizer(given.source)
     model = load_model(given.source)
     names = {"include": given.include, "exclude": (*DEFAULT_EXCLUDE, *(given.exclude or ()))}
@@ -209,11 +262,106 @@ def run_compress(given: argparse.Namespace) -> int:
         batches = _calibration_batches(model, tokenizer, given)
         report = compress(model, config, batches, progress=not given.quiet, **names)
     save_pretrained(model, output, tokenizer)
+    _print_report(report, given)
+    return 0
+
+
+def _is_data_free(config: Any) -> bool:
+    if isinstance(config, SparseConfig):
+        return config.method == "magnitude" and config.quantize is None and config.allocation == "uniform"
+    return isinstance(config, KMeansConfig)
+
+
+def _compress_files(given: argparse.Namespace, config: Any) -> int:
+    from .compression.files import compress_files
+    from .loading import load_tokenizer
+    from .swap import DEFAULT_EXCLUDE
+
+    if given.dry_run:
+        raise ValueError(f"--dry-run does not go with --method {given.method}, which takes minutes")
+    with _ended_by_signal():
+        report = compress_files(
+            given.source,
+            given.output,
+            config,
+            include=given.include,
+            exclude=(*DEFAULT_EXCLUDE, *(given.exclude or ())),
+            others=[load_tokenizer(given.source)],
+            workers=given.workers or 1,
+            resume=given.resume,
+            progress=not given.quiet,
+        )
+    _print_report(report, given)
+    return 0
+
+
+def _needs_whole_model(given: argparse.Namespace, config: Any) -> str:
+    """Why the model has to be in memory as a whole; empty if it does not."""
+    from .compression.stream import needs_whole_model
+
+    if given.in_memory:
+        return "--in-memory was given"
+    if config is None:
+        return "--method pack looks at all weights"
+    if given.calibration == "self":
+        return "--calibration self lets the model write text"
+    return "; ".join(needs_whole_model(config))
+
+
+def _compress_streamed(given: argparse.Namespace, config: Any) -> int:
+    from .compression.ranks import joined
+    from .compression.stream import compress_folder
+    from .integrations.checkpoint import StreamedModel
+    from .loading import load_tokenizer
+    from .swap import DEFAULT_EXCLUDE
+
+    tokenizer = load_tokenizer(given.source)
+    with _ended_by_signal(), joined() as ranks:
+        streamed = StreamedModel(given.source)
+        if given.size is not None:
+            config = replace(config, bits=_bits_for_size(streamed.model, given, indexed=True))
+        batches = _calibration_batches(streamed.model, tokenizer, given)
+        names = {"include": given.include, "exclude": (*DEFAULT_EXCLUDE, *(given.exclude or ()))}
+        if given.dry_run:
+            from .compression.dry_run import plan_folder
+
+            print(plan_folder(streamed, given.output, config, batches, **names))
+            return 0
+        report = compress_folder(
+            streamed,
+            given.output,
+            config,
+            batches,
+            others=[tokenizer],
+            resume=given.resume,
+            progress=not given.quiet,
+            ranks=ranks,
+            **names,
+        )
+        if ranks.first:
+            _print_report(report, given)
+    return 0
+
+
+@contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does: with a word on how to go on."""
+
+    def end(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print_report(report: Any, given: argparse.Namespace) -> None:
     if given.report:
         report.save(given.report)
     print(report.totals() if given.quiet else report)
-    print(f"written to {output}; load it with pyllmq.from_pretrained({str(output)!r})")
-    return 0
+    print(f"written to {given.output}; load it with pyllmq.from_pretrained({str(given.output)!r})")
 
 
 def _compression_config(given: argparse.Namespace) -> Any:
@@ -225,7 +373,8 @@ def _compression_config(given: argparse.Namespace) -> Any:
         ("--sparsity", given.sparsity, tuple(PRUNING)),
         ("--pattern", None if given.pattern == "unstructured" else given.pattern, tuple(PRUNING)),
         ("--values", given.values, (*PRUNING, "pack")),
-        ("--bits", given.bits, ("columns", "claq", *PRUNING)),
+        ("--bits", given.bits, ("columns", "claq", "kmeans", *PRUNING)),
+        ("--workers", given.workers, ("kmeans", "magnitude")),
     ):
         if value is not None and given.method not in methods:
             raise ValueError(
@@ -235,6 +384,13 @@ def _compression_config(given: argparse.Namespace) -> Any:
         return None
     if given.method == "claq":
         return _published(given)
+    if given.method == "kmeans":
+        bits = 3.0 if given.bits is None else given.bits
+        if bits != int(bits):
+            raise ValueError(
+                f"--bits {bits:g} does not go with --method kmeans, where all columns have one width; give 1 to 8"
+            )
+        return KMeansConfig(int(bits))
     if given.method in PRUNING:
         sparsity = 0.5 if given.sparsity is None and given.pattern == "unstructured" else given.sparsity
         quantizer = None if given.bits is None else _published(given)
@@ -251,7 +407,7 @@ def _published(given: argparse.Namespace) -> CLAQConfig:
     return CLAQConfig(bits=bits, outliers=outliers, kmeans=given.kmeans)
 
 
-def _bits_for_size(model: Any, given: argparse.Namespace) -> float:
+def _bits_for_size(model: Any, given: argparse.Namespace, indexed: bool = False) -> float:
     from .compression.model import bits_for_size
     from .swap import DEFAULT_EXCLUDE
 
@@ -259,7 +415,7 @@ def _bits_for_size(model: Any, given: argparse.Namespace) -> float:
     weights = (".safetensors", ".bin", ".pt", ".h5", ".msgpack", ".onnx")
     other = sum(f.stat().st_size for f in Path(given.source).iterdir() if f.is_file() and f.suffix not in weights)
     exclude = (*DEFAULT_EXCLUDE, *(given.exclude or ()))
-    return bits_for_size(model, _bytes("--size", given.size), other, given.include, exclude)
+    return bits_for_size(model, _bytes("--size", given.size), other, given.include, exclude, indexed)
 
 
 def _bytes(name: str, text: str) -> int:
@@ -314,6 +470,8 @@ def run_eval(given: argparse.Namespace) -> int:
 
     tokenizer, model = load_tokenizer(given.folder), load_causal_model(given.folder)
     _apply_precision(model, given.precision)
+    if given.tasks is not None:
+        return _run_tasks(model, tokenizer, given)
     text = _text(given.text)
     found = perplexity(model, tokenizer, text, given.seqlen, given.max_tokens, progress=not given.json)
     speed = decoding_speed(model, tokenizer, text[:200])
@@ -329,6 +487,27 @@ def run_eval(given: argparse.Namespace) -> int:
     else:
         print(f"perplexity {found.perplexity:.4f} over {found.tokens} tokens in windows of {found.seqlen}")
         print(f"{found.tokens_per_second:.1f} tokens/s reading, {speed.tokens_per_second:.1f} tokens/s generating")
+    return 0
+
+
+def _run_tasks(model: Any, tokenizer: Any, given: argparse.Namespace) -> int:
+    from .evaluate import harness
+
+    found = harness(
+        model,
+        tokenizer,
+        [task.strip() for task in given.tasks.split(",") if task.strip()],
+        task_folder=given.task_folder,
+        fewshot=given.fewshot,
+        limit=given.limit,
+        batch_size=given.batch_size,
+    )
+    if given.json:
+        print(json.dumps(found))
+        return 0
+    width = max(len(task) for task in found)
+    for task, metrics in found.items():
+        print(f"{task:<{width}}  " + "  ".join(f"{metric} {value:.4f}" for metric, value in metrics.items()))
     return 0
 
 

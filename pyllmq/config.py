@@ -108,6 +108,31 @@ class CLAQConfig:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class KMeansConfig:
+    """Exact k-means in every input column, by the weights alone: no calibration data, minutes instead of hours."""
+
+    bits: int
+    """Width of the codes of all columns, 1 to 8."""
+    row_scale: bool = False
+    """One fp16 factor per row, its root mean square."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
+            raise ValueError(f"bits is {self.bits!r}; allowed: an integer from 1 to 8")
+        if not isinstance(self.row_scale, bool):
+            raise ValueError(f"row_scale is {self.row_scale!r}; allowed: True, False")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> KMeansConfig:
+        """The inverse of `to_dict`; missing keys take their defaults. Raises ValueError as CLAQConfig's does."""
+        _check_keys(cls, values)
+        return cls(**values)
+
+
 PRESETS = ("fast", "balanced", "best")
 GUIDANCE = ("none", "rows", "tokens", "rows+tokens")
 
@@ -133,6 +158,8 @@ class ColumnCodebookConfig:
     """The descent ends when a pass gains less than this share of what the first gained."""
     correct_bias: bool = True
     """Where the Linear has a bias, let it take up the mean error, and weigh the rest by the input's covariance."""
+    propagation: float = 1.0
+    """Share of the damage done by earlier Linears that a Linear's target makes up for, 0 to 1."""
     guidance: str = "rows"
     """Weigh "rows", "tokens" or "rows+tokens" by the gradient of the model's loss, which takes a backward pass; "none"
     weighs all alike."""
@@ -155,6 +182,7 @@ class ColumnCodebookConfig:
         _number("bits", self.bits, 1.1, 8)
         _number("tolerance", self.tolerance, 0, 1)
         _number("damping", self.damping, 0, 1)
+        _number("propagation", self.propagation, 0, 1)
         if self.widths is not None:
             widths = tuple(self.widths)
             good = widths and all(isinstance(w, int) and not isinstance(w, bool) and 1 <= w <= 8 for w in widths)

@@ -48,7 +48,7 @@ SPARSE24_CODEBOOK_FIELDS = (
 
 PRECISIONS = ("exact", "high", "fast")
 """What a caller of a linear operation permits: "exact" errs no more than torch does in the activations' dtype, "high" has a
-relative error of at most 2e-4 beyond that of the dtype, "fast" of at most 2e-3. A kernel may be more exact than asked."""
+relative error of at most 2e-4 beyond that of the dtype, "fast" of at most 2e-2. A kernel may be more exact than asked."""
 
 DEFAULT_PRECISION = "high"
 

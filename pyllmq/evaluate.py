@@ -76,6 +76,51 @@ def decoding_speed(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 32
     return Decoding(made, made / (time.perf_counter() - started))
 
 
+def harness(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    task_folder: str | None = None,
+    fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict[str, float]]:
+    """Task -> metric -> value of tasks of lm-evaluation-harness, packed or dense models alike.
+
+    Args:
+        tasks: names that lm-eval knows, or that files in `task_folder` (YAML, in its format) define.
+        fewshot: examples before each question; None is the task's own number.
+        limit: evaluate only the first ones of each task.
+
+    Raises ImportError where lm-eval is not installed, ValueError for an unknown task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError(
+            f"tasks need lm-eval ({error}); install it with: pip install 'pyllmq-kernels[eval]'"
+        ) from error
+    manager = TaskManager(include_path=task_folder)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise ValueError(f"lm-eval knows no task {', '.join(map(repr, unknown))}; `lm_eval ls tasks` lists them")
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found = simple_evaluate(
+        wrapped, tasks=list(tasks), num_fewshot=fewshot, limit=limit, task_manager=manager, bootstrap_iters=0
+    )
+    return {
+        task: {
+            metric.removesuffix(",none"): float(value)
+            for metric, value in metrics.items()
+            if isinstance(value, int | float) and "stderr" not in metric
+        }
+        for task, metrics in found["results"].items()
+    }
+
+
 @torch.inference_mode()
 def sentence_embeddings(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     """Mean of the last hidden states over the tokens of each sentence, normalised to length 1: [sentences, hidden]."""

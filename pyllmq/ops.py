@@ -18,6 +18,7 @@ from torch import Tensor
 from .backends import cpu as _cpu_backend
 from .backends import cpu_sparse as _cpu_sparse_backend
 from .backends import cuda as _cuda_backend
+from .backends import cuda_sparse as _cuda_sparse_backend
 from .backends import reference as _reference_backend
 from .backends import triton as _triton_backend
 from .backends import triton_sparse as _triton_sparse_backend
@@ -26,6 +27,7 @@ from .dispatch import CHECKPOINT, CHECKPOINT_FIELDS, DEFAULT_PRECISION, WeightOp
 _cpu_backend.register_kernels()
 _cpu_sparse_backend.register_kernels()
 _cuda_backend.register_kernels()
+_cuda_sparse_backend.register_kernels()
 _triton_backend.register_kernels()
 _triton_sparse_backend.register_kernels()
 _cpu_backend.register_kernels_for_other_devices()
@@ -80,7 +82,7 @@ def codebook_linear(
         weight: a `CodebookWeight` or its `operand()`, [N, K].
         bias: [N] or None.
         precision: what the arithmetic may cost in accuracy: "exact" (errors as those of torch in x's dtype), "high" (relative
-            error up to 2e-4 beyond the dtype's) or "fast" (up to 2e-3). A back end may be more exact than asked.
+            error up to 2e-4 beyond the dtype's) or "fast" (up to 2e-2). A back end may be more exact than asked.
 
     Returns:
         [..., N] in x's dtype.

@@ -23,18 +23,21 @@ import pytest
 import torch
 
 from pyllmq import dispatch
-from pyllmq.backends import cuda, cuda_sinkhorn
+from pyllmq.backends import cuda, cuda_sinkhorn, cuda_sparse
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 SOURCES = (
     CSRC / "bindings_cuda.cpp",
-    *sorted((CSRC / "cuda").glob("codebook_*.c*")),
+    *sorted((CSRC / "cuda").glob("codebook_*.cpp")),
+    *sorted((CSRC / "cuda").glob("codebook_*.cu")),
     CSRC / "cuda/kmeans_1d.cu",
     CSRC / "cuda/pack_codes.cu",
     CSRC / "cuda/sinkhorn.cu",
     CSRC / "cuda/sinkhorn_small.cu",
     CSRC / "cuda/softmax_cdist_l1.cu",
+    *sorted((CSRC / "cuda").glob("sparse_*.cpp")),
+    *sorted((CSRC / "cuda").glob("sparse_*.cu")),
     *sorted((CSRC / "cuda/emulator").glob("*.cpp")),
 )
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"] if "PYLLMQ_SANITIZED" in os.environ else []
@@ -113,17 +116,17 @@ def emulated(monkeypatch):
     """
     extension = emulated_extension()
     poisoning = PoisoningTorch()
-    monkeypatch.setattr(cuda, "torch", poisoning)
-    monkeypatch.setattr(cuda_sinkhorn, "torch", poisoning)
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    for module in (cuda, cuda_sinkhorn, cuda_sparse):
+        monkeypatch.setattr(module, "torch", poisoning)
+    for module in (cuda, cuda_sparse):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(cuda, "available", lambda: (True, "emulated"))
     monkeypatch.setattr(cuda, "_extension", lambda: extension)
     monkeypatch.setattr(cuda, "_current", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(cuda, "_stream", lambda device: 0)
     monkeypatch.setattr(cuda, "_capturing", lambda: False)
     monkeypatch.setattr(cuda, "_counters", {})
-    cuda._workspace_sizes.cache_clear()
-    dispatch.kernel_for.cache_clear()
+    _clear_caches()
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the oracle's small operations would spin in OpenMP
     yield extension
@@ -131,5 +134,9 @@ def emulated(monkeypatch):
     assert all(not counters.any() for counters in cuda._counters.values()), "a kernel left a counter that is not zero"
     extension.emulator.set_schedule()
     torch.set_num_threads(torch_threads)
-    cuda._workspace_sizes.cache_clear()
-    dispatch.kernel_for.cache_clear()
+    _clear_caches()
+
+
+def _clear_caches():
+    for cached in (cuda._workspace_sizes, cuda_sparse._workspace_sizes, cuda_sparse._described, dispatch.kernel_for):
+        cached.cache_clear()

@@ -36,7 +36,7 @@ def check(case, x, bias=None, backend="cpu"):
     assert_as_good_as_torch(actual, exact, *torchs)
     size = float((x.double() ** 2 @ case.dense.T**2).sqrt().norm() + exact.norm())
     of_dtype = float((actual.double() - exact).norm())
-    for result, permitted in ((high, 2e-4), (fast, 2e-3)):
+    for result, permitted in ((high, 2e-4), (fast, 2e-2)):
         assert result.dtype == x.dtype
         assert (
             float((result.double() - exact).norm()) <= permitted * size + 2 * of_dtype + torch.finfo(x.dtype).eps * size

@@ -297,6 +297,38 @@ def test_tuning_lowers_the_loss_and_changes_no_size() -> None:
     assert 8 * sum(s.nbytes for s in before.values()) / report.weights == pytest.approx(report.bits_per_weight)
 
 
+def test_tuning_with_checkpointed_blocks_takes_the_same_way() -> None:
+    dense = tiny_llama()
+    model = copy.deepcopy(dense)
+    pyllmq.compress(model, ColumnCodebookConfig(bits=3.5), IDS, progress=False)
+    plain, saving = (
+        pyllmq.tune_codebooks(copy.deepcopy(model), dense, IDS, steps=6, checkpoint=checkpoint, progress=False)
+        for checkpoint in (False, True)
+    )
+    assert plain[-1] < plain[0] and saving == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
+def test_tuning_block_by_block_brings_every_block_closer(make) -> None:
+    torch.manual_seed(1)
+    dense = make()
+    model = copy.deepcopy(dense)
+    pyllmq.compress(model, ColumnCodebookConfig(bits=2.9), IDS, progress=False)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, pyllmq.CodebookLinear)}
+    before = {n: (m.structure, m.packed_weight().unpack()) for n, m in layers.items()}
+    state = {name: p.requires_grad for name, p in model.named_parameters()}
+    found = pyllmq.tune_blocks(model, dense, IDS, steps=24, progress=False)
+    assert len(found) == 2
+    for losses in found.values():
+        assert len(losses) == 24 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    for name, (structure, codes) in before.items():
+        layer = model.get_submodule(name)
+        assert layer.structure == structure and torch.equal(layer.packed_weight().unpack(), codes)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == state
+    with pytest.raises(ValueError, match="has no packed layer"):
+        pyllmq.tune_blocks(dense, dense, IDS, steps=1)
+
+
 def test_tuning_that_fails_leaves_the_model_as_it_was() -> None:
     dense = tiny_llama()
     model = copy.deepcopy(dense)

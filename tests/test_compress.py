@@ -8,7 +8,7 @@ from torch import nn
 
 import pyllmq
 from pyllmq import CLAQConfig, CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseConfig, SparseLinear
-from pyllmq.compression import model as pipeline
+from pyllmq.compression import job as pipeline
 
 from . import models
 
@@ -56,7 +56,7 @@ def test_every_linear_is_given_its_own_inputs(monkeypatch, sequential):
     seen = {}
     original = pipeline.claq.compress_linears
 
-    def spy(weights, hessian, config):
+    def spy(weights, hessian, config, *others):
         inputs = []
         target = model.get_submodule(next(iter(weights)))
         handle = target.register_forward_pre_hook(lambda m, a: inputs.append(a[0].detach().flatten(0, -2)))
@@ -68,7 +68,7 @@ def test_every_linear_is_given_its_own_inputs(monkeypatch, sequential):
         if sequential:
             torch.testing.assert_close(hessian, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
         seen[tuple(name.rsplit(".", 1)[1] for name in weights)] = hessian.shape
-        return original(weights, hessian, config)
+        return original(weights, hessian, config, *others)
 
     monkeypatch.setattr(pipeline.claq, "compress_linears", spy)
     run(model, batches, CLAQConfig(bits=3, true_sequential=sequential))
@@ -296,9 +296,9 @@ def test_the_encoders_padding_takes_no_token_from_the_decoder(monkeypatch):
     counted = {}
     original = pipeline.claq.compress_linears
 
-    def spy(weights, hessian, config):
+    def spy(weights, hessian, config, *others):
         counted[next(iter(weights))] = hessian
-        return original(weights, hessian, config)
+        return original(weights, hessian, config, *others)
 
     monkeypatch.setattr(pipeline.claq, "compress_linears", spy)
     ids = torch.randint(1, 512, (2, 12))

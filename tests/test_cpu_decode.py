@@ -5,12 +5,11 @@ import torch
 
 from pyllmq import _cpu
 
-from .test_cpu_layout import WIDTHS, Weight, isa, keep_threads, one_torch_thread
+from .test_cpu_layout import WIDTHS, Weight, isa, keep_threads, max_error, one_torch_thread
 
 pytestmark = pytest.mark.kernels
 __all__ = ["isa", "keep_threads", "one_torch_thread"]  # fixtures
 
-MAX_ERROR = {"high": 2e-4, "fast": 2e-3}
 both_precisions = pytest.mark.parametrize("precision", ["high", "fast"])
 
 
@@ -27,9 +26,9 @@ def test_error_is_below_the_precision_s_word(widths, precision, tokens):
     for seed, (rows, columns) in enumerate([(32, 64), (100, 257), (64, 600), (70, 1200)]):
         weight = Weight(rows, columns, widths, segments=2, outlier_fraction=0.01, row_scale=True, seed=seed)
         x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
-        assert relative_error(weight, x, precision, torch.randn(rows)) <= MAX_ERROR[precision]
+        assert relative_error(weight, x, precision, torch.randn(rows)) <= max_error(precision, "decode")
         x[:, columns // 2] = 1e4  # the same for all tokens: its rounding errors do not average out
-        assert relative_error(weight, x, precision) <= MAX_ERROR[precision]
+        assert relative_error(weight, x, precision) <= max_error(precision, "decode")
 
 
 @both_precisions
@@ -67,7 +66,7 @@ def test_zeros_and_zero_columns(precision):
     x = torch.randn(5, 300)
     x[2] = 0
     y = weight.linear(x, path="decode", precision=precision)
-    assert torch.all(y[2] == 0) and relative_error(weight, x, precision) <= MAX_ERROR[precision]
+    assert torch.all(y[2] == 0) and relative_error(weight, x, precision) <= max_error(precision, "decode")
     weight.codebook.zero_()
     weight.layout = weight.pack()
     assert torch.all(weight.linear(x, path="decode", precision=precision) == 0)
@@ -81,7 +80,7 @@ def test_infinite_codebook_and_zero_row_scale_with_outliers(precision):
     begin, end = weight.outlier_offsets[5:7].tolist()
     weight.dense[5, weight.outlier_columns[begin:end].long()] = weight.outlier_values[begin:end].double()
     weight.layout = weight.pack()
-    assert relative_error(weight, torch.randn(9, 300), precision) <= MAX_ERROR[precision]
+    assert relative_error(weight, torch.randn(9, 300), precision) <= max_error(precision, "decode")
     weight.codebook.fill_(float("inf"))
     weight.layout = weight.pack()
     assert not weight.linear(torch.randn(2, 300), path="decode", precision=precision)[:, :5].isfinite().any()

@@ -15,6 +15,7 @@ COLUMNS = [1, 2, 3, 7, 64, 255, 256, 257, 600]
 PATHS = {"tables": 0, "decode": 1, "automatic": 2}
 PRECISIONS = {"exact": 0, "high": 1, "fast": 2}
 MAX_ERROR = {"exact": 0.0, "high": 2e-4, "fast": 2e-3}
+MAX_ERROR_IN_BYTES = 2e-2
 WIDTHS = [[1], [2], [3], [4], [5], [6], [7], [8], [2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8]]
 
 
@@ -139,6 +140,12 @@ class Weight:
         return out
 
 
+def max_error(precision, path):
+    """What the arithmetic that a path takes on this machine may cost, of the result's size."""
+    in_bytes = precision == "fast" and path == "decode" and _cpu.isa() == "avx512"
+    return MAX_ERROR_IN_BYTES if in_bytes else MAX_ERROR[precision]
+
+
 def assert_as_good_as_torch(weight, x, bias=None, path="tables", precision="exact"):
     """Error against fp64 at most twice that of torch's own F.linear in x's dtype, plus what `precision` permits of the
     result's size; norms over the outputs."""
@@ -150,7 +157,9 @@ def assert_as_good_as_torch(weight, x, bias=None, path="tables", precision="exac
     ours = weight.linear(x, bias, path=path, precision=precision).double()
     # Room for one more rounding of a sum of this size: of a handful of outputs torch may hit one exactly by luck.
     size = torch.linalg.norm((x.double() ** 2 @ weight.dense.T**2).sqrt() + exact.abs())
-    allowed = 2 * torch.linalg.norm(torch_y - exact) + torch.finfo(x.dtype).eps / 2 * size + MAX_ERROR[precision] * size
+    allowed = (
+        2 * torch.linalg.norm(torch_y - exact) + torch.finfo(x.dtype).eps / 2 * size + max_error(precision, path) * size
+    )
     error = torch.linalg.norm(ours - exact)
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}, size {size:.3e}"
 
@@ -255,12 +264,13 @@ def test_decode_uses_the_exact_outlier_where_the_row_scale_is_zero_or_the_code_i
 @both_paths
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 def test_isas_agree_bit_for_bit(widths, path, isa):
-    """Exact on all ISAs; high and fast too, but for the decode path in AMX tiles."""
+    """Exact on all ISAs; high and fast too, but for the decode path in AMX tiles and in weights of one byte."""
     weight = Weight(100, 600, widths, segments=2, outlier_fraction=0.01, row_scale=path == "decode")
     x = torch.randn(9, 600)
 
     def results():
-        precisions = ["exact"] if isa == "amx" and path == "decode" else PRECISIONS
+        own = {"amx": ["high", "fast"], "avx512": ["fast"]}.get(isa, []) if path == "decode" else []
+        precisions = [p for p in PRECISIONS if p not in own]
         both = [weight.linear(v, path=path, precision=p) for v in (x, x.bfloat16()) for p in precisions]
         return *both, weight.dequantize(), weight.codes()
 

@@ -42,6 +42,7 @@ PROBLEMS = {
     "cpu.decode_checkpoint_and_matmul": Problem("codebook_linear", "checkpoint", "cpu", torch.float32, 1),
     "cpu.decode_checkpoint": Problem("codebook_dequantize", "checkpoint", "cpu", torch.float32),
     "cpu.codebook_gradient": Problem("codebook_gradient", "checkpoint", "cpu", torch.float32),
+    "cuda.codebook_gradient": Problem("codebook_gradient", "checkpoint", "cuda", torch.float32),
     "triton.codebook_gradient": Problem("codebook_gradient", "checkpoint", "cuda", torch.float32),
     "reference.codebook_gradient": Problem("codebook_gradient", "checkpoint", "meta", torch.float32),
     "cpu.fit_columns": Problem("fit_columns", "", "cpu", torch.float32),
@@ -49,6 +50,17 @@ PROBLEMS = {
         f"cpu.{format}_{op}": Problem(f"{format}_{op}", f"cpu.{format}", "cpu", torch.float32, 1)
         for format in ("bitmap", "sparse24", "sparse24_codebook")
         for op in ("linear", "dequantize")
+    },
+    **{
+        f"cuda.{layout}_{way}": Problem(f"{format}_{op}", f"cuda.{layout}", "cuda", torch.bfloat16, tokens)
+        for format, layout in (
+            ("bitmap", "bitmap"),
+            ("bitmap", "columns"),
+            ("sparse24", "sparse24"),
+            ("sparse24", "columns"),
+            ("sparse24_codebook", "sparse24_codebook"),
+        )
+        for way, op, tokens in (("fused", "linear", 16), ("matmul", "linear", 65), ("dequantize", "dequantize", 0))
     },
     **{
         f"triton.{format}_{way}": Problem(f"{format}_{op}", f"triton.{format}", "cuda", torch.bfloat16, tokens)

@@ -15,6 +15,8 @@ from pyllmq.functional import codebook_dequantize, codebook_linear, pack_codes, 
 
 from .oracle import assert_as_good_as_torch, random_case
 from .test_softmax_cdist_l1 import check_gradient, exact_distance
+from .test_sparse_formats import random_codes
+from .test_sparse_linear import LINEAR, bitmap, dense_of, sparse24
 
 DEVICE = "cuda"
 BACKENDS = ("cuda", "triton", "reference")
@@ -95,6 +97,58 @@ def test_sanitized(backend):
     case = random_case(70, 90, (2, 3, 4, 8), segments=2, outliers=0.05, row_scale=True)
     for tokens in (1, 9, 33, 70):
         check(backend, case, torch.randn(tokens, 90, device=DEVICE).half())
+
+
+SPARSE = {
+    "bitmap": lambda n, k: bitmap(n, k),
+    "bitmap of int8": lambda n, k: bitmap(n, k, values=torch.int8),
+    "bitmap of few": lambda n, k: bitmap(n, k, 0.9),
+    "2:4": lambda n, k: sparse24(n, k),
+    "2:4 in fp16": lambda n, k: sparse24(n, k, torch.float16),
+    "2:4 in fp32": lambda n, k: sparse24(n, k, torch.float32),
+    "2:4 of 2 bits": lambda n, k: random_codes(n, k, 2, 0.02)[0],
+    "2:4 of 4 bits": lambda n, k: random_codes(n, k, 4, 0.02)[0],
+}
+
+
+def check_sparse(backend, weight, x):
+    dense = dense_of(weight)
+    with pyllmq.use_backend(backend):
+        operand = type(weight)(weight.structure, weight.tensors).to(DEVICE).operand()
+    actual = LINEAR[type(weight)](x, operand)
+    exact = x.double() @ dense.to(DEVICE).T
+    torchs = nn.functional.linear(x, dense.to(DEVICE, x.dtype))
+    assert_as_good_as_torch(actual, exact, torchs, factor=8.0 if x.dtype == torch.float32 else 3.0)
+
+
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", SPARSE)
+def test_sparse_linear(backend, kind, dtype):
+    for n, k in ((300, 700), (65, 4200)):
+        weight = SPARSE[kind](n, k)
+        for tokens in (1, 5, 16, 33, 65):
+            check_sparse(backend, weight, torch.randn(tokens, k, device=DEVICE).to(dtype))
+
+
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("kind", SPARSE)
+def test_sparse_sanitized(backend, kind):
+    weight = SPARSE[kind](70, 150)
+    for tokens in (1, 9, 70):
+        check_sparse(backend, weight, torch.randn(tokens, 150, device=DEVICE).half())
+
+
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("kind", SPARSE)
+def test_sparse_dequantize_and_back(backend, kind):
+    weight = SPARSE[kind](130, 270)
+    with pyllmq.use_backend(backend):
+        operand = type(weight)(weight.structure, weight.tensors).to(DEVICE).operand()
+    tensors = backends.unpack_layout(operand, weight.structure.tensors())
+    assert all(torch.equal(tensors[key].cpu(), tensor) for key, tensor in weight.tensors.items())
+    dense = getattr(pyllmq.functional, f"{weight.layout}_dequantize")(operand, torch.float32)
+    torch.testing.assert_close(dense.cpu().double(), dense_of(weight), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)

@@ -111,6 +111,22 @@ def test_bf16_does_not_touch_codebooks(folder):
     assert torch.allclose(half(ids).logits.float(), plain(ids).logits, atol=0.05)
 
 
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_maps(folder, device_map):
+    pytest.importorskip("accelerate")
+    ids = torch.randint(0, 512, (1, 8))
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
+    assert torch.equal(model(ids).logits, pyllmq.from_pretrained(folder)(ids).logits)
+    assert model.model.layers[0].mlp.up_proj.weight.device.type == model.device.type
+
+
+def test_offloading_to_disk_is_refused(folder, tmp_path):
+    pytest.importorskip("accelerate")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "lm_head": "cpu"}
+    with pytest.raises(ValueError, match=r"puts model\.layers\.1\..* and 6 more packed layers on disk"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path)
+
+
 def test_generate(folder):
     model = pyllmq.from_pretrained(folder)
     ids = torch.randint(0, 512, (1, 8))

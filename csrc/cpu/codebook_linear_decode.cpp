@@ -30,7 +30,8 @@ const DecodeKernels& decode_kernels(StepOrder order, Precision precision) {
 #if defined(__x86_64__)
   const Isa isa = active_isa();
   if (isa == Isa::amx && order == StepOrder::fours && !fp32) return kDecodeAmx;
-  if (isa >= Isa::avx512 && order == StepOrder::fours) return fp32 ? kDecodeAvx512 : kDecodeInt16Avx512;
+  if (isa >= Isa::avx512 && order == StepOrder::fours)
+    return fp32 ? kDecodeAvx512 : precision == Precision::fast ? kDecodeInt8Avx512 : kDecodeInt16Avx512;
   if (isa >= Isa::avx2 && order == StepOrder::rows) return fp32 ? kDecodeAvx2 : kDecodeInt16Avx2;
 #endif
   return fp32 ? kDecodeScalar : kDecodeInt16Scalar;

@@ -5,7 +5,8 @@
 //   fp32   exact weights (row scale and outliers included) and chains of fused multiply-adds, so NaN and infinity need
 //          no path of their own. The only one for `exact`; all ISAs agree bit for bit.
 //   int16  codebook_linear_decode_int16.h: twice the multiply-adds of fp32, error 1e-4.
-//   int8   codebook_linear_decode_amx.cpp: AMX tiles, three products of numbers cut into two bytes, error 5e-5.
+//   2 int8 codebook_linear_decode_amx.cpp: AMX tiles, three products of numbers cut into two bytes, error 5e-5.
+//   int8   codebook_linear_decode_int8_avx512.cpp: `fast` with AVX-512 alone, four times the multiply-adds of fp32, error 1e-2.
 //
 //   weights  [2 halves, columns, 16 rows]: a half of 256 columns is 16 KiB in fp32; with the 32 rows of a column side
 //            by side each half would use only every other set of an L1 cache. 16-bit weights: [2, pairs, 16 rows, 2]; of
@@ -119,7 +120,8 @@ struct DecodeKernels {
 extern const DecodeKernels kDecodeScalar;  // reads both orders of steps
 extern const DecodeKernels kDecodeAvx2;    // rows
 extern const DecodeKernels kDecodeAvx512;  // fours
-extern const DecodeKernels kDecodeAmx;     // fours; `high` and `fast`
+extern const DecodeKernels kDecodeAmx;         // fours; `high` and `fast`
+extern const DecodeKernels kDecodeInt8Avx512;  // fours; `fast`
 
 // fp32: [group of tokens, slot, token].
 static inline int64_t packed_fp32_bytes(int64_t tokens) { return kDecodedColumns * tokens * 4; }

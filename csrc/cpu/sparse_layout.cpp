@@ -31,18 +31,6 @@ uint64_t checksum(SparseHeader header) {
   return hash;
 }
 
-uint32_t column_at(const uint8_t* columns, int bytes, int64_t i) {
-  if (bytes == 4) return reinterpret_cast<const uint32_t*>(columns)[i];
-  return reinterpret_cast<const uint16_t*>(columns)[i];
-}
-
-void put_column(uint8_t* columns, int bytes, int64_t i, uint32_t column) {
-  if (bytes == 4)
-    reinterpret_cast<uint32_t*>(columns)[i] = column;
-  else
-    reinterpret_cast<uint16_t*>(columns)[i] = static_cast<uint16_t>(column);
-}
-
 // The kept columns of one row, block after block.
 class RowMask {
  public:
@@ -274,18 +262,14 @@ void unpack_columns(const SparseView& view, const SparseCheckpoint& to) {
 
 // --- 2:4 -----------------------------------------------------------------------------------------------------------
 
-int64_t groups_of(int64_t columns) { return (columns + 3) / 4; }
-
 // Place of value `which` of a row in the values of a group, in elements.
 int64_t value_place(ValueType type, int row, int which) {
   return by_pairs(type) ? row * 2 + which : which * kCellRows + row;
 }
 
-int read_nibble(const uint8_t* row, int64_t i) { return row[i / 2] >> (4 * (i % 2)) & 15; }
-
 void pack_24_tile(const SparseCheckpoint& from, const Plan& plan, int64_t tile, uint8_t* layout) {
   const SparseHeader& h = plan.header;
-  const int64_t groups = groups_of(h.columns), size = value_bytes(h.values), row_bytes = (groups + 1) / 2;
+  const int64_t groups = sparse_groups(h.columns), size = value_bytes(h.values), row_bytes = (groups + 1) / 2;
   for (int64_t row = tile * kTileRows; row < std::min(h.rows, (tile + 1) * kTileRows); ++row) {
     const int r = static_cast<int>(row % kCellRows), half = static_cast<int>(row % kTileRows / kCellRows);
     for (int64_t group = 0; group < groups; ++group) {
@@ -303,7 +287,7 @@ void pack_24_tile(const SparseCheckpoint& from, const Plan& plan, int64_t tile, 
 
 void unpack_24_tile(const SparseView& view, const SparseCheckpoint& to, int64_t tile) {
   const SparseHeader& h = view.header();
-  const int64_t groups = groups_of(h.columns), size = value_bytes(h.values), row_bytes = (groups + 1) / 2;
+  const int64_t groups = sparse_groups(h.columns), size = value_bytes(h.values), row_bytes = (groups + 1) / 2;
   for (int64_t row = tile * kTileRows; row < std::min(h.rows, (tile + 1) * kTileRows); ++row) {
     const int r = static_cast<int>(row % kCellRows), half = static_cast<int>(row % kTileRows / kCellRows);
     for (int64_t group = 0; group < groups; ++group) {
@@ -321,16 +305,10 @@ void unpack_24_tile(const SparseView& view, const SparseCheckpoint& to, int64_t 
 
 // --- codes ---------------------------------------------------------------------------------------------------------
 
-uint32_t read_bits(const uint8_t* row, int64_t bit, int bits) {  // within two bytes
-  const uint32_t low = row[bit / 8] >> (bit % 8);
-  const uint32_t high = bit % 8 + bits > 8 ? static_cast<uint32_t>(row[bit / 8 + 1]) << (8 - bit % 8) : 0;
-  return (low | high) & ((1u << bits) - 1);
-}
-
 void pack_codes_tile(const SparseCheckpoint& from, const Plan& plan, int64_t tile, uint8_t* layout) {
   const SparseHeader& h = plan.header;
   const int bits = static_cast<int>(h.bits);
-  const int64_t groups = groups_of(h.columns), position_bytes = (groups + 1) / 2, code_bytes = (2 * groups * bits + 7) / 8;
+  const int64_t groups = sparse_groups(h.columns), position_bytes = (groups + 1) / 2, code_bytes = (2 * groups * bits + 7) / 8;
   for (int64_t row = tile * kTileRows; row < std::min(h.rows, (tile + 1) * kTileRows); ++row) {
     const int r = static_cast<int>(row % kCellRows), half = static_cast<int>(row % kTileRows / kCellRows);
     for (int64_t group = 0; group < groups; ++group) {
@@ -339,7 +317,7 @@ void pack_codes_tile(const SparseCheckpoint& from, const Plan& plan, int64_t til
                                                  batch * code_batch_bytes(bits));
       const auto positions = static_cast<uint32_t>(read_nibble(from.positions + row * position_bytes, group));
       const uint8_t* codes = from.codes + row * code_bytes;
-      const uint32_t code[2] = {read_bits(codes, 2 * group * bits, bits), read_bits(codes, (2 * group + 1) * bits, bits)};
+      const uint32_t code[2] = {read_code(codes, 2 * group, bits), read_code(codes, 2 * group + 1, bits)};
       const int shift = static_cast<int>(group % 8) * 4;
       if (bits == 2) {
         dwords[r] |= (code[0] | (positions & 3) << 2) << shift;
@@ -361,20 +339,15 @@ GroupCodes group_at(const SparseView& view, int64_t row, int64_t group) {
 
 void unpack_codes_tile(const SparseView& view, const SparseCheckpoint& to, int64_t tile) {
   const SparseHeader& h = view.header();
-  const int64_t groups = groups_of(h.columns), position_bytes = (groups + 1) / 2;
+  const int64_t groups = sparse_groups(h.columns), position_bytes = (groups + 1) / 2;
   const int64_t code_bytes = (2 * groups * h.bits + 7) / 8;
   for (int64_t row = tile * kTileRows; row < std::min(h.rows, (tile + 1) * kTileRows); ++row)
     for (int64_t group = 0; group < groups; ++group) {
       const GroupCodes found = group_at(view, row, group);
       to.positions[row * position_bytes + group / 2] |=
           static_cast<uint8_t>((found.position[0] | found.position[1] << 2) << (4 * (group % 2)));
-      for (int which = 0; which < 2; ++which) {
-        const int64_t bit = (2 * group + which) * h.bits;
-        uint8_t* at = to.codes + row * code_bytes + bit / 8;
-        const int code = found.code[which] << (bit % 8);
-        at[0] |= static_cast<uint8_t>(code);
-        if (code >> 8) at[1] |= static_cast<uint8_t>(code >> 8);
-      }
+      for (int which = 0; which < 2; ++which)
+        write_code(to.codes + row * code_bytes, 2 * group + which, h.bits, static_cast<uint32_t>(found.code[which]));
     }
 }
 
@@ -462,8 +435,8 @@ void sparse_layout_unpack(const SparseView& view, const SparseCheckpoint& to) {
     refuse("the tensors to unpack into are not those of the weight that was packed");
   if (to.row_offsets != nullptr) std::memcpy(to.row_offsets, view.row_offsets(), (h.rows + 1) * 4);
   if (to.mask != nullptr) std::memset(to.mask, 0, h.rows * ((h.columns + 7) / 8));
-  if (to.positions != nullptr) std::memset(to.positions, 0, h.rows * ((groups_of(h.columns) + 1) / 2));
-  if (to.codes != nullptr) std::memset(to.codes, 0, h.rows * ((2 * groups_of(h.columns) * h.bits + 7) / 8));
+  if (to.positions != nullptr) std::memset(to.positions, 0, h.rows * ((sparse_groups(h.columns) + 1) / 2));
+  if (to.codes != nullptr) std::memset(to.codes, 0, h.rows * ((2 * sparse_groups(h.columns) * h.bits + 7) / 8));
   if (to.scale != nullptr) std::memcpy(to.scale, view.scale(), h.rows * 4);
   if (to.codebook != nullptr) std::memcpy(to.codebook, view.codebook(), h.columns << (h.bits + 1));
   if (h.outliers > 0) {

@@ -23,11 +23,9 @@
 #include <cstdint>
 
 #include "cpu/codebook_layout.h"
+#include "sparse_shape.h"
 
 namespace pyllmq::cpu {
-
-enum class SparseKind : int64_t { bitmap = 0, columns = 1, sparse24 = 2, codes = 3 };
-enum class ValueType : int64_t { fp32 = 0, bf16 = 1, fp16 = 2, int8 = 3 };  // the first three as DType
 
 constexpr int kCellRows = 16;
 constexpr int64_t kCellColumns = 256;
@@ -35,7 +33,6 @@ constexpr int64_t kBatchColumns = 32;   // 8 groups of four
 constexpr int64_t kSparseStripTiles = 4;
 constexpr int64_t kReadAhead = 128;     // bytes behind the last value that kernels may read
 
-static constexpr int64_t value_bytes(ValueType type) { return type == ValueType::fp32 ? 4 : type == ValueType::int8 ? 1 : 2; }
 static constexpr int64_t batch_bytes(ValueType type) { return 4 * kCellRows + kBatchColumns / 2 * kCellRows * value_bytes(type); }
 static constexpr int64_t code_batch_bytes(int bits) { return (bits == 2 ? 2 : 3) * 4 * kCellRows; }
 
@@ -81,25 +78,6 @@ class SparseView {
     return reinterpret_cast<const T*>(base_ + offset);
   }
   const uint8_t* base_;
-};
-
-// A weight as it stands in a checkpoint (docs/formats.md), all arrays contiguous; what a format lacks is null.
-struct SparseCheckpoint {
-  SparseKind kind;  // bitmap, sparse24 or codes
-  ValueType value_type;
-  int64_t rows, columns, kept, bits, outliers;
-  uint8_t* values;
-  int32_t* row_offsets;
-  uint8_t* mask;
-  uint8_t* column_numbers;  // of kept weights
-  int column_bytes;         // of those and of the outliers'
-  uint8_t* positions;
-  float* scale;
-  uint8_t* codes;
-  uint16_t* codebook;
-  int32_t* outlier_row_offsets;
-  uint8_t* outlier_columns;
-  uint16_t* outlier_values;
 };
 
 // sparse_columns: a bitmap with a smaller share of kept weights than this is laid out as `columns`.

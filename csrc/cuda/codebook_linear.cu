@@ -26,7 +26,9 @@
 
 #include "cuda/codebook_linear_outputs.cuh"
 #include "cuda/decode.cuh"
+#include "cuda/fp16_planes.cuh"
 #include "cuda/runtime.h"
+#include "cuda/split_sums.cuh"
 
 namespace pyllmq::cuda {
 namespace {
@@ -36,7 +38,6 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kMostColumns = 16;                  // of the product: tokens, or twice the tokens for fp32
 constexpr int kRingBytes = 9216;                  // of one warp: two stages of 4 bits, or the tables of an 8-bit group
 constexpr int kSums = kBlockRows * 4;             // rows x columns of a block's product, for each number of token tiles
-constexpr float kLowPlane = 2048.0f;              // 2^11: the second plane of fp32 holds what the first one rounded off
 constexpr int64_t kMostXBytes = 24 << 10;         // one block fits on compute capability 8.6 (99 KiB), two on 9.0
 constexpr int kBlocksPerMultiprocessor = 2;
 
@@ -68,16 +69,6 @@ struct Shared {
 };
 static_assert(sizeof(Shared) + kMostXBytes <= 99 << 10, "what a block gets on compute capability 8.6");
 static_assert(kRingBytes * kWarps >= kSums * 4 && sizeof(Shared) % 16 == 0, "the sums must fit into the rings");
-
-PYLLMQ_DEVICE float power_of_two(int exponent) { return ptx::bits_to_fp32(static_cast<uint32_t>(exponent + 127) << 23); }
-
-// Exponent that brings `largest` to 2^14..2^15; 0 where there is nothing to bring there.
-PYLLMQ_DEVICE int scale_exponent(float largest) {
-  const int biased = static_cast<int>(ptx::fp32_to_bits(largest) >> 23 & 255);
-  if (largest == 0.0f || biased == 255) return 0;
-  const int exponent = 14 - (biased - 127);
-  return exponent < 126 ? exponent : 126;
-}
 
 // x of this block's columns, in the order of its groups, as fp16 [slot, column of the product].
 PYLLMQ_DEVICE void stage_x(const Work& w, const LinearCall& call, Shared& shared, uint16_t* x_shared) {
@@ -344,20 +335,12 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, con
   });
   if (a.splits == 1) return;
 
-  ptx::fence();
-  ptx::sync_block();
-  if (ptx::thread() == 0)
-    shared.arrived = ptx::count_to(a.call.counters + w.token_begin / a.tokens_per_block * a.call.rows + row_begin,
-                                   static_cast<uint32_t>(a.splits - 1));
-  ptx::sync_block();
-  if (shared.arrived != static_cast<uint32_t>(a.splits - 1)) return;
-  ptx::fence();
+  uint32_t* counter = a.call.counters + w.token_begin / a.tokens_per_block * a.call.rows + row_begin;
+  if (!is_last_of(static_cast<uint32_t>(a.splits), counter, shared.arrived)) return;
   for_each_output([&](int token, int row) {
-    const float* from = a.call.partials + (w.token_begin + token) * a.call.rows + row_begin + row;
-    float sum = 0.0f;
-    for (int64_t split = 0; split < a.splits; ++split)
-      sum += ptx::load_l2(from + split * a.call.tokens * a.call.rows);
-    store_y(a.call, w.token_begin + token, row_begin + row, sum);
+    const int64_t at = (w.token_begin + token) * a.call.rows + row_begin + row;
+    store_y(a.call, w.token_begin + token, row_begin + row,
+            sum_of_splits(a.call.partials + at, a.splits, a.call.tokens * a.call.rows));
   });
 }
 

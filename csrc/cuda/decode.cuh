@@ -64,15 +64,16 @@ struct RegisterTable {
         pairs[2 * odd + 1] = ptx::permute(word[0], word[kWords - 1], selectors >> 16);
       }
     } else {
-      // Low and high bytes of four rows' entries, then zipped.
-      constexpr int kPlane = kWords / 2;
       PYLLMQ_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t low = lookup(codes, 16 * i, 0), high = lookup(codes, 16 * i, kPlane);
-        pairs[2 * i] = ptx::permute(low, high, 0x5140);
-        pairs[2 * i + 1] = ptx::permute(low, high, 0x7362);
-      }
+      for (int i = 0; i < 2; ++i) decode_four(codes, 16 * i, pairs[2 * i], pairs[2 * i + 1]);
     }
+  }
+
+  // The four codes from bit `shift` on, of 3 or 4 bits: low and high bytes of their entries, then zipped.
+  PYLLMQ_MEMBER void decode_four(uint32_t codes, int shift, uint32_t& first, uint32_t& second) const {
+    const uint32_t low = lookup(codes, shift, 0), high = lookup(codes, shift, kWords / 2);
+    first = ptx::permute(low, high, 0x5140);
+    second = ptx::permute(low, high, 0x7362);
   }
 
  private:

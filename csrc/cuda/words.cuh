@@ -40,14 +40,53 @@ PYLLMQ_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
 
 PYLLMQ_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 
-// c += a * b: fp16 [16, 16] x fp16 [16, 8], summed in fp32. With g = lane / 4 and t = lane % 4, a lane holds
+// What the warp's lane holds.
+PYLLMQ_DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
+// What the lane `distance` below holds; the lanes below `distance` get their own value.
+PYLLMQ_DEVICE uint32_t shuffle_up(uint32_t value, int distance) { return __shfl_up_sync(0xFFFFFFFFu, value, distance); }
+
+// c += a * b: fp16 or bf16 [16, 16] x [16, 8], summed in fp32. With g = lane / 4 and t = lane % 4, a lane holds
 // a = {A[g][2t..], A[g+8][2t..], A[g][2t+8..], A[g+8][2t+8..]}, b = {B[2t..][g], B[2t+8..][g]}, c = {C[g][2t..], C[g+8][2t..]}.
+template <bool kBf16 = false>
 PYLLMQ_DEVICE void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                 uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  if constexpr (kBf16)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
+#define PYLLMQ_MMA_SP "mma.sp::ordered_metadata"  // the plain form may be slow on newer devices, says the PTX ISA
+#else
+#define PYLLMQ_MMA_SP "mma.sp"
+#endif
+
+// c += a * b where a [16, 32] is 2:4 sparse: register r of a = the two kept of A[g + 8 (r % 2)][4 (t + 4 (r / 2))..+3], b[i] =
+// B[8i + 2t..][g]. Positions come from the lanes t = 2 kSelector + c: bits 4n..4n+3 of their low half are first | second << 2
+// of A[g][16c + 4n..+3], the high half is row g + 8; the first is below the second.
+template <bool kBf16, int kSelector>
+PYLLMQ_DEVICE void mma_sp_m16n8k32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t positions) {
+  if constexpr (kBf16)
+    asm volatile(PYLLMQ_MMA_SP
+                 ".sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, "
+                 "{%0,%1,%2,%3}, %12, %13;"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(positions),
+                   "n"(kSelector));
+  else
+    asm volatile(PYLLMQ_MMA_SP
+                 ".sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, "
+                 "{%0,%1,%2,%3}, %12, %13;"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(positions),
+                   "n"(kSelector));
 }
 
 // 16 bytes from global to shared memory, past the L1 cache; there after wait_async and a barrier.
@@ -75,6 +114,11 @@ PYLLMQ_DEVICE float load_shared(SharedAddress from) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1+%2];" : "=f"(value) : "r"(from), "n"(kOffset));
   return value;
+}
+PYLLMQ_DEVICE uint32_t load_shared_word(SharedAddress from) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(from));
+  return word;
 }
 
 // What another block wrote: read from L2, where all blocks see the same.
@@ -109,6 +153,12 @@ PYLLMQ_DEVICE uint16_t fp32_to_bf16(float value) {
   uint16_t half;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
   return half;
+}
+// Two fp16 differences.
+PYLLMQ_DEVICE uint32_t subtract_fp16x2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
 }
 PYLLMQ_DEVICE float magnitude(float value) { return fabsf(value); }
 PYLLMQ_DEVICE float exp(float value) { return expf(value); }  // to 1 unit in the last place

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ..dispatch import BITMAP, CHECKPOINT, SPARSE24, SPARSE24_CODEBOOK, WeightOperand, forced_backend
-from . import cpu, cpu_sparse, cuda, reference, triton, triton_sparse
+from . import cpu, cpu_sparse, cuda, cuda_sparse, reference, triton, triton_sparse
 
 __all__ = [
     "cpu",
     "cpu_sparse",
     "cuda",
+    "cuda_sparse",
     "layout_codes",
     "machine_layout",
     "operand_from_layout",
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 SPARSE_LAYOUTS = (BITMAP, SPARSE24, SPARSE24_CODEBOOK)
-_SPARSE: tuple[ModuleType, ...] = (cpu_sparse, triton_sparse)
+_SPARSE: tuple[ModuleType, ...] = (cpu_sparse, cuda_sparse, triton_sparse)
 """Back ends with layouts of their own for the sparse formats, in the order in which they are asked."""
 
 _WITH_LAYOUT = {cpu.LAYOUT: cpu, cuda.LAYOUT: cuda, triton.LAYOUT: triton}
@@ -60,8 +61,9 @@ def operand_from_layout(layout: str, blob: Tensor, out_features: int, in_feature
     """The operand whose machine layout is `blob`, the first tensor of what `prepack` made."""
     if layout == triton.LAYOUT:
         return triton.operand_from_blob(blob, out_features, in_features)
-    if layout in triton_sparse.LAYOUTS.values():
-        return triton_sparse.operand_from_blob(layout, blob, out_features, in_features)
+    for backend in (cuda_sparse, triton_sparse):
+        if layout.startswith(f"{backend.NAME}."):
+            return backend.operand_from_blob(layout, blob, out_features, in_features)
     return WeightOperand(layout, (blob,), out_features, in_features)
 
 
@@ -86,7 +88,7 @@ def _sparse_backend(operand: WeightOperand) -> ModuleType | None:
 def unpack_layout(operand: WeightOperand, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
     """The checkpoint tensors, of these shapes and dtypes, of a sparse operand in a machine layout."""
     for backend in _SPARSE:
-        if operand.layout in backend.LAYOUTS.values():
+        if operand.layout.startswith(f"{backend.NAME}."):
             return backend.unpack_layout(operand, shapes)
     known = [layout for backend in _SPARSE for layout in backend.LAYOUTS.values()]
     raise ValueError(f"the layout {operand.layout!r} cannot be unpacked; allowed: {', '.join(map(repr, known))}")

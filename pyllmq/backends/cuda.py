@@ -251,6 +251,44 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return codes
 
 
+def codebook_gradient(weight_gradient: Tensor, tensors: list[Tensor], out_features: int, in_features: int) -> Tensor:
+    """Sums in fp32, in one order: the same call gives the same bits. What the kernel looks up is found on the device."""
+    field = {name: t.detach().contiguous() for name, t in zip(CHECKPOINT_FIELDS, tensors, strict=True)}
+    device, column_bits, scale = weight_gradient.device, field["column_bits"].long(), field["row_scale"]
+    if field["outlier_values"].numel():
+        weight_gradient = weight_gradient.clone()
+        weight_gradient[reference.outlier_places(field)] = 0
+    weight_gradient = weight_gradient.contiguous()
+    segments, entries = field["codebook"].shape
+    segment_starts = torch.nn.functional.pad(field["segment_rows"].long().cumsum(0), (1, 0))
+    sorted_columns = torch.argsort(column_bits, stable=True)
+    widths = torch.arange(9, device=device)
+    width_starts = (column_bits[None] <= widths[:, None]).sum(1)
+    first_entry = (1 << column_bits).cumsum(0) - (1 << column_bits)
+    codes = [field[f"codes_b{bits}"] for bits in range(1, 9)]
+    _cuda = _extension()
+    call = _cuda.GradientCall(
+        out_features,
+        in_features,
+        segments,
+        entries,
+        segment_starts.data_ptr(),
+        sorted_columns.data_ptr(),
+        width_starts.data_ptr(),
+        first_entry.data_ptr(),
+        [t.data_ptr() if t.numel() else 0 for t in codes],
+        [t.shape[1] if t.numel() else 0 for t in codes],
+        scale.data_ptr() if scale.numel() else 0,
+        _DTYPE_CODE[scale.dtype] if scale.numel() else 0,
+        weight_gradient.data_ptr(),
+    )
+    gradient = torch.empty(segments, entries, dtype=torch.float32, device=device)
+    with _current(device):
+        workspace = torch.empty(_cuda.codebook_gradient_workspace(call), dtype=torch.float32, device=device)
+        _cuda.codebook_gradient(call, gradient.data_ptr(), workspace.data_ptr(), _stream(device))
+    return gradient
+
+
 def softmax_cdist_l1(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -350,6 +388,12 @@ def _reads_layout(problem: Problem) -> Support:
     return _on_device(problem)
 
 
+def _reads_checkpoint(problem: Problem) -> Support:
+    if problem.layout != CHECKPOINT:
+        return False, f"reads the layout {CHECKPOINT!r}, this weight is {problem.layout!r}"
+    return _on_device(problem)
+
+
 def _takes_dtype(problem: Problem) -> Support:
     if problem.dtype not in _DTYPE_CODE:
         return False, f"takes float32, bfloat16 and float16, not {problem.dtype}"
@@ -410,6 +454,13 @@ def register_kernels() -> None:
             _reads_layout,
             codebook_dequantize,
             "decodes at the speed of the stores (predicted)",
+        ),
+        (
+            "codebook_gradient",
+            "cuda.codebook_gradient",
+            _reads_checkpoint,
+            codebook_gradient,
+            "reads dL/dW and codes once, no atomics (predicted: at the speed of the loads)",
         ),
         ("pack_codes", "cuda.pack_codes", _on_device, pack_codes, "one thread per byte"),
         ("unpack_codes", "cuda.unpack_codes", _on_device, unpack_codes, "one thread per byte"),

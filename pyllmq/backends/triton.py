@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -127,12 +127,12 @@ def _sections(header: list[int]) -> list[tuple[tuple[int, ...], torch.dtype]]:
     return sections
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _header_bytes() -> int:
-    return _aligned(8 * (len(_HEADER) + len(_WIDTHS)))
+    return aligned(8 * (len(_HEADER) + len(_WIDTHS)))
 
 
 def operand_from_blob(blob: Tensor, out_features: int, in_features: int) -> WeightOperand:
@@ -152,14 +152,21 @@ def operand_from_blob(blob: Tensor, out_features: int, in_features: int) -> Weig
         raise ValueError(
             f"the layout holds a weight of shape {header[2:4]}, but was given as [{out_features}, {in_features}]"
         )
-    views, begin = [blob], _header_bytes()
-    for shape, dtype in _sections(header):
+    return WeightOperand(
+        LAYOUT, (blob, *blob_views(blob, _header_bytes(), _sections(header))), out_features, in_features
+    )
+
+
+def blob_views(blob: Tensor, begin: int, sections: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
+    """Views of what lies in a blob from `begin` on, aligned; ValueError if it is cut off."""
+    views = []
+    for shape, dtype in sections:
         nbytes = math.prod(shape) * dtype.itemsize
         if begin + nbytes > blob.numel():
             raise ValueError(f"the layout is cut off: {blob.numel()} bytes, and a tensor ends at {begin + nbytes}")
         views.append(blob[begin : begin + nbytes].view(dtype).view(shape))
-        begin += _aligned(nbytes)
-    return WeightOperand(LAYOUT, tuple(views), out_features, in_features)
+        begin += aligned(nbytes)
+    return views
 
 
 def prepack(operand: WeightOperand) -> WeightOperand:
@@ -171,7 +178,7 @@ def prepack(operand: WeightOperand) -> WeightOperand:
     outliers, wide = field["outlier_values"].numel(), field["outlier_columns"].dtype == torch.int32
     has_row_scale = field["row_scale"].numel() > 0
     header = [_MAGIC, _VERSION, rows, columns, len(segment_rows), outliers, int(has_row_scale), int(wide), *counts]
-    nbytes = _header_bytes() + sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in _sections(header))
+    nbytes = _header_bytes() + sum(aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in _sections(header))
     blob = torch.zeros(nbytes, dtype=torch.uint8, device=column_bits.device)
     blob[: 8 * len(header)] = torch.tensor(header).view(torch.uint8).to(blob.device)
     packed = operand_from_blob(blob, rows, columns)

@@ -37,7 +37,7 @@ LAYOUTS = {SPARSE24: "triton.sparse24", BITMAP: "triton.bitmap"}
 MAX_FUSED_TOKENS = 64
 """Predicted, not measured, as for codes (triton.py)."""
 
-_MAGIC, _VERSION, _ALIGNMENT = 0x53545250, 1, 256
+_MAGIC, _VERSION, _HEADER_BYTES = 0x53545250, 1, 256
 _HEADER = ("magic", "version", "is_24", "rows", "columns", "kept", "value_type", "has_scale")
 _VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
@@ -86,30 +86,22 @@ def _sections(header: Sequence[int]) -> list[tuple[tuple[int, ...], torch.dtype]
     return [((kept,), dtype), none, ((words, rows), torch.int32), ranks, ((rows + 1,), torch.int32), scale]
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
 def operand_from_blob(layout: str, blob: Tensor, out_features: int, in_features: int) -> WeightOperand:
     """The operand whose tensors are views of `blob`. Reads the header, so it waits for the device: at load, never in a call.
 
     Raises ValueError if the blob is no such layout, is cut off, or holds a weight of another shape.
     """
-    if blob.dtype != torch.uint8 or blob.dim() != 1 or blob.numel() < _ALIGNMENT:
-        raise ValueError(f"a layout {layout!r} is a uint8 vector of at least {_ALIGNMENT} bytes, given: {blob.dtype}")
+    if blob.dtype != torch.uint8 or blob.dim() != 1 or blob.numel() < _HEADER_BYTES:
+        raise ValueError(
+            f"a layout {layout!r} is a uint8 vector of at least {_HEADER_BYTES} bytes, given: {blob.dtype}"
+        )
     header = blob[: 8 * len(_HEADER)].view(torch.int64).tolist()
     if header[:2] != [_MAGIC, _VERSION] or LAYOUTS[SPARSE24 if header[2] else BITMAP] != layout:
         raise ValueError(f"this blob is no layout {layout!r} of version {_VERSION}: it begins with {header[:3]}")
     if header[3:5] != [out_features, in_features]:
         raise ValueError(f"the layout holds a weight {header[3:5]}, but was given as [{out_features}, {in_features}]")
-    views, begin = [blob], _ALIGNMENT
-    for shape, dtype in _sections(header):
-        nbytes = math.prod(shape) * dtype.itemsize
-        if begin + nbytes > blob.numel():
-            raise ValueError(f"the layout is cut off: {blob.numel()} bytes, and a tensor ends at {begin + nbytes}")
-        views.append(blob[begin : begin + nbytes].view(dtype).view(shape))
-        begin += _aligned(nbytes)
-    return WeightOperand(layout, tuple(views), out_features, in_features)
+    views = triton.blob_views(blob, _HEADER_BYTES, _sections(header))
+    return WeightOperand(layout, (blob, *views), out_features, in_features)
 
 
 def prepack(operand: WeightOperand) -> WeightOperand:
@@ -119,7 +111,9 @@ def prepack(operand: WeightOperand) -> WeightOperand:
     values, scale = field["values"], field["scale"]
     kept, value_type = values.numel(), _VALUE_TYPES.index(values.dtype)
     header = [_MAGIC, _VERSION, int(is_24), rows, columns, kept, value_type, int(scale.numel() > 0)]
-    nbytes = _ALIGNMENT + sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in _sections(header))
+    nbytes = _HEADER_BYTES + sum(
+        triton.aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in _sections(header)
+    )
     blob = torch.zeros(nbytes, dtype=torch.uint8, device=values.device)
     blob[: 8 * len(header)] = torch.tensor(header).view(torch.uint8).to(blob.device)
     packed = operand_from_blob(LAYOUTS[operand.layout], blob, rows, columns)

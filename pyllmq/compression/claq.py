@@ -19,6 +19,7 @@ from ..formats import CodebookWeight, PackedWeight
 from ..kmeans import kmeans_1d
 from . import allocate
 from .column_loop import ColumnQuantizer, factor_hessian, output_error, sweep_columns
+from .ranks import ALONE, Ranks
 
 FP16_MAX = 65504.0
 FP16_TINY = 2.0**-25 / 0.01
@@ -43,13 +44,16 @@ class CompressedLinear:
     """Share of the weights."""
 
 
-def compress_linears(weights: Mapping[str, Tensor], hessian: Tensor, config: CLAQConfig) -> dict[str, CompressedLinear]:
+def compress_linears(
+    weights: Mapping[str, Tensor], hessian: Tensor, config: CLAQConfig, ranks: Ranks = ALONE
+) -> dict[str, CompressedLinear]:
     """Compress Linears that share one input (q/k/v, gate/up, or a single one); the Hessian is factored once.
 
     Args:
         weights: name -> float [N_i, K].
         hessian: float [K, K], sum of x x^T over the calibration tokens, on any scale.
         config: settings; `share_bits` gives all of `weights` the same `column_bits`.
+        ranks: the processes among which the Linears are shared out; all are given the same arguments and return the same.
 
     Returns:
         name -> CompressedLinear, in the order of `weights`.
@@ -69,7 +73,7 @@ def compress_linears(weights: Mapping[str, Tensor], hessian: Tensor, config: CLA
     shared_seconds = (time.perf_counter() - started) / len(weights)
 
     compressed = {}
-    for name, weight in weights.items():
+    for name, weight in ranks.mine(weights).items():
         started = time.perf_counter()
         bits, keep = plans[name]
         columns = CodebookColumns(name, weight, bits, keep, config, factor.order)
@@ -82,7 +86,7 @@ def compress_linears(weights: Mapping[str, Tensor], hessian: Tensor, config: CLA
         paper_bits = float(bits.float().mean()) + (FULL_BITS - config.base_bits) * counted
         error = output_error(weight, swept.quantized, hessian)
         compressed[name] = CompressedLinear(packed, error, seconds, paper_bits)
-    return compressed
+    return ranks.merge(compressed, list(weights))
 
 
 def column_plans(weights: Mapping[str, Tensor], order: Tensor, config: CLAQConfig) -> dict[str, tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from ..kmeans import kmeans_1d
 from . import allocate
 from .claq import CompressedLinear, check_weight, outgrown
 from .column_loop import ColumnQuantizer, HessianFactor, factor_hessian, refine_columns, squared_output, sweep_columns
+from .drift import Drift
+from .ranks import ALONE, Ranks
 
 MAX_KEPT = 0.02
 """Largest share of a column's weights that may stay in fp16."""
@@ -34,6 +36,12 @@ class InputStatistics:
     """float [K, K]: mean of x x^T over the tokens, on any scale."""
     mean: Tensor | None = None
     """float [K]: mean of x, where the Hessian is the plain mean of x x^T: their difference is the covariance. None: biases stay."""
+    drifts: Mapping[str, Drift] = field(default_factory=dict)
+    """name -> what its output should make up for; Linears that are not named: nothing."""
+
+    def cpu(self) -> InputStatistics:
+        drifts = {name: Drift(drift.products.cpu(), drift.mean.cpu()) for name, drift in self.drifts.items()}
+        return InputStatistics(self.hessian.cpu(), None if self.mean is None else self.mean.cpu(), drifts)
 
     def of_the_error(self) -> Tensor:
         """What the error is weighed by: where the bias takes up the mean error, only the input's covariance matters."""
@@ -51,6 +59,7 @@ def compress_linears(
     nbytes: float,
     config: ColumnCodebookConfig,
     row_weights: Mapping[str, Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, CompressedLinear]:
     """Compress Linears that share one input into at most `nbytes` in all.
 
@@ -60,6 +69,7 @@ def compress_linears(
         nbytes: bytes for all tensors of all the packed weights.
         config: settings; `share_bits` gives all of `weights` the same `column_bits`.
         row_weights: name -> float [N_i] > 0, the omega_r of the objective; None is 1 everywhere.
+        ranks: the processes among which the work is shared out; all are given the same arguments and return the same.
 
     Raises:
         ValueError: no weights, shapes that do not fit, values that are not finite or outside fp16, a Hessian that cannot be
@@ -71,19 +81,26 @@ def compress_linears(
         check_weight(name, weight, inputs.hessian)
     # k-means runs on the CPU, whatever device the model is on.
     weights = {name: weight.detach().float().cpu() for name, weight in weights.items()}
-    inputs = InputStatistics(inputs.hessian.cpu(), None if inputs.mean is None else inputs.mean.cpu())
+    inputs = inputs.cpu()
     started = time.perf_counter()
     hessian = inputs.of_the_error()
     factor = factor_hessian(hessian, config.damping, config.act_order)
+    dense, weights = (
+        weights,
+        {
+            name: _target(weight, inputs, inputs.drifts.get(name), factor, config.propagation)
+            for name, weight in weights.items()
+        },
+    )
     fits = {
         name: ColumnFits(name, weight, (row_weights or {}).get(name), config.row_scale, config.kmeans)
         for name, weight in weights.items()
     }
-    plans = _plan(fits, hessian, factor, nbytes, config)
+    plans = _plan(fits, hessian, factor, nbytes, config, ranks)
     shared_seconds = (time.perf_counter() - started) / len(weights)
 
     compressed = {}
-    for name, weight in weights.items():
+    for name, weight in ranks.mine(weights).items():
         started = time.perf_counter()
         columns = fits[name]
         columns.plan(*plans[name])
@@ -94,11 +111,27 @@ def compress_linears(
             )
             quantized = refined.quantized
         packed = columns.pack()
-        bias_change = None if inputs.mean is None else (weight - quantized) @ inputs.mean
+        bias_change = None
+        if inputs.mean is not None:
+            bias_change = (dense[name] - quantized) @ inputs.mean
+            if name in inputs.drifts:
+                bias_change += inputs.drifts[name].mean
         seconds = time.perf_counter() - started + shared_seconds
         error = _relative_error(weight, quantized, hessian, inputs.hessian)
         compressed[name] = CompressedLinear(packed, error, seconds, packed.bits_per_weight, bias_change)
-    return compressed
+    return ranks.merge(compressed, list(weights))
+
+
+def _target(
+    weight: Tensor, inputs: InputStatistics, drift: Drift | None, factor: HessianFactor, share: float
+) -> Tensor:
+    """W + share * mean(e x^T) H^-1, H damped: its output comes closest to W x + e. Means are left to the bias, if there is one."""
+    if drift is None or share == 0:
+        return weight
+    products = drift.products if inputs.mean is None else drift.products - torch.outer(drift.mean, inputs.mean)
+    change = torch.empty_like(weight)
+    change[:, factor.order] = products[:, factor.order] @ factor.upper.t() @ factor.upper
+    return weight.add(change, alpha=share)
 
 
 def _relative_error(weight: Tensor, quantized: Tensor, of_the_error: Tensor, of_the_output: Tensor) -> float:
@@ -110,14 +143,30 @@ def _relative_error(weight: Tensor, quantized: Tensor, of_the_error: Tensor, of_
 
 
 def _plan(
-    fits: Mapping[str, ColumnFits], hessian: Tensor, factor: HessianFactor, nbytes: float, config: ColumnCodebookConfig
+    fits: Mapping[str, ColumnFits],
+    hessian: Tensor,
+    factor: HessianFactor,
+    nbytes: float,
+    config: ColumnCodebookConfig,
+    ranks: Ranks,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """name -> (column bits uint8 [K], how many weights of each column to keep, int64 [K])."""
     cost = torch.empty(len(factor.order), dtype=torch.float64)
     cost[factor.order] = factor.upper.diagonal().double().pow(-2)
     cost[factor.dead_columns] = 0
     names = list(fits)
-    errors = [fits[name].errors(config.allowed_widths, cost, hessian, config.outliers) for name in names]
+    # Each process fits some columns of every Linear: those are alike in cost, whatever the number of Linears.
+    part = ranks.slice_of(len(cost))
+    owned = ranks.mine({name: fits[name].weight for name in names})
+    outputs = ranks.merge({name: fits[name].squared_output(hessian) for name in owned}, names)
+    mine = [fits[n].errors(config.allowed_widths, cost, outputs[n], config.outliers, part) for n in names]
+    errors = [allocate.ColumnErrors.joined(parts) for parts in zip(*ranks.gather(mine), strict=True)]
+    return ranks.from_first(lambda: _spend(names, errors, nbytes, config))
+
+
+def _spend(
+    names: list[str], errors: list[allocate.ColumnErrors], nbytes: float, config: ColumnCodebookConfig
+) -> dict[str, tuple[Tensor, Tensor]]:
     if config.share_bits:
         found = allocate.spend(errors, nbytes, config.row_scale)
         return {name: (found.column_bits, kept) for name, kept in zip(names, found.kept, strict=True)}
@@ -146,12 +195,18 @@ class ColumnFits(ColumnQuantizer):
         self.importance = self.row_weights * self.scale.square()
         self.codes = torch.zeros(size, rows, dtype=torch.uint8)
 
-    def errors(self, widths: tuple[int, ...], cost: Tensor, hessian: Tensor, outliers: bool) -> allocate.ColumnErrors:
-        """Losses at each width, in units of this Linear's squared output; `cost` [K] is that of a squared error of 1."""
+    def squared_output(self, hessian: Tensor) -> float:
+        """sum_r omega_r w_r H w_r^T."""
         weight = self.weight
-        output = float(((weight @ hessian) * weight).sum(1).mul(self.row_weights).double().sum())
-        points = (weight / self.scale[:, None]).t().contiguous()
-        unit = (cost / max(output, 1e-300))[:, None]
+        return float(((weight @ hessian) * weight).sum(1).mul(self.row_weights).double().sum())
+
+    def errors(
+        self, widths: tuple[int, ...], cost: Tensor, output: float, outliers: bool, part: slice = slice(None)
+    ) -> allocate.ColumnErrors:
+        """Losses of the columns in `part` at each width, in units of `output`; `cost` [K] is that of a squared error of 1."""
+        weight = self.weight
+        points = (weight[:, part] / self.scale[:, None]).t().contiguous()
+        unit = (cost[part] / max(output, 1e-300))[:, None]
         most = round(MAX_KEPT * len(weight)) if outliers else 0
         error, worst = [], []
         # One dynamic programme to the largest width gives them all.

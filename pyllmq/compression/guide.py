@@ -7,14 +7,17 @@ rows (omega_r = mean_t g_tr^2), its mean over rows the tokens (H = sum_t s_t x_t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .blocks import OUTSIDE, BlockLoop, Chain, Stage
 from .calibration import Batch
+from .ranks import ALONE, Ranks
 
 PROBES = 3
 """Random directions in which the gradient of an encoder's embedding is taken; each costs a backward pass."""
@@ -29,24 +32,142 @@ class Guidance:
     token_weights: dict[str, list[Tensor]] = field(default_factory=dict)
     """name -> for each batch float32, shaped as the Linear's input without its last dimension; mean 1 over all batches."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """For a safetensors file."""
+        rows = {f"rows {name}": weights for name, weights in self.row_weights.items()}
+        tokens = {f"tokens {name} {i:06d}": w for name, all_ in self.token_weights.items() for i, w in enumerate(all_)}
+        return rows | tokens
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Guidance:
+        """The inverse of `tensors`."""
+        found = cls()
+        for key in sorted(tensors):
+            kind, name, *_ = key.split(" ")
+            if kind == "rows":
+                found.row_weights[name] = tensors[key]
+            else:
+                found.token_weights.setdefault(name, []).append(tensors[key])
+        return found
+
+    def shared(self, ranks: Ranks) -> Guidance:
+        """With the token weights of this process's batches alone."""
+        return Guidance(self.row_weights, {name: ranks.share(all_) for name, all_ in self.token_weights.items()})
+
+    def limited_to(self, guidance: str) -> Guidance:
+        """What `ColumnCodebookConfig.guidance` asks for."""
+        return Guidance(
+            self.row_weights if "rows" in guidance else {}, self.token_weights if "tokens" in guidance else {}
+        )
+
 
 def output_gradients(model: nn.Module, linears: Mapping[str, nn.Module], batches: Sequence[Batch]) -> Guidance:
     """Row and token weights of each Linear for the model's own loss: of the next tokens, or of the sentence embedding."""
-    squares: dict[str, Tensor] = {}
-    tokens: dict[str, list[Tensor]] = {name: [] for name in linears}
-    index = 0
+    watched = _Watched(linears)
+    generator = torch.Generator().manual_seed(0)
+    with _no_weight_needs_gradients(model), watched.hooks(), torch.enable_grad():
+        for watched.index, batch in enumerate(batches):
+            losses = _losses(model(**batch), batch, generator)
+            for left, loss in enumerate(losses, 1 - len(losses)):
+                loss.backward(retain_graph=left < 0)
+    return watched.guidance(len(batches))
 
-    def watch(name: str) -> Callable[..., None]:
+
+def output_gradients_by_block(
+    loop: BlockLoop,
+    chains: Sequence[Chain],
+    linears: Mapping[str, nn.Module],
+    stored: Any,
+    rows: Sequence[int],
+    ranks: Ranks = ALONE,
+) -> Guidance:
+    """The same with one block in memory at a time: forward through all blocks, then back through them.
+
+    Args:
+        stored: `stored.of(block)` keeps the inputs of a block between the two ways: write, read, remove.
+        rows: the number of texts in each batch of all processes.
+
+    Raises:
+        ValueError: a model whose blocks are no single chain.
+    """
+    if len([chain for chain in chains if chain.stages[0].block is not None]) != 1:
+        raise ValueError(
+            f"guidance takes the gradient block by block, but {type(loop.model).__name__} has no single row of blocks; take "
+            "guidance='none' (in the command: --preset fast), or hold the whole model in memory (--in-memory)"
+        )
+    stages, batches = chains[0].stages, loop.batches
+    recorded = loop.record(chains[0])
+    hidden = [calls[0].hidden for calls in recorded]
+    for i, stage in enumerate(stages):
+        stored.of(stage.name).write(hidden)
+        with loop.weights.loaded(stage.name):
+            for index in range(len(batches)):
+                hidden[index] = recorded[index][i].run(_block(stage), hidden[index])
+
+    watched = _Watched(linears)
+    generator = torch.Generator().manual_seed(0)
+    gradients: list[list[Tensor]] = []
+    with _no_weight_needs_gradients(loop.model), watched.hooks(), torch.enable_grad():
+        loop.finish(chains[0], hidden)
+        with loop.weights.loaded(OUTSIDE):
+            drawn = 0
+            for watched.index, batch in enumerate(batches):
+                leaf = hidden[watched.index] = hidden[watched.index].detach().requires_grad_()
+                place = ranks.rank + watched.index * ranks.size
+                losses = _losses(loop.run_model(watched.index), batch, generator, rows[drawn:place])
+                drawn = place + 1
+                found: list[Tensor] = []
+                for left, loss in enumerate(losses, 1 - len(losses)):
+                    found += torch.autograd.grad(loss, leaf, retain_graph=left < 0)
+                gradients.append(found)
+        loop.outputs.clear()
+        hidden.clear()
+        for i, stage in reversed(list(enumerate(stages))):
+            inputs = stored.of(stage.name).read()
+            stored.of(stage.name).remove()
+            with loop.weights.loaded(stage.name):
+                for watched.index, found in enumerate(gradients):
+                    leaf = inputs[watched.index].requires_grad_()
+                    output = recorded[watched.index][i].run(_block(stage), leaf)
+                    for probe, gradient in enumerate(found):
+                        left = len(found) - 1 - probe
+                        (found[probe],) = torch.autograd.grad(output, leaf, gradient, retain_graph=left > 0)
+    return watched.guidance(len(batches), ranks)
+
+
+def _block(stage: Stage) -> nn.Module:
+    assert stage.block is not None
+    return stage.block
+
+
+class _Watched:
+    """Squared gradients at the outputs of Linears, gathered while the batch `index` is run back."""
+
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        self.linears, self.index = linears, 0
+        self.squares: dict[str, Tensor] = {}
+        self.tokens: dict[str, list[Tensor]] = {name: [] for name in linears}
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        handles = [module.register_forward_hook(self._hook(name)) for name, module in self.linears.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str) -> Callable[..., None]:
         def took_gradient(gradient: Tensor) -> None:
             square = gradient.detach().float().square()
             rows = square.reshape(-1, square.shape[-1]).sum(0)
-            squares[name] = squares[name] + rows if name in squares else rows
+            self.squares[name] = self.squares[name] + rows if name in self.squares else rows
             of_tokens = square.mean(-1)
-            known = tokens[name]
-            if len(known) == index:
+            known = self.tokens[name]
+            if len(known) == self.index:
                 known.append(of_tokens)
-            elif known[index].shape == of_tokens.shape:
-                known[index] = known[index] + of_tokens
+            elif known[self.index].shape == of_tokens.shape:
+                known[self.index] = known[self.index] + of_tokens
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if not output.requires_grad:
@@ -55,27 +176,35 @@ def output_gradients(model: nn.Module, linears: Mapping[str, nn.Module], batches
 
         return hook
 
+    def guidance(self, batches: int, ranks: Ranks = ALONE) -> Guidance:
+        """Of all processes, each of which has run `batches` batches."""
+        squares: dict[str, Tensor] = {}
+        tokens: dict[str, list[Tensor]] = {}
+        complete = {name: known for name, known in self.tokens.items() if len(known) == batches}
+        shares = ranks.gather((self.squares, complete))
+        for name in self.linears:
+            parts = [part[name] for part, _ in shares if name in part]
+            if parts:
+                squares[name] = torch.stack(parts).sum(0)
+            if all(name in known for _, known in shares):
+                tokens[name] = ranks.interleaved([known[name] for _, known in shares])
+        rows = {name: _limited(total) for name, total in squares.items()}
+        return Guidance(rows, {name: _limited_list(known) for name, known in tokens.items()})
+
+
+@contextmanager
+def _no_weight_needs_gradients(model: nn.Module) -> Iterator[None]:
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
-    handles = [module.register_forward_hook(watch(name)) for name, module in linears.items()]
-    generator = torch.Generator().manual_seed(0)
     try:
-        with torch.enable_grad():
-            for index, batch in enumerate(batches):  # noqa: B007  (read by the hooks)
-                losses = _losses(model(**batch), batch, generator)
-                for left, loss in enumerate(losses, 1 - len(losses)):
-                    loss.backward(retain_graph=left < 0)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted[name])
-    rows = {name: _limited(total) for name, total in squares.items()}
-    complete = {name: known for name, known in tokens.items() if len(known) == len(batches)}
-    return Guidance(rows, {name: _limited_list(known) for name, known in complete.items()})
 
 
-def _losses(output: Any, batch: Batch, generator: torch.Generator) -> list[Tensor]:
+def _losses(output: Any, batch: Batch, generator: torch.Generator, before: Sequence[int] = ()) -> list[Tensor]:
+    """`before`: texts of the batches that come before this one in other processes; they have random numbers of their own."""
     logits = getattr(output, "logits", None)
     ids = batch.get("input_ids")
     if isinstance(logits, Tensor) and logits.dim() == 3 and ids is not None and logits.shape[:2] == ids.shape:
@@ -95,6 +224,9 @@ def _losses(output: Any, batch: Batch, generator: torch.Generator) -> list[Tenso
         weight = torch.ones(hidden.shape[:2]) if mask is None or mask.shape != hidden.shape[:2] else mask
         weight = weight.to(hidden)[..., None]
         hidden = nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
+    for texts in before:
+        for _ in range(PROBES):
+            torch.randn(texts, *hidden.shape[1:], generator=generator)
     # E (v . de)^2 over random v is |de|^2: the gradient of projections stands for the error of the whole embedding.
     return [(hidden * torch.randn(hidden.shape, generator=generator).to(hidden)).sum() for _ in range(PROBES)]
 

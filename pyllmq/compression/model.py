@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from ..config import CLAQConfig, ColumnCodebookConfig, SparseConfig
-from ..nn import LAYER_OF_KIND
+from ..config import CLAQConfig, ColumnCodebookConfig, KMeansConfig, SparseConfig
 from ..swap import (
     DEFAULT_EXCLUDE,
+    LeftDense,
     dense_weight,
     left_dense,
     linear_modules,
@@ -26,12 +23,11 @@ from ..swap import (
     select_linears,
     tied_weights,
 )
-from . import allocate, claq, columns, densities
-from .calibration import Batch, as_batches
-from .guide import Guidance, output_gradients
-from .pruning import prune_linears
-from .report import CompressionReport, LayerReport, summary
-from .sensitivity import trace_per_weight
+from .blocks import BlockLoop, Stage, check_finite, find_stages
+from .calibration import as_batches
+from .guide import output_gradients
+from .job import Config, Job, Visit, byte_budgets, plan_sparsity, warn
+from .report import CompressionReport, summary
 from .tune import tune_codebooks
 
 SILENT_SHARE = 0.01
@@ -39,6 +35,9 @@ SILENT_SHARE = 0.01
 
 DESCRIPTION_BYTES = 960
 """What a packed Linear adds to config.json and to the headers of the safetensors files: names, shapes, places."""
+
+INDEX_BYTES = 700
+"""What its eight tensors add to the index of a folder of several safetensors files."""
 
 
 def compress(
@@ -78,50 +77,33 @@ def compress(
     started = time.perf_counter()
     batches = as_batches(calibration)
     chosen = select_linears(model, include, exclude)
-    for name, owner in tied_weights(model, chosen).items():
-        raise ValueError(
-            f"{name} shares its weight with {owner}; compressing it would untie them. Add {name!r} to exclude"
-        )
-    stages = _find_stages(model, chosen, outside=include is not None)
-    planned = [name for stage in stages for name in stage.linears]
-    if not planned:
-        raise ValueError(
-            f"nothing to compress: {len(list(linear_modules(model)))} Linears, {len(chosen)} after include and exclude, none of "
-            "them in a repeated block; name them in include to compress them all the same"
-        )
-    for name in planned:
-        _check_finite(name, dense_weight(chosen[name]))
+    stages = find_stages(model, chosen, outside=include is not None)
+    planned = planned_linears(model, chosen, stages)
+    for name, module in planned.items():
+        check_finite(name, module)
     dense, total = left_dense(model, planned, include, exclude)
 
     steps = config.tune_steps if isinstance(config, ColumnCodebookConfig) else 0
     original = copy.deepcopy(model) if steps else None
     tuning = batches if tuning is None else as_batches(tuning)
-    method = (
-        config.method if isinstance(config, SparseConfig) else "claq" if isinstance(config, CLAQConfig) else "columns"
-    )
-    report = CompressionReport(method, config.to_dict(), left_dense=dense)
-    unasked = sum(item.parameters for item in dense if not item.asked)
-    if unasked > SILENT_SHARE * total:
-        names = summary([item for item in dense if not item.asked])
-        _warn(
-            report,
-            f"{100 * unasked / total:.1f} % of the Linear-like parameters stay dense without being asked for: {names}. "
-            "Name them in exclude if that is wanted; Linears outside the blocks can be named in include",
-        )
+    report = start_report(config, dense, total)
 
     replaced: dict[str, nn.Module] = {}
     try:
-        with _quiet_eval(model), torch.no_grad(), tqdm(total=len(planned), disable=not progress, unit="layer") as bar:
+        with quiet_eval(model), torch.no_grad(), tqdm(total=len(planned), disable=not progress, unit="layer") as bar:
             device = next(model.parameters()).device
             batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
-            job = _Job(model, batches, config, replaced, report, bar)
-            job.visit = partial(_compress_group, job)
+            loop = BlockLoop(model, batches[0], batches)
+            job = Job(loop, config, report, bar, replaced=replaced)
+            chains = loop.find_chains(stages)
             if isinstance(config, ColumnCodebookConfig):
-                _plan_budgets(job, config, {name: chosen[name] for name in planned})
+                job.budgets = byte_budgets(planned, config)
+                if config.guidance != "none":
+                    job.guidance = output_gradients(model, planned, batches).limited_to(config.guidance)
             if isinstance(config, SparseConfig):
-                job.sparsity = _plan_sparsity(job, config, stages)
-            for chain in _find_chains(model, stages, batches[0]):
-                _compress_chain(job, chain)
+                job.sparsity = plan_sparsity(job, config, chains)
+            for i, chain in enumerate(chains):
+                loop.walk(chain, job.compress_stage, hand_on=i + 1 < len(chains), with_twin=job.with_twin)
         if original is not None:
             report.tuning_losses = tune_codebooks(model, original, tuning, steps=steps, progress=progress)
     except BaseException:
@@ -142,428 +124,49 @@ def visit_groups(
 
     `visit` may change the weights: what runs after them sees the change. For other methods beside ours.
     """
-    stages = _find_stages(model, select_linears(model, None, exclude), outside=False)
-    with _quiet_eval(model), torch.no_grad(), tqdm(disable=True) as bar:
-        job = _Job(model, as_batches(calibration), CLAQConfig(bits=2), {}, CompressionReport("", {}), bar, visit=visit)
-        for chain in _find_chains(model, stages, job.batches[0]):
-            _compress_chain(job, chain)
-
-
-# ---- stages: what runs as one piece ---------------------------------------------------------------------------------
-
-
-@dataclass
-class _Stage:
-    """A block that is run on its own, or (block is None) Linears that only a run of the whole model reaches."""
-
-    block: nn.Module | None
-    linears: dict[str, nn.Module] = field(default_factory=dict)
-
-
-def _find_stages(model: nn.Module, chosen: dict[str, nn.Module], outside: bool) -> list[_Stage]:
-    """One stage per block that holds chosen Linears, then one for those outside all blocks if `outside`."""
-    block_names: list[str] = []
-    for name, module in model.named_modules():
-        nested = any(name.startswith(block + ".") for block in block_names)
-        if isinstance(module, nn.ModuleList) and len(module) and not nested:
-            block_names += [f"{name}.{i}".lstrip(".") for i in range(len(module))]
-    stages, taken = [], set()
-    for block_name in block_names:
-        inside = {
-            name: module for name, module in chosen.items() if name.startswith(block_name + ".") or name == block_name
-        }
-        if inside:
-            stages.append(_Stage(model.get_submodule(block_name), inside))
-            taken |= set(inside)
-    rest = {name: module for name, module in chosen.items() if name not in taken}
-    if rest and (outside or not stages):
-        stages.append(_Stage(None, rest))
-    return stages
-
-
-@dataclass
-class _Call:
-    """The arguments of one call of a block, with the hidden states apart."""
-
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
-        """None if no argument can be told to be the hidden states."""
-        # A cache would grow with every repeated run of the block; calibration never needs one.
-        kwargs = {k: None if type(v).__name__.endswith("Cache") else v for k, v in kwargs.items()}
-        args = tuple(None if type(v).__name__.endswith("Cache") else v for v in args)
-        if args and isinstance(args[0], Tensor):
-            return cls(args[0], args[1:], kwargs)
-        hidden = kwargs.pop("hidden_states", None)
-        return cls(hidden, args, kwargs) if isinstance(hidden, Tensor) else None
-
-    def run(self, block: nn.Module) -> Tensor:
-        output = block(self.hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple | list) else output
-
-
-def _record_calls(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> list[tuple[int, _Call | None]]:
-    """Run the model on one batch; the calls of all blocks in the order in which they happen, each with its block's index."""
-    calls: list[tuple[int, _Call | None]] = []
-
-    def recorder(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append((index, _Call.of(args, dict(kwargs))))
-
-        return hook
-
-    handles = [block.register_forward_pre_hook(recorder(i), with_kwargs=True) for i, block in enumerate(blocks)]
-    try:
-        model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _find_chains(model: nn.Module, stages: list[_Stage], batch: Batch) -> list[list[_Stage]]:
-    """Cut the stages into chains: blocks of which each takes just what the one before gave out.
-
-    Stages come in the order in which the model runs them. A block that runs several times in one forward (shared layers), or
-    whose hidden states cannot be told from its other arguments, or that never runs, becomes a stage of the whole model: one
-    recorded call would not tell its whole story.
-    """
-    staged = [(stage, stage.block) for stage in stages if stage.block is not None]
-    recorded = _record_calls(model, [block for _, block in staged], batch)
-    ran = list(dict.fromkeys(index for index, _ in recorded))
-    chains: list[list[_Stage]] = []
-    before: tuple[nn.Module, _Call] | None = None
-    for index in [*ran, *(i for i in range(len(staged)) if i not in ran)]:
-        stage, block = staged[index]
-        calls = [call for at, call in recorded if at == index]
-        if len(calls) != 1 or calls[0] is None:
-            chains.append([_Stage(None, stage.linears)])
-            before = None
-            continue
-        if before is not None and _gives(before[1].run(before[0]), calls[0].hidden):
-            chains[-1].append(stage)
-        else:
-            chains.append([stage])
-        before = (block, calls[0])
-    return chains + [[stage] for stage in stages if stage.block is None]
-
-
-def _gives(output: Tensor, wanted: Tensor) -> bool:
-    if not isinstance(output, Tensor) or output.shape != wanted.shape:
-        return False
-    return bool((output.float() - wanted.float()).norm() <= 1e-3 * wanted.float().norm())
-
-
-def _plan_budgets(job: _Job, config: ColumnCodebookConfig, linears: dict[str, nn.Module]) -> None:
-    """Bytes for every Linear, and what one backward pass of the dense model says about its rows and tokens."""
-    shapes = {
-        name: (int(w.shape[0]), int(w.shape[1])) for name, w in ((n, dense_weight(m)) for n, m in linears.items())
-    }
-    if config.guidance != "none":
-        found = output_gradients(job.model, linears, job.batches)
-        rows = found.row_weights if "rows" in config.guidance else {}
-        job.guidance = Guidance(rows, found.token_weights if "tokens" in config.guidance else {})
-    weights = sum(rows * columns for rows, columns in shapes.values())
-    job.budgets = allocate.share_out(shapes, config.bits * weights / 8, config.row_scale)
-
-
-Visit = Callable[[dict[str, nn.Module], columns.InputStatistics], None]
-
-
-@dataclass
-class _Job:
-    """What stays the same during one compression."""
-
-    model: nn.Module
-    batches: list[Batch]
-    config: CLAQConfig | ColumnCodebookConfig | SparseConfig
-    replaced: dict[str, nn.Module]
-    report: CompressionReport
-    bar: tqdm
-    budgets: dict[str, float] = field(default_factory=dict)
-    """name -> bytes, for a method whose target is the true size."""
-    sparsity: dict[str, float] = field(default_factory=dict)
-    """name -> share of the weights to prune."""
-    guidance: Guidance = field(default_factory=Guidance)
-    left_over: float = 0.0
-    """Bytes that the groups done so far were given and did not use."""
-    visit: Visit = lambda group, inputs: None
-    """What is done with each group of Linears that share an input, before anything after them is run."""
-
-
-def _compress_chain(job: _Job, chain: list[_Stage]) -> None:
-    blocks = [stage.block for stage in chain if stage.block is not None]
-    if not blocks:
-        for stage in chain:
-            _compress_stage(job, stage, lambda index: job.model(**job.batches[index]))
-        return
-    # Masks and position embeddings may differ from block to block (sliding and global attention), and an encoder's output
-    # enters every decoder block: each block's own arguments are recorded when the chain before it is done, and only the
-    # hidden states are carried from block to block.
-    recorded = []
-    for batch in job.batches:
-        calls = [call for _, call in _record_calls(job.model, blocks, batch) if call is not None]
-        if len(calls) != len(blocks):
-            raise ValueError(
-                f"a calibration batch runs {len(calls)} of {len(blocks)} blocks that the first batch ran once each; batches must "
-                "take the same way through the model"
-            )
-        recorded.append([call if i == 0 else replace(call, hidden=call.hidden[:0]) for i, call in enumerate(calls)])
-    hidden = [calls[0].hidden for calls in recorded]
-    for i, (stage, block) in enumerate(zip(chain, blocks, strict=True)):
-        calls = [replace(calls[i], hidden=h) for calls, h in zip(recorded, hidden, strict=True)]
-        _compress_stage(job, stage, partial(_run_call, calls, block))
-        if i + 1 < len(chain):
-            hidden = [call.run(block) for call in calls]
-
-
-def _run_call(calls: Sequence[_Call], block: nn.Module, index: int) -> Tensor:
-    return calls[index].run(block)
-
-
-# ---- pruning: how much of each Linear ---------------------------------------------------------------------------------
-
-
-def _plan_sparsity(job: _Job, config: SparseConfig, stages: Sequence[_Stage]) -> dict[str, float]:
-    linears = {name: module for stage in stages for name, module in stage.linears.items()}
-    layer_of = {
-        name: name if stage.block is None else str(i) for i, stage in enumerate(stages) for name in stage.linears
-    }
-    if config.allocation == "uniform" or len(linears) == 1:
-        return dict.fromkeys(linears, config.share)
-    by_layer = config.level == "layer" or config.allocation == "owl"
-    unit = layer_of if by_layer else {name: name for name in linears}
-    members: dict[str, list[str]] = {}
-    for name, key in unit.items():
-        members.setdefault(key, []).append(name)
-    sizes = {key: sum(dense_weight(linears[name]).numel() for name in names) for key, names in members.items()}
-    if config.allocation == "owl":
-        norms = _input_norms(job, linears)
-        outliers = {}
-        for key, names in members.items():
-            scores = {name: densities.wanda_scores(dense_weight(linears[name]), norms[name]) for name in names}
-            outliers[key] = densities.outlier_share(scores)
-        shares = densities.by_outliers(outliers, sizes, config.share, config.spread)
-    else:
-        traces = trace_per_weight(job.model, linears, job.batches, str(config.allocation))
-        sums = {key: sum(traces[name] for name in names) for key, names in members.items()}
-        shares = densities.by_rank(sums, sizes, config.share, config.spread)
-    return {name: shares[key] for name, key in unit.items()}
-
-
-def _input_norms(job: _Job, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """name -> |X_j| over the calibration tokens, float32 [K]; 0 for a Linear that never runs."""
-    sums = {name: torch.zeros_like(dense_weight(module)[0], dtype=torch.float32) for name, module in linears.items()}
-    current = 0
-
-    def recorder(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            sums[name] += _real_tokens(args[0], job.batches[current], name).square().sum(0)
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(recorder(name)) for name, module in linears.items()]
-    try:
-        for current in range(len(job.batches)):  # noqa: B007  (read by the hooks)
-            job.model(**job.batches[current])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: total.sqrt() for name, total in sums.items()}
-
-
-def _real_tokens(x: Tensor, batch: Batch, name: str) -> Tensor:
-    """The input of a Linear without padding, float32 [tokens, K]."""
-    x = x.detach()
-    mask = _token_mask(batch, name)
-    if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
-        x = x[mask.bool()]
-    return x.reshape(-1, x.shape[-1]).float()
-
-
-# ---- one stage: group the Linears by input, take the Hessian, compress ----------------------------------------------
-
-
-def _compress_stage(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> None:
-    groups = _group_by_input(job, stage, run)
-    if job.config.true_sequential:
-        for group in groups:
-            (inputs,) = _input_statistics(job, [group], run)
-            job.visit(group, inputs)
-    else:
-        for group, inputs in zip(groups, _input_statistics(job, groups, run), strict=True):
-            job.visit(group, inputs)
-    reached = {name for group in groups for name in group}
-    for name, module in stage.linears.items():
-        if name not in reached:
-            _warn(
-                job.report,
-                f"{name} was never run by the calibration data; it is compressed by its weights alone",
-            )
-            job.visit({name: module}, columns.InputStatistics(torch.eye(dense_weight(module).shape[1])))
-
-
-def _group_by_input(job: _Job, stage: _Stage, run: Callable[[int], Any]) -> list[dict[str, nn.Module]]:
-    """The stage's Linears in the order in which they run, those that are given the very same tensor in one group."""
-    groups: list[tuple[Tensor, int, dict[str, nn.Module]]] = []
-    seen: set[str] = set()
-
-    def recorder(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if name in seen:
-                return
-            seen.add(name)
-            x = args[0]
-            # The list keeps every input alive, so that no address is used twice.
-            for tensor, version, members in groups:
-                if tensor.data_ptr() == x.data_ptr() and tensor.shape == x.shape and version == x._version:
-                    members[name] = module
-                    return
-            groups.append((x, x._version, {name: module}))
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(recorder(name)) for name, module in stage.linears.items()]
-    try:
-        for index in range(len(job.batches)):
-            run(index)
-            if len(seen) == len(stage.linears):
-                break
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [members for _, _, members in groups]
-
-
-def _input_statistics(
-    job: _Job, groups: list[dict[str, nn.Module]], run: Callable[[int], Any]
-) -> list[columns.InputStatistics]:
-    """H, fp32 [K, K], a sum of x x^T over the calibration tokens, and their mean, for the common input of each group."""
-    sums: list[Tensor | None] = [None] * len(groups)
-    totals: list[Tensor | None] = [None] * len(groups)
-    tokens = [0.0] * len(groups)
-    current = 0
-
-    def recorder(i: int) -> Callable[..., None]:
-        name = next(iter(groups[i]))
-
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            batch = job.batches[current]
-            x = _real_tokens(args[0], batch, name)
-            s = _token_weights(job, name, current, args[0].shape[:-1])
-            if s is not None and s.numel() != len(x):  # an expert that was sent other tokens than in the dense model
-                s = None
-            weighted = x if s is None else x * s.reshape(-1, 1)
-            for into, value in ((sums, weighted.T @ x), (totals, weighted.sum(0))):
-                known = into[i]
-                into[i] = value if known is None else known.add_(value)
-            tokens[i] += x.shape[0] if s is None else float(s.sum())
-
-        return hook
-
-    handles = [next(iter(group.values())).register_forward_pre_hook(recorder(i)) for i, group in enumerate(groups)]
-    try:
-        for current in range(len(job.batches)):  # noqa: B007  (read by the hooks)
-            run(current)
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = []
-    for i, (products, total) in enumerate(zip(sums, totals, strict=True)):
-        if products is None or total is None or tokens[i] == 0:
-            raise ValueError(
-                f"the calibration data reaches {next(iter(groups[i]))} with no token; is the attention_mask all zero?"
-            )
-        biased = all(isinstance(module.bias, Tensor) for module in groups[i].values())
-        # The published methods know 2/n sum x x^T; the covariance needs the plain mean.
-        if not isinstance(job.config, ColumnCodebookConfig):
-            found.append(columns.InputStatistics(products.mul_(2.0 / tokens[i])))
-            continue
-        mean = total.div_(tokens[i]) if biased and job.config.correct_bias else None
-        found.append(columns.InputStatistics(products.div_(tokens[i]), mean))
-    return found
-
-
-def _token_weights(job: _Job, name: str, current: int, shape: torch.Size) -> Tensor | None:
-    """What the tokens of `_real_tokens` count in the statistics; None: all alike."""
-    if name not in job.guidance.token_weights:
-        return None
-    weights = job.guidance.token_weights[name][current]
-    mask = _token_mask(job.batches[current], name)
-    return weights if mask is None or mask.shape != shape else weights[mask.bool()]
-
-
-def _token_mask(batch: Batch, name: str) -> Tensor | None:
-    """Which tokens of a Linear's input are real, [B, L].
-
-    In a decoder that has ids of its own it is their mask; where those are as long as the encoder's, cross attention's view of
-    the encoder is then taken whole, padding included: better some padding than real tokens lost.
-    """
-    mask = batch.get("attention_mask")
-    decoder_ids = batch.get("decoder_input_ids")
-    if decoder_ids is None or "decoder" not in name or (mask is not None and mask.shape != decoder_ids.shape):
-        return mask
-    return batch.get("decoder_attention_mask")
-
-
-def _compress_group(job: _Job, group: dict[str, nn.Module], inputs: columns.InputStatistics) -> None:
-    weights = {name: dense_weight(module).float() for name, module in group.items()}
-    config = job.config
-    if isinstance(config, CLAQConfig):
-        compressed = claq.compress_linears(weights, inputs.hessian, config)
-    elif isinstance(config, SparseConfig):
-        dtype = dense_weight(next(iter(group.values()))).dtype
-        compressed = prune_linears(weights, inputs.hessian, config, job.sparsity, dtype)
-    else:
-        budget = sum(job.budgets[name] for name in group) + job.left_over
-        compressed = columns.compress_linears(weights, inputs, budget, config, job.guidance.row_weights)
-        job.left_over = budget - sum(done.weight.nbytes for done in compressed.values())
-    for name, done in compressed.items():
-        module = group[name]
-        dense = dense_weight(module)
-        bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
-        if bias is not None and done.bias_change is not None:
-            bias = bias + done.bias_change.to(bias)
-        layer_type = LAYER_OF_KIND[done.weight.structure.kind]
-        layer = layer_type.from_weight(done.weight.to(dense.device), bias, dense.dtype)
-        job.replaced[name] = module
-        replace_module(job.model, name, layer)
-        job.report.layers.append(
-            LayerReport(
-                name=name,
-                out_features=layer.out_features,
-                in_features=layer.in_features,
-                bits_per_weight=layer.bits_per_weight,
-                paper_bits=done.paper_bits,
-                nbytes=layer.nbytes,
-                dense_nbytes=dense.numel() * dense.element_size(),
-                error=done.error,
-                seconds=done.seconds,
-                pruned=done.pruned,
-            )
-        )
-        job.bar.set_postfix_str(f"{name} error {done.error:.5f}", refresh=False)
-        job.bar.update()
-
-
-def _check_finite(name: str, weight: Tensor) -> None:
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
+    stages = find_stages(model, select_linears(model, None, exclude), outside=False)
+    batches = as_batches(calibration)
+    with quiet_eval(model), torch.no_grad(), tqdm(disable=True) as bar:
+        loop = BlockLoop(model, batches[0], batches)
+        job = Job(loop, CLAQConfig(bits=2), CompressionReport("", {}), bar, visit=visit)
+        chains = loop.find_chains(stages)
+        for i, chain in enumerate(chains):
+            loop.walk(chain, job.compress_stage, hand_on=i + 1 < len(chains))
+
+
+def planned_linears(model: nn.Module, chosen: Mapping[str, nn.Module], stages: Sequence[Stage]) -> dict[str, nn.Module]:
+    """The Linears that will be compressed, by name. Raises ValueError if there are none, or one may not be."""
+    for name, owner in tied_weights(model, chosen).items():
         raise ValueError(
-            f"{name}.weight holds {bad} values that are not finite; repair the model before compressing it"
+            f"{name} shares its weight with {owner}; compressing it would untie them. Add {name!r} to exclude"
         )
+    planned = {name: module for stage in stages for name, module in stage.linears.items()}
+    if not planned:
+        raise ValueError(
+            f"nothing to compress: {len(list(linear_modules(model)))} Linears, {len(chosen)} after include and exclude, none of "
+            "them in a repeated block; name them in include to compress them all the same"
+        )
+    return planned
 
 
-def _warn(report: CompressionReport, message: str) -> None:
-    report.warnings.append(message)
-    warnings.warn(message, stacklevel=4)
+def start_report(config: Config | KMeansConfig, dense: list[LeftDense], total: int) -> CompressionReport:
+    """A report that names what stays dense of `total` Linear-like parameters, and warns if that is much and was not asked for."""
+    methods = {CLAQConfig: "claq", ColumnCodebookConfig: "columns", KMeansConfig: "kmeans"}
+    method = config.method if isinstance(config, SparseConfig) else methods[type(config)]
+    report = CompressionReport(method, config.to_dict(), left_dense=dense)
+    unasked = sum(item.parameters for item in dense if not item.asked)
+    if unasked > SILENT_SHARE * total:
+        names = summary([item for item in dense if not item.asked])
+        warn(
+            report,
+            f"{100 * unasked / total:.1f} % of the Linear-like parameters stay dense without being asked for: {names}. "
+            "Name them in exclude if that is wanted; Linears outside the blocks can be named in include",
+        )
+    return report
 
 
 @contextmanager
-def _quiet_eval(model: nn.Module) -> Iterator[None]:
+def quiet_eval(model: nn.Module) -> Iterator[None]:
     """Eval mode (no dropout) and no key-value cache, both put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model_config = getattr(model, "config", None)
@@ -586,19 +189,21 @@ def bits_for_size(
     other_files: int = 0,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    indexed: bool = False,
 ) -> float:
     """True bits per weight at which the packed folder of `model` has `nbytes`, dense tensors and `other_files` included.
 
+    `indexed`: it will have several safetensors files and an index, as `compress_folder` writes them.
     Raises ValueError if what stays dense takes the whole size, or leaves fewer than 1.1 bits or more than 8.
     """
     chosen = select_linears(model, include, exclude)
-    linears = [m for stage in _find_stages(model, chosen, include is not None) for m in stage.linears.values()]
+    linears = [m for stage in find_stages(model, chosen, include is not None) for m in stage.linears.values()]
     weights = [dense_weight(module) for module in linears]
-    packed = {weight.data_ptr() for weight in weights}
-    # Tied tensors are stored once.
-    rest = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
-    dense = sum(size for pointer, size in rest.items() if pointer not in packed) + other_files
-    dense += DESCRIPTION_BYTES * len(linears)
+    packed = {id(module.weight) for module in linears}
+    # Tied tensors are stored once. On the meta device only their identity tells.
+    rest = {id(t): t.numel() * t.element_size() for t in model.state_dict(keep_vars=True).values()}
+    dense = sum(size for tensor, size in rest.items() if tensor not in packed) + other_files
+    dense += (DESCRIPTION_BYTES + INDEX_BYTES * indexed) * len(linears)
     bits = 8 * (nbytes - dense) / max(1, sum(w.numel() for w in weights))
     if not 1.1 <= bits <= 8:
         raise ValueError(

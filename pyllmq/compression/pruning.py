@@ -31,6 +31,7 @@ from .column_loop import (
     refine_columns,
     sweep_columns,
 )
+from .ranks import ALONE, Ranks
 
 CHOICE_COLUMNS = LAZY_COLUMNS // 2
 """Columns that are chosen from at once; fewer gain nothing, 32 lose 2 to 14 % (output error of four Linears at 50 %). Half of a
@@ -43,6 +44,7 @@ def prune_linears(
     config: SparseConfig,
     sparsity: Mapping[str, float],
     dtype: torch.dtype = torch.float32,
+    ranks: Ranks = ALONE,
 ) -> dict[str, CompressedLinear]:
     """Prune (and quantize, if the config says so) Linears that share one input; the Hessian is factored once.
 
@@ -52,6 +54,7 @@ def prune_linears(
         config: settings.
         sparsity: name -> share of the weights to prune; unused with an N:M pattern, which fixes it.
         dtype: of the dense weights; the kept ones are stored in it unless the config names another.
+        ranks: the processes among which the Linears are shared out.
 
     Raises:
         ValueError: no weights, shapes that do not fit, values that are not finite, a hessian that cannot be factored.
@@ -70,7 +73,7 @@ def prune_linears(
 
     value_dtype = dtype if config.values is None else getattr(torch, config.values)
     compressed = {}
-    for name, weight in weights.items():
+    for name, weight in ranks.mine(weights).items():
         started = time.perf_counter()
         codebooks = None
         if factor is None:
@@ -85,18 +88,19 @@ def prune_linears(
             if config.refine and not config.published:
                 stored = refine_columns(weight, stored, hessian, factor, columns, config.refine).quantized
             pruned = columns.pruned.t()
-        packed = _pack(stored, pruned, codebooks, config, value_dtype)
+        packed = pack_kept(stored, pruned, codebooks, config, value_dtype)
         error = output_error(weight, packed.dequantize(), hessian)
         seconds = time.perf_counter() - started + shared_seconds
         value_bits = 8.0 * value_dtype.itemsize if codebooks is None else float(codebooks.column_bits.float().mean())
         share = float(pruned.double().mean())
         compressed[name] = CompressedLinear(packed, error, seconds, value_bits * (1 - share), pruned=share)
-    return compressed
+    return ranks.merge(compressed, list(weights))
 
 
-def _pack(
+def pack_kept(
     stored: Tensor, pruned: Tensor, codebooks: CodebookColumns | None, config: SparseConfig, dtype: torch.dtype
 ) -> BitmapWeight | Sparse24Weight | CodebookWeight | Sparse24CodebookWeight:
+    """What is kept of a matrix [N, K], in the format that the config asks for."""
     if codebooks is None:
         if config.pattern == "2:4":
             return Sparse24Weight.pack(stored, ~pruned, dtype)

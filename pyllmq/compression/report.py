@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +44,8 @@ class CompressionReport:
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     tuning_losses: list[float] = field(default_factory=list)
+    peak_memory: int = 0
+    """Most bytes of RAM that a process of the job held at a time; 0: not known."""
 
     @property
     def weights(self) -> int:
@@ -108,7 +111,18 @@ class CompressionReport:
             f"{len(self.layers)} Linears: {self.bits_per_weight:.3f} true bits per weight ({self.paper_bits:.3f} as the paper "
             f"counts), {self.dense_nbytes / 1e6:.1f} MB -> {self.nbytes / 1e6:.1f} MB, mean error {self.mean_error:.5f}, "
             f"{self.seconds:.1f} s"
+            + (f", at most {self.peak_memory / 1e9:.2f} GB of memory" if self.peak_memory else "")
         )
+
+
+def peak_memory() -> int:
+    """Most bytes of RAM that this process held so far."""
+    try:
+        # ru_maxrss begins with what the parent held when it started this process.
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def summary(left: Sequence[LeftDense], most: int = 6) -> str:

@@ -8,11 +8,14 @@ units of its column's root mean square, so one learning rate serves columns of a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -21,6 +24,7 @@ from ..dispatch import CHECKPOINT_FIELDS, WeightOperand
 from ..formats import CodebookWeight
 from ..nn import CodebookLinear
 from ..swap import replace_module
+from .blocks import BlockLoop, Call, Chain, find_stages
 from .calibration import Batch, as_batches
 
 WARM_UP = 0.05
@@ -37,9 +41,10 @@ def tune_codebooks(
     steps: int,
     learning_rate: float = 0.01,
     seed: int = 0,
+    checkpoint: bool = False,
     progress: bool = True,
 ) -> list[float]:
-    """Train what is not codes in the packed layers of `model` to match `dense`, in place.
+    """Train what is not codes in the packed layers of `model` to match `dense`, in place, end to end.
 
     Args:
         model: a compressed model; its `CodebookLinear` layers are replaced by tuned ones of the same structure and size.
@@ -49,6 +54,8 @@ def tune_codebooks(
         steps: optimizer steps (Adam), one batch each.
         learning_rate: of the codebooks, relative to their columns' root mean square.
         seed: of the order of the batches.
+        checkpoint: keep only the blocks' inputs for the backward pass and run each block again there: a third more time,
+            activations of one block instead of all.
 
     Returns:
         The loss of every step. If anything fails, the model is as it was.
@@ -56,18 +63,114 @@ def tune_codebooks(
     Raises:
         ValueError: steps < 1, no packed layer, no batch, or a loss that is not finite.
     """
+    batches, layers = _checked(model, text, steps)
+    device = next(dense.parameters()).device
+    order = _endless_order(len(batches), seed)
+
+    def loss() -> Tensor:
+        return _mismatch(model, dense, {key: value.to(device) for key, value in batches[next(order)].items()})
+
+    blocks = [stage.block for stage in find_stages(model, dict(layers), outside=False) if stage.block is not None]
+    with (
+        tqdm(total=steps, disable=not progress, unit="step") as bar,
+        _eval(model, dense),
+        _run_again(blocks if checkpoint else []),
+    ):
+        return _train(model, model, layers, loss, steps, learning_rate, bar)
+
+
+def tune_blocks(
+    model: nn.Module,
+    dense: nn.Module,
+    text: Iterable[Any],
+    *,
+    steps: int,
+    learning_rate: float = 0.01,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, list[float]]:
+    """As `tune_codebooks`, one block at a time: each is trained to give what the dense block gives in the dense model.
+
+    A block's input is what the tuned blocks before it give, so later blocks make up for earlier ones. Only one block is
+    trained at a time: it fits where training end to end does not. Blocks that do not take just what the one before gave
+    out stay as they are.
+
+    Args:
+        steps: optimizer steps for each block.
+
+    Returns:
+        name of the block -> the loss of every step, the squared error relative to the dense block's squared output.
+        Blocks done before a failure stay tuned.
+    """
+    batches, layers = _checked(model, text, steps)
+    device = next(dense.parameters()).device
+    batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+    stages = find_stages(model, dict(layers), outside=False)
+    total = steps * sum(bool(stage.linears) for stage in stages)
+    found: dict[str, list[float]] = {}
+    with _eval(model, dense), tqdm(total=total, disable=not progress, unit="step") as bar, torch.no_grad():
+        loop, dense_loop = (BlockLoop(of, batches[0], batches) for of in (model, dense))
+        chains = loop.find_chains(stages)
+        dense_loop.find_chains(find_stages(dense, {name: dense.get_submodule(name) for name in layers}, outside=False))
+        for chain in chains:
+            if chain.stages[0].block is None:
+                continue
+            dense_chain = Chain([replace(s, block=dense.get_submodule(s.name)) for s in chain.stages], chain.alike)
+            recorded, dense_recorded = loop.record(chain), dense_loop.record(dense_chain)
+            hidden, wanted = ([calls[0].hidden for calls in of] for of in (recorded, dense_recorded))
+            for i, (stage, dense_stage) in enumerate(zip(chain.stages, dense_chain.stages, strict=True)):
+                block, dense_block = stage.block, dense_stage.block
+                assert block is not None and dense_block is not None
+                calls = [of_batch[i] for of_batch in recorded]
+                wanted = [of[i].run(dense_block, h) for of, h in zip(dense_recorded, wanted, strict=True)]
+                if stage.linears:
+                    loss = partial(
+                        _block_error, block, calls, hidden, wanted, batches, _endless_order(len(batches), seed)
+                    )
+                    inside = {name: layers[name] for name in stage.linears}
+                    found[stage.name] = _train(model, block, inside, loss, steps, learning_rate, bar)
+                hidden = [call.run(block, h) for call, h in zip(calls, hidden, strict=True)]
+            loop.finish(chain, hidden)
+            dense_loop.finish(dense_chain, wanted)
+    return found
+
+
+def _block_error(
+    block: nn.Module,
+    calls: Sequence[Call],
+    hidden: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    batches: Sequence[Batch],
+    order: Iterator[int],
+) -> Tensor:
+    at = next(order)
+    return _relative_error(calls[at].run(block, hidden[at]), wanted[at], batches[at].get("attention_mask"))
+
+
+def _checked(model: nn.Module, text: Iterable[Any], steps: int) -> tuple[list[Batch], dict[str, CodebookLinear]]:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps!r}; it must be an integer >= 1")
-    batches = as_batches(text)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CodebookLinear)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no packed layer to tune; compress it first (pyllmq.compress)")
-    device = next(dense.parameters()).device
+    return as_batches(text), layers
+
+
+def _train(
+    model: nn.Module,
+    scope: nn.Module,
+    layers: dict[str, CodebookLinear],
+    next_loss: Callable[[], Tensor],
+    steps: int,
+    learning_rate: float,
+    bar: Any,
+) -> list[float]:
+    """Train `layers` of `model`, and the norms and biases in `scope`; all as before if anything fails."""
     trained = {name: _TrainedLinear(layer) for name, layer in layers.items()}
-    others = _norms_and_biases(model, layers)
+    others = _norms_and_biases(scope)
     before = [p.detach().clone() for p in others]
     losses: list[float] = []
-    done = False
+    after: dict[str, CodebookLinear] = layers
     try:
         for name, module in trained.items():
             replace_module(model, name, module)
@@ -75,17 +178,12 @@ def tune_codebooks(
         biases = [module.bias for module in trained.values() if module.bias is not None]
         groups: list[dict[str, Any]] = [{"params": moves}, {"params": [*others, *biases], "scale": OTHERS}]
         optimizer = torch.optim.Adam(groups, lr=learning_rate, betas=(0.9, 0.95))
-        order = _endless_order(len(batches), seed)
-        with (
-            _training(model, dense, [*moves, *others, *biases]),
-            tqdm(total=steps, disable=not progress, unit="step") as bar,
-        ):
+        with _gradients_for(model, [*moves, *others, *biases]):
             for step in range(steps):
                 rate = learning_rate * _schedule(step, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group.get("scale", 1.0)
-                batch = {key: value.to(device) for key, value in batches[next(order)].items()}
-                loss = _mismatch(model, dense, batch)
+                loss = next_loss()
                 if not bool(torch.isfinite(loss)):
                     raise ValueError(
                         f"the tuning loss is {loss.item()} at step {step}; lower learning_rate (given: {learning_rate:g})"
@@ -96,15 +194,13 @@ def tune_codebooks(
                 losses.append(loss.item())
                 bar.set_postfix_str(f"loss {losses[-1]:.5f}", refresh=False)
                 bar.update()
-        tuned = {name: module.packed() for name, module in trained.items()}
-        done = True
+        after = {name: module.packed() for name, module in trained.items()}
     finally:
-        if not done:
-            tuned = layers
+        if after is layers:
             with torch.no_grad():
                 for parameter, old in zip(others, before, strict=True):
                     parameter.copy_(old)
-        for name, layer in tuned.items():
+        for name, layer in after.items():
             replace_module(model, name, layer)
     return losses
 
@@ -162,10 +258,10 @@ def _column_rms(codebook: Tensor, column_bits: Tensor) -> Tensor:
     return (squares / sizes).sqrt()[:, column]
 
 
-def _norms_and_biases(model: nn.Module, layers: dict[str, CodebookLinear]) -> list[nn.Parameter]:
+def _norms_and_biases(scope: nn.Module) -> list[nn.Parameter]:
     """1-D parameters beside the packed layers (their own biases move with them): norm weights, biases."""
-    own = {id(p) for layer in layers.values() for p in layer.parameters()}
-    return [p for p in model.parameters() if p.dim() == 1 and id(p) not in own and p.is_floating_point()]
+    own = {id(p) for m in scope.modules() if isinstance(m, CodebookLinear) for p in m.parameters()}
+    return [p for p in scope.parameters() if p.dim() == 1 and id(p) not in own and p.is_floating_point()]
 
 
 def _endless_order(count: int, seed: int) -> Iterator[int]:
@@ -182,13 +278,35 @@ def _schedule(step: int, steps: int) -> float:
 
 
 @contextmanager
-def _training(model: nn.Module, dense: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients for `trained` alone, both models without dropout; everything as before afterwards."""
+def _eval(*models: nn.Module) -> Iterator[None]:
+    """No dropout; every module's mode as before afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _run_again(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """The blocks keep no activations for the backward pass. transformers' own switch works in training mode only."""
+    for block in blocks:
+        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@contextmanager
+def _gradients_for(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients for `trained` alone; every parameter as before afterwards."""
     wanted = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(m, m.training) for root in (model, dense) for m in root.modules()]
     chosen = {id(p) for p in trained}
-    model.eval()
-    dense.eval()
     for parameter, _ in wanted:
         parameter.requires_grad_(id(parameter) in chosen)
     try:
@@ -197,8 +315,6 @@ def _training(model: nn.Module, dense: nn.Module, trained: Sequence[nn.Parameter
     finally:
         for parameter, want in wanted:
             parameter.requires_grad_(want)
-        for module, mode in modes:
-            module.training = mode
 
 
 def _mismatch(model: nn.Module, dense: nn.Module, batch: Batch) -> Tensor:
@@ -214,7 +330,14 @@ def _mismatch(model: nn.Module, dense: nn.Module, batch: Batch) -> Tensor:
         return (divergence * mask).sum() / mask.sum()
     target, found = wanted.last_hidden_state.float(), given.last_hidden_state.float()
     weight = torch.ones(target.shape[:2], device=target.device) if mask is None else mask.float()
-    weight = weight[..., None]
-    error = ((found - target).square() * weight).sum() / (target.square() * weight).sum()
-    mean = (target * weight).sum(1), (found * weight).sum(1)
-    return error + (1 - nn.functional.cosine_similarity(*mean, dim=-1)).mean()
+    mean = (target * weight[..., None]).sum(1), (found * weight[..., None]).sum(1)
+    return _relative_error(found, target, mask) + (1 - nn.functional.cosine_similarity(*mean, dim=-1)).mean()
+
+
+def _relative_error(found: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Squared error relative to the squared target, over the tokens [B, L] that are not padding."""
+    target = target.float()
+    error, size = (found.float() - target).square().sum(-1), target.square().sum(-1)
+    if mask is not None and mask.shape == error.shape:
+        error, size = error * mask, size * mask
+    return error.sum() / size.sum()

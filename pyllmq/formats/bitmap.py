@@ -29,11 +29,12 @@ from .structure import (
     Shapes,
     Structure,
     column_dtype,
+    described,
     expect_all,
     expect_ascending_columns,
-    expect_integers,
-    expect_keys,
     expect_row_offsets,
+    sparse_columns,
+    sparse_rows,
 )
 
 MOST_KEPT = 2**31 - 1
@@ -85,10 +86,7 @@ class BitmapStructure(Structure):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BitmapStructure:
-        known = ("out_features", "in_features", "kept", "values", "positions")
-        expect_keys(cls.kind, dict(values), known)
-        expect_integers(dict(values), known[:3])
-        return cls(*(values[name] for name in known))
+        return described(cls, values, ("out_features", "in_features", "kept"), ("values", "positions"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +158,33 @@ class BitmapWeight(PackedWeight):
             expect_ascending_columns("columns", tensors["columns"].long(), offsets, in_features)
         return cls(structure, {key: tensors[key].contiguous() for key in structure.tensors()})
 
+    def _tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        offsets, place = sparse_rows(self.tensors["row_offsets"], start, stop)
+        tensors = {"row_offsets": offsets, "values": self.tensors["values"][place]}
+        if "mask" in self.tensors:
+            tensors["mask"] = self.tensors["mask"][start:stop]
+        else:
+            tensors["columns"] = self.tensors["columns"][place]
+        if "scale" in self.tensors:
+            tensors["scale"] = self.tensors["scale"][start:stop]
+        return _with_a_value(tensors, self.in_features)
+
+    def _tensors_of_columns(self, start: int, stop: int) -> dict[str, Tensor]:
+        columns = self.tensors.get("columns")
+        if columns is None:
+            columns = torch.nonzero(self.mask())[:, 1]
+        offsets, column, inside = sparse_columns(self.tensors["row_offsets"], columns, start, stop)
+        tensors = {"row_offsets": offsets, "values": self.tensors["values"][inside]}
+        if "mask" in self.tensors:
+            whole = start - start % 8
+            mask = ops.unpack_codes(self.tensors["mask"][:, whole // 8 : -(-stop // 8)].contiguous(), 1, stop - whole)
+            tensors["mask"] = ops.pack_codes(mask[:, start - whole :].contiguous(), 1)
+        else:
+            tensors["columns"] = column
+        if "scale" in self.tensors:
+            tensors["scale"] = self.tensors["scale"]
+        return _with_a_value(tensors, stop - start)
+
     def mask(self) -> Tensor:
         """bool [N, K]: the places of the stored values."""
         if "mask" in self.tensors:
@@ -172,6 +197,21 @@ class BitmapWeight(PackedWeight):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense matrix [N, K]."""
         return ops.bitmap_dequantize(self, dtype)
+
+
+def _with_a_value(tensors: dict[str, Tensor], in_features: int) -> dict[str, Tensor]:
+    """The tensors of a part; where it keeps nothing, a zero at [0, 0]: loaders are spared tensors without elements."""
+    if tensors["values"].numel():
+        return tensors
+    offsets = torch.ones_like(tensors["row_offsets"])
+    offsets[0] = 0
+    first = {"values": tensors["values"].new_zeros(1), "row_offsets": offsets}
+    if "mask" in tensors:
+        first["mask"] = tensors["mask"].clone()
+        first["mask"][0, 0] = 1
+    else:
+        first["columns"] = torch.zeros(1, dtype=column_dtype(in_features), device=offsets.device)
+    return tensors | first
 
 
 def _offsets(counts: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import ops
 from ..backends import layout_codes
 from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, WeightOperand
+from .codes import cut_codes
 from .structure import (
     FormatError,
     PackedWeight,
@@ -36,9 +37,9 @@ from .structure import (
     expect_ascending_columns,
     expect_row_offsets,
     finite_fp16,
+    outliers_of_columns,
+    outliers_of_rows,
 )
-
-OUTLIER_KEYS = ("outlier_row_offsets", "outlier_columns", "outlier_values")
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,35 @@ class CodebookWeight(PackedWeight):
             for key in ("outlier_columns", "outlier_values"):
                 tensors[key] = torch.cat([part[key] for part in parts if key in part])
         return cls.from_tensors(tensors, sum(weight.out_features for weight in weights), first.in_features)
+
+    # ---- parts of it ------------------------------------------------------------------------------------------------
+
+    def _tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        last = self.tensors["segment_rows"].long().cumsum(0)
+        rows = last.clamp(start, stop) - (last - self.tensors["segment_rows"].long()).clamp(start, stop)
+        tensors = {
+            "column_bits": self.column_bits,
+            "codebook": self.tensors["codebook"][rows > 0],
+            "segment_rows": rows[rows > 0].to(torch.int32),
+        }
+        by_row = [key for key in self.tensors if key == "row_scale" or key.startswith("codes_b")]
+        tensors |= {key: self.tensors[key][start:stop] for key in by_row}
+        return tensors | outliers_of_rows(self.tensors, start, stop)
+
+    def _tensors_of_columns(self, start: int, stop: int) -> dict[str, Tensor]:
+        entry = torch.nn.functional.pad((1 << self.column_bits.long()).cumsum(0), (1, 0))
+        tensors = {
+            "column_bits": self.column_bits[start:stop],
+            "codebook": self.tensors["codebook"][:, int(entry[start]) : int(entry[stop])],
+            "segment_rows": self.tensors["segment_rows"],
+        }
+        if "row_scale" in self.tensors:
+            tensors["row_scale"] = self.tensors["row_scale"]
+        for bits in self.column_bits[start:stop].unique().tolist():
+            of_width = self.column_bits == bits
+            first, last = int(of_width[:start].sum()), int(of_width[:stop].sum())
+            tensors[f"codes_b{bits}"] = cut_codes(self.tensors[f"codes_b{bits}"], bits, first, last)
+        return tensors | outliers_of_columns(self.tensors, start, stop)
 
     # ---- what it holds ----------------------------------------------------------------------------------------------
 

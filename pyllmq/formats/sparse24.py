@@ -21,8 +21,9 @@ from torch import Tensor
 
 from .. import ops
 from ..dispatch import SPARSE24, SPARSE24_FIELDS
+from .codes import cut_codes
 from .kept_values import checked_weight, stored_values, value_dtype, value_name
-from .structure import FormatError, PackedWeight, Shapes, Structure, expect_all, expect_integers, expect_keys
+from .structure import FormatError, PackedWeight, Shapes, Structure, described, expect_all
 
 GROUP = 4
 KEPT = 2
@@ -59,10 +60,7 @@ class Sparse24Structure(Structure):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Sparse24Structure:
-        known = ("out_features", "in_features", "values")
-        expect_keys(cls.kind, dict(values), known)
-        expect_integers(dict(values), known[:2])
-        return cls(*(values[name] for name in known))
+        return described(cls, values, ("out_features", "in_features"), ("values",))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +69,7 @@ class Sparse24Weight(PackedWeight):
 
     layout: ClassVar[str] = SPARSE24
     fields: ClassVar[tuple[str, ...]] = SPARSE24_FIELDS
+    column_unit: ClassVar[int] = GROUP
 
     @classmethod
     def pack(cls, weight: Tensor, mask: Tensor | None = None, value_dtype: torch.dtype | None = None) -> Sparse24Weight:
@@ -110,6 +109,16 @@ class Sparse24Weight(PackedWeight):
         expect_all(dict(tensors), structure.tensors())
         check_positions(tensors["positions"], structure.groups)
         return cls(structure, {key: tensors[key].contiguous() for key in structure.tensors()})
+
+    def _tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        return {key: tensor[start:stop] for key, tensor in self.tensors.items()}
+
+    def _tensors_of_columns(self, start: int, stop: int) -> dict[str, Tensor]:
+        first, last = start // GROUP, -(-stop // GROUP)
+        return self.tensors | {
+            "values": self.tensors["values"][:, KEPT * first : KEPT * last],
+            "positions": cut_codes(self.tensors["positions"], GROUP, first, last),
+        }
 
     def mask(self) -> Tensor:
         """bool [N, K]: the places of the stored weights, two in each whole group."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import ops
 from ..dispatch import SPARSE24_CODEBOOK, SPARSE24_CODEBOOK_FIELDS
+from .codes import cut_codes
 from .kept_values import checked_weight
 from .sparse24 import GROUP, KEPT, check_positions, kept_places, position_codes, stored_places
 from .structure import (
@@ -32,12 +33,13 @@ from .structure import (
     Shapes,
     Structure,
     column_dtype,
+    described,
     expect_all,
     expect_ascending_columns,
-    expect_integers,
-    expect_keys,
     expect_row_offsets,
     finite_fp16,
+    outliers_of_columns,
+    outliers_of_rows,
 )
 
 BITS = (2, 3, 4)
@@ -80,10 +82,7 @@ class Sparse24CodebookStructure(Structure):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Sparse24CodebookStructure:
-        known = ("out_features", "in_features", "bits", "outliers")
-        expect_keys(cls.kind, dict(values), known)
-        expect_integers(dict(values), known)
-        return cls(*(values[name] for name in known))
+        return described(cls, values, ("out_features", "in_features", "bits", "outliers"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +91,7 @@ class Sparse24CodebookWeight(PackedWeight):
 
     layout: ClassVar[str] = SPARSE24_CODEBOOK
     fields: ClassVar[tuple[str, ...]] = SPARSE24_CODEBOOK_FIELDS
+    column_unit: ClassVar[int] = GROUP
 
     @classmethod
     def pack(
@@ -177,6 +177,19 @@ class Sparse24CodebookWeight(PackedWeight):
             expect_row_offsets("outlier_row_offsets", offsets, outliers)
             expect_ascending_columns("outlier_columns", tensors["outlier_columns"].long(), offsets, in_features)
         return cls(structure, {key: tensors[key].contiguous() for key in structure.tensors()})
+
+    def _tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        by_row = {key: self.tensors[key][start:stop] for key in ("codes", "positions")}
+        outliers = outliers_of_rows(self.tensors, start, stop)
+        return by_row | {"codebook": self.tensors["codebook"]} | outliers
+
+    def _tensors_of_columns(self, start: int, stop: int) -> dict[str, Tensor]:
+        first, last = start // GROUP, -(-stop // GROUP)
+        return {
+            "codes": cut_codes(self.tensors["codes"], self.structure.bits, KEPT * first, KEPT * last),
+            "positions": cut_codes(self.tensors["positions"], GROUP, first, last),
+            "codebook": self.tensors["codebook"][start:stop],
+        } | outliers_of_columns(self.tensors, start, stop)
 
     def mask(self) -> Tensor:
         """bool [N, K]: what is kept by the 2:4 pattern; outliers may stand elsewhere."""

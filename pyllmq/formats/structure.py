@@ -71,10 +71,36 @@ class PackedWeight:
     layout: ClassVar[str]
     """Name of the layout of these tensors in the order `fields`."""
     fields: ClassVar[tuple[str, ...]]
+    column_unit: ClassVar[int] = 1
+    """Columns can be cut at multiples of it."""
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> Any:
         """Checkpoint tensors (without the module's prefix) -> the weight, after checking what kernels rely on."""
+        raise NotImplementedError
+
+    def cut_rows(self, start: int, stop: int) -> Any:
+        """The rows start..stop-1 as a weight of their own, [stop - start, K], in memory of its own.
+
+        Raises FormatError unless 0 <= start < stop <= N.
+        """
+        expect_cut("rows", start, stop, self.out_features)
+        tensors = {key: tensor.clone() for key, tensor in self._tensors_of_rows(start, stop).items()}
+        return self.from_tensors(tensors, stop - start, self.in_features)
+
+    def cut_columns(self, start: int, stop: int) -> Any:
+        """The columns start..stop-1 as a weight of their own, [N, stop - start], in memory of its own.
+
+        Raises FormatError unless 0 <= start < stop <= K and both are multiples of `column_unit` (stop may be K).
+        """
+        expect_cut("columns", start, stop, self.in_features, self.column_unit)
+        tensors = {key: tensor.clone() for key, tensor in self._tensors_of_columns(start, stop).items()}
+        return self.from_tensors(tensors, self.out_features, stop - start)
+
+    def _tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _tensors_of_columns(self, start: int, stop: int) -> dict[str, Tensor]:
         raise NotImplementedError
 
     @property
@@ -146,6 +172,15 @@ def expect_keys(kind: str, values: dict[str, Any], known: tuple[str, ...]) -> No
         raise FormatError(f"a {kind} is described by the keys {sorted(('kind', *known))}, given: {sorted(values)}")
 
 
+def described(
+    structure: type[Any], values: Mapping[str, Any], integers: tuple[str, ...], names: tuple[str, ...] = ()
+) -> Any:
+    """The structure that a description in config.json says: fields that must be integers, then those that it checks itself."""
+    expect_keys(structure.kind, dict(values), (*integers, *names))
+    expect_integers(dict(values), integers)
+    return structure(*(values[field] for field in (*integers, *names)))
+
+
 def column_dtype(in_features: int) -> torch.dtype:
     """Of column numbers."""
     return torch.uint16 if in_features <= MAX_UINT16_COLUMNS else torch.int32
@@ -176,3 +211,52 @@ def expect_ascending_columns(key: str, columns: Tensor, offsets: Tensor, in_feat
     starts_row[offsets] = True
     if bool(((columns.diff() <= 0) & ~starts_row[1:-1]).any()):
         raise FormatError(f"{key} must ascend within each row, each column at most once")
+
+
+# ---- parts of tensors -------------------------------------------------------------------------------------------------
+
+
+def expect_cut(what: str, start: int, stop: int, size: int, unit: int = 1) -> None:
+    if not 0 <= start < stop <= size:
+        raise FormatError(f"{what} {start} to {stop} were asked for; allowed: 0 <= start < stop <= {size}")
+    if start % unit or (stop % unit and stop != size):
+        raise FormatError(
+            f"{what} {start} to {stop} were asked for; this format is cut at multiples of {unit}, or at {size}"
+        )
+
+
+def sparse_rows(offsets: Tensor, start: int, stop: int) -> tuple[Tensor, slice]:
+    """(row offsets of the rows start..stop-1, the place of their values among those of all rows)."""
+    part = offsets[start : stop + 1].long()
+    return (part - part[0]).to(offsets.dtype), slice(int(part[0]), int(part[-1]))
+
+
+def sparse_columns(offsets: Tensor, columns: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row offsets, columns counted from `start`, which values stay) of values in the columns start..stop-1."""
+    column = columns.long()
+    inside = (column >= start) & (column < stop)
+    row = torch.repeat_interleave(offsets.long().diff())
+    counts = torch.bincount(row[inside], minlength=offsets.numel() - 1)
+    part = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(offsets.dtype)
+    return part, (column[inside] - start).to(column_dtype(stop - start)), inside
+
+
+OUTLIER_KEYS = ("outlier_row_offsets", "outlier_columns", "outlier_values")
+
+
+def outliers_of_rows(tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """The outlier tensors of the rows start..stop-1; none where no outlier is left."""
+    if "outlier_values" not in tensors:
+        return {}
+    offsets, columns, values = (tensors[key] for key in OUTLIER_KEYS)
+    part, place = sparse_rows(offsets, start, stop)
+    return dict(zip(OUTLIER_KEYS, (part, columns[place], values[place]), strict=True)) if int(part[-1]) else {}
+
+
+def outliers_of_columns(tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """The outlier tensors of the columns start..stop-1; none where no outlier is left."""
+    if "outlier_values" not in tensors:
+        return {}
+    offsets, columns, values = (tensors[key] for key in OUTLIER_KEYS)
+    part, column, inside = sparse_columns(offsets, columns, start, stop)
+    return dict(zip(OUTLIER_KEYS, (part, column, values[inside]), strict=True)) if int(part[-1]) else {}

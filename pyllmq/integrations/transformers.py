@@ -46,8 +46,19 @@ def register() -> None:
     class PyllmqConfig(QuantizationConfigMixin):
         """What config.json says of a packed model: the format version and the structure of every packed module."""
 
-        def __init__(self, modules: Mapping[str, Any], format_version: int = FORMAT_VERSION, **unknown: Any) -> None:
+        part_of_ranks = 0
+        """Of how many processes the modules are one's part; 0: the modules are whole. Never in a file."""
+
+        def __init__(
+            self,
+            modules: Mapping[str, Any],
+            format_version: int = FORMAT_VERSION,
+            part_of_ranks: int = 0,
+            **unknown: Any,
+        ) -> None:
             unknown.pop("quant_method", None)
+            if part_of_ranks:
+                self.part_of_ranks = part_of_ranks
             if format_version != FORMAT_VERSION:
                 raise FormatError(
                     f"format_version is {format_version!r}; this pyllmq reads version {FORMAT_VERSION}. Update pyllmq-kernels, or "
@@ -81,11 +92,29 @@ def register() -> None:
 
         requires_calibration = True
         quantization_config: PyllmqConfig
+        styles: Mapping[str, str] | None = None
+        """The plan for transformers' tensor parallelism, where that was asked for."""
+
+        def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+            """Packed layers make their machine layout once and keep it in memory."""
+            places = device_map if isinstance(device_map, Mapping) else {}
+            on_disk = [name for name, device in places.items() if device == "disk"]
+            packed = [
+                m for m in self.quantization_config.modules if any(f"{m}.".startswith(f"{name}.") for name in on_disk)
+            ]
+            if packed:
+                raise ValueError(
+                    f"device_map puts {packed[0]} and {len(packed) - 1} more packed layers on disk; only dense modules can be "
+                    "there. Give them a device, or share the model out among processes (pyllmq.parallel)"
+                )
 
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
-            structures = self.quantization_config.structures()
+            structures, part = self.quantization_config.structures(), self.quantization_config.part_of_ranks > 0
+            if part and checkpoint_files is not None:
+                raise FormatError("config.json describes one rank's part of a model; folders hold whole models")
             check_files(structures, checkpoint_files)
-            put_skeletons(model, structures)
+            put_skeletons(model, structures, part)
+            self.styles = take_over_linears(model)
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -97,6 +126,12 @@ def register() -> None:
                     raise FormatError(
                         f"the folder has no tensors {name}.{{{', '.join(absent)}}}; it is incomplete, save it again"
                     )
+            if self.styles is not None:
+                from ..parallel import parallelize
+
+                mesh = model._device_mesh
+                parallelize(model, (mesh if mesh.ndim == 1 else mesh["tp"]).get_group(), self.styles)
+            for name, module in packed_modules(model):
                 try:
                     module.prepare()
                 except FormatError as error:
@@ -104,11 +139,12 @@ def register() -> None:
             return model
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+            expect_whole(self.quantization_config.part_of_ranks)
             return True
 
         @property
         def is_trainable(self) -> bool:
-            return False
+            return True
 
         @property
         def is_compileable(self) -> bool:
@@ -150,10 +186,14 @@ def packed_modules(model: nn.Module) -> list[tuple[str, PackedLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
 
 
-def put_skeletons(model: nn.Module, structures: Mapping[str, Structure]) -> None:
-    """Replace the Linears that `structures` names by empty packed layers of those sizes."""
+def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: bool = False) -> dict[str, str]:
+    """Replace the Linears that `structures` names by empty packed layers of those sizes; returns name -> module of the model.
+
+    Structures of one rank's `part` are smaller than the model's Linears.
+    """
     linears = dict(linear_modules(model))
     prefix = getattr(model, "base_model_prefix", "")
+    modules = {}
     for name, structure in structures.items():
         # A checkpoint of a bare encoder loads into a model with a head, and the other way round.
         candidates = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
@@ -163,13 +203,49 @@ def put_skeletons(model: nn.Module, structures: Mapping[str, Structure]) -> None
                 f"config.json packs the module {name}, but {type(model).__name__} has no Linear of that name"
             )
         linear = as_linear(linears[found])
-        if (linear.out_features, linear.in_features) != (structure.out_features, structure.in_features):
+        if not part and (linear.out_features, linear.in_features) != (structure.out_features, structure.in_features):
             raise FormatError(
                 f"config.json says that {name} is [{structure.out_features}, {structure.in_features}], but "
                 f"{type(model).__name__} has [{linear.out_features}, {linear.in_features}] there"
             )
         layer = LAYER_OF_KIND[structure.kind](structure, linear.bias is not None, linear.weight.dtype)
         replace_module(model, found, layer)
+        modules[name] = found
+    return modules
+
+
+def take_over_linears(model: Any) -> dict[str, str] | None:
+    """Where transformers' tensor parallelism is on: the plan, of which transformers itself keeps all but the Linears.
+
+    Its sharded parameters are equal slices of dense tensors; `pyllmq.parallel` cuts packed and dense Linears at the same places.
+    """
+    asked = getattr(model.config, "distributed_config", None)
+    if asked is None or (asked.tp_size or 1) < 2:
+        return None
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+
+    from ..parallel import planned_linears
+
+    does_nothing: Any = TensorParallelLayer()
+    ALL_PARALLEL_STYLES.register(METHOD, does_nothing)
+    styles = dict(asked.tp_plan) if isinstance(asked.tp_plan, Mapping) else dict(model.tp_plan)
+    # A tied head shares the embedding's tensor, which transformers shards: it keeps both.
+    tied = {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", None) or {}}
+    tied -= {name for name, _ in packed_modules(model)}
+    ours = {pattern: style for pattern, style in planned_linears(model, styles).items() if pattern not in tied}
+    theirs = {pattern: METHOD if pattern in ours else style for pattern, style in styles.items()}
+    if isinstance(asked.tp_plan, Mapping):
+        asked.tp_plan = theirs
+    model._tp_plan = theirs
+    return ours
+
+
+def expect_whole(ranks: int) -> None:
+    """For saving."""
+    if ranks:
+        raise ValueError(
+            f"this model is one of {ranks} ranks' parts and cannot be saved; the folder that it came from holds the whole model"
+        )
 
 
 def check_files(structures: Mapping[str, Structure], files: Sequence[str] | None) -> None:
@@ -224,6 +300,11 @@ def from_pretrained(folder: str | os.PathLike[str], *, auto_class: Any = None, *
 
     Raises FormatError for a folder that is damaged, incomplete, of an unknown version, or not packed at all.
     """
+    return model_class_and_config(folder, auto_class, **kwargs)[0].from_pretrained(folder, **kwargs)
+
+
+def model_class_and_config(folder: str | os.PathLike[str], auto_class: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+    """The class and the config of a packed folder; arguments and errors as for `from_pretrained`."""
     import transformers
 
     register()
@@ -240,7 +321,7 @@ def from_pretrained(folder: str | os.PathLike[str], *, auto_class: Any = None, *
     if auto_class is None:
         name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
         auto_class = getattr(transformers, name, None) or transformers.AutoModel
-    return auto_class.from_pretrained(folder, **kwargs)
+    return auto_class, config
 
 
 def _config_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,6 +332,22 @@ def _config_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def structures_of(config: Any) -> dict[str, Structure]:
+    """Name -> structure of every packed module that a model's config describes."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    described = config.quantization_config
+    if isinstance(described, Mapping):
+        described = AutoQuantizationConfig.from_dict(dict(described))
+    return described.structures()
+
+
+def packed_description(structures: Mapping[str, Structure]) -> dict[str, Any]:
+    """The `quantization_config` of a model with these packed modules."""
+    modules = {name: structure.to_dict() for name, structure in structures.items()}
+    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "modules": modules}
+
+
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
 
@@ -259,17 +356,23 @@ def mark_packed(model: nn.Module) -> None:
     if "transformers" not in sys.modules:
         return
     from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        found = getattr(model, "tensor_parallel_plan", None)
+        expect_whole(0 if found is None else found.ranks)
+        describe_packed(model, {name: module.structure for name, module in packed_modules(model)})
+
+
+def describe_packed(model: Any, structures: Mapping[str, Structure]) -> None:
+    """Put into the model's config what loading needs to know of its packed layers."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-    if not isinstance(model, PreTrainedModel):
-        return
     register()
-    modules = {name: module.structure.to_dict() for name, module in packed_modules(model)}
-    quantization_config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](modules=modules)
-    model.config.quantization_config = quantization_config
-    model.hf_quantizer = AUTO_QUANTIZER_MAPPING[METHOD](quantization_config, pre_quantized=True)
-    model.is_quantized = True  # type: ignore[assignment]
-    model.quantization_method = METHOD  # type: ignore[assignment]
+    config = AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](**packed_description(structures))
+    model.config.quantization_config = config
+    model.hf_quantizer = AUTO_QUANTIZER_MAPPING[METHOD](config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = METHOD
 
 
 def save_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str], *others: Any) -> None:

@@ -265,60 +265,84 @@ void wait_async(int latest_left) {
 
 namespace {
 
-struct Mma {
-  float* c;
-  const uint32_t* a;
-  const uint32_t* b;
-};
+float half_of(const Mma& held, uint32_t word, int which) {
+  const auto bits = static_cast<uint16_t>(word >> (16 * which));
+  return held.bf16 ? cpu::bf16_to_fp32(bits) : cpu::fp16_to_fp32(bits);
+}
 
-float half_of(uint32_t word, int which) { return cpu::fp16_to_fp32(static_cast<uint16_t>(word >> (16 * which))); }
+// Columns of A behind register r of lane 4g + t, and whether position `which` of its group is one that the PTX ISA allows.
+constexpr int kGroup = 4;
+int kept_column(void* const* brought, int lane, int r, int which) {
+  const int g = lane / 4, group = lane % 4 + 4 * (r >> 1);
+  const auto& quad = *static_cast<const Mma*>(brought[lane]);
+  const auto& holder = *static_cast<const Mma*>(brought[4 * g + 2 * quad.selector + group / 4]);
+  const uint32_t nibble = holder.positions >> (group % 4 * 4 + 16 * (r & 1)) & 15;
+  if ((nibble & 3) >= nibble >> 2) fail("positions of mma.sp do not ascend");
+  return group * kGroup + static_cast<int>(which == 0 ? nibble & 3 : nibble >> 2);
+}
 
+template <bool kSparse>
 void multiply(void* const* brought) {
-  float a[16][16], b[16][8], c[16][8];
+  constexpr int kDepth = kSparse ? 32 : 16;
+  float a[16][kDepth] = {}, b[kDepth][8], c[16][8];
+  bool read[16][kDepth] = {};  // what a sparse A does not keep meets no b, not even one that is not finite
   for (int lane = 0; lane < kWarp; ++lane) {
     const Mma& held = *static_cast<const Mma*>(brought[lane]);
     const int g = lane / 4, t = lane % 4;
     for (int half = 0; half < 2; ++half) {
-      for (int r = 0; r < 4; ++r) a[g + 8 * (r & 1)][2 * t + half + 8 * (r >> 1)] = half_of(held.a[r], half);
-      for (int r = 0; r < 2; ++r) b[2 * t + half + 8 * r][g] = half_of(held.b[r], half);
+      for (int r = 0; r < 4; ++r) {
+        const int row = g + 8 * (r & 1), k = kSparse ? kept_column(brought, lane, r, half) : 2 * t + half + 8 * (r >> 1);
+        a[row][k] = half_of(held, held.a[r], half);
+        read[row][k] = true;
+      }
+      for (int r = 0; r < kDepth / 8; ++r) b[2 * t + half + 8 * r][g] = half_of(held, held.b[r], half);
     }
     for (int e = 0; e < 4; ++e) c[g + 8 * (e >> 1)][2 * t + (e & 1)] = held.c[e];
   }
   for (int i = 0; i < 16; ++i)
-    for (int k = 0; k < 16; ++k)
-      for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+    for (int k = 0; k < kDepth; ++k)
+      for (int j = 0; j < 8; ++j)
+        if (read[i][k]) c[i][j] += a[i][k] * b[k][j];
   for (int lane = 0; lane < kWarp; ++lane)
     for (int e = 0; e < 4; ++e)
       static_cast<Mma*>(brought[lane])->c[e] = c[lane / 4 + 8 * (e >> 1)][2 * (lane % 4) + (e & 1)];
 }
 
 struct Shuffle {
-  float value, result;
-  int mask;
+  uint32_t value, result;
+  int from;  // lane
 };
 
 void exchange(void* const* brought) {
   for (int lane = 0; lane < kWarp; ++lane) {
     auto& self = *static_cast<Shuffle*>(brought[lane]);
-    self.result = static_cast<const Shuffle*>(brought[lane ^ self.mask])->value;
+    self.result = static_cast<const Shuffle*>(brought[self.from])->value;
   }
 }
 
 }  // namespace
 
-void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b) {
-  Mma held{c, a, b};
-  meet_warp(Meeting::mma, &held, multiply);
+void mma(Meeting meeting, Mma held) {
+  meet_warp(meeting, &held, meeting == Meeting::mma ? multiply<false> : multiply<true>);
 }
 
 }  // namespace pyllmq::cuda::emulator
 
 namespace pyllmq::cuda::ptx {
 
-float shuffle_xor(float value, int mask) {
-  emulator::Shuffle held{value, 0, mask};
+uint32_t shuffle(uint32_t value, int lane) {
+  emulator::Shuffle held{value, 0, lane};
   emulator::meet_warp(emulator::Meeting::shuffle, &held, emulator::exchange);
   return held.result;
+}
+
+uint32_t shuffle_up(uint32_t value, int distance) {
+  const int lane = thread() % emulator::kWarp;
+  return shuffle(value, lane < distance ? lane : lane - distance);
+}
+
+float shuffle_xor(float value, int mask) {
+  return bits_to_fp32(shuffle(fp32_to_bits(value), (thread() % emulator::kWarp) ^ mask));
 }
 
 }  // namespace pyllmq::cuda::ptx

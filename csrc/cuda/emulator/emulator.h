@@ -42,7 +42,7 @@ int64_t block();
 int64_t blocks();
 uint8_t* dynamic_shared();
 
-enum class Meeting : int { none, block_barrier, warp_barrier, shuffle, mma };
+enum class Meeting : int { none, block_barrier, warp_barrier, shuffle, mma, sparse_mma };
 // Waits until all threads of the block or warp came to the same meeting. The last one to come calls `work` with what each
 // lane brought; `brought` lives on the fibers' stacks.
 using WarpWork = void (*)(void* const* brought);
@@ -54,7 +54,15 @@ void copy_async(void* to, const void* from, int bytes);
 void commit_async();
 void wait_async(int latest_left);
 
-void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b);
+struct Mma {
+  float* c;
+  const uint32_t* a;
+  const uint32_t* b;
+  bool bf16;
+  uint32_t positions;  // of a sparse a
+  int selector;
+};
+void mma(Meeting meeting, Mma held);
 
 }  // namespace pyllmq::cuda::emulator
 
@@ -82,10 +90,19 @@ static inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
 
 float shuffle_xor(float value, int mask);
 
+uint32_t shuffle(uint32_t value, int lane);
+uint32_t shuffle_up(uint32_t value, int distance);
+
+template <bool kBf16 = false>
 static inline void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                 uint32_t b1) {
   const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
-  emulator::mma_m16n8k16(c, a, b);
+  emulator::mma(emulator::Meeting::mma, {c, a, b, kBf16, 0, 0});
+}
+
+template <bool kBf16, int kSelector>
+static inline void mma_sp_m16n8k32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t positions) {
+  emulator::mma(emulator::Meeting::sparse_mma, {c, a, b, kBf16, positions, kSelector});
 }
 
 static inline void copy_async_16(void* shared, const void* global) { emulator::copy_async(shared, global, 16); }
@@ -101,6 +118,7 @@ template <int kOffset>
 static inline float load_shared(SharedAddress from) {
   return *reinterpret_cast<const float*>(from + kOffset);
 }
+static inline uint32_t load_shared_word(SharedAddress from) { return *reinterpret_cast<const uint32_t*>(from); }
 
 static inline float load_l2(const float* from) { return *from; }
 static inline uint32_t count_to(uint32_t* counter, uint32_t last) {
@@ -115,6 +133,14 @@ static inline void wait_while(const uint32_t* word, uint32_t value) { emulator::
 static inline uint16_t fp32_to_fp16(float value) { return cpu::fp32_to_fp16(value); }
 static inline float fp16_to_fp32(uint16_t half) { return cpu::fp16_to_fp32(half); }
 static inline uint16_t fp32_to_bf16(float value) { return cpu::fp32_to_bf16(value); }
+static inline uint32_t subtract_fp16x2(uint32_t a, uint32_t b) {
+  const auto half = [&](int shift) {
+    return static_cast<uint32_t>(cpu::fp32_to_fp16(cpu::fp16_to_fp32(static_cast<uint16_t>(a >> shift)) -
+                                                   cpu::fp16_to_fp32(static_cast<uint16_t>(b >> shift))))
+           << shift;
+  };
+  return half(0) | half(16);
+}
 static inline float magnitude(float value) { return std::fabs(value); }
 static inline float exp(float value) { return std::exp(value); }
 static inline double exp(double value) { return std::exp(value); }

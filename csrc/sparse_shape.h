@@ -1,0 +1,101 @@
+// What the sparse layouts of all devices are made from: a weight as a checkpoint holds it, and how its arrays are read.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace pyllmq {
+
+enum class SparseKind : int64_t { bitmap = 0, columns = 1, sparse24 = 2, codes = 3 };
+enum class ValueType : int64_t { fp32 = 0, bf16 = 1, fp16 = 2, int8 = 3 };  // the first three as DType
+
+static constexpr int64_t value_bytes(ValueType type) { return type == ValueType::fp32 ? 4 : type == ValueType::int8 ? 1 : 2; }
+
+// A weight as it stands in a checkpoint (docs/formats.md), all arrays contiguous; what a format lacks is null.
+struct SparseCheckpoint {
+  SparseKind kind;  // bitmap, sparse24 or codes
+  ValueType value_type;
+  int64_t rows, columns, kept, bits, outliers;
+  uint8_t* values;
+  int32_t* row_offsets;
+  uint8_t* mask;
+  uint8_t* column_numbers;  // of kept weights
+  int column_bytes;         // of those and of the outliers'
+  uint8_t* positions;
+  float* scale;
+  uint8_t* codes;
+  uint16_t* codebook;
+  int32_t* outlier_row_offsets;
+  uint8_t* outlier_columns;
+  uint16_t* outlier_values;
+};
+
+// Pointers by the name of the checkpoint's tensor; absent ones are 0.
+inline SparseCheckpoint sparse_checkpoint(const std::string& kind, int value_type, int64_t rows, int64_t columns,
+                                          int64_t kept, int64_t bits, int64_t outliers, int column_bytes,
+                                          const std::map<std::string, uintptr_t>& tensors) {
+  const std::map<std::string, SparseKind> kinds = {
+      {"bitmap", SparseKind::bitmap}, {"sparse24", SparseKind::sparse24}, {"sparse24_codebook", SparseKind::codes}};
+  if (kinds.count(kind) == 0) throw std::invalid_argument("kind '" + kind + "'; allowed: bitmap, sparse24, sparse24_codebook");
+  if (value_type < 0 || value_type > 3)
+    throw std::invalid_argument("value type " + std::to_string(value_type) + "; allowed: 0 to 3 (fp32, bf16, fp16, int8)");
+  const auto set = [&](auto*& array, const char* name) {
+    const auto found = tensors.find(name);
+    array = found == tensors.end() ? nullptr : reinterpret_cast<std::decay_t<decltype(array)>>(found->second);
+  };
+  SparseCheckpoint checkpoint{};
+  checkpoint.kind = kinds.at(kind);
+  checkpoint.value_type = static_cast<ValueType>(value_type);
+  checkpoint.rows = rows;
+  checkpoint.columns = columns;
+  checkpoint.kept = kept;
+  checkpoint.bits = bits;
+  checkpoint.outliers = outliers;
+  checkpoint.column_bytes = column_bytes;
+  set(checkpoint.values, "values");
+  set(checkpoint.row_offsets, "row_offsets");
+  set(checkpoint.mask, "mask");
+  set(checkpoint.column_numbers, "columns");
+  set(checkpoint.positions, "positions");
+  set(checkpoint.scale, "scale");
+  set(checkpoint.codes, "codes");
+  set(checkpoint.codebook, "codebook");
+  set(checkpoint.outlier_row_offsets, "outlier_row_offsets");
+  set(checkpoint.outlier_columns, "outlier_columns");
+  set(checkpoint.outlier_values, "outlier_values");
+  return checkpoint;
+}
+
+static inline int64_t sparse_groups(int64_t columns) { return (columns + 3) / 4; }
+
+static inline uint32_t column_at(const uint8_t* columns, int bytes, int64_t i) {
+  if (bytes == 4) return reinterpret_cast<const uint32_t*>(columns)[i];
+  return reinterpret_cast<const uint16_t*>(columns)[i];
+}
+
+static inline void put_column(uint8_t* columns, int bytes, int64_t i, uint32_t column) {
+  if (bytes == 4)
+    reinterpret_cast<uint32_t*>(columns)[i] = column;
+  else
+    reinterpret_cast<uint16_t*>(columns)[i] = static_cast<uint16_t>(column);
+}
+
+static inline int read_nibble(const uint8_t* row, int64_t i) { return row[i / 2] >> (4 * (i % 2)) & 15; }
+
+static inline uint32_t read_code(const uint8_t* row, int64_t i, int64_t bits) {  // within two bytes
+  const int64_t bit = i * bits;
+  const uint32_t low = row[bit / 8] >> (bit % 8);
+  const uint32_t high = bit % 8 + bits > 8 ? static_cast<uint32_t>(row[bit / 8 + 1]) << (8 - bit % 8) : 0;
+  return (low | high) & ((1u << bits) - 1);
+}
+
+static inline void write_code(uint8_t* row, int64_t i, int64_t bits, uint32_t code) {  // over zeros
+  const int64_t bit = i * bits;
+  const uint32_t shifted = code << (bit % 8);
+  row[bit / 8] |= static_cast<uint8_t>(shifted);
+  if (shifted >> 8) row[bit / 8 + 1] |= static_cast<uint8_t>(shifted >> 8);
+}
+
+}  // namespace pyllmq

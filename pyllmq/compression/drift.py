@@ -1,0 +1,118 @@
+"""How far a model compressed up to some Linear has drifted from the dense one there, so that the Linear can make up for it.
+
+Sources: GPTAQ (arXiv 2504.02692) and QEP (2504.09629): a Linear's target is what the dense model has at its place, not what its
+dense weight would give on inputs that are already damaged. Where the output is only added to a residual stream, the stream's
+damage is made up for as well: the place is the sum.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOLERANCE = 0.02
+"""Of the probe's root mean square: how closely a sum must follow it. Half-precision sums are rounded."""
+
+
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """e is what the dense model has at a Linear's place less what the compressed one would have with this Linear left dense."""
+
+    products: Tensor
+    """float [N, K]: mean of e x^T over the tokens."""
+    mean: Tensor
+    """float [N]: mean of e."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a Linear's output is looked at: the output of a module, or its first argument."""
+
+    module: nn.Module
+    entering: bool = False
+
+
+class DenseTwin:
+    """A block as it was before compression, run on what the dense blocks before it gave."""
+
+    def __init__(
+        self, block: nn.Module, linears: Mapping[str, nn.Module], run: Callable[[nn.Module, int], Tensor]
+    ) -> None:
+        """`run(block, index)` runs it on the dense inputs of batch `index`."""
+        self.block = copy.deepcopy(block)
+        self.run = partial(run, self.block)
+        twins = dict(zip(block.modules(), self.block.modules(), strict=True))
+        modules = {twin: module for module, twin in twins.items()}
+        self.places = _find_places(self.block, {name: twins[module] for name, module in linears.items()}, run)
+        self.places_in_block = {
+            name: Place(modules[place.module], place.entering) for name, place in self.places.items()
+        }
+
+    def look(self, names: Sequence[str], index: int) -> dict[str, Tensor]:
+        """What the dense model has at the places of `names`."""
+        found: dict[str, Tensor] = {}
+        with watch({name: self.places[name] for name in names}, found):
+            self.run(index)
+        return found
+
+
+@contextmanager
+def watch(places: Mapping[Any, Place], found: dict[Any, Tensor], sample: bool = False) -> Iterator[None]:
+    """While it is open, whatever passes a place is written into `found`; with `sample` only its first sequence."""
+
+    def keep(key: Any, value: Any) -> None:
+        value = value[0] if isinstance(value, tuple | list) and value else value
+        if isinstance(value, Tensor):
+            found[key] = value.detach()[:1].clone() if sample else value.detach()
+
+    def hook(key: Any, place: Place) -> Any:
+        if place.entering:
+            return place.module.register_forward_pre_hook(lambda module, args: keep(key, args))
+        return place.module.register_forward_hook(lambda module, args, output: keep(key, output))
+
+    handles = [hook(key, place) for key, place in places.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _find_places(
+    block: nn.Module, linears: Mapping[str, nn.Module], run: Callable[[nn.Module, int], Tensor]
+) -> dict[str, Place]:
+    """For each Linear the last place that follows its output one to one, found by adding noise to it; else the output itself."""
+    sums = [Place(module, entering=True) for module in block.modules() if module is not block] + [Place(block)]
+    own = {name: Place(linear) for name, linear in linears.items()}
+    before: dict[Any, Tensor] = {}
+    with watch({place: place for place in (*sums, *own.values())}, before, sample=True):
+        stream = run(block, 0)
+    scale = stream.float().square().mean().sqrt()
+    places = dict(own)
+    for name, linear in linears.items():
+        # Only what is shaped as the stream is added to it: not the experts, of which there may be hundreds.
+        if own[name] not in before or before[own[name]].shape != stream[:1].shape:
+            continue
+        noise = (torch.randn(stream.shape, generator=torch.Generator().manual_seed(0)).to(stream.device) * scale).to(
+            stream
+        )
+        handle = linear.register_forward_hook(lambda module, args, output, noise=noise: output + noise)
+        after: dict[Any, Tensor] = {}
+        try:
+            with watch({place: place for place in sums}, after, sample=True):
+                run(block, 0)
+        finally:
+            handle.remove()
+        for place, value in after.items():
+            if place in before and value.shape == before[place].shape == noise[:1].shape:
+                rest = value.float() - before[place].float() - noise[:1].float()
+                if bool(rest.square().mean().sqrt() <= TOLERANCE * scale):
+                    places[name] = place
+    return places

@@ -1,0 +1,123 @@
+"""Jobs of 1, 2 and 3 processes over gloo, one of which loses a process; prints what came out as JSON.
+
+Forked from a process that has imported everything but computed nothing. `tests/test_ranks.py` runs it and says what must hold.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from kill_and_resume import digests, write_model
+
+from pyllmq import ColumnCodebookConfig, SparseConfig, compress_folder
+from pyllmq.compression import stream
+from pyllmq.compression.job import Job
+from pyllmq.compression.ranks import joined
+
+METHODS = {
+    "columns": ColumnCodebookConfig(bits=3, cycles=1, kmeans="windowed", guidance="rows+tokens"),
+    "pruned": SparseConfig(0.5, method="sparsegpt", allocation="owl", true_sequential=False),
+}
+CONTEXT = multiprocessing.get_context("fork")
+
+
+def batches(count: int = 5) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(0, 256, (2, 24), generator=generator) for _ in range(count)]
+
+
+def work(rank: int, size: int, port: int, log: Path, arguments: tuple[Any, ...], resume: bool, dies: bool) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    hessians: list[torch.Tensor] = []
+    compress_group, finish = Job.compress_group, stream._FolderJob.finish
+
+    def seen(self: Job, group: Any, inputs: Any) -> None:
+        hessians.append(inputs.hessian.clone())
+        compress_group(self, group, inputs)
+
+    def finish_and_die(self: Any, stage: Any, hidden: Any) -> None:
+        finish(self, stage, hidden)
+        if dies and rank == size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Job.compress_group, stream._FolderJob.finish = seen, finish_and_die
+    source, output, method = arguments
+    try:
+        with joined() as ranks:
+            report = compress_folder(
+                source, output, METHODS[method], batches(), resume=resume, progress=False, ranks=ranks
+            )
+    except Exception as error:
+        log.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        sys.exit(1)
+    torch.save(hessians[0], log.with_suffix(".pt"))
+    log.write_text(json.dumps({"error": "", "mean": report.mean_error, "bits": report.bits_per_weight}))
+
+
+def job(
+    size: int, place: Path, name: str, method: str, *, resume: bool = False, dies: bool = False
+) -> list[dict[str, Any]]:
+    """What each process says of itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [place / f"{name}.{rank}.json" for rank in range(size)]
+    for log in logs:
+        log.unlink(missing_ok=True)
+    arguments = (place / "source", place / name, method)
+    processes = [
+        CONTEXT.Process(target=work, args=(rank, size, port, logs[rank], arguments, resume, dies))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    ended = [json.loads(log.read_text()) if log.exists() else {"error": "no word"} for log in logs]
+    return [{**said, "exit": process.exitcode} for said, process in zip(ended, processes, strict=True)]
+
+
+def main(place: Path) -> dict[str, Any]:
+    maker = CONTEXT.Process(target=write_model, args=(place / "source",))
+    maker.start()
+    maker.join()
+    found: dict[str, Any] = {}
+    for method in METHODS:
+        jobs = {}
+        for size in (1, 2, 3):
+            jobs[size] = job(size, place, f"{method}{size}", method)
+            print(f"{method}, {size} processes: {jobs[size]}", file=sys.stderr)
+        hessians = {size: [torch.load(place / f"{method}{size}.{rank}.pt") for rank in range(size)] for size in jobs}
+        alone = hessians[1][0]
+        found[method] = {
+            "processes": jobs,
+            "files": {size: sorted(digests(place / f"{method}{size}")) for size in jobs},
+            "same Hessian in all": {size: all(torch.equal(h, hs[0]) for h in hs) for size, hs in hessians.items()},
+            "change of the Hessian": {
+                size: float((hs[0] - alone).norm() / alone.norm()) for size, hs in hessians.items()
+            },
+        }
+    lost = job(2, place, "lost", "columns", dies=True)
+    found["lost"] = {"processes": lost, "there": (place / "lost").exists()}
+    found["resumed by three"] = job(3, place, "lost", "columns", resume=True)
+    found["resumed"] = job(2, place, "lost", "columns", resume=True)
+    found["same bytes"] = digests(place / "lost") == digests(place / "columns2")
+    found["too many"] = job(6, place, "many", "columns")
+    return found
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(main(Path(folder))))

@@ -1,0 +1,235 @@
+"""The vLLM plugin: which rows and columns a rank's layer takes, and, where vLLM is installed, its own layers with our weights."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import pyllmq
+from pyllmq import CodebookLinear, FormatError, Sparse24Linear, SparseLinear
+from pyllmq.integrations import vllm as plugin
+
+from . import models
+from .test_parallel import mixed_widths
+
+HIDDEN, HEADS, KV, HEAD = 64, 4, 2, 16
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+def packed_layers(sizes, make=mixed_widths):
+    """{name: packed layer}, all of them as siblings that share their widths."""
+    torch.manual_seed(1)
+    widths = torch.randint(1, 6, (HIDDEN,))
+    if make is mixed_widths:
+        make = lambda l: CodebookLinear.from_dense(l, column_bits=widths, outlier_fraction=0.02)  # noqa: E731
+    return {name: make(torch.nn.Linear(HIDDEN, n, bias=False)) for name, n in sizes.items()}
+
+
+QKV = {"a.q_proj": HEADS * HEAD, "a.k_proj": KV * HEAD, "a.v_proj": KV * HEAD}
+MAKERS = {
+    "codebook": mixed_widths,
+    "bitmap": lambda l: SparseLinear.from_dense(l, 0.5),
+    "sparse24": Sparse24Linear.from_dense,
+}
+
+
+def structures(layers):
+    return {name: layer.structure for name, layer in layers.items()}
+
+
+def assembled(layer, names, layers, outputs, inputs):
+    """What one rank multiplies with, after the tensors came in the order of the file's keys."""
+    arrivals = plugin.Arrivals(plugin.pieces_of_layer(layer, names, structures(layers), outputs, inputs))
+    for name in reversed(names):
+        for key, tensor in layers[name].packed_weight().tensors.items():
+            arrivals.add(name, key, tensor)
+    return torch.cat([weight.dequantize() for weight in arrivals.weights()]), len(arrivals.weights())
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_qkv_of_every_rank(kind, ranks):
+    """Four ranks share two key/value heads, as vLLM shares them."""
+    layers = packed_layers(QKV, MAKERS[kind])
+    q, k, v = (layers[name].weight for name in QKV)
+    kv_heads, replicas = max(KV // ranks, 1), max(ranks // KV, 1)
+    outputs = [HEADS // ranks * HEAD, kv_heads * HEAD, kv_heads * HEAD]
+    for rank in range(ranks):
+        layer = SimpleNamespace(tp_rank=rank, tp_size=ranks, num_kv_head_replicas=replicas)
+        found, calls = assembled(layer, list(QKV), layers, outputs, HIDDEN)
+        place = rank // replicas
+        expected = [q.split(outputs[0])[rank], k.split(outputs[1])[place], v.split(outputs[2])[place]]
+        assert torch.equal(found, torch.cat(expected))
+        assert calls == (1 if kind == "codebook" else 3), "codebooks of the same widths share one call"
+
+
+def test_rows_columns_and_whole_layers():
+    layers = packed_layers({"up": 40, "down": 48})
+    up, down = layers["up"].weight, layers["down"].weight
+    for rank in (0, 1):
+        layer = SimpleNamespace(tp_rank=rank, tp_size=2)
+        assert torch.equal(assembled(layer, ["up"], layers, [20], HIDDEN)[0], up.split(20)[rank])
+        assert torch.equal(assembled(layer, ["down"], layers, [48], HIDDEN // 2)[0], down.split(HIDDEN // 2, 1)[rank])
+        assert torch.equal(assembled(layer, ["down"], layers, [48], HIDDEN)[0], down)  # replicated
+
+
+def test_a_module_that_the_checkpoint_holds_fused():
+    layers = packed_layers({"qkv_proj": (HEADS + 2 * KV) * HEAD})
+    q, k, v = layers["qkv_proj"].weight.split([HEADS * HEAD, KV * HEAD, KV * HEAD])
+    for rank in (0, 1):
+        layer = SimpleNamespace(tp_rank=rank, tp_size=2, num_kv_head_replicas=1)
+        found, calls = assembled(layer, ["qkv_proj"], layers, [32, 16, 16], HIDDEN)
+        assert torch.equal(found, torch.cat([q.split(32)[rank], k.split(16)[rank], v.split(16)[rank]])) and calls == 1
+
+
+def test_widths_that_differ_stay_side_by_side():
+    gate, up = (CodebookLinear.from_dense(torch.randn(24, HIDDEN), bits) for bits in (2, 4))
+    layers = {"gate": gate, "up": up}
+    found, calls = assembled(SimpleNamespace(), ["gate", "up"], layers, [24, 24], HIDDEN)
+    assert calls == 2 and torch.equal(found, torch.cat([layers["gate"].weight, layers["up"].weight]))
+
+
+def test_names_of_fused_layers():
+    known = dict.fromkeys(["m.q_proj", "m.k_proj", "m.v_proj", "m.up_proj", "m.o_proj"])
+    assert plugin.modules_of_prefix("m.qkv_proj", known, FUSED) == ["m.q_proj", "m.k_proj", "m.v_proj"]
+    assert plugin.modules_of_prefix("m.o_proj", known, FUSED) == ["m.o_proj"]
+    assert plugin.modules_of_prefix("m.down_proj", known, FUSED) == []
+    with pytest.raises(ValueError, match="m.gate_proj is dense; compress all of them or none"):
+        plugin.modules_of_prefix("m.gate_up_proj", known, FUSED)
+
+
+def test_damage_is_named():
+    layers = packed_layers({"up": 40})
+    pieces = plugin.pieces_of_layer(SimpleNamespace(), ["up"], structures(layers), [40], HIDDEN)
+    arrivals = plugin.Arrivals(pieces)
+    tensors = dict(layers["up"].packed_weight().tensors)
+    arrivals.add("up", "codebook", tensors.pop("codebook") * float("nan"))
+    with pytest.raises(FormatError, match="lacks tensors of up"):
+        arrivals.weights()
+    with pytest.raises(FormatError, match="up: codebook holds values that are not finite"):
+        for key, tensor in tensors.items():
+            arrivals.add("up", key, tensor)
+    with pytest.raises(ValueError, match="too small for rows 0 to 40 and columns 33 to 66"):
+        plugin.pieces_of_layer(SimpleNamespace(tp_rank=1, tp_size=2), ["up"], structures(layers), [40], HIDDEN // 2 + 1)
+
+
+# ---- vLLM's own layers ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vllm_environment(tmp_path_factory):
+    """One gloo process as vLLM sets it up, without a GPU."""
+    pytest.importorskip(
+        "vllm", reason="vLLM is not installed; docs/serving.md says how its Python part installs on a CPU"
+    )
+    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    store = tmp_path_factory.mktemp("vllm") / "store"
+    with set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
+        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+        initialize_model_parallel(1)
+        plugin.register()
+        plugin.register()
+        yield
+    torch.distributed.destroy_process_group()
+
+
+def quant_config(layers):
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    described = {name: layer.structure.to_dict() for name, layer in layers.items()}
+    config = get_quantization_config("pyllmq").from_config(
+        {"quant_method": "pyllmq", "format_version": 1, "modules": described}
+    )
+    config.packed_modules_mapping = FUSED
+    return config
+
+
+def loaded(layer, layers, shards):
+    """Bring the tensors as vLLM's loaders do, then process them."""
+    for name, shard in shards.items():
+        for key, tensor in layers[name].packed_weight().tensors.items():
+            parameter = getattr(layer, key)
+            assert parameter.dtype == tensor.dtype
+            parameter.weight_loader(parameter, tensor, *([] if shard is None else [shard]))
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_vllm_layers_give_what_ours_give(kind, vllm_environment):
+    from vllm.model_executor.layers.linear import (
+        MergedColumnParallelLinear,
+        QKVParallelLinear,
+        ReplicatedLinear,
+        RowParallelLinear,
+    )
+
+    x = torch.randn(3, HIDDEN)
+    layers = packed_layers(QKV | {"m.gate_proj": 40, "m.up_proj": 40, "m.down_proj": 24, "m.router": 8}, MAKERS[kind])
+    config = quant_config(layers)
+    qkv = QKVParallelLinear(HIDDEN, HEAD, HEADS, KV, bias=True, quant_config=config, prefix="a.qkv_proj")
+    loaded(qkv, layers, dict(zip(QKV, "qkv", strict=True)))
+    torch.nn.init.normal_(qkv.bias)
+    expected = torch.cat([layers[name](x) for name in QKV], -1) + qkv.bias
+    torch.testing.assert_close(qkv(x)[0], expected, rtol=1e-3, atol=1e-3)
+    merged = MergedColumnParallelLinear(HIDDEN, [40, 40], bias=False, quant_config=config, prefix="m.gate_up_proj")
+    loaded(merged, layers, {"m.gate_proj": 0, "m.up_proj": 1})
+    expected = torch.cat([layers["m.gate_proj"](x), layers["m.up_proj"](x)], -1)
+    torch.testing.assert_close(merged(x)[0], expected, rtol=1e-3, atol=1e-3)
+    for name, make in (("m.down_proj", RowParallelLinear), ("m.router", ReplicatedLinear)):
+        layer = make(HIDDEN, layers[name].out_features, bias=False, quant_config=config, prefix=name)
+        loaded(layer, layers, {name: None})
+        torch.testing.assert_close(layer(x)[0], layers[name](x), rtol=1e-3, atol=1e-3)
+    assert not [name for name, _ in qkv.named_parameters() if name != "bias"], "placeholders are gone"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_vllm_layers_of_two_ranks(rank, vllm_environment, monkeypatch):
+    from vllm.model_executor.layers import linear
+
+    monkeypatch.setattr(linear, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: 2)
+    x = torch.randn(3, HIDDEN)
+    layers = packed_layers(QKV | {"m.down_proj": 24})
+    config = quant_config(layers)
+    qkv = linear.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV, bias=False, quant_config=config, prefix="a.qkv_proj")
+    loaded(qkv, layers, dict(zip(QKV, "qkv", strict=True)))
+    expected = torch.cat([layers[name](x).chunk(2, -1)[rank] for name in QKV], -1)
+    torch.testing.assert_close(qkv(x)[0], expected, rtol=1e-3, atol=1e-3)
+    down = linear.RowParallelLinear(
+        HIDDEN, 24, bias=False, quant_config=config, prefix="m.down_proj", input_is_parallel=True, reduce_results=False
+    )
+    loaded(down, layers, {"m.down_proj": None})
+    part = x.chunk(2, -1)[rank]
+    expected = part @ layers["m.down_proj"].weight.chunk(2, 1)[rank].T
+    torch.testing.assert_close(down(part)[0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_vllm_dense_layers_and_heads(vllm_environment):
+    from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    layers = packed_layers({"lm_head": 128})
+    config = quant_config(layers)
+    dense = ReplicatedLinear(HIDDEN, 8, bias=False, quant_config=config, prefix="m.gate")
+    assert type(dense.quant_method) is UnquantizedLinearMethod
+    with pytest.raises(ValueError, match="lm_head is packed; vLLM needs it dense"):
+        ParallelLMHead(128, HIDDEN, quant_config=config, prefix="lm_head")
+    with pytest.raises(FormatError, match="format_version is 9"):
+        type(config).from_config({"format_version": 9, "modules": {}})
+
+
+def test_vllm_finds_the_method_of_a_folder(tmp_path, vllm_environment):
+    """config.json as `save_pretrained` writes it, read as vLLM reads it."""
+    from transformers import AutoConfig
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+
+    model = models.tiny_llama(num_hidden_layers=1)
+    pyllmq.swap_linear(model, lambda linear: CodebookLinear.from_dense(linear, 3))
+    pyllmq.save_pretrained(model, tmp_path / "m")
+    described = AutoConfig.from_pretrained(tmp_path / "m").quantization_config
+    assert described["quant_method"] in QUANTIZATION_METHODS
+    config = get_quantization_config(described["quant_method"]).from_config(described)
+    assert len(config.structures) == 7 and config.get_name() == "pyllmq"

@@ -209,8 +209,8 @@ def sparse_gpu_providers() -> list[Provider]:
     for sparsity in GPU_SPARSITIES:
         pack = partial(pruned, sparsity, torch.bfloat16)
         rows += [sparse_on_gpu(f"bitmap {sparsity:g}", pack, "bitmap_linear", b) for b in ("cuda", "triton")]
-    pack = partial(pruned_24, torch.bfloat16)
-    rows += [sparse_on_gpu("2:4", pack, "sparse24_linear", b) for b in ("cuda", "triton")]
+    pack_24 = partial(pruned_24, torch.bfloat16)
+    rows += [sparse_on_gpu("2:4", pack_24, "sparse24_linear", b) for b in ("cuda", "triton")]
     rows += [
         sparse_on_gpu(f"2:4 {bits} bits", partial(coded, bits), "sparse24_codebook_linear", "cuda")
         for bits in CODE_BITS

@@ -159,7 +159,8 @@ class ColumnCodebookConfig:
     correct_bias: bool = True
     """Where the Linear has a bias, let it take up the mean error, and weigh the rest by the input's covariance."""
     propagation: float = 1.0
-    """Share of the damage done by earlier Linears that a Linear's target makes up for, 0 to 1."""
+    """Share of the damage done by earlier Linears that a Linear's target makes up for, 0 to 1. Above 0 the dense block runs beside
+    the one being compressed: twice the runs of blocks, a second copy of one block and of the hidden states."""
     guidance: str = "rows"
     """Weigh "rows", "tokens" or "rows+tokens" by the gradient of the model's loss, which takes a backward pass; "none"
     weighs all alike."""

@@ -355,6 +355,7 @@ def test_tuning_that_fails_leaves_the_model_as_it_was() -> None:
         ({"bits": 3, "widths": ()}, "widths is"),
         ({"bits": 3, "guidance": "columns"}, "guidance is 'columns'; allowed: 'none', 'rows'"),
         ({"bits": 3, "cycles": -1}, "cycles is -1; allowed: an integer >= 0"),
+        ({"bits": 3, "propagation": 2}, "propagation is 2; allowed: a number, 0 to 1"),
         ({"bits": 3, "tune_steps": 1.5}, "tune_steps is 1.5"),
         ({"bits": 3, "outliers": 0.005}, "outliers is 0.005; allowed: True, False"),
         ({"bits": 3, "kmeans": "lloyd"}, "kmeans is 'lloyd'; allowed: 'exact', 'windowed'"),

@@ -244,7 +244,7 @@ def test_two_at_once(tmp_path, monkeypatch):
 def test_damaged_and_unfit_sources(tmp_path):
     source, output = saved(small_llama(), tmp_path / "source"), tmp_path / "output"
     shards = sorted(source.glob("model-*.safetensors"))
-    assert len(shards) > 2
+    assert len(shards) >= 2
     whole = shards[1].read_bytes()
     shards[1].write_bytes(whole[: len(whole) // 2])
     with pytest.raises((pyllmq.FormatError, ValueError, OSError), match=shards[1].name):

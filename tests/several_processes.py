@@ -47,8 +47,8 @@ def work(rank: int, size: int, port: int, log: Path, arguments: tuple[Any, ...],
         hessians.append(inputs.hessian.clone())
         compress_group(self, group, inputs)
 
-    def finish_and_die(self: Any, stage: Any, hidden: Any) -> None:
-        finish(self, stage, hidden)
+    def finish_and_die(self: Any, *behind: Any) -> None:
+        finish(self, *behind)
         if dies and rank == size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 

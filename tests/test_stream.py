@@ -167,8 +167,8 @@ def interrupted(source, output, monkeypatch, blocks, **more):
     """A job that ends after so many finished blocks."""
     finish, done = stream._FolderJob.finish, []
 
-    def end(self, stage, hidden):
-        finish(self, stage, hidden)
+    def end(self, stage, *behind):
+        finish(self, stage, *behind)
         done.append(stage.name)
         if len(done) == blocks:
             raise Stop
@@ -244,7 +244,7 @@ def test_two_at_once(tmp_path, monkeypatch):
 def test_damaged_and_unfit_sources(tmp_path):
     source, output = saved(small_llama(), tmp_path / "source"), tmp_path / "output"
     shards = sorted(source.glob("model-*.safetensors"))
-    assert len(shards) > 2
+    assert len(shards) >= 2
     whole = shards[1].read_bytes()
     shards[1].write_bytes(whole[: len(whole) // 2])
     with pytest.raises((pyllmq.FormatError, ValueError, OSError), match=shards[1].name):
@@ -348,8 +348,8 @@ def test_ctrl_c_says_how_to_go_on(command_source, tmp_path, monkeypatch, capsys)
     arguments = ["compress", str(command_source), str(output), *SMALL]
     finish = stream._FolderJob.finish
 
-    def end(self, stage, hidden):
-        finish(self, stage, hidden)
+    def end(self, stage, *behind):
+        finish(self, stage, *behind)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -51,6 +51,9 @@ class StreamedModel(Weights):
     def __init__(self, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
         self.folder, self.device = Path(folder), torch.device(device)
         self.files = checkpoint_files(self.folder)
+        for file in self.files:
+            with opened(file):  # a damaged header is named here, before transformers meets it
+                pass
         self.model = _skeleton(self.folder, self.device)
         self.blocks: tuple[str, ...] = ()
         self._users: dict[str, int] = {}

@@ -24,8 +24,8 @@
 // 4 bits fp16 [column][16]. Columns and rows beyond the weight's are zero.
 //
 // columns: column numbers instead of masks, for few kept weights and for fp32. Columns are cut into panels of 4096; within
-// a panel row by row values and uint8 steps: a value stands step + 1 columns behind the one before it (the first: behind
-// column -1). A step of 255 only moves; rows are filled up to 8 entries with such steps.
+// a panel row by row values and uint8 steps: a value's column is the sum of the row's steps through its own. A step of 255
+// only moves; rows are filled up to 8 entries with such steps.
 #pragma once
 #include <cstdint>
 

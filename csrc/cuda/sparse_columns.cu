@@ -23,7 +23,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kItemRows = 64;
 constexpr int kMostTokens = 4;
 constexpr int kWarpEntries = 32 * kEntryGroup;
-constexpr int kBlocksPerMultiprocessor = 3;
+constexpr int kBlocksPerMultiprocessor = 2;
 
 struct Arguments {
   LinearCall call;

@@ -76,7 +76,7 @@ PYLLMQ_HOST_DEVICE int cell_columns(SparseKind kind, int64_t bits) {
 }
 constexpr int kMaskBytes = 8 * 32 * 4;     // of a cell of a bitmap
 constexpr int kPositionBytes = 4 * 32 * 4; // of two steps
-PYLLMQ_HOST_DEVICE int64_t values24_bytes(ValueType type) { return kStripRows * 32 * value_bytes(type) + kPositionBytes; }
+static inline int64_t values24_bytes(ValueType type) { return kStripRows * 32 * value_bytes(type) + kPositionBytes; }
 PYLLMQ_HOST_DEVICE int64_t codes24_bytes(int64_t bits) { return bits == 2 ? 512 + kPositionBytes : 512 + kPositionBytes / 2; }
 PYLLMQ_HOST_DEVICE int64_t cell_table_bytes(int64_t bits) { return bits == 2 ? 16 * 32 : 32 * 32; }
 

@@ -160,8 +160,8 @@ def test_no_kernel_spills_or_uses_local_memory(tmp_path):
             assert len(registers) == 1 and int(registers[0]) <= 80, report
         if name == "sparse_linear.cu":  # four blocks of 128 threads, of bitmaps three
             assert len(registers) == 16 and all(int(count) <= 168 for count in registers), report
-        if name == "sparse_columns.cu":  # three blocks of 256
-            assert len(registers) == 12 and all(int(count) <= 80 for count in registers), report
+        if name == "sparse_columns.cu":  # two blocks of 256
+            assert len(registers) == 12 and all(int(count) <= 128 for count in registers), report
         kernels += len(registers)
     assert kernels >= 8 * len(ARCHITECTURES)
     for cubin in sorted(tmp_path.glob("*.cubin")):

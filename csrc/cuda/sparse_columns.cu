@@ -23,7 +23,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kItemRows = 64;
 constexpr int kMostTokens = 4;
 constexpr int kWarpEntries = 32 * kEntryGroup;
-constexpr int kBlocksPerMultiprocessor = 3;
+constexpr int kBlocksPerMultiprocessor = 2;
 
 struct Arguments {
   LinearCall call;
@@ -54,7 +54,7 @@ struct Entries {
     steps = load_words<2>(steps_from + entry);
     values = load_words<kWords>(values_from + entry * kValueBytes);
   }
-  PYLLMQ_MEMBER int step(int i) const { return static_cast<int>(steps[i / 4] >> (8 * (i % 4)) & 255) + 1; }
+  PYLLMQ_MEMBER int step(int i) const { return static_cast<int>(steps[i / 4] >> (8 * (i % 4)) & 255); }
   PYLLMQ_MEMBER float value(int i) const {
     if constexpr (kType == ValueType::fp32) return ptx::bits_to_fp32(values[i]);
     if constexpr (kType == ValueType::bf16) return ptx::bits_to_fp32(i % 2 == 0 ? values[i / 2] << 16 : values[i / 2] & 0xFFFF0000u);
@@ -72,7 +72,7 @@ PYLLMQ_DEVICE void add_row(const SparseHeader& h, const float (*x)[kTokens], int
   int64_t entry = begin + lane * kEntryGroup;
   Entries<kType> next = {};
   if (entry < end) next.load(values, steps, entry);
-  int column = -1;  // of the last entry of the lanes' turn before
+  int column = 0;  // of the last entry of the lanes' turn before
   for (int64_t turn = begin; turn < end; turn += kWarpEntries) {
     const bool here = entry < end;
     const Entries<kType> now = next;

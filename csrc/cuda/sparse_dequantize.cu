@@ -97,12 +97,12 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 3) sparse_columns_dequantize_kern
     for (int column = lane; column < columns; column += 32) staged[column] = 0.0f;
     ptx::sync_warp();
     const uint32_t* begin = reinterpret_cast<const uint32_t*>(a.layout + h.begin_offset) + panel * (h.rows + 1) + row;
-    int before = -1;
+    int before = 0;
     for (uint32_t turn = begin[0]; turn < begin[1]; turn += 32) {
       const bool here = turn + lane < begin[1];
       const int64_t entry = (int64_t{turn} + lane) * kEntryGroup;
       uint32_t advance = 0;
-      for (int i = 0; here && i < kEntryGroup; ++i) advance += a.layout[h.steps_offset + entry + i] + 1;
+      for (int i = 0; here && i < kEntryGroup; ++i) advance += a.layout[h.steps_offset + entry + i];
       uint32_t through = advance;
       for (int distance = 1; distance < 32; distance *= 2) {
         const uint32_t below = ptx::shuffle_up(through, distance);
@@ -112,7 +112,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 3) sparse_columns_dequantize_kern
       before += static_cast<int>(ptx::shuffle(through, 31));
       for (int i = 0; here && i < kEntryGroup; ++i) {
         const int step = a.layout[h.steps_offset + entry + i];
-        column += step + 1;
+        column += step;
         if (step != kMoveOnly && column < columns) staged[column] = value_at(h, a.layout + h.data_offset, entry + i);
       }
     }

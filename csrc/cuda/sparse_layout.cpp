@@ -139,16 +139,16 @@ std::vector<uint32_t> plan_bitmap(const SparseCheckpoint& c, SparseHeader& h) {
 // Entries of a row in each panel: values, and steps that only move.
 template <class Visit>  // visit(panel, step, place of the value or -1)
 void for_each_entry(const SparseCheckpoint& c, int64_t row, int64_t panels, Visit&& visit) {
-  int64_t panel = 0, previous = -1, entries = 0;
+  int64_t panel = 0, previous = 0, entries = 0;
   const auto fill_up = [&](int64_t until) {
-    for (; panel < until; ++panel, previous = -1, entries = 0)
+    for (; panel < until; ++panel, previous = 0, entries = 0)
       for (; entries % kEntryGroup != 0; ++entries) visit(panel, kMoveOnly, int64_t{-1});
   };
   for_each_kept(c, row, [&](int64_t column, int64_t place) {
     fill_up(column / kPanelColumns);
     const int64_t in_panel = column % kPanelColumns;
-    for (; in_panel - previous > kMoveOnly; previous += kMoveOnly + 1, ++entries) visit(panel, kMoveOnly, int64_t{-1});
-    visit(panel, static_cast<int>(in_panel - previous - 1), place);
+    for (; in_panel - previous >= kMoveOnly; previous += kMoveOnly, ++entries) visit(panel, kMoveOnly, int64_t{-1});
+    visit(panel, static_cast<int>(in_panel - previous), place);
     previous = in_panel;
     ++entries;
   });
@@ -325,11 +325,11 @@ void unpack_columns(const uint8_t* base, const SparseHeader& h, const SparseChec
     for (int64_t row = first; row < last; ++row) {
       int64_t place = h.checkpoint_kind == SparseKind::sparse24 ? row * 2 * groups : to.row_offsets[row];
       for (int64_t panel = 0; panel < h.cells; ++panel) {
-        int64_t column = panel * kPanelColumns - 1;
+        int64_t column = panel * kPanelColumns;
         const uint32_t* range = begin + panel * (h.rows + 1) + row;
         for (int64_t entry = int64_t{range[0]} * kEntryGroup; entry < int64_t{range[1]} * kEntryGroup; ++entry) {
           const int step = base[h.steps_offset + entry];
-          column += step + 1;
+          column += step;
           if (step == kMoveOnly) continue;
           std::memcpy(to.values + place * size, base + h.data_offset + entry * size, size);
           if (h.checkpoint_kind == SparseKind::sparse24)

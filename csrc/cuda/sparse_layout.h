@@ -24,8 +24,8 @@
 // 4 bits fp16 [column][16]. Columns and rows beyond the weight's are zero.
 //
 // columns: column numbers instead of masks, for few kept weights and for fp32. Columns are cut into panels of 4096; within
-// a panel row by row values and uint8 steps: a value stands step + 1 columns behind the one before it (the first: behind
-// column -1). A step of 255 only moves; rows are filled up to 8 entries with such steps.
+// a panel row by row values and uint8 steps: a value's column is the sum of the row's steps through its own. A step of 255
+// only moves; rows are filled up to 8 entries with such steps.
 #pragma once
 #include <cstdint>
 
@@ -76,7 +76,7 @@ PYLLMQ_HOST_DEVICE int cell_columns(SparseKind kind, int64_t bits) {
 }
 constexpr int kMaskBytes = 8 * 32 * 4;     // of a cell of a bitmap
 constexpr int kPositionBytes = 4 * 32 * 4; // of two steps
-PYLLMQ_HOST_DEVICE int64_t values24_bytes(ValueType type) { return kStripRows * 32 * value_bytes(type) + kPositionBytes; }
+static inline int64_t values24_bytes(ValueType type) { return kStripRows * 32 * value_bytes(type) + kPositionBytes; }
 PYLLMQ_HOST_DEVICE int64_t codes24_bytes(int64_t bits) { return bits == 2 ? 512 + kPositionBytes : 512 + kPositionBytes / 2; }
 PYLLMQ_HOST_DEVICE int64_t cell_table_bytes(int64_t bits) { return bits == 2 ? 16 * 32 : 32 * 32; }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from pyllmq.compression.magnitude import mask_24
 from pyllmq.formats import BitmapWeight, PackedWeight, Sparse24CodebookWeight, Sparse24Weight
 
 from .providers import BASELINE, RIVALS, Layer, Provider, _always, _pyllmq_available, _pyllmq_isa, _torch_isa
-from .record import Row
+from .record import Row, read
 
 OP = "sparse_linear"
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -149,37 +150,59 @@ def goals_table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], png: Path) -> None:
-    """M = 1: speed against sparsity in multiples of dense torch of the same dtype, and what the bytes alone would allow."""
+    """M = 1: speed against sparsity in multiples of dense torch of the same dtype, and what the bytes alone would allow.
+
+    Of each provider its last run counts, beside the dense row of that run; panels for a dtype that no row has are left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = [row for row in rows if row.m == 1]
-    shapes = list(dict.fromkeys((row.n, row.k) for row in rows))
-    figure, panels = plt.subplots(1, 2 * len(shapes), figsize=(4.6 * 2 * len(shapes), 3.6), squeeze=False)
-    for place, (n, k) in enumerate(shapes):
-        found = {row.provider: row for row in rows if (row.n, row.k) == (n, k)}
-        for half, (suffix, rival) in enumerate((("", BASELINE), (" bf16", TORCH_BF16))):
-            panel, dense = panels[0][2 * place + half], found[rival]
-            sparsities = [s for s in SPARSITIES if f"pyllmq bitmap {s:g}{suffix}" in found]
-            bitmap = [found[f"pyllmq bitmap {s:g}{suffix}"] for s in sparsities]
-            limit = [dense.bits_per_weight / row.bits_per_weight for row in bitmap]
-            panel.plot(
-                sparsities, [dense.median_us / row.median_us for row in bitmap], "o-", color="#1b6ca8", label="bitmap"
-            )
-            panel.plot(sparsities, limit, ":", color="black", label="its bytes alone")
-            panel.plot(0.5, dense.median_us / found[f"pyllmq 2:4{suffix}"].median_us, "s", color="#d1495b", label="2:4")
-            if not suffix:
-                csr = [dense.median_us / found[f"torch CSR {s:g}"].median_us for s in sparsities]
-                panel.plot(sparsities, csr, "x-", color="#b8bcc2", label="torch CSR")
-            panel.axhline(1, color="black", linewidth=0.8)
-            panel.set_yscale("log")
-            panel.set_title(f"N={n}, K={k}, M=1, against {rival}", fontsize=9)
-            panel.set_xlabel("sparsity", fontsize=8)
-            panel.tick_params(labelsize=8)
-            panel.legend(fontsize=7)
-            panel.spines[["top", "right"]].set_visible(False)
+    found = {(row.n, row.k, row.provider): row for row in rows}
+    dense_of = {(row.n, row.k, row.provider, row.timestamp): row for row in rows}
+
+    def points(
+        shape: tuple[int, int], rival: str, named: Sequence[tuple[float, str]]
+    ) -> list[tuple[float, float, float]]:
+        """(sparsity, times as fast as dense torch in its run, times as few bits) of the providers that were measured."""
+        pairs = [
+            (s, found[(*shape, name)], dense_of.get((*shape, rival, found[(*shape, name)].timestamp)))
+            for s, name in named
+            if (*shape, name) in found
+        ]
+        return [
+            (s, dense.median_us / row.median_us, dense.bits_per_weight / row.bits_per_weight)
+            for s, row, dense in pairs
+            if dense is not None
+        ]
+
+    views = [
+        (shape, suffix, rival)
+        for shape in dict.fromkeys((row.n, row.k) for row in rows)
+        for suffix, rival in (("", BASELINE), (" bf16", TORCH_BF16))
+        if points(shape, rival, [(s, f"pyllmq bitmap {s:g}{suffix}") for s in SPARSITIES])
+    ]
+    figure, panels = plt.subplots(1, len(views), figsize=(4.6 * len(views), 3.6), squeeze=False)
+    for panel, (shape, suffix, rival) in zip(panels[0], views, strict=True):
+        bitmap = points(shape, rival, [(s, f"pyllmq bitmap {s:g}{suffix}") for s in SPARSITIES])
+        panel.plot([p[0] for p in bitmap], [p[1] for p in bitmap], "o-", color="#1b6ca8", label="bitmap")
+        panel.plot([p[0] for p in bitmap], [p[2] for p in bitmap], ":", color="black", label="its bytes alone")
+        for label, style, color, named in (
+            ("2:4", "s", "#d1495b", [(0.5, f"pyllmq 2:4{suffix}")]),
+            ("2:4 of codes", "^", "#edae49", [] if suffix else [(0.5, f"pyllmq 2:4 {b} bits") for b in CODE_BITS]),
+            ("torch CSR", "x-", "#b8bcc2", [] if suffix else [(s, f"torch CSR {s:g}") for s in SPARSITIES]),
+        ):
+            if drawn := points(shape, rival, named):
+                panel.plot([p[0] for p in drawn], [p[1] for p in drawn], style, color=color, label=label)
+        panel.axhline(1, color="black", linewidth=0.8)
+        panel.set_yscale("log")
+        panel.set_title(f"N={shape[0]}, K={shape[1]}, M=1, against {rival}", fontsize=9)
+        panel.set_xlabel("sparsity", fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.legend(fontsize=7)
+        panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("times as fast", fontsize=8)
     last = rows[-1]
     figure.suptitle(f"{last.op}: {last.device}, {last.threads} threads, torch {last.torch}", fontsize=9)
@@ -187,3 +210,9 @@ def draw(rows: Sequence[Row], png: Path) -> None:
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=120)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m pyllmq.benchmarks.sparse SPARSE.csv OUT.png")
+    draw(read(Path(sys.argv[1])), Path(sys.argv[2]))

@@ -319,7 +319,7 @@ def _compress_streamed(given: argparse.Namespace, config: Any) -> int:
     with _ended_by_signal(), joined() as ranks:
         streamed = StreamedModel(given.source)
         if given.size is not None:
-            config = replace(config, bits=_bits_for_size(streamed.model, given))
+            config = replace(config, bits=_bits_for_size(streamed.model, given, indexed=True))
         batches = _calibration_batches(streamed.model, tokenizer, given)
         names = {"include": given.include, "exclude": (*DEFAULT_EXCLUDE, *(given.exclude or ()))}
         if given.dry_run:
@@ -407,7 +407,7 @@ def _published(given: argparse.Namespace) -> CLAQConfig:
     return CLAQConfig(bits=bits, outliers=outliers, kmeans=given.kmeans)
 
 
-def _bits_for_size(model: Any, given: argparse.Namespace) -> float:
+def _bits_for_size(model: Any, given: argparse.Namespace, indexed: bool = False) -> float:
     from .compression.model import bits_for_size
     from .swap import DEFAULT_EXCLUDE
 
@@ -415,7 +415,7 @@ def _bits_for_size(model: Any, given: argparse.Namespace) -> float:
     weights = (".safetensors", ".bin", ".pt", ".h5", ".msgpack", ".onnx")
     other = sum(f.stat().st_size for f in Path(given.source).iterdir() if f.is_file() and f.suffix not in weights)
     exclude = (*DEFAULT_EXCLUDE, *(given.exclude or ()))
-    return bits_for_size(model, _bytes("--size", given.size), other, given.include, exclude)
+    return bits_for_size(model, _bytes("--size", given.size), other, given.include, exclude, indexed)
 
 
 def _bytes(name: str, text: str) -> int:

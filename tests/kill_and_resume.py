@@ -22,7 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 import transformers
+import transformers.conversion_mapping
+import transformers.core_model_loading
+import transformers.generation
+import transformers.models.llama.modeling_llama
+import transformers.quantizers
 
 from pyllmq import CLAQConfig, ColumnCodebookConfig, compress_folder
 from pyllmq.compression.manifest import working_folder

@@ -122,11 +122,11 @@ def vllm_environment(tmp_path_factory):
     pytest.importorskip(
         "vllm", reason="vLLM is not installed; docs/serving.md says how its Python part installs on a CPU"
     )
-    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
     store = tmp_path_factory.mktemp("vllm") / "store"
-    with set_current_vllm_config(VllmConfig()):
+    with set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
         init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
         initialize_model_parallel(1)
         plugin.register()

@@ -20,7 +20,7 @@ from ..swap import DEFAULT_EXCLUDE, dense_weight, replace_module, select_linears
 from .blocks import BlockLoop, Stage, find_stages
 from .calibration import as_batches
 from .job import Config, Job, byte_budgets
-from .model import DESCRIPTION_BYTES, planned_linears, quiet_eval, start_report
+from .model import DESCRIPTION_BYTES, INDEX_BYTES, planned_linears, quiet_eval, start_report
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,9 @@ def plan_folder(
         weights=sum(weights.values()),
         target=f"{config.bits:.3g} bits" if not isinstance(config, SparseConfig) else f"{config.share:.3g} pruned",
         source_bytes=sum(file.stat().st_size for file in streamed.files),
-        output_bytes=dense + round(sum(job.budgets.values())) + DESCRIPTION_BYTES * len(planned) if sized else None,
+        output_bytes=dense + round(sum(job.budgets.values())) + (DESCRIPTION_BYTES + INDEX_BYTES) * len(planned)
+        if sized
+        else None,
         block_bytes=max(
             4 * sum(p.numel() for p in stage.block.parameters()) for stage in stages if stage.block is not None
         ),

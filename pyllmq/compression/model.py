@@ -36,6 +36,9 @@ SILENT_SHARE = 0.01
 DESCRIPTION_BYTES = 960
 """What a packed Linear adds to config.json and to the headers of the safetensors files: names, shapes, places."""
 
+INDEX_BYTES = 700
+"""What its eight tensors add to the index of a folder of several safetensors files."""
+
 
 def compress(
     model: nn.Module,
@@ -186,9 +189,11 @@ def bits_for_size(
     other_files: int = 0,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    indexed: bool = False,
 ) -> float:
     """True bits per weight at which the packed folder of `model` has `nbytes`, dense tensors and `other_files` included.
 
+    `indexed`: it will have several safetensors files and an index, as `compress_folder` writes them.
     Raises ValueError if what stays dense takes the whole size, or leaves fewer than 1.1 bits or more than 8.
     """
     chosen = select_linears(model, include, exclude)
@@ -198,7 +203,7 @@ def bits_for_size(
     # Tied tensors are stored once. On the meta device only their identity tells.
     rest = {id(t): t.numel() * t.element_size() for t in model.state_dict(keep_vars=True).values()}
     dense = sum(size for tensor, size in rest.items() if tensor not in packed) + other_files
-    dense += DESCRIPTION_BYTES * len(linears)
+    dense += (DESCRIPTION_BYTES + INDEX_BYTES * indexed) * len(linears)
     bits = 8 * (nbytes - dense) / max(1, sum(w.numel() for w in weights))
     if not 1.1 <= bits <= 8:
         raise ValueError(

@@ -100,9 +100,7 @@ def _find_places(
         # Only what is shaped as the stream is added to it: not the experts, of which there may be hundreds.
         if own[name] not in before or before[own[name]].shape != stream[:1].shape:
             continue
-        noise = (torch.randn(stream.shape, generator=torch.Generator().manual_seed(0)).to(stream.device) * scale).to(
-            stream
-        )
+        noise = torch.randn(stream.shape, generator=torch.Generator().manual_seed(0)).to(stream) * scale
         handle = linear.register_forward_hook(lambda module, args, output, noise=noise: output + noise)
         after: dict[Any, Tensor] = {}
         try:

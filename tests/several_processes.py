@@ -48,7 +48,7 @@ def work(rank: int, size: int, port: int, log: Path, arguments: tuple[Any, ...],
         compress_group(self, group, inputs)
 
     def finish_and_die(self: Any, stage: Any, hidden: Any) -> None:
-        finish(self, stage, hidden)
+        finish(self, stage, *outputs)
         if dies and rank == size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 

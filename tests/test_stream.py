@@ -167,8 +167,8 @@ def interrupted(source, output, monkeypatch, blocks, **more):
     """A job that ends after so many finished blocks."""
     finish, done = stream._FolderJob.finish, []
 
-    def end(self, stage, hidden):
-        finish(self, stage, hidden)
+    def end(self, stage, *outputs):
+        finish(self, stage, *outputs)
         done.append(stage.name)
         if len(done) == blocks:
             raise Stop
@@ -348,8 +348,8 @@ def test_ctrl_c_says_how_to_go_on(command_source, tmp_path, monkeypatch, capsys)
     arguments = ["compress", str(command_source), str(output), *SMALL]
     finish = stream._FolderJob.finish
 
-    def end(self, stage, hidden):
-        finish(self, stage, hidden)
+    def end(self, stage, *outputs):
+        finish(self, stage, *outputs)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

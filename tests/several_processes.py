@@ -47,7 +47,7 @@ def work(rank: int, size: int, port: int, log: Path, arguments: tuple[Any, ...],
         hessians.append(inputs.hessian.clone())
         compress_group(self, group, inputs)
 
-    def finish_and_die(self: Any, stage: Any, hidden: Any) -> None:
+    def finish_and_die(self: Any, stage: Any, *outputs: Any) -> None:
         finish(self, stage, *outputs)
         if dies and rank == size - 1:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -84,7 +84,7 @@ static inline void put_column(uint8_t* columns, int bytes, int64_t i, uint32_t c
 
 static inline int read_nibble(const uint8_t* row, int64_t i) { return row[i / 2] >> (4 * (i % 2)) & 15; }
 
-static inline uint32_t read_code(const uint8_t* row, int64_t i, int64_t bits) {  // within two bytes
+static inline uint32_t code_at(const uint8_t* row, int64_t i, int64_t bits) {  // within two bytes
   const int64_t bit = i * bits;
   const uint32_t low = row[bit / 8] >> (bit % 8);
   const uint32_t high = bit % 8 + bits > 8 ? static_cast<uint32_t>(row[bit / 8 + 1]) << (8 - bit % 8) : 0;

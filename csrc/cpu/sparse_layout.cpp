@@ -317,7 +317,7 @@ void pack_codes_tile(const SparseCheckpoint& from, const Plan& plan, int64_t til
                                                  batch * code_batch_bytes(bits));
       const auto positions = static_cast<uint32_t>(read_nibble(from.positions + row * position_bytes, group));
       const uint8_t* codes = from.codes + row * code_bytes;
-      const uint32_t code[2] = {read_code(codes, 2 * group, bits), read_code(codes, 2 * group + 1, bits)};
+      const uint32_t code[2] = {code_at(codes, 2 * group, bits), code_at(codes, 2 * group + 1, bits)};
       const int shift = static_cast<int>(group % 8) * 4;
       if (bits == 2) {
         dwords[r] |= (code[0] | (positions & 3) << 2) << shift;

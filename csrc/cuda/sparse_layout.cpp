@@ -427,7 +427,7 @@ void pack_codes_strip(const SparseCheckpoint& c, const SparseHeader& h, uint8_t*
     put_positions(cell, h, in_strip, in_cell, read_nibble(c.positions + row * ((groups + 1) / 2), group));
     for (int which = 0; which < 2; ++which) {
       const CodePlace p = code_place(h, in_strip, in_cell, which);
-      at<uint32_t>(cell, 0)[p.word] |= read_code(c.codes + row * code_bytes, 2 * group + which, h.bits) << p.shift;
+      at<uint32_t>(cell, 0)[p.word] |= code_at(c.codes + row * code_bytes, 2 * group + which, h.bits) << p.shift;
     }
   });
 }
@@ -470,7 +470,7 @@ float decoded(const SparseCheckpoint& c, int64_t row, int64_t column) {
   for (int which = 0; which < 2; ++which)
     if ((positions >> (2 * which) & 3) == column % 4) {
       const uint8_t* codes = c.codes + row * ((2 * groups * c.bits + 7) / 8);
-      return cpu::fp16_to_fp32(c.codebook[(column << c.bits) + read_code(codes, 2 * group + which, c.bits)]);
+      return cpu::fp16_to_fp32(c.codebook[(column << c.bits) + code_at(codes, 2 * group + which, c.bits)]);
     }
   return 0.0f;
 }

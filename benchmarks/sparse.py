@@ -160,17 +160,17 @@ def draw(rows: Sequence[Row], png: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [row for row in rows if row.m == 1]
-    found = {(row.n, row.k, row.provider): row for row in rows}
-    dense_of = {(row.n, row.k, row.provider, row.timestamp): row for row in rows}
+    found = {((row.n, row.k), row.provider): row for row in rows}
+    dense_of = {((row.n, row.k), row.provider, row.timestamp): row for row in rows}
 
     def points(
         shape: tuple[int, int], rival: str, named: Sequence[tuple[float, str]]
     ) -> list[tuple[float, float, float]]:
         """(sparsity, times as fast as dense torch in its run, times as few bits) of the providers that were measured."""
         pairs = [
-            (s, found[(*shape, name)], dense_of.get((*shape, rival, found[(*shape, name)].timestamp)))
+            (s, found[shape, name], dense_of.get((shape, rival, found[shape, name].timestamp)))
             for s, name in named
-            if (*shape, name) in found
+            if (shape, name) in found
         ]
         return [
             (s, dense.median_us / row.median_us, dense.bits_per_weight / row.bits_per_weight)

@@ -26,11 +26,13 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize("make", [models.tiny_llama, models.tiny_gpt2, models.tiny_bert])
-def test_kmeans_is_that_of_each_layer(tmp_path, make):
+@pytest.mark.parametrize(
+    ("make", "blocks"), [(models.tiny_llama, "layers"), (models.tiny_gpt2, "h"), (models.tiny_bert, "layer")]
+)
+def test_kmeans_is_that_of_each_layer(tmp_path, make, blocks):
     model = make()
     source, output = saved(model, tmp_path / "source"), tmp_path / "output"
-    report = compress_files(source, output, KMeansConfig(3), include=["layers", "layer", "h"], progress=False)
+    report = compress_files(source, output, KMeansConfig(3), include=[blocks], progress=False)
     packed = pyllmq.from_pretrained(output)
     assert report.layers and {row.name for row in report.layers} == {
         name for name, module in packed.named_modules() if isinstance(module, CodebookLinear)

@@ -107,7 +107,7 @@ def test_without_a_gpu_the_first_step_says_so(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "OUT_DIR"), (["--only", "sinkhorn"], "there is no step sinkhorn; known: machine, build"), (["--x"], "--x")],
+    [([], "OUT_DIR"), (["--only", "matmul"], "there is no step matmul; known: machine, build"), (["--x"], "--x")],
 )
 def test_arguments_that_are_not_understood(tmp_path, arguments, message):
     given = [str(tmp_path / "out"), *arguments] if arguments else []

@@ -103,7 +103,7 @@ def test_the_built_extension_without_a_driver():
 
 
 # Bytes of a thread, all of them spills; two rows at once in place of four spill as well. What they cost a GPU must tell.
-LARGEST_STACK = {"sinkhorn.cu": 160}
+LARGEST_STACK = {"sinkhorn.cu": 224, "sinkhorn_small.cu": 8}
 
 
 def built_kernels():

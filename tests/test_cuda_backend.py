@@ -16,7 +16,6 @@ from pyllmq import backends, dispatch
 from pyllmq.backends import cuda
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-ARCHITECTURES = ("80", "90a")
 
 
 @pytest.fixture
@@ -130,7 +129,8 @@ def test_no_kernel_spills_or_uses_local_memory():
     kernels = built_kernels()
     sources = {source for source, _ in kernels}
     assert sources >= {source.name for source in (CSRC / "cuda").glob("*.cu") if "PYLLMQ_KERNEL" in source.read_text()}
-    assert set(kernels) == {(source, architecture) for source in sources for architecture in ARCHITECTURES}
+    architectures = {architecture for _, architecture in kernels}
+    assert architectures and len(kernels) == len(sources) * len(architectures)
     for (name, architecture), used in kernels.items():
         registers = [amounts[0] for amounts in used]
         report = f"{name} for sm_{architecture}: {used}"

@@ -80,10 +80,10 @@ def _rows(
             column = first + tl.arange(0, COLUMNS)
             mass_b = tl.load(b + problem * m + column, mask=column < m, other=0.0)
             logits, _, _ = _logits(cost, problem, row, column, n, m, scale, mass_a, mass_b)
-            most = tl.full([COLUMNS], float("-inf"), tl.float32)
-            most, total = _join(most, tl.zeros([COLUMNS], tl.float32), logits + alpha[:, None], 0)
-            tl.store(largest + part + column, most, mask=column < m)
-            tl.store(totals + part + column, total, mask=column < m)
+            none = tl.full([COLUMNS], float("-inf"), tl.float32)
+            column_most, column_total = _join(none, tl.zeros([COLUMNS], tl.float32), logits + alpha[:, None], 0)
+            tl.store(largest + part + column, column_most, mask=column < m)
+            tl.store(totals + part + column, column_total, mask=column < m)
 
 
 @triton.jit

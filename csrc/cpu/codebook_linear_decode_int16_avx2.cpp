@@ -130,7 +130,7 @@ inline void add_in_place(__m256i& sum, __m256i value) { asm("vpaddd %1, %0, %0" 
 template <int Tokens, int Halves>
 void multiply_group(const int16_t* weights, const PackedGroup& group, int64_t slots, float* sums) {
   constexpr int vectors = 2 * Halves;
-  const int32_t* x = group.pairs;
+  const int32_t* x = group.x;
   const float* units = group.units;
   for (; slots > 0; slots -= kFlushColumns, units += Tokens) {
     asm volatile("" ::: "memory");  // else gcc 12 carries the fp32 sums from chain to chain on the stack

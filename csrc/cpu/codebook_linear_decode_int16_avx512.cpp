@@ -1,6 +1,7 @@
-// vpdpwssd: 32 multiply-adds of int16 in one instruction, twice the fp32 rate. 12 tokens x 32 rows in 24 registers.
+// vpdpwssd: 32 multiply-adds of int16 in one instruction, twice the fp32 rate.
 #include <immintrin.h>
 
+#include "cpu/codebook_chains_avx512.h"
 #include "cpu/codebook_linear_decode_int16.h"
 #include "cpu/codebook_pairs_avx512.h"
 
@@ -58,52 +59,16 @@ void decode_any(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, c
 
 // --- multiply ------------------------------------------------------------------------------------------------------
 
-template <int Tokens>
-void multiply_group(const int16_t* weights, const PackedGroup& group, int64_t slots, float* sums) {
-  const int32_t* x = group.pairs;
-  const float* units = group.units;
-  for (; slots > 0; slots -= kFlushColumns, units += Tokens) {
-    asm volatile("" ::: "memory");  // else gcc 12 carries the fp32 sums from chain to chain on the stack
-    __m512i sum[Tokens][2];
-#pragma GCC unroll 12
-    for (int t = 0; t < Tokens; ++t) sum[t][0] = sum[t][1] = _mm512_setzero_si512();
-    for (int64_t chain = slots < kFlushColumns ? slots : kFlushColumns; chain > 0;
-         chain -= 2, weights += 2 * kHalfRows, x += Tokens) {
-      const __m512i w0 = load_64(weights), w1 = load_64(weights + kDecodedColumns * kHalfRows);
-#pragma GCC unroll 12
-      for (int t = 0; t < Tokens; ++t) {
-        const __m512i x_t = _mm512_set1_epi32(x[t]);
-        sum[t][0] = _mm512_dpwssd_epi32(sum[t][0], x_t, w0);
-        sum[t][1] = _mm512_dpwssd_epi32(sum[t][1], x_t, w1);
-        asm("" : "+v"(sum[t][0]), "+v"(sum[t][1]));  // stay in their registers (gcc 12 spills and copies them)
-      }
-    }
-#pragma GCC unroll 12
-    for (int t = 0; t < Tokens; ++t)
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        float* to = sums + t * kTileRows + half * kHalfRows;
-        const __m512 total = _mm512_cvtepi32_ps(sum[t][half]);
-        _mm512_storeu_ps(to, _mm512_fmadd_ps(total, _mm512_set1_ps(units[t]), _mm512_loadu_ps(to)));
-      }
-  }
-}
+struct Int16Dot {
+  using Group = PackedGroup;
+  static constexpr int64_t kColumns = 2;
 
-constexpr int64_t kTokenGroup = 12;
-using GroupKernel = void (*)(const int16_t* weights, const PackedGroup& group, int64_t slots, float* sums);
-constexpr GroupKernel kGroup[kTokenGroup + 1] = {
-    nullptr,           multiply_group<1>, multiply_group<2>, multiply_group<3>,  multiply_group<4>,
-    multiply_group<5>, multiply_group<6>, multiply_group<7>, multiply_group<8>,  multiply_group<9>,
-    multiply_group<10>, multiply_group<11>, multiply_group<12>};
-
-void multiply(const uint8_t* weights, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums) {
-  const TokenGroups groups{tokens, kTokenGroup};
-  for (int64_t g = 0; g < groups.count(); ++g) {
-    const int64_t begin = groups.begin(g), count = groups.size(g);
-    kGroup[count](reinterpret_cast<const int16_t*>(weights), packed_group(packed, slots, begin, count), slots,
-                  sums + begin * kTileRows);
+  static Group group(const uint8_t* packed, int64_t slots, int64_t begin, int64_t count) {
+    return packed_group(packed, slots, begin, count);
   }
-}
+  static __m512i start(const Group&, int64_t) { return _mm512_setzero_si512(); }
+  static __m512i add(__m512i sum, __m512i weights, __m512i x) { return _mm512_dpwssd_epi32(sum, x, weights); }
+};
 
 void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, float* sums) {
   add_outliers_loop(outliers, x, count, sums);
@@ -111,7 +76,7 @@ void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, fl
 
 }  // namespace
 
-const DecodeKernels kDecodeInt16Avx512 = {kTokenGroup, 2,       1,        8,       true, true, packed_int16_bytes, pack_int16, split_any,
-                                          decode_any,  nullptr, multiply, add_outliers, nullptr, nullptr};
+const DecodeKernels kDecodeInt16Avx512 = {kChainTokens, 2,       1,        8,       true, true, packed_int16_bytes, pack_int16, split_any,
+                                          decode_any,  nullptr, multiply_chains<Int16Dot>, add_outliers, nullptr, nullptr};
 
 }  // namespace pyllmq::cpu

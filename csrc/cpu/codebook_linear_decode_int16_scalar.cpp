@@ -62,7 +62,7 @@ void multiply(const uint8_t* from, const uint8_t* packed, int64_t slots, int64_t
   for (int64_t g = 0; g < groups.count(); ++g) {
     const int64_t begin = groups.begin(g), count = groups.size(g);
     const PackedGroup group = packed_group(packed, slots, begin, count);
-    const auto* x = reinterpret_cast<const int16_t*>(group.pairs);
+    const auto* x = reinterpret_cast<const int16_t*>(group.x);
     for (int64_t t = 0; t < count; ++t)
       for (int row = 0; row < kTileRows; ++row)
         for (int64_t first = 0; first < slots; first += kFlushColumns) {
@@ -81,7 +81,7 @@ bool pack_int16(const float* x, int64_t slots, const uint8_t*, const TokenGroups
                 uint8_t* packed) {
   const int64_t begin = groups.begin(group), count = groups.size(group);
   const PackedGroup to = packed_group(packed, slots, begin, count);
-  auto* pairs = const_cast<int32_t*>(to.pairs);
+  auto* pairs = const_cast<int32_t*>(to.x);
   auto* units = const_cast<float*>(to.units);
   for (int64_t t = 0; t < count; ++t)
     for (int64_t first = 0; first < slots; first += kFlushColumns) {

@@ -11,13 +11,13 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/codebook_chains_avx512.h"
 #include "cpu/codebook_linear_decode.h"
 #include "cpu/codebook_quads_avx512.h"
 
 namespace pyllmq::cpu {
 namespace {
 
-constexpr int64_t kFlushColumns = 64;
 constexpr int kBias = 128;
 
 struct BiasedByte {
@@ -33,16 +33,15 @@ struct BiasedByte {
 // --- x -------------------------------------------------------------------------------------------------------------
 
 // Of a group of tokens: int8 [quad of slots, token, 4], then fp32 units and int32 starts of sums, [64 columns, token] each.
-constexpr int64_t flushes(int64_t slots) { return (slots + kFlushColumns - 1) / kFlushColumns; }
 constexpr int64_t token_bytes(int64_t slots) { return slots + flushes(slots) * 8; }
 int64_t packed_bytes(int64_t tokens) { return token_bytes(kDecodedColumns) * tokens; }
 
-struct PackedGroup {
-  int32_t* quads;
+struct ByteGroup {
+  int32_t* x;
   float* units;
   int32_t* starts;
 };
-PackedGroup packed_group(uint8_t* packed, int64_t slots, int64_t begin, int64_t count) {
+ByteGroup byte_group(uint8_t* packed, int64_t slots, int64_t begin, int64_t count) {
   uint8_t* group = packed + begin * token_bytes(slots);
   uint8_t* units = group + count * slots;
   return {reinterpret_cast<int32_t*>(group), reinterpret_cast<float*>(units),
@@ -52,7 +51,7 @@ PackedGroup packed_group(uint8_t* packed, int64_t slots, int64_t begin, int64_t 
 bool pack(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group,
           uint8_t* packed) {
   const int64_t count = groups.size(group);
-  const PackedGroup to = packed_group(packed, slots, groups.begin(group), count);
+  const ByteGroup to = byte_group(packed, slots, groups.begin(group), count);
   for (int64_t t = 0; t < count; ++t)
     for (int64_t first = 0; first < slots; first += kFlushColumns) {
       const float* from = x + t * kDecodedColumns + first;  // zeros after the last slot
@@ -72,59 +71,23 @@ bool pack(const float* x, int64_t slots, const uint8_t* order, const TokenGroups
       alignas(64) int32_t quads[kFlushColumns / 4];
       _mm512_store_si512(quads, _mm512_permutexvar_epi8(load_64(order + first), load_64(bytes)));
       for (int64_t q = 0; q < std::min(slots - first, kFlushColumns) / 4; ++q)
-        to.quads[(first / 4 + q) * count + t] = quads[q];
+        to.x[(first / 4 + q) * count + t] = quads[q];
     }
   return true;
 }
 
 // --- multiply ------------------------------------------------------------------------------------------------------
 
-template <int Tokens>
-void multiply_group(const uint8_t* weights, const PackedGroup& group, int64_t slots, float* sums) {
-  const int32_t* x = group.quads;
-  const float* units = group.units;
-  const int32_t* starts = group.starts;
-  for (; slots > 0; slots -= kFlushColumns, units += Tokens, starts += Tokens) {
-    asm volatile("" ::: "memory");  // else gcc 12 carries the fp32 sums from chain to chain on the stack
-    __m512i sum[Tokens][2];
-#pragma GCC unroll 12
-    for (int t = 0; t < Tokens; ++t) sum[t][0] = sum[t][1] = _mm512_set1_epi32(starts[t]);
-    for (int64_t chain = slots < kFlushColumns ? slots : kFlushColumns; chain > 0; chain -= 4, weights += 4 * kHalfRows, x += Tokens) {
-      const __m512i w0 = load_64(weights), w1 = load_64(weights + kHalfQuads);
-#pragma GCC unroll 12
-      for (int t = 0; t < Tokens; ++t) {
-        const __m512i x_t = _mm512_set1_epi32(x[t]);
-        sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], w0, x_t);
-        sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], w1, x_t);
-        asm("" : "+v"(sum[t][0]), "+v"(sum[t][1]));  // stay in their registers (gcc 12 spills and copies them)
-      }
-    }
-#pragma GCC unroll 12
-    for (int t = 0; t < Tokens; ++t)
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        float* to = sums + t * kTileRows + half * kHalfRows;
-        const __m512 total = _mm512_cvtepi32_ps(sum[t][half]);
-        _mm512_storeu_ps(to, _mm512_fmadd_ps(total, _mm512_set1_ps(units[t]), _mm512_loadu_ps(to)));
-      }
-  }
-}
+struct ByteDot {
+  using Group = ByteGroup;
+  static constexpr int64_t kColumns = 4;
 
-constexpr int64_t kTokenGroup = 12;
-using GroupKernel = void (*)(const uint8_t* weights, const PackedGroup& group, int64_t slots, float* sums);
-constexpr GroupKernel kGroup[kTokenGroup + 1] = {
-    nullptr,           multiply_group<1>, multiply_group<2>, multiply_group<3>,  multiply_group<4>,
-    multiply_group<5>, multiply_group<6>, multiply_group<7>, multiply_group<8>,  multiply_group<9>,
-    multiply_group<10>, multiply_group<11>, multiply_group<12>};
-
-void multiply(const uint8_t* weights, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums) {
-  const TokenGroups groups{tokens, kTokenGroup};
-  for (int64_t g = 0; g < groups.count(); ++g) {
-    const int64_t begin = groups.begin(g), count = groups.size(g);
-    kGroup[count](weights, packed_group(const_cast<uint8_t*>(packed), slots, begin, count), slots,
-                  sums + begin * kTileRows);
+  static Group group(const uint8_t* packed, int64_t slots, int64_t begin, int64_t count) {
+    return byte_group(const_cast<uint8_t*>(packed), slots, begin, count);
   }
-}
+  static __m512i start(const Group& group, int64_t chain) { return _mm512_set1_epi32(group.starts[chain]); }
+  static __m512i add(__m512i sum, __m512i weights, __m512i x) { return _mm512_dpbusd_epi32(sum, weights, x); }
+};
 
 void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, float* sums) {
   add_outliers_loop(outliers, x, count, sums);
@@ -133,7 +96,7 @@ void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, fl
 }  // namespace
 
 const DecodeKernels kDecodeInt8Avx512 = {
-    kTokenGroup, 1, BiasedByte::kPlanes, 8, true, true, packed_bytes, pack, split_any_quads<BiasedByte>,
-    decode_any_quads<BiasedByte>, nullptr, multiply, add_outliers, nullptr, nullptr};
+    kChainTokens, 1, BiasedByte::kPlanes, 8, true, true, packed_bytes, pack, split_any_quads<BiasedByte>,
+    decode_any_quads<BiasedByte>, nullptr, multiply_chains<ByteDot>, add_outliers, nullptr, nullptr};
 
 }  // namespace pyllmq::cpu

@@ -100,6 +100,21 @@ class Kernel:
         return self.name.split(".", 1)[0]
 
 
+def reads(
+    layout: str, then: Callable[[Problem], Support], most_tokens: int | None = None
+) -> Callable[[Problem], Support]:
+    """A row that reads weights of one layout, for up to so many tokens, on what `then` says."""
+
+    def supports(problem: Problem) -> Support:
+        if problem.layout != layout:
+            return False, f"reads the layout {layout!r}, this weight is {problem.layout!r}"
+        if most_tokens is not None and problem.tokens > most_tokens:
+            return False, f"serves up to {most_tokens} tokens, here {problem.tokens}"
+        return then(problem)
+
+    return supports
+
+
 class NoKernelError(RuntimeError):
     """No row of the table supports the problem; the message lists each row with its reason."""
 

@@ -5,7 +5,6 @@ A layout is one uint8 blob that starts with a header and holds everything but th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +18,8 @@ from ..dispatch import (
     SPARSE24_CODEBOOK_FIELDS,
     SPARSE24_FIELDS,
     Kernel,
-    Problem,
-    Support,
     WeightOperand,
+    reads,
     register,
 )
 from . import cpu
@@ -119,23 +117,20 @@ def sparse_dequantize(tensors: list[Tensor], out_features: int, in_features: int
     return weight
 
 
-def _reads(layout: str) -> Callable[[Problem], Support]:
-    def supports(problem: Problem) -> Support:
-        if problem.layout != layout:
-            return False, f"reads the layout {layout!r}, this weight is {problem.layout!r}"
-        if problem.dtype not in _DTYPE_CODE:
-            return False, f"takes float32, bfloat16 and float16, not {problem.dtype}"
-        if problem.device != DEVICE:
-            return False, f"needs tensors on the CPU, these are on {problem.device}"
-        return available()
-
-    return supports
-
-
 _BECAUSE = "the packed weight is read once for few tokens; expanded to the L1 cache and multiplied for more"
 
 
 def register_kernels() -> None:
     for kind, layout in LAYOUTS.items():
-        register(Kernel(f"{kind}_linear", f"cpu.{kind}_linear", _reads(layout), sparse_linear, _BECAUSE))
-        register(Kernel(f"{kind}_dequantize", f"cpu.{kind}_dequantize", _reads(layout), sparse_dequantize, _BECAUSE))
+        register(
+            Kernel(f"{kind}_linear", f"cpu.{kind}_linear", reads(layout, cpu._takes_dtype), sparse_linear, _BECAUSE)
+        )
+        register(
+            Kernel(
+                f"{kind}_dequantize",
+                f"cpu.{kind}_dequantize",
+                reads(layout, cpu._takes_dtype),
+                sparse_dequantize,
+                _BECAUSE,
+            )
+        )

@@ -383,9 +383,7 @@ def _reads_layout(problem: Problem) -> Support:
     if problem.layout != LAYOUT:
         wanted = f"reads the layout {LAYOUT!r}, this weight is {problem.layout!r}"
         return False, wanted + ("; CodebookWeight.operand() prepacks it" if problem.layout == CHECKPOINT else "")
-    if problem.dtype not in _DTYPE_CODE:
-        return False, f"takes float32, bfloat16 and float16, not {problem.dtype}"
-    return _on_device(problem)
+    return _takes_dtype(problem)
 
 
 def _reads_checkpoint(problem: Problem) -> Support:

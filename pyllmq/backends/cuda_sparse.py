@@ -7,7 +7,7 @@ tensor, a view of the blob as long as its largest cell and of the values' dtype 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,9 +22,8 @@ from ..dispatch import (
     SPARSE24_CODEBOOK_FIELDS,
     SPARSE24_FIELDS,
     Kernel,
-    Problem,
-    Support,
     WeightOperand,
+    reads,
     register,
 )
 from . import cuda
@@ -234,17 +233,6 @@ def dequantize_matmul(
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def _reads(layout: str, most_tokens: int | None = None) -> Callable[[Problem], Support]:
-    def supports(problem: Problem) -> Support:
-        if problem.layout != layout:
-            return False, f"reads the layout {layout!r}, this weight is {problem.layout!r}"
-        if most_tokens is not None and problem.tokens > most_tokens:
-            return False, f"serves up to {most_tokens} tokens, here {problem.tokens}"
-        return cuda._takes_dtype(problem)
-
-    return supports
-
-
 _FUSED = {
     "cuda.bitmap": "masks spread values into operands of dense tensor cores, in registers (predicted: best to 64 tokens)",
     "cuda.sparse24": "mma.sp takes values and positions as they are: the time is that of reading them (predicted)",
@@ -257,7 +245,7 @@ def register_kernels() -> None:
     for kind, own_layout in LAYOUTS.items():
         for layout in (own_layout, COLUMNS) if kind != SPARSE24_CODEBOOK else (own_layout,):
             most = MAX_COLUMNS_TOKENS if layout == COLUMNS else MAX_FUSED_TOKENS
-            few, any_number = _reads(layout, most), _reads(layout)
+            few, any_number = reads(layout, cuda._takes_dtype, most), reads(layout, cuda._takes_dtype)
             fused, matmul = partial(sparse_linear, layout), partial(dequantize_matmul, layout)
             register(Kernel(f"{kind}_linear", f"{layout}_fused", few, fused, _FUSED[layout]))
             once = "spreading is paid once, the product is cuBLAS's (predicted)"

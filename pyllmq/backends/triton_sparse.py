@@ -10,7 +10,7 @@ A machine layout is one uint8 blob that starts with a header, and views of it th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +22,8 @@ from ..dispatch import (
     SPARSE24,
     SPARSE24_FIELDS,
     Kernel,
-    Problem,
-    Support,
     WeightOperand,
+    reads,
     register,
 )
 from . import triton
@@ -188,22 +187,9 @@ def spread_and_matmul(
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def _reads(layout: str, most_tokens: int | None = None) -> Callable[[Problem], Support]:
-    def supports(problem: Problem) -> Support:
-        if problem.layout != layout:
-            return False, f"reads the layout {layout!r}, this weight is {problem.layout!r}"
-        if most_tokens is not None and problem.tokens > most_tokens:
-            return False, f"serves up to {most_tokens} tokens, here {problem.tokens}"
-        if problem.device != DEVICE:
-            return False, f"needs tensors on {DEVICE}, these are on {problem.device}"
-        return available()
-
-    return supports
-
-
 def register_kernels() -> None:
     for kind, layout in LAYOUTS.items():
-        few, any_number = _reads(layout, MAX_FUSED_TOKENS), _reads(layout)
+        few, any_number = reads(layout, triton._on_device, MAX_FUSED_TOKENS), reads(layout, triton._on_device)
         fused = "spreads on the way to the multiplication (limit predicted, not measured)"
         register(Kernel(f"{kind}_linear", f"triton.{kind}_fused", few, sparse_linear, fused))
         once = "spreading is paid once for all tokens"

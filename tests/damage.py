@@ -1,4 +1,4 @@
-"""Ways to damage a packed folder, held as {file name: bytes}: bytes, JSON values, safetensors headers, and tensors of wrong content."""
+"""Ways to damage a packed folder, held as {file name: bytes}: its bytes, JSON values, safetensors headers and tensors."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ JUNK: tuple[Any, ...] = (
     "F16", "U8", "I64", "float64", "columns", "LlamaModel", "logging", "GPT2Config", "pipeline", "gpt2", [], [0], [[]], ["x"], {},
     {"": 0}, {"kind": "bitmap"}, {"9": 1}, {"modules": {}},
 )  # fmt: skip
+STORED = ("U8", "I8", "F16", "BF16", "I16", "U16", "I32", "F32", "F64", "BOOL", "F4")
+DTYPES = (torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float64)
 ADDED: tuple[tuple[str, Any], ...] = (
     ("auto_map", {"AutoModelForCausalLM": "modeling.Model", "AutoConfig": "modeling.Config"}),
     ("part_of_ranks", 2), ("dtype", "float16"), ("quantization_config", {}), ("kind", "codebook"), ("unknown", 1),
@@ -124,7 +126,8 @@ def change_json(chance: random.Random, value: Any) -> None:
         name, added = chance.choice((*ADDED, (key + chance.choice(("x", ".", " ", "\n")), place[key])))
         place[name] = added
     elif kind == 6 and isinstance(place, dict):
-        place[chance.choice(("", key[:-1], key.upper(), key.partition(".")[2], str(chance.choice(JUNK))))] = place.pop(key)
+        renamed = chance.choice(("", key[:-1], key.upper(), key.partition(".")[2], str(chance.choice(JUNK))))
+        place[renamed] = place.pop(key)
     else:
         place[key] += chance.choice((1, -1, place[key], 256))
 
@@ -146,21 +149,25 @@ def header(chance: random.Random, files: Files) -> None:
     if kind == 0:
         change_json(chance, described)
     elif kind == 1:
-        entry["dtype"] = chance.choice(("U8", "I8", "F16", "BF16", "I16", "U16", "I32", "F32", "F64", "BOOL", "F4", *JUNK))
+        entry["dtype"] = chance.choice((*STORED, *JUNK))
     elif kind == 2:
         place = chance.randrange(len(entry["shape"]))
         entry["shape"][place] = chance.choice((*INTEGERS, entry["shape"][place] + 1, entry["shape"][place] - 1))
     elif kind == 3:
-        entry["shape"] = chance.choice((entry["shape"][::-1], [*entry["shape"], 1], [math.prod(entry["shape"])], [], [0]))
+        shape = entry["shape"]
+        entry["shape"] = chance.choice((shape[::-1], [*shape, 1], [math.prod(shape)], [], [0]))
     elif kind == 4:
         place = chance.randrange(2)
-        entry["data_offsets"][place] = chance.choice((*INTEGERS, entry["data_offsets"][place] + chance.choice((-2, 2, 64))))
+        moved = entry["data_offsets"][place] + chance.choice((-2, 2, 64))
+        entry["data_offsets"][place] = chance.choice((*INTEGERS, moved))
     else:
         other = described[chance.choice([key for key in described if key != "__metadata__"])]
         part = chance.choice(("dtype", "shape", "data_offsets"))
         entry[part], other[part] = other[part], entry[part]
     text = json.dumps(described).encode()
-    length = len(text) if chance.random() < 0.9 else chance.choice((len(text) - 1, len(text) + 1, 0, 2**32, 2**63, 2**64 - 1))
+    length = len(text)
+    if chance.random() < 0.1:
+        length = chance.choice((length - 1, length + 1, 0, 2**32, 2**63, 2**64 - 1))
     files[name] = length.to_bytes(8, "little") + text + body
 
 
@@ -176,11 +183,12 @@ def tensors(chance: random.Random, files: Files) -> None:
     elif kind == 1:
         held[chance.choice((key + "x", key.partition(".")[2], "x"))] = held.pop(key)
     elif kind == 2:
-        held[key] = tensor.to(chance.choice((torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float64)))
+        held[key] = tensor.to(chance.choice(DTYPES))
     elif kind == 3:
         held[key] = torch.cat([tensor, tensor[:1]]) if chance.random() < 0.5 else tensor[1:].clone()
     elif kind == 4:
-        held[key] = tensor.reshape(chance.choice(((-1,), (1, *tensor.shape), (*tensor.shape, 1), tensor.shape[::-1]))).contiguous()
+        shape = chance.choice(((-1,), (1, *tensor.shape), (*tensor.shape, 1), tensor.shape[::-1]))
+        held[key] = tensor.reshape(shape).contiguous()
     elif kind == 5:
         held[key] = random_content(chance, tensor)
     else:

@@ -321,6 +321,10 @@ def from_pretrained(folder: str | os.PathLike[str], *, auto_class: Any = None, *
     Raises FormatError for a folder that is damaged, incomplete, of an unknown version, or not packed at all. Tensors that only an
     `auto_class` asks for (a new head) are transformers' to fill.
     """
+    from ..loading import is_packed, packed_structures
+
+    if is_packed(folder) and not {"subfolder", "variant"} & kwargs.keys():
+        packed_structures(folder)  # before transformers builds a model of sizes that no file has
     model_class = model_class_and_config(folder, auto_class, **kwargs)[0]
     if auto_class is not None or kwargs.get("output_loading_info"):
         return model_class.from_pretrained(folder, **kwargs)

@@ -5,7 +5,7 @@
 
 Folder number i of a seed is always the same. They are loaded in forked children by `pyllmq.from_pretrained`, one in ten by
 transformers' auto class. Failures: a child that dies (by a signal, or by a sanitizer: `make fuzz` runs this on the sanitized
-build), one that is silent for 5 s, an error that nobody meant to raise, and a model whose shapes are not those of its config.json.
+build), one that takes more than 5 s, an error that nobody meant to raise, and a model whose shapes are not those of its config.json.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ import pyllmq
 from pyllmq import CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseLinear
 from pyllmq.formats import CodebookWeight, structure_from_dict
 from pyllmq.integrations.transformers import packed_modules
+from pyllmq.loading import is_packed
 
 if __package__:
     from .damage import Files, damaged
 else:
     from damage import Files, damaged
 
-SILENT_HALF_SECONDS = 10  # counted, so that a pause of the whole machine is none of a child
+MOST_SECONDS, MOST_HALF_SECONDS = 5, 120  # of a child's own time; of anybody's, who may have the processor meanwhile
 FOLDERS_A_CHILD = 2000  # what transformers caches of each load stays small
 ADDRESSES = 32 << 30  # an absurd size fails at once instead of filling the machine; a sanitizer needs terabytes of them
 
@@ -109,6 +110,8 @@ class WrongShape(Exception):
 
 
 def load_and_run(folder: Path, load: Callable[[Path], Any]) -> None:
+    if not is_packed(folder):
+        load = pyllmq.from_pretrained  # transformers is right to load it without asking pyllmq
     model = load(folder)
     described = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
     found = dict(packed_modules(model))
@@ -183,6 +186,21 @@ def work(originals: list[Files], place: Path, seed: int, first: int, stop: int, 
 # ---- all of them -------------------------------------------------------------------------------------------------------
 
 
+def answers(process: int, receive: Any) -> bool:
+    began = cpu_seconds(process)
+    for _ in range(MOST_HALF_SECONDS):
+        if receive.poll(0.5):
+            return True
+        if cpu_seconds(process) - began > MOST_SECONDS:
+            return False
+    return False
+
+
+def cpu_seconds(process: int) -> float:
+    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def run(folders: int, place: Path, seed: int = 0, first: int = 0) -> dict[str, Any]:
     context = multiprocessing.get_context("fork")
     maker = context.Process(target=write_folders, args=(place,))
@@ -202,7 +220,7 @@ def run(folders: int, place: Path, seed: int = 0, first: int = 0) -> dict[str, A
         child.start()
         send.close()
         while number < stop:
-            if not any(receive.poll(0.5) for _ in range(SILENT_HALF_SECONDS)):
+            if not answers(child.pid, receive):
                 child.kill()
                 what, detail = "failure", "no end within 5 s"
             else:

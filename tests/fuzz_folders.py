@@ -5,7 +5,7 @@
 
 Folder number i of a seed is always the same. They are loaded in forked children by `pyllmq.from_pretrained`, one in ten by
 transformers' auto class. Failures: a child that dies (by a signal, or by a sanitizer: `make fuzz` runs this on the sanitized
-build), one that takes more than 5 s, an error that nobody meant to raise, and a model whose shapes are not those of its config.json.
+build), one that takes more than 5 s, an error that nobody meant to raise, and a model of other shapes than its config.json says.
 """
 
 from __future__ import annotations

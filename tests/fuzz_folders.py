@@ -222,6 +222,7 @@ def run(folders: int, place: Path, seed: int = 0, first: int = 0) -> dict[str, A
         while number < stop:
             if not answers(child.pid, receive):
                 child.kill()
+                child.join()
                 what, detail = "failure", "no end within 5 s"
             else:
                 try:

@@ -303,22 +303,24 @@ def refine_columns(
     """
     order = factor.order
     work = quantized.detach().float().t()[order].contiguous()
-    coupling = hessian.float()[order[:, None], order]
     diagonal = hessian.diagonal().double()
     alive = diagonal[diagonal > 0]
-    coupling.diagonal().add_(factor.damping * float(alive.mean()) if alive.numel() else 0.0)
+    added = factor.damping * float(alive.mean()) if alive.numel() else 0.0
     error = work - weight.detach().float().t()[order]
     indices = order.tolist()
-    curvature = coupling.diagonal().clone()
+    curvature = hessian.diagonal().float()[order] + added
     curvature[torch.isin(order, factor.dead_columns)] = 0
     decreases: list[float] = []
     for _ in range(cycles):
         decrease = 0.0
         for begin in range(0, len(indices), block_size):
             end = min(begin + block_size, len(indices))
-            gradient = coupling[begin:end] @ error
+            # Its rows of the damped Hessian in this order; all of them would be another [K, K].
+            coupling = hessian[order[begin:end, None], order].float()
+            inside = coupling[:, begin:end]
+            inside.diagonal().add_(added)
             moves, fell = quantizer.refine_block(
-                indices[begin:end], work[begin:end], gradient, coupling[begin:end, begin:end], curvature[begin:end]
+                indices[begin:end], work[begin:end], coupling @ error, inside, curvature[begin:end]
             )
             error[begin:end] -= moves
             decrease += fell

@@ -43,7 +43,7 @@ import pyllmq
 from pyllmq import CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseLinear
 from pyllmq.formats import CodebookWeight, structure_from_dict
 from pyllmq.integrations.transformers import packed_modules
-from pyllmq.loading import is_packed
+from pyllmq.loading import is_packed, read_config
 
 if __package__:
     from .damage import Files, damaged
@@ -102,6 +102,7 @@ def write_folders(place: Path) -> None:
 
 # ---- one folder --------------------------------------------------------------------------------------------------------
 
+MANY_LAYERS = 20
 LOADERS = (*[pyllmq.from_pretrained] * 9, transformers.AutoModelForCausalLM.from_pretrained)
 
 
@@ -110,8 +111,11 @@ class WrongShape(Exception):
 
 
 def load_and_run(folder: Path, load: Callable[[Path], Any]) -> None:
-    if not is_packed(folder):
-        load = pyllmq.from_pretrained  # transformers is right to load it without asking pyllmq
+    config = read_config(folder)
+    layers = config.get("n_layer", config.get("num_hidden_layers"))
+    if not is_packed(folder) or (isinstance(layers, int) and layers > MANY_LAYERS):
+        # transformers is right to load it without asking pyllmq; or builds so many layers before it asks.
+        load = pyllmq.from_pretrained
     model = load(folder)
     described = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
     found = dict(packed_modules(model))
@@ -187,11 +191,13 @@ def work(originals: list[Files], place: Path, seed: int, first: int, stop: int, 
 
 
 def answers(process: int, receive: Any) -> bool:
-    began = cpu_seconds(process)
+    began = None
     for _ in range(MOST_HALF_SECONDS):
         if receive.poll(0.5):
             return True
-        if cpu_seconds(process) - began > MOST_SECONDS:
+        used = cpu_seconds(process)
+        began = used if began is None else began
+        if used - began > MOST_SECONDS:
             return False
     return False
 
@@ -239,7 +245,7 @@ def run(folders: int, place: Path, seed: int = 0, first: int = 0) -> dict[str, A
             number += 1
             if number % 1000 == 0:
                 print(f"{number - first} folders, {len(failures)} failures", file=sys.stderr, flush=True)
-            if child.exitcode is not None and what == "failure":
+            if what == "failure" and child.exitcode is not None:
                 break
         child.join()
         shutil.rmtree(place / str(number - 1), ignore_errors=True)

@@ -241,7 +241,9 @@ def test_in_forked_children(made):
             digests(made, ["cpu.kmeans_1d", "cpu.bitmap_linear"])
 
     busy = threading.Thread(target=keep_busy)
-    if "PYLLMQ_SANITIZED" in os.environ:  # a child would wait for the sanitizer's allocator, which that thread had locked
+    if (
+        "PYLLMQ_SANITIZED" in os.environ
+    ):  # a child would wait for the sanitizer's allocator, which that thread had locked
         done.set()
     busy.start()
     context = multiprocessing.get_context("fork")

@@ -323,9 +323,12 @@ def from_pretrained(folder: str | os.PathLike[str], *, auto_class: Any = None, *
     """
     from ..loading import is_packed, packed_structures
 
-    if is_packed(folder) and not {"subfolder", "variant"} & kwargs.keys():
+    checked = is_packed(folder) and not {"subfolder", "variant"} & kwargs.keys()
+    if checked:
         packed_structures(folder)  # before transformers builds a model of sizes that no file has
-    model_class = model_class_and_config(folder, auto_class, **kwargs)[0]
+    model_class, config = model_class_and_config(folder, auto_class, **kwargs)
+    if checked:
+        expect_tensors_for(config, Path(folder))
     if auto_class is not None or kwargs.get("output_loading_info"):
         return model_class.from_pretrained(folder, **kwargs)
     model, info = model_class.from_pretrained(folder, **{**kwargs, "output_loading_info": True})
@@ -336,6 +339,20 @@ def from_pretrained(folder: str | os.PathLike[str], *, auto_class: Any = None, *
             "incomplete, copy or compress it again"
         )
     return model
+
+
+def expect_tensors_for(config: Any, folder: Path) -> None:
+    """transformers would build any number of blocks, for hours, before it looks for their tensors."""
+    from safetensors import safe_open
+
+    layers, tensors = getattr(config.get_text_config(), "num_hidden_layers", 0), 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as content:
+            tensors += len(content.keys())
+    if isinstance(layers, int) and layers > tensors:
+        raise FormatError(
+            f"config.json asks for {layers} layers, {folder} holds {tensors} tensors; the folder is damaged"
+        )
 
 
 def model_class_and_config(folder: str | os.PathLike[str], auto_class: Any = None, **kwargs: Any) -> tuple[Any, Any]:

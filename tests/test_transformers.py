@@ -255,3 +255,68 @@ def test_only_plain_tensors_are_stored(folder):
     assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors"}
     with safe_open(folder / "model.safetensors", framework="pt") as tensors:
         assert set(tensors.metadata()) == {"format"}
+
+
+def changed_tensors(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def changed_config(folder, **entries):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | entries))
+
+
+def test_dense_tensors_of_a_packed_folder_are_checked_too(folder, tmp_path):
+    """transformers compares no shape where a folder is quantized, and fills what is missing with random numbers."""
+    damaged = copy_of(folder, tmp_path)
+    embedding = "model.embed_tokens.weight"
+    changed_tensors(damaged, lambda t: t.update({embedding: t[embedding][:-1].clone()}))
+    for load in (pyllmq.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(FormatError, match=rf"{embedding} is \(511, 64\), but config.json asks for \(512, 64\)"):
+            load(damaged)
+    changed_tensors(damaged, lambda t: t.pop(embedding))
+    with pytest.raises(FormatError, match=f"no tensors for 1 parameters of LlamaForCausalLM, such as {embedding}"):
+        pyllmq.from_pretrained(damaged)
+
+
+def test_tensors_at_odd_offsets(folder, tmp_path):
+    """The format allows them; kernels want them where their dtype does."""
+    shifted = copy_of(folder, tmp_path)
+    file = shifted / "model.safetensors"
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].rstrip() + b" " * 3
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    ids = torch.randint(0, 512, (1, 5))
+    model = pyllmq.from_pretrained(shifted)
+    assert torch.equal(model(ids).logits, pyllmq.from_pretrained(folder)(ids).logits)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert all(t.data_ptr() % t.itemsize == 0 for t in layer.packed_weight().tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "asks for 1000000000 layers"),
+        (
+            {"quantization_config": {"quant_method": "pyllmq", "modules": {"lm_head": 3}}},
+            "module lm_head is 3; it must be",
+        ),
+        ({"quantization_config": {"quant_method": "pyllmq", "modules": [1]}}, "must name its packed modules"),
+    ],
+)
+def test_what_config_json_cannot_say(folder, tmp_path, entries, message):
+    damaged = copy_of(folder, tmp_path)
+    changed_config(damaged, **entries)
+    with pytest.raises(FormatError, match=message):
+        pyllmq.from_pretrained(damaged)
+
+
+@pytest.mark.parametrize("architectures", [["logging"], ["pipeline"], ["GPT2Config"], [], None])
+def test_an_architecture_that_is_no_model(folder, tmp_path, architectures):
+    other = copy_of(folder, tmp_path)
+    changed_config(other, architectures=architectures)
+    assert type(pyllmq.from_pretrained(other)).__name__ == "LlamaModel"

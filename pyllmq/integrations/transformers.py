@@ -211,7 +211,7 @@ def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: b
     """
     linears = dict(linear_modules(model))
     prefix = getattr(model, "base_model_prefix", "")
-    modules = {}
+    modules: dict[str, str] = {}
     for name, structure in structures.items():
         # A checkpoint of a bare encoder loads into a model with a head, and the other way round.
         candidates = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]

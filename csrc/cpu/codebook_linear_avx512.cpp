@@ -12,7 +12,7 @@
 namespace pyllmq::cpu {
 namespace {
 
-constexpr int kNearBytes = 1024, kFarBytes = 6144;
+constexpr int kNearBytes = 1024, kFarBytes = 4096;
 constexpr int kCodebookBytes = 2048;  // codebooks, too, are read once per call
 constexpr int64_t kGroupBytes = 4 * kTileRows;  // 4 steps of 32 rows
 constexpr int64_t kTableGroup = 4 * kTableEntries;

@@ -64,11 +64,13 @@ template <class V>
 float row_floor(const float* cost, const float* block, int64_t m) {
   auto low = V::set(kInfinity);
   auto bad = V::no_flag();
-  for (int64_t j = 0; j < m; j += V::width) {
-    const auto c = V::load_part(cost + j, m - j, kInfinity);
+  const auto take = [&](typename V::R c, int64_t j) {
     bad = V::either(bad, V::is_nan(c));
     low = V::min(low, V::add(c, V::load(block + j)));
-  }
+  };
+  int64_t j = 0;
+  for (; j + V::width <= m; j += V::width) take(V::load(cost + j), j);
+  if (j < m) take(V::load_part(cost + j, m - j, kInfinity), j);
   return V::any(bad) ? __builtin_nanf("") : V::least(low);
 }
 
@@ -78,10 +80,13 @@ void build_first(const float* cost, const double* u, const float* block, double 
   const auto scale = V::set(static_cast<float>(inverse));
   for (int64_t i = 0; i < n; ++i) {
     const auto low = V::set(static_cast<float>(u[i]));
-    for (int64_t j = 0; j < stride; j += V::width) {
-      const auto c = V::add(V::load_part(cost + i * m + j, m - j, kInfinity), V::load(block + j));
+    const auto put = [&](typename V::R cost_part, int64_t j) {
+      const auto c = V::add(cost_part, V::load(block + j));
       V::store(k + i * stride + j, exponential<V>(V::mul(V::sub(low, c), scale)));
-    }
+    };
+    int64_t j = 0;
+    for (; j + V::width <= m; j += V::width) put(V::load(cost + i * m + j), j);
+    for (; j < stride; j += V::width) put(V::load_part(cost + i * m + j, m - j, kInfinity), j);
   }
 }
 
@@ -218,10 +223,13 @@ float divide(const float* over, const float* sums, int64_t count, float* out) {
 
 template <class V>
 void plan(const float* k, const float* f, const float* g, int64_t n, int64_t m, int64_t stride, float* out) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < m; j += V::width)
-      V::store_part(out + i * m + j, m - j,
-                    V::mul(V::mul(V::set(f[i]), V::load(k + i * stride + j)), V::load(g + j)));
+  for (int64_t i = 0; i < n; ++i) {
+    const auto row = V::set(f[i]);
+    const auto mass = [&](int64_t j) { return V::mul(V::mul(row, V::load(k + i * stride + j)), V::load(g + j)); };
+    int64_t j = 0;
+    for (; j + V::width <= m; j += V::width) V::store(out + i * m + j, mass(j));
+    if (j < m) V::store_part(out + i * m + j, m - j, mass(j));
+  }
 }
 
 template <class V>

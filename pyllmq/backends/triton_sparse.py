@@ -77,19 +77,9 @@ class Layout:
     @classmethod
     def of(cls, tensors: Sequence[Tensor], out_features: int, in_features: int) -> Layout:
         (
-            _,
-            values,
-            positions,
-            masks,
-            ranks,
-            row_offsets,
-            scale,
-            codebook,
-            offsets,
-            outlier_columns,
-            outliers,
-            replaced,
-        ) = tensors
+            _, values, positions, masks, ranks, row_offsets, scale,
+            codebook, offsets, outlier_columns, outliers, replaced,
+        ) = tensors  # fmt: skip
         return cls(
             positions.numel() > 0, values, positions, masks, ranks, row_offsets, scale, codebook,
             offsets, outlier_columns, outliers, replaced, out_features, in_features,

@@ -426,7 +426,7 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=int, default=3, help="calibration draws")
     parser.add_argument("--methods", default=",".join(METHODS), help="which, separated by commas")
-    parser.add_argument("--steps", type=int, default=150, help="of codebook tuning; 0 for none")
+    parser.add_argument("--steps", type=int, default=200, help="of codebook tuning; 0 for none")
     parser.add_argument(
         "--csv", type=Path, default=Path("pyllmq_accuracy.csv"), help="appended to; what it holds is not run again"
     )

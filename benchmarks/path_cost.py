@@ -1,11 +1,12 @@
 """Measures what a weight costs by tables and by decoding, and whether `automatic` takes the cheaper of the two.
 
-python -m pyllmq.benchmarks.path_cost [ISA ...]      the table of csrc/cpu/path_cost.h, on a quiet machine with 2 threads
-python -m pyllmq.benchmarks.path_cost --check ISA    the choice against both paths at 4096x4096
+python -m pyllmq.benchmarks.path_cost [ISA ...]             the table of csrc/cpu/path_cost.h, on a quiet machine with 2 threads
+python -m pyllmq.benchmarks.path_cost --check [ISA ...]     the choice against both paths at 4096x4096
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from functools import partial
@@ -117,10 +118,15 @@ def check(isa: str) -> bool:
 
 
 def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("isa", nargs="*", metavar="ISA", help=f"one of {', '.join(ISAS)}; default: all of them")
+    parser.add_argument("--check", action="store_true", help="measure the choice; fails where it is a bad one")
+    given = parser.parse_args(arguments)
     torch.set_num_threads(2)
-    if arguments[:1] == ["--check"]:
-        return 0 if all(list(map(check, arguments[1:]))) else 1
-    for isa in arguments or ISAS:
+    isas = given.isa or ISAS
+    if given.check:
+        return 0 if all(list(map(check, isas))) else 1
+    for isa in isas:
         print(table_of(isa), flush=True)
     return 0
 

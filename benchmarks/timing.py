@@ -16,6 +16,9 @@ COLD_BYTES = 256 << 20
 a model's other layers do the same to a layer. 8x the 32 MiB of last-level cache that a small cloud machine sees; `run` takes
 twice the cache that the OS reports where that is more (memory.py)."""
 
+COPY_BYTES = 16 << 10
+"""What a copy of the smallest weight takes: its tensors and Python objects were 11 KB at 64x64, and leave the caches, too."""
+
 FEW_TOKENS = 64
 """Beyond this M the arithmetic hides where the weight lies, and one copy is enough."""
 
@@ -33,10 +36,10 @@ MIN_SAMPLES = 5
 
 
 def cold_copies(nbytes: int, cold_bytes: int = COLD_BYTES) -> int:
-    """How many copies of `nbytes` are more than `cold_bytes` together."""
+    """How many copies of `nbytes` are more than `cold_bytes` together, each counted as COPY_BYTES at least."""
     if nbytes < 1:
         raise ValueError(f"a weight of {nbytes} bytes cannot be rotated; it must hold at least 1")
-    return cold_bytes // nbytes + 1
+    return cold_bytes // max(nbytes, COPY_BYTES) + 1
 
 
 @dataclass

@@ -115,10 +115,14 @@ def test_consecutive_calls_use_consecutive_copies():
     assert order == [i % 4 for i in range(len(order))] and len(order) > 8
 
 
-@pytest.mark.parametrize("nbytes", [1, 999, 1000, 1001, 5000])
+@pytest.mark.parametrize("nbytes", [99_999, 100_000, 100_001, 16 << 10, 500_000])
 def test_copies_are_more_than_the_bytes_asked_for(nbytes):
-    copies = timing.cold_copies(nbytes, cold_bytes=1000)
-    assert copies * nbytes > 1000 and (copies - 1) * nbytes <= 1000
+    copies = timing.cold_copies(nbytes, cold_bytes=100_000)
+    assert copies * nbytes > 100_000 and (copies - 1) * nbytes <= 100_000
+
+
+def test_copies_of_the_smallest_weights_are_counted_with_their_objects():
+    assert timing.cold_copies(1, 100_000) == timing.cold_copies(timing.COPY_BYTES, 100_000)
 
 
 def test_empty_weight_cannot_be_rotated():

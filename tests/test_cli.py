@@ -211,7 +211,8 @@ def test_errors_are_one_line_on_stderr(source, packed, tmp_path, capsys):
         main(["--traceback", "inspect", str(tmp_path / "none")])
 
 
-def test_bench(tmp_path, capsys):
+def test_bench(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pyllmq.benchmarks.run.cold_bytes_for", lambda *sizes: (100_000, ""))
     csv = tmp_path / "rows.csv"
     assert (
         main(["bench", "--op", "codebook_linear", "--shapes", "64x64", "--bits", "2", "--m", "1", "--csv", str(csv)])

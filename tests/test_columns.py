@@ -317,7 +317,7 @@ def test_tuning_block_by_block_brings_every_block_closer(make) -> None:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, pyllmq.CodebookLinear)}
     before = {n: (m.structure, m.packed_weight().unpack()) for n, m in layers.items()}
     state = {name: p.requires_grad for name, p in model.named_parameters()}
-    found = pyllmq.tune_blocks(model, dense, IDS, steps=24, progress=False)
+    found = pyllmq.tune_blocks(model, dense, IDS, steps=24, learning_rate=0.02, progress=False)
     assert len(found) == 2
     for losses in found.values():
         assert len(losses) == 24 and sum(losses[-4:]) < 0.9 * sum(losses[:4])

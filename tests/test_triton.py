@@ -153,14 +153,24 @@ def test_the_small_kernels_compile_without_spills(arch):
 def test_the_sparse_kernels_compile_without_spills(arch, x):
     from pyllmq.triton_kernels import sparse_linear as sparse
 
-    for tile in (sparse.ONE_TOKEN, sparse.MORE_TOKENS):
+    for tile, widths in (
+        (sparse.ONE_TOKEN, (0, 2, 3, 4)),
+        (sparse.MORE_TOKENS, (0,)),
+        (sparse.MORE_TOKENS_CODES, (2, 3, 4)),
+    ):
         fixed = {"BLOCK_TOKENS": tile.tokens, "BLOCK_ROWS": tile.rows, "FP32_DOT": "tf32x3"}
         options = {"arch": arch, "x": x, "warps": tile.warps, "stages": tile.stages}
-        assert_no_spills(sparse._multiply_24, fixed | {"BLOCK_SLOTS": tile.slots}, **options)
-        assert_no_spills(sparse._multiply_bitmap, fixed | {"BLOCK_SLOTS": 2 * tile.slots}, **options)
-    fixed = {"HAS_SCALE": True, "BLOCK_ROWS": 32}
-    assert_no_spills(sparse._spread_24, fixed | {"BLOCK_SLOTS": 32}, arch=arch, x=x)
-    assert_no_spills(sparse._spread_bitmap, fixed | {"BLOCK_SLOTS": 64}, arch=arch, x=x)
+        for bits in widths:
+            types = POINTERS | {"values": "*u8"} if bits else POINTERS
+            sizes = {"BITS": bits, "BLOCK_SLOTS": tile.slots}
+            assert_no_spills(sparse._multiply_24, fixed | sizes, types=types, **options)
+        if 0 in widths:
+            assert_no_spills(sparse._multiply_bitmap, fixed | {"BLOCK_SLOTS": 2 * tile.slots}, **options)
+    fixed = {"BLOCK_ROWS": 32}
+    assert_no_spills(sparse._spread_24, fixed | {"BITS": 0, "HAS_SCALE": True, "BLOCK_SLOTS": 32}, arch=arch, x=x)
+    codes = {"BITS": 3, "HAS_SCALE": False, "BLOCK_SLOTS": 32}
+    assert_no_spills(sparse._spread_24, fixed | codes, arch=arch, x=x, types=POINTERS | {"values": "*u8"})
+    assert_no_spills(sparse._spread_bitmap, fixed | {"HAS_SCALE": True, "BLOCK_SLOTS": 64}, arch=arch, x=x)
 
 
 @needs_triton
@@ -178,6 +188,7 @@ def test_sizes_of_one_compile():
     """triton makes an argument that is 1 a constant of the kernel, which has other methods than a number."""
     from pyllmq.triton_kernels.codebook_dequantize import _decode
     from pyllmq.triton_kernels.codebook_linear import _add_parts, _multiply
+    from pyllmq.triton_kernels.sparse_linear import _multiply_24, _spread_24
 
     one = {"rows": 1, "columns": 1, "slots": 1, "code_bytes": 1}
     flags = {"BITS": 3, "ONE_SEGMENT": False, "CONSECUTIVE": False, "BLOCK_ROWS": 64, "BLOCK_SLOTS": 32}
@@ -186,6 +197,13 @@ def test_sizes_of_one_compile():
     assert_no_spills(_decode, one | flags | {"HAS_ROW_SCALE": True})
     flags = {"HAS_ROW_SCALE": True, "HAS_OUTLIERS": True, "HAS_BIAS": True}
     assert_no_spills(_add_parts, flags | {"BLOCK_ROWS": 256, "rows": 1})
+    types = POINTERS | {"values": "*u8"}
+    codes = {"BITS": 3, "BLOCK_ROWS": 64, "BLOCK_SLOTS": 16}
+    linear = codes | {"FP32_DOT": "tf32x3"}
+    # A single row is multiplied token by token.
+    assert_no_spills(_multiply_24, linear | {"rows": 1, "columns": 1, "BLOCK_TOKENS": 1}, types=types)
+    assert_no_spills(_multiply_24, linear | {"columns": 1, "BLOCK_TOKENS": 16}, types=types)
+    assert_no_spills(_spread_24, codes | {"rows": 1, "columns": 1, "HAS_SCALE": False}, types=types)
 
 
 # ---- where it is missing --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""sparse24_linear and bitmap_linear: weights spread on the way to the multiplication, and the dense matrix for many tokens.
+"""The linear operations of the sparse formats: weights spread on the way to the multiplication, the dense matrix for many tokens.
 
 Programs split rows and columns (split-K) and leave fp32 partial sums, which one more launch adds in order. Sizes of tiles are
 fixed: they were never measured on a GPU.
@@ -8,25 +8,51 @@ import torch
 import triton
 import triton.language as tl
 
-from pyllmq.triton_kernels.codebook_linear import FP32_DOT, _add_parts, splits
+from pyllmq.triton_kernels.codebook_decode import GROUP_SLOTS, load_codes
+from pyllmq.triton_kernels.codebook_dequantize import _put_outliers
+from pyllmq.triton_kernels.codebook_linear import FP32_DOT, _add_parts, _multiply_outliers, splits
 from pyllmq.triton_kernels.configs import Tile
 
 ONE_TOKEN = Tile(rows=64, slots=32, tokens=1, warps=4, stages=3, programs=264)
 MORE_TOKENS = Tile(rows=64, slots=32, tokens=16, warps=4, stages=3, programs=264)
-"""`slots` are groups of four columns in 2:4, columns / 4 in a bitmap."""
+MORE_TOKENS_CODES = Tile(rows=64, slots=16, tokens=16, warps=4, stages=3, programs=264)
+"""`slots` are groups of four columns in 2:4, columns / 4 in a bitmap. With fp32 tokens, 32 slots of 4-bit codes need 16 bytes
+of stack."""
 
 
 @triton.jit
-def _load_groups(values, positions, rows, groups, group, row):
-    """(first, second values, first, second positions) [groups, rows] of the groups below `groups`."""
+def _load_groups(
+    values, codebook, positions, rows, columns, groups, first_group, row,
+    BITS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BY_WORD: tl.constexpr,
+):  # fmt: skip
+    """(first, second weights, first, second columns) [groups, rows] of the groups from `first_group` on.
+
+    `values` are codes where BITS is not 0. Outside the matrix, where columns are too large, weights are anything finite.
+    """
+    COUNT: tl.constexpr = BLOCK_SLOTS // GROUP_SLOTS
+    begin = first_group // GROUP_SLOTS
+    group = first_group + tl.arange(0, BLOCK_SLOTS)
     inside = (group < groups)[:, None] & (row < rows)[None, :]
-    first_place = group.to(tl.int64)[:, None] * rows + row[None, :]
-    second_place = (group + groups).to(tl.int64)[:, None] * rows + row[None, :]
-    packed = tl.load(positions + (group // 2).to(tl.int64)[:, None] * rows + row[None, :], mask=inside, other=0)
-    code = packed.to(tl.int32) >> (group % 2 * 4)[:, None]
-    first = tl.load(values + first_place, mask=inside, other=0)
-    second = tl.load(values + second_place, mask=inside, other=0)
-    return first, second, code & 3, (code >> 2) & 3
+    if BY_WORD:
+        # A group's positions are 4 bits in a row, as codes of 4 bits are. 9 to 14 instructions per weight at one token where
+        # bytes take 11 to 17, but 16 to 25 for 13 to 24 at sixteen.
+        places = load_codes(positions, (groups + 1) // 2, rows, row, begin, COUNT, 4)
+    else:
+        packed = tl.load(positions + (group // 2).to(tl.int64)[:, None] * rows + row[None, :], mask=inside, other=0)
+        places = packed.to(tl.int32) >> (group % 2 * 4)[:, None] & 15
+    first_column = 4 * group[:, None] + (places & 3)
+    second_column = 4 * group[:, None] + (places >> 2)
+    if BITS == 0:
+        first = tl.load(values + group.to(tl.int64)[:, None] * rows + row[None, :], mask=inside, other=0)
+        second = tl.load(values + (group + groups).to(tl.int64)[:, None] * rows + row[None, :], mask=inside, other=0)
+    else:
+        code_bytes = (groups * BITS + 7) // 8
+        second_codes = values + code_bytes.to(tl.int64) * rows
+        first_code = load_codes(values, code_bytes, rows, row, begin, COUNT, BITS)
+        second_code = load_codes(second_codes, code_bytes, rows, row, begin, COUNT, BITS)
+        first = tl.load(codebook + (tl.minimum(first_column, columns - 1) << BITS | first_code))
+        second = tl.load(codebook + (tl.minimum(second_column, columns - 1) << BITS | second_code))
+    return first, second, first_column, second_column
 
 
 @triton.jit
@@ -51,12 +77,12 @@ def _load_columns(values, masks, ranks, row_offsets, rows, columns, column, row)
     return tl.load(values + begin + before, mask=kept, other=0)
 
 
-@triton.jit(do_not_specialize=["tokens", "slots_per_split"])
+@triton.jit(do_not_specialize=["tokens", "groups", "slots_per_split"])
 def _multiply_24(
-    x, values, positions, parts, tokens, rows, columns, groups, slots_per_split,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, FP32_DOT: tl.constexpr,
+    x, values, codebook, positions, parts, tokens, rows, columns, groups, slots_per_split,
+    BITS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, FP32_DOT: tl.constexpr,
 ):  # fmt: skip
-    """parts[split] [tokens, rows]: a group's weight at place j, or zero, times x of place j, for the four places."""
+    """parts[split] [tokens, rows] = x[:, groups of this split] times the weights there."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     token = tl.program_id(2) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     begin = tl.program_id(1) * slots_per_split
@@ -66,15 +92,21 @@ def _multiply_24(
     else:
         total = tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], tl.float32)
     for slot in range(begin, end, BLOCK_SLOTS):
-        group = slot + tl.arange(0, BLOCK_SLOTS)
-        first, second, first_place, second_place = _load_groups(values, positions, rows, groups, group, row)
-        for j in tl.static_range(4):
-            column = 4 * group + j
-            weight = tl.where(first_place == j, first, 0) + tl.where(second_place == j, second, 0)
-            if BLOCK_TOKENS == 1:
-                factor = tl.load(x + tl.program_id(2) * columns + column, mask=column < columns, other=0.0)
-                total += factor.to(tl.float32)[:, None] * weight.to(tl.float32)
-            else:
+        first, second, first_column, second_column = _load_groups(
+            values, codebook, positions, rows, columns, groups, slot, row, BITS, BLOCK_SLOTS, BLOCK_TOKENS == 1
+        )
+        if BLOCK_TOKENS == 1:
+            # x by the place of each weight: neighbouring threads read one of four neighbours
+            of_token = x + tl.program_id(2) * columns
+            factor = tl.load(of_token + first_column, mask=first_column < columns, other=0.0)
+            total += factor.to(tl.float32) * first.to(tl.float32)
+            factor = tl.load(of_token + second_column, mask=second_column < columns, other=0.0)
+            total += factor.to(tl.float32) * second.to(tl.float32)
+        else:
+            for j in tl.static_range(4):
+                column = 4 * (slot + tl.arange(0, BLOCK_SLOTS)) + j
+                weight = tl.where(first_column == column[:, None], first, 0)
+                weight += tl.where(second_column == column[:, None], second, 0)
                 inside = (token < tokens)[:, None] & (column < columns)[None, :]
                 factor = tl.load(x + token[:, None] * columns + column[None, :], mask=inside, other=0.0)
                 total = tl.dot(factor, weight.to(factor.dtype), total, input_precision=FP32_DOT)
@@ -118,21 +150,24 @@ def _multiply_bitmap(
         tl.store(parts + (part + token)[:, None] * rows + row[None, :], total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def _spread_24(
-    values, positions, scale, out, rows, columns, groups,
-    HAS_SCALE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    values, codebook, positions, scale, out, rows, columns, groups,
+    BITS: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, columns]: the dense matrix."""
+    """out [rows, columns]: the dense matrix, without outliers."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    group = tl.program_id(1) * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
-    first, second, first_place, second_place = _load_groups(values, positions, rows, groups, group, row)
+    slot = tl.program_id(1) * BLOCK_SLOTS
+    first, second, first_column, second_column = _load_groups(
+        values, codebook, positions, rows, columns, groups, slot, row, BITS, BLOCK_SLOTS, False
+    )
     factor = tl.full([BLOCK_ROWS], 1.0, tl.float32)
     if HAS_SCALE:
         factor = tl.load(scale + row, mask=row < rows, other=0.0)
     for j in tl.static_range(4):
-        column = 4 * group + j
-        weight = tl.where(first_place == j, first, 0) + tl.where(second_place == j, second, 0)
+        column = 4 * (slot + tl.arange(0, BLOCK_SLOTS)) + j
+        weight = tl.where(first_column == column[:, None], first, 0)
+        weight += tl.where(second_column == column[:, None], second, 0)
         inside = (column < columns)[:, None] & (row < rows)[None, :]
         to = out + row.to(tl.int64)[None, :] * columns + column[:, None]
         tl.store(to, (weight.to(tl.float32) * factor[None, :]).to(out.dtype.element_ty), mask=inside)
@@ -157,13 +192,15 @@ def _spread_bitmap(
 def sparse_linear(x: torch.Tensor, layout, bias: torch.Tensor | None) -> torch.Tensor:
     """x [M, K], contiguous, times the weight of a `pyllmq.backends.triton_sparse.Layout`, plus bias: [M, N] in x's dtype."""
     tokens, rows, columns = x.shape[0], layout.out_features, layout.in_features
-    tile = ONE_TOKEN if tokens == 1 else MORE_TOKENS
+    # Codes of a single row and more tokens: triton 3.6's compiler aborts.
+    token_by_token = tokens == 1 or (rows == 1 and layout.bits > 0)
+    tile = ONE_TOKEN if token_by_token else MORE_TOKENS_CODES if layout.bits else MORE_TOKENS
     groups = triton.cdiv(columns, 4)
     slots, block = (groups, tile.slots) if layout.is_24 else (columns, 2 * tile.slots)
     token_blocks = triton.cdiv(tokens, tile.tokens)
     given = Tile(tile.rows, block, tile.tokens, tile.warps, tile.stages, tile.programs)
     count, slots_per_split = splits(given, rows, slots, token_blocks)
-    parts = torch.empty(count, tokens, rows, dtype=torch.float32, device=x.device)
+    parts = torch.empty(count + (layout.outliers > 0), tokens, rows, dtype=torch.float32, device=x.device)
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     fixed = {
         "BLOCK_TOKENS": tile.tokens, "BLOCK_ROWS": tile.rows, "BLOCK_SLOTS": block, "FP32_DOT": FP32_DOT,
@@ -172,16 +209,24 @@ def sparse_linear(x: torch.Tensor, layout, bias: torch.Tensor | None) -> torch.T
     grid = (triton.cdiv(rows, tile.rows), count, token_blocks)
     if layout.is_24:
         _multiply_24[grid](
-            x, layout.values, layout.positions, parts, tokens, rows, columns, groups, slots_per_split, **fixed
-        )
+            x, layout.values, layout.codebook, layout.positions, parts, tokens, rows, columns, groups, slots_per_split,
+            BITS=layout.bits, **fixed,
+        )  # fmt: skip
     else:
         _multiply_bitmap[grid](
             x, layout.values, layout.masks, layout.ranks, layout.row_offsets, parts, tokens, rows, columns,
             slots_per_split, **fixed,
         )  # fmt: skip
+    if layout.outliers:
+        block_tokens = 1 if tokens == 1 else 16
+        _multiply_outliers[(triton.cdiv(rows, 16), triton.cdiv(tokens, block_tokens))](
+            x, layout.outlier_row_offsets, layout.outlier_columns, layout.outlier_values, layout.outlier_replaced,
+            layout.scale, parts, tokens, rows, columns, count,
+            HAS_ROW_SCALE=False, BLOCK_TOKENS=block_tokens, BLOCK_ROWS=16, BLOCK=16,
+        )  # fmt: skip
     _add_parts[(triton.cdiv(rows, 256), tokens)](
         parts, layout.scale, y if bias is None else bias, y, tokens, rows, count,
-        HAS_ROW_SCALE=layout.has_scale, HAS_OUTLIERS=False, HAS_BIAS=bias is not None, BLOCK_ROWS=256,
+        HAS_ROW_SCALE=layout.has_scale, HAS_OUTLIERS=layout.outliers > 0, HAS_BIAS=bias is not None, BLOCK_ROWS=256,
     )  # fmt: skip
     return y
 
@@ -193,12 +238,17 @@ def sparse_dequantize(layout, dtype: torch.dtype) -> torch.Tensor:
     groups = triton.cdiv(columns, 4)
     if layout.is_24:
         _spread_24[(triton.cdiv(rows, 32), triton.cdiv(groups, 32))](
-            layout.values, layout.positions, layout.scale, out, rows, columns, groups,
-            HAS_SCALE=layout.has_scale, BLOCK_ROWS=32, BLOCK_SLOTS=32,
+            layout.values, layout.codebook, layout.positions, layout.scale, out, rows, columns, groups,
+            BITS=layout.bits, HAS_SCALE=layout.has_scale, BLOCK_ROWS=32, BLOCK_SLOTS=32,
         )  # fmt: skip
     else:
         _spread_bitmap[(triton.cdiv(rows, 32), triton.cdiv(columns, 64))](
             layout.values, layout.masks, layout.ranks, layout.row_offsets, layout.scale, out, rows, columns,
             HAS_SCALE=layout.has_scale, BLOCK_ROWS=32, BLOCK_SLOTS=64,
+        )  # fmt: skip
+    if layout.outliers:
+        _put_outliers[(triton.cdiv(rows, 8),)](
+            layout.outlier_row_offsets, layout.outlier_columns, layout.outlier_values, out, rows, columns,
+            BLOCK_ROWS=8, BLOCK=16,
         )  # fmt: skip
     return out

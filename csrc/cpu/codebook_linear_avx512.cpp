@@ -12,7 +12,7 @@
 namespace pyllmq::cpu {
 namespace {
 
-constexpr int kNearBytes = 1024, kFarBytes = 6144;
+constexpr int kNearBytes = 1024, kFarBytes = 4096;
 constexpr int kCodebookBytes = 2048;  // codebooks, too, are read once per call
 constexpr int64_t kGroupBytes = 4 * kTileRows;  // 4 steps of 32 rows
 constexpr int64_t kTableGroup = 4 * kTableEntries;
@@ -93,7 +93,7 @@ struct Rows {  // rows 0-15 and 16-31 of a tile
 
 // Two distances: the near one moves lines from the L2 to the L1 cache, the far one keeps more of them on their way than
 // the 16 line buffers of an L1 cache could. 4096 x 4096 at 4 bits from memory, 2 threads: 246 us; near at 2 KiB alone
-// 290, far alone 371, none 375.
+// 290, far alone 371, none 375. The far one is touchy: 6 KiB takes a fifth longer than 4 at 4 bits, 8 a sixth longer at 3.
 inline Rows load_rows(const uint8_t* codes) {
 #pragma GCC unroll 2
   for (int line = 0; line < 2; ++line) {

@@ -64,11 +64,13 @@ template <class V>
 float row_floor(const float* cost, const float* block, int64_t m) {
   auto low = V::set(kInfinity);
   auto bad = V::no_flag();
-  for (int64_t j = 0; j < m; j += V::width) {
-    const auto c = V::load_part(cost + j, m - j, kInfinity);
+  const auto take = [&](typename V::R c, int64_t j) {
     bad = V::either(bad, V::is_nan(c));
     low = V::min(low, V::add(c, V::load(block + j)));
-  }
+  };
+  int64_t j = 0;
+  for (; j + V::width <= m; j += V::width) take(V::load(cost + j), j);
+  if (j < m) take(V::load_part(cost + j, m - j, kInfinity), j);
   return V::any(bad) ? __builtin_nanf("") : V::least(low);
 }
 
@@ -78,10 +80,13 @@ void build_first(const float* cost, const double* u, const float* block, double 
   const auto scale = V::set(static_cast<float>(inverse));
   for (int64_t i = 0; i < n; ++i) {
     const auto low = V::set(static_cast<float>(u[i]));
-    for (int64_t j = 0; j < stride; j += V::width) {
-      const auto c = V::add(V::load_part(cost + i * m + j, m - j, kInfinity), V::load(block + j));
+    const auto put = [&](typename V::R cost_part, int64_t j) {
+      const auto c = V::add(cost_part, V::load(block + j));
       V::store(k + i * stride + j, exponential<V>(V::mul(V::sub(low, c), scale)));
-    }
+    };
+    int64_t j = 0;
+    for (; j + V::width <= m; j += V::width) put(V::load(cost + i * m + j), j);
+    for (; j < stride; j += V::width) put(V::load_part(cost + i * m + j, m - j, kInfinity), j);
   }
 }
 
@@ -218,10 +223,13 @@ float divide(const float* over, const float* sums, int64_t count, float* out) {
 
 template <class V>
 void plan(const float* k, const float* f, const float* g, int64_t n, int64_t m, int64_t stride, float* out) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < m; j += V::width)
-      V::store_part(out + i * m + j, m - j,
-                    V::mul(V::mul(V::set(f[i]), V::load(k + i * stride + j)), V::load(g + j)));
+  for (int64_t i = 0; i < n; ++i) {
+    const auto row = V::set(f[i]);
+    const auto mass = [&](int64_t j) { return V::mul(V::mul(row, V::load(k + i * stride + j)), V::load(g + j)); };
+    int64_t j = 0;
+    for (; j + V::width <= m; j += V::width) V::store(out + i * m + j, mass(j));
+    if (j < m) V::store_part(out + i * m + j, m - j, mass(j));
+  }
 }
 
 template <class V>
@@ -439,8 +447,8 @@ struct SmallState {
 inline bool looks_at_scalings(int64_t t, int64_t iterations) { return t < 4 || t % 8 == 7 || t == iterations - 1; }
 
 // kN = kM = 0: sizes known at run time only. f, g of iteration t go to tape + t * (n + m) lanes when kTape. kFull: all masses
-// are above 0.
-template <class V, int kN, int kM, bool kFull, bool kTape>
+// are above 0. kStops: problems stop by themselves; without, an iteration of 4096 4x4 problems takes 3.9 us, with it 4.9.
+template <class V, int kN, int kM, bool kFull, bool kTape, bool kStops>
 typename V::Flag small_iterate(const SmallState<V>& state, int64_t n_given, int64_t m_given, int64_t iterations,
                                float tolerance, float* f, float* g, float* tape, float* count) {
   using R = typename V::R;
@@ -455,14 +463,14 @@ typename V::Flag small_iterate(const SmallState<V>& state, int64_t n_given, int6
   for (int64_t i = 0; i < n; ++i) fs[i] = before[i] = V::set(0);
   for (int64_t j = 0; j < m; ++j) gs[j] = state.start(j);
   for (int64_t t = 0; t < iterations; ++t) {
-    if (tolerance > 0)
+    if (kStops)
       for (int64_t i = 0; i < n; ++i) before[i] = fs[i];
     for (int64_t i = 0; i < n; ++i) {
       R sum = V::set(kTiny);
       for (int64_t j = 0; j < m; ++j) sum = V::fma(S::at(for_rows, i * m + j), gs[j], sum);
       fs[i] = kFull ? V::reciprocal(sum) : V::quotient(S::at(state.a, i), sum);
     }
-    if (tolerance > 0) {
+    if (kStops) {
       if (t > 0) {
         R missed = V::set(0);
         for (int64_t i = 0; i < n; ++i) {
@@ -480,9 +488,9 @@ typename V::Flag small_iterate(const SmallState<V>& state, int64_t n_given, int6
       R sum = V::set(kTiny);
       for (int64_t i = 0; i < n; ++i) sum = V::fma(S::at(for_columns, i * m + j), fs[i], sum);
       const R scaling = kFull ? V::reciprocal(sum) : V::quotient(S::at(state.b, j), sum);
-      gs[j] = tolerance > 0 ? V::select(going, scaling, gs[j]) : scaling;
+      gs[j] = kStops ? V::select(going, scaling, gs[j]) : scaling;
     }
-    if (tolerance > 0 || looks_at_scalings(t, iterations)) {
+    if (kStops || looks_at_scalings(t, iterations)) {
       for (int64_t i = 0; i < n; ++i) most = V::max(most, fs[i]);
       for (int64_t j = 0; j < m; ++j) most = V::max(most, gs[j]);
     }
@@ -493,16 +501,17 @@ typename V::Flag small_iterate(const SmallState<V>& state, int64_t n_given, int6
   }
   for (int64_t i = 0; i < n; ++i) S::put(f, i, fs[i]);
   for (int64_t j = 0; j < m; ++j) S::put(g, j, gs[j]);
-  V::store(count, tolerance > 0 ? counted : V::set(static_cast<float>(iterations)));
+  V::store(count, kStops ? counted : V::set(static_cast<float>(iterations)));
   return V::above(most, state.limit);
 }
 
-template <class V, bool kTape, class... Rest>
-typename V::Flag small_iterate_of(const SmallState<V>& state, const SmallProblem& p, Rest... rest) {
+template <class V, bool kTape, bool kStops>
+typename V::Flag small_iterate_of(const SmallState<V>& state, const SmallProblem& p, int64_t iterations, float tolerance, float* f,
+                                  float* g, float* tape, float* count) {
   const bool four = p.n == 4 && p.m == 4;
-  if (p.full)
-    return (four ? small_iterate<V, 4, 4, true, kTape> : small_iterate<V, 0, 0, true, kTape>)(state, p.n, p.m, rest...);
-  return (four ? small_iterate<V, 4, 4, false, kTape> : small_iterate<V, 0, 0, false, kTape>)(state, p.n, p.m, rest...);
+  const auto run = p.full ? (four ? small_iterate<V, 4, 4, true, kTape, kStops> : small_iterate<V, 0, 0, true, kTape, kStops>)
+                          : (four ? small_iterate<V, 4, 4, false, kTape, kStops> : small_iterate<V, 0, 0, false, kTape, kStops>);
+  return run(state, p.n, p.m, iterations, tolerance, f, g, tape, count);
 }
 
 template <class V>
@@ -513,7 +522,8 @@ SmallLanes small_forward(const SmallProblem& p, int64_t iterations, float tolera
   float* f = S::take(room, p.n);
   float* g = S::take(room, p.m);
   alignas(64) float counted[V::width];
-  const auto beyond = small_iterate_of<V, false>(state, p, iterations, tolerance, f, g, static_cast<float*>(nullptr), counted);
+  const auto iterate = tolerance > 0 ? small_iterate_of<V, false, true> : small_iterate_of<V, false, false>;
+  const auto beyond = iterate(state, p, iterations, tolerance, f, g, nullptr, counted);
   for (int64_t i = 0; i < p.n; ++i)
     for (int64_t j = 0; j < p.m; ++j)
       S::put(state.k, i * p.m + j, V::mul(V::mul(S::at(f, i), S::at(state.k, i * p.m + j)), S::at(g, j)));
@@ -631,7 +641,7 @@ uint32_t small_backward(const SmallProblem& p, int64_t iterations, const int32_t
   gather<V>(grad_plan, n * m, n * m, p.lanes, grad);
   gather<V>(grad_u, n, n, p.lanes, outside_f);
   gather<V>(grad_v, m, m, p.lanes, outside_g);
-  const auto beyond = small_iterate_of<V, true>(state, p, iterations, 0.0f, last_f, last_g, tape, unused);
+  const auto beyond = small_iterate_of<V, true, false>(state, p, iterations, 0.0f, last_f, last_g, tape, unused);
   const SmallAdjoint<V> adjoint{state, counted, grad, through, gradient_a, gradient_b, outside_f, outside_g, tape};
   (n == 4 && m == 4 ? small_adjoint<V, 4, 4> : small_adjoint<V, 0, 0>)(adjoint, n, m, iterations);
   const R minus_inverse = V::div(V::set(-1), state.epsilon);

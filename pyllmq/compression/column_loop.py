@@ -118,16 +118,22 @@ class ColumnQuantizer:
         """
         moves = torch.zeros_like(stored)
         decrease = 0.0
-        for position, (column, step) in enumerate(zip(columns, curvature.tolist(), strict=True)):
-            if step == 0:
-                continue
-            target = torch.sub(stored[position], gradient[position], alpha=1.0 / step)
-            found, fell = self.refit(column, target, stored[position])
-            if fell > 0.0:
-                decrease += step * fell
-                torch.sub(stored[position], found, out=moves[position])
-                stored[position] = found
-                gradient[position + 1 :].addcmul_(coupling[position, position + 1 :, None], moves[position], value=-1)
+        steps = curvature.tolist()
+        for near in range(0, len(columns), LAZY_COLUMNS):
+            far = min(near + LAZY_COLUMNS, len(columns))
+            for position in range(near, far):
+                step = steps[position]
+                if step == 0:
+                    continue
+                target = torch.sub(stored[position], gradient[position], alpha=1.0 / step)
+                found, fell = self.refit(columns[position], target, stored[position])
+                if fell > 0.0:
+                    decrease += step * fell
+                    torch.sub(stored[position], found, out=moves[position])
+                    stored[position] = found
+                    later = gradient[position + 1 : far]
+                    later.addcmul_(coupling[position, position + 1 : far, None], moves[position], value=-1)
+            gradient[far:].addmm_(coupling[near:far, far:].t(), moves[near:far], alpha=-1)
         return moves, decrease
 
 

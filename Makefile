@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 BUILT := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: test demo bench lint sanitize clean
+.PHONY: test demo bench lint sanitize fuzz sanitized-build clean
 
 test: $(BUILT)
 	$(RUN)/python -m pytest
@@ -21,12 +21,20 @@ lint: $(BUILT)
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 
-# The kernel tests once more on a build with AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own.
+# The kernel tests once more on a build with AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own; and malformed
+# folders, as many as FOLDERS says, loaded by that build (100000 take about an hour).
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
-sanitize: $(BUILT)
+SANITIZED = ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=16384 PYTHONPATH=build/sanitize/lib \
+  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" PYLLMQ_SANITIZED=1
+FOLDERS ?= 100000
+sanitize: sanitized-build
+	$(SANITIZED) $(RUN)/pytest -m kernels -p no:cacheprovider
+
+fuzz: sanitized-build
+	$(SANITIZED) $(RUN)/python tests/fuzz_folders.py --folders $(FOLDERS)
+
+sanitized-build: $(BUILT)
 	PYLLMQ_CUDA=0 PYLLMQ_DEBUG=1 CXXFLAGS="$(SANITIZE)" $(RUN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
-	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  PYTHONPATH=build/sanitize/lib PYLLMQ_SANITIZED=1 $(RUN)/pytest -m kernels -p no:cacheprovider
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -117,13 +117,13 @@ class OthersCpu:
 
     @staticmethod
     def _ticks() -> tuple[float, float, float] | None:
-        """Of all CPUs together: ticks that passed, ticks that were used, ticks that this process used."""
+        """Of all CPUs together: ticks that passed, ticks that were used, ticks that this process and its ended children used."""
         try:
             passed = [int(t) for t in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         except (OSError, ValueError):
             return None
         idle = passed[3] + passed[4]  # idle, and waiting for a disk
-        return sum(passed), sum(passed) - idle, time.process_time() * os.sysconf("SC_CLK_TCK")
+        return sum(passed), sum(passed) - idle, sum(os.times()[:4]) * os.sysconf("SC_CLK_TCK")
 
 
 def environment() -> dict[str, str]:

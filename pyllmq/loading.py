@@ -55,13 +55,10 @@ def load_model(folder: Folder, **kwargs: Any) -> Any:
 
     Models that bring their own code are refused by transformers: nothing in a folder is executed.
     """
-    import transformers
-
     config = read_config(folder)
     if is_packed(folder):
         return integration.from_pretrained(folder, **kwargs)
-    name = (config.get("architectures") or ["AutoModel"])[0]
-    model_class = getattr(transformers, name, None) or transformers.AutoModel
+    model_class = integration.class_of(config.get("architectures"))
     return model_class.from_pretrained(folder, **{"dtype": "auto", **kwargs})
 
 

@@ -22,6 +22,7 @@ from .formats import (
     Structure,
 )
 from .formats.codebook import codes_from_operand
+from .formats.structure import for_kernels
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -141,6 +142,8 @@ class PackedLinear(nn.Module):
             raise RuntimeError(
                 f"this {type(self).__name__} has no weights yet (it is on the meta device); load a checkpoint first"
             )
+        if self.bias is not None:
+            self.bias.data = for_kernels(self.bias.data)
         self._make_layout(self.packed_weight())
 
     def _make_layout(self, weight: PackedWeight) -> None:

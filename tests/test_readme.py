@@ -53,3 +53,15 @@ def test_examples_run(where_the_examples_run):
     assert names["centroids"].shape == (5, 16) and names["codes"].shape == (5, 100)
     torch.testing.assert_close(names["plan"].sum(-1), torch.full((2, 6), 1 / 6), rtol=0.1, atol=0.01)
     assert names["loss"].dim() == 0 and bool(torch.isfinite(names["loss"]))
+
+
+def test_each_yes_of_the_feature_table_has_its_test():
+    section = README.read_text(encoding="utf-8").partition("## Beside its neighbours")[2].partition("\n## ")[0]
+    head, _, *lines = [line for line in section.splitlines() if line.startswith("|")]
+    columns = len(head.split("|"))
+    assert len(lines) >= 10
+    for line in lines:
+        cells = [cell.strip() for cell in line.split("|")]
+        file, _, test = cells[-2].strip("`").partition("::")
+        assert len(cells) == columns and cells[2].split(",")[0] in ("yes", "partly", "each column"), line
+        assert f"def {test}(" in (README.parent / "tests" / file).read_text(encoding="utf-8"), line

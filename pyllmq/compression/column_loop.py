@@ -186,17 +186,18 @@ def factor_hessian(hessian: Tensor, damping: float = 0.01, act_order: bool = Tru
 
     # Reversed indices, so that the lower factor of torch is an upper one read backwards.
     reversed_order = order.flip(0)
-    # Permuted in one step, before it is fp64: a copy of that is 1 GB at K = 11008.
-    matrix = hessian[reversed_order[:, None], reversed_order].double()
     dead_reversed = dead[reversed_order]
-    matrix[dead_reversed] = 0
-    matrix[:, dead_reversed] = 0
-    matrix.diagonal()[dead_reversed] = mean
-    undamped = matrix.diagonal().clone()
     used = damping
     while True:
-        matrix.diagonal().copy_(undamped + used * mean)
-        lower, failed = torch.linalg.cholesky_ex(matrix)
+        # Permuted in one step, before it is fp64, and factored and inverted in place: a copy is 1 GB at K = 11008. Transposed
+        # in memory, as LAPACK wants it.
+        lower = hessian.mT[reversed_order[:, None], reversed_order].double().mT
+        lower[dead_reversed] = 0
+        lower[:, dead_reversed] = 0
+        lower.diagonal()[dead_reversed] = mean
+        lower.diagonal().add_(used * mean)
+        failed = torch.empty((), dtype=torch.int32, device=lower.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not int(failed):
             break
         if used >= MAX_DAMPING:
@@ -211,25 +212,25 @@ def factor_hessian(hessian: Tensor, damping: float = 0.01, act_order: bool = Tru
             stacklevel=2,
         )
         used = raised
-    del matrix
+    invert_lower_(lower)
     # Reversing both indices turns the inverse of the lower factor into U.
-    upper = invert_lower(lower).float().flip(0, 1).contiguous()
-    return HessianFactor(order, upper, dead.nonzero()[:, 0], used)
+    backwards = lower.to(torch.float32, memory_format=torch.contiguous_format)
+    del lower
+    return HessianFactor(order, backwards.flip(0, 1), dead.nonzero()[:, 0], used)
 
 
-def invert_lower(lower: Tensor) -> Tensor:
-    """Inverse of a lower triangular matrix [K, K], by halves: a third of the work of a solve against the identity."""
+def invert_lower_(lower: Tensor) -> None:
+    """Invert a lower triangular matrix [K, K] in place, by halves: a third of the work of a solve against the identity."""
     size = lower.shape[0]
     if size <= TRIANGULAR_LEAF:
         identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, identity, upper=False)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
     half = size // 2
-    top, bottom = invert_lower(lower[:half, :half]), invert_lower(lower[half:, half:])
-    inverse = torch.zeros_like(lower)
-    inverse[:half, :half] = top
-    inverse[half:, half:] = bottom
-    inverse[half:, :half] = -(bottom @ (lower[half:, :half] @ top))
-    return inverse
+    top, bottom, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    invert_lower_(top)
+    invert_lower_(bottom)
+    corner.copy_(bottom @ (corner @ top)).neg_()
 
 
 def sweep_columns(
@@ -308,22 +309,24 @@ def refine_columns(
     """
     order = factor.order
     work = quantized.detach().float().t()[order].contiguous()
-    coupling = hessian.float()[order][:, order]
     diagonal = hessian.diagonal().double()
     alive = diagonal[diagonal > 0]
-    coupling.diagonal().add_(factor.damping * float(alive.mean()) if alive.numel() else 0.0)
+    added = factor.damping * float(alive.mean()) if alive.numel() else 0.0
     error = work - weight.detach().float().t()[order]
     indices = order.tolist()
-    curvature = coupling.diagonal().clone()
+    curvature = hessian.diagonal().float()[order] + added
     curvature[torch.isin(order, factor.dead_columns)] = 0
     decreases: list[float] = []
     for _ in range(cycles):
         decrease = 0.0
         for begin in range(0, len(indices), block_size):
             end = min(begin + block_size, len(indices))
-            gradient = coupling[begin:end] @ error
+            # Its rows of the damped Hessian in this order; all of them would be another [K, K].
+            coupling = hessian[order[begin:end, None], order].float()
+            inside = coupling[:, begin:end]
+            inside.diagonal().add_(added)
             moves, fell = quantizer.refine_block(
-                indices[begin:end], work[begin:end], gradient, coupling[begin:end, begin:end], curvature[begin:end]
+                indices[begin:end], work[begin:end], coupling @ error, inside, curvature[begin:end]
             )
             error[begin:end] -= moves
             decrease += fell

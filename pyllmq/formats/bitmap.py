@@ -33,6 +33,7 @@ from .structure import (
     expect_all,
     expect_ascending_columns,
     expect_row_offsets,
+    for_kernels,
     sparse_columns,
     sparse_rows,
 )
@@ -156,7 +157,7 @@ class BitmapWeight(PackedWeight):
                 )
         else:
             expect_ascending_columns("columns", tensors["columns"].long(), offsets, in_features)
-        return cls(structure, {key: tensors[key].contiguous() for key in structure.tensors()})
+        return cls(structure, {key: for_kernels(tensors[key]) for key in structure.tensors()})
 
     def _tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
         offsets, place = sparse_rows(self.tensors["row_offsets"], start, stop)

@@ -37,6 +37,7 @@ from .structure import (
     expect_ascending_columns,
     expect_row_offsets,
     finite_fp16,
+    for_kernels,
     outliers_of_columns,
     outliers_of_rows,
 )
@@ -246,7 +247,7 @@ class CodebookWeight(PackedWeight):
             offsets = tensors["outlier_row_offsets"].long()
             expect_row_offsets("outlier_row_offsets", offsets, structure.outliers)
             expect_ascending_columns("outlier_columns", tensors["outlier_columns"].long(), offsets, in_features)
-        return cls(structure, {key: tensors[key].contiguous() for key in expected})
+        return cls(structure, {key: for_kernels(tensors[key]) for key in expected})
 
     @classmethod
     def concatenate(cls, weights: Sequence[CodebookWeight]) -> CodebookWeight:

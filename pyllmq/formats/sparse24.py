@@ -23,7 +23,7 @@ from .. import ops
 from ..dispatch import SPARSE24, SPARSE24_FIELDS
 from .codes import cut_codes
 from .kept_values import checked_weight, stored_values, value_dtype, value_name
-from .structure import FormatError, PackedWeight, Shapes, Structure, described, expect_all
+from .structure import FormatError, PackedWeight, Shapes, Structure, described, expect_all, for_kernels
 
 GROUP = 4
 KEPT = 2
@@ -108,7 +108,7 @@ class Sparse24Weight(PackedWeight):
         structure = Sparse24Structure(out_features, in_features, value_name(tensors["values"].dtype))
         expect_all(dict(tensors), structure.tensors())
         check_positions(tensors["positions"], structure.groups)
-        return cls(structure, {key: tensors[key].contiguous() for key in structure.tensors()})
+        return cls(structure, {key: for_kernels(tensors[key]) for key in structure.tensors()})
 
     def _tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
         return {key: tensor[start:stop] for key, tensor in self.tensors.items()}

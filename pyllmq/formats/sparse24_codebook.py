@@ -38,6 +38,7 @@ from .structure import (
     expect_ascending_columns,
     expect_row_offsets,
     finite_fp16,
+    for_kernels,
     outliers_of_columns,
     outliers_of_rows,
 )
@@ -176,7 +177,7 @@ class Sparse24CodebookWeight(PackedWeight):
             offsets = tensors["outlier_row_offsets"].long()
             expect_row_offsets("outlier_row_offsets", offsets, outliers)
             expect_ascending_columns("outlier_columns", tensors["outlier_columns"].long(), offsets, in_features)
-        return cls(structure, {key: tensors[key].contiguous() for key in structure.tensors()})
+        return cls(structure, {key: for_kernels(tensors[key]) for key in structure.tensors()})
 
     def _tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
         by_row = {key: self.tensors[key][start:stop] for key in ("codes", "positions")}

@@ -160,6 +160,12 @@ def expect_all(tensors: dict[str, Tensor], shapes: Shapes) -> None:
             )
 
 
+def for_kernels(tensor: Tensor) -> Tensor:
+    """Contiguous, at an address that its dtype asks for: a file of another writer may hold tensors at any offset."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
+
+
 def expect_integers(values: dict[str, Any], names: tuple[str, ...]) -> None:
     """Of a description in config.json."""
     for name in names:

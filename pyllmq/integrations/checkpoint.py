@@ -199,16 +199,15 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def _skeleton(folder: Path, device: torch.device) -> Any:
-    import transformers
-
     from ..loading import read_config
+    from .transformers import class_of
 
     config = read_config(folder)
     if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method")
+        described = config["quantization_config"]
+        method = described.get("quant_method") if isinstance(described, Mapping) else described
         raise ValueError(f"{folder} is quantized already ({method}); compress the dense model that it was made from")
-    name = (config.get("architectures") or ["AutoModel"])[0]
-    model_class = getattr(transformers, name, None) or transformers.AutoModel
+    model_class = class_of(config.get("architectures"))
     with quiet_transformers():
         model, info = model_class.from_pretrained(
             folder, dtype="auto", device_map={"": "meta"}, use_safetensors=True, output_loading_info=True

@@ -14,10 +14,10 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..formats import FORMAT_VERSION, FormatError, Structure, structure_from_dict
 from ..nn import LAYER_OF_KIND, PackedLinear
@@ -57,6 +57,8 @@ def register() -> None:
             **unknown: Any,
         ) -> None:
             unknown.pop("quant_method", None)
+            if isinstance(part_of_ranks, bool) or not isinstance(part_of_ranks, int):
+                raise FormatError(f"part_of_ranks is {part_of_ranks!r}; no folder has it")
             if part_of_ranks:
                 self.part_of_ranks = part_of_ranks
             if format_version != FORMAT_VERSION:
@@ -72,6 +74,9 @@ def register() -> None:
                 raise FormatError(
                     "quantization_config must name its packed modules under 'modules'; the folder is damaged"
                 )
+            for name, described in modules.items():
+                if not isinstance(described, Mapping):
+                    raise FormatError(f"quantization_config of module {name} is {described!r}; it must be an object")
             self.quant_method = METHOD  # type: ignore[assignment]
             self.format_version = format_version
             self.modules = {name: dict(described) for name, described in modules.items()}
@@ -94,6 +99,8 @@ def register() -> None:
         quantization_config: PyllmqConfig
         styles: Mapping[str, str] | None = None
         """The plan for transformers' tensor parallelism, where that was asked for."""
+        shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+        """Of all the model's tensors: transformers compares them with the files' only where there is no quantizer."""
 
         def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
             """Packed layers make their machine layout once and keep it in memory."""
@@ -114,6 +121,7 @@ def register() -> None:
                 raise FormatError("config.json describes one rank's part of a model; folders hold whole models")
             check_files(structures, checkpoint_files)
             put_skeletons(model, structures, part)
+            self.shapes = {key: tuple(tensor.shape) for key, tensor in _tensors(model).items()}
             self.styles = take_over_linears(model)
             return model
 
@@ -125,6 +133,12 @@ def register() -> None:
                 if absent:
                     raise FormatError(
                         f"the folder has no tensors {name}.{{{', '.join(absent)}}}; it is incomplete, save it again"
+                    )
+            for name, tensor in _tensors(model).items():
+                if tuple(tensor.shape) != self.shapes.get(name, tuple(tensor.shape)):
+                    raise FormatError(
+                        f"the tensor {name} is {tuple(tensor.shape)}, but config.json asks for {self.shapes[name]}; the folder is "
+                        "damaged, or its files are of two models"
                     )
             if self.styles is not None:
                 from ..parallel import parallelize
@@ -186,6 +200,10 @@ def packed_modules(model: nn.Module) -> list[tuple[str, PackedLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
 
 
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: bool = False) -> dict[str, str]:
     """Replace the Linears that `structures` names by empty packed layers of those sizes; returns name -> module of the model.
 
@@ -208,6 +226,8 @@ def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: b
                 f"config.json says that {name} is [{structure.out_features}, {structure.in_features}], but "
                 f"{type(model).__name__} has [{linear.out_features}, {linear.in_features}] there"
             )
+        if found in modules.values():
+            raise FormatError(f"config.json packs the module {found} twice, the second time as {name}")
         layer = LAYER_OF_KIND[structure.kind](structure, linear.bias is not None, linear.weight.dtype)
         replace_module(model, found, layer)
         modules[name] = found
@@ -298,9 +318,24 @@ def from_pretrained(folder: str | os.PathLike[str], *, auto_class: Any = None, *
         auto_class: for example `transformers.AutoModelForCausalLM`; None takes the class that config.json names.
         kwargs: passed on to transformers.
 
-    Raises FormatError for a folder that is damaged, incomplete, of an unknown version, or not packed at all.
+    Raises FormatError for a folder that is damaged, incomplete, of an unknown version, or not packed at all. Tensors that only an
+    `auto_class` asks for (a new head) are transformers' to fill.
     """
-    return model_class_and_config(folder, auto_class, **kwargs)[0].from_pretrained(folder, **kwargs)
+    from ..loading import is_packed, packed_structures
+
+    if is_packed(folder) and not {"subfolder", "variant"} & kwargs.keys():
+        packed_structures(folder)  # before transformers builds a model of sizes that no file has
+    model_class = model_class_and_config(folder, auto_class, **kwargs)[0]
+    if auto_class is not None or kwargs.get("output_loading_info"):
+        return model_class.from_pretrained(folder, **kwargs)
+    model, info = model_class.from_pretrained(folder, **{**kwargs, "output_loading_info": True})
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise FormatError(
+            f"{folder} has no tensors for {len(names)} parameters of {type(model).__name__}, such as {names[0]}; the folder is "
+            "incomplete, copy or compress it again"
+        )
+    return model
 
 
 def model_class_and_config(folder: str | os.PathLike[str], auto_class: Any = None, **kwargs: Any) -> tuple[Any, Any]:
@@ -319,9 +354,18 @@ def model_class_and_config(folder: str | os.PathLike[str], auto_class: Any = Non
             "with transformers"
         )
     if auto_class is None:
-        name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
-        auto_class = getattr(transformers, name, None) or transformers.AutoModel
+        auto_class = class_of(getattr(config, "architectures", None))
     return auto_class, config
+
+
+def class_of(architectures: Any) -> Any:
+    """The transformers class of a model that config.json names; AutoModel where it names none that there is."""
+    import transformers
+
+    first = architectures[0] if isinstance(architectures, Sequence) and architectures else None
+    found = getattr(transformers, first, None) if isinstance(first, str) else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModel
 
 
 def _config_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -161,11 +161,11 @@ class _Run:
 
 
 def _runs(rows: Sequence[Row]) -> list[_Run]:
-    """Busy ones first, quiet ones last, each in the order of the file: the last is the one that counts."""
+    """Busy ones first, the busiest before the others, then quiet ones in the order of the file: the last is the one that counts."""
     by_time: dict[str, list[Row]] = {}
     for row in rows:
         by_time.setdefault(row.timestamp, []).append(row)
-    quiet_last = sorted(by_time.values(), key=lambda together: together[0].others_cpu <= QUIET_SHARE)
+    quiet_last = sorted(by_time.values(), key=lambda together: -max(together[0].others_cpu, QUIET_SHARE))
     return [_Run(_isa_of(together), together) for together in quiet_last]
 
 
@@ -222,6 +222,9 @@ def draw(rows: Sequence[Row], png: Path) -> None:
     for isa, of_isa in zip(by_isa, panels, strict=True):
         for panel, (shape, suffix, rival) in zip(of_isa, views, strict=True):
             bitmap = bitmaps(isa, (shape, suffix, rival))
+            if not bitmap:
+                panel.axis("off")
+                continue
             panel.plot([p[0] for p in bitmap], [p[1] for p in bitmap], "o-", color="#1b6ca8", label="bitmap")
             panel.plot([p[0] for p in bitmap], [p[2] for p in bitmap], ":", color="black", label="its bytes alone")
             for label, style, color, named in (

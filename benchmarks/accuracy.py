@@ -395,12 +395,15 @@ def plot(results: Sequence[Result], file: Path) -> None:
     figure, axes = pyplot.subplots(1, len(models), figsize=(6 * len(models), 4.2), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         mine = [r for r in results if r.model == model]
-        for method in dict.fromkeys(r.method for r in mine):
+        for place, method in enumerate(METHODS):
             points = curve(mine, method)
+            if not points:
+                continue
             ours = method in OURS
             axis.plot(
                 *zip(*points, strict=True),
                 "o-" if ours else "s--",
+                color=f"C{place}",
                 label=method,
                 linewidth=2 if ours else 1,
                 markersize=4,

@@ -64,7 +64,7 @@ PROBLEMS = {
     },
     **{
         f"triton.{format}_{way}": Problem(f"{format}_{op}", f"triton.{format}", "cuda", torch.bfloat16, tokens)
-        for format in ("bitmap", "sparse24")
+        for format in ("bitmap", "sparse24", "sparse24_codebook")
         for way, op, tokens in (("fused", "linear", 64), ("matmul", "linear", 65), ("dequantize", "dequantize", 0))
     },
     **{

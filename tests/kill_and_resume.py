@@ -18,8 +18,11 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed
@@ -31,6 +34,7 @@ import transformers.models.llama.modeling_llama
 import transformers.quantizers
 
 from pyllmq import CLAQConfig, ColumnCodebookConfig, compress_folder
+from pyllmq.compression import stream
 from pyllmq.compression.manifest import working_folder
 
 METHODS = {"claq": CLAQConfig(bits=3), "columns": ColumnCodebookConfig(bits=3, cycles=1, kmeans="windowed")}
@@ -54,6 +58,22 @@ def work(source: Path, output: Path, method: str, resume: bool) -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     compress_folder(source, output, METHODS[method], batches(), resume=resume, progress=False)
+
+
+@contextmanager
+def ended_after(blocks: int, error: type[BaseException]) -> Iterator[None]:
+    """Within it a job of this process raises `error` when it has finished so many blocks."""
+    finish, done = stream._FolderJob.finish, 0
+
+    def end(self: Any, *of_a_block: Any) -> None:
+        nonlocal done
+        finish(self, *of_a_block)
+        done += 1
+        if done == blocks:
+            raise error
+
+    with patch.object(stream._FolderJob, "finish", end):
+        yield
 
 
 def digests(folder: Path) -> dict[str, str]:

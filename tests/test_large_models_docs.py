@@ -14,10 +14,10 @@ import torch
 
 import pyllmq
 from pyllmq.cli import main
-from pyllmq.compression import stream
 from pyllmq.compression.manifest import working_folder
 
 from . import models
+from .kill_and_resume import ended_after
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "large-models.md").read_text(encoding="utf-8")
@@ -56,16 +56,9 @@ def test_command(dense, words, capsys):
         loads("my-model-packed")
 
 
-def test_resume(dense, monkeypatch):
+def test_resume(dense):
     (words,) = [words for words in COMMANDS if "--resume" in words]
-    finish = stream._FolderJob.finish
-
-    def end(self, stage, *behind):
-        finish(self, stage, *behind)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stream._FolderJob, "finish", end)
+    with ended_after(1, KeyboardInterrupt):
         assert main([*(word for word in words[1:] if word != "--resume"), *LITTLE_TEXT]) == 130
     assert working_folder(dense / "my-model-packed").exists()
     assert main([*words[1:], *LITTLE_TEXT]) == 0

@@ -24,7 +24,7 @@ from pyllmq.compression.manifest import working_folder
 from pyllmq.integrations.checkpoint import StreamedModel
 
 from . import models
-from .kill_and_resume import digests
+from .kill_and_resume import digests, ended_after
 
 FAST = ColumnCodebookConfig.preset("fast", 3)
 KILLS = int(os.environ.get("PYLLMQ_KILLS", "4"))
@@ -163,28 +163,19 @@ class Stop(Exception):
     pass
 
 
-def interrupted(source, output, monkeypatch, blocks, **more):
+def interrupted(source, output, blocks, **more):
     """A job that ends after so many finished blocks."""
-    finish, done = stream._FolderJob.finish, []
-
-    def end(self, stage, *behind):
-        finish(self, stage, *behind)
-        done.append(stage.name)
-        if len(done) == blocks:
-            raise Stop
-
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(stream._FolderJob, "finish", end)
+    with pytest.raises(Stop), ended_after(blocks, Stop):
         streamed(source, output, **more)
 
 
-def test_resume_refuses_another_job(tmp_path, monkeypatch):
+def test_resume_refuses_another_job(tmp_path):
     model = small_llama()
     source, output = saved(model, tmp_path / "source"), tmp_path / "output"
     batches = small_batches()
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         streamed(source, output, resume=True)
-    interrupted(source, output, monkeypatch, 1, batches=batches)
+    interrupted(source, output, 1, batches=batches)
     assert not output.exists()
     with pytest.raises(FileExistsError, match="unfinished compression.*--resume"):
         streamed(source, output, batches=batches)
@@ -217,22 +208,22 @@ def test_resume_refuses_another_job(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 4])
-def test_resume_across_chains(tmp_path, monkeypatch, blocks):
+def test_resume_across_chains(tmp_path, blocks):
     """An encoder's output is needed again by the decoder that is resumed; reports and warnings are those of one run."""
     source = saved(models.tiny_t5(), tmp_path / "source")
     batches = [{"input_ids": ids, "decoder_input_ids": ids[:, :8]} for ids in small_batches()]
     whole = streamed(source, tmp_path / "whole", batches=batches)
-    interrupted(source, tmp_path / "output", monkeypatch, blocks, batches=batches)
+    interrupted(source, tmp_path / "output", blocks, batches=batches)
     resumed = streamed(source, tmp_path / "output", batches=batches, resume=True)
     assert digests(tmp_path / "output") == digests(tmp_path / "whole")
     assert [layer.name for layer in resumed.layers] == [layer.name for layer in whole.layers]
     assert resumed.seconds > 0 and not working_folder(tmp_path / "output").exists()
 
 
-def test_two_at_once(tmp_path, monkeypatch):
+def test_two_at_once(tmp_path):
     source, output = saved(small_llama(), tmp_path / "source"), tmp_path / "output"
     batches = small_batches()
-    interrupted(source, output, monkeypatch, 1, batches=batches)
+    interrupted(source, output, 1, batches=batches)
     with (working_folder(output) / "lock").open("w") as file:
         import fcntl
 
@@ -318,12 +309,12 @@ def test_an_output_that_cannot_be_made(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_an_earlier_folder_is_replaced_at_the_end(tmp_path, monkeypatch):
+def test_an_earlier_folder_is_replaced_at_the_end(tmp_path):
     source, output = saved(small_llama(), tmp_path / "source"), tmp_path / "output"
     batches = small_batches()
     streamed(source, output, batches=batches)
     before = digests(output)
-    interrupted(source, output, monkeypatch, 1, batches=batches, config=replace(FAST, bits=4))
+    interrupted(source, output, 1, batches=batches, config=replace(FAST, bits=4))
     assert digests(output) == before
     streamed(source, output, replace(FAST, bits=4), batches, resume=True)
     assert digests(output) != before and {p.name for p in tmp_path.iterdir()} == {"source", "output"}
@@ -343,17 +334,10 @@ def command_source(tmp_path_factory):
 SMALL = ["--preset", "fast", "--samples", "2", "--seqlen", "16", "--quiet"]
 
 
-def test_ctrl_c_says_how_to_go_on(command_source, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_says_how_to_go_on(command_source, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = ["compress", str(command_source), str(output), *SMALL]
-    finish = stream._FolderJob.finish
-
-    def end(self, stage, *behind):
-        finish(self, stage, *behind)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stream._FolderJob, "finish", end)
+    with ended_after(1, KeyboardInterrupt):
         assert main(arguments) == 130
     printed = capsys.readouterr().err
     assert "interrupted; 7 of 14 Linears are finished" in printed and "--resume goes on from there" in printed

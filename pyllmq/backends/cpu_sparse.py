@@ -125,15 +125,6 @@ _BECAUSE = "the packed weight is read once for few tokens; expanded to the L1 ca
 
 def register_kernels() -> None:
     for kind, layout in LAYOUTS.items():
-        register(
-            Kernel(f"{kind}_linear", f"cpu.{kind}_linear", reads(layout, cpu._takes_dtype), sparse_linear, _BECAUSE)
-        )
-        register(
-            Kernel(
-                f"{kind}_dequantize",
-                f"cpu.{kind}_dequantize",
-                reads(layout, cpu._takes_dtype),
-                sparse_dequantize,
-                _BECAUSE,
-            )
-        )
+        supports = reads(layout, cpu._takes_dtype)
+        register(Kernel(f"{kind}_linear", f"cpu.{kind}_linear", supports, sparse_linear, _BECAUSE))
+        register(Kernel(f"{kind}_dequantize", f"cpu.{kind}_dequantize", supports, sparse_dequantize, _BECAUSE))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from pyllmq.cli import main
 from pyllmq.compression import stream
 from pyllmq.compression.blocks import OUTSIDE, BlockLoop, find_stages
 from pyllmq.compression.guide import output_gradients, output_gradients_by_block
-from pyllmq.compression.manifest import working_folder
+from pyllmq.compression.manifest import Manifest, working_folder
 from pyllmq.integrations.checkpoint import StreamedModel
 
 from . import models
@@ -205,6 +206,25 @@ def test_resume_refuses_another_job(tmp_path):
     saved(model, source)
     with pytest.raises(ValueError, match="source.model-0000.*was"):
         streamed(source, output, batches=batches, resume=True)
+
+
+def test_what_a_kill_left_half_written_does_not_stay(tmp_path):
+    source = saved(small_llama(), tmp_path / "source")
+    whole, output = tmp_path / "whole", tmp_path / "output"
+    batches = small_batches()
+    streamed(source, whole, batches=batches)
+    interrupted(source, output, 2, batches=batches)
+    place = working_folder(output)
+    for stray in ("folder/.tmpAbc123", "folder/config.json", ".tmpDef456", "hidden.model.layers.1.safetensors.part"):
+        (place / stray).write_bytes(b"half")
+    with patch.object(Manifest, "remove"):  # as if killed between the last two steps
+        streamed(source, output, batches=batches, resume=True)
+    assert digests(output) == digests(whole)
+    assert not [file.name for file in place.iterdir() if file.name.startswith(".tmp") or file.suffix == ".part"]
+    with pytest.raises(FileNotFoundError, match="nothing to resume: .*output is finished; .*partial can be deleted"):
+        streamed(source, output, batches=batches, resume=True)
+    streamed(source, output, batches=batches)
+    assert digests(output) == digests(whole) and not place.exists()
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 4])

@@ -42,7 +42,7 @@ class Manifest:
     def begin(cls, output: Path, signature: Mapping[str, Any]) -> Manifest:
         """A new job. Raises FileExistsError if there is an unfinished one."""
         place = working_folder(output)
-        if (place / "manifest.json").exists() and cls._read(place)["finished"]:
+        if (place / "manifest.json").exists() and (place / "folder").is_dir() and cls._read(place)["finished"]:
             raise FileExistsError(
                 f"{place} holds an unfinished compression; go on with --resume, or delete that folder to begin anew"
             )
@@ -60,6 +60,8 @@ class Manifest:
         place = working_folder(output)
         if not (place / "manifest.json").exists():
             raise FileNotFoundError(f"there is nothing to resume: {place} has no manifest.json; leave --resume out")
+        if not (place / "folder").is_dir():
+            raise FileNotFoundError(f"there is nothing to resume: {output} is finished; {place} can be deleted")
         manifest = cls(output, cls._read(place))
         differences = list(_differences(manifest.contents["signature"], json.loads(json.dumps(signature))))
         if differences:
@@ -72,7 +74,6 @@ class Manifest:
             file = manifest.folder / entry["file"]
             if not file.is_file() or file_digest(file) != entry["sha256"]:
                 raise ValueError(f"{file} is not as it was written; it is damaged, delete {place} to begin anew")
-        manifest.folder.mkdir(exist_ok=True)
         return manifest
 
     @staticmethod
@@ -86,9 +87,20 @@ class Manifest:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Raises RuntimeError if another process is at work on the same job."""
+        """Raises RuntimeError if another process is at work on the same job. Clears what a killed one left half written."""
         with _lock(self.place):
+            self._clear()
             yield
+
+    def _clear(self) -> None:
+        """By what the manifest names, not by our own suffix: safetensors writes under a passing name of its own (`.tmp...`)."""
+        named = {entry["file"] for entry in self.finished}
+        for file in self.folder.iterdir():
+            if file.name not in named:
+                file.unlink()
+        for file in self.place.iterdir():
+            if file.name.startswith(".") or file.name.endswith(PART):
+                file.unlink()
 
     # ---- what is finished ----
 

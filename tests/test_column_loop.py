@@ -11,7 +11,7 @@ from torch import Tensor
 from pyllmq.compression.column_loop import (
     ColumnQuantizer,
     factor_hessian,
-    invert_lower_,
+    invert_upper_,
     output_error,
     refine_columns,
     sweep_columns,
@@ -178,13 +178,14 @@ def test_one_by_one_and_the_scale_of_the_hessian() -> None:
         assert torch.equal(other.quantized, one.quantized)
 
 
-def test_triangular_inverse_by_halves() -> None:
+@pytest.mark.parametrize("panel", [1, 7, 64, 300, 512])
+def test_triangular_inverse_by_panels(panel: int) -> None:
     torch.manual_seed(0)
-    lower = torch.randn(1100, 1100, dtype=torch.float64).tril() / 1100 + torch.eye(1100, dtype=torch.float64)
-    inverse = lower.clone()
-    invert_lower_(inverse)
-    torch.testing.assert_close(lower @ inverse, torch.eye(1100, dtype=torch.float64), rtol=0, atol=1e-12)
-    assert torch.equal(inverse, inverse.tril())
+    upper = torch.randn(300, 300, dtype=torch.float64).triu() / 300 + torch.eye(300, dtype=torch.float64)
+    inverse = upper.clone()
+    invert_upper_(inverse, panel)
+    torch.testing.assert_close(upper @ inverse, torch.eye(300, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert torch.equal(inverse, inverse.triu())
 
 
 def test_output_error_by_hand() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import pyllmq
 from pyllmq import ColumnCodebookConfig, kmeans_1d
 from pyllmq.compression import allocate, columns, guide
-from pyllmq.compression.column_loop import ColumnQuantizer, factor_hessian, refine_columns, sweep_columns
+from pyllmq.compression.column_loop import ColumnQuantizer, as_columns, factor_hessian, refine_columns, sweep_columns
 from pyllmq.compression.model import DESCRIPTION_BYTES, bits_for_size
 
 from .models import tiny_bert, tiny_llama
@@ -54,7 +54,7 @@ def objective(weight: Tensor, quantized: Tensor, hessian: Tensor, damping: float
 def test_the_kernel_is_the_loop(rows: int, size: int, block: int) -> None:
     weight, hessian, _ = problem(rows, size, seed=rows)
     factor, row_weights = factor_hessian(hessian), torch.rand(rows) + 0.5
-    fits = columns.ColumnFits("layer", weight, row_weights, True, "exact")
+    fits = columns.ColumnFits("layer", as_columns(weight, factor.order), row_weights, True, "exact")
     bits = torch.randint(1, 5, (size,)).to(torch.uint8)
     fits.plan(bits, torch.zeros(size, dtype=torch.int64))
     slow = InPython(fits.importance, row_weights, fits.scale, bits.tolist())
@@ -70,7 +70,7 @@ def test_the_kernel_is_the_loop(rows: int, size: int, block: int) -> None:
     assert after == pytest.approx(reached - sum(refined.decreases), rel=1e-3) and after < reached
     again = refine_columns(weight, expected.quantized, hessian, factor, slow, 4, 0.0, block)
     assert after == pytest.approx(objective(weight, again.quantized, hessian, factor.damping, row_weights), rel=0.03)
-    assert torch.equal(fits.pack().dequantize(), refined.quantized)
+    assert torch.equal(fits.pack(refined.quantized).dequantize(), refined.quantized)
 
 
 @pytest.mark.kernels
@@ -78,18 +78,18 @@ def test_kept_weights_are_the_worst_served_and_the_codebook_is_of_the_others() -
     torch.manual_seed(1)
     column = torch.cat([torch.tensor([1.0, -1.0]).repeat(20), torch.tensor([9.0, -7.0])])
     weight = column[:, None].contiguous()
-    fits = columns.ColumnFits("layer", weight, None, False, "exact")
+    fits = columns.ColumnFits("layer", weight.t().contiguous(), None, False, "exact")
     fits.plan(torch.tensor([1], dtype=torch.uint8), torch.tensor([2]))
     quantized = sweep_columns(weight, factor_hessian(torch.eye(1)), fits).quantized
     assert fits.kept[0].nonzero()[:, 0].tolist() == [40, 41] and torch.equal(quantized, weight)
-    packed = fits.pack()
+    packed = fits.pack(quantized)
     assert packed.tensors["codebook"].tolist() == [[-1.0, 1.0]] and packed.structure.outliers == 2
     assert torch.equal(packed.dequantize(), weight)
 
 
 @pytest.mark.kernels
 def test_a_column_beyond_fp16_is_named() -> None:
-    fits = columns.ColumnFits("the layer", torch.full((3, 2), 6e4), None, False, "exact")
+    fits = columns.ColumnFits("the layer", torch.full((2, 3), 6e4), None, False, "exact")
     fits.plan(torch.tensor([1, 1], dtype=torch.uint8), torch.tensor([0, 0]))
     with pytest.raises(ValueError, match="column 1 of 'the layer' grew to"):
         fits.sweep_block([0, 1], torch.tensor([[1.0, 2, 3], [1e5, 2e5, 3e5]]), torch.zeros(2, 2), torch.ones(2))

@@ -202,11 +202,6 @@ class BlockLoop:
         rest += [stage for stage in stages if stage.block is None]
         if rest:
             chains.append(Chain(rest))
-        # What comes after the last Linear only runs.
-        while chains and not any(stage.linears for stage in chains[-1].stages):
-            chains.pop()
-        while chains and not chains[-1].stages[-1].linears:
-            chains[-1].stages.pop()
         for seen in self.seen.values():
             seen.calls, seen.output = [], None
         # What comes after the last Linear only runs.
@@ -392,7 +387,7 @@ class BlockLoop:
             hidden: its inputs, for each batch; None: those of the first stage.
             dense: its twin's inputs; None: the same, as at the first stage of a chain.
             with_twin: during each visit `twin` is the block as it was before, on what the twins of the blocks before gave out:
-                a second copy of the block and of the hidden states.
+                a second copy of the hidden states.
         """
         if chain.stages[0].block is None:
             with self.weights.loaded(OUTSIDE):

@@ -240,7 +240,7 @@ def outgrown(name: str, column: int, values: Tensor) -> ValueError:
 def check_weight(name: str, weight: Tensor, hessian: Tensor) -> None:
     """`check_matrix`, and that fp16 codebooks can hold the weight."""
     check_matrix(name, weight, hessian)
-    by_column = weight.detach().float().abs().amax(0)
+    by_column = weight.detach().abs().amax(0).float()
     largest = float(by_column.max())
     if largest > FP16_MAX:
         raise ValueError(

@@ -8,6 +8,7 @@ damage is made up for as well: the place is the sum.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,14 +22,21 @@ TOLERANCE = 0.02
 """Of the probe's root mean square: how closely a sum must follow it. Half-precision sums are rounded."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Drift:
     """e is what the dense model has at a Linear's place less what the compressed one would have with this Linear left dense."""
 
-    products: Tensor
-    """float [N, K]: mean of e x^T over the tokens."""
+    products: Tensor | None
+    """float [N, K]: mean of e x^T over the tokens. None: taken."""
     mean: Tensor
     """float [N]: mean of e."""
+
+    def take_products(self) -> Tensor:
+        """They are as large as the weight, so who uses them has them alone. Raises RuntimeError the second time."""
+        if self.products is None:
+            raise RuntimeError("the products of this drift were taken; make its InputStatistics anew")
+        products, self.products = self.products, None
+        return products
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,9 @@ class DenseTwin:
         self, block: nn.Module, linears: Mapping[str, nn.Module], run: Callable[[nn.Module, int], Tensor]
     ) -> None:
         """`run(block, index)` runs it on the dense inputs of batch `index`."""
-        self.block = copy.deepcopy(block)
+        # Tensors are shared: compression puts other modules in the places of the dense ones and changes none of their tensors.
+        shared = itertools.chain(block.parameters(), block.buffers())
+        self.block = copy.deepcopy(block, {id(tensor): tensor for tensor in shared})
         self.run = partial(run, self.block)
         twins = dict(zip(block.modules(), self.block.modules(), strict=True))
         modules = {twin: module for module, twin in twins.items()}

@@ -88,13 +88,13 @@ class Job:
 
     def compress_group(self, group: dict[str, nn.Module], inputs: columns.InputStatistics) -> None:
         """Put packed layers in the place of Linears that share an input."""
-        weights = {name: dense_weight(module).float() for name, module in group.items()}
+        weights = {name: dense_weight(module) for name, module in group.items()}
         config = self.config
         if isinstance(config, CLAQConfig):
-            compressed = claq.compress_linears(weights, inputs.hessian, config, self.ranks)
+            compressed = claq.compress_linears(_floats(weights), inputs.hessian, config, self.ranks)
         elif isinstance(config, SparseConfig):
             dtype = dense_weight(next(iter(group.values()))).dtype
-            compressed = prune_linears(weights, inputs.hessian, config, self.sparsity, dtype, self.ranks)
+            compressed = prune_linears(_floats(weights), inputs.hessian, config, self.sparsity, dtype, self.ranks)
         else:
             budget = sum(self.budgets[name] for name in group) + self.left_over
             row_weights = self.guidance.row_weights
@@ -126,6 +126,10 @@ class Job:
             )
             self.bar.set_postfix_str(f"{name} error {done.error:.5f}", refresh=False)
             self.bar.update()
+
+
+def _floats(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.float() for name, weight in weights.items()}
 
 
 # ---- how much each Linear may take ------------------------------------------------------------------------------------
@@ -325,14 +329,12 @@ class _Drifts:
         self.job, self.twin = job, job.loop.twin
         self.members = [(i, name) for i, group in enumerate(groups) for name in group] if self.twin else []
         self.had: dict[str, Tensor] = {}
-        self.sums: dict[str, Drift] = {}
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        """name -> those of e x^T and of e."""
         for i, name in self.members:
             weight = dense_weight(groups[i][name])
-            products, mean = (
-                torch.zeros_like(weight, dtype=torch.float32),
-                torch.zeros(len(weight), device=weight.device),
-            )
-            self.sums[name] = Drift(products, mean)
+            mean = torch.zeros(len(weight), device=weight.device)
+            self.sums[name] = torch.zeros_like(weight, dtype=torch.float32), mean
 
     def watched(self) -> AbstractContextManager[None]:
         places = {name: self.twin.places_in_block[name] for _, name in self.members} if self.twin else {}
@@ -350,17 +352,17 @@ class _Drifts:
             x, s = seen[i]
             missing = _real_tokens(wanted[name] - self.had[name], self.job.batches[current], name)
             if len(missing) == len(x):
-                self.sums[name].products.addmm_(missing.T, x)
-                self.sums[name].mean.add_((missing if s is None else missing * s.reshape(-1, 1)).sum(0))
+                products, mean = self.sums[name]
+                products.addmm_(missing.T, x)
+                mean.add_((missing if s is None else missing * s.reshape(-1, 1)).sum(0))
         self.had.clear()
 
     def of(self, group: Mapping[str, nn.Module], count: float) -> dict[str, Drift]:
         """The means over `count` tokens."""
         found = {name: self.sums[name] for name in group if name in self.sums}
-        for drift in found.values():
-            self.job.ranks.sum_(drift.products).div_(count)
-            self.job.ranks.sum_(drift.mean).div_(count)
-        return found
+        return {
+            name: Drift(*(self.job.ranks.sum_(total).div_(count) for total in sums)) for name, sums in found.items()
+        }
 
 
 def _token_weights(job: Job, name: str, current: int, shape: torch.Size) -> Tensor | None:

@@ -72,11 +72,11 @@ def test_the_target_is_a_ridge_regression(biased: bool) -> None:
     weight, x, e = torch.randn(rows, size), torch.randn(tokens, size) + 1, torch.randn(tokens, rows) + 2
     mean = x.mean(0) if biased else None
     products = e.T @ x / tokens
-    inputs = columns.InputStatistics(x.T @ x / tokens, mean)
-    factor = factor_hessian(inputs.of_the_error(), damping)
+    covariance = x.T @ x / tokens - (0 if mean is None else torch.outer(mean, mean))
+    factor = factor_hessian(covariance, damping)
 
     def target(drift: Drift | None, share: float) -> Tensor:
-        return as_matrix(columns._target(weight, inputs, drift, factor, share), factor.order)
+        return as_matrix(columns._target(weight, drift, mean, factor, share), factor.order)
 
     drift = Drift(products, e.mean(0))
     found = target(drift, 1.0)

@@ -33,6 +33,9 @@ class Weights:
     def drop(self, unit: str) -> None:
         """They are not needed for now."""
 
+    def rest(self, unit: str) -> None:
+        """Its tensors are not read for a while."""
+
     def settle(self, blocks: Iterable[str]) -> None:
         """Only these blocks are units of their own; everything else belongs to `OUTSIDE`."""
 

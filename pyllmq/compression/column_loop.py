@@ -25,16 +25,40 @@ threads, which costs 8 ms a call where the cores are busy; idle it is 0.5 agains
 
 @dataclass(frozen=True, eq=False)
 class HessianFactor:
-    """What the sweep needs of a Hessian [K, K]. One factor serves every Linear with the same input."""
+    """A Hessian [K, K] and what the sweep needs of it, in processing order. One serves every Linear with the same input."""
 
     order: Tensor
     """int64 [K]: the original index of the column that is processed p-th."""
-    upper: Tensor
-    """float32 [K, K]: U in processing order, (damped H)^-1 = U^T U."""
+    square: Tensor
+    """float32 [K, K]: on and right of the diagonal U, (damped H)^-1 = U^T U; left of it H, undamped. A [K, K] is 0.5 GB at
+    K = 11008, and of either half of one says all."""
+    diagonal: Tensor
+    """float32 [K]: H_jj, undamped."""
     dead_columns: Tensor
     """int64: original indices of inputs that were always 0 in the calibration data; they are coupled to nothing."""
     damping: float
     """The share of mean(diag H) that was added to the diagonal; above the one asked for where that one failed."""
+
+    def upper_rows(self, begin: int, end: int) -> Tensor:
+        """float32 [end - begin, K - begin]: U[begin:end, begin:]. What is left of U's diagonal is not to be read."""
+        return self.square[begin:end, begin:]
+
+    def hessian_rows(self, begin: int, end: int) -> Tensor:
+        """float32 [end - begin, K]: H[begin:end], undamped; a new tensor."""
+        here = slice(begin, end)
+        corner = _symmetric(self.square[here, here], self.diagonal[here])
+        return torch.cat([self.square[here, :begin], corner, self.square[end:, here].t()], 1)
+
+    def added(self) -> float:
+        """What damping adds to the diagonal."""
+        alive = self.diagonal[self.diagonal > 0].double()
+        return self.damping * float(alive.mean()) if alive.numel() else self.damping
+
+
+def _symmetric(square: Tensor, diagonal: Tensor) -> Tensor:
+    """The matrix that has this diagonal and is `square` left of it."""
+    lower = square.tril(-1)
+    return lower + lower.t() + diagonal.diag()
 
 
 class ColumnQuantizer:
@@ -84,8 +108,8 @@ class ColumnQuantizer:
         """Quantize the columns of a block in turn, each error spread over the columns after it.
 
         Args:
-            columns: original indices. block: float32 [B, N], changed. coupling: float32 [B, B], the block of U;
-            upper_diagonal: its diagonal.
+            columns: original indices. block: float32 [B, N], changed. coupling: float32 [B, B], the block of U, of which only
+            what is right of the diagonal is to be read; upper_diagonal: its diagonal.
 
         Returns:
             (stored, errors), float32 [B, N] each; an error is (value - stored) / U_jj.
@@ -148,7 +172,9 @@ class SweepResult:
     """tr(E H E^T) with the damped H: what the sweep minimised."""
 
 
-def factor_hessian(hessian: Tensor, damping: float = 0.01, act_order: bool = True) -> HessianFactor:
+def factor_hessian(
+    hessian: Tensor, damping: float = 0.01, act_order: bool = True, *, in_place: bool = False
+) -> HessianFactor:
     """Damp, order and factor a Hessian.
 
     H = R R^T with R upper, and U = R^-1: no explicit inverse of H. Panel by panel in one float32 [K, K], the arithmetic of each
@@ -161,6 +187,7 @@ def factor_hessian(hessian: Tensor, damping: float = 0.01, act_order: bool = Tru
         damping: share of the mean diagonal that is added to the diagonal, 0 to 1. If the Cholesky fails it is raised
             tenfold, up to 1, with a warning.
         act_order: process the columns by falling diagonal (ties by index) instead of left to right.
+        in_place: the result takes the memory of `hessian`, if that is float32.
 
     Raises:
         ValueError: not square, not finite, a negative diagonal, damping out of range, or no damping helps.
@@ -181,13 +208,22 @@ def factor_hessian(hessian: Tensor, damping: float = 0.01, act_order: bool = Tru
         raise ValueError(f"hessian[{where}, {where}] is {float(diagonal[where]):g}; a sum of x x^T has a diagonal >= 0")
 
     size = hessian.shape[0]
-    dead = diagonal == 0
-    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(size)
     order = order.to(hessian.device)
-    upper = torch.zeros(size, size, device=hessian.device)
+    square = hessian.to(torch.float32, copy=not in_place)
+    _reorder_(square, order)
+    diagonal = square.diagonal().clone()
+    # Rounding may leave something beside a diagonal of 0.
+    dead = diagonal == 0
+    square[dead], square[:, dead] = 0, 0
+
     used = damping
-    while not _factor_into(upper, hessian, order, dead, mean, used):
+    while True:
+        factor = HessianFactor(order, square, diagonal, order[dead].sort().values, used)
+        added = torch.full_like(diagonal, factor.added(), dtype=torch.float64)
+        added[dead] += float(diagonal[~dead].double().mean()) if not bool(dead.all()) else 1.0
+        if _factor_into(square, diagonal + added):
+            break
         if used >= MAX_DAMPING:
             raise ValueError(
                 f"the Cholesky factorisation of the hessian [{size}, {size}] fails even with damping {used:g}: it is "
@@ -200,52 +236,69 @@ def factor_hessian(hessian: Tensor, damping: float = 0.01, act_order: bool = Tru
             stacklevel=2,
         )
         used = raised
-    invert_upper_(upper)
-    return HessianFactor(order, upper, dead.nonzero()[:, 0], used)
+    invert_upper_(square)
+    return factor
 
 
-def _factor_into(
-    upper: Tensor, hessian: Tensor, order: Tensor, dead: Tensor, mean: float, damping: float, panel: int = PANEL
-) -> bool:
-    """Write R, upper, with R R^T = the damped H in processing order, into `upper`, zeros below; False if there is none."""
-    size = len(order)
-    dead = dead[order]
+def _reorder_(square: Tensor, order: Tensor) -> None:
+    """Rows and columns in `order`, in place."""
+    for part in square.split(PANEL, dim=1):
+        part.copy_(part[order])
+    for part in square.split(PANEL):
+        part.copy_(part[:, order])
+
+
+def _factor_into(square: Tensor, diagonal: Tensor, panel: int = PANEL) -> bool:
+    """Write R, upper, on and right of the diagonal, with R R^T = H; False if there is none.
+
+    Args:
+        square: float32 [K, K]; left of the diagonal H, which stays.
+        diagonal: float64 [K], that of H.
+    """
+    size = len(square)
     for begin in reversed(range(0, size, panel)):
         end = min(begin + panel, size)
         here = slice(begin, end)
-        rest = hessian[order[:end, None], order[here]].double()
-        rest[dead[:end]] = 0
-        rest[:, dead[here]] = 0
-        diagonal = rest[here].diagonal()
-        diagonal[dead[here]] = mean
-        diagonal.add_(damping * mean)
+        corner = _symmetric(square[here, here].double(), diagonal[here])
+        rest = torch.cat([square[here, :begin].t().double(), corner])
         for later in range(end, size, panel):
-            done = upper[:, later : later + panel]
+            done = square[:, later : later + panel]
             rest.addmm_(done[:end].double(), done[here].double().t(), alpha=-1)
         # Both indices reversed, a lower factor is an upper one.
         lower, failed = torch.linalg.cholesky_ex(rest[here].flip(0, 1))
         if int(failed):
             return False
         corner = lower.flip(0, 1)
-        upper[here, here] = corner
-        upper[:begin, here] = torch.linalg.solve_triangular(corner.t(), rest[:begin], upper=False, left=False)
+        square[here, here].tril_(-1).add_(corner)
+        square[:begin, here] = torch.linalg.solve_triangular(corner.t(), rest[:begin], upper=False, left=False)
     return True
 
 
-def invert_upper_(upper: Tensor, panel: int = PANEL) -> None:
-    """Invert an upper triangular matrix [K, K] in place, the arithmetic in fp64."""
-    for begin in range(0, len(upper), panel):
-        end = min(begin + panel, len(upper))
-        corner = upper[begin:end, begin:end]
-        identity = torch.eye(end - begin, dtype=torch.float64, device=upper.device)
-        inverse = torch.linalg.solve_triangular(corner.double(), identity, upper=True)
-        above = upper[:begin, begin:end].double()
+def invert_upper_(square: Tensor, panel: int = PANEL) -> None:
+    """Invert an upper triangular matrix [K, K] in place, the arithmetic in fp64; what is left of its diagonal stays."""
+    for begin in range(0, len(square), panel):
+        end = min(begin + panel, len(square))
+        corner = square[begin:end, begin:end]
+        identity = torch.eye(end - begin, dtype=torch.float64, device=square.device)
+        inverse = torch.linalg.solve_triangular(corner.triu().double(), identity, upper=True)
+        above = square[:begin, begin:end].double()
         for near in range(0, begin, panel):
             far = near + panel
             # Rows near..far of the product: what is above them is done, what is below is still needed.
-            above[near:far] = upper[near:far, near:begin].double() @ above[near:]
-        upper[:begin, begin:end] = -(above @ inverse)
-        corner.copy_(inverse)
+            above[near:far] = square[near:far, near:begin].triu().double() @ above[near:]
+        square[:begin, begin:end] = -(above @ inverse)
+        corner.tril_(-1).add_(inverse)
+
+
+def times_inverse(rows: Tensor, factor: HessianFactor) -> Tensor:
+    """(damped H)^-1 M = U^T U M for M [K, C] in processing order; a new tensor."""
+    size = len(rows)
+    parts = [slice(begin, min(begin + PANEL, size)) for begin in range(0, size, PANEL)]
+    halfway = torch.cat([factor.upper_rows(at.start, at.stop).triu() @ rows[at.start :] for at in parts])
+    found = torch.zeros_like(halfway)
+    for at in parts:
+        found[at.start :] += factor.upper_rows(at.start, at.stop).triu().t() @ halfway[at]
+    return found
 
 
 def sweep_columns(
@@ -279,19 +332,20 @@ def sweep_(rows: Tensor, factor: HessianFactor, quantizer: ColumnQuantizer, bloc
     """
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1")
-    upper, order, size = factor.upper, factor.order, len(rows)
+    order, size = factor.order, len(rows)
     indices = order.tolist()
     loss = 0.0
     for begin in range(0, size, block_size):
         end = min(begin + block_size, size)
-        block, inside = rows[begin:end], upper[begin:end, begin:end]
+        upper = factor.upper_rows(begin, end)
+        block, inside = rows[begin:end], upper[:, : end - begin]
         diagonal = inside.diagonal()
         quantizer.begin_block(order[begin:end], block, diagonal)
         # Columns that are done are never looked at again: what is stored takes their place.
         block[:], errors = quantizer.sweep_block(indices[begin:end], block, inside, diagonal)
         loss += float(errors.square().sum(1).double().sum())
         if end < size:
-            rows[end:].addmm_(upper[begin:end, end:].t(), errors, alpha=-1)
+            rows[end:].addmm_(upper[:, end - begin :].t(), errors, alpha=-1)
     return loss
 
 
@@ -324,7 +378,6 @@ class RefineResult:
 def refine_columns(
     weight: Tensor,
     quantized: Tensor,
-    hessian: Tensor,
     factor: HessianFactor,
     quantizer: ColumnQuantizer,
     cycles: int = 3,
@@ -340,8 +393,7 @@ def refine_columns(
     Args:
         weight: float [N, K], the dense matrix.
         quantized: float [N, K], where to start: what the quantizer has stored.
-        hessian: float [K, K], undamped; `factor`'s damping is added.
-        factor: of that Hessian; gives the order and the damping.
+        factor: of the Hessian, which is damped as it says.
         quantizer: its `refit` is called for each column.
         cycles: most passes over all columns.
         tolerance: stop after a pass that lowers the error by less than this share of the first pass's decrease.
@@ -349,14 +401,13 @@ def refine_columns(
     """
     stored = as_columns(quantized, factor.order)
     error = stored - as_columns(weight, factor.order)
-    decreases = refine_(stored, error, hessian, factor, quantizer, cycles, tolerance, block_size)
+    decreases = refine_(stored, error, factor, quantizer, cycles, tolerance, block_size)
     return RefineResult(as_matrix(stored, factor.order).contiguous(), decreases)
 
 
 def refine_(
     stored: Tensor,
     error: Tensor,
-    hessian: Tensor,
     factor: HessianFactor,
     quantizer: ColumnQuantizer,
     cycles: int = 3,
@@ -369,20 +420,16 @@ def refine_(
         stored: float32 [K, N], as `as_columns` makes it of what the quantizer has stored.
         error: float32 [K, N], `stored` less the dense matrix; follows it.
     """
-    order = factor.order
-    diagonal = hessian.diagonal().double()
-    alive = diagonal[diagonal > 0]
-    added = factor.damping * float(alive.mean()) if alive.numel() else 0.0
-    indices = order.tolist()
-    curvature = hessian.diagonal().float()[order] + added
-    curvature[torch.isin(order, factor.dead_columns)] = 0
+    added = factor.added()
+    indices = factor.order.tolist()
+    curvature = factor.diagonal + added
+    curvature[factor.diagonal == 0] = 0
     decreases: list[float] = []
     for _ in range(cycles):
         decrease = 0.0
         for begin in range(0, len(indices), block_size):
             end = min(begin + block_size, len(indices))
-            # Its rows of the damped Hessian in this order; all of them would be another [K, K].
-            coupling = hessian[order[begin:end, None], order].float()
+            coupling = factor.hessian_rows(begin, end)
             inside = coupling[:, begin:end]
             inside.diagonal().add_(added)
             moves, fell = quantizer.refine_block(
@@ -396,13 +443,13 @@ def refine_(
     return decreases
 
 
-def squared_columns(rows: Tensor, hessian: Tensor, order: Tensor, row_weights: Tensor | None = None) -> float:
-    """sum_r omega_r m_r H m_r^T, the squared output of a matrix M in the form of `as_columns`, averaged over tokens as H is."""
-    by_row = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for part, columns in zip(rows.split(PANEL), order.split(PANEL), strict=True):
-        coupling = hessian[columns[:, None], order].float()
-        by_row += (coupling @ rows).mul_(part).sum(0)
-    return float((by_row if row_weights is None else by_row * row_weights).sum())
+def squared_columns(rows: Tensor, factor: HessianFactor) -> Tensor:
+    """m_r H m_r^T, H undamped, float64 [N]: of each row of a matrix M in the form of `as_columns` the squared output."""
+    found = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for begin in range(0, len(rows), PANEL):
+        part = rows[begin : begin + PANEL]
+        found += (factor.hessian_rows(begin, begin + len(part)) @ rows).mul_(part).sum(0)
+    return found
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:

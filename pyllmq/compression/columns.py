@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,15 +30,17 @@ from .column_loop import (
     refine_,
     squared_columns,
     sweep_,
+    times_inverse,
 )
 from .drift import Drift
+from .memory import return_freed
 from .ranks import ALONE, Ranks
 
 MAX_KEPT = 0.02
 """Largest share of a column's weights that may stay in fp16."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class InputStatistics:
     """What calibration knows of the common input x of some Linears."""
 
@@ -49,17 +51,12 @@ class InputStatistics:
     drifts: Mapping[str, Drift] = field(default_factory=dict)
     """name -> what its output should make up for; Linears that are not named: nothing."""
 
-    def cpu(self) -> InputStatistics:
-        return InputStatistics(self.hessian.cpu(), None if self.mean is None else self.mean.cpu(), self.drifts)
-
-    def of_the_error(self) -> Tensor:
-        """What the error is weighed by: where the bias takes up the mean error, only the input's covariance matters."""
-        if self.mean is None:
-            return self.hessian
-        covariance = self.hessian - torch.outer(self.mean, self.mean)
-        # An input that never changes has none; rounding may leave it a little below zero.
-        covariance.diagonal().clamp_(min=0)
-        return covariance
+    def take_hessian(self) -> Tensor:
+        """The Hessian, to be written on. Raises RuntimeError the second time."""
+        if not self.hessian.numel():
+            raise RuntimeError("the Hessian of these statistics was taken; make them anew")
+        hessian, self.hessian = self.hessian, torch.empty(0)
+        return hessian
 
 
 def compress_linears(
@@ -74,7 +71,8 @@ def compress_linears(
 
     Args:
         weights: name -> float [N_i, K].
-        inputs: statistics of the input; with a `mean`, each result says what to add to the bias.
+        inputs: statistics of the input, used up: a second [K, K] would be 0.5 GB at K = 11008. With a `mean`, each result says
+            what to add to the bias.
         nbytes: bytes for all tensors of all the packed weights.
         config: settings; `share_bits` gives all of `weights` the same `column_bits`.
         row_weights: name -> float [N_i] > 0, the omega_r of the objective; None is 1 everywhere.
@@ -86,56 +84,60 @@ def compress_linears(
     """
     if not weights:
         raise ValueError("weights is empty; it must map at least one name to a tensor [N, K]")
+    hessian = inputs.take_hessian()
     for name, weight in weights.items():
-        check_weight(name, weight, inputs.hessian)
+        check_weight(name, weight, hessian)
     # k-means runs on the CPU, whatever device the model is on.
     dense = {name: weight.detach().cpu() for name, weight in weights.items()}
-    inputs = inputs.cpu()
+    hessian, mean = hessian.cpu(), None if inputs.mean is None else inputs.mean.cpu()
     started = time.perf_counter()
-    hessian = inputs.of_the_error()
-    factor = factor_hessian(hessian, config.damping, config.act_order)
+    if mean is not None:
+        # Where the bias takes up the mean error, only the input's covariance matters. An input that never changes has none;
+        # rounding may leave it a little below zero.
+        hessian.addr_(mean, mean, alpha=-1)
+        hessian.diagonal().clamp_(min=0)
+    factor = factor_hessian(hessian, config.damping, config.act_order, in_place=True)
+    del hessian
     fits = {}
     for name, weight in dense.items():
-        target = _target(weight, inputs, inputs.drifts.get(name), factor, config.propagation)
+        target = _target(weight, inputs.drifts.get(name), mean, factor, config.propagation)
         fits[name] = ColumnFits(name, target, (row_weights or {}).get(name), config.row_scale, config.kmeans)
-    plans = _plan(fits, hessian, factor, nbytes, config, ranks)
+    return_freed()
+    plans = _plan(fits, factor, nbytes, config, ranks)
+    return_freed()
     shared_seconds = (time.perf_counter() - started) / len(weights)
 
     compressed = {}
-    mine = list(ranks.mine(dense))
-    for name in mine:
+    for name, weight in ranks.mine(dense).items():
         started = time.perf_counter()
         columns = fits.pop(name)
         columns.plan(*plans[name])
         target = columns.target
-        output = squared_columns(target, inputs.hessian, factor.order)
+        output = squared_columns(target, factor).sum()
+        if mean is not None:
+            output += (mean[factor.order] @ target).double().square().sum()
         stored = target.clone()
         sweep_(stored, factor, columns, config.block_size)
-        if name == mine[-1]:
-            factor = replace(factor, upper=torch.empty(0))  # [K, K] that no descent looks at
         # The error takes the memory of the target: a [K, N] is 0.2 GB where K is 11008 and N 4096.
         error = torch.sub(stored, target, out=target)
         if config.cycles:
-            refine_(stored, error, hessian, factor, columns, config.cycles, config.tolerance, config.block_size)
-        left = squared_columns(error, hessian, factor.order)
+            refine_(stored, error, factor, columns, config.cycles, config.tolerance, config.block_size)
+        left = squared_columns(error, factor).sum()
         del target, error, columns.target
         quantized = as_matrix(stored, factor.order)
         packed = columns.pack(quantized)
         bias_change = None
-        if inputs.mean is not None:
-            bias_change = _mean_output(dense[name], quantized, inputs.mean)
+        if mean is not None:
+            bias_change = _mean_output(weight, quantized, mean)
             if name in inputs.drifts:
                 bias_change += inputs.drifts[name].mean.cpu()
         seconds = time.perf_counter() - started + shared_seconds
-        compressed[name] = CompressedLinear(
-            packed, _relative_error(left, output), seconds, packed.bits_per_weight, bias_change
-        )
+        error_share = _relative_error(float(left), float(output))
+        compressed[name] = CompressedLinear(packed, error_share, seconds, packed.bits_per_weight, bias_change)
     return ranks.merge(compressed, list(weights))
 
 
-def _target(
-    weight: Tensor, inputs: InputStatistics, drift: Drift | None, factor: HessianFactor, share: float
-) -> Tensor:
+def _target(weight: Tensor, drift: Drift | None, mean: Tensor | None, factor: HessianFactor, share: float) -> Tensor:
     """W + share * mean(e x^T) H^-1, H damped, in the form of `as_columns`: its output comes closest to W x + e.
 
     Means are left to the bias, if there is one.
@@ -147,9 +149,9 @@ def _target(
     for part, of_outputs, shift in zip(
         rows.split(PANEL, 1), products.split(PANEL), drift.mean.cpu().split(PANEL), strict=True
     ):
-        if inputs.mean is not None:
-            of_outputs = of_outputs - torch.outer(shift, inputs.mean)
-        part.add_((of_outputs[:, factor.order] @ factor.upper.t() @ factor.upper).t(), alpha=share)
+        if mean is not None:
+            of_outputs = of_outputs - torch.outer(shift, mean)
+        part.add_(times_inverse(of_outputs[:, factor.order].t(), factor), alpha=share)
     return rows
 
 
@@ -168,25 +170,23 @@ def _relative_error(error: float, output: float) -> float:
 
 def _plan(
     fits: Mapping[str, ColumnFits],
-    hessian: Tensor,
     factor: HessianFactor,
     nbytes: float,
     config: ColumnCodebookConfig,
     ranks: Ranks,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """name -> (column bits uint8 [K], how many weights of each column to keep, int64 [K])."""
-    order = factor.order
-    cost = factor.upper.diagonal().double().pow(-2)
-    cost[torch.isin(order, factor.dead_columns)] = 0
+    cost = factor.square.diagonal().double().pow(-2)
+    cost[factor.diagonal == 0] = 0
     names = list(fits)
     # Each process fits some columns of every Linear: those are alike in cost, whatever the number of Linears.
     part = ranks.slice_of(len(cost))
     owned = ranks.mine({name: fits[name].target for name in names})
-    outputs = ranks.merge({name: fits[name].squared_output(hessian, order) for name in owned}, names)
+    outputs = ranks.merge({name: fits[name].squared_output(factor) for name in owned}, names)
     mine = [fits[n].errors(config.allowed_widths, cost, outputs[n], config.outliers, part) for n in names]
     errors = [allocate.ColumnErrors.joined(parts) for parts in zip(*ranks.gather(mine), strict=True)]
     # Back from processing order.
-    place = order.argsort()
+    place = factor.order.argsort()
     plans = ranks.from_first(lambda: _spend(names, errors, nbytes, config))
     return {name: (bits[place], kept[place]) for name, (bits, kept) in plans.items()}
 
@@ -223,8 +223,9 @@ class ColumnFits(ColumnQuantizer):
         self.importance = self.row_weights * self.scale.square()
         self.codes = torch.zeros(size, rows, dtype=torch.uint8)
 
-    def squared_output(self, hessian: Tensor, order: Tensor) -> float:
-        return squared_columns(self.target, hessian, order, self.row_weights)
+    def squared_output(self, factor: HessianFactor) -> float:
+        """sum_r omega_r w_r H w_r^T."""
+        return float((squared_columns(self.target, factor) * self.row_weights).sum())
 
     def errors(
         self, widths: tuple[int, ...], cost: Tensor, output: float, outliers: bool, part: slice = slice(None)

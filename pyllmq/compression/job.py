@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +21,14 @@ from .blocks import BlockLoop, Chain, Stage
 from .calibration import Batch
 from .drift import Drift, watch
 from .guide import Guidance
+from .memory import return_freed
 from .pruning import prune_linears
 from .ranks import Ranks
 from .report import CompressionReport, LayerReport
 from .sensitivity import trace_per_weight
+
+TOKENS = 1024
+"""That are added to a Hessian at a time: with 512 it is read and written so often that it costs an eighth more."""
 
 Visit = Callable[[dict[str, nn.Module], columns.InputStatistics], None]
 Config = CLAQConfig | ColumnCodebookConfig | SparseConfig
@@ -73,9 +77,11 @@ class Job:
         if self.config.true_sequential:
             for group in groups:
                 (inputs,) = _input_statistics(self, [group], run)
+                self._make_room(stage)
                 visit(group, inputs)
         else:
             for group, inputs in zip(groups, _input_statistics(self, groups, run), strict=True):
+                self._make_room(stage)
                 visit(group, inputs)
         reached = {name for group in groups for name in group}
         for name, module in stage.linears.items():
@@ -85,6 +91,11 @@ class Job:
                     f"{name} was never run by the calibration data; it is compressed by its weights alone",
                 )
                 visit({name: module}, columns.InputStatistics(torch.eye(dense_weight(module).shape[1])))
+
+    def _make_room(self, stage: Stage) -> None:
+        """While Linears are compressed, nothing runs."""
+        self.loop.weights.rest(stage.name)
+        return_freed()
 
     def compress_group(self, group: dict[str, nn.Module], inputs: columns.InputStatistics) -> None:
         """Put packed layers in the place of Linears that share an input."""
@@ -193,7 +204,8 @@ def _input_norms(job: Job, linears: Mapping[str, nn.Module], run: Callable[[int]
 
     def recorder(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            sums[name] += _real_tokens(args[0], job.batches[current], name).square().sum(0)
+            for x in _real_tokens(args[0], job.batches[current], name).split(TOKENS):
+                sums[name] += x.float().square().sum(0)
 
         return hook
 
@@ -208,12 +220,20 @@ def _input_norms(job: Job, linears: Mapping[str, nn.Module], run: Callable[[int]
 
 
 def _real_tokens(x: Tensor, batch: Batch, name: str) -> Tensor:
-    """The input of a Linear without padding, float32 [tokens, K]."""
+    """The input of a Linear without padding, [tokens, K]."""
     x = x.detach()
     mask = _token_mask(batch, name)
     if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
         x = x[mask.bool()]
-    return x.reshape(-1, x.shape[-1]).float()
+    return x.reshape(-1, x.shape[-1])
+
+
+def _by_tokens(x: Tensor, shares: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(float32 [T, K], weights [T, 1]) of some tokens at a time: 2048 of them are 0.09 GB at K = 11008."""
+    parts = x.split(TOKENS)
+    if shares is None:
+        return ((part.float(), None) for part in parts)
+    return ((part.float(), s) for part, s in zip(parts, shares.reshape(-1, 1).split(TOKENS), strict=True))
 
 
 # ---- the inputs of a stage -------------------------------------------------------------------------------------------
@@ -266,7 +286,7 @@ def _input_statistics(
     twin also how far the outputs have drifted."""
     sums = [torch.zeros(0)] * len(groups)
     totals = [torch.zeros(0)] * len(groups)
-    tokens = torch.zeros(len(groups), dtype=torch.float64)
+    counts = torch.zeros(len(groups), dtype=torch.float64)
     for i, group in enumerate(groups):
         weight = dense_weight(next(iter(group.values())))
         totals[i] = torch.zeros(weight.shape[1], device=weight.device)
@@ -274,22 +294,26 @@ def _input_statistics(
     drifts = _Drifts(job, groups)
     seen: dict[int, tuple[Tensor, Tensor | None]] = {}
     current = 0
+    return_freed()
 
     def recorder(i: int) -> Callable[..., None]:
         name = next(iter(groups[i]))
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             batch = job.batches[current]
-            x = _real_tokens(args[0], batch, name)
+            tokens = _real_tokens(args[0], batch, name)
             s = _token_weights(job, name, current, args[0].shape[:-1])
-            if s is not None and s.numel() != len(x):  # an expert that was sent other tokens than in the dense model
+            if s is not None and s.numel() != len(
+                tokens
+            ):  # an expert that was sent other tokens than in the dense model
                 s = None
-            weighted = x if s is None else x * s.reshape(-1, 1)
-            # Added in the product: a second [K, K] is 0.5 GB at K = 11008.
-            sums[i].addmm_(weighted.T, x)
-            totals[i].add_(weighted.sum(0))
-            tokens[i] += x.shape[0] if s is None else float(s.sum())
-            seen[i] = weighted, s
+            for x, share in _by_tokens(tokens, s):
+                weighted = x if share is None else x * share
+                # Added in the product: a second [K, K] is 0.5 GB at K = 11008.
+                sums[i].addmm_(weighted.T, x)
+                totals[i].add_(weighted.sum(0))
+            counts[i] += len(tokens) if s is None else float(s.sum())
+            seen[i] = tokens, s
 
         return hook
 
@@ -303,10 +327,9 @@ def _input_statistics(
     finally:
         for handle in handles:
             handle.remove()
-    counts = job.ranks.sum_(tokens).tolist()
     found = []
-    for i, (products, total) in enumerate(zip(sums, totals, strict=True)):
-        if counts[i] == 0:
+    for i, (products, total, count) in enumerate(zip(sums, totals, job.ranks.sum_(counts).tolist(), strict=True)):
+        if count == 0:
             raise ValueError(
                 f"the calibration data reaches {next(iter(groups[i]))} with no token; is the attention_mask all zero?"
             )
@@ -315,10 +338,10 @@ def _input_statistics(
         biased = all(isinstance(module.bias, Tensor) for module in groups[i].values())
         # The published methods know 2/n sum x x^T; the covariance needs the plain mean.
         if not isinstance(job.config, ColumnCodebookConfig):
-            found.append(columns.InputStatistics(products.mul_(2.0 / counts[i])))
+            found.append(columns.InputStatistics(products.mul_(2.0 / count)))
             continue
-        mean = total.div_(counts[i]) if biased and job.config.correct_bias else None
-        found.append(columns.InputStatistics(products.div_(counts[i]), mean, drifts.of(groups[i], counts[i])))
+        mean = total.div_(count) if biased and job.config.correct_bias else None
+        found.append(columns.InputStatistics(products.div_(count), mean, drifts.of(groups[i], count)))
     return found
 
 
@@ -341,7 +364,7 @@ class _Drifts:
         return watch(places, self.had)
 
     def add(self, current: int, seen: Mapping[int, tuple[Tensor, Tensor | None]]) -> None:
-        """`seen`: for each group its input in the batch of index `current`, times the weights of its tokens, and those."""
+        """`seen`: for each group its real tokens in the batch of index `current`, and their weights."""
         if self.twin is None:
             return
         wanted = self.twin.look([name for _, name in self.members], current)
@@ -349,12 +372,14 @@ class _Drifts:
             # An expert is sent other tokens than in the dense model: nothing to compare.
             if i not in seen or name not in self.had or name not in wanted or wanted[name].dim() != 3:
                 continue
-            x, s = seen[i]
-            missing = _real_tokens(wanted[name] - self.had[name], self.job.batches[current], name)
-            if len(missing) == len(x):
+            tokens, s = seen[i]
+            missing = _real_tokens(wanted.pop(name) - self.had.pop(name), self.job.batches[current], name)
+            if len(missing) == len(tokens):
                 products, mean = self.sums[name]
-                products.addmm_(missing.T, x)
-                mean.add_((missing if s is None else missing * s.reshape(-1, 1)).sum(0))
+                for (x, share), e in zip(_by_tokens(tokens, s), missing.split(TOKENS), strict=True):
+                    e = e.float() if share is None else e * share
+                    products.addmm_(e.T, x)
+                    mean.add_(e.sum(0))
         self.had.clear()
 
     def of(self, group: Mapping[str, nn.Module], count: float) -> dict[str, Drift]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..swap import dense_weight
 from .calibration import Batch
-from .drift import DenseTwin
+from .drift import DenseTwin, Enough
 
 OUTSIDE = ""
 """Unit of everything that is in no block."""
@@ -140,10 +140,6 @@ class Chain:
     stages: list[Stage]
     alike: bool = False
     """The other arguments of its blocks do not depend on what blocks give out: stubs are enough to record them."""
-
-
-class _Enough(Exception):
-    """Ends a run of the model behind the last block of interest."""
 
 
 @dataclass
@@ -323,13 +319,13 @@ class BlockLoop:
                     )
                 recorded[name] = call.without_hidden() if recorded else call
                 if len(recorded) == len(wanted):
-                    raise _Enough
+                    raise Enough
             return reply(name, call.hidden)
 
         with self._stubs(stub):
             try:
                 self.model(**batch)
-            except _Enough:
+            except Enough:
                 return recorded
         raise ValueError(
             f"a calibration batch runs {len(recorded)} of {len(wanted)} blocks that the first batch ran once each; batches must "

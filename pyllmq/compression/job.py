@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..swap import dense_weight, replace_module
 from . import allocate, claq, columns, densities
 from .blocks import BlockLoop, Chain, Stage
 from .calibration import Batch
-from .drift import Drift, watch
+from .drift import Drift, Enough, watch
 from .guide import Guidance
 from .memory import return_freed
 from .pruning import prune_linears
@@ -73,14 +74,14 @@ class Job:
         if not stage.linears:
             return
         visit = self.visit or self.compress_group
-        groups = _group_by_input(self, stage, run)
+        groups, repeated = _group_by_input(self, stage, run)
         if self.config.true_sequential:
             for group in groups:
-                (inputs,) = _input_statistics(self, [group], run)
+                (inputs,) = _input_statistics(self, [group], repeated, run)
                 self._make_room(stage)
                 visit(group, inputs)
         else:
-            for group, inputs in zip(groups, _input_statistics(self, groups, run), strict=True):
+            for group, inputs in zip(groups, _input_statistics(self, groups, repeated, run), strict=True):
                 self._make_room(stage)
                 visit(group, inputs)
         reached = {name for group in groups for name in group}
@@ -239,13 +240,21 @@ def _by_tokens(x: Tensor, shares: Tensor | None) -> Iterator[tuple[Tensor, Tenso
 # ---- the inputs of a stage -------------------------------------------------------------------------------------------
 
 
-def _group_by_input(job: Job, stage: Stage, run: Callable[[int], Any]) -> list[dict[str, nn.Module]]:
-    """The stage's Linears in the order in which they run, those that are given the very same tensor in one group."""
+def _group_by_input(job: Job, stage: Stage, run: Callable[[int], Any]) -> tuple[list[dict[str, nn.Module]], set[str]]:
+    """The stage's Linears in the order in which they run, those that are given the very same tensor in one group.
+
+    And the names of those that run more than once.
+    """
     groups: list[tuple[Tensor, int, dict[str, nn.Module]]] = []
     seen: set[str] = set()
+    of_batch: Counter[str] = Counter()
+    repeated: set[str] = set()
 
     def recorder(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            of_batch[name] += 1
+            if of_batch[name] > 1:
+                repeated.add(name)
             if name in seen:
                 return
             seen.add(name)
@@ -262,6 +271,7 @@ def _group_by_input(job: Job, stage: Stage, run: Callable[[int], Any]) -> list[d
     handles = [module.register_forward_pre_hook(recorder(name)) for name, module in stage.linears.items()]
     try:
         for index in range(len(job.batches)):
+            of_batch.clear()
             run(index)
             if len(seen) == len(stage.linears):
                 break
@@ -276,14 +286,18 @@ def _group_by_input(job: Job, stage: Stage, run: Callable[[int], Any]) -> list[d
         taken.update(new)
         if new:
             found.append({name: stage.linears[name] for name in new})
-    return found
+    return found, repeated
 
 
 def _input_statistics(
-    job: Job, groups: list[dict[str, nn.Module]], run: Callable[[int], Any]
+    job: Job, groups: list[dict[str, nn.Module]], repeated: set[str], run: Callable[[int], Any]
 ) -> list[columns.InputStatistics]:
     """H, fp32 [K, K], a sum of x x^T over the calibration tokens, and their mean, for the common input of each group; with a
-    twin also how far the outputs have drifted."""
+    twin also how far the outputs have drifted.
+
+    A run ends where all is known: nothing of a block runs behind q, k and v for their sake. `repeated` say more than once.
+    """
+    once = repeated.isdisjoint(name for group in groups for name in group)
     sums = [torch.zeros(0)] * len(groups)
     totals = [torch.zeros(0)] * len(groups)
     counts = torch.zeros(len(groups), dtype=torch.float64)
@@ -296,6 +310,10 @@ def _input_statistics(
     current = 0
     return_freed()
 
+    def end_where_known() -> None:
+        if once and len(seen) == len(groups) and drifts.known():
+            raise Enough
+
     def recorder(i: int) -> Callable[..., None]:
         name = next(iter(groups[i]))
 
@@ -303,9 +321,8 @@ def _input_statistics(
             batch = job.batches[current]
             tokens = _real_tokens(args[0], batch, name)
             s = _token_weights(job, name, current, args[0].shape[:-1])
-            if s is not None and s.numel() != len(
-                tokens
-            ):  # an expert that was sent other tokens than in the dense model
+            # An expert may be sent other tokens than in the dense model.
+            if s is not None and s.numel() != len(tokens):
                 s = None
             for x, share in _by_tokens(tokens, s):
                 weighted = x if share is None else x * share
@@ -314,15 +331,17 @@ def _input_statistics(
                 totals[i].add_(weighted.sum(0))
             counts[i] += len(tokens) if s is None else float(s.sum())
             seen[i] = tokens, s
+            end_where_known()
 
         return hook
 
     handles = [next(iter(group.values())).register_forward_pre_hook(recorder(i)) for i, group in enumerate(groups)]
     try:
-        with drifts.watched():
+        with drifts.watched(end_where_known):
             for current in range(len(job.batches)):
                 seen.clear()
-                run(current)
+                with suppress(Enough):
+                    run(current)
                 drifts.add(current, seen)
     finally:
         for handle in handles:
@@ -359,9 +378,12 @@ class _Drifts:
             mean = torch.zeros(len(weight), device=weight.device)
             self.sums[name] = torch.zeros_like(weight, dtype=torch.float32), mean
 
-    def watched(self) -> AbstractContextManager[None]:
+    def watched(self, then: Callable[[], None]) -> AbstractContextManager[Any]:
         places = {name: self.twin.places_in_block[name] for _, name in self.members} if self.twin else {}
-        return watch(places, self.had)
+        return watch(places, self.had, then=then)
+
+    def known(self) -> bool:
+        return len(self.had) == len(self.members)
 
     def add(self, current: int, seen: Mapping[int, tuple[Tensor, Tensor | None]]) -> None:
         """`seen`: for each group its real tokens in the batch of index `current`, and their weights."""

@@ -113,7 +113,7 @@ def compress_linears(
         columns = fits.pop(name)
         columns.plan(*plans[name])
         target = columns.target
-        output = squared_columns(target, factor).sum()
+        output = columns.squared_outputs(factor).sum()
         if mean is not None:
             output += (mean[factor.order] @ target).double().square().sum()
         stored = target.clone()
@@ -182,7 +182,9 @@ def _plan(
     # Each process fits some columns of every Linear: those are alike in cost, whatever the number of Linears.
     part = ranks.slice_of(len(cost))
     owned = ranks.mine({name: fits[name].target for name in names})
-    outputs = ranks.merge({name: fits[name].squared_output(factor) for name in owned}, names)
+    outputs = ranks.merge(
+        {name: float((fits[name].squared_outputs(factor) * fits[name].row_weights).sum()) for name in owned}, names
+    )
     mine = [fits[n].errors(config.allowed_widths, cost, outputs[n], config.outliers, part) for n in names]
     errors = [allocate.ColumnErrors.joined(parts) for parts in zip(*ranks.gather(mine), strict=True)]
     # Back from processing order.
@@ -222,10 +224,13 @@ class ColumnFits(ColumnQuantizer):
         self.row_scale = self.scale if row_scale else None
         self.importance = self.row_weights * self.scale.square()
         self.codes = torch.zeros(size, rows, dtype=torch.uint8)
+        self._squared: Tensor | None = None
 
-    def squared_output(self, factor: HessianFactor) -> float:
-        """sum_r omega_r w_r H w_r^T."""
-        return float((squared_columns(self.target, factor) * self.row_weights).sum())
+    def squared_outputs(self, factor: HessianFactor) -> Tensor:
+        """Of each row of the target, float64 [N]."""
+        if self._squared is None:
+            self._squared = squared_columns(self.target, factor)
+        return self._squared
 
     def errors(
         self, widths: tuple[int, ...], cost: Tensor, output: float, outliers: bool, part: slice = slice(None)

@@ -108,7 +108,10 @@ def plan_folder(
             spent["run"] = time.perf_counter() - began
             if isinstance(output, Tensor):
                 spent["hidden"] = output.numel() * output.element_size()
+            began = time.perf_counter()
             job.compress_stage(stage, run)
+            # Of which one run to find the groups, which is not repeated for each batch.
+            spent["statistics"] = max(0.0, time.perf_counter() - began - spent["run"])
             group, inputs = min(groups, key=lambda found: sum(weights[name] for name in found[0]))
             began = time.perf_counter()
             job.compress_group(group, inputs)
@@ -120,10 +123,8 @@ def plan_folder(
         with suppress(_Timed):
             loop.walk(loop.find_chains(stages)[0], visit, hand_on=False, with_twin=job.with_twin)
 
-    # Each group's statistics take a run of the block, grouping one batch, handing on another run; a twin runs as often; guidance
-    # three.
-    runs = (len(groups) if config.true_sequential else 1) + 1
-    runs *= 2 if job.with_twin else 1
+    # Beside the statistics, handing on takes a run of the block, and of its twin; guidance three.
+    runs = 2 if job.with_twin else 1
     runs += 3 if isinstance(config, ColumnCodebookConfig) and config.guidance != "none" else 0
     dense = sum(
         t.numel() * t.element_size() for n, t in model.state_dict().items() if n.rpartition(".")[0] not in planned
@@ -145,6 +146,6 @@ def plan_folder(
         ),
         hidden_bytes=round(spent["hidden"] * len(batches) * (2 if job.with_twin else 1)),
         free_bytes=shutil.disk_usage(exists).free,
-        seconds_run=spent["run"] * len(batches) * runs * len(blocks),
+        seconds_run=(spent["statistics"] + spent["run"] * runs) * len(batches) * len(blocks),
         seconds_compress=spent["compress"] * sum(weights.values()),
     )

@@ -213,7 +213,7 @@ def _at_budget(
     # Losses span many magnitudes: bisect the exponent.
     high = math.log(float(error.max() / cost.min()) + 1e-280) + 1
     low = high - 100
-    for _ in range(40):
+    while high - low > 1e-6:
         middle = (low + high) / 2
         if float(at(math.exp(middle))[1].sum()) > budget:
             low = middle

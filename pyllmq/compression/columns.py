@@ -33,7 +33,6 @@ from .column_loop import (
     times_inverse,
 )
 from .drift import Drift
-from .memory import return_freed
 from .ranks import ALONE, Ranks
 
 MAX_KEPT = 0.02
@@ -102,9 +101,7 @@ def compress_linears(
     for name, weight in dense.items():
         target = _target(weight, inputs.drifts.get(name), mean, factor, config.propagation)
         fits[name] = ColumnFits(name, target, (row_weights or {}).get(name), config.row_scale, config.kmeans)
-    return_freed()
     plans = _plan(fits, factor, nbytes, config, ranks)
-    return_freed()
     shared_seconds = (time.perf_counter() - started) / len(weights)
 
     compressed = {}

@@ -1,5 +1,5 @@
 // AVX2 cannot spread values over the bits of a mask, so a byte of the mask picks a shuffle from a table of 256. 2:4
-// positions pick among four x by vpermilps; codes are looked up by vpermps, 8 products at a time.
+// positions pick among four x by vpermilps. Codes: sparse_codes_avx2.cpp, here they are expanded for many tokens.
 #include <immintrin.h>
 
 #include <cstring>
@@ -246,27 +246,30 @@ void expand_24(const uint8_t* cell, int64_t slots, float* weights) {
 
 // --- codes ---------------------------------------------------------------------------------------------------------
 
-// products[index] of 8 rows, among 8 << Doublings of them; the bits above the index may be anything.
+// entries[index] of 8 rows, among 8 << Doublings of them; the bits above the index may be anything.
 template <int Doublings>
-inline __attribute__((always_inline)) __m256 look_up(const float* products, __m256i index) {
+inline __attribute__((always_inline)) __m256 look_up(const float* entries, __m256i index) {
   if constexpr (Doublings == 3) {  // 8 permutes and 7 blends: 0.27 ns a weight, a gather from the L1 cache: 0.11
-    return _mm256_i32gather_ps(products, _mm256_and_si256(index, _mm256_set1_epi32(63)), 4);
+    return _mm256_i32gather_ps(entries, _mm256_and_si256(index, _mm256_set1_epi32(63)), 4);
   } else if constexpr (Doublings == 0) {
-    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(products), index);
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(entries), index);
   } else {
-    const __m256 low = look_up<Doublings - 1>(products, index);
-    const __m256 high = look_up<Doublings - 1>(products + (4 << Doublings), index);
+    const __m256 low = look_up<Doublings - 1>(entries, index);
+    const __m256 high = look_up<Doublings - 1>(entries + (4 << Doublings), index);
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 29 - Doublings)));
   }
 }
 
-struct Index {  // into the products of a group, of the two kept weights of 8 rows; bits above it may be anything
+struct Index {  // into the codebooks of a group, of the two kept weights of 8 rows; bits above it may be anything
   __m256i first, second;
 };
 
 template <int Bits>
 inline __attribute__((always_inline)) Index group_index(const uint8_t* batch, int g, int half) {
-  const auto plane = [&](int p) { return _mm256_srl_epi32(load_32(batch + 64 * p + 32 * half), _mm_cvtsi32_si128(4 * g)); };
+  const auto plane = [&](int p) {
+    const __m256i bytes = _mm256_cvtepu8_epi32(load_8(batch + 64 * p + g / 2 * kCellRows + 8 * half));
+    return _mm256_srl_epi32(bytes, _mm_cvtsi32_si128(g % 2 * 4));
+  };
   if constexpr (Bits == 2) return {plane(0), plane(1)};
   const __m256i positions = plane(0), code_bits = _mm256_set1_epi32((1 << Bits) - 1);
   const auto merge = [&](__m256i codes, __m256i position) {
@@ -276,7 +279,7 @@ inline __attribute__((always_inline)) Index group_index(const uint8_t* batch, in
 }
 
 template <int Bits>
-void expand_codes(const uint8_t* cell, int64_t slots, const uint16_t* codebook, float* weights) {
+void expand_codes(const uint8_t* cell, StepOrder, int64_t slots, const uint16_t* codebook, float* weights) {
   const __m256i three = _mm256_set1_epi32(3);
   for (int64_t slot = 0; slot < slots; slot += kBatchColumns, cell += code_batch_bytes(Bits)) {
     prefetch(cell);
@@ -290,41 +293,6 @@ void expand_codes(const uint8_t* cell, int64_t slots, const uint16_t* codebook, 
                _mm256_and_si256(_mm256_srli_epi32(index.second, Bits), three), first, second, weights + 8 * half);
       }
     }
-  }
-}
-
-template <int Bits, int Tokens>
-void multiply_codes(const CellWork& work) {
-  Sums<Tokens> sums;
-  sums.clear();
-  constexpr int last = Sums<Tokens>::kChains - 1;
-  const float* x = work.x;
-  const uint8_t* cell = work.cell;
-  for (int64_t slot = 0; slot < work.slots; slot += kBatchColumns, cell += code_batch_bytes(Bits)) {
-    for (int line = 0; line < code_batch_bytes(Bits); line += 64) prefetch(cell + line);
-    for (int g = 0; g < 8; ++g, x += Tokens * (4 << Bits)) {
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const Index index = group_index<Bits>(cell, g, half);
-#pragma GCC unroll 4
-        for (int t = 0; t < Tokens; ++t) {
-          const float* products = x + t * (4 << Bits);
-          __m256 &a = sums.sum[t][0][half], &b = sums.sum[t][last][half];
-          a = _mm256_add_ps(a, look_up<Bits - 1>(products, index.first));
-          b = _mm256_add_ps(b, look_up<Bits - 1>(products, index.second));
-        }
-      }
-    }
-  }
-  sums.store(work.sums);
-}
-
-void build_products(const uint16_t* codebook, int bits, const float* x, float* products) {
-  const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x));
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  for (int i = 0; i < 4 << bits; i += 8) {
-    const __m256i column = _mm256_srli_epi32(_mm256_add_epi32(_mm256_set1_epi32(i), lane), bits);
-    _mm256_storeu_ps(products + i, _mm256_mul_ps(_mm256_permutevar_ps(four, column), _mm256_cvtph_ps(load_16(codebook + i))));
   }
 }
 
@@ -406,15 +374,16 @@ void dot_tokens(const uint8_t* values, const uint8_t* columns, int column_bytes,
 
 const SparseKernels kSparseAvx2 = {
     4,
-    4,
+    8,
+    kCodeTablesAvx2,
     PYLLMQ_TYPES(multiply_bitmap),
     PYLLMQ_TYPES(multiply_24),
-    {PYLLMQ_FOUR(multiply_codes, 2), PYLLMQ_FOUR(multiply_codes, 3), PYLLMQ_FOUR(multiply_codes, 4)},
+    {},
     {expand_bitmap<ValueType::fp32>, expand_bitmap<ValueType::bf16>, expand_bitmap<ValueType::fp16>,
      expand_bitmap<ValueType::int8>},
     {expand_24<ValueType::fp32>, expand_24<ValueType::bf16>, expand_24<ValueType::fp16>, expand_24<ValueType::int8>},
     {expand_codes<2>, expand_codes<3>, expand_codes<4>},
-    build_products,
+    nullptr,
     {dot_columns<ValueType::fp32>, dot_columns<ValueType::bf16>, dot_columns<ValueType::fp16>,
      dot_columns<ValueType::int8>},
     {dot_tokens<ValueType::fp32>, dot_tokens<ValueType::bf16>, dot_tokens<ValueType::fp16>, dot_tokens<ValueType::int8>},

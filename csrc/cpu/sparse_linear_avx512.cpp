@@ -215,7 +215,7 @@ struct CodeBatch {
 };
 
 template <int Bits>
-void expand_codes(const uint8_t* cell, int64_t slots, const uint16_t* codebook, float* weights) {
+void expand_codes(const uint8_t* cell, StepOrder, int64_t slots, const uint16_t* codebook, float* weights) {
   const __m512i place = _mm512_set1_epi32(3);
   for (int64_t slot = 0; slot < slots; slot += kBatchColumns, cell += code_batch_bytes(Bits)) {
     prefetch(cell);
@@ -350,6 +350,7 @@ void dot_tokens(const uint8_t* values, const uint8_t* columns, int column_bytes,
 const SparseKernels kSparseAvx512 = {
     8,
     4,
+    nullptr,
     PYLLMQ_TYPES(multiply_bitmap),
     PYLLMQ_TYPES(multiply_24),
     {PYLLMQ_FOUR(multiply_codes, 2), PYLLMQ_FOUR(multiply_codes, 3), PYLLMQ_FOUR(multiply_codes, 4)},

@@ -14,7 +14,7 @@
 namespace pyllmq::cpu {
 namespace {
 
-constexpr int kNearBytes = 2048, kFarBytes = 16384;  // as in sparse_linear_avx2.cpp
+constexpr int kNearBytes = 1024, kFarBytes = 4096;  // from L2 to L1 and from memory to L2; at 2048 and 16384 280 us in place of 262
 
 inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 

@@ -25,7 +25,7 @@ void pack_weights(const float* weights, int64_t slots, uint16_t* pairs) {
 void expand_bitmap(const uint8_t* cell, int64_t slots, uint16_t* pairs) {
   const auto prefetch = [](const uint8_t* at) {  // the distances of the AVX-512 row
     _mm_prefetch(reinterpret_cast<const char*>(at) + 2048, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(at) + 16384, _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(at) + 4096, _MM_HINT_T1);
   };
   const auto* masks = reinterpret_cast<const uint32_t*>(cell);
   const uint8_t* values = cell + slots * 2;

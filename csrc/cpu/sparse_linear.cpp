@@ -308,8 +308,9 @@ void run_more(const Problem& problem, const DecodeKernels& product, const BFloat
         const int64_t slots = problem.view.slots(block);
         for (int half = 0; half < 2; ++half) {
           uint16_t* pairs_of_half = pairs + half * kCellColumns * kCellRows;
-          if (tiles != nullptr && h.kind == SparseKind::bitmap && h.values == ValueType::bf16) {
-            tiles->expand_bitmap(problem.view.cell(chunk.tile + tile, block, half), slots, pairs_of_half);
+          if (tiles != nullptr && h.values == ValueType::bf16) {
+            (h.kind == SparseKind::bitmap ? tiles->expand_bitmap : tiles->expand_24)(
+                problem.view.cell(chunk.tile + tile, block, half), slots, pairs_of_half);
             continue;
           }
           float* weights_of_half = expanded + half * kCellColumns * kCellRows;

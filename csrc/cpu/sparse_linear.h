@@ -84,7 +84,9 @@ extern const CodeTableKernels kCodeTablesAvx2[kTableKinds];
 // [group of 16 tokens, slots / 32, 16, 32]; sums [tokens filled up to 16, kTileRows] += both halves.
 struct BFloat16Tiles {
   void (*pack_weights)(const float* weights, int64_t slots, uint16_t* pairs);
-  void (*expand_bitmap)(const uint8_t* cell, int64_t slots, uint16_t* pairs);  // of bf16 values: pairs as they are
+  // Of bf16 values: pairs as they are.
+  void (*expand_bitmap)(const uint8_t* cell, int64_t slots, uint16_t* pairs);
+  void (*expand_24)(const uint8_t* cell, int64_t slots, uint16_t* pairs);
   int64_t (*packed_bytes)(int64_t tokens);  // of a block
   void (*pack_x)(const uint16_t* x, int64_t stride, int64_t tokens, int64_t columns, int64_t slots, uint16_t* packed);
   void (*multiply)(const uint16_t* pairs, const uint16_t* packed, int64_t slots, int64_t tokens, float* sums);

@@ -138,9 +138,11 @@ struct Accumulators : PlaneSums<Kind> {
   // Two lookups whose tables lie side by side.
   inline __attribute__((always_inline)) void add(__m256i index_a, __m256i index_b, const uint8_t* tables) {
 #pragma GCC unroll 4
-    for (int p = 0; p < kPlanes; ++p)
-      this->add_two(p, _mm256_shuffle_epi8(broadcast16(tables + p * kTableEntries), index_a),
-                    _mm256_shuffle_epi8(broadcast16(tables + (kPlanes + p) * kTableEntries), index_b));
+    for (int p = 0; p < kPlanes; ++p) {
+      const __m256i a = _mm256_shuffle_epi8(broadcast16(tables + p * kTableEntries), index_a);
+      const __m256i b = _mm256_shuffle_epi8(broadcast16(tables + (kPlanes + p) * kTableEntries), index_b);
+      this->add_two(p, a, b);
+    }
   }
 
   inline __attribute__((always_inline)) void flush(int64_t lookups, float unit, float* y) {

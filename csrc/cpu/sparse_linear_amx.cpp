@@ -67,8 +67,10 @@ void expand_24(const uint8_t* cell, int64_t slots, uint16_t* pairs) {
     for (int g = 0; g < 8; ++g, cell += 4 * kCellRows) {
       prefetch(cell);
       const __m512i both = _mm512_loadu_si512(cell), index = _mm512_srli_epi32(positions, 4 * g);
-      for (int pair = 0; pair < 2; ++pair, pairs += 2 * kCellRows)
-        _mm512_store_si512(pairs, _mm512_shuffle_epi8(both, _mm512_or_si512(_mm512_permutexvar_epi32(index, shuffles[pair]), own_dword)));
+      for (int pair = 0; pair < 2; ++pair, pairs += 2 * kCellRows) {
+        const __m512i shuffle = _mm512_or_si512(_mm512_permutexvar_epi32(index, shuffles[pair]), own_dword);
+        _mm512_store_si512(pairs, _mm512_shuffle_epi8(both, shuffle));
+      }
     }
   }
 }

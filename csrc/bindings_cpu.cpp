@@ -271,13 +271,14 @@ void bind_sparse(py::module_& m) {
   m.def(
       "sparse_linear",
       [](Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer x, int x_dtype, int64_t tokens, Pointer bias,
-         int bias_dtype, Pointer y) {
+         int bias_dtype, Pointer y, int precision) {
         const SparseView view = checked_sparse_view(layout, bytes, rows, columns);
         const DType x_type = dtype_of(x_dtype), bias_type = dtype_of(bias_dtype);
-        sparse_linear(view, elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type, elements(y, x_type));
+        sparse_linear(view, elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type, elements(y, x_type),
+                      precision_of(precision));
       },
       py::arg("layout"), py::arg("layout_bytes"), py::arg("rows"), py::arg("columns"), py::arg("x"), py::arg("x_dtype"),
-      py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"), py::arg("y"), NoGil());
+      py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"), py::arg("y"), py::arg("precision"), NoGil());
   m.def(
       "sparse_dequantize",
       [](Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer out, int out_dtype) {

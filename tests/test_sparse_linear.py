@@ -108,6 +108,42 @@ def test_precision_of_codes(precision, isa):
             check(packed, torch.randn(tokens, 520), precision=precision)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("power", [-110, -60, 60, 110])
+def test_codes_and_x_of_any_size(precision, power, isa):
+    """Beyond some range a product leaves the fixed point, and one token beyond it must not cost the others anything."""
+    for bits in (2, 3, 4):
+        packed = random_codes(40, 300, bits, 0.01)[0]
+        x = torch.randn(3, 300)
+        x[1] *= 2.0**power
+        truth = nn.functional.linear(x.double(), dense_of(packed))
+        y = functional.sparse24_codebook_linear(x, packed, precision=precision).double()
+        error = (y - truth).norm(dim=1) / truth.norm(dim=1)
+        assert float(error.max()) <= {"exact": 5e-7, "high": 2e-4, "fast": 2e-3}[precision], error
+
+
+def test_codes_and_zeros(isa):
+    for bits in (2, 3, 4):
+        packed = random_codes(40, 300, bits)[0]
+        x = torch.randn(2, 300)
+        x[0] = 0
+        x[1, :256] = 0
+        y = check(packed, x, precision="high")
+        assert torch.equal(y[0], torch.zeros(40))
+
+
+@pytest.mark.parametrize("packs", ISAS)
+def test_a_layout_runs_on_every_instruction_set(packs, isa):
+    for packed in make_all(70, 300):
+        _cpu.set_isa(packs)
+        operand = packed.operand()
+        _cpu.set_isa(isa)
+        x = torch.randn(3, 300)
+        y = LINEAR[type(packed)](x, operand)
+        truth = nn.functional.linear(x.double(), dense_of(packed))
+        assert float((y.double() - truth).norm()) <= 2e-4 * float(truth.norm())
+
+
 def test_rows_of_very_different_lengths(isa):
     weight = torch.zeros(65, 333)
     weight[3] = torch.randn(333)

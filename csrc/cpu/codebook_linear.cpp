@@ -1,7 +1,6 @@
 #include "cpu/codebook_linear.h"
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -25,9 +24,6 @@ constexpr int64_t kChunkTiles = kStripTiles;
 constexpr double kNsPerLookupStep = 1.2;  // one lookup of 32 rows
 constexpr double kNsPerDecodeStep = 5.0;  // one column of 32 rows
 constexpr double kNsPerTable = 6.0;
-// Outside of this range of |x * codebook| the fixed point or its scale would leave fp32's normal numbers.
-constexpr float kSmallestBound = 0x1p-90f;
-constexpr float kLargestBound = 0x1p100f;
 
 enum class Path : int32_t { nothing, tables, exact };  // nothing: every product of the panel is zero
 
@@ -85,12 +81,6 @@ const LinearKernels& linear_kernels(StepOrder order) {
   return kLinearScalar;
 }
 
-TableKind table_kind(Precision precision, DType dtype) {
-  if (precision == Precision::high) return TableKind::bits16;
-  if (precision == Precision::fast) return TableKind::bits14;
-  return dtype == DType::fp32 ? TableKind::bits28 : TableKind::bits21;
-}
-
 // --- phase 1: tables -----------------------------------------------------------------------------------------------
 
 void pick_columns(const LayoutView& view, const PanelRecord& panel, const float* x, float* picked) {
@@ -101,14 +91,6 @@ void pick_columns(const LayoutView& view, const PanelRecord& panel, const float*
     for (int64_t i = 0; i < panel.columns; ++i) picked[i] = x[columns[i]];
   }
   std::fill(picked + panel.columns, picked + panel.slots, 0.0f);
-}
-
-// One part in 4096 less than fits: room for the rounding of the products and of the fixed point.
-float fixed_point_scale(TableKind kind, float bound) {
-  const float room = bound * (1 + 0x1p-12f);
-  if (kind == TableKind::bits28 || kind == TableKind::bits21)
-    return std::ldexp(1.0f, table_bits(kind) - 2 - std::ilogb(room));
-  return static_cast<float>((1 << (table_bits(kind) - 1)) - 1) / room;
 }
 
 void build_panel_tables(const Problem& problem, const PanelGroup& group, int64_t token, int64_t segment, int64_t p) {

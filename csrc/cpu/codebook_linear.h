@@ -21,6 +21,7 @@
 // fixed point would lose bits, takes a slow path in fp64 for that token: x with NaN or infinity gives what a dense
 // matmul gives.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "cpu/codebook_layout.h"
@@ -36,6 +37,24 @@ constexpr int kTableKinds = 4;
 static constexpr int table_planes(TableKind kind) { return kind == TableKind::bits28 ? 4 : kind == TableKind::bits21 ? 3 : 2; }
 static constexpr int plane_bits(TableKind kind) { return kind == TableKind::bits16 ? 8 : 7; }
 static constexpr int table_bits(TableKind kind) { return table_planes(kind) * plane_bits(kind); }
+
+static inline TableKind table_kind(Precision precision, DType dtype) {
+  if (precision == Precision::high) return TableKind::bits16;
+  if (precision == Precision::fast) return TableKind::bits14;
+  return dtype == DType::fp32 ? TableKind::bits28 : TableKind::bits21;
+}
+
+// Outside of this range of |x * codebook| the fixed point or its scale would leave fp32's normal numbers.
+constexpr float kSmallestBound = 0x1p-90f;
+constexpr float kLargestBound = 0x1p100f;
+
+// One part in 4096 less than fits: room for the rounding of the products and of the fixed point.
+static inline float fixed_point_scale(TableKind kind, float bound) {
+  const float room = bound * (1 + 0x1p-12f);
+  if (kind == TableKind::bits28 || kind == TableKind::bits21)
+    return std::ldexp(1.0f, table_bits(kind) - 2 - std::ilogb(room));
+  return static_cast<float>((1 << (table_bits(kind) - 1)) - 1) / room;
+}
 
 constexpr int64_t kMaxTokenBlock = 8;  // tokens that share one pass over the codes
 constexpr int kTableEntries = 16;      // bytes of one plane of one lookup's table

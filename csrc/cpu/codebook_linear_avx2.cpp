@@ -4,6 +4,7 @@
 
 #include "cpu/codebook_layout.h"
 #include "cpu/codebook_linear.h"
+#include "cpu/codebook_planes_avx2.h"
 #include "cpu/codebook_wide_avx2.h"
 
 namespace pyllmq::cpu {
@@ -11,9 +12,6 @@ namespace {
 
 // Two distances, as in the AVX-512 row: from the L2 to the L1 cache, and from memory to the L2 cache.
 constexpr int kNearBytes = 1024, kFarBytes = 6144;
-
-// gcc 12 otherwise copies the accumulators between registers every iteration, which costs a third of the loop.
-#define PYLLMQ_PIN(x) __asm__("" : "+x"(x))
 
 inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline __m256i broadcast16(const uint8_t* from) {
@@ -81,34 +79,13 @@ double outlier_sum(const float* x, const uint32_t* columns, const float* deltas,
   return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
-// Eight fixed-point numbers, each cut into its planes: plane p is byte p of its 32-bit lane.
-template <TableKind Kind>
-inline __m256i cut_into_planes(__m256 products) {
-  const __m256i t = _mm256_add_epi32(_mm256_cvtps_epi32(products), _mm256_set1_epi32(1 << (table_bits(Kind) - 1)));
-  if constexpr (plane_bits(Kind) == 8) return t;
-  __m256i planes = _mm256_and_si256(t, _mm256_set1_epi32(0x7F));
-  planes = _mm256_or_si256(planes, _mm256_and_si256(_mm256_slli_epi32(t, 1), _mm256_set1_epi32(0x7F00)));
-  if constexpr (table_planes(Kind) >= 3)
-    planes = _mm256_or_si256(planes, _mm256_and_si256(_mm256_slli_epi32(t, 2), _mm256_set1_epi32(0x7F0000)));
-  if constexpr (table_planes(Kind) >= 4)
-    planes = _mm256_or_si256(planes, _mm256_and_si256(_mm256_slli_epi32(t, 3), _mm256_set1_epi32(0x7F000000)));
-  return planes;
-}
-
 template <TableKind Kind>
 inline void store_table(__m256 entries_0_7, __m256 entries_8_15, uint8_t* table) {
-  const __m256i by_plane = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
-                                            0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m256i a = _mm256_shuffle_epi8(cut_into_planes<Kind>(entries_0_7), by_plane);
-  const __m256i b = _mm256_shuffle_epi8(cut_into_planes<Kind>(entries_8_15), by_plane);
-  const __m256i planes_01 = _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi32(a, b), in_order);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(table), planes_01);
-  if constexpr (table_planes(Kind) == 2) return;
-  const __m256i planes_23 = _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi32(a, b), in_order);
-  if constexpr (table_planes(Kind) == 4) _mm256_storeu_si256(reinterpret_cast<__m256i*>(table + 32), planes_23);
+  const PlanePairs planes = gather_planes<Kind>(entries_0_7, entries_8_15);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(table), planes.low);
+  if constexpr (table_planes(Kind) == 4) _mm256_storeu_si256(reinterpret_cast<__m256i*>(table + 32), planes.high);
   if constexpr (table_planes(Kind) == 3)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(table + 32), _mm256_castsi256_si128(planes_23));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(table + 32), _mm256_castsi256_si128(planes.high));
 }
 
 template <TableKind Kind>
@@ -155,21 +132,8 @@ void build(int width, StepOrder, const uint16_t* codebook, const float* x, int64
 
 // The sums of 32 rows for one token.
 template <TableKind Kind>
-struct Accumulators {
-  static constexpr int kPlanes = table_planes(Kind), kBits = plane_bits(Kind);
-  __m256i even[kPlanes], odd[kPlanes];  // 16-bit sums; `even` holds even + 256 * odd modulo 2^16 until the flush
-
-  inline __attribute__((always_inline)) void clear() {
-#pragma GCC unroll 4
-    for (int p = 0; p < kPlanes; ++p) even[p] = odd[p] = _mm256_setzero_si256();
-  }
-
-  inline __attribute__((always_inline)) void add_bytes(int p, __m256i v) {
-    even[p] = _mm256_add_epi16(even[p], v);
-    PYLLMQ_PIN(even[p]);
-    odd[p] = _mm256_add_epi16(odd[p], _mm256_srli_epi16(v, 8));
-    PYLLMQ_PIN(odd[p]);
-  }
+struct Accumulators : PlaneSums<Kind> {
+  using PlaneSums<Kind>::kPlanes;
 
   // Two lookups whose tables lie side by side.
   inline __attribute__((always_inline)) void add(__m256i index_a, __m256i index_b, const uint8_t* tables) {
@@ -177,18 +141,8 @@ struct Accumulators {
     for (int p = 0; p < kPlanes; ++p) {
       const __m256i a = _mm256_shuffle_epi8(broadcast16(tables + p * kTableEntries), index_a);
       const __m256i b = _mm256_shuffle_epi8(broadcast16(tables + (kPlanes + p) * kTableEntries), index_b);
-      if constexpr (kBits == 7) {
-        add_bytes(p, _mm256_add_epi8(a, b));
-      } else {
-        add_bytes(p, a);
-        add_bytes(p, b);
-      }
+      this->add_two(p, a, b);
     }
-  }
-
-  // Sums of 8-bit planes reach 65280 and are unsigned, those of 7-bit planes stay below 2^15.
-  static inline __attribute__((always_inline)) __m256i join(__m256i low, __m256i high) {
-    return _mm256_add_epi32(low, _mm256_slli_epi32(high, kBits));
   }
 
   inline __attribute__((always_inline)) void flush(int64_t lookups, float unit, float* y) {
@@ -197,27 +151,19 @@ struct Accumulators {
     __m256i sums[kPlanes][2];
 #pragma GCC unroll 4
     for (int p = 0; p < kPlanes; ++p) {
-      const __m256i e = _mm256_sub_epi16(even[p], _mm256_slli_epi16(odd[p], 8));
-      sums[p][0] = _mm256_unpacklo_epi16(e, odd[p]);
-      sums[p][1] = _mm256_unpackhi_epi16(e, odd[p]);
+      const __m256i e = this->even_sums(p);
+      sums[p][0] = _mm256_unpacklo_epi16(e, this->odd[p]);
+      sums[p][1] = _mm256_unpackhi_epi16(e, this->odd[p]);
     }
     const __m256i zero = _mm256_setzero_si256();
-    const __m256i bias = _mm256_set1_epi32(static_cast<int>(lookups << (2 * kBits - 1)));
-    const __m256 upper_unit = _mm256_set1_ps(static_cast<float>(1 << (kBits * (kPlanes - 2))) * unit);
-    const __m256 lower_unit = _mm256_set1_ps(unit);
     __m256 part[4];  // rows 0-3|16-19, 4-7|20-23, 8-11|24-27, 12-15|28-31
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const auto wide = [&](int p) {
-        return i % 2 ? _mm256_unpackhi_epi16(sums[p][i / 2], zero) : _mm256_unpacklo_epi16(sums[p][i / 2], zero);
-      };
-      const __m256i upper = _mm256_sub_epi32(join(wide(kPlanes - 2), wide(kPlanes - 1)), bias);
-      part[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(upper), upper_unit);
-      if constexpr (kPlanes >= 3) {
-        const __m256i lower = kPlanes == 4 ? join(wide(0), wide(1)) : wide(0);
-        part[i] = _mm256_add_ps(part[i], _mm256_mul_ps(_mm256_cvtepi32_ps(lower), lower_unit));
-      }
-    }
+    for (int i = 0; i < 4; ++i)
+      part[i] = join_planes<Kind>(
+          [&](int p) {
+            return i % 2 ? _mm256_unpackhi_epi16(sums[p][i / 2], zero) : _mm256_unpacklo_epi16(sums[p][i / 2], zero);
+          },
+          lookups, unit);
     const auto add_rows = [y](int row, __m256 value) {
       _mm256_storeu_ps(y + row, _mm256_add_ps(_mm256_loadu_ps(y + row), value));
     };

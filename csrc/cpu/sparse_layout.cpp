@@ -8,13 +8,14 @@
 #include <vector>
 
 #include "cpu/half.h"
+#include "cpu/isa.h"
 #include "cpu/thread_pool.h"
 
 namespace pyllmq::cpu {
 namespace {
 
 constexpr uint64_t kMagic = 0x70732D716D6C6C79;  // "yllmq-sp"
-constexpr uint64_t kVersion = 1;
+constexpr uint64_t kVersion = 2;
 constexpr int64_t kAlignment = 64;
 constexpr double kPackNsPerWeight = 1.5;
 constexpr int kMaskBytes = kCellColumns / 8;
@@ -104,6 +105,7 @@ Plan make_plan(const SparseCheckpoint& from, double sparse_columns) {
   h.kind = from.kind;
   h.values = from.value_type;
   h.bits = from.bits;
+  h.order = active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows;
   h.outliers = from.outliers;
   h.has_scale = from.scale != nullptr;
   h.tiles = (from.rows + kTileRows - 1) / kTileRows;
@@ -313,19 +315,21 @@ void pack_codes_tile(const SparseCheckpoint& from, const Plan& plan, int64_t til
     const int r = static_cast<int>(row % kCellRows), half = static_cast<int>(row % kTileRows / kCellRows);
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t slot = group * 4, block = slot / kCellColumns, batch = slot % kCellColumns / kBatchColumns;
-      auto* dwords = reinterpret_cast<uint32_t*>(layout + plan.cells[(tile * h.blocks + block) * 2 + half] +
-                                                 batch * code_batch_bytes(bits));
+      uint8_t* bytes = layout + plan.cells[(tile * h.blocks + block) * 2 + half] + batch * code_batch_bytes(bits) +
+                       code_byte(h.order, group, r);
       const auto positions = static_cast<uint32_t>(read_nibble(from.positions + row * position_bytes, group));
       const uint8_t* codes = from.codes + row * code_bytes;
       const uint32_t code[2] = {code_at(codes, 2 * group, bits), code_at(codes, 2 * group + 1, bits)};
-      const int shift = static_cast<int>(group % 8) * 4;
+      const auto put = [&](int plane, uint32_t nibble) {
+        bytes[plane * 4 * kCellRows] |= static_cast<uint8_t>(nibble << (4 * (group % 2)));
+      };
       if (bits == 2) {
-        dwords[r] |= (code[0] | (positions & 3) << 2) << shift;
-        dwords[kCellRows + r] |= (code[1] | positions >> 2 << 2) << shift;
+        put(0, code[0] | (positions & 3) << 2);
+        put(1, code[1] | positions >> 2 << 2);
       } else {
-        dwords[r] |= positions << shift;
-        dwords[kCellRows + r] |= code[0] << shift;
-        dwords[2 * kCellRows + r] |= code[1] << shift;
+        put(0, positions);
+        put(1, code[0]);
+        put(2, code[1]);
       }
     }
   }
@@ -334,7 +338,8 @@ void pack_codes_tile(const SparseCheckpoint& from, const Plan& plan, int64_t til
 GroupCodes group_at(const SparseView& view, int64_t row, int64_t group) {
   const int64_t block = group * 4 / kCellColumns;
   const uint8_t* cell = view.cell(row / kTileRows, block, static_cast<int>(row % kTileRows / kCellRows));
-  return read_group(cell, view.header().bits, group - block * (kCellColumns / 4), static_cast<int>(row % kCellRows));
+  return read_group(cell, view.header().order, view.header().bits, group - block * (kCellColumns / 4),
+                    static_cast<int>(row % kCellRows));
 }
 
 void unpack_codes_tile(const SparseView& view, const SparseCheckpoint& to, int64_t tile) {

@@ -13,9 +13,10 @@
 //   sparse24   batches of 8 groups (32 columns): 16 dwords of positions, 4 bits for each group, then 8 x 16 rows x 2 values
 //                bf16              a dword is the two values of one row
 //                fp32, fp16, int8  16 first values, then 16 second values
-//   codes      batches of 8 groups. 2 bits: 16 dwords for the first kept weights, nibble g = code | position << 2, then 16
-//              for the second ones. 3 and 4 bits: 16 dwords of positions, then 16 dwords of codes in nibbles for the first
-//              and 16 for the second kept weights
+//   codes      batches of 8 groups, in planes of 64 bytes. A row has 4 bytes of a plane, nibble g of them for group g.
+//              2 bits: a plane for the first kept weights, code | position << 2, then one for the second ones. 3 and 4
+//              bits: a plane of positions, then one of codes for the first and one for the second kept weights.
+//              StepOrder::fours: byte b of row r at 4 r + b, a dword per row; rows: at 16 b + r, for byte shuffles (AVX2)
 //   columns    for few kept weights: row by row a column number and a value for each, no cells
 //
 // Columns beyond the weight's are empty, values and codebook entries there zero.
@@ -42,6 +43,7 @@ struct SparseHeader {
   SparseKind kind;
   ValueType values;
   int64_t bits;                  // of codes
+  StepOrder order;               // of the bytes of codes: that of the instruction set that packs the layout
   int64_t checkpoint_columns;    // bytes of a column number where the checkpoint holds those, else 0
   int64_t has_scale, outliers, tiles, blocks;
   int64_t cells_offset, row_offsets_offset, scale_offset, codebook_offset;
@@ -90,10 +92,13 @@ void sparse_layout_unpack(const SparseView& view, const SparseCheckpoint& checkp
 struct GroupCodes {
   int position[2], code[2];
 };
-static inline GroupCodes read_group(const uint8_t* cell, int64_t bits, int64_t group, int row) {
-  const auto* dwords = reinterpret_cast<const uint32_t*>(cell + group / 8 * code_batch_bytes(static_cast<int>(bits)));
-  const int shift = static_cast<int>(group % 8) * 4;
-  const auto nibble = [&](int plane) { return static_cast<int>(dwords[plane * kCellRows + row] >> shift & 15); };
+static inline int64_t code_byte(StepOrder order, int64_t group, int row) {  // its place in a plane of a batch
+  const int64_t byte = group % 8 / 2;
+  return order == StepOrder::rows ? byte * kCellRows + row : row * 4 + byte;
+}
+static inline GroupCodes read_group(const uint8_t* cell, StepOrder order, int64_t bits, int64_t group, int row) {
+  const uint8_t* bytes = cell + group / 8 * code_batch_bytes(static_cast<int>(bits)) + code_byte(order, group, row);
+  const auto nibble = [&](int plane) { return bytes[plane * 4 * kCellRows] >> (4 * (group % 2)) & 15; };
   if (bits == 2) return {{nibble(0) >> 2, nibble(1) >> 2}, {nibble(0) & 3, nibble(1) & 3}};
   return {{nibble(0) & 3, nibble(0) >> 2}, {nibble(1), nibble(2)}};
 }

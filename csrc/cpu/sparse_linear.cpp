@@ -1,11 +1,11 @@
 #include "cpu/sparse_linear.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
-#include "cpu/codebook_linear.h"
 #include "cpu/isa.h"
 #include "cpu/thread_pool.h"
 #include "cpu/workspace.h"
@@ -23,10 +23,11 @@ constexpr double kNsPerMultiply = 0.02;
 constexpr double kNsPerPackedElement = 0.5;
 constexpr double kNsPerGather = 0.4;
 
-const SparseKernels& sparse_kernels() {
+const SparseKernels& sparse_kernels(const SparseHeader& h) {
 #if defined(__x86_64__)
-  if (active_isa() >= Isa::avx512) return kSparseAvx512;
-  if (active_isa() == Isa::avx2) return kSparseAvx2;
+  const auto reads = [&](StepOrder order) { return h.kind != SparseKind::codes || h.order == order; };
+  if (active_isa() >= Isa::avx512 && reads(StepOrder::fours)) return kSparseAvx512;
+  if (active_isa() != Isa::scalar && reads(StepOrder::rows)) return kSparseAvx2;
 #endif
   return kSparseScalar;
 }
@@ -158,10 +159,11 @@ SparseKernels::Multiply few_multiply(const Problem& problem) {
   return table[static_cast<int>(h.values)][t];
 }
 
-void run_few(const Problem& problem, const float* packed) {
+// multiply(cell, block, sums) for each cell; sums [tokens, kTileRows] of its half.
+template <class Multiply>
+void run_cells(const Problem& problem, Multiply&& multiply) {
   const SparseHeader& h = problem.header();
-  const int64_t tokens = problem.tokens, block_floats = kCellColumns * tokens * x_floats(h);
-  const SparseKernels::Multiply multiply = few_multiply(problem);
+  const int64_t tokens = problem.tokens;
   const double weights = static_cast<double>(h.rows) * static_cast<double>(h.columns);
   for_chunks(problem, weights * (kNsPerExpandedWeight + kNsPerMultiply * static_cast<double>(tokens)), [&](const Chunk& chunk) {
     alignas(64) float sums[kSparseStripTiles][kMostFewTokens * kTileRows];
@@ -169,8 +171,7 @@ void run_few(const Problem& problem, const float* packed) {
     for (int64_t block = 0; block < h.blocks; ++block)
       for (int64_t tile = 0; tile < chunk.tiles; ++tile)
         for (int half = 0; half < 2; ++half)
-          multiply({problem.view.cell(chunk.tile + tile, block, half), problem.view.slots(block),
-                    packed + block * block_floats, sums[tile] + half * kCellRows});
+          multiply(problem.view.cell(chunk.tile + tile, block, half), block, sums[tile] + half * kCellRows);
     for (int64_t t = 0; t < tokens; ++t) {
       alignas(64) float row_sums[kSparseStripTiles * kTileRows];
       for (int64_t tile = 0; tile < chunk.tiles; ++tile)
@@ -178,6 +179,65 @@ void run_few(const Problem& problem, const float* packed) {
       store_rows(problem, t, chunk, row_sums, true);
     }
   });
+}
+
+void run_few(const Problem& problem, float* packed) {
+  const SparseHeader& h = problem.header();
+  const int64_t block_floats = kCellColumns * problem.tokens * x_floats(h);
+  pack_few(problem, packed);
+  const SparseKernels::Multiply multiply = few_multiply(problem);
+  run_cells(problem, [&](const uint8_t* cell, int64_t block, float* sums) {
+    multiply({cell, h.order, problem.view.slots(block), packed + block * block_floats, sums});
+  });
+}
+
+// Tables [block, token] and their units; false where some x or its range leaves the fixed point.
+bool build_code_tables(const Problem& problem, TableKind kind, uint8_t* tables, float* units) {
+  const SparseHeader& h = problem.header();
+  const int64_t bytes = code_table_bytes(kind, h.bits);
+  const double cost = kNsPerPackedElement * static_cast<double>(problem.tokens * h.columns << h.bits);
+  std::atomic<bool> fits{true};
+  parallel_for(h.blocks * problem.tokens, 1, cost, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / problem.tokens * kCellColumns, columns = std::min(kCellColumns, h.columns - first);
+      float x[kCellColumns] = {};
+      std::copy_n(problem.x + i % problem.tokens * h.columns + first, columns, x);
+      if (!problem.kernels.code_tables[static_cast<int>(kind)].build(
+              static_cast<int>(h.bits), problem.view.codebook() + (first << h.bits), x, problem.view.slots(i / problem.tokens),
+              tables + i * bytes, units + i))
+        fits.store(false, std::memory_order_relaxed);
+    }
+  });
+  return fits.load();
+}
+
+// workspace: few_code_bytes.
+void run_few_codes(const Problem& problem, Precision precision, uint8_t* workspace) {
+  const SparseHeader& h = problem.header();
+  const TableKind kind = table_kind(precision, problem.dtype);
+  const int64_t bytes = code_table_bytes(kind, h.bits);
+  auto* units = reinterpret_cast<float*>(workspace + h.blocks * problem.tokens * bytes);
+  if (!build_code_tables(problem, kind, workspace, units)) {
+    for (int64_t t = 0; t < problem.tokens; ++t)
+      run_few({problem.view, kSparseScalar, problem.conversions, problem.dtype, problem.bias, 1, problem.x + t * h.columns,
+               nullptr, problem.y + t * h.rows * element_bytes(problem.dtype)},
+              reinterpret_cast<float*>(workspace));
+    return;
+  }
+  const auto look_up = problem.kernels.code_tables[static_cast<int>(kind)].lookup[h.bits - 2];
+  run_cells(problem, [&](const uint8_t* cell, int64_t block, float* sums) {
+    TokenTables tokens[kMostFewTokens];
+    for (int64_t t = 0; t < problem.tokens; ++t) {
+      const int64_t i = block * problem.tokens + t;
+      tokens[t] = {workspace + i * bytes, units[i], sums + t * kTileRows};
+    }
+    look_up({cell, problem.view.slots(block), tokens, problem.tokens});
+  });
+}
+
+int64_t few_code_bytes(const SparseHeader& h, TableKind kind, int64_t tokens) {
+  return std::max(h.blocks * tokens * (code_table_bytes(kind, h.bits) + int64_t{sizeof(float)}),
+                  h.blocks * kCellColumns * x_floats(h) * int64_t{sizeof(float)});
 }
 
 // --- more tokens ---------------------------------------------------------------------------------------------------
@@ -189,7 +249,7 @@ void expand_cell(const SparseView& view, const SparseKernels& kernels, int64_t t
   const int64_t slots = view.slots(block);
   if (h.kind == SparseKind::bitmap) return kernels.expand_bitmap[static_cast<int>(h.values)](cell, slots, weights);
   if (h.kind == SparseKind::sparse24) return kernels.expand_24[static_cast<int>(h.values)](cell, slots, weights);
-  kernels.expand_codes[h.bits - 2](cell, slots, view.codebook() + (block * kCellColumns << h.bits), weights);
+  kernels.expand_codes[h.bits - 2](cell, h.order, slots, view.codebook() + (block * kCellColumns << h.bits), weights);
   if (h.outliers == 0) return;
   const uint32_t* columns = view.outlier_columns();
   const int64_t first_row = tile * kTileRows + half * kCellRows, first = block * kCellColumns;
@@ -248,8 +308,9 @@ void run_more(const Problem& problem, const DecodeKernels& product, const BFloat
         const int64_t slots = problem.view.slots(block);
         for (int half = 0; half < 2; ++half) {
           uint16_t* pairs_of_half = pairs + half * kCellColumns * kCellRows;
-          if (tiles != nullptr && h.kind == SparseKind::bitmap && h.values == ValueType::bf16) {
-            tiles->expand_bitmap(problem.view.cell(chunk.tile + tile, block, half), slots, pairs_of_half);
+          if (tiles != nullptr && h.values == ValueType::bf16) {
+            (h.kind == SparseKind::bitmap ? tiles->expand_bitmap : tiles->expand_24)(
+                problem.view.cell(chunk.tile + tile, block, half), slots, pairs_of_half);
             continue;
           }
           float* weights_of_half = expanded + half * kCellColumns * kCellRows;
@@ -323,21 +384,24 @@ void run_columns(const Problem& problem, const float* transposed) {
 }  // namespace
 
 void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
-                   DType bias_dtype, void* y) {
+                   DType bias_dtype, void* y, Precision precision) {
   const SparseHeader& h = view.header();
   if (tokens < 0) throw std::invalid_argument("tokens = " + std::to_string(tokens) + "; must be >= 0");
   if (tokens == 0) return;
   if (x == nullptr || y == nullptr) throw std::invalid_argument("x and y must not be null when there are tokens");
-  Problem problem{view, sparse_kernels(), row_kernels(), x_dtype, nullptr, 0, nullptr, nullptr, nullptr};
+  Problem problem{view, sparse_kernels(h), row_kernels(), x_dtype, nullptr, 0, nullptr, nullptr, nullptr};
   const DecodeKernels& product = product_kernels();
   const int64_t few = h.kind == SparseKind::codes ? problem.kernels.few_code_tokens : problem.kernels.few_tokens;
   const bool is_few = tokens <= few;
+  const bool in_tables = is_few && h.kind == SparseKind::codes && problem.kernels.code_tables != nullptr;
   const BFloat16Tiles* tiles = is_few || h.kind == SparseKind::columns ? nullptr : bfloat16_tiles(view, x_dtype);
   const int64_t passes = (tokens + kMostTokens - 1) / kMostTokens, most = (tokens + passes - 1) / passes;
   int64_t packed = 0;
   const bool transposes = h.kind == SparseKind::columns && tokens >= kFewestTransposed;
   if (transposes)
     packed = (most + kColumnTokens - 1) / kColumnTokens * kColumnTokens * h.columns * 4;
+  else if (in_tables)
+    packed = few_code_bytes(h, table_kind(precision, x_dtype), tokens);
   else if (h.kind != SparseKind::columns)
     packed = h.blocks * (is_few              ? kCellColumns * tokens * x_floats(h) * 4
                          : tiles != nullptr ? tiles->packed_bytes(most)
@@ -362,9 +426,10 @@ void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t
     if (h.kind == SparseKind::columns) {
       if (transposes) transpose_tokens(problem, reinterpret_cast<float*>(packed_x));
       run_columns(problem, transposes ? reinterpret_cast<const float*>(packed_x) : nullptr);
+    } else if (in_tables) {
+      run_few_codes(problem, precision, packed_x);
     } else if (is_few) {
-      pack_few(problem, reinterpret_cast<float*>(packed_x));
-      run_few(problem, reinterpret_cast<const float*>(packed_x));
+      run_few(problem, reinterpret_cast<float*>(packed_x));
     } else {
       pack_more(problem, product, tiles, packed_x);
       run_more(problem, product, tiles, packed_x);
@@ -374,7 +439,7 @@ void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t
 
 void sparse_dequantize(const SparseView& view, void* out, DType dtype) {
   const SparseHeader& h = view.header();
-  const SparseKernels& kernels = sparse_kernels();
+  const SparseKernels& kernels = sparse_kernels(h);
   const RowKernels& conversions = row_kernels();
   const int64_t element = element_bytes(dtype);
   auto* bytes = static_cast<uint8_t*>(out);

@@ -13,6 +13,11 @@ constexpr int64_t kTileTokens = 16, kTileColumns = 32, kTileElements = kTileToke
 constexpr int64_t kHalfWeights = kCellColumns * kCellRows;
 constexpr int64_t kSumsStride = kTileRows * 4;
 
+inline void prefetch(const uint8_t* at) {  // the distances of the AVX-512 row
+  _mm_prefetch(reinterpret_cast<const char*>(at) + 2048, _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(at) + 4096, _MM_HINT_T1);
+}
+
 void pack_weights(const float* weights, int64_t slots, uint16_t* pairs) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
   for (int64_t slot = 0; slot < slots; slot += 2, weights += 2 * kCellRows, pairs += 2 * kCellRows) {
@@ -23,10 +28,6 @@ void pack_weights(const float* weights, int64_t slots, uint16_t* pairs) {
 }
 
 void expand_bitmap(const uint8_t* cell, int64_t slots, uint16_t* pairs) {
-  const auto prefetch = [](const uint8_t* at) {  // the distances of the AVX-512 row
-    _mm_prefetch(reinterpret_cast<const char*>(at) + 2048, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(at) + 16384, _MM_HINT_T1);
-  };
   const auto* masks = reinterpret_cast<const uint32_t*>(cell);
   const uint8_t* values = cell + slots * 2;
   for (int64_t line = 0; line < slots * 2; line += 64) prefetch(cell + line);
@@ -36,6 +37,41 @@ void expand_bitmap(const uint8_t* cell, int64_t slots, uint16_t* pairs) {
     asm("" : "+v"(loaded));  // as load_pinned of the AVX-512 row
     _mm512_store_si512(pairs, _mm512_maskz_expand_epi16(masks[pair], loaded));
     values += 2 * _mm_popcnt_u64(masks[pair]);
+  }
+}
+
+// The two pairs of columns of a group, from its two values in a dword: by the group's positions, which bytes go where.
+struct PairShuffles {
+  alignas(64) uint32_t pair[2][16];
+};
+
+constexpr PairShuffles make_pair_shuffles() {
+  PairShuffles shuffles{};
+  for (uint32_t positions = 0; positions < 16; ++positions)
+    for (uint32_t column = 0; column < 4; ++column) {
+      const uint32_t word = column == (positions & 3) ? 0x0100 : column == positions >> 2 ? 0x0302 : 0x8080;
+      shuffles.pair[column / 2][positions] |= word << (16 * (column % 2));
+    }
+  return shuffles;
+}
+constexpr PairShuffles kPairShuffles = make_pair_shuffles();
+
+void expand_24(const uint8_t* cell, int64_t slots, uint16_t* pairs) {
+  const __m512i shuffles[2] = {_mm512_load_si512(kPairShuffles.pair[0]), _mm512_load_si512(kPairShuffles.pair[1])};
+  const __m512i own_dword = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C));
+  for (int64_t slot = 0; slot < slots; slot += kBatchColumns) {
+    prefetch(cell);
+    const __m512i positions = _mm512_loadu_si512(cell);
+    cell += 4 * kCellRows;
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; ++g, cell += 4 * kCellRows) {
+      prefetch(cell);
+      const __m512i both = _mm512_loadu_si512(cell), index = _mm512_srli_epi32(positions, 4 * g);
+      for (int pair = 0; pair < 2; ++pair, pairs += 2 * kCellRows) {
+        const __m512i shuffle = _mm512_or_si512(_mm512_permutexvar_epi32(index, shuffles[pair]), own_dword);
+        _mm512_store_si512(pairs, _mm512_shuffle_epi8(both, shuffle));
+      }
+    }
   }
 }
 
@@ -112,6 +148,7 @@ void multiply(const uint16_t* pairs, const uint16_t* packed, int64_t slots, int6
 
 }  // namespace
 
-const BFloat16Tiles kBFloat16TilesAmx = {pack_weights, expand_bitmap, packed_bytes, pack_x, multiply, begin_chunk, end_chunk};
+const BFloat16Tiles kBFloat16TilesAmx = {pack_weights, expand_bitmap, expand_24, packed_bytes,
+                                         pack_x,       multiply,      begin_chunk, end_chunk};
 
 }  // namespace pyllmq::cpu

@@ -74,7 +74,7 @@ void multiply_codes(const CellWork& work) {
   for (int row = 0; row < kCellRows; ++row) {
     float sum = 0;
     for (int64_t group = 0; group < work.slots / 4; ++group) {
-      const GroupCodes found = read_group(work.cell, Bits, group, row);
+      const GroupCodes found = read_group(work.cell, work.order, Bits, group, row);
       const float* products = work.x + (group * 4 << Bits);
       for (int which = 0; which < 2; ++which) sum += products[(found.position[which] << Bits) + found.code[which]];
     }
@@ -83,11 +83,11 @@ void multiply_codes(const CellWork& work) {
 }
 
 template <int Bits>
-void expand_codes(const uint8_t* cell, int64_t slots, const uint16_t* codebook, float* weights) {
+void expand_codes(const uint8_t* cell, StepOrder order, int64_t slots, const uint16_t* codebook, float* weights) {
   for (int64_t i = 0; i < slots * kCellRows; ++i) weights[i] = 0.0f;
   for (int64_t group = 0; group < slots / 4; ++group)
     for (int row = 0; row < kCellRows; ++row) {
-      const GroupCodes found = read_group(cell, Bits, group, row);
+      const GroupCodes found = read_group(cell, order, Bits, group, row);
       for (int which = 0; which < 2; ++which) {
         const int64_t slot = group * 4 + found.position[which];
         weights[slot * kCellRows + row] += fp16_to_fp32(codebook[(slot << Bits) + found.code[which]]);
@@ -125,6 +125,7 @@ void dot_tokens(const uint8_t* values, const uint8_t* columns, int column_bytes,
 const SparseKernels kSparseScalar = {
     1,
     1,
+    nullptr,
     {{multiply_bitmap<ValueType::fp32>}, {multiply_bitmap<ValueType::bf16>}, {multiply_bitmap<ValueType::fp16>}, {multiply_bitmap<ValueType::int8>}},
     {{multiply_24<ValueType::fp32>}, {multiply_24<ValueType::bf16>}, {multiply_24<ValueType::fp16>}, {multiply_24<ValueType::int8>}},
     {{multiply_codes<2>}, {multiply_codes<3>}, {multiply_codes<4>}},

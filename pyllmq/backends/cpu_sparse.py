@@ -107,6 +107,7 @@ def sparse_linear(
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else _DTYPE_CODE[bias.dtype],
         y.data_ptr(),
+        cpu._PRECISION_CODE[precision],
     )
     return y
 

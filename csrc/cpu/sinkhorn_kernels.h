@@ -201,13 +201,70 @@ void row_sums(const float* k, int64_t n, int64_t stride, const float* x, float* 
   });
 }
 
+// sum_i K_ij x_i of kParts vectors of columns, at most 4. Several rows at a time: a sum waits 4 cycles for its last term.
+template <class V, int kParts>
+inline void sum_part(const float* k, int64_t n, int64_t stride, const float* x, typename V::R* total) {
+  using R = typename V::R;
+  constexpr int kRows = 8 / kParts;
+  R sum[kRows][kParts];
+  for (int r = 0; r < kRows; ++r)
+    for (int p = 0; p < kParts; ++p) sum[r][p] = V::set(0);
+  int64_t i = 0;
+  for (; i + kRows <= n; i += kRows)
+    for (int r = 0; r < kRows; ++r) {
+      const R factor = V::set(x[i + r]);
+      for (int p = 0; p < kParts; ++p) sum[r][p] = V::fma(V::load(k + (i + r) * stride + p * V::width), factor, sum[r][p]);
+    }
+  for (; i < n; ++i)
+    for (int p = 0; p < kParts; ++p)
+      sum[0][p] = V::fma(V::load(k + i * stride + p * V::width), V::set(x[i]), sum[0][p]);
+  for (int p = 0; p < kParts; ++p) {
+    total[p] = sum[0][p];
+    for (int r = 1; r < kRows; ++r) total[p] = V::add(total[p], sum[r][p]);
+  }
+}
+
+// finish(j, sums of columns j and after) for each vector of columns.
+template <class V, class Finish>
+inline void sum_columns(const float* k, int64_t n, int64_t stride, const float* x, const Finish& finish) {
+  for (int64_t j = 0; j < stride; j += 4 * V::width) {
+    const int64_t parts = (stride - j) / V::width < 4 ? (stride - j) / V::width : 4;
+    typename V::R total[4];
+    switch (parts) {
+      case 1: sum_part<V, 1>(k + j, n, stride, x, total); break;
+      case 2: sum_part<V, 2>(k + j, n, stride, x, total); break;
+      case 3: sum_part<V, 3>(k + j, n, stride, x, total); break;
+      default: sum_part<V, 4>(k + j, n, stride, x, total);
+    }
+    for (int64_t p = 0; p < parts; ++p) finish(j + p * V::width, total[p]);
+  }
+}
+
 template <class V>
 void column_sums(const float* k, int64_t n, int64_t stride, const float* x, float* out) {
-  for (int64_t j = 0; j < stride; j += V::width) {
-    auto sum = V::set(0);
-    for (int64_t i = 0; i < n; ++i) sum = V::fma(V::load(k + i * stride + j), V::set(x[i]), sum);
-    V::store(out + j, sum);
-  }
+  sum_columns<V>(k, n, stride, x, [=](int64_t j, typename V::R sum) { V::store(out + j, sum); });
+}
+
+template <class V>
+float scale_columns(const float* k, int64_t n, int64_t stride, const float* x, const float* over, float* out) {
+  auto most = V::set(0);
+  sum_columns<V>(k, n, stride, x, [=, &most](int64_t j, typename V::R sum) {
+    const auto quotient = V::quotient(V::load(over + j), V::max(sum, V::set(kTiny)));
+    most = V::max(most, quotient);
+    V::store(out + j, quotient);
+  });
+  return V::most(most);
+}
+
+template <class V>
+void transpose(const float* k, int64_t n, int64_t stride, int64_t rows, float* out) {
+  for (int64_t i = 0; i < rows; i += V::width)
+    for (int64_t j = 0; j < stride; j += V::width) {
+      typename V::R square[V::width];
+      for (int64_t r = 0; r < V::width; ++r) square[r] = i + r < n ? V::load(k + (i + r) * stride + j) : V::set(0);
+      V::transpose(square);
+      for (int64_t r = 0; r < V::width; ++r) V::store(out + (j + r) * rows + i, square[r]);
+    }
 }
 
 template <class V>

@@ -57,11 +57,14 @@ Mass checked_mass(const float* marginal, int64_t count, const char* name, int64_
 // True if all marginals are above 0.
 bool check_marginals(const SinkhornProblem& p) {
   const bool balanced = std::isinf(p.rho_a) && std::isinf(p.rho_b);
-  bool full = true;
-  for (int64_t q = 0; q < p.problems; ++q) {
-    if (!(p.epsilon[q] > 0 && p.epsilon[q] <= std::numeric_limits<float>::max()))
+  bool full = true, positive = true;
+  const auto allowed = [](float epsilon) { return epsilon > 0 && epsilon <= std::numeric_limits<float>::max(); };
+  for (int64_t q = 0; q < p.problems; ++q) positive &= allowed(p.epsilon[q]);
+  for (int64_t q = 0; !positive && q < p.problems; ++q)
+    if (!allowed(p.epsilon[q]))
       refuse(q, "epsilon must be positive and finite in every problem, here " + std::to_string(p.epsilon[q]));
-    if (q > 0 && p.a_stride == 0 && p.b_stride == 0) continue;
+  const bool shared = p.a_stride == 0 && p.b_stride == 0;
+  for (int64_t q = 0; q < (shared ? std::min<int64_t>(p.problems, 1) : p.problems); ++q) {
     const Mass a = checked_mass(p.a + q * p.a_stride, p.n, "a", q), b = checked_mass(p.b + q * p.b_stride, p.m, "b", q);
     full &= !a.somewhere_zero && !b.somewhere_zero;
     if (balanced && std::abs(a.sum - b.sum) > kSameMass * std::max(a.sum, b.sum))
@@ -647,6 +650,7 @@ void sinkhorn(const SinkhornProblem& p, const SinkhornForward& out) {
       const SmallLanes found = kernels.small_forward(
           group_of(p, first, lanes, full), out.iterations, static_cast<float>(out.tolerance), room,
           out.plan + first * p.n * p.m, out.u + first * p.n, out.v + first * p.m, out.count + first);
+      if (full && (found.not_finite | found.again) == 0) continue;
       for (int64_t lane = 0; lane < lanes; ++lane) {
         if (!full || found.not_finite >> lane & 1) check_possible(p, first + lane);
         if (!(found.again >> lane & 1)) continue;

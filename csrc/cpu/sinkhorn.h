@@ -89,7 +89,7 @@ struct SmallProblem {
   bool full;            // all of a and b are above 0
 };
 
-// A bit per lane: must be done over by the general loop; has a cost that is not finite. Lanes without a problem are as the first.
+// A bit per lane: must be done over by the general loop; has a cost that is not finite.
 struct SmallLanes {
   uint32_t again, not_finite;
 };

@@ -11,10 +11,12 @@ from torch import Tensor
 from pyllmq.compression.column_loop import (
     ColumnQuantizer,
     factor_hessian,
-    invert_lower_,
+    invert_upper_,
     output_error,
     refine_columns,
+    squared_columns,
     sweep_columns,
+    times_inverse,
 )
 
 
@@ -63,12 +65,43 @@ def test_factor_is_the_root_of_the_damped_inverse(samples: int, act_order: bool)
     factor = factor_hessian(hessian, 0.01, act_order)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(60, dtype=torch.float64)
     ordered = damped[factor.order][:, factor.order]
-    upper = factor.upper.double()
-    assert factor.upper.dtype == torch.float32 and torch.equal(upper, upper.triu())
+    upper = factor.square.triu().double()
+    assert factor.square.dtype == torch.float32
     torch.testing.assert_close(upper @ ordered @ upper.t(), torch.eye(60, dtype=torch.float64), rtol=0, atol=1e-5)
     diagonal = hessian.diagonal()[factor.order]
     assert bool((diagonal.diff() <= 0).all()) == act_order
     assert sorted(factor.order.tolist()) == list(range(60)) and factor.damping == 0.01
+    assert factor.added() == pytest.approx(0.01 * float(diagonal.mean()))
+    for begin, end in ((0, 60), (0, 1), (17, 40), (59, 60)):
+        rows = hessian[factor.order][:, factor.order][begin:end]
+        torch.testing.assert_close(factor.hessian_rows(begin, end), rows.float(), rtol=1e-6, atol=0)
+        assert torch.equal(factor.upper_rows(begin, end).triu().double(), upper[begin:end, begin:])
+    matrix = torch.randn(60, 5, dtype=torch.float64)
+    torch.testing.assert_close(
+        squared_columns(matrix.float(), factor),
+        (ordered @ matrix * matrix).sum(0) - 0.01 * float(diagonal.mean()) * matrix.square().sum(0),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    torch.testing.assert_close(
+        times_inverse(matrix.float(), factor).double(), torch.linalg.solve(ordered, matrix), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("size", [7, 515, 1100])
+def test_factor_in_place_and_by_panels(size: int) -> None:
+    hessian = correlated_hessian(size, 2 * size, dtype=torch.float32)
+    given = hessian.clone()
+    factor = factor_hessian(hessian)
+    assert torch.equal(hessian, given) and factor.square.data_ptr() != hessian.data_ptr()
+    same = factor_hessian(given, in_place=True)
+    assert same.square.data_ptr() == given.data_ptr() and torch.equal(same.square, factor.square)
+    damped = hessian.double() + factor.added() * torch.eye(size)
+    upper = factor.square.triu().double()
+    product = upper @ damped[factor.order][:, factor.order] @ upper.t()
+    torch.testing.assert_close(product, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-4)
+    rows = torch.cat([factor.hessian_rows(begin, min(begin + 300, size)) for begin in range(0, size, 300)])
+    assert torch.equal(rows, rows.t()) and torch.equal(rows.tril(), hessian[factor.order][:, factor.order].tril())
 
 
 def test_factor_survives_a_rank_deficient_hessian() -> None:
@@ -81,7 +114,7 @@ def test_factor_survives_a_rank_deficient_hessian() -> None:
         factor = factor_hessian(hessian.float(), 0.01)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(1536, dtype=torch.float64)
     exact = torch.linalg.cholesky(torch.linalg.inv(damped[factor.order][:, factor.order]), upper=True)
-    relative = (factor.upper.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    relative = (factor.square.triu().double() - exact).norm(dim=1) / exact.norm(dim=1)
     assert float(relative.max()) < 1e-4
 
 
@@ -136,11 +169,11 @@ def test_dead_columns_are_listed_and_coupled_to_nothing() -> None:
     assert factor.dead_columns.tolist() == [3, 8]
     place = {column: p for p, column in enumerate(factor.order.tolist())}
     for column in (3, 8):
-        row = factor.upper[place[column]].clone()
+        row = factor.square.triu()[place[column]]
         mean = hessian.diagonal()[hessian.diagonal() > 0].mean()
         assert float(row[place[column]]) == pytest.approx(float(1.01 * mean) ** -0.5, rel=1e-5)
         row[place[column]] = 0
-        assert not row.any() and int(factor.upper[:, place[column]].count_nonzero()) == 1
+        assert not row.any() and int(factor.square.triu()[:, place[column]].count_nonzero()) == 1
     weight = torch.randn(5, 12)
     swept = sweep_columns(weight, factor, RoundToGrid(0.5))
     assert torch.equal(swept.quantized[:, 3], (weight[:, 3] / 0.5).round() * 0.5)
@@ -178,13 +211,14 @@ def test_one_by_one_and_the_scale_of_the_hessian() -> None:
         assert torch.equal(other.quantized, one.quantized)
 
 
-def test_triangular_inverse_by_halves() -> None:
+@pytest.mark.parametrize("panel", [1, 7, 64, 300, 512])
+def test_triangular_inverse_by_panels(panel: int) -> None:
     torch.manual_seed(0)
-    lower = torch.randn(1100, 1100, dtype=torch.float64).tril() / 1100 + torch.eye(1100, dtype=torch.float64)
-    inverse = lower.clone()
-    invert_lower_(inverse)
-    torch.testing.assert_close(lower @ inverse, torch.eye(1100, dtype=torch.float64), rtol=0, atol=1e-12)
-    assert torch.equal(inverse, inverse.tril())
+    square = torch.randn(300, 300, dtype=torch.float64) / 300 + torch.eye(300, dtype=torch.float64)
+    inverse = square.clone()
+    invert_upper_(inverse, panel)
+    torch.testing.assert_close(square.triu() @ inverse.triu(), torch.eye(300, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert torch.equal(inverse.tril(-1), square.tril(-1))
 
 
 def test_output_error_by_hand() -> None:
@@ -265,7 +299,7 @@ def test_descent_accounts_for_every_bit_of_the_objective(block_size: int) -> Non
     quantizer, factor = NearestOfThree(weights), factor_hessian(hessian)
     swept = sweep_columns(weight, factor, quantizer).quantized
     kept = swept.clone()
-    refined = refine_columns(weight, swept, hessian, factor, quantizer, 3, 0.0, block_size)
+    refined = refine_columns(weight, swept, factor, quantizer, 3, 0.0, block_size)
     assert torch.equal(swept, kept)
     before, after = (damped_objective(weight, q, hessian, factor.damping, weights) for q in (swept, refined.quantized))
     assert all(decrease >= 0 for decrease in refined.decreases) and refined.decreases[0] > 0
@@ -276,7 +310,7 @@ def test_descent_ends_where_no_column_can_do_better() -> None:
     hessian = correlated_hessian(8, 40, seed=5)
     weight, ones = torch.randn(9, 8), torch.ones(9)
     quantizer, factor = NearestOfThree(ones), factor_hessian(hessian)
-    done = refine_columns(weight, weight.round(), hessian, factor, quantizer, cycles=50, tolerance=0.0)
+    done = refine_columns(weight, weight.round(), factor, quantizer, cycles=50, tolerance=0.0)
     assert len(done.decreases) < 50 and done.decreases[-1] == 0
     reached = damped_objective(weight, done.quantized, hessian, factor.damping, ones)
     damped = hessian + factor.damping * hessian.diagonal().mean() * torch.eye(8)
@@ -295,7 +329,7 @@ def test_descent_does_not_depend_on_blocks_and_leaves_dead_columns() -> None:
     factor = factor_hessian(hessian)
     start = weight.round()
     found = [
-        refine_columns(weight, start, hessian, factor, NearestOfThree(torch.ones(6)), 2, 0.0, size).quantized
+        refine_columns(weight, start, factor, NearestOfThree(torch.ones(6)), 2, 0.0, size).quantized
         for size in (1, 7, 64)
     ]
     for other in found[1:]:

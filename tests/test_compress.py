@@ -1,14 +1,26 @@
 """pyllmq.compress on models of every kind: right inputs, right Hessians, honest report, nothing changed on failure."""
 
+import copy
 import json
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 import pyllmq
-from pyllmq import CLAQConfig, CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseConfig, SparseLinear
+from pyllmq import (
+    CLAQConfig,
+    CodebookLinear,
+    ColumnCodebookConfig,
+    Sparse24CodebookLinear,
+    Sparse24Linear,
+    SparseConfig,
+    SparseLinear,
+)
+from pyllmq.compression import drift
 from pyllmq.compression import job as pipeline
+from pyllmq.compression.model import visit_groups
 
 from . import models
 
@@ -125,6 +137,74 @@ def test_blocks_that_run_twice_and_models_without_blocks():
     plain = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     report = run(plain, [{"input": torch.randn(32, 8)}])
     assert [layer.name for layer in report.layers] == ["0", "2"]
+
+
+class Repeats(nn.Module):
+    """A block in which one Linear runs twice, on two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return x + self.second(torch.tanh(self.first(self.first(x))))
+
+
+class Repeating(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Repeats(), Repeats()])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("make", [models.tiny_llama, models.tiny_bert, models.tiny_mixtral, Repeating])
+@pytest.mark.parametrize("config", [CONFIG, ColumnCodebookConfig(bits=3.5, cycles=1, kmeans="windowed")])
+def test_runs_end_where_all_is_known(monkeypatch, make, config):
+    """With the results of runs to the end, which a Linear that runs twice needs."""
+    torch.manual_seed(3)
+    dense = make()
+    batches = [{"x": torch.randn(40, 64)} for _ in range(3)] if make is Repeating else models.token_batches(3)
+    layers = [name for name, module in dense.named_modules() if isinstance(module, nn.Linear)]
+    runs = []
+
+    def compressed():
+        model, count = copy.deepcopy(dense), 0
+
+        def ran(module, args, output):
+            nonlocal count
+            count += 1
+
+        for module in model.modules():
+            if not list(module.children()):
+                module.register_forward_hook(ran)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run(model, batches, config)
+        runs.append(count)
+        return model.state_dict()
+
+    early = compressed()
+    group_by_input = pipeline._group_by_input
+    monkeypatch.setattr(pipeline, "_group_by_input", lambda *a: (group_by_input(*a)[0], set(layers)))
+    monkeypatch.setattr(drift, "_find_places", lambda *a, find=drift._find_places: (find(*a)[0], set(layers)))
+    whole = compressed()
+    assert early.keys() == whole.keys() and all(torch.equal(early[key], whole[key]) for key in early)
+    if make is not Repeating:
+        assert runs[0] < runs[1]
+
+
+def test_a_linear_that_runs_twice_is_given_both_inputs():
+    model, x = Repeating(), torch.randn(40, 64)
+    found = {}
+    visit_groups(model, [{"x": x}], lambda group, inputs: found.update(dict.fromkeys(group, inputs.hessian)))
+    for i, block in enumerate(model.blocks):
+        both = torch.cat([x, block.first(x)])
+        torch.testing.assert_close(found[f"blocks.{i}.first"], 2 / len(both) * both.T @ both)
+        x = block(x)
 
 
 def test_padding_does_not_count():

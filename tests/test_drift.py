@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import pyllmq
 from pyllmq import ColumnCodebookConfig
 from pyllmq.compression import columns
-from pyllmq.compression.column_loop import factor_hessian
+from pyllmq.compression.column_loop import as_matrix, factor_hessian
 from pyllmq.compression.drift import DenseTwin, Drift, Place, watch
 
 from .models import tiny_bert, tiny_llama
@@ -71,19 +71,27 @@ def test_the_target_is_a_ridge_regression(biased: bool) -> None:
     rows, size, tokens, damping = 9, 14, 40, 0.05
     weight, x, e = torch.randn(rows, size), torch.randn(tokens, size) + 1, torch.randn(tokens, rows) + 2
     mean = x.mean(0) if biased else None
-    drift = Drift(e.T @ x / tokens, e.mean(0))
-    inputs = columns.InputStatistics(x.T @ x / tokens, mean, {"w": drift})
-    factor = factor_hessian(inputs.of_the_error(), damping)
-    found = columns._target(weight, inputs, drift, factor, 1.0)
+    products = e.T @ x / tokens
+    covariance = x.T @ x / tokens - (0 if mean is None else torch.outer(mean, mean))
+    factor = factor_hessian(covariance, damping)
+
+    def target(drift: Drift | None, share: float) -> Tensor:
+        return as_matrix(columns._target(weight, drift, mean, factor, share), factor.order)
+
+    drift = Drift(products, e.mean(0))
+    found = target(drift, 1.0)
+    with pytest.raises(RuntimeError, match="were taken"):
+        target(drift, 1.0)
+    drift = Drift(products, e.mean(0))
     if biased:
         x, e = x - x.mean(0), e - e.mean(0)
     x, e = x.double(), e.double()
     ridge = (damping * (x.T @ x / tokens).diagonal().mean()).sqrt() * tokens**0.5 * torch.eye(size).double()
     change = torch.linalg.lstsq(torch.cat([x, ridge]), torch.cat([e, torch.zeros(size, rows).double()])).solution.T
     torch.testing.assert_close(found.double(), weight.double() + change, rtol=1e-4, atol=1e-4)
-    half = columns._target(weight, inputs, drift, factor, 0.5)
+    half = target(drift, 0.5)
     torch.testing.assert_close(half, (weight + found) / 2, rtol=1e-5, atol=1e-5)
-    assert columns._target(weight, inputs, None, factor, 1.0) is weight
+    assert torch.equal(target(None, 1.0), weight) and torch.equal(target(drift, 0.0), weight)
 
 
 def at_places(model: nn.Module, places: dict[str, Place]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..swap import dense_weight
 from .calibration import Batch
-from .drift import DenseTwin
+from .drift import DenseTwin, Enough
 
 OUTSIDE = ""
 """Unit of everything that is in no block."""
@@ -32,6 +32,9 @@ class Weights:
 
     def drop(self, unit: str) -> None:
         """They are not needed for now."""
+
+    def rest(self, unit: str) -> None:
+        """Its tensors are not read for a while."""
 
     def settle(self, blocks: Iterable[str]) -> None:
         """Only these blocks are units of their own; everything else belongs to `OUTSIDE`."""
@@ -139,10 +142,6 @@ class Chain:
     """The other arguments of its blocks do not depend on what blocks give out: stubs are enough to record them."""
 
 
-class _Enough(Exception):
-    """Ends a run of the model behind the last block of interest."""
-
-
 @dataclass
 class BlockLoop:
     """One walk through the blocks of a model.
@@ -202,11 +201,6 @@ class BlockLoop:
         rest += [stage for stage in stages if stage.block is None]
         if rest:
             chains.append(Chain(rest))
-        # What comes after the last Linear only runs.
-        while chains and not any(stage.linears for stage in chains[-1].stages):
-            chains.pop()
-        while chains and not chains[-1].stages[-1].linears:
-            chains[-1].stages.pop()
         for seen in self.seen.values():
             seen.calls, seen.output = [], None
         # What comes after the last Linear only runs.
@@ -325,13 +319,13 @@ class BlockLoop:
                     )
                 recorded[name] = call.without_hidden() if recorded else call
                 if len(recorded) == len(wanted):
-                    raise _Enough
+                    raise Enough
             return reply(name, call.hidden)
 
         with self._stubs(stub):
             try:
                 self.model(**batch)
-            except _Enough:
+            except Enough:
                 return recorded
         raise ValueError(
             f"a calibration batch runs {len(recorded)} of {len(wanted)} blocks that the first batch ran once each; batches must "
@@ -392,7 +386,7 @@ class BlockLoop:
             hidden: its inputs, for each batch; None: those of the first stage.
             dense: its twin's inputs; None: the same, as at the first stage of a chain.
             with_twin: during each visit `twin` is the block as it was before, on what the twins of the blocks before gave out:
-                a second copy of the block and of the hidden states.
+                a second copy of the hidden states.
         """
         if chain.stages[0].block is None:
             with self.weights.loaded(OUTSIDE):

@@ -18,7 +18,7 @@ from ..config import FULL_BITS, CLAQConfig
 from ..formats import CodebookWeight, PackedWeight
 from ..kmeans import kmeans_1d
 from . import allocate
-from .column_loop import ColumnQuantizer, factor_hessian, output_error, sweep_columns
+from .column_loop import PANEL, ColumnQuantizer, factor_hessian, output_error, sweep_columns
 from .ranks import ALONE, Ranks
 
 FP16_MAX = 65504.0
@@ -240,7 +240,7 @@ def outgrown(name: str, column: int, values: Tensor) -> ValueError:
 def check_weight(name: str, weight: Tensor, hessian: Tensor) -> None:
     """`check_matrix`, and that fp16 codebooks can hold the weight."""
     check_matrix(name, weight, hessian)
-    by_column = weight.detach().float().abs().amax(0)
+    by_column = torch.stack([part.detach().abs().amax(0) for part in weight.split(PANEL)]).amax(0).float()
     largest = float(by_column.max())
     if largest > FP16_MAX:
         raise ValueError(
@@ -263,6 +263,6 @@ def check_matrix(name: str, weight: Tensor, hessian: Tensor) -> None:
         raise ValueError(
             f"{name!r} is {tuple(weight.shape)} and the hessian {tuple(hessian.shape)}; with [N, K] it must be [K, K]"
         )
-    bad = int((~torch.isfinite(weight)).sum())
+    bad = sum(int((~torch.isfinite(part)).sum()) for part in weight.split(PANEL))
     if bad:
         raise ValueError(f"{name!r} holds {bad} of {weight.numel()} weights that are not finite; check the checkpoint")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 MAX_DAMPING = 1.0
-TRIANGULAR_LEAF = 512
+PANEL = 512
+"""Columns of a Hessian that are factored in fp64 at a time."""
 LAZY_COLUMNS = 8
 """Columns whose updates inside a block are gathered. 7 x 4096 elements stay below the size from which torch starts its
 threads, which costs 8 ms a call where the cores are busy; idle it is 0.5 against 1.1 s at 4096 x 4096."""
@@ -24,16 +25,40 @@ threads, which costs 8 ms a call where the cores are busy; idle it is 0.5 agains
 
 @dataclass(frozen=True, eq=False)
 class HessianFactor:
-    """What the sweep needs of a Hessian [K, K]. One factor serves every Linear with the same input."""
+    """A Hessian [K, K] and what the sweep needs of it, in processing order. One serves every Linear with the same input."""
 
     order: Tensor
     """int64 [K]: the original index of the column that is processed p-th."""
-    upper: Tensor
-    """float32 [K, K]: U in processing order, (damped H)^-1 = U^T U."""
+    square: Tensor
+    """float32 [K, K]: on and right of the diagonal U, (damped H)^-1 = U^T U; left of it H, undamped. A [K, K] is 0.5 GB at
+    K = 11008, and of either half of one says all."""
+    diagonal: Tensor
+    """float32 [K]: H_jj, undamped."""
     dead_columns: Tensor
     """int64: original indices of inputs that were always 0 in the calibration data; they are coupled to nothing."""
     damping: float
     """The share of mean(diag H) that was added to the diagonal; above the one asked for where that one failed."""
+
+    def upper_rows(self, begin: int, end: int) -> Tensor:
+        """float32 [end - begin, K - begin]: U[begin:end, begin:]. What is left of U's diagonal is not to be read."""
+        return self.square[begin:end, begin:]
+
+    def hessian_rows(self, begin: int, end: int) -> Tensor:
+        """float32 [end - begin, K]: H[begin:end], undamped; a new tensor."""
+        here = slice(begin, end)
+        corner = _symmetric(self.square[here, here], self.diagonal[here])
+        return torch.cat([self.square[here, :begin], corner, self.square[end:, here].t()], 1)
+
+    def added(self) -> float:
+        """What damping adds to the diagonal."""
+        alive = self.diagonal[self.diagonal > 0].double()
+        return self.damping * float(alive.mean()) if alive.numel() else self.damping
+
+
+def _symmetric(square: Tensor, diagonal: Tensor) -> Tensor:
+    """The matrix that has this diagonal and is `square` left of it."""
+    lower = square.tril(-1)
+    return lower + lower.t() + diagonal.diag()
 
 
 class ColumnQuantizer:
@@ -83,8 +108,8 @@ class ColumnQuantizer:
         """Quantize the columns of a block in turn, each error spread over the columns after it.
 
         Args:
-            columns: original indices. block: float32 [B, N], changed. coupling: float32 [B, B], the block of U;
-            upper_diagonal: its diagonal.
+            columns: original indices. block: float32 [B, N], changed. coupling: float32 [B, B], the block of U, of which only
+            what is right of the diagonal is to be read; upper_diagonal: its diagonal.
 
         Returns:
             (stored, errors), float32 [B, N] each; an error is (value - stored) / U_jj.
@@ -147,18 +172,22 @@ class SweepResult:
     """tr(E H E^T) with the damped H: what the sweep minimised."""
 
 
-def factor_hessian(hessian: Tensor, damping: float = 0.01, act_order: bool = True) -> HessianFactor:
+def factor_hessian(
+    hessian: Tensor, damping: float = 0.01, act_order: bool = True, *, in_place: bool = False
+) -> HessianFactor:
     """Damp, order and factor a Hessian.
 
-    One Cholesky of H with its indices reversed gives H = R R^T with R upper, and U = R^-1: no explicit inverse of H.
-    Worked in fp64: at K = 1536 from 200 samples fp32 is off by 8e-5 in the rows of U at damping 0.01, by 8e-3 at 1e-4,
-    and at K = 4096 on two cores fp64 takes 1.5 s, fp32 1.1 s.
+    H = R R^T with R upper, and U = R^-1: no explicit inverse of H. Panel by panel in one float32 [K, K], the arithmetic of each
+    panel in fp64. At K = 1536 from 200 samples rows of U are off by 2.5e-6 at damping 0.01, by 2.4e-4 at 1e-4, as they are
+    with everything in fp64: that is the rounding of H itself. All in fp32 they are off by 8e-5 and 8e-3. K = 4096 takes
+    0.66 s on two cores, all in fp64 1.2 s and four times the memory.
 
     Args:
         hessian: float [K, K], symmetric, sum of x x^T over the calibration tokens, on any scale.
         damping: share of the mean diagonal that is added to the diagonal, 0 to 1. If the Cholesky fails it is raised
             tenfold, up to 1, with a warning.
         act_order: process the columns by falling diagonal (ties by index) instead of left to right.
+        in_place: the result takes the memory of `hessian`, if that is float32.
 
     Raises:
         ValueError: not square, not finite, a negative diagonal, damping out of range, or no damping helps.
@@ -167,7 +196,7 @@ def factor_hessian(hessian: Tensor, damping: float = 0.01, act_order: bool = Tru
         raise ValueError(f"hessian has the shape {tuple(hessian.shape)}; it must be [K, K] with K >= 1")
     if not 0 <= damping <= MAX_DAMPING:
         raise ValueError(f"damping is {damping}; allowed: 0 to {MAX_DAMPING:g} (a share of the mean diagonal)")
-    bad = int((~torch.isfinite(hessian)).sum())
+    bad = sum(int((~torch.isfinite(part)).sum()) for part in hessian.split(PANEL))  # isfinite makes another [K, K]
     if bad:
         raise ValueError(
             f"hessian holds {bad} of {hessian.numel()} values that are not finite; look at the calibration activations "
@@ -179,26 +208,21 @@ def factor_hessian(hessian: Tensor, damping: float = 0.01, act_order: bool = Tru
         raise ValueError(f"hessian[{where}, {where}] is {float(diagonal[where]):g}; a sum of x x^T has a diagonal >= 0")
 
     size = hessian.shape[0]
-    dead = diagonal == 0
-    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(size)
     order = order.to(hessian.device)
+    square = hessian.to(torch.float32, copy=not in_place)
+    _reorder_(square, order)
+    diagonal = square.diagonal().clone()
+    # Rounding may leave something beside a diagonal of 0.
+    dead = diagonal == 0
+    square[dead], square[:, dead] = 0, 0
 
-    # Reversed indices, so that the lower factor of torch is an upper one read backwards.
-    reversed_order = order.flip(0)
-    dead_reversed = dead[reversed_order]
     used = damping
     while True:
-        # Permuted in one step, before it is fp64, and factored and inverted in place: a copy is 1 GB at K = 11008. Transposed
-        # in memory, as LAPACK wants it.
-        lower = hessian.mT[reversed_order[:, None], reversed_order].double().mT
-        lower[dead_reversed] = 0
-        lower[:, dead_reversed] = 0
-        lower.diagonal()[dead_reversed] = mean
-        lower.diagonal().add_(used * mean)
-        failed = torch.empty((), dtype=torch.int32, device=lower.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
-        if not int(failed):
+        factor = HessianFactor(order, square, diagonal, order[dead].sort().values, used)
+        added = torch.full_like(diagonal, factor.added(), dtype=torch.float64)
+        added[dead] += float(diagonal[~dead].double().mean()) if not bool(dead.all()) else 1.0
+        if _factor_into(square, diagonal + added):
             break
         if used >= MAX_DAMPING:
             raise ValueError(
@@ -212,25 +236,69 @@ def factor_hessian(hessian: Tensor, damping: float = 0.01, act_order: bool = Tru
             stacklevel=2,
         )
         used = raised
-    invert_lower_(lower)
-    # Reversing both indices turns the inverse of the lower factor into U.
-    backwards = lower.to(torch.float32, memory_format=torch.contiguous_format)
-    del lower
-    return HessianFactor(order, backwards.flip(0, 1), dead.nonzero()[:, 0], used)
+    invert_upper_(square)
+    return factor
 
 
-def invert_lower_(lower: Tensor) -> None:
-    """Invert a lower triangular matrix [K, K] in place, by halves: a third of the work of a solve against the identity."""
-    size = lower.shape[0]
-    if size <= TRIANGULAR_LEAF:
-        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-        return
-    half = size // 2
-    top, bottom, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]
-    invert_lower_(top)
-    invert_lower_(bottom)
-    corner.copy_(bottom @ (corner @ top)).neg_()
+def _reorder_(square: Tensor, order: Tensor) -> None:
+    """Rows and columns in `order`, in place."""
+    for part in square.split(PANEL, dim=1):
+        part.copy_(part[order])
+    for part in square.split(PANEL):
+        part.copy_(part[:, order])
+
+
+def _factor_into(square: Tensor, diagonal: Tensor, panel: int = PANEL) -> bool:
+    """Write R, upper, on and right of the diagonal, with R R^T = H; False if there is none.
+
+    Args:
+        square: float32 [K, K]; left of the diagonal H, which stays.
+        diagonal: float64 [K], that of H.
+    """
+    size = len(square)
+    for begin in reversed(range(0, size, panel)):
+        end = min(begin + panel, size)
+        here = slice(begin, end)
+        corner = _symmetric(square[here, here].double(), diagonal[here])
+        rest = torch.cat([square[here, :begin].t().double(), corner])
+        for later in range(end, size, panel):
+            done = square[:, later : later + panel]
+            rest.addmm_(done[:end].double(), done[here].double().t(), alpha=-1)
+        # Both indices reversed, a lower factor is an upper one.
+        lower, failed = torch.linalg.cholesky_ex(rest[here].flip(0, 1))
+        if int(failed):
+            return False
+        corner = lower.flip(0, 1)
+        square[here, here].tril_(-1).add_(corner)
+        square[:begin, here] = torch.linalg.solve_triangular(corner.t(), rest[:begin], upper=False, left=False)
+    return True
+
+
+def invert_upper_(square: Tensor, panel: int = PANEL) -> None:
+    """Invert an upper triangular matrix [K, K] in place, the arithmetic in fp64; what is left of its diagonal stays."""
+    for begin in range(0, len(square), panel):
+        end = min(begin + panel, len(square))
+        corner = square[begin:end, begin:end]
+        identity = torch.eye(end - begin, dtype=torch.float64, device=square.device)
+        inverse = torch.linalg.solve_triangular(corner.triu().double(), identity, upper=True)
+        above = square[:begin, begin:end].double()
+        for near in range(0, begin, panel):
+            far = near + panel
+            # Rows near..far of the product: what is above them is done, what is below is still needed.
+            above[near:far] = square[near:far, near:begin].triu().double() @ above[near:]
+        square[:begin, begin:end] = -(above @ inverse)
+        corner.tril_(-1).add_(inverse)
+
+
+def times_inverse(rows: Tensor, factor: HessianFactor) -> Tensor:
+    """(damped H)^-1 M = U^T U M for M [K, C] in processing order; a new tensor."""
+    size = len(rows)
+    parts = [slice(begin, min(begin + PANEL, size)) for begin in range(0, size, PANEL)]
+    halfway = torch.cat([factor.upper_rows(at.start, at.stop).triu() @ rows[at.start :] for at in parts])
+    found = torch.zeros_like(halfway)
+    for at in parts:
+        found[at.start :] += factor.upper_rows(at.start, at.stop).triu().t() @ halfway[at]
+    return found
 
 
 def sweep_columns(
@@ -251,26 +319,52 @@ def sweep_columns(
     size = factor.order.numel()
     if weight.dim() != 2 or weight.shape[1] != size or not weight.numel():
         raise ValueError(f"weight has the shape {tuple(weight.shape)}; it must be [N, K], K = {size} as in the hessian")
+    rows = as_columns(weight, factor.order)
+    loss = sweep_(rows, factor, quantizer, block_size)
+    return SweepResult(weight, as_matrix(rows, factor.order).contiguous(), loss)
+
+
+def sweep_(rows: Tensor, factor: HessianFactor, quantizer: ColumnQuantizer, block_size: int = 128) -> float:
+    """`sweep_columns` in place; gives its loss.
+
+    Args:
+        rows: float32 [K, N], as `as_columns` makes it; becomes what is stored.
+    """
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1")
-    upper, order = factor.upper, factor.order
-    # Columns as rows, in processing order: contiguous, and done ones are never touched again.
-    work = weight.detach().t()[order].to(torch.float32).contiguous()
-    quantized = torch.empty_like(work)
+    order, size = factor.order, len(rows)
     indices = order.tolist()
     loss = 0.0
     for begin in range(0, size, block_size):
         end = min(begin + block_size, size)
-        block, inside = work[begin:end], upper[begin:end, begin:end]
+        upper = factor.upper_rows(begin, end)
+        block, inside = rows[begin:end], upper[:, : end - begin]
         diagonal = inside.diagonal()
         quantizer.begin_block(order[begin:end], block, diagonal)
-        quantized[begin:end], errors = quantizer.sweep_block(indices[begin:end], block, inside, diagonal)
+        # Columns that are done are never looked at again: what is stored takes their place.
+        block[:], errors = quantizer.sweep_block(indices[begin:end], block, inside, diagonal)
         loss += float(errors.square().sum(1).double().sum())
         if end < size:
-            work[end:].addmm_(upper[begin:end, end:].t(), errors, alpha=-1)
-    restored = torch.empty_like(work)
-    restored[order] = quantized
-    return SweepResult(weight, restored.t().contiguous(), loss)
+            rows[end:].addmm_(upper[:, end - begin :].t(), errors, alpha=-1)
+    return loss
+
+
+# ---- columns as rows, in processing order: contiguous where the loops work -------------------------------------------
+
+
+def as_columns(matrix: Tensor, order: Tensor) -> Tensor:
+    """float [N, K] -> a new float32 [K, N]: its columns as rows, in processing order."""
+    rows = torch.empty(len(order), len(matrix), device=matrix.device)
+    for part, columns in zip(rows.split(PANEL), order.split(PANEL), strict=True):
+        part.copy_(matrix.detach()[:, columns].t())
+    return rows
+
+
+def as_matrix(rows: Tensor, order: Tensor) -> Tensor:
+    """[K, N] as `as_columns` makes it -> [N, K], a view of it: the columns go to their places in the memory that they have."""
+    for part in rows.split(PANEL, dim=1):
+        part[order] = part.clone()
+    return rows.t()
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,7 +378,6 @@ class RefineResult:
 def refine_columns(
     weight: Tensor,
     quantized: Tensor,
-    hessian: Tensor,
     factor: HessianFactor,
     quantizer: ColumnQuantizer,
     cycles: int = 3,
@@ -300,47 +393,63 @@ def refine_columns(
     Args:
         weight: float [N, K], the dense matrix.
         quantized: float [N, K], where to start: what the quantizer has stored.
-        hessian: float [K, K], undamped; `factor`'s damping is added.
-        factor: of that Hessian; gives the order and the damping.
+        factor: of the Hessian, which is damped as it says.
         quantizer: its `refit` is called for each column.
         cycles: most passes over all columns.
         tolerance: stop after a pass that lowers the error by less than this share of the first pass's decrease.
         block_size: columns whose influence on later blocks is gathered into one matmul.
     """
-    order = factor.order
-    work = quantized.detach().float().t()[order].contiguous()
-    diagonal = hessian.diagonal().double()
-    alive = diagonal[diagonal > 0]
-    added = factor.damping * float(alive.mean()) if alive.numel() else 0.0
-    error = work - weight.detach().float().t()[order]
-    indices = order.tolist()
-    curvature = hessian.diagonal().float()[order] + added
-    curvature[torch.isin(order, factor.dead_columns)] = 0
+    stored = as_columns(quantized, factor.order)
+    error = stored - as_columns(weight, factor.order)
+    decreases = refine_(stored, error, factor, quantizer, cycles, tolerance, block_size)
+    return RefineResult(as_matrix(stored, factor.order).contiguous(), decreases)
+
+
+def refine_(
+    stored: Tensor,
+    error: Tensor,
+    factor: HessianFactor,
+    quantizer: ColumnQuantizer,
+    cycles: int = 3,
+    tolerance: float = 0.01,
+    block_size: int = 128,
+) -> list[float]:
+    """`refine_columns` in place; gives its decreases.
+
+    Args:
+        stored: float32 [K, N], as `as_columns` makes it of what the quantizer has stored.
+        error: float32 [K, N], `stored` less the dense matrix; follows it.
+    """
+    added = factor.added()
+    indices = factor.order.tolist()
+    curvature = factor.diagonal + added
+    curvature[factor.diagonal == 0] = 0
     decreases: list[float] = []
     for _ in range(cycles):
         decrease = 0.0
         for begin in range(0, len(indices), block_size):
             end = min(begin + block_size, len(indices))
-            # Its rows of the damped Hessian in this order; all of them would be another [K, K].
-            coupling = hessian[order[begin:end, None], order].float()
+            coupling = factor.hessian_rows(begin, end)
             inside = coupling[:, begin:end]
             inside.diagonal().add_(added)
             moves, fell = quantizer.refine_block(
-                indices[begin:end], work[begin:end], coupling @ error, inside, curvature[begin:end]
+                indices[begin:end], stored[begin:end], coupling @ error, inside, curvature[begin:end]
             )
             error[begin:end] -= moves
             decrease += fell
         decreases.append(decrease)
         if decrease <= tolerance * decreases[0]:
             break
-    restored = torch.empty_like(work)
-    restored[order] = work
-    return RefineResult(restored.t().contiguous(), decreases)
+    return decreases
 
 
-def squared_output(matrix: Tensor, hessian: Tensor) -> float:
-    """tr(M H M^T): the squared output of M [N, K], summed over rows and averaged over tokens as H is."""
-    return float(((matrix @ hessian) * matrix).sum(1).double().sum())
+def squared_columns(rows: Tensor, factor: HessianFactor) -> Tensor:
+    """m_r H m_r^T, H undamped, float64 [N]: of each row of a matrix M in the form of `as_columns` the squared output."""
+    found = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for begin in range(0, len(rows), PANEL):
+        part = rows[begin : begin + PANEL]
+        found += (factor.hessian_rows(begin, begin + len(part)) @ rows).mul_(part).sum(0)
+    return found
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
@@ -359,9 +468,12 @@ def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
             "not fit; they must be [N, K], [N, K] and [K, K]"
         )
     hessian = hessian.to(torch.promote_types(hessian.dtype, torch.float32))
-    dense = weight.to(hessian.dtype)
-    error = max(0.0, squared_output(quantized.to(hessian.dtype) - dense, hessian))
-    output = squared_output(dense, hessian)
+    error = output = 0.0
+    for dense, stored in zip(weight.split(PANEL), quantized.split(PANEL), strict=True):
+        dense = dense.to(hessian.dtype)
+        lost = stored.to(hessian.dtype) - dense
+        error += float(((lost @ hessian) * lost).sum(1).double().sum())
+        output += float(((dense @ hessian) * dense).sum(1).double().sum())
     if output <= 0:
-        return 0.0 if error == 0 else float("inf")
-    return error / output
+        return 0.0 if error <= 0 else float("inf")
+    return max(0.0, error) / output

@@ -20,15 +20,27 @@ from ..formats import CodebookWeight
 from ..kmeans import kmeans_1d
 from . import allocate
 from .claq import CompressedLinear, check_weight, outgrown
-from .column_loop import ColumnQuantizer, HessianFactor, factor_hessian, refine_columns, squared_output, sweep_columns
+from .column_loop import (
+    PANEL,
+    ColumnQuantizer,
+    HessianFactor,
+    as_columns,
+    as_matrix,
+    factor_hessian,
+    refine_,
+    squared_columns,
+    sweep_,
+    times_inverse,
+)
 from .drift import Drift
+from .memory import return_freed
 from .ranks import ALONE, Ranks
 
 MAX_KEPT = 0.02
 """Largest share of a column's weights that may stay in fp16."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class InputStatistics:
     """What calibration knows of the common input x of some Linears."""
 
@@ -39,18 +51,12 @@ class InputStatistics:
     drifts: Mapping[str, Drift] = field(default_factory=dict)
     """name -> what its output should make up for; Linears that are not named: nothing."""
 
-    def cpu(self) -> InputStatistics:
-        drifts = {name: Drift(drift.products.cpu(), drift.mean.cpu()) for name, drift in self.drifts.items()}
-        return InputStatistics(self.hessian.cpu(), None if self.mean is None else self.mean.cpu(), drifts)
-
-    def of_the_error(self) -> Tensor:
-        """What the error is weighed by: where the bias takes up the mean error, only the input's covariance matters."""
-        if self.mean is None:
-            return self.hessian
-        covariance = self.hessian - torch.outer(self.mean, self.mean)
-        # An input that never changes has none; rounding may leave it a little below zero.
-        covariance.diagonal().clamp_(min=0)
-        return covariance
+    def take_hessian(self) -> Tensor:
+        """The Hessian, to be written on. Raises RuntimeError the second time."""
+        if not self.hessian.numel():
+            raise RuntimeError("the Hessian of these statistics was taken; make them anew")
+        hessian, self.hessian = self.hessian, torch.empty(0)
+        return hessian
 
 
 def compress_linears(
@@ -65,7 +71,8 @@ def compress_linears(
 
     Args:
         weights: name -> float [N_i, K].
-        inputs: statistics of the input; with a `mean`, each result says what to add to the bias.
+        inputs: statistics of the input, used up: a second [K, K] would be 0.5 GB at K = 11008. With a `mean`, each result says
+            what to add to the bias.
         nbytes: bytes for all tensors of all the packed weights.
         config: settings; `share_bits` gives all of `weights` the same `column_bits`.
         row_weights: name -> float [N_i] > 0, the omega_r of the objective; None is 1 everywhere.
@@ -77,66 +84,85 @@ def compress_linears(
     """
     if not weights:
         raise ValueError("weights is empty; it must map at least one name to a tensor [N, K]")
+    hessian = inputs.take_hessian()
     for name, weight in weights.items():
-        check_weight(name, weight, inputs.hessian)
+        check_weight(name, weight, hessian)
     # k-means runs on the CPU, whatever device the model is on.
-    weights = {name: weight.detach().float().cpu() for name, weight in weights.items()}
-    inputs = inputs.cpu()
+    dense = {name: weight.detach().cpu() for name, weight in weights.items()}
+    hessian, mean = hessian.cpu(), None if inputs.mean is None else inputs.mean.cpu()
     started = time.perf_counter()
-    hessian = inputs.of_the_error()
-    factor = factor_hessian(hessian, config.damping, config.act_order)
-    dense, weights = (
-        weights,
-        {
-            name: _target(weight, inputs, inputs.drifts.get(name), factor, config.propagation)
-            for name, weight in weights.items()
-        },
-    )
-    fits = {
-        name: ColumnFits(name, weight, (row_weights or {}).get(name), config.row_scale, config.kmeans)
-        for name, weight in weights.items()
-    }
-    plans = _plan(fits, hessian, factor, nbytes, config, ranks)
+    if mean is not None:
+        # Where the bias takes up the mean error, only the input's covariance matters. An input that never changes has none;
+        # rounding may leave it a little below zero.
+        hessian.addr_(mean, mean, alpha=-1)
+        hessian.diagonal().clamp_(min=0)
+    factor = factor_hessian(hessian, config.damping, config.act_order, in_place=True)
+    del hessian
+    fits = {}
+    for name, weight in dense.items():
+        target = _target(weight, inputs.drifts.get(name), mean, factor, config.propagation)
+        fits[name] = ColumnFits(name, target, (row_weights or {}).get(name), config.row_scale, config.kmeans)
+    return_freed()
+    plans = _plan(fits, factor, nbytes, config, ranks)
+    return_freed()
     shared_seconds = (time.perf_counter() - started) / len(weights)
 
     compressed = {}
-    for name, weight in ranks.mine(weights).items():
+    for name, weight in ranks.mine(dense).items():
         started = time.perf_counter()
-        columns = fits[name]
+        columns = fits.pop(name)
         columns.plan(*plans[name])
-        quantized = sweep_columns(weight, factor, columns, config.block_size).quantized
+        target = columns.target
+        output = squared_columns(target, factor).sum()
+        if mean is not None:
+            output += (mean[factor.order] @ target).double().square().sum()
+        stored = target.clone()
+        sweep_(stored, factor, columns, config.block_size)
+        # The error takes the memory of the target: a [K, N] is 0.2 GB where K is 11008 and N 4096.
+        error = torch.sub(stored, target, out=target)
         if config.cycles:
-            refined = refine_columns(
-                weight, quantized, hessian, factor, columns, config.cycles, config.tolerance, config.block_size
-            )
-            quantized = refined.quantized
-        packed = columns.pack()
+            refine_(stored, error, factor, columns, config.cycles, config.tolerance, config.block_size)
+        left = squared_columns(error, factor).sum()
+        del target, error, columns.target
+        quantized = as_matrix(stored, factor.order)
+        packed = columns.pack(quantized)
         bias_change = None
-        if inputs.mean is not None:
-            bias_change = (dense[name] - quantized) @ inputs.mean
+        if mean is not None:
+            bias_change = _mean_output(weight, quantized, mean)
             if name in inputs.drifts:
-                bias_change += inputs.drifts[name].mean
+                bias_change += inputs.drifts[name].mean.cpu()
         seconds = time.perf_counter() - started + shared_seconds
-        error = _relative_error(weight, quantized, hessian, inputs.hessian)
-        compressed[name] = CompressedLinear(packed, error, seconds, packed.bits_per_weight, bias_change)
+        error_share = _relative_error(float(left), float(output))
+        compressed[name] = CompressedLinear(packed, error_share, seconds, packed.bits_per_weight, bias_change)
     return ranks.merge(compressed, list(weights))
 
 
-def _target(
-    weight: Tensor, inputs: InputStatistics, drift: Drift | None, factor: HessianFactor, share: float
-) -> Tensor:
-    """W + share * mean(e x^T) H^-1, H damped: its output comes closest to W x + e. Means are left to the bias, if there is one."""
+def _target(weight: Tensor, drift: Drift | None, mean: Tensor | None, factor: HessianFactor, share: float) -> Tensor:
+    """W + share * mean(e x^T) H^-1, H damped, in the form of `as_columns`: its output comes closest to W x + e.
+
+    Means are left to the bias, if there is one.
+    """
+    rows = as_columns(weight, factor.order)
     if drift is None or share == 0:
-        return weight
-    products = drift.products if inputs.mean is None else drift.products - torch.outer(drift.mean, inputs.mean)
-    change = torch.empty_like(weight)
-    change[:, factor.order] = products[:, factor.order] @ factor.upper.t() @ factor.upper
-    return weight.add(change, alpha=share)
+        return rows
+    products = drift.take_products().cpu()
+    for part, of_outputs, shift in zip(
+        rows.split(PANEL, 1), products.split(PANEL), drift.mean.cpu().split(PANEL), strict=True
+    ):
+        if mean is not None:
+            of_outputs = of_outputs - torch.outer(shift, mean)
+        part.add_(times_inverse(of_outputs[:, factor.order].t(), factor), alpha=share)
+    return rows
 
 
-def _relative_error(weight: Tensor, quantized: Tensor, of_the_error: Tensor, of_the_output: Tensor) -> float:
+def _mean_output(dense: Tensor, quantized: Tensor, mean: Tensor) -> Tensor:
+    """(dense - quantized) mean, float32 [N]."""
+    parts = zip(dense.split(PANEL), quantized.split(PANEL), strict=True)
+    return torch.cat([(before.float() - after) @ mean for before, after in parts])
+
+
+def _relative_error(error: float, output: float) -> float:
     """Squared error of the output that the bias leaves, relative to the squared output."""
-    error, output = squared_output(quantized - weight, of_the_error), squared_output(weight, of_the_output)
     if output <= 0:
         return 0.0 if error <= 0 else float("inf")
     return max(0.0, error) / output
@@ -144,24 +170,25 @@ def _relative_error(weight: Tensor, quantized: Tensor, of_the_error: Tensor, of_
 
 def _plan(
     fits: Mapping[str, ColumnFits],
-    hessian: Tensor,
     factor: HessianFactor,
     nbytes: float,
     config: ColumnCodebookConfig,
     ranks: Ranks,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """name -> (column bits uint8 [K], how many weights of each column to keep, int64 [K])."""
-    cost = torch.empty(len(factor.order), dtype=torch.float64)
-    cost[factor.order] = factor.upper.diagonal().double().pow(-2)
-    cost[factor.dead_columns] = 0
+    cost = factor.square.diagonal().double().pow(-2)
+    cost[factor.diagonal == 0] = 0
     names = list(fits)
     # Each process fits some columns of every Linear: those are alike in cost, whatever the number of Linears.
     part = ranks.slice_of(len(cost))
-    owned = ranks.mine({name: fits[name].weight for name in names})
-    outputs = ranks.merge({name: fits[name].squared_output(hessian) for name in owned}, names)
+    owned = ranks.mine({name: fits[name].target for name in names})
+    outputs = ranks.merge({name: fits[name].squared_output(factor) for name in owned}, names)
     mine = [fits[n].errors(config.allowed_widths, cost, outputs[n], config.outliers, part) for n in names]
     errors = [allocate.ColumnErrors.joined(parts) for parts in zip(*ranks.gather(mine), strict=True)]
-    return ranks.from_first(lambda: _spend(names, errors, nbytes, config))
+    # Back from processing order.
+    place = factor.order.argsort()
+    plans = ranks.from_first(lambda: _spend(names, errors, nbytes, config))
+    return {name: (bits[place], kept[place]) for name, (bits, kept) in plans.items()}
 
 
 def _spend(
@@ -181,13 +208,14 @@ def _spend(
 class ColumnFits(ColumnQuantizer):
     """Codes, codebook and kept weights of every column of one Linear, fitted by weighted k-means."""
 
-    def __init__(self, name: str, weight: Tensor, row_weights: Tensor | None, row_scale: bool, method: str) -> None:
-        rows, size = weight.shape
-        self.name, self.weight, self.method = name, weight, method
+    def __init__(self, name: str, target: Tensor, row_weights: Tensor | None, row_scale: bool, method: str) -> None:
+        """`target`: the matrix in the form of `as_columns`, [K, N]."""
+        size, rows = target.shape
+        self.name, self.target, self.method = name, target, method
         self.row_weights = torch.ones(rows) if row_weights is None else row_weights.float().cpu()
         self.scale = torch.ones(rows)
         if row_scale:
-            rms = weight.square().mean(1).sqrt()
+            rms = torch.linalg.vector_norm(target, dim=0) / size**0.5
             # Rounded to fp16 first: what is fitted is what is stored. A row of zeros keeps scale 1.
             self.scale = rms.half().float()
             self.scale[self.scale == 0] = 1.0
@@ -195,33 +223,37 @@ class ColumnFits(ColumnQuantizer):
         self.importance = self.row_weights * self.scale.square()
         self.codes = torch.zeros(size, rows, dtype=torch.uint8)
 
-    def squared_output(self, hessian: Tensor) -> float:
+    def squared_output(self, factor: HessianFactor) -> float:
         """sum_r omega_r w_r H w_r^T."""
-        weight = self.weight
-        return float(((weight @ hessian) * weight).sum(1).mul(self.row_weights).double().sum())
+        return float((squared_columns(self.target, factor) * self.row_weights).sum())
 
     def errors(
         self, widths: tuple[int, ...], cost: Tensor, output: float, outliers: bool, part: slice = slice(None)
     ) -> allocate.ColumnErrors:
-        """Losses of the columns in `part` at each width, in units of `output`; `cost` [K] is that of a squared error of 1."""
-        weight = self.weight
-        points = (weight[:, part] / self.scale[:, None]).t().contiguous()
-        unit = (cost[part] / max(output, 1e-300))[:, None]
-        most = round(MAX_KEPT * len(weight)) if outliers else 0
-        error, worst = [], []
-        # One dynamic programme to the largest width gives them all.
-        for centroids, codes in kmeans_1d(points, [1 << bits for bits in widths], self.importance, self.method):
-            lost = (points - centroids.gather(1, codes.long())).square_().mul_(self.importance)
-            error.append(lost.sum(1, dtype=torch.float64)[:, None] * unit)
-            worst.append(lost.topk(most, 1).values.double() * unit)
-        return allocate.ColumnErrors(len(weight), widths, torch.cat(error, 1), torch.stack(worst, 1))
+        """Losses of the columns in `part`, in processing order, at each width, in units of `output`.
+
+        `cost` [K] is that of a squared error of 1.
+        """
+        rows = len(self.row_weights)
+        most = round(MAX_KEPT * rows) if outliers else 0
+        found = []
+        for target, price in zip(self.target[part].split(PANEL), cost[part].split(PANEL), strict=True):
+            points = target / self.scale
+            unit = (price / max(output, 1e-300))[:, None]
+            error, worst = [], []
+            # One dynamic programme to the largest width gives them all.
+            for centroids, codes in kmeans_1d(points, [1 << bits for bits in widths], self.importance, self.method):
+                lost = (points - centroids.gather(1, codes.long())).square_().mul_(self.importance)
+                error.append(lost.sum(1, dtype=torch.float64)[:, None] * unit)
+                worst.append(lost.topk(most, 1).values.double() * unit)
+            found.append(allocate.ColumnErrors(rows, widths, torch.cat(error, 1), torch.stack(worst, 1)))
+        return allocate.ColumnErrors.joined(found)
 
     def plan(self, bits: Tensor, kept_counts: Tensor) -> None:
         """Widths and numbers of kept weights, [K]: before the sweep."""
         size, rows = self.codes.shape
         self.bits, self.kept_counts = bits, kept_counts.int()
         self.kept = torch.zeros(size, rows, dtype=torch.bool)
-        self.stored = torch.empty(size, rows)
         self.centroids = torch.zeros(size, 256)
 
     def sweep_block(
@@ -250,15 +282,15 @@ class ColumnFits(ColumnQuantizer):
         except OverflowError as error:
             position = int(str(error))
             raise outgrown(self.name, columns[position], block[position]) from error
-        self.codes[place], self.kept[place], self.centroids[place], self.stored[place] = codes, kept, centroids, stored
+        self.codes[place], self.kept[place], self.centroids[place] = codes, kept, centroids
         return moves, decrease
 
-    def pack(self) -> CodebookWeight:
-        """What the last sweep or descent stored."""
+    def pack(self, quantized: Tensor) -> CodebookWeight:
+        """What the last sweep or descent stored, which decodes to `quantized`, [N, K]."""
         used = torch.arange(256) < (1 << self.bits.int())[:, None]
         outliers = {}
         if bool(self.kept.any()):
-            outliers = {"outlier_mask": self.kept.t(), "outlier_weight": self.stored.t()}
+            outliers = {"outlier_mask": self.kept.t(), "outlier_weight": quantized}
         return CodebookWeight.pack(
             self.codes.t().contiguous(), self.centroids[used], self.bits, row_scale=self.row_scale, **outliers
         )

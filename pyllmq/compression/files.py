@@ -21,9 +21,10 @@ from ..swap import DEFAULT_EXCLUDE, is_transposed_linear, left_dense, select_lin
 from .blocks import find_stages
 from .data_free import pack_columns
 from .manifest import Manifest, source_signature, write_tensors
+from .memory import peak_memory
 from .model import planned_linears, start_report
 from .pruning import pack_kept, pruning_mask
-from .report import CompressionReport, LayerReport, peak_memory
+from .report import CompressionReport, LayerReport
 from .stream import open_manifest, put_finished, versions
 
 Result = tuple[list[LayerReport], dict[str, Any], int]

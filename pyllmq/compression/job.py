@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +20,16 @@ from ..swap import dense_weight, replace_module
 from . import allocate, claq, columns, densities
 from .blocks import BlockLoop, Chain, Stage
 from .calibration import Batch
-from .drift import Drift, watch
+from .drift import Drift, Enough, watch
 from .guide import Guidance
+from .memory import return_freed
 from .pruning import prune_linears
 from .ranks import Ranks
 from .report import CompressionReport, LayerReport
 from .sensitivity import trace_per_weight
+
+TOKENS = 1024
+"""That are added to a Hessian at a time: with 512 it is read and written so often that it costs an eighth more."""
 
 Visit = Callable[[dict[str, nn.Module], columns.InputStatistics], None]
 Config = CLAQConfig | ColumnCodebookConfig | SparseConfig
@@ -69,13 +74,15 @@ class Job:
         if not stage.linears:
             return
         visit = self.visit or self.compress_group
-        groups = _group_by_input(self, stage, run)
+        groups, repeated = _group_by_input(self, stage, run)
         if self.config.true_sequential:
             for group in groups:
-                (inputs,) = _input_statistics(self, [group], run)
+                (inputs,) = _input_statistics(self, [group], repeated, run)
+                self._make_room(stage)
                 visit(group, inputs)
         else:
-            for group, inputs in zip(groups, _input_statistics(self, groups, run), strict=True):
+            for group, inputs in zip(groups, _input_statistics(self, groups, repeated, run), strict=True):
+                self._make_room(stage)
                 visit(group, inputs)
         reached = {name for group in groups for name in group}
         for name, module in stage.linears.items():
@@ -86,15 +93,20 @@ class Job:
                 )
                 visit({name: module}, columns.InputStatistics(torch.eye(dense_weight(module).shape[1])))
 
+    def _make_room(self, stage: Stage) -> None:
+        """While Linears are compressed, nothing runs."""
+        self.loop.weights.rest(stage.name)
+        return_freed()
+
     def compress_group(self, group: dict[str, nn.Module], inputs: columns.InputStatistics) -> None:
         """Put packed layers in the place of Linears that share an input."""
-        weights = {name: dense_weight(module).float() for name, module in group.items()}
+        weights = {name: dense_weight(module) for name, module in group.items()}
         config = self.config
         if isinstance(config, CLAQConfig):
-            compressed = claq.compress_linears(weights, inputs.hessian, config, self.ranks)
+            compressed = claq.compress_linears(_floats(weights), inputs.hessian, config, self.ranks)
         elif isinstance(config, SparseConfig):
             dtype = dense_weight(next(iter(group.values()))).dtype
-            compressed = prune_linears(weights, inputs.hessian, config, self.sparsity, dtype, self.ranks)
+            compressed = prune_linears(_floats(weights), inputs.hessian, config, self.sparsity, dtype, self.ranks)
         else:
             budget = sum(self.budgets[name] for name in group) + self.left_over
             row_weights = self.guidance.row_weights
@@ -126,6 +138,10 @@ class Job:
             )
             self.bar.set_postfix_str(f"{name} error {done.error:.5f}", refresh=False)
             self.bar.update()
+
+
+def _floats(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.float() for name, weight in weights.items()}
 
 
 # ---- how much each Linear may take ------------------------------------------------------------------------------------
@@ -189,7 +205,8 @@ def _input_norms(job: Job, linears: Mapping[str, nn.Module], run: Callable[[int]
 
     def recorder(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            sums[name] += _real_tokens(args[0], job.batches[current], name).square().sum(0)
+            for x in _real_tokens(args[0], job.batches[current], name).split(TOKENS):
+                sums[name] += x.float().square().sum(0)
 
         return hook
 
@@ -204,24 +221,40 @@ def _input_norms(job: Job, linears: Mapping[str, nn.Module], run: Callable[[int]
 
 
 def _real_tokens(x: Tensor, batch: Batch, name: str) -> Tensor:
-    """The input of a Linear without padding, float32 [tokens, K]."""
+    """The input of a Linear without padding, [tokens, K]."""
     x = x.detach()
     mask = _token_mask(batch, name)
     if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
         x = x[mask.bool()]
-    return x.reshape(-1, x.shape[-1]).float()
+    return x.reshape(-1, x.shape[-1])
+
+
+def _by_tokens(x: Tensor, shares: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(float32 [T, K], weights [T, 1]) of some tokens at a time: 2048 of them are 0.09 GB at K = 11008."""
+    parts = x.split(TOKENS)
+    if shares is None:
+        return ((part.float(), None) for part in parts)
+    return ((part.float(), s) for part, s in zip(parts, shares.reshape(-1, 1).split(TOKENS), strict=True))
 
 
 # ---- the inputs of a stage -------------------------------------------------------------------------------------------
 
 
-def _group_by_input(job: Job, stage: Stage, run: Callable[[int], Any]) -> list[dict[str, nn.Module]]:
-    """The stage's Linears in the order in which they run, those that are given the very same tensor in one group."""
+def _group_by_input(job: Job, stage: Stage, run: Callable[[int], Any]) -> tuple[list[dict[str, nn.Module]], set[str]]:
+    """The stage's Linears in the order in which they run, those that are given the very same tensor in one group.
+
+    And the names of those that run more than once.
+    """
     groups: list[tuple[Tensor, int, dict[str, nn.Module]]] = []
     seen: set[str] = set()
+    of_batch: Counter[str] = Counter()
+    repeated: set[str] = set()
 
     def recorder(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            of_batch[name] += 1
+            if of_batch[name] > 1:
+                repeated.add(name)
             if name in seen:
                 return
             seen.add(name)
@@ -238,6 +271,7 @@ def _group_by_input(job: Job, stage: Stage, run: Callable[[int], Any]) -> list[d
     handles = [module.register_forward_pre_hook(recorder(name)) for name, module in stage.linears.items()]
     try:
         for index in range(len(job.batches)):
+            of_batch.clear()
             run(index)
             if len(seen) == len(stage.linears):
                 break
@@ -252,17 +286,21 @@ def _group_by_input(job: Job, stage: Stage, run: Callable[[int], Any]) -> list[d
         taken.update(new)
         if new:
             found.append({name: stage.linears[name] for name in new})
-    return found
+    return found, repeated
 
 
 def _input_statistics(
-    job: Job, groups: list[dict[str, nn.Module]], run: Callable[[int], Any]
+    job: Job, groups: list[dict[str, nn.Module]], repeated: set[str], run: Callable[[int], Any]
 ) -> list[columns.InputStatistics]:
     """H, fp32 [K, K], a sum of x x^T over the calibration tokens, and their mean, for the common input of each group; with a
-    twin also how far the outputs have drifted."""
+    twin also how far the outputs have drifted.
+
+    A run ends where all is known: nothing of a block runs behind q, k and v for their sake. `repeated` say more than once.
+    """
+    once = repeated.isdisjoint(name for group in groups for name in group)
     sums = [torch.zeros(0)] * len(groups)
     totals = [torch.zeros(0)] * len(groups)
-    tokens = torch.zeros(len(groups), dtype=torch.float64)
+    counts = torch.zeros(len(groups), dtype=torch.float64)
     for i, group in enumerate(groups):
         weight = dense_weight(next(iter(group.values())))
         totals[i] = torch.zeros(weight.shape[1], device=weight.device)
@@ -270,39 +308,47 @@ def _input_statistics(
     drifts = _Drifts(job, groups)
     seen: dict[int, tuple[Tensor, Tensor | None]] = {}
     current = 0
+    return_freed()
+
+    def end_where_known() -> None:
+        if once and len(seen) == len(groups) and drifts.known():
+            raise Enough
 
     def recorder(i: int) -> Callable[..., None]:
         name = next(iter(groups[i]))
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             batch = job.batches[current]
-            x = _real_tokens(args[0], batch, name)
+            tokens = _real_tokens(args[0], batch, name)
             s = _token_weights(job, name, current, args[0].shape[:-1])
-            if s is not None and s.numel() != len(x):  # an expert that was sent other tokens than in the dense model
+            # An expert may be sent other tokens than in the dense model.
+            if s is not None and s.numel() != len(tokens):
                 s = None
-            weighted = x if s is None else x * s.reshape(-1, 1)
-            # Added in the product: a second [K, K] is 0.5 GB at K = 11008.
-            sums[i].addmm_(weighted.T, x)
-            totals[i].add_(weighted.sum(0))
-            tokens[i] += x.shape[0] if s is None else float(s.sum())
-            seen[i] = weighted, s
+            for x, share in _by_tokens(tokens, s):
+                weighted = x if share is None else x * share
+                # Added in the product: a second [K, K] is 0.5 GB at K = 11008.
+                sums[i].addmm_(weighted.T, x)
+                totals[i].add_(weighted.sum(0))
+            counts[i] += len(tokens) if s is None else float(s.sum())
+            seen[i] = tokens, s
+            end_where_known()
 
         return hook
 
     handles = [next(iter(group.values())).register_forward_pre_hook(recorder(i)) for i, group in enumerate(groups)]
     try:
-        with drifts.watched():
+        with drifts.watched(end_where_known):
             for current in range(len(job.batches)):
                 seen.clear()
-                run(current)
+                with suppress(Enough):
+                    run(current)
                 drifts.add(current, seen)
     finally:
         for handle in handles:
             handle.remove()
-    counts = job.ranks.sum_(tokens).tolist()
     found = []
-    for i, (products, total) in enumerate(zip(sums, totals, strict=True)):
-        if counts[i] == 0:
+    for i, (products, total, count) in enumerate(zip(sums, totals, job.ranks.sum_(counts).tolist(), strict=True)):
+        if count == 0:
             raise ValueError(
                 f"the calibration data reaches {next(iter(groups[i]))} with no token; is the attention_mask all zero?"
             )
@@ -311,10 +357,10 @@ def _input_statistics(
         biased = all(isinstance(module.bias, Tensor) for module in groups[i].values())
         # The published methods know 2/n sum x x^T; the covariance needs the plain mean.
         if not isinstance(job.config, ColumnCodebookConfig):
-            found.append(columns.InputStatistics(products.mul_(2.0 / counts[i])))
+            found.append(columns.InputStatistics(products.mul_(2.0 / count)))
             continue
-        mean = total.div_(counts[i]) if biased and job.config.correct_bias else None
-        found.append(columns.InputStatistics(products.div_(counts[i]), mean, drifts.of(groups[i], counts[i])))
+        mean = total.div_(count) if biased and job.config.correct_bias else None
+        found.append(columns.InputStatistics(products.div_(count), mean, drifts.of(groups[i], count)))
     return found
 
 
@@ -325,21 +371,22 @@ class _Drifts:
         self.job, self.twin = job, job.loop.twin
         self.members = [(i, name) for i, group in enumerate(groups) for name in group] if self.twin else []
         self.had: dict[str, Tensor] = {}
-        self.sums: dict[str, Drift] = {}
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        """name -> those of e x^T and of e."""
         for i, name in self.members:
             weight = dense_weight(groups[i][name])
-            products, mean = (
-                torch.zeros_like(weight, dtype=torch.float32),
-                torch.zeros(len(weight), device=weight.device),
-            )
-            self.sums[name] = Drift(products, mean)
+            mean = torch.zeros(len(weight), device=weight.device)
+            self.sums[name] = torch.zeros_like(weight, dtype=torch.float32), mean
 
-    def watched(self) -> AbstractContextManager[None]:
+    def watched(self, then: Callable[[], None]) -> AbstractContextManager[Any]:
         places = {name: self.twin.places_in_block[name] for _, name in self.members} if self.twin else {}
-        return watch(places, self.had)
+        return watch(places, self.had, then=then)
+
+    def known(self) -> bool:
+        return len(self.had) == len(self.members)
 
     def add(self, current: int, seen: Mapping[int, tuple[Tensor, Tensor | None]]) -> None:
-        """`seen`: for each group its input in the batch of index `current`, times the weights of its tokens, and those."""
+        """`seen`: for each group its real tokens in the batch of index `current`, and their weights."""
         if self.twin is None:
             return
         wanted = self.twin.look([name for _, name in self.members], current)
@@ -347,20 +394,22 @@ class _Drifts:
             # An expert is sent other tokens than in the dense model: nothing to compare.
             if i not in seen or name not in self.had or name not in wanted or wanted[name].dim() != 3:
                 continue
-            x, s = seen[i]
-            missing = _real_tokens(wanted[name] - self.had[name], self.job.batches[current], name)
-            if len(missing) == len(x):
-                self.sums[name].products.addmm_(missing.T, x)
-                self.sums[name].mean.add_((missing if s is None else missing * s.reshape(-1, 1)).sum(0))
+            tokens, s = seen[i]
+            missing = _real_tokens(wanted.pop(name) - self.had.pop(name), self.job.batches[current], name)
+            if len(missing) == len(tokens):
+                products, mean = self.sums[name]
+                for (x, share), e in zip(_by_tokens(tokens, s), missing.split(TOKENS), strict=True):
+                    e = e.float() if share is None else e * share
+                    products.addmm_(e.T, x)
+                    mean.add_(e.sum(0))
         self.had.clear()
 
     def of(self, group: Mapping[str, nn.Module], count: float) -> dict[str, Drift]:
         """The means over `count` tokens."""
         found = {name: self.sums[name] for name in group if name in self.sums}
-        for drift in found.values():
-            self.job.ranks.sum_(drift.products).div_(count)
-            self.job.ranks.sum_(drift.mean).div_(count)
-        return found
+        return {
+            name: Drift(*(self.job.ranks.sum_(total).div_(count) for total in sums)) for name, sums in found.items()
+        }
 
 
 def _token_weights(job: Job, name: str, current: int, shape: torch.Size) -> Tensor | None:

@@ -86,7 +86,7 @@ def prune_linears(
             columns = _PrunedColumns(weight, hessian, factor, config, sparsity[name], value_dtype, codebooks)
             stored = sweep_columns(weight, factor, columns, config.block_size).quantized
             if config.refine and not config.published:
-                stored = refine_columns(weight, stored, hessian, factor, columns, config.refine).quantized
+                stored = refine_columns(weight, stored, factor, columns, config.refine).quantized
             pruned = columns.pruned.t()
         packed = pack_kept(stored, pruned, codebooks, config, value_dtype)
         error = output_error(weight, packed.dequantize(), hessian)
@@ -175,7 +175,7 @@ class _PrunedColumns(ColumnQuantizer):
             self.pruned = pruning_mask(weight, hessian, config, sparsity).t().contiguous()
             return
         # A change of d in column j costs d^2 * cost_j.
-        self.cost = factor.upper.diagonal().square().reciprocal()
+        self.cost = factor.square.diagonal().square().reciprocal()
         diagonal = hessian.diagonal().float()
         if config.method == "mixed":
             self.cost = self.cost + diagonal + factor.damping * diagonal.mean()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -113,16 +112,6 @@ class CompressionReport:
             f"{self.seconds:.1f} s"
             + (f", at most {self.peak_memory / 1e9:.2f} GB of memory" if self.peak_memory else "")
         )
-
-
-def peak_memory() -> int:
-    """Most bytes of RAM that this process held so far."""
-    try:
-        # ru_maxrss begins with what the parent held when it started this process.
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def summary(left: Sequence[LeftDense], most: int = 6) -> str:

@@ -33,9 +33,10 @@ from .manifest import (
     write_tensors,
     write_text,
 )
+from .memory import peak_memory
 from .model import planned_linears, quiet_eval, start_report
 from .ranks import ALONE, Ranks
-from .report import CompressionReport, LayerReport, peak_memory
+from .report import CompressionReport, LayerReport
 
 if TYPE_CHECKING:
     from ..integrations.checkpoint import StreamedModel

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compression.blocks import OUTSIDE, Weights
+from ..compression.memory import page_out
 from ..formats import FormatError
 
 INDEX = "model.safetensors.index.json"
@@ -57,6 +58,7 @@ class StreamedModel(Weights):
         self.model = _skeleton(self.folder, self.device)
         self.blocks: tuple[str, ...] = ()
         self._users: dict[str, int] = {}
+        self._held: dict[str, list[Tensor]] = {}
         self._conversions: dict[str, Any] = {}
         self._targets = self._read_keys()
 
@@ -152,14 +154,16 @@ class StreamedModel(Weights):
             # A tied tensor is in the checkpoint once.
             missing = set(self.model.state_dict()) - {target for _, target in self._targets.values()}
             self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
-        for name, parameter in self.model.named_parameters():
-            if self.unit_of(name) == unit:
-                parameter.requires_grad_(False)
+        held = [parameter for name, parameter in self.model.named_parameters() if self.unit_of(name) == unit]
+        for parameter in held:
+            parameter.requires_grad_(False)
+        self._held[unit] = held
 
     def drop(self, unit: str) -> None:
         self._users[unit] = max(0, self._users.get(unit, 0) - 1)
         if self._users[unit]:
             return
+        self._held.pop(unit, None)
         for module_name, module in self.model.named_modules():
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
@@ -167,6 +171,9 @@ class StreamedModel(Weights):
                     kept = tensor is None or tensor.is_meta or name in module._non_persistent_buffers_set
                     if not kept and self.unit_of(key) == unit:
                         tensors[name] = _on_meta(tensor)
+
+    def rest(self, unit: str) -> None:
+        page_out(self._held.get(unit, []))
 
     # ---- what is written ----
 

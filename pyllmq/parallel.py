@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .formats import FormatError, PackedWeight, Structure
 from .nn import LAYER_OF_KIND, PackedLinear
-from .swap import as_linear, dense_weight, is_transposed_linear, replace_module
+from .swap import as_linear, dense_weight, is_transposed_linear, replace_module, stacked_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +67,7 @@ class Plan:
     ranks: int
     splits: dict[str, Split]
     whole: dict[str, str]
-    """Linear that was planned, but is whole on every rank -> why."""
+    """Linear that was planned, or stacked experts, whole on every rank all the same -> why."""
     key_value_groups: dict[str, int]
     """Attention module -> query heads per key/value head on one rank, where ranks share key/value heads."""
 
@@ -88,7 +88,7 @@ def plan(model: nn.Module, ranks: int, styles: Mapping[str, str] | None = None) 
         styles: module name, `*` for a number -> one of `STYLES`; None takes the plan that transformers has for the architecture.
             Linears of one block stand in the order in which the model registers them: the outputs of all `colwise` ones go
             into the next `rowwise` one. Entries for other modules and parameters (norms, stacked experts) mean nothing here: those
-            are whole on every rank.
+            are whole on every rank; of stacked experts the plan says so.
 
     Raises ValueError if there is no plan, a style is unknown, a name fits no Linear, or `colwise` outputs go nowhere.
     """
@@ -105,7 +105,17 @@ def plan(model: nn.Module, ranks: int, styles: Mapping[str, str] | None = None) 
         else:
             splits |= dict(zip(block, found.splits, strict=True))
             shared |= found.key_value_groups
-    return Plan(ranks, splits, whole, shared)
+    return Plan(ranks, splits, whole | _experts(model, ranks), shared)
+
+
+def _experts(model: nn.Module, ranks: int) -> dict[str, str]:
+    """Stacked experts, often most of the model -> why they are whole; not those that transformers' own loading has cut."""
+    return {
+        name: f"a 3-D tensor (stacked experts?) of {parameter.numel():,} values, and only Linears are cut: each of the {ranks} "
+        "ranks holds all of it"
+        for name, parameter in stacked_parameters(model)
+        if not hasattr(parameter, "placements")
+    }
 
 
 @dataclass(frozen=True)

@@ -139,17 +139,22 @@ def left_dense(
         if name not in chosen:
             asked, why = _why_dense(name, include, exclude, "outside the repeated blocks")
             dense.append(LeftDense(name, size, why, asked))
+    for name, parameter in stacked_parameters(model):
+        experts = "a 3-D tensor (stacked experts?), which this version does not compress"
+        asked, why = _why_dense(name, include, exclude, experts)
+        dense.append(LeftDense(name, parameter.numel(), why, asked))
+        total += parameter.numel()
+    return dense, total
+
+
+def stacked_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """3-D parameters large enough to matter, which are most likely stacked experts."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd | nn.Embedding):
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and parameter.numel() >= 1 << 12:
-                full = f"{name}.{parameter_name}".lstrip(".")
-                experts = "a 3-D tensor (stacked experts?), which this version does not compress"
-                asked, why = _why_dense(full, include, exclude, experts)
-                dense.append(LeftDense(full, parameter.numel(), why, asked))
-                total += parameter.numel()
-    return dense, total
+                yield f"{name}.{parameter_name}".lstrip("."), parameter
 
 
 def _why_dense(name: str, include: Sequence[str] | None, exclude: Sequence[str], otherwise: str) -> tuple[bool, str]:

@@ -6,6 +6,7 @@ Formulas, numerics and measured times are in docs/kernels-sinkhorn.md.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .backends import cuda
 from .backends import cuda_sinkhorn as _cuda
 from .backends import reference_sinkhorn as _reference
 from .backends import triton_sinkhorn as _triton
-from .dispatch import kernel_for
+from .dispatch import Kernel, kernel_for
 
 _cpu.register_kernels()
 _cuda.register_kernels()
@@ -97,14 +98,16 @@ def sinkhorn(
     n, m = cost.shape[-2:]
     if isinstance(epsilon, Tensor) and epsilon.requires_grad:
         raise ValueError("epsilon takes no gradient; pass epsilon.detach()")
+    alike = a is None and b is None and mask is None and n == m
     a = _marginal("a", a, n, -1, cost, mask, work)
-    b = _marginal("b", b, m, -2, cost, mask, work)
+    b = a if alike else _marginal("b", b, m, -2, cost, mask, work)
     batch = _batch_shape(cost, a, b, epsilon)
     problems = math.prod(batch)
+    flat_a = _flat(a, batch, n)
     arguments = (
         _flat(cost.to(work), batch, n, m),
-        _flat(a, batch, n),
-        _flat(b, batch, m),
+        flat_a,
+        flat_a if b is a else _flat(b, batch, m),
         _flat(epsilon.to(cost.device, work), batch)
         if isinstance(epsilon, Tensor)
         else torch.full((problems,), epsilon, dtype=work, device=cost.device),
@@ -238,19 +241,21 @@ def _sinkhorn(
     grad: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tape = cost.new_empty(_tape_shape(cost, iterations, grad))
-    kernel = kernel_for("sinkhorn", _shape_name(cost), cost.device.type, cost.dtype, _padded_entries(cost))
+    kernel = _kernel_for("sinkhorn", cost)
     plan, u, v, count = kernel.run(cost, a, b, epsilon, iterations, tolerance, rho_a, rho_b, tape)
     return plan, u, v, tape, count
 
 
-def _shape_name(cost: Tensor) -> str:
-    """What the table of kernels is asked by, in the place of a layout."""
-    return f"{cost.shape[1]}x{cost.shape[2]}"
+def _kernel_for(op: str, cost: Tensor) -> Kernel:
+    name, padded_entries = _size(*cost.shape[-2:])
+    return kernel_for(op, name, cost.device.type, cost.dtype, padded_entries)
 
 
-def _padded_entries(cost: Tensor) -> int:
-    """What the table of kernels is asked by, in the place of tokens: entries of a matrix padded to powers of two."""
-    return math.prod(1 << (size - 1).bit_length() for size in cost.shape[-2:])
+@lru_cache(maxsize=4096)
+def _size(n: int, m: int) -> tuple[str, int]:
+    """What the table of kernels is asked by: a name in the place of a layout; in the place of tokens, the entries of a matrix
+    padded to powers of two."""
+    return f"{n}x{m}", math.prod(1 << (size - 1).bit_length() for size in (n, m))
 
 
 def _tape_shape(cost: Tensor, iterations: int, grad: str) -> tuple[int, ...]:
@@ -299,7 +304,7 @@ class _Sinkhorn(torch.autograd.Function):
 
 
 def _sinkhorn_backward(cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_v, rho_a, rho_b):
-    kernel = kernel_for("sinkhorn_backward", _shape_name(cost), cost.device.type, cost.dtype, _padded_entries(cost))
+    kernel = _kernel_for("sinkhorn_backward", cost)
     grads = (grad_plan.contiguous(), grad_u.contiguous(), grad_v.contiguous())
     return kernel.run(cost, a, b, epsilon, tape, count, *grads, rho_a, rho_b)
 

@@ -49,13 +49,13 @@ def tiny_gemma3() -> Any:
     return Gemma3ForCausalLM(config).eval()
 
 
-def tiny_mixtral() -> Any:
+def tiny_mixtral(**changes: Any) -> Any:
     """Experts stacked in 3-D tensors."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    config = MixtralConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                           num_key_value_heads=2, num_local_experts=4, max_position_embeddings=256)  # fmt: skip
-    return MixtralForCausalLM(config).eval()
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 256}  # fmt: skip
+    return MixtralForCausalLM(MixtralConfig(**(sizes | changes))).eval()
 
 
 def token_batches(count: int = 4, length: int = 32, vocabulary: int = 512) -> list[torch.Tensor]:

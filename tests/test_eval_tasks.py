@@ -29,12 +29,13 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture
-def task_folder(tmp_path):
-    data = tmp_path / "questions.jsonl"
+def write_task(folder, name):
+    """A task of the questions above, as a user would define one."""
+    folder.mkdir(exist_ok=True)
+    data = folder / "questions.jsonl"
     data.write_text("\n".join(json.dumps(question) for question in QUESTIONS))
-    (tmp_path / "own.yaml").write_text(
-        "task: own_questions\n"
+    (folder / "own.yaml").write_text(
+        f"task: {name}\n"
         "dataset_path: json\n"
         f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
         "test_split: test\n"
@@ -44,7 +45,6 @@ def task_folder(tmp_path):
         "doc_to_target: answer\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
-    return tmp_path
 
 
 def choices_of(model, tokenizer):
@@ -62,9 +62,10 @@ def choices_of(model, tokenizer):
     return sum(right) / len(right)
 
 
-def test_tasks_of_a_packed_folder(folder, task_folder, capsys):
+def test_tasks_of_a_packed_folder(folder, tmp_path, capsys):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'pyllmq-kernels[eval]')")
-    arguments = ["eval", str(folder), "--tasks", "own_questions", "--task-folder", str(task_folder)]
+    write_task(tmp_path, "own_questions")
+    arguments = ["eval", str(folder), "--tasks", "own_questions", "--task-folder", str(tmp_path)]
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     from pyllmq.loading import load_causal_model, load_tokenizer

@@ -1,6 +1,7 @@
 """Tensor parallelism: plans of every architecture, and 2 and 4 gloo processes that together give the logits of one."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,8 @@ CASES = {
     "tied": (lambda: llama(tie_word_embeddings=True), mixed_widths, ("lm_head",), None),
     "bert": (lambda: with_biases(models.tiny_bert()), mixed_widths, ("pooler",), BERT_STYLES),
     "gpt2": (lambda: with_biases(models.tiny_gpt2()), mixed_widths, ("lm_head",), GPT2_STYLES),
+    # Every expert of every token: with a choice, rounding would choose.
+    "experts": (lambda: models.tiny_mixtral(num_hidden_layers=1, num_experts_per_tok=4), mixed_widths, ("lm_head",), None),
 }  # fmt: skip
 
 
@@ -115,6 +118,7 @@ def test_processes_give_the_logits_of_one(case, outcome, cases):
     assert found["bfloat16"] < 2 * float((expected["bfloat16"].double() - exact).norm() / exact.norm())
     assert found.get("generated", True) and found.get("transformers", 0) < 1e-5
     assert found["split"], "something is cut"
+    assert any("stacked experts" in why for why in found["whole"].values()) == (case == "experts")
     for refusal in found["refusals"]:
         assert "rank" in refusal and "whole model" in refusal
 
@@ -167,9 +171,19 @@ def test_sparse24_is_cut_between_groups_of_four():
     assert "multiples of 4" in parallel.plan(model, 4).whole["model.layers.0.self_attn.o_proj"]
 
 
-def test_experts_stay_whole():
+EXPERTS = {"gate_up_proj": "65,536", "down_proj": "32,768"}
+
+
+def test_experts_stay_whole_and_the_plan_says_so():
     plan = parallel.plan(models.tiny_mixtral(), 2)
     assert {name.rpartition(".")[2] for name in plan.splits} == {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"}
+    stacked = {f"model.layers.{i}.mlp.experts.{name}": n for i in (0, 1) for name, n in EXPERTS.items()}
+    assert plan.whole.keys() == stacked.keys()
+    for name, count in stacked.items():
+        why = (
+            rf"{re.escape(name)} +whole: .*stacked experts.* of {count} values, .* each of the 2 ranks holds all of it"
+        )
+        assert re.search(why, str(plan))
 
 
 @pytest.mark.parametrize(

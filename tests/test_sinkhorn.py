@@ -8,6 +8,7 @@ import torch
 
 import pyllmq
 from pyllmq import doubly_stochastic, sinkhorn
+from pyllmq.backends import cpu
 
 from .oracle import assert_as_good_as_torch
 
@@ -17,10 +18,22 @@ SHAPES = [(1, 1), (1, 7), (9, 1), (2, 2), (3, 5), (4, 4), (8, 8), (7, 9), (16, 1
 """At most 64 entries are one kernel, more another; sizes below, at and beside those of a vector, and one row or column."""
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "avx512", "avx2", "scalar"])
 def backend(request):
-    with pyllmq.use_backend(request.param):
-        yield request.param
+    """The reference, or the instruction set of the C++ kernels."""
+    if request.param == "reference":
+        with pyllmq.use_backend("reference"):
+            yield request.param
+        return
+    if request.param not in cpu.kernels().supported_isas():
+        pytest.skip(f"this processor has no {request.param}")
+    before = cpu.kernels().isa()
+    cpu.kernels().set_isa(request.param)
+    try:
+        with pyllmq.use_backend("cpu"):
+            yield request.param
+    finally:
+        cpu.kernels().set_isa(before)
 
 
 @pytest.fixture(params=["reference", "default"])
@@ -73,7 +86,7 @@ def loops_in_orders(cost, a, b, epsilon, iterations, rho):
 
 
 @pytest.mark.parametrize(("n", "m"), SHAPES)
-@pytest.mark.parametrize("problems", [1, 5, 19])
+@pytest.mark.parametrize("problems", [1, 5, 45])
 def test_plan(backend, n, m, problems):
     cost = torch.rand(problems, n, m)
     check(cost, marginal(problems, n), marginal(problems, m), 0.1, 20)

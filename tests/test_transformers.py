@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import pyllmq
 from pyllmq import CLAQConfig, CodebookLinear, FormatError
@@ -109,6 +109,27 @@ def test_bf16_does_not_touch_codebooks(folder):
                 assert b.state_dict()[key].dtype == tensor.dtype and torch.equal(b.state_dict()[key], tensor)
     ids = torch.randint(0, 512, (1, 8))
     assert torch.allclose(half(ids).logits.float(), plain(ids).logits, atol=0.05)
+
+
+def test_renamed_tensors_get_the_dtype_that_was_asked_for(folder, tmp_path):
+    """A base model out of a folder with a head, and experts that the file holds one by one."""
+    assert {p.dtype for p in AutoModel.from_pretrained(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    mixtral = models.tiny_mixtral(num_experts_per_tok=4)
+    pyllmq.swap_linear(mixtral, lambda linear: CodebookLinear.from_dense(linear, bits=4))
+    pyllmq.save_pretrained(mixtral, tmp_path)
+    half = pyllmq.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    ids = torch.randint(0, 512, (1, 8))
+    assert torch.allclose(half(ids).logits.float(), mixtral(ids).logits, atol=0.05)
+
+
+def test_what_the_architecture_keeps_in_fp32_stays(tmp_path):
+    model = models.tiny_t5()
+    pyllmq.swap_linear(model, lambda linear: CodebookLinear.from_dense(linear, bits=4), exclude=("lm_head", "wo"))
+    pyllmq.save_pretrained(model, tmp_path)
+    half = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float16)
+    found = {name.rpartition(".")[0].rpartition(".")[2]: p.dtype for name, p in half.named_parameters()}
+    assert found["wo"] == torch.float32 and found["shared"] == torch.float16
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])

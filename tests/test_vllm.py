@@ -16,18 +16,22 @@ HIDDEN, HEADS, KV, HEAD = 64, 4, 2, 16
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-def packed_layers(sizes, make=mixed_widths):
-    """{name: packed layer}, all of them as siblings that share their widths."""
+def shared_widths(linear):
+    """Siblings whose columns have the same widths, mixed though they are."""
+    widths = torch.arange(HIDDEN) * 7 % 5 + 1
+    return CodebookLinear.from_dense(linear, column_bits=widths, outlier_fraction=0.02)
+
+
+def packed_layers(sizes, make=shared_widths):
+    """{name: packed layer}"""
     torch.manual_seed(1)
-    widths = torch.randint(1, 6, (HIDDEN,))
-    if make is mixed_widths:
-        make = lambda l: CodebookLinear.from_dense(l, column_bits=widths, outlier_fraction=0.02)  # noqa: E731
     return {name: make(torch.nn.Linear(HIDDEN, n, bias=False)) for name, n in sizes.items()}
 
 
 QKV = {"a.q_proj": HEADS * HEAD, "a.k_proj": KV * HEAD, "a.v_proj": KV * HEAD}
 MAKERS = {
-    "codebook": mixed_widths,
+    "codebook": shared_widths,
+    "codebook of differing widths": mixed_widths,
     "bitmap": lambda l: SparseLinear.from_dense(l, 0.5),
     "sparse24": Sparse24Linear.from_dense,
 }
@@ -80,13 +84,6 @@ def test_a_module_that_the_checkpoint_holds_fused():
         layer = SimpleNamespace(tp_rank=rank, tp_size=2, num_kv_head_replicas=1)
         found, calls = assembled(layer, ["qkv_proj"], layers, [32, 16, 16], HIDDEN)
         assert torch.equal(found, torch.cat([q.split(32)[rank], k.split(16)[rank], v.split(16)[rank]])) and calls == 1
-
-
-def test_widths_that_differ_stay_side_by_side():
-    gate, up = (CodebookLinear.from_dense(torch.randn(24, HIDDEN), bits) for bits in (2, 4))
-    layers = {"gate": gate, "up": up}
-    found, calls = assembled(SimpleNamespace(), ["gate", "up"], layers, [24, 24], HIDDEN)
-    assert calls == 2 and torch.equal(found, torch.cat([layers["gate"].weight, layers["up"].weight]))
 
 
 def test_names_of_fused_layers():
@@ -185,17 +182,19 @@ def test_vllm_layers_give_what_ours_give(kind, vllm_environment):
     assert not [name for name, _ in qkv.named_parameters() if name != "bias"], "placeholders are gone"
 
 
+@pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_vllm_layers_of_two_ranks(rank, vllm_environment, monkeypatch):
+def test_vllm_layers_of_two_ranks(kind, rank, vllm_environment, monkeypatch):
     from vllm.model_executor.layers import linear
 
     monkeypatch.setattr(linear, "get_tensor_model_parallel_rank", lambda: rank)
     monkeypatch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: 2)
     x = torch.randn(3, HIDDEN)
-    layers = packed_layers(QKV | {"m.down_proj": 24})
+    layers = packed_layers(QKV | {"m.down_proj": 24}, MAKERS[kind])
     config = quant_config(layers)
     qkv = linear.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV, bias=False, quant_config=config, prefix="a.qkv_proj")
     loaded(qkv, layers, dict(zip(QKV, "qkv", strict=True)))
+    assert len(qkv.packed) == (1 if kind == "codebook" else 3)
     expected = torch.cat([layers[name](x).chunk(2, -1)[rank] for name in QKV], -1)
     torch.testing.assert_close(qkv(x)[0], expected, rtol=1e-3, atol=1e-3)
     down = linear.RowParallelLinear(

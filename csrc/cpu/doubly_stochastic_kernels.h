@@ -220,7 +220,8 @@ template <class V, class Small>
 constexpr SinkhornKernels sinkhorn_kernels_of() {
   return {Small::width,    row_floor<V>,         build_first<V>,
           build<V>,        logarithms<V>,        pass<V>,
-          row_sums<V>,     column_sums<V>,       divide<V>,
+          row_sums<V>,     column_sums<V>,       scale_columns<V>,
+          transpose<V>,    divide<V>,
           plan<V>,         through_plan<V>,      outer_sums<V>,
           small_forward<Small>, small_backward<Small>,
           normalise<Small>,     normalise_backward<Small>};

@@ -21,6 +21,11 @@ constexpr double kNsPerEntry = 0.15;
 
 int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
+// K^T beside K: both half steps add up whole vectors. Lines of one vector gain nothing (16x16: 0.87 times as fast).
+bool has_both_ways(int64_t n, int64_t m) {
+  return std::min(n, m) > kLanes && padded(n) * padded(m) <= kBothWays;
+}
+
 [[noreturn]] void refuse(int64_t problem, const std::string& what) {
   throw std::invalid_argument("problem " + std::to_string(problem) + " of the batch: " + what);
 }
@@ -52,11 +57,14 @@ Mass checked_mass(const float* marginal, int64_t count, const char* name, int64_
 // True if all marginals are above 0.
 bool check_marginals(const SinkhornProblem& p) {
   const bool balanced = std::isinf(p.rho_a) && std::isinf(p.rho_b);
-  bool full = true;
-  for (int64_t q = 0; q < p.problems; ++q) {
-    if (!(p.epsilon[q] > 0 && p.epsilon[q] <= std::numeric_limits<float>::max()))
+  bool full = true, positive = true;
+  const auto allowed = [](float epsilon) { return epsilon > 0 && epsilon <= std::numeric_limits<float>::max(); };
+  for (int64_t q = 0; q < p.problems; ++q) positive &= allowed(p.epsilon[q]);
+  for (int64_t q = 0; !positive && q < p.problems; ++q)
+    if (!allowed(p.epsilon[q]))
       refuse(q, "epsilon must be positive and finite in every problem, here " + std::to_string(p.epsilon[q]));
-    if (q > 0 && p.a_stride == 0 && p.b_stride == 0) continue;
+  const bool shared = p.a_stride == 0 && p.b_stride == 0;
+  for (int64_t q = 0; q < (shared ? std::min<int64_t>(p.problems, 1) : p.problems); ++q) {
     const Mass a = checked_mass(p.a + q * p.a_stride, p.n, "a", q), b = checked_mass(p.b + q * p.b_stride, p.m, "b", q);
     full &= !a.somewhere_zero && !b.somewhere_zero;
     if (balanced && std::abs(a.sum - b.sum) > kSameMass * std::max(a.sum, b.sum))
@@ -104,7 +112,10 @@ struct Record {
 class Loop {
  public:
   Loop(const SinkhornProblem& problem, const SinkhornKernels& kernels, Workspace& workspace)
-      : p_(problem), kernels_(kernels), stride_(padded(problem.m)) {
+      : p_(problem),
+        kernels_(kernels),
+        stride_(padded(problem.m)),
+        both_ways_(has_both_ways(problem.n, problem.m)) {
     k_ = workspace.take<float>(p_.n * stride_);
     u_ = workspace.take<double>(p_.n);
     v_ = workspace.take<double>(stride_);
@@ -116,10 +127,11 @@ class Loop {
     sums_ = workspace.take<float>(std::max(padded(p_.n), stride_));
     g_ = workspace.take<float>(stride_);
     block_ = workspace.take<float>(stride_);
+    if (both_ways_) transposed_ = workspace.take<float>(stride_ * padded(p_.n));
   }
   static int64_t bytes(const SinkhornProblem& p) {
     const int64_t n = padded(p.n), m = padded(p.m);
-    return 4 * (p.n * m + 5 * n + 5 * m) + 8 * (2 * n + m) + 13 * 64;
+    return 4 * ((has_both_ways(p.n, p.m) ? 2 : 1) * n * m + 5 * n + 5 * m) + 8 * (2 * n + m) + 14 * 64;
   }
 
   void begin(int64_t q) {
@@ -151,6 +163,7 @@ class Loop {
       set_row_offset(i, low);
     }
     kernels_.build_first(cost_, u_, block_, 1 / epsilon_, p_.n, p_.m, stride_, k_);
+    if (both_ways_) kernels_.transpose(k_, p_.n, stride_, padded(p_.n), transposed_);
   }
 
   // One iteration. True if its row step shows that the plan before was near enough: then that plan's scalings stay.
@@ -223,7 +236,10 @@ class Loop {
   double v(int64_t j) const { return v_[j]; }
 
  private:
-  void build() { kernels_.build(cost_, u_, v_, 1 / epsilon_, p_.n, p_.m, stride_, k_); }
+  void build() {
+    kernels_.build(cost_, u_, v_, 1 / epsilon_, p_.n, p_.m, stride_, k_);
+    if (both_ways_) kernels_.transpose(k_, p_.n, stride_, padded(p_.n), transposed_);
+  }
 
   void set_row_offset(int64_t i, double low) {
     if (low == kInfinity) {
@@ -250,6 +266,8 @@ class Loop {
   }
 
   bool row_step() {
+    if (balanced() && both_ways_)
+      return kernels_.scale_columns(transposed_, p_.m, padded(p_.n), g_, a_, f_) <= limit_;
     if (balanced()) return kernels_.pass(k_, p_.n, stride_, g_, {a_, nullptr, nullptr}, f_, sums_) <= limit_;
     kernels_.row_sums(k_, p_.n, stride_, g_, f_);
     bool fine = true;
@@ -262,6 +280,7 @@ class Loop {
   }
 
   bool column_step() {
+    if (balanced() && both_ways_) return kernels_.scale_columns(k_, p_.n, stride_, f_, b_, g_) <= limit_;
     if (balanced()) return kernels_.divide(b_, sums_, stride_, g_) <= limit_;
     bool fine = true;
     for (int64_t j = 0; j < p_.m; ++j) {
@@ -359,12 +378,13 @@ class Loop {
   const SinkhornProblem& p_;
   const SinkhornKernels& kernels_;
   const int64_t stride_;
+  const bool both_ways_;
   int64_t problem_ = 0;
   const float* cost_ = nullptr;
   double epsilon_ = 1, damp_a_ = 1, damp_b_ = 1;
   float limit_ = 0;
   bool offsets_moved_ = false;
-  float *k_, *a_, *b_, *f_, *old_f_, *g_, *sums_, *block_;
+  float *k_, *a_, *b_, *f_, *old_f_, *g_, *sums_, *block_, *transposed_ = nullptr;
   double *u_, *v_, *old_u_;
 };
 
@@ -630,6 +650,7 @@ void sinkhorn(const SinkhornProblem& p, const SinkhornForward& out) {
       const SmallLanes found = kernels.small_forward(
           group_of(p, first, lanes, full), out.iterations, static_cast<float>(out.tolerance), room,
           out.plan + first * p.n * p.m, out.u + first * p.n, out.v + first * p.m, out.count + first);
+      if (full && (found.not_finite | found.again) == 0) continue;
       for (int64_t lane = 0; lane < lanes; ++lane) {
         if (!full || found.not_finite >> lane & 1) check_possible(p, first + lane);
         if (!(found.again >> lane & 1)) continue;

@@ -50,6 +50,7 @@ void sinkhorn_backward(const SinkhornProblem& problem, const SinkhornBackward& b
 
 constexpr int64_t kSmallEntries = 64;  // up to here one lane of a vector is one problem (transport.SMALL)
 constexpr int64_t kSmallWidth = 32;     // at most so many lanes
+constexpr int64_t kBothWays = 4096;    // padded entries up to which K^T is kept beside K: 32 KB together
 constexpr int64_t kLanes = 16;         // arrays over columns are padded with zeros to a multiple of this
 constexpr float kLargestUnshifted = 87.7f;  // a unit below the logarithm of the largest fp32 number
 constexpr float kTiny = 0x1p-126f;     // stands in for a sum of 0
@@ -88,7 +89,7 @@ struct SmallProblem {
   bool full;            // all of a and b are above 0
 };
 
-// A bit per lane: must be done over by the general loop; has a cost that is not finite. Lanes without a problem are as the first.
+// A bit per lane: must be done over by the general loop; has a cost that is not finite.
 struct SmallLanes {
   uint32_t again, not_finite;
 };
@@ -110,6 +111,10 @@ struct SinkhornKernels {
                 float* column_sums);
   void (*row_sums)(const float* k, int64_t n, int64_t stride, const float* x, float* out);
   void (*column_sums)(const float* k, int64_t n, int64_t stride, const float* x, float* out);
+  // out = over / max(column sums, kTiny); returns the largest
+  float (*scale_columns)(const float* k, int64_t n, int64_t stride, const float* x, const float* over, float* out);
+  // out [stride, rows] = K^T, with zeros in its columns from n on
+  void (*transpose)(const float* k, int64_t n, int64_t stride, int64_t rows, float* out);
   // out = over / max(sums, kTiny); returns the largest
   float (*divide)(const float* over, const float* sums, int64_t count, float* out);
   void (*plan)(const float* k, const float* f, const float* g, int64_t n, int64_t m, int64_t stride, float* out);

@@ -84,6 +84,22 @@ struct Avx512 {
       r[12 + e] = _mm512_shuffle_f32x4(eights[4 + e], eights[12 + e], 0xDD);
     }
   }
+  // Four lines of 16 lanes to 16 times four numbers, lane by lane.
+  static void transpose_fours(R* r) {
+    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1]));
+    const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3]));
+    const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
+    const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+    // lane 4 p + q is in the 128-bit part p of the q-th
+    const R q0 = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23)), q1 = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+    const R q2 = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23)), q3 = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+    const R even0 = _mm512_shuffle_f32x4(q0, q1, 0x88), odd0 = _mm512_shuffle_f32x4(q0, q1, 0xDD);
+    const R even1 = _mm512_shuffle_f32x4(q2, q3, 0x88), odd1 = _mm512_shuffle_f32x4(q2, q3, 0xDD);
+    r[0] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+    r[1] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+    r[2] = _mm512_shuffle_f32x4(even0, even1, 0xDD);
+    r[3] = _mm512_shuffle_f32x4(odd0, odd1, 0xDD);
+  }
   static float total(R x) { return _mm512_reduce_add_ps(x); }
   static float least(R x) { return _mm512_reduce_min_ps(x); }
   static float most(R x) { return _mm512_reduce_max_ps(x); }

@@ -201,13 +201,70 @@ void row_sums(const float* k, int64_t n, int64_t stride, const float* x, float* 
   });
 }
 
+// sum_i K_ij x_i of kParts vectors of columns, at most 4. Several rows at a time: a sum waits 4 cycles for its last term.
+template <class V, int kParts>
+inline void sum_part(const float* k, int64_t n, int64_t stride, const float* x, typename V::R* total) {
+  using R = typename V::R;
+  constexpr int kRows = 8 / kParts;
+  R sum[kRows][kParts];
+  for (int r = 0; r < kRows; ++r)
+    for (int p = 0; p < kParts; ++p) sum[r][p] = V::set(0);
+  int64_t i = 0;
+  for (; i + kRows <= n; i += kRows)
+    for (int r = 0; r < kRows; ++r) {
+      const R factor = V::set(x[i + r]);
+      for (int p = 0; p < kParts; ++p) sum[r][p] = V::fma(V::load(k + (i + r) * stride + p * V::width), factor, sum[r][p]);
+    }
+  for (; i < n; ++i)
+    for (int p = 0; p < kParts; ++p)
+      sum[0][p] = V::fma(V::load(k + i * stride + p * V::width), V::set(x[i]), sum[0][p]);
+  for (int p = 0; p < kParts; ++p) {
+    total[p] = sum[0][p];
+    for (int r = 1; r < kRows; ++r) total[p] = V::add(total[p], sum[r][p]);
+  }
+}
+
+// finish(j, sums of columns j and after) for each vector of columns.
+template <class V, class Finish>
+inline void sum_columns(const float* k, int64_t n, int64_t stride, const float* x, const Finish& finish) {
+  for (int64_t j = 0; j < stride; j += 4 * V::width) {
+    const int64_t parts = (stride - j) / V::width < 4 ? (stride - j) / V::width : 4;
+    typename V::R total[4];
+    switch (parts) {
+      case 1: sum_part<V, 1>(k + j, n, stride, x, total); break;
+      case 2: sum_part<V, 2>(k + j, n, stride, x, total); break;
+      case 3: sum_part<V, 3>(k + j, n, stride, x, total); break;
+      default: sum_part<V, 4>(k + j, n, stride, x, total);
+    }
+    for (int64_t p = 0; p < parts; ++p) finish(j + p * V::width, total[p]);
+  }
+}
+
 template <class V>
 void column_sums(const float* k, int64_t n, int64_t stride, const float* x, float* out) {
-  for (int64_t j = 0; j < stride; j += V::width) {
-    auto sum = V::set(0);
-    for (int64_t i = 0; i < n; ++i) sum = V::fma(V::load(k + i * stride + j), V::set(x[i]), sum);
-    V::store(out + j, sum);
-  }
+  sum_columns<V>(k, n, stride, x, [=](int64_t j, typename V::R sum) { V::store(out + j, sum); });
+}
+
+template <class V>
+float scale_columns(const float* k, int64_t n, int64_t stride, const float* x, const float* over, float* out) {
+  auto most = V::set(0);
+  sum_columns<V>(k, n, stride, x, [=, &most](int64_t j, typename V::R sum) {
+    const auto quotient = V::quotient(V::load(over + j), V::max(sum, V::set(kTiny)));
+    most = V::max(most, quotient);
+    V::store(out + j, quotient);
+  });
+  return V::most(most);
+}
+
+template <class V>
+void transpose(const float* k, int64_t n, int64_t stride, int64_t rows, float* out) {
+  for (int64_t i = 0; i < rows; i += V::width)
+    for (int64_t j = 0; j < stride; j += V::width) {
+      typename V::R square[V::width];
+      for (int64_t r = 0; r < V::width; ++r) square[r] = i + r < n ? V::load(k + (i + r) * stride + j) : V::set(0);
+      V::transpose(square);
+      for (int64_t r = 0; r < V::width; ++r) V::store(out + (j + r) * rows + i, square[r]);
+    }
 }
 
 template <class V>
@@ -366,6 +423,15 @@ inline void gather(const float* from, int64_t stride, int64_t entries, int64_t l
 template <class V>
 inline void scatter(const float* from, int64_t entries, int64_t lanes, float* out) {
   using H = typename V::Half;
+  if (entries == 4 && lanes == V::width) {
+    for (int64_t l = 0; l < V::width; l += H::width) {
+      typename H::R lines[4];
+      for (int64_t e = 0; e < 4; ++e) lines[e] = H::load(from + e * V::width + l);
+      H::transpose_fours(lines);
+      for (int64_t r = 0; r < 4; ++r) H::store(out + l * 4 + r * H::width, lines[r]);
+    }
+    return;
+  }
   for (int64_t l = 0; l < lanes; l += H::width)
     for (int64_t e = 0; e < entries; e += H::width) {
       typename H::R square[H::width];
@@ -402,37 +468,42 @@ struct SmallState {
     gather<V>(p.a, p.a_stride, p.n, p.lanes, a);
     gather<V>(p.b, p.b_stride, p.m, p.lanes, b);
     alignas(64) float lane_epsilon[V::width];
-    gather<V>(p.epsilon, 1, 1, p.lanes, lane_epsilon);
+    for (int64_t l = 0; l < V::width; ++l) lane_epsilon[l] = p.epsilon[l < p.lanes ? l : 0];
     epsilon = V::load(lane_epsilon);
     const R minus_inverse = V::div(V::set(-1), epsilon);
     R most = V::set(1);
     mass = V::set(0);
-    finite = V::above(V::set(1), V::set(0));
-    for (int64_t e = 0; e < p.n * p.m; ++e)
-      finite = V::both(finite, V::both(V::above(at(k, e), V::set(-kInfinity)), V::above(V::set(kInfinity), at(k, e))));
+    for (int64_t i = 0; i < p.n; ++i) {
+      most = V::max(most, at(a, i));
+      mass = V::add(mass, at(a, i));
+    }
+    for (int64_t j = 0; j < p.m; ++j) most = V::max(most, at(b, j));
+    limit = V::mul(most, V::set(kLargeScaling));
+    R zeros = V::set(0);  // NaN once a cost was not finite
     for (int64_t i = 0; i < p.n; ++i) {
       R low = V::set(kInfinity);
       for (int64_t j = 0; j < p.m; ++j) {
-        const R c = V::select(V::above(at(b, j), V::set(0)), at(k, i * p.m + j), V::set(kInfinity));
-        put(k, i * p.m + j, c);
+        R c = at(k, i * p.m + j);
+        zeros = V::fma(c, V::set(0), zeros);
+        if (!p.full) {
+          c = V::select(V::above(at(b, j), V::set(0)), c, V::set(kInfinity));
+          put(k, i * p.m + j, c);
+        }
         low = V::min(low, c);
       }
       low = V::select(V::above(V::set(kInfinity), low), low, V::set(0));
       put(row_floor, i, low);
       for (int64_t j = 0; j < p.m; ++j)
         put(k, i * p.m + j, exponential<V>(V::mul(V::sub(at(k, i * p.m + j), low), minus_inverse)));
-      most = V::max(most, at(a, i));
-      mass = V::add(mass, at(a, i));
     }
-    for (int64_t j = 0; j < p.m; ++j) most = V::max(most, at(b, j));
-    limit = V::mul(most, V::set(kLargeScaling));
+    finite = V::equal(zeros, V::set(0));
     if (!p.full) return;
     for (int64_t i = 0; i < p.n; ++i) {
-      const R inverse = V::div(V::set(1), at(a, i));
+      const R inverse = p.a_stride == 0 ? V::set(1 / p.a[i]) : V::div(V::set(1), at(a, i));
       for (int64_t j = 0; j < p.m; ++j) put(over_a, i * p.m + j, V::mul(at(k, i * p.m + j), inverse));
     }
     for (int64_t j = 0; j < p.m; ++j) {
-      const R inverse = V::div(V::set(1), at(b, j));
+      const R inverse = p.b_stride == 0 ? V::set(1 / p.b[j]) : V::div(V::set(1), at(b, j));
       for (int64_t i = 0; i < p.n; ++i) put(over_b, i * p.m + j, V::mul(at(k, i * p.m + j), inverse));
     }
   }
@@ -534,7 +605,8 @@ SmallLanes small_forward(const SmallProblem& p, int64_t iterations, float tolera
   scatter<V>(f, p.n, p.lanes, u);
   scatter<V>(g, p.m, p.lanes, v);
   for (int64_t l = 0; l < p.lanes; ++l) count[l] = static_cast<int32_t>(counted[l]);
-  return {V::bits(beyond), ~V::bits(state.finite)};
+  const uint32_t taken = p.lanes < 32 ? (uint32_t{1} << p.lanes) - 1 : ~uint32_t{0};
+  return {V::bits(beyond) & taken, ~V::bits(state.finite) & taken};
 }
 
 template <class V>

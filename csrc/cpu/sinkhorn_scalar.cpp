@@ -42,6 +42,7 @@ struct Scalar {
   }
   static Four sums(R s0, R s1, R s2, R s3) { return Four{s0, s1, s2, s3}; }
   static void transpose(R*) {}
+  static void transpose_fours(R*) {}
   static float total(R x) { return x; }
   static float least(R x) { return x; }
   static float most(R x) { return x; }

@@ -5,7 +5,6 @@ sinkhorn works in the exponential domain, with offsets that move when scalings g
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,10 +16,18 @@ from . import cpu
 
 def laid_out(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
     """The tensors as the kernel reads them, and how far their problems lie apart: 0 where all share one."""
-    problems = tensors[0].shape[0]
-    shared = [problems > 1 and tensor.stride(0) == 0 for tensor in tensors]
-    contiguous = [(t[0] if once else t).contiguous() for t, once in zip(tensors, shared, strict=True)]
-    return contiguous, [0 if once else math.prod(t.shape[1:]) for t, once in zip(tensors, shared, strict=True)]
+    read, strides = [], []
+    for tensor in tensors:
+        if tensor.is_contiguous():
+            read.append(tensor)
+            strides.append(tensor.stride(0))
+        elif tensor.shape[0] > 1 and tensor.stride(0) == 0:
+            read.append(tensor if tensor.dim() == 2 and tensor.stride(1) == 1 else tensor[0].contiguous())
+            strides.append(0)
+        else:
+            read.append(tensor.contiguous())
+            strides.append(read[-1].stride(0))
+    return read, strides
 
 
 def sinkhorn(

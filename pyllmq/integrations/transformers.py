@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..formats import FORMAT_VERSION, FormatError, Structure, structure_from_dict
@@ -101,6 +103,8 @@ def register() -> None:
         """The plan for transformers' tensor parallelism, where that was asked for."""
         shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
         """Of all the model's tensors: transformers compares them with the files' only where there is no quantizer."""
+        dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
+        """Asked for, of the dense parameters: with a quantizer, transformers leaves renamed ones in the file's."""
 
         def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
             """Packed layers make their machine layout once and keep it in memory."""
@@ -122,6 +126,7 @@ def register() -> None:
             check_files(structures, checkpoint_files)
             put_skeletons(model, structures, part)
             self.shapes = {key: tuple(tensor.shape) for key, tensor in _tensors(model).items()}
+            self.dtypes = asked_dtypes(model)
             self.styles = take_over_linears(model)
             return model
 
@@ -140,6 +145,8 @@ def register() -> None:
                         f"the tensor {name} is {tuple(tensor.shape)}, but config.json asks for {self.shapes[name]}; the folder is "
                         "damaged, or its files are of two models"
                     )
+            for name, parameter in model.named_parameters():
+                parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))
             if self.styles is not None:
                 from ..parallel import parallelize
 
@@ -202,6 +209,17 @@ def packed_modules(model: nn.Module) -> list[tuple[str, PackedLinear]]:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def asked_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Of the parameters of a skeleton, but for those that the architecture keeps in fp32 whatever is asked for."""
+    kept = [getattr(model, f"_keep_in_fp32_modules{strict}", None) or () for strict in ("", "_strict")]
+    patterns = [re.escape(pattern).replace(r"\*", ".*") for patterns in kept for pattern in patterns]
+    return {
+        name: parameter.dtype
+        for name, parameter in model.named_parameters()
+        if not any(re.search(pattern, name) for pattern in patterns)
+    }
 
 
 def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: bool = False) -> dict[str, str]:

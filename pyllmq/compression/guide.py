@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .blocks import OUTSIDE, BlockLoop, Chain, Stage
 from .calibration import Batch
+from .memory import return_freed
 from .ranks import ALONE, Ranks
 
 PROBES = 3
@@ -120,6 +121,7 @@ def output_gradients_by_block(
                 for left, loss in enumerate(losses, 1 - len(losses)):
                     found += torch.autograd.grad(loss, leaf, retain_graph=left < 0)
                 gradients.append(found)
+                return_freed()
         loop.outputs.clear()
         hidden.clear()
         for i, stage in reversed(list(enumerate(stages))):
@@ -132,6 +134,7 @@ def output_gradients_by_block(
                     for probe, gradient in enumerate(found):
                         left = len(found) - 1 - probe
                         (found[probe],) = torch.autograd.grad(output, leaf, gradient, retain_graph=left > 0)
+                    return_freed()
     return watched.guidance(len(batches), ranks)
 
 

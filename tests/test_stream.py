@@ -217,6 +217,7 @@ def test_what_a_kill_left_half_written_does_not_stay(tmp_path):
     place = working_folder(output)
     for stray in ("folder/.tmpAbc123", "folder/config.json", ".tmpDef456", "hidden.model.layers.1.safetensors.part"):
         (place / stray).write_bytes(b"half")
+    (place / "folder" / "additional_chat_templates").mkdir()
     with patch.object(Manifest, "remove"):  # as if killed between the last two steps
         streamed(source, output, batches=batches, resume=True)
     assert digests(output) == digests(whole)

@@ -95,12 +95,13 @@ class Manifest:
     def _clear(self) -> None:
         """By what the manifest names, not by our own suffix: safetensors writes under a passing name of its own (`.tmp...`)."""
         named = {entry["file"] for entry in self.finished}
-        for file in self.folder.iterdir():
-            if file.name not in named:
-                file.unlink()
-        for file in self.place.iterdir():
-            if file.name.startswith(".") or file.name.endswith(PART):
-                file.unlink()
+        strays = [file for file in self.folder.iterdir() if file.name not in named]
+        strays += [file for file in self.place.iterdir() if file.name.startswith(".") or file.name.endswith(PART)]
+        for stray in strays:
+            if stray.is_dir():  # what a tokenizer may have begun to write
+                shutil.rmtree(stray)
+            else:
+                stray.unlink()
 
     # ---- what is finished ----
 

@@ -18,7 +18,6 @@ from pyllmq import (
     SparseConfig,
     SparseLinear,
 )
-from pyllmq.compression import drift
 from pyllmq.compression import job as pipeline
 from pyllmq.compression.model import visit_groups
 
@@ -190,7 +189,6 @@ def test_runs_end_where_all_is_known(monkeypatch, make, config):
     early = compressed()
     group_by_input = pipeline._group_by_input
     monkeypatch.setattr(pipeline, "_group_by_input", lambda *a: (group_by_input(*a)[0], set(layers)))
-    monkeypatch.setattr(drift, "_find_places", lambda *a, find=drift._find_places: (find(*a)[0], set(layers)))
     whole = compressed()
     assert early.keys() == whole.keys() and all(torch.equal(early[key], whole[key]) for key in early)
     if make is not Repeating:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..swap import dense_weight
 from .calibration import Batch
+from .column_loop import count_not_finite
 from .drift import DenseTwin, Enough
 
 OUTSIDE = ""
@@ -452,9 +453,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def check_finite(name: str, module: nn.Module) -> None:
-    weight = dense_weight(module)
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
+    bad = count_not_finite(dense_weight(module))
+    if bad:
         raise ValueError(
             f"{name}.weight holds {bad} values that are not finite; repair the model before compressing it"
         )

@@ -18,7 +18,7 @@ from ..config import FULL_BITS, CLAQConfig
 from ..formats import CodebookWeight, PackedWeight
 from ..kmeans import kmeans_1d
 from . import allocate
-from .column_loop import PANEL, ColumnQuantizer, factor_hessian, output_error, sweep_columns
+from .column_loop import PANEL, ColumnQuantizer, count_not_finite, factor_hessian, output_error, sweep_columns
 from .ranks import ALONE, Ranks
 
 FP16_MAX = 65504.0
@@ -263,6 +263,6 @@ def check_matrix(name: str, weight: Tensor, hessian: Tensor) -> None:
         raise ValueError(
             f"{name!r} is {tuple(weight.shape)} and the hessian {tuple(hessian.shape)}; with [N, K] it must be [K, K]"
         )
-    bad = sum(int((~torch.isfinite(part)).sum()) for part in weight.split(PANEL))
+    bad = count_not_finite(weight)
     if bad:
         raise ValueError(f"{name!r} holds {bad} of {weight.numel()} weights that are not finite; check the checkpoint")

@@ -34,10 +34,13 @@ class HessianFactor:
     K = 11008, and of either half of one says all."""
     diagonal: Tensor
     """float32 [K]: H_jj, undamped."""
-    dead_columns: Tensor
-    """int64: original indices of inputs that were always 0 in the calibration data; they are coupled to nothing."""
     damping: float
     """The share of mean(diag H) that was added to the diagonal; above the one asked for where that one failed."""
+
+    @property
+    def dead_columns(self) -> Tensor:
+        """int64: original indices of inputs that were always 0 in the calibration data; they are coupled to nothing."""
+        return self.order[self.diagonal == 0].sort().values
 
     def upper_rows(self, begin: int, end: int) -> Tensor:
         """float32 [end - begin, K - begin]: U[begin:end, begin:]. What is left of U's diagonal is not to be read."""
@@ -196,7 +199,7 @@ def factor_hessian(
         raise ValueError(f"hessian has the shape {tuple(hessian.shape)}; it must be [K, K] with K >= 1")
     if not 0 <= damping <= MAX_DAMPING:
         raise ValueError(f"damping is {damping}; allowed: 0 to {MAX_DAMPING:g} (a share of the mean diagonal)")
-    bad = sum(int((~torch.isfinite(part)).sum()) for part in hessian.split(PANEL))  # isfinite makes another [K, K]
+    bad = count_not_finite(hessian)
     if bad:
         raise ValueError(
             f"hessian holds {bad} of {hessian.numel()} values that are not finite; look at the calibration activations "
@@ -219,7 +222,7 @@ def factor_hessian(
 
     used = damping
     while True:
-        factor = HessianFactor(order, square, diagonal, order[dead].sort().values, used)
+        factor = HessianFactor(order, square, diagonal, used)
         added = torch.full_like(diagonal, factor.added(), dtype=torch.float64)
         added[dead] += float(diagonal[~dead].double().mean()) if not bool(dead.all()) else 1.0
         if _factor_into(square, diagonal + added):
@@ -238,6 +241,11 @@ def factor_hessian(
         used = raised
     invert_upper_(square)
     return factor
+
+
+def count_not_finite(matrix: Tensor) -> int:
+    """By rows: `isfinite` makes another matrix, 0.5 GB for a Hessian of K = 11008."""
+    return sum(int((~torch.isfinite(part)).sum()) for part in matrix.split(PANEL))
 
 
 def _reorder_(square: Tensor, order: Tensor) -> None:
@@ -324,7 +332,7 @@ def sweep_columns(
     return SweepResult(weight, as_matrix(rows, factor.order).contiguous(), loss)
 
 
-def sweep_(rows: Tensor, factor: HessianFactor, quantizer: ColumnQuantizer, block_size: int = 128) -> float:
+def sweep_(rows: Tensor, factor: HessianFactor, quantizer: ColumnQuantizer, block_size: int) -> float:
     """`sweep_columns` in place; gives its loss.
 
     Args:
@@ -410,9 +418,9 @@ def refine_(
     error: Tensor,
     factor: HessianFactor,
     quantizer: ColumnQuantizer,
-    cycles: int = 3,
-    tolerance: float = 0.01,
-    block_size: int = 128,
+    cycles: int,
+    tolerance: float,
+    block_size: int,
 ) -> list[float]:
     """`refine_columns` in place; gives its decreases.
 

@@ -9,6 +9,7 @@ from ..formats import CodebookWeight, Sparse24CodebookWeight
 from ..formats.sparse24 import GROUP, KEPT
 from ..formats.sparse24_codebook import BITS
 from ..kmeans import kmeans_1d
+from .column_loop import count_not_finite
 
 MAX_OUTLIER_FRACTION = 0.5
 
@@ -23,8 +24,8 @@ def pack_columns(
     k-means weights the rows by its square, so that the squared error of W itself stays what is minimised.
     """
     n, k = weight.shape
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
+    bad = count_not_finite(weight)
+    if bad:
         raise ValueError(
             f"the weight [{n}, {k}] holds {bad} values that are not finite; repair the model before packing it"
         )
@@ -78,8 +79,8 @@ def pack_columns_24(
     that lie farthest out.
     """
     n, k = weight.shape
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
+    bad = count_not_finite(weight)
+    if bad:
         raise ValueError(
             f"the weight [{n}, {k}] holds {bad} values that are not finite; repair the model before packing it"
         )

@@ -69,17 +69,17 @@ class DenseTwin:
         twins = dict(zip(block.modules(), self.block.modules(), strict=True))
         modules = {twin: module for module, twin in twins.items()}
         of_twin = {name: twins[module] for name, module in linears.items()}
-        self.places, self.repeated = _find_places(self.block, of_twin, run)
+        self.places = _find_places(self.block, of_twin, run)
         self.places_in_block = {
             name: Place(modules[place.module], place.entering) for name, place in self.places.items()
         }
 
-    def look(self, names: Sequence[str], index: int) -> dict[str, Tensor]:
-        """What the dense model has at the places of `names`."""
+    def look(self, names: Sequence[str], index: int, once: bool) -> dict[str, Tensor]:
+        """What the dense model has at the places of `names`; if each of them runs `once`, the run ends where that is known."""
         found: dict[str, Tensor] = {}
 
         def check() -> None:
-            if len(found) == len(names) and self.repeated.isdisjoint(names):
+            if once and len(found) == len(names):
                 raise Enough
 
         with watch({name: self.places[name] for name in names}, found, then=check), suppress(Enough):
@@ -126,17 +126,13 @@ def _sample(value: Tensor) -> Tensor:
 
 def _find_places(
     block: nn.Module, linears: Mapping[str, nn.Module], run: Callable[[nn.Module, int], Tensor]
-) -> tuple[dict[str, Place], set[str]]:
-    """For each Linear the last place that follows its output one to one, found by adding noise to it; else the output itself.
-
-    And the names of those that run more than once.
-    """
+) -> dict[str, Place]:
+    """For each Linear the last place that follows its output one to one, found by adding noise to it; else the output itself."""
     sums = [Place(module, entering=True) for module in block.modules() if module is not block] + [Place(block)]
     own = {name: Place(linear) for name, linear in linears.items()}
     before: dict[Any, Tensor] = {}
     with watch({place: place for place in (*sums, *own.values())}, before, sample=True) as passed:
         stream = run(block, 0)
-    repeated = {name for name, place in own.items() if passed[place] > 1}
     scale = stream.float().square().mean().sqrt()
     shape = _sample(stream).shape
     places = dict(own)
@@ -157,4 +153,4 @@ def _find_places(
                 rest = value.float() - before[place].float() - _sample(noise).float()
                 if bool(rest.square().mean().sqrt() <= TOLERANCE * scale):
                     places[name] = place
-    return places, repeated
+    return places

@@ -305,7 +305,7 @@ def _input_statistics(
         weight = dense_weight(next(iter(group.values())))
         totals[i] = torch.zeros(weight.shape[1], device=weight.device)
         sums[i] = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
-    drifts = _Drifts(job, groups)
+    drifts = _Drifts(job, groups, once)
     seen: dict[int, tuple[Tensor, Tensor | None]] = {}
     current = 0
     return_freed()
@@ -367,8 +367,8 @@ def _input_statistics(
 class _Drifts:
     """Collects, for the Linears of some groups, what the twin has at their places beyond what the block has."""
 
-    def __init__(self, job: Job, groups: list[dict[str, nn.Module]]) -> None:
-        self.job, self.twin = job, job.loop.twin
+    def __init__(self, job: Job, groups: list[dict[str, nn.Module]], once: bool) -> None:
+        self.job, self.twin, self.once = job, job.loop.twin, once
         self.members = [(i, name) for i, group in enumerate(groups) for name in group] if self.twin else []
         self.had: dict[str, Tensor] = {}
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -389,7 +389,7 @@ class _Drifts:
         """`seen`: for each group its real tokens in the batch of index `current`, and their weights."""
         if self.twin is None:
             return
-        wanted = self.twin.look([name for _, name in self.members], current)
+        wanted = self.twin.look([name for _, name in self.members], current, self.once)
         for i, name in self.members:
             # An expert is sent other tokens than in the dense model: nothing to compare.
             if i not in seen or name not in self.had or name not in wanted or wanted[name].dim() != 3:

@@ -33,7 +33,7 @@ from pyllmq.compression.column_loop import ColumnQuantizer, factor_hessian, swee
 from pyllmq.compression.columns import InputStatistics
 from pyllmq.compression.model import visit_groups
 from pyllmq.loading import is_causal, load_model, load_tokenizer
-from pyllmq.swap import DEFAULT_EXCLUDE, dense_weight
+from pyllmq.linears import DEFAULT_EXCLUDE, dense_weight
 
 TRUE_BITS = (2.0, 2.1, 2.25, 2.5, 3.0, 3.25, 4.0)
 GROUP = 128

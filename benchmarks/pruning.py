@@ -22,7 +22,7 @@ import torch
 from pyllmq import CLAQConfig, SparseConfig, compress, evaluate
 from pyllmq.compression import calibration
 from pyllmq.loading import is_causal, load_model, load_tokenizer
-from pyllmq.swap import DEFAULT_EXCLUDE
+from pyllmq.linears import DEFAULT_EXCLUDE
 
 METHODS: dict[str, Callable[[float | None, str], SparseConfig]] = {
     "magnitude": lambda share, pattern: SparseConfig(share, pattern, "magnitude"),

@@ -223,7 +223,7 @@ PRUNING = {"magnitude": "magnitude", "wanda": "wanda", "sparsegpt": "sparsegpt",
 def run_compress(given: argparse.Namespace) -> int:
     from . import compress, pack_pruned, save_pretrained
     from .loading import is_packed, load_model, load_tokenizer
-    from .swap import DEFAULT_EXCLUDE
+    from .linears import DEFAULT_EXCLUDE
 
     config = _compression_config(given)
     output = Path(given.output)
@@ -275,7 +275,7 @@ def _is_data_free(config: Any) -> bool:
 def _compress_files(given: argparse.Namespace, config: Any) -> int:
     from .compression.files import compress_files
     from .loading import load_tokenizer
-    from .swap import DEFAULT_EXCLUDE
+    from .linears import DEFAULT_EXCLUDE
 
     if given.dry_run:
         raise ValueError(f"--dry-run does not go with --method {given.method}, which takes minutes")
@@ -313,7 +313,7 @@ def _compress_streamed(given: argparse.Namespace, config: Any) -> int:
     from .compression.stream import compress_folder
     from .integrations.checkpoint import StreamedModel
     from .loading import load_tokenizer
-    from .swap import DEFAULT_EXCLUDE
+    from .linears import DEFAULT_EXCLUDE
 
     tokenizer = load_tokenizer(given.source)
     with _ended_by_signal(), joined() as ranks:
@@ -409,7 +409,7 @@ def _published(given: argparse.Namespace) -> CLAQConfig:
 
 def _bits_for_size(model: Any, given: argparse.Namespace, indexed: bool = False) -> float:
     from .compression.model import bits_for_size
-    from .swap import DEFAULT_EXCLUDE
+    from .linears import DEFAULT_EXCLUDE
 
     # Tokenizer and configuration are written again, much as they were.
     weights = (".safetensors", ".bin", ".pt", ".h5", ".msgpack", ".onnx")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .formats import FormatError, PackedWeight, Structure
 from .nn import LAYER_OF_KIND, PackedLinear
-from .swap import as_linear, dense_weight, is_transposed_linear, replace_module, stacked_parameters
+from .linears import as_linear, dense_weight, is_transposed_linear, replace_module, stacked_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

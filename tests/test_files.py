@@ -38,7 +38,7 @@ def test_kmeans_is_that_of_each_layer(tmp_path, make, blocks):
         name for name, module in packed.named_modules() if isinstance(module, CodebookLinear)
     }
     for row in report.layers[:3]:
-        dense = pyllmq.swap.as_linear(model.get_submodule(row.name))
+        dense = pyllmq.linears.as_linear(model.get_submodule(row.name))
         layer = packed.get_submodule(row.name)
         wanted = CodebookLinear.from_dense(dense, bits=3)
         assert torch.equal(layer.dequantize(), wanted.dequantize())

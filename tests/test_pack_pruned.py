@@ -10,7 +10,7 @@ from . import models
 
 
 def prune_by_magnitude(model: nn.Module, share: float) -> None:
-    for name, module in pyllmq.swap.linear_modules(model):
+    for name, module in pyllmq.linears.linear_modules(model):
         if "lm_head" not in name:
             limit = module.weight.abs().float().flatten().kthvalue(int(share * module.weight.numel())).values
             module.weight.data[module.weight.abs() <= limit] = 0

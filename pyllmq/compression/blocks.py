@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..swap import dense_weight
+from ..linears import dense_weight
 from .calibration import Batch
 from .column_loop import count_not_finite
 from .drift import DenseTwin, Enough

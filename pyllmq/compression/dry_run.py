@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..config import ColumnCodebookConfig, SparseConfig
-from ..swap import DEFAULT_EXCLUDE, dense_weight, replace_module, select_linears
+from ..linears import DEFAULT_EXCLUDE, dense_weight, replace_module, select_linears
 from .blocks import BlockLoop, Stage, find_stages
 from .calibration import as_batches
 from .job import Config, Job, byte_budgets

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..config import KMeansConfig, SparseConfig
-from ..swap import DEFAULT_EXCLUDE, is_transposed_linear, left_dense, select_linears
+from ..linears import DEFAULT_EXCLUDE, is_transposed_linear, left_dense, select_linears
 from .blocks import find_stages
 from .data_free import pack_columns
 from .manifest import Manifest, source_signature, write_tensors

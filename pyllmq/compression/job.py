@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..config import CLAQConfig, ColumnCodebookConfig, SparseConfig
 from ..nn import LAYER_OF_KIND
-from ..swap import dense_weight, replace_module
+from ..linears import dense_weight, replace_module
 from . import allocate, claq, columns, densities
 from .blocks import BlockLoop, Chain, Stage
 from .calibration import Batch

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import CLAQConfig, ColumnCodebookConfig, KMeansConfig, SparseConfig
-from ..swap import (
+from ..linears import (
     DEFAULT_EXCLUDE,
     LeftDense,
     dense_weight,
@@ -63,7 +63,7 @@ def compress(
             to prune.
         calibration: batches, each a tensor of token ids [B, L] or a dict as the model's forward takes it. With an
             ``attention_mask`` [B, L], padding does not count.
-        include, exclude: name patterns (see `pyllmq.swap.matches`). Embeddings, norms and output heads stay dense by default;
+        include, exclude: name patterns (see `pyllmq.linears.matches`). Embeddings, norms and output heads stay dense by default;
             Linears outside the repeated blocks are compressed only if `include` names them.
         tuning: batches for `config.tune_steps`, better other text than the calibration; None takes the calibration.
         progress: show a tqdm bar with layer, error and time left.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..formats import BitmapStructure, BitmapWeight, Sparse24Structure, Sparse24Weight
 from ..nn import LAYER_OF_KIND
-from ..swap import (
+from ..linears import (
     DEFAULT_EXCLUDE,
     LeftDense,
     dense_weight,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..swap import LeftDense
+from ..linears import LeftDense
 
 
 @dataclass(frozen=True)

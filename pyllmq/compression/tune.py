@@ -23,7 +23,7 @@ from .. import ops
 from ..dispatch import CHECKPOINT_FIELDS, WeightOperand
 from ..formats import CodebookWeight
 from ..nn import CodebookLinear
-from ..swap import replace_module
+from ..linears import replace_module
 from .blocks import BlockLoop, Call, Chain, find_stages
 from .calibration import Batch, as_batches
 

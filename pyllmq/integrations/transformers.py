@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..formats import FORMAT_VERSION, FormatError, Structure, structure_from_dict
 from ..nn import LAYER_OF_KIND, PackedLinear
-from ..swap import as_linear, linear_modules, replace_module
+from ..linears import as_linear, linear_modules, replace_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,0 +1,164 @@
+"""The Linear-like modules of a model: what counts as one, finding them by name, replacing one, and what stays dense."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+DEFAULT_EXCLUDE = ("lm_head", "embed_out", "classifier", "score")
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Does a module name fit one of the patterns?
+
+    A pattern is a whole module name, a run of its dotted parts (``lm_head``, ``self_attn.q_proj``), a glob (``*.mlp.*``), or a
+    regular expression after ``re:`` that must match the whole name.
+    """
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if re.fullmatch(pattern[3:], name):
+                return True
+        elif any(c in pattern for c in "*?["):
+            if fnmatch.fnmatchcase(name, pattern):
+                return True
+        elif f".{pattern}." in f".{name}.":
+            return True
+    return False
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2 and kin): a Linear whose weight is stored [in_features, out_features]."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every `nn.Linear` and transformers Conv1D."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or is_transposed_linear(module):
+            yield name, module
+
+
+def select_linears(
+    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = DEFAULT_EXCLUDE
+) -> dict[str, nn.Module]:
+    """Linear-like modules that `include` names (None: all) and `exclude` does not. A pattern that fits nothing is an error."""
+    found = dict(linear_modules(model))
+    for pattern in include or ():
+        if not any(matches(name, [pattern]) for name in found):
+            raise ValueError(
+                f"include pattern {pattern!r} fits no Linear of the model; it has for example: {_some(found)}"
+            )
+    everything = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    for pattern in exclude:
+        if pattern not in DEFAULT_EXCLUDE and not any(matches(name, [pattern]) for name in everything):
+            raise ValueError(
+                f"exclude pattern {pattern!r} fits nothing in the model; it has for example: {_some(found)}"
+            )
+    return {
+        name: module
+        for name, module in found.items()
+        if (include is None or matches(name, include)) and not matches(name, exclude)
+    }
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight [out_features, in_features] of a Linear-like module."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if is_transposed_linear(module) else weight.detach()
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name) if parent_name else model
+    new.train(parent.training)
+    setattr(parent, leaf, new)
+
+
+def as_linear(module: nn.Module) -> nn.Linear:
+    """The module itself, or for a Conv1D an `nn.Linear` that shares its weight."""
+    if isinstance(module, nn.Linear):
+        return module
+    weight = dense_weight(module)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if module.bias is not None:
+        assert isinstance(module.bias, nn.Parameter)
+        linear.bias = module.bias
+    return linear
+
+
+@dataclass(frozen=True)
+class LeftDense:
+    """A Linear-like tensor that stays dense: `asked` says whether the user asked for that."""
+
+    name: str
+    parameters: int
+    why: str
+    asked: bool
+
+
+def left_dense(
+    model: nn.Module, chosen: Iterable[str], include: Sequence[str] | None, exclude: Sequence[str]
+) -> tuple[list[LeftDense], int]:
+    """Linear-like tensors outside `chosen`, and the number of all Linear-like parameters.
+
+    What `exclude` names, and what an `include` does not name, was asked for. Besides Linears these are 3-D parameters
+    (stacked experts), which a search for `nn.Linear` would silently miss.
+    """
+    chosen = set(chosen)
+    dense, total = [], 0
+    for name, module in linear_modules(model):
+        size = int(dense_weight(module).numel())
+        total += size
+        if name not in chosen:
+            asked, why = _why_dense(name, include, exclude, "outside the repeated blocks")
+            dense.append(LeftDense(name, size, why, asked))
+    for name, parameter in stacked_parameters(model):
+        experts = "a 3-D tensor (stacked experts?), which this version does not compress"
+        asked, why = _why_dense(name, include, exclude, experts)
+        dense.append(LeftDense(name, parameter.numel(), why, asked))
+        total += parameter.numel()
+    return dense, total
+
+
+def stacked_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """3-D parameters large enough to matter, which are most likely stacked experts."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Embedding):
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and parameter.numel() >= 1 << 12:
+                yield f"{name}.{parameter_name}".lstrip("."), parameter
+
+
+def _why_dense(name: str, include: Sequence[str] | None, exclude: Sequence[str], otherwise: str) -> tuple[bool, str]:
+    if matches(name, exclude):
+        return True, "excluded"
+    if include is not None and not matches(name, include):
+        return True, "not included"
+    return False, otherwise
+
+
+def _some(names: Iterable[str], count: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")
+
+
+def tied_weights(model: nn.Module, chosen: Iterable[str]) -> dict[str, str]:
+    """Chosen Linears whose weight is the same tensor as another module's (an embedding, say) -> that module's name."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and name not in set(chosen):
+            owners.setdefault(id(weight), name)
+    tied = {}
+    for name in chosen:
+        weight = model.get_submodule(name).weight
+        if id(weight) in owners:
+            tied[name] = owners[id(weight)]
+    return tied

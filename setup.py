@@ -25,7 +25,7 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -216,7 +216,9 @@ class BuildExtension(build_ext):
         written.write_text("\n".join(lines))
 
         ninja = [find_ninja(), "-C", str(ROOT), "-f", str(folder / "build.ninja")]
-        commands = subprocess.run([*ninja, "-t", "compdb", "compile"], capture_output=True, text=True, check=True).stdout
+        commands = subprocess.run(
+            [*ninja, "-t", "compdb", "compile"], capture_output=True, text=True, check=True
+        ).stdout
         (ROOT / base / "compile_commands.json").write_text(commands[commands.index("[\n") :])
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         sys.stdout.flush()
@@ -242,9 +244,8 @@ def sources(of_cuda, *suffixes):
 
 cpu_extension = Extension("pyllmq._cpu", sources(False, ".cpp"))
 cuda_extension = Extension("pyllmq._cuda", sources(True, ".cpp", ".cu"))
-if CUDA == "emulated":
-    extensions = [cuda_extension]
-else:
-    extensions = [cpu_extension, *([cuda_extension] if cuda_build() else [])]
+by_setting = {"emulated": [cuda_extension], "0": [cpu_extension]}
+extensions = by_setting.get(CUDA) or [cpu_extension, *([cuda_extension] if cuda_build() else [])]
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
+packages = {*find_packages(str(ROOT), include=["pyllmq", "pyllmq.*"]), "pyllmq.triton_kernels", "pyllmq.benchmarks"}
+setup(packages=sorted(packages), ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

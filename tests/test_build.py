@@ -12,8 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = ROOT / "setup.py"
 FILES = {
-    "pyproject.toml": '[project]\nname = "small"\nversion = "1"\n[tool.setuptools]\npackages = ["pyllmq"]\n',
+    "pyproject.toml": '[project]\nname = "small"\nversion = "1"\n',
     "pyllmq/__init__.py": "",
+    "pyllmq/benchmarks/__init__.py": "",
+    "pyllmq/triton_kernels/__init__.py": "",
     "csrc/bindings_cpu.cpp": '#include "answer.h"\nint one(); int two(); int three();\nextern "C" '
     '__attribute__((visibility("default"))) int answer() { return ANSWER + one() + two() + three(); }\n',
     "csrc/answer.h": "#define ANSWER 36\n",

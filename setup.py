@@ -231,12 +231,13 @@ def sources(of_cuda, *suffixes):
     """Of csrc/, what lies in a folder `cuda`, and bindings_cuda.cpp; or all the rest."""
     found = []
     for path in sorted(p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*")):
-        is_cuda = "cuda" in path.parts or path.stem == "bindings_cuda"
+        emulator = any("emulator" in part for part in path.parts)
+        is_cuda = emulator or "cuda" in path.parts or path.stem == "bindings_cuda"
         if path.suffix not in suffixes or is_cuda != of_cuda:
             continue
         if not X86 and path.stem.endswith(tuple(ISA_FLAGS)):
             continue
-        if "emulator" in path.parts if CUDA != "emulated" else path.name == "runtime.cu":
+        if path.name == "runtime.cu" if CUDA == "emulated" else emulator:
             continue  # the emulator's runtime.cpp stands for runtime.cu
         found.append(str(path))
     return found

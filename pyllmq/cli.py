@@ -222,8 +222,8 @@ PRUNING = {"magnitude": "magnitude", "wanda": "wanda", "sparsegpt": "sparsegpt",
 
 def run_compress(given: argparse.Namespace) -> int:
     from . import compress, pack_pruned, save_pretrained
-    from .loading import is_packed, load_model, load_tokenizer
     from .linears import DEFAULT_EXCLUDE
+    from .loading import is_packed, load_model, load_tokenizer
 
     config = _compression_config(given)
     output = Path(given.output)
@@ -274,8 +274,8 @@ def _is_data_free(config: Any) -> bool:
 
 def _compress_files(given: argparse.Namespace, config: Any) -> int:
     from .compression.files import compress_files
-    from .loading import load_tokenizer
     from .linears import DEFAULT_EXCLUDE
+    from .loading import load_tokenizer
 
     if given.dry_run:
         raise ValueError(f"--dry-run does not go with --method {given.method}, which takes minutes")
@@ -312,8 +312,8 @@ def _compress_streamed(given: argparse.Namespace, config: Any) -> int:
     from .compression.ranks import joined
     from .compression.stream import compress_folder
     from .integrations.checkpoint import StreamedModel
-    from .loading import load_tokenizer
     from .linears import DEFAULT_EXCLUDE
+    from .loading import load_tokenizer
 
     tokenizer = load_tokenizer(given.source)
     with _ended_by_signal(), joined() as ranks:

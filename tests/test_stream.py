@@ -19,10 +19,11 @@ import pyllmq
 from pyllmq import CLAQConfig, ColumnCodebookConfig, SparseConfig, compress_folder, loading
 from pyllmq.cli import main
 from pyllmq.compression import stream
-from pyllmq.compression.blocks import OUTSIDE, BlockLoop, find_stages
+from pyllmq.compression.blocks import BlockLoop, find_stages
 from pyllmq.compression.guide import output_gradients, output_gradients_by_block
 from pyllmq.compression.manifest import Manifest, working_folder
 from pyllmq.integrations.checkpoint import StreamedModel
+from pyllmq.weights import OUTSIDE
 
 from . import models
 from .kill_and_resume import digests, ended_after

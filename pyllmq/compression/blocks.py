@@ -7,7 +7,7 @@ the rest is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,36 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..linears import dense_weight
+from ..weights import OUTSIDE, Weights
 from .calibration import Batch
 from .column_loop import count_not_finite
 from .drift import DenseTwin, Enough
-
-OUTSIDE = ""
-"""Unit of everything that is in no block."""
-
-
-class Weights:
-    """Where the weights are while they are not worked on: in this class, always in memory."""
-
-    def load(self, unit: str) -> None:
-        """Make the tensors of a block, or of `OUTSIDE`, ready to run."""
-
-    def drop(self, unit: str) -> None:
-        """They are not needed for now."""
-
-    def rest(self, unit: str) -> None:
-        """Its tensors are not read for a while."""
-
-    def settle(self, blocks: Iterable[str]) -> None:
-        """Only these blocks are units of their own; everything else belongs to `OUTSIDE`."""
-
-    @contextmanager
-    def loaded(self, unit: str) -> Iterator[None]:
-        self.load(unit)
-        try:
-            yield
-        finally:
-            self.drop(unit)
 
 
 @dataclass

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 
 from ..config import KMeansConfig, SparseConfig
 from ..linears import DEFAULT_EXCLUDE, is_transposed_linear, left_dense, select_linears
+from ..memory import peak_memory
 from .blocks import find_stages
 from .data_free import pack_columns
 from .manifest import Manifest, source_signature, write_tensors
-from .memory import peak_memory
 from .model import planned_linears, start_report
 from .pruning import pack_kept, pruning_mask
 from .report import CompressionReport, LayerReport

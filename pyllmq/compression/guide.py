@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import OUTSIDE, BlockLoop, Chain, Stage
+from ..memory import return_freed
+from ..weights import OUTSIDE
+from .blocks import BlockLoop, Chain, Stage
 from .calibration import Batch
-from .memory import return_freed
 from .ranks import ALONE, Ranks
 
 PROBES = 3

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import CLAQConfig, ColumnCodebookConfig, SparseConfig
-from ..nn import LAYER_OF_KIND
 from ..linears import dense_weight, replace_module
+from ..memory import return_freed
+from ..nn import LAYER_OF_KIND
 from . import allocate, claq, columns, densities
 from .blocks import BlockLoop, Chain, Stage
 from .calibration import Batch
 from .drift import Drift, Enough, watch
 from .guide import Guidance
-from .memory import return_freed
 from .pruning import prune_linears
 from .ranks import Ranks
 from .report import CompressionReport, LayerReport

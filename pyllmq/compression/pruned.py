@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import BitmapStructure, BitmapWeight, Sparse24Structure, Sparse24Weight
-from ..nn import LAYER_OF_KIND
 from ..linears import (
     DEFAULT_EXCLUDE,
     LeftDense,
@@ -19,6 +18,7 @@ from ..linears import (
     select_linears,
     tied_weights,
 )
+from ..nn import LAYER_OF_KIND
 from .pruning import least_of_groups
 from .report import CompressionReport, LayerReport
 

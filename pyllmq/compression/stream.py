@@ -17,9 +17,11 @@ from tqdm.auto import tqdm
 
 from ..config import ColumnCodebookConfig, SparseConfig
 from ..formats import structure_from_dict
-from ..nn import PackedLinear
 from ..linears import DEFAULT_EXCLUDE, left_dense, replace_module, select_linears
-from .blocks import OUTSIDE, BlockLoop, Chain, Stage, check_finite, find_stages
+from ..memory import peak_memory
+from ..nn import PackedLinear
+from ..weights import OUTSIDE
+from .blocks import BlockLoop, Chain, Stage, check_finite, find_stages
 from .calibration import Batch, as_batches
 from .guide import Guidance, output_gradients_by_block
 from .job import Config, Job, byte_budgets, plan_sparsity
@@ -33,7 +35,6 @@ from .manifest import (
     write_tensors,
     write_text,
 )
-from .memory import peak_memory
 from .model import planned_linears, quiet_eval, start_report
 from .ranks import ALONE, Ranks
 from .report import CompressionReport, LayerReport

@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from .. import ops
 from ..dispatch import CHECKPOINT_FIELDS, WeightOperand
 from ..formats import CodebookWeight
-from ..nn import CodebookLinear
 from ..linears import replace_module
+from ..nn import CodebookLinear
 from .blocks import BlockLoop, Call, Chain, find_stages
 from .calibration import Batch, as_batches
 

@@ -16,9 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..compression.blocks import OUTSIDE, Weights
-from ..compression.memory import page_out
 from ..formats import FormatError
+from ..memory import page_out
+from ..weights import OUTSIDE, Weights
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -24,8 +24,8 @@ from ..dispatch import CHECKPOINT_FIELDS, WeightOperand
 from ..formats import CodebookWeight
 from ..linears import replace_module
 from ..nn import CodebookLinear
-from .blocks import BlockLoop, Call, Chain, find_stages
 from .calibration import Batch, as_batches
+from .statistics.blocks import BlockLoop, Call, Chain, find_stages
 
 LEARNING_RATE = 0.003
 """All-MiniLM-L6-v2 on development sentences, 1 - cosine before and after: at 3 bits .0338 and .0294 to .0300 (200 steps, 0.001 to

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 import pyllmq
 from pyllmq import ColumnCodebookConfig, kmeans_1d
-from pyllmq.compression import allocate, columns, guide
-from pyllmq.compression.column_loop import ColumnQuantizer, as_columns, factor_hessian, refine_columns, sweep_columns
-from pyllmq.compression.model import DESCRIPTION_BYTES, bits_for_size
+from pyllmq.compression.jobs.in_memory import DESCRIPTION_BYTES, bits_for_size
+from pyllmq.compression.methods import column_codebook as columns
+from pyllmq.compression.solver import bits as allocate
+from pyllmq.compression.solver.hessian import as_columns, factor_hessian
+from pyllmq.compression.solver.sweep import ColumnQuantizer, refine_columns, sweep_columns
+from pyllmq.compression.statistics import loss_gradients as guide
 
 from .models import tiny_bert, tiny_llama
 
@@ -259,7 +262,7 @@ IDS = [torch.randint(0, 512, (2, 32), generator=torch.Generator().manual_seed(i)
 def test_a_model_has_the_bits_that_were_asked_for(guidance: str) -> None:
     model = tiny_llama(hidden_size=128, intermediate_size=256)
     report = pyllmq.compress(model, ColumnCodebookConfig(bits=3.5, guidance=guidance), IDS, progress=False)
-    assert report.method == "columns"
+    assert report.method == "column-codebook"
     assert 3.5 * 0.98 <= report.bits_per_weight <= 3.5
 
 

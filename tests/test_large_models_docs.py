@@ -14,7 +14,7 @@ import torch
 
 import pyllmq
 from pyllmq.cli import main
-from pyllmq.compression.manifest import working_folder
+from pyllmq.compression.jobs.manifest import working_folder
 
 from . import models
 from .kill_and_resume import ended_after

@@ -9,7 +9,7 @@ from ..formats import CodebookWeight, Sparse24CodebookWeight
 from ..formats.sparse24 import GROUP, KEPT
 from ..formats.sparse24_codebook import BITS
 from ..kmeans import kmeans_1d
-from .column_loop import count_not_finite
+from .solver.hessian import count_not_finite
 
 MAX_OUTLIER_FRACTION = 0.5
 

@@ -22,10 +22,10 @@ from tqdm.auto import tqdm
 from .. import ops
 from ..dispatch import CHECKPOINT_FIELDS, WeightOperand
 from ..formats import CodebookWeight
-from ..nn import CodebookLinear
 from ..linears import replace_module
-from .blocks import BlockLoop, Call, Chain, find_stages
+from ..nn import CodebookLinear
 from .calibration import Batch, as_batches
+from .statistics.blocks import BlockLoop, Call, Chain, find_stages
 
 LEARNING_RATE = 0.003
 """All-MiniLM-L6-v2 on development sentences, 1 - cosine before and after: at 3 bits .0338 and .0294 to .0300 (200 steps, 0.001 to

@@ -16,9 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..compression.blocks import OUTSIDE, Weights
-from ..compression.memory import page_out
 from ..formats import FormatError
+from ..linears import is_transposed_linear
+from ..memory import page_out
+from ..weights import OUTSIDE, Weights
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -107,6 +108,13 @@ class StreamedModel(Weights):
                 "method, or hold the whole model in memory (--in-memory)"
             )
         return found
+
+    def weight_of(self, name: str, module: nn.Module) -> Tensor:
+        """The weight [N, K] of one Linear, read from its file. Raises ValueError as `weight_keys` does."""
+        (key,) = self.weight_keys({name: module}).values()
+        with opened(self._targets[key][0]) as tensors:
+            stored = tensors.get_tensor(key)
+        return stored.T if is_transposed_linear(module) else stored
 
     def split(self, blocks: Iterable[str]) -> None:
         """Make units of these blocks; all else is `OUTSIDE`."""

@@ -1,25 +1,36 @@
 """CLAQ: each column gets a k-means codebook, and the columns after it take up its error.
 
-Source: CLAQ (arXiv 2405.17233) and its released code; the sweep is `column_loop`, the solver `kmeans_1d`.
+Source: CLAQ (arXiv 2405.17233) and its released code; the sweep is `solver.sweep`, the solver `kmeans_1d`.
 In a column the Hessian weighs every row alike, so plain k-means is already the right one for the layer's output error.
 Centroids and kept weights are rounded to fp16 before the error is spread: what is optimised is what is stored.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..config import FULL_BITS, CLAQConfig
-from ..formats import CodebookWeight, PackedWeight
-from ..kmeans import kmeans_1d
-from . import allocate
-from .column_loop import PANEL, ColumnQuantizer, count_not_finite, factor_hessian, output_error, sweep_columns
-from .ranks import ALONE, Ranks
+from ...config import Between, MethodConfig
+from ...formats import CodebookWeight
+from ...kmeans import kmeans_1d
+from ..ranks import ALONE, Ranks
+from ..solver import bits as allocation
+from ..solver.hessian import PANEL, count_not_finite, factor_hessian, output_error
+from ..solver.sweep import ColumnQuantizer, sweep_columns
+from ..statistics.inputs import InputStatistics
+from ..statistics.run import CalibrationRun
+from .method import CompressedLinear, Method, Needs
+
+FULL_BITS = 16
+MAX_OUTLIERS = 0.1
+NAMED_OUTLIERS = {2.12: 0.005, 2.24: 0.01, 3.12: 0.005, 3.23: 0.01}
+"""The fusion points: at these bits the paper keeps this share of the weights in fp16, and so does the command line."""
 
 FP16_MAX = 65504.0
 FP16_TINY = 2.0**-25 / 0.01
@@ -28,20 +39,101 @@ FP16_NEGLIGIBLE = 2.0**-11
 """A column below this share of the largest weight is smaller than the fp16 rounding of that weight."""
 
 
-@dataclass(frozen=True, eq=False)
-class CompressedLinear:
-    weight: PackedWeight
-    error: float
-    """tr(E H E^T) / tr(W H W^T) with the Hessian given, undamped."""
-    seconds: float
-    """Wall time: this Linear's sweep and packing, and its share of the factorisation."""
-    paper_bits: float
-    """Bits per weight as the paper counts them: average code width + (16 - base width) * kept share, where published
-    mode counts one of the two sides of the outliers. `weight.bits_per_weight` counts everything that is stored."""
-    bias_change: Tensor | None = None
-    """float [N] to add to the bias, where the method moves the mean error there."""
-    pruned: float = 0.0
-    """Share of the weights."""
+@dataclass(frozen=True)
+class CLAQConfig(MethodConfig):
+    """CLAQ: a k-means codebook per input column, more bits for columns with many outliers, outliers kept in fp16.
+
+    Source: CLAQ (arXiv 2405.17233) and its released code. The points that the paper names, as `bits` / `outliers`:
+    2, 3, 4 (one width); 2.1, 2.2, 2.5, 3.1 (Adaptive Precision); 2.12 / 0.005, 2.24 / 0.01, 3.12 / 0.005, 3.23 / 0.01
+    (with Outlier Reservation).
+    """
+
+    bits: Annotated[float, Between(1, 8)]
+    """1 to 8, in the paper's way of counting: code bits + (16 - base width) * outliers. Codebooks and the positions of
+    the outliers are not in it; `CodebookWeight.bits_per_weight` counts everything."""
+    outliers: Annotated[float, Between(0, MAX_OUTLIERS)] = 0.0
+    """Share of the weights that is kept in fp16, 0 to 0.1. The top 10 % of the columns keep 2.8 times this share, the
+    others 0.8 times."""
+    kmeans: Literal["exact", "windowed", "lloyd"] = "exact"
+    """"exact" (optimal) or "lloyd" (the kind of solver that the paper used)."""
+    act_order: bool = True
+    """Process the columns by falling diagonal of the Hessian."""
+    block_size: Annotated[int, Between(1)] = 128
+    """Columns between two updates of all later columns."""
+    damping: Annotated[float, Between(0, 1)] = 0.01
+    """Share of the Hessian's mean diagonal added to its diagonal."""
+    true_sequential: bool = True
+    """Calibrate q/k/v, o, gate/up, down one after the other, each on the outputs of those before."""
+    outlier_order_threshold: Annotated[float, Between(0)] = 13.0
+    """S: a weight is an outlier if its magnitude is at least S times the mean magnitude of its matrix."""
+    share_bits: bool = True
+    """Linears with the same input (q/k/v, gate/up) get the same width in each column: serving engines merge them."""
+    published: bool = False
+    """Choose columns and outliers as the released code does, oversights included: outliers from the top AND from the
+    bottom (twice the share), k-means over the outliers too, keep shares read by the position in the block, allocation
+    in each matrix by itself (`share_bits` is ignored). `kmeans` stays a free choice; "lloyd" is what was released."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.code_bits < 1:
+            raise ValueError(
+                f"bits = {self.bits:g} with outliers = {self.outliers:g} leaves {self.code_bits:g} bits for the codes, "
+                f"which need at least 1; raise bits to {1 + (FULL_BITS - 1) * self.outliers:g} or keep fewer outliers"
+            )
+
+    @property
+    def base_bits(self) -> int:
+        """Width of the columns that get no extra bits."""
+        return self._split_bits()[0]
+
+    @property
+    def code_bits(self) -> float:
+        """Average width of the codes: bits without the outliers' share."""
+        return self._split_bits()[1]
+
+    @property
+    def high_bits(self) -> int:
+        """Width of the columns that get extra bits. The paper defines 2 -> 4 and 3 -> 4; elsewhere it is one bit
+        more, an extension of this library."""
+        return {2: 4, 8: 8}.get(self.base_bits, self.base_bits + 1)
+
+    @property
+    def high_fraction(self) -> float:
+        """Share of the columns that get `high_bits`."""
+        extra = self.high_bits - self.base_bits
+        return (self.code_bits - self.base_bits) / extra if extra else 0.0
+
+    def _split_bits(self) -> tuple[int, float]:
+        """(base width, code bits). An outlier costs 16 - base, and the base follows from the code bits: search down."""
+        for base in range(math.floor(self.bits + 1e-9), 0, -1):
+            code_bits = self.bits - (FULL_BITS - base) * self.outliers
+            if code_bits > base - 1e-9:
+                # 2.07 - 14 * 0.005 is 2 less 2e-16: decimal settings must not fall below their width.
+                return base, float(base) if abs(code_bits - base) < 1e-9 else code_bits
+        return 1, self.bits - (FULL_BITS - 1) * self.outliers
+
+
+class CLAQ(Method[CLAQConfig]):
+    config_type = CLAQConfig
+    defaults = {"bits": 3.12}
+
+    @classmethod
+    def from_options(cls, given: Mapping[str, Any]) -> CLAQConfig:
+        settings = {**cls.defaults, **given}
+        return CLAQConfig(**{"outliers": NAMED_OUTLIERS.get(settings["bits"], 0.0), **settings})
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(sequential=self.config.true_sequential)
+
+    def summary(self) -> str:
+        return f"{self.config.bits:.3g} bits"
+
+    def compress_group(
+        self, weights: Mapping[str, Tensor], inputs: InputStatistics, run: CalibrationRun
+    ) -> dict[str, CompressedLinear]:
+        floats = {name: weight.float() for name, weight in weights.items()}
+        return compress_linears(floats, inputs.hessian, self.config, run.ranks)
 
 
 def compress_linears(
@@ -91,19 +183,19 @@ def compress_linears(
 
 def column_plans(weights: Mapping[str, Tensor], order: Tensor, config: CLAQConfig) -> dict[str, tuple[Tensor, Tensor]]:
     """name -> (column bits uint8 [K], share of each column's weights to keep, float64 [K])."""
-    counts = {name: allocate.outlier_order(w, config.outlier_order_threshold) for name, w in weights.items()}
+    counts = {name: allocation.outlier_order(w, config.outlier_order_threshold) for name, w in weights.items()}
 
     def plan(ranked: Tensor) -> tuple[Tensor, Tensor]:
-        bits = allocate.column_bits(ranked, config.base_bits, config.high_bits, config.high_fraction)
-        return bits, allocate.keep_shares(ranked, config.outliers)
+        bits = allocation.column_bits(ranked, config.base_bits, config.high_bits, config.high_fraction)
+        return bits, allocation.keep_shares(ranked, config.outliers)
 
     if config.published:
-        return {name: plan(allocate.rank_columns_released(count, order)) for name, count in counts.items()}
-    sizes = {name: allocate.largest_magnitude(w) for name, w in weights.items()}
+        return {name: plan(allocation.rank_columns_released(count, order)) for name, count in counts.items()}
+    sizes = {name: allocation.largest_magnitude(w) for name, w in weights.items()}
     if not config.share_bits:
-        return {name: plan(allocate.rank_columns(counts[name], sizes[name])) for name in weights}
+        return {name: plan(allocation.rank_columns(counts[name], sizes[name])) for name in weights}
     count, size = torch.stack(list(counts.values())).sum(0), torch.stack(list(sizes.values())).amax(0)
-    return dict.fromkeys(weights, plan(allocate.rank_columns(count, size)))
+    return dict.fromkeys(weights, plan(allocation.rank_columns(count, size)))
 
 
 class CodebookColumns(ColumnQuantizer):

@@ -1,8 +1,8 @@
-"""How far a model compressed up to some Linear has drifted from the dense one there, so that the Linear can make up for it.
+"""Asymmetric calibration: the error that the compressed part of a model has at a Linear's place, for the Linear to make up for.
 
 Sources: GPTAQ (arXiv 2504.02692) and QEP (2504.09629): a Linear's target is what the dense model has at its place, not what its
-dense weight would give on inputs that are already damaged. Where the output is only added to a residual stream, the stream's
-damage is made up for as well: the place is the sum.
+dense weight would give on the compressed model's inputs. Where the output is only added to a residual stream, the stream's
+error is made up for as well: the place is the sum.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Enough(Exception):
 
 
 @dataclass(eq=False)
-class Drift:
-    """e is what the dense model has at a Linear's place less what the compressed one would have with this Linear left dense."""
+class AsymmetricTarget:
+    """e = (activation in the dense model) - (activation in the compressed model with this Linear still dense), at the Linear's place:
+    the tensor that its output reaches."""
 
     products: Tensor
     """float [N, K]: mean of e x^T over the tokens."""
@@ -42,7 +43,7 @@ class Drift:
     def take_products(self) -> Tensor:
         """They are as large as the weight, so who uses them has them alone. Raises RuntimeError the second time."""
         if not self.products.numel():
-            raise RuntimeError("the products of this drift were taken; make its InputStatistics anew")
+            raise RuntimeError("the products of this target were taken; make its InputStatistics anew")
         products, self.products = self.products, torch.empty(0)
         return products
 
@@ -55,7 +56,7 @@ class Place:
     entering: bool = False
 
 
-class DenseTwin:
+class DenseBlock:
     """A block as it was before compression, run on what the dense blocks before it gave."""
 
     def __init__(
@@ -66,10 +67,10 @@ class DenseTwin:
         shared = itertools.chain(block.parameters(), block.buffers())
         self.block = copy.deepcopy(block, {id(tensor): tensor for tensor in shared})
         self.run = partial(run, self.block)
-        twins = dict(zip(block.modules(), self.block.modules(), strict=True))
-        modules = {twin: module for module, twin in twins.items()}
-        of_twin = {name: twins[module] for name, module in linears.items()}
-        self.places = _find_places(self.block, of_twin, run)
+        copies = dict(zip(block.modules(), self.block.modules(), strict=True))
+        modules = {copied: module for module, copied in copies.items()}
+        of_copy = {name: copies[module] for name, module in linears.items()}
+        self.places = _find_places(self.block, of_copy, run)
         self.places_in_block = {
             name: Place(modules[place.module], place.entering) for name, place in self.places.items()
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import resource
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +20,8 @@ def peak_memory() -> int:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
     except (OSError, IndexError):
+        import resource  # Unix alone has it
+
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

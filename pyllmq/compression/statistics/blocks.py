@@ -7,7 +7,7 @@ the rest is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,37 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..linears import dense_weight
-from .calibration import Batch
-from .column_loop import count_not_finite
-from .drift import DenseTwin, Enough
-
-OUTSIDE = ""
-"""Unit of everything that is in no block."""
-
-
-class Weights:
-    """Where the weights are while they are not worked on: in this class, always in memory."""
-
-    def load(self, unit: str) -> None:
-        """Make the tensors of a block, or of `OUTSIDE`, ready to run."""
-
-    def drop(self, unit: str) -> None:
-        """They are not needed for now."""
-
-    def rest(self, unit: str) -> None:
-        """Its tensors are not read for a while."""
-
-    def settle(self, blocks: Iterable[str]) -> None:
-        """Only these blocks are units of their own; everything else belongs to `OUTSIDE`."""
-
-    @contextmanager
-    def loaded(self, unit: str) -> Iterator[None]:
-        self.load(unit)
-        try:
-            yield
-        finally:
-            self.drop(unit)
+from ...weights import OUTSIDE, Weights
+from ..calibration import Batch
+from .asymmetric import DenseBlock, Enough
 
 
 @dataclass
@@ -160,8 +132,8 @@ class BlockLoop:
     """By block, once `find_chains` has run."""
     outputs: dict[str, list[Tensor] | None] = field(default_factory=dict)
     """By block of the chains that are done: what the last of a chain gives out for each batch, None for the others."""
-    twin: DenseTwin | None = None
-    """The block that is visited as it was before, in a walk with twins."""
+    dense_block: DenseBlock | None = None
+    """The block that is visited as it was before compression, in an asymmetric walk."""
 
     # ---- which blocks follow on which ----
 
@@ -375,18 +347,18 @@ class BlockLoop:
         begin: int = 0,
         hidden: list[Tensor] | None = None,
         dense: list[Tensor] | None = None,
-        with_twin: bool = False,
+        asymmetric: bool = False,
     ) -> None:
         """Visit the stages of a chain, each with its weights there and a function that runs it on the batch of an index.
 
         Args:
             visit: called once for each stage; what runs afterwards sees what it changed.
             hand_on: what the last block gives out is wanted too.
-            done: called after each block with what it gives out, and with what its twin does, while its weights are still there.
+            done: called after each block with what it gives out, and with what its dense block does, while its weights are still there.
             begin: the first stage to visit.
             hidden: its inputs, for each batch; None: those of the first stage.
-            dense: its twin's inputs; None: the same, as at the first stage of a chain.
-            with_twin: during each visit `twin` is the block as it was before, on what the twins of the blocks before gave out:
+            dense: its dense block's inputs; None: the same, as at the first stage of a chain.
+            asymmetric: during each visit `dense_block` is the block as it was, on what the dense blocks before it gave out:
                 a second copy of the hidden states.
         """
         if chain.stages[0].block is None:
@@ -400,7 +372,7 @@ class BlockLoop:
             hidden = [calls[0].hidden for calls in recorded]
         for calls in recorded:
             calls[0] = calls[0].without_hidden()
-        if with_twin and dense is None:
+        if asymmetric and dense is None:
             dense = list(hidden)
         for i in range(begin, len(chain.stages)):
             stage = chain.stages[i]
@@ -409,10 +381,10 @@ class BlockLoop:
                 run = partial(_run_call, stage.block, recorded, i, hidden)
                 run_dense = partial(_run_call, stage.block, recorded, i, dense or [])
                 if dense is not None and stage.linears:
-                    self.twin = DenseTwin(stage.block, stage.linears, partial(_run_twin, recorded, i, dense))
-                    run_dense = self.twin.run
+                    self.dense_block = DenseBlock(stage.block, stage.linears, partial(_run_dense, recorded, i, dense))
+                    run_dense = self.dense_block.run
                 visit(stage, run)
-                self.twin = None
+                self.dense_block = None
                 if hand_on or i + 1 < len(chain.stages):
                     # In place, so that two sets of hidden states are never there at once.
                     for index in range(len(hidden)):
@@ -432,7 +404,7 @@ def _run_call(block: nn.Module, recorded: list[list[Call]], at: int, hidden: lis
     return recorded[index][at].run(block, hidden[index])
 
 
-def _run_twin(recorded: list[list[Call]], at: int, hidden: list[Tensor], block: nn.Module, index: int) -> Tensor:
+def _run_dense(recorded: list[list[Call]], at: int, hidden: list[Tensor], block: nn.Module, index: int) -> Tensor:
     return recorded[index][at].run(block, hidden[index])
 
 
@@ -450,11 +422,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     return a is b or bool(a == b)
-
-
-def check_finite(name: str, module: nn.Module) -> None:
-    bad = count_not_finite(dense_weight(module))
-    if bad:
-        raise ValueError(
-            f"{name}.weight holds {bad} values that are not finite; repair the model before compressing it"
-        )

@@ -1,61 +1,176 @@
 """Column codebooks at their best: the sweep of CLAQ, then block coordinate descent, with bits and outliers at one price.
 
 Same format and kernels as CLAQ (arXiv 2405.17233). The objective of a Linear is sum_r omega_r e_r H e_r^T, with e_r the error of
-row r, H the Hessian of its input and omega_r the weight that guidance gives the row. Each column is an exact weighted 1-D
+row r, H the Hessian of its input and omega_r the weight that the loss's gradient gives the row. Each column is an exact weighted 1-D
 k-means problem in it, in the sweep and in the descent alike, so codes and codebook are the best for everything else as it is.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..config import ColumnCodebookConfig
-from ..dispatch import kernel_for
-from ..formats import CodebookWeight
-from ..kmeans import kmeans_1d
-from . import allocate
-from .claq import CompressedLinear, check_weight, outgrown
-from .column_loop import (
+from ...config import Between, MethodConfig, Option, Word
+from ...dispatch import kernel_for
+from ...formats import CodebookWeight
+from ...kmeans import kmeans_1d
+from ...linears import dense_weight
+from ..ranks import ALONE, Ranks
+from ..solver import bits as allocation
+from ..solver.hessian import (
     PANEL,
-    ColumnQuantizer,
     HessianFactor,
     as_columns,
     as_matrix,
     factor_hessian,
-    refine_,
     squared_columns,
-    sweep_,
     times_inverse,
 )
-from .drift import Drift
-from .ranks import ALONE, Ranks
+from ..solver.sweep import ColumnQuantizer, refine_, sweep_
+from ..statistics.asymmetric import AsymmetricTarget
+from ..statistics.blocks import Chain
+from ..statistics.inputs import InputStatistics
+from ..statistics.run import CalibrationRun
+from ..tune import tune_codebooks
+from .claq import check_weight, outgrown
+from .method import CompressedLinear, Method, Needs
 
-MAX_KEPT = 0.02
+MAX_OUTLIERS = 0.02
 """Largest share of a column's weights that may stay in fp16."""
 
 
-@dataclass(eq=False)
-class InputStatistics:
-    """What calibration knows of the common input x of some Linears."""
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"cycles": 0, "kmeans": "windowed", "outliers": False, "guidance": "none"},
+    "balanced": {},
+    "best": {"cycles": 6, "tolerance": 0.02, "tune_steps": 200},
+}
 
-    hessian: Tensor
-    """float [K, K]: mean of x x^T over the tokens, on any scale."""
-    mean: Tensor | None = None
-    """float [K]: mean of x, where the Hessian is the plain mean of x x^T: their difference is the covariance. None: biases stay."""
-    drifts: Mapping[str, Drift] = field(default_factory=dict)
-    """name -> what its output should make up for; Linears that are not named: nothing."""
 
-    def take_hessian(self) -> Tensor:
-        """The Hessian, to be written on. Raises RuntimeError the second time."""
-        if not self.hessian.numel():
-            raise RuntimeError("the Hessian of these statistics was taken; make them anew")
-        hessian, self.hessian = self.hessian, torch.empty(0)
-        return hessian
+@dataclass(frozen=True)
+class ColumnCodebookConfig(MethodConfig):
+    """Column codebooks at their best: CLAQ's format, every stored byte spent where it lowers the error most.
+
+    docs/accuracy.md says what each setting is worth. `preset` makes the usual ones.
+    """
+
+    bits: Annotated[float, Between(1.1, 8)]
+    """True bits per weight, 1.1 to 8: everything stored for the compressed Linears, together, over their weights."""
+    widths: tuple[int, ...] | None = None
+    """Widths that a column may have; None: from 1 to two above the whole part of `bits`."""
+    outliers: bool = True
+    """Weights may stay in fp16, where that lowers the error more than the same bytes do as bits."""
+    row_scale: bool = True
+    """One fp16 factor per row, its root mean square: lets one codebook serve rows of all sizes."""
+    cycles: Annotated[int, Between(0)] = 3
+    """Passes of block coordinate descent over all columns after the sweep; 0 for none."""
+    tolerance: Annotated[float, Between(0, 1)] = 0.05
+    """The descent ends when a pass gains less than this share of what the first gained."""
+    correct_bias: bool = True
+    """Where the Linear has a bias, let it take up the mean error, and weigh the rest by the input's covariance."""
+    propagation: Annotated[float, Between(0, 1)] = 1.0
+    """Asymmetric calibration: share of the earlier Linears' error that a Linear's target makes up for, 0 to 1. Above 0 the dense block runs beside
+    the one being compressed: twice the runs of blocks, a second copy of one block and of the hidden states."""
+    guidance: Literal["none", "rows", "tokens", "rows+tokens"] = "rows"
+    """Weigh "rows", "tokens" or "rows+tokens" by the gradient of the model's loss, which takes a backward pass; "none"
+    weighs all alike."""
+    share_bits: bool = True
+    """Linears with the same input (q/k/v, gate/up) get the same width in each column: serving engines merge them."""
+    kmeans: Literal["exact", "windowed"] = "exact"
+    """"exact", or "windowed": a few 1e-6 above it, in a fifth of the time at 4096 rows and 16 centroids."""
+    tune_steps: Annotated[int, Between(0), Word("tune")] = 0
+    """Steps of codebook tuning against the dense model after compression; 0 for none."""
+    act_order: bool = True
+    """Process the columns by falling diagonal of the Hessian."""
+    block_size: Annotated[int, Between(1)] = 128
+    """Columns between two updates of all later columns."""
+    damping: Annotated[float, Between(0, 1)] = 0.05
+    """Share of the Hessian's mean diagonal added to its diagonal; less lets the descent fit the calibration text too closely."""
+    true_sequential: bool = True
+    """Calibrate q/k/v, o, gate/up, down one after the other, each on the outputs of those before."""
+
+    def __post_init__(self) -> None:
+        if self.widths is not None:
+            widths = tuple(self.widths)
+            good = widths and all(isinstance(w, int) and not isinstance(w, bool) and 1 <= w <= 8 for w in widths)
+            if not good or list(widths) != sorted(set(widths)):
+                raise ValueError(f"widths is {self.widths!r}; allowed: rising integers from 1 to 8, or None")
+            object.__setattr__(self, "widths", widths)
+        super().__post_init__()
+
+    @classmethod
+    def preset(cls, name: str, bits: float, **changes: Any) -> ColumnCodebookConfig:
+        """Presets: `fast` sweeps and allocates, `balanced` is guided by the loss and descends, `best` descends longer and tunes."""
+        if name not in PRESETS:
+            raise ValueError(f"the preset is {name!r}; allowed: {', '.join(map(repr, PRESETS))}")
+        return cls(bits=bits, **{**PRESETS[name], **changes})
+
+    @property
+    def allowed_widths(self) -> tuple[int, ...]:
+        if self.widths is not None:
+            return self.widths
+        return tuple(range(1, min(8, math.floor(self.bits + 1e-9) + 2) + 1))
+
+
+class ColumnCodebook(Method[ColumnCodebookConfig]):
+    config_type = ColumnCodebookConfig
+    defaults = {"bits": 3.0, "preset": "balanced"}
+    true_bits = True
+
+    @classmethod
+    def options(cls) -> list[Option]:
+        words = ", ".join(PRESETS)
+        text = "fast sweeps and allocates, balanced is guided by the loss and descends, best descends longer and tunes"
+        preset = Option("--preset", "preset", str, f"{text}; default balanced", f"{{{words.replace(', ', ',')}}}")
+        return [preset, *super().options()]
+
+    @classmethod
+    def from_options(cls, given: Mapping[str, Any]) -> ColumnCodebookConfig:
+        settings = {**cls.defaults, **given}
+        return ColumnCodebookConfig.preset(settings.pop("preset"), **settings)
+
+    @property
+    def needs(self) -> Needs:
+        config = self.config
+        steps = f"tuning (tune_steps={config.tune_steps}) trains all layers at once and needs the whole model in memory"
+        return Needs(
+            sequential=config.true_sequential,
+            covariance=True,
+            dense_block=config.propagation > 0,
+            loss_gradients=config.guidance,
+            dense_model=config.tune_steps > 0,
+            whole_model=steps if config.tune_steps else "",
+        )
+
+    def summary(self) -> str:
+        return f"{self.config.bits:.3g} bits"
+
+    def make_plan(
+        self, linears: Mapping[str, nn.Module], chains: Sequence[Chain] = (), run: CalibrationRun | None = None
+    ) -> dict[str, Any]:
+        """Bytes of each Linear."""
+        shapes = {name: (int(w.shape[0]), int(w.shape[1])) for name, w in ((name, dense_weight(module)) for name, module in linears.items())}
+        weights = sum(rows * columns for rows, columns in shapes.values())
+        return {"bytes": allocation.share_out(shapes, self.config.bits * weights / 8, self.config.row_scale)}
+
+    def planned_bytes(self) -> int:
+        return round(sum(self.plan["bytes"].values()))
+
+    def compress_group(
+        self, weights: Mapping[str, Tensor], inputs: InputStatistics, run: CalibrationRun
+    ) -> dict[str, CompressedLinear]:
+        budget = sum(self.plan["bytes"][name] for name in weights) + self.carried.get("left over", 0.0)
+        compressed = compress_linears(weights, inputs, budget, self.config, run.gradients.row_weights, run.ranks)
+        self.carried["left over"] = budget - sum(done.weight.nbytes for done in compressed.values())
+        return compressed
+
+    def finish(self, model: nn.Module, dense: nn.Module, text: Sequence[Any], progress: bool) -> list[float]:
+        return tune_codebooks(model, dense, text, steps=self.config.tune_steps, progress=progress)
 
 
 def compress_linears(
@@ -88,7 +203,7 @@ def compress_linears(
         check_weight(name, weight, hessian)
     # k-means runs on the CPU, whatever device the model is on.
     dense = {name: weight.detach().cpu() for name, weight in weights.items()}
-    hessian, mean = hessian.cpu(), None if inputs.mean is None else inputs.mean.cpu()
+    hessian, mean = hessian.cpu(), inputs.mean.cpu() if inputs.mean is not None and config.correct_bias else None
     started = time.perf_counter()
     if mean is not None:
         # Where the bias takes up the mean error, only the input's covariance matters. An input that never changes has none;
@@ -99,7 +214,7 @@ def compress_linears(
     del hessian
     fits = {}
     for name, weight in dense.items():
-        target = _target(weight, inputs.drifts.get(name), mean, factor, config.propagation)
+        target = _target(weight, inputs.targets.get(name), mean, factor, config.propagation)
         fits[name] = ColumnFits(name, target, (row_weights or {}).get(name), config.row_scale, config.kmeans)
     plans = _plan(fits, factor, nbytes, config, ranks)
     shared_seconds = (time.perf_counter() - started) / len(weights)
@@ -126,25 +241,27 @@ def compress_linears(
         bias_change = None
         if mean is not None:
             bias_change = _mean_output(weight, quantized, mean)
-            if name in inputs.drifts:
-                bias_change += inputs.drifts[name].mean.cpu()
+            if name in inputs.targets:
+                bias_change += inputs.targets[name].mean.cpu()
         seconds = time.perf_counter() - started + shared_seconds
         error_share = _relative_error(float(left), float(output))
         compressed[name] = CompressedLinear(packed, error_share, seconds, packed.bits_per_weight, bias_change)
     return ranks.merge(compressed, list(weights))
 
 
-def _target(weight: Tensor, drift: Drift | None, mean: Tensor | None, factor: HessianFactor, share: float) -> Tensor:
+def _target(
+    weight: Tensor, error: AsymmetricTarget | None, mean: Tensor | None, factor: HessianFactor, share: float
+) -> Tensor:
     """W + share * mean(e x^T) H^-1, H damped, in the form of `as_columns`: its output comes closest to W x + e.
 
     Means are left to the bias, if there is one.
     """
     rows = as_columns(weight, factor.order)
-    if drift is None or share == 0:
+    if error is None or share == 0:
         return rows
-    products = drift.take_products().cpu()
+    products = error.take_products().cpu()
     for part, of_outputs, shift in zip(
-        rows.split(PANEL, 1), products.split(PANEL), drift.mean.cpu().split(PANEL), strict=True
+        rows.split(PANEL, 1), products.split(PANEL), error.mean.cpu().split(PANEL), strict=True
     ):
         if mean is not None:
             of_outputs = of_outputs - torch.outer(shift, mean)
@@ -183,7 +300,7 @@ def _plan(
         {name: float((fits[name].squared_outputs(factor) * fits[name].row_weights).sum()) for name in owned}, names
     )
     mine = [fits[n].errors(config.allowed_widths, cost, outputs[n], config.outliers, part) for n in names]
-    errors = [allocate.ColumnErrors.joined(parts) for parts in zip(*ranks.gather(mine), strict=True)]
+    errors = [allocation.ColumnErrors.joined(parts) for parts in zip(*ranks.gather(mine), strict=True)]
     # Back from processing order.
     place = factor.order.argsort()
     plans = ranks.from_first(lambda: _spend(names, errors, nbytes, config))
@@ -191,15 +308,15 @@ def _plan(
 
 
 def _spend(
-    names: list[str], errors: list[allocate.ColumnErrors], nbytes: float, config: ColumnCodebookConfig
+    names: list[str], errors: list[allocation.ColumnErrors], nbytes: float, config: ColumnCodebookConfig
 ) -> dict[str, tuple[Tensor, Tensor]]:
     if config.share_bits:
-        found = allocate.spend(errors, nbytes, config.row_scale)
+        found = allocation.spend(errors, nbytes, config.row_scale)
         return {name: (found.column_bits, kept) for name, kept in zip(names, found.kept, strict=True)}
     plans = {}
     rows = sum(e.rows for e in errors)
     for name, error in zip(names, errors, strict=True):
-        alone = allocate.spend([error], nbytes * error.rows / rows, config.row_scale)
+        alone = allocation.spend([error], nbytes * error.rows / rows, config.row_scale)
         plans[name] = (alone.column_bits, alone.kept[0])
     return plans
 
@@ -231,13 +348,13 @@ class ColumnFits(ColumnQuantizer):
 
     def errors(
         self, widths: tuple[int, ...], cost: Tensor, output: float, outliers: bool, part: slice = slice(None)
-    ) -> allocate.ColumnErrors:
+    ) -> allocation.ColumnErrors:
         """Losses of the columns in `part`, in processing order, at each width, in units of `output`.
 
         `cost` [K] is that of a squared error of 1.
         """
         rows = len(self.row_weights)
-        most = round(MAX_KEPT * rows) if outliers else 0
+        most = round(MAX_OUTLIERS * rows) if outliers else 0
         found = []
         for target, price in zip(self.target[part].split(PANEL), cost[part].split(PANEL), strict=True):
             points = target / self.scale
@@ -248,8 +365,8 @@ class ColumnFits(ColumnQuantizer):
                 lost = (points - centroids.gather(1, codes.long())).square_().mul_(self.importance)
                 error.append(lost.sum(1, dtype=torch.float64)[:, None] * unit)
                 worst.append(lost.topk(most, 1).values.double() * unit)
-            found.append(allocate.ColumnErrors(rows, widths, torch.cat(error, 1), torch.stack(worst, 1)))
-        return allocate.ColumnErrors.joined(found)
+            found.append(allocation.ColumnErrors(rows, widths, torch.cat(error, 1), torch.stack(worst, 1)))
+        return allocation.ColumnErrors.joined(found)
 
     def plan(self, bits: Tensor, kept_counts: Tensor) -> None:
         """Widths and numbers of kept weights, [K]: before the sweep."""
@@ -261,7 +378,8 @@ class ColumnFits(ColumnQuantizer):
     def sweep_block(
         self, columns: list[int], block: Tensor, coupling: Tensor, upper_diagonal: Tensor
     ) -> tuple[Tensor, Tensor]:
-        stored = torch.empty_like(block)
+        # Not finite, so that the column at which a sweep ends can be told.
+        stored = torch.full_like(block, torch.nan)
         errors, _ = self._fit(columns, stored, block, coupling, upper_diagonal, descend=False)
         return stored, errors
 
@@ -282,7 +400,7 @@ class ColumnFits(ColumnQuantizer):
                 self.kept_counts[place], stored, codes, kept, centroids, self.method, descend,
             )  # fmt: skip
         except OverflowError as error:
-            position = int(str(error))
+            position = int((~torch.isfinite(stored).all(1)).nonzero()[0])
             raise outgrown(self.name, columns[position], block[position]) from error
         self.codes[place], self.kept[place], self.centroids[place] = codes, kept, centroids
         return moves, decrease

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .calibration import Batch
+from ..calibration import Batch
 
 
 def trace_per_weight(

@@ -8,17 +8,18 @@ rows (omega_r = mean_t g_tr^2), its mean over rows the tokens (H = sum_t s_t x_t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import OUTSIDE, BlockLoop, Chain, Stage
-from .calibration import Batch
-from .memory import return_freed
-from .ranks import ALONE, Ranks
+from ...memory import return_freed
+from ...weights import OUTSIDE
+from ..calibration import Batch
+from ..ranks import ALONE, Ranks
+from .blocks import BlockLoop, Chain, Stage
 
 PROBES = 3
 """Random directions in which the gradient of an encoder's embedding is taken; each costs a backward pass."""
@@ -26,8 +27,14 @@ LIMIT = 10.0
 """Row and token weights stay within this factor of their mean: single tokens and rows must not stand for the text."""
 
 
+class NoLossError(ValueError):
+    """A model, or a way through it, of which no gradient can be taken."""
+
+
 @dataclass(frozen=True, eq=False)
-class Guidance:
+class LossGradients:
+    """How much the rows and tokens of each Linear weigh in the loss."""
+
     row_weights: dict[str, Tensor] = field(default_factory=dict)
     """name -> float32 [N], mean 1."""
     token_weights: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -40,7 +47,7 @@ class Guidance:
         return rows | tokens
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Guidance:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LossGradients:
         """The inverse of `tensors`."""
         found = cls()
         for key in sorted(tensors):
@@ -51,18 +58,18 @@ class Guidance:
                 found.token_weights.setdefault(name, []).append(tensors[key])
         return found
 
-    def shared(self, ranks: Ranks) -> Guidance:
+    def shared(self, ranks: Ranks) -> LossGradients:
         """With the token weights of this process's batches alone."""
-        return Guidance(self.row_weights, {name: ranks.share(all_) for name, all_ in self.token_weights.items()})
+        return LossGradients(self.row_weights, {name: ranks.share(all_) for name, all_ in self.token_weights.items()})
 
-    def limited_to(self, guidance: str) -> Guidance:
-        """What `ColumnCodebookConfig.guidance` asks for."""
-        return Guidance(
-            self.row_weights if "rows" in guidance else {}, self.token_weights if "tokens" in guidance else {}
+    def limited_to(self, which: str) -> LossGradients:
+        """Those of "rows", "tokens" or "rows+tokens" alone."""
+        return LossGradients(
+            self.row_weights if "rows" in which else {}, self.token_weights if "tokens" in which else {}
         )
 
 
-def output_gradients(model: nn.Module, linears: Mapping[str, nn.Module], batches: Sequence[Batch]) -> Guidance:
+def output_gradients(model: nn.Module, linears: Mapping[str, nn.Module], batches: Sequence[Batch]) -> LossGradients:
     """Row and token weights of each Linear for the model's own loss: of the next tokens, or of the sentence embedding."""
     watched = _Watched(linears)
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +78,7 @@ def output_gradients(model: nn.Module, linears: Mapping[str, nn.Module], batches
             losses = _losses(model(**batch), batch, generator)
             for left, loss in enumerate(losses, 1 - len(losses)):
                 loss.backward(retain_graph=left < 0)
-    return watched.guidance(len(batches))
+    return watched.result(len(batches))
 
 
 def output_gradients_by_block(
@@ -81,7 +88,7 @@ def output_gradients_by_block(
     stored: Any,
     rows: Sequence[int],
     ranks: Ranks = ALONE,
-) -> Guidance:
+) -> LossGradients:
     """The same with one block in memory at a time: forward through all blocks, then back through them.
 
     Args:
@@ -89,12 +96,12 @@ def output_gradients_by_block(
         rows: the number of texts in each batch of all processes.
 
     Raises:
-        ValueError: a model whose blocks are no single chain.
+        NoLossError: a model whose blocks are no single chain, or that has no loss.
     """
     if len([chain for chain in chains if chain.stages[0].block is not None]) != 1:
-        raise ValueError(
-            f"guidance takes the gradient block by block, but {type(loop.model).__name__} has no single row of blocks; take "
-            "guidance='none' (in the command: --preset fast), or hold the whole model in memory (--in-memory)"
+        raise NoLossError(
+            f"{type(loop.model).__name__} has no single row of blocks through which the gradient could be taken block by block; holding "
+            "the whole model in memory (--in-memory) avoids that"
         )
     stages, batches = chains[0].stages, loop.batches
     recorded = loop.record(chains[0])
@@ -110,8 +117,9 @@ def output_gradients_by_block(
     gradients: list[list[Tensor]] = []
     with _no_weight_needs_gradients(loop.model), watched.hooks(), torch.enable_grad():
         loop.finish(chains[0], hidden)
-        with loop.weights.loaded(OUTSIDE):
-            drawn = 0
+        drawn = 0
+        with ExitStack() as done, loop.weights.loaded(OUTSIDE):
+            done.callback(loop.outputs.clear)
             for watched.index, batch in enumerate(batches):
                 leaf = hidden[watched.index] = hidden[watched.index].detach().requires_grad_()
                 place = ranks.rank + watched.index * ranks.size
@@ -122,7 +130,6 @@ def output_gradients_by_block(
                     found += torch.autograd.grad(loss, leaf, retain_graph=left < 0)
                 gradients.append(found)
                 return_freed()
-        loop.outputs.clear()
         hidden.clear()
         for i, stage in reversed(list(enumerate(stages))):
             inputs = stored.of(stage.name).read()
@@ -135,7 +142,7 @@ def output_gradients_by_block(
                         left = len(found) - 1 - probe
                         (found[probe],) = torch.autograd.grad(output, leaf, gradient, retain_graph=left > 0)
                     return_freed()
-    return watched.guidance(len(batches), ranks)
+    return watched.result(len(batches), ranks)
 
 
 def _block(stage: Stage) -> nn.Module:
@@ -179,7 +186,7 @@ class _Watched:
 
         return hook
 
-    def guidance(self, batches: int, ranks: Ranks = ALONE) -> Guidance:
+    def result(self, batches: int, ranks: Ranks = ALONE) -> LossGradients:
         """Of all processes, each of which has run `batches` batches."""
         squares: dict[str, Tensor] = {}
         tokens: dict[str, list[Tensor]] = {}
@@ -192,7 +199,7 @@ class _Watched:
             if all(name in known for _, known in shares):
                 tokens[name] = ranks.interleaved([known[name] for _, known in shares])
         rows = {name: _limited(total) for name, total in squares.items()}
-        return Guidance(rows, {name: _limited_list(known) for name, known in tokens.items()})
+        return LossGradients(rows, {name: _limited_list(known) for name, known in tokens.items()})
 
 
 @contextmanager
@@ -218,9 +225,9 @@ def _losses(output: Any, batch: Batch, generator: torch.Generator, before: Seque
         return [nn.functional.cross_entropy(flat, targets[:, 1:].flatten(), reduction="sum")]
     hidden = getattr(output, "last_hidden_state", output)
     if not isinstance(hidden, Tensor) or not hidden.requires_grad:
-        raise ValueError(
-            f"the model gives a {type(output).__name__}: neither logits [B, L, vocabulary] nor last_hidden_state, so there is no "
-            "loss to be guided by; take guidance='none'"
+        raise NoLossError(
+            f"the model gives a {type(output).__name__} with neither logits [B, L, vocabulary] nor last_hidden_state, so there is no "
+            "loss to take a gradient of"
         )
     if hidden.dim() == 3:
         mask = batch.get("attention_mask")

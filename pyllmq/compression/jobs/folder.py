@@ -12,17 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..config import ColumnCodebookConfig, SparseConfig
-from ..formats import structure_from_dict
-from ..nn import PackedLinear
-from ..linears import DEFAULT_EXCLUDE, left_dense, replace_module, select_linears
-from .blocks import OUTSIDE, BlockLoop, Chain, Stage, check_finite, find_stages
-from .calibration import Batch, as_batches
-from .guide import Guidance, output_gradients_by_block
-from .job import Config, Job, byte_budgets, plan_sparsity
+from ...config import MethodConfig
+from ...formats import structure_from_dict
+from ...linears import DEFAULT_EXCLUDE
+from ...memory import peak_memory
+from ...nn import PackedLinear
+from ...weights import OUTSIDE
+from ..calibration import Batch, as_batches
+from ..methods import method_of
+from ..ranks import ALONE, Ranks
+from ..report import CompressionReport, LayerReport
+from ..statistics.blocks import BlockLoop, Chain, Stage
+from ..statistics.loss_gradients import LossGradients, NoLossError, output_gradients_by_block
+from .in_memory import without_gradients
+from .job import Job, Task, check_finite, quiet_eval, warn
 from .manifest import (
     Manifest,
     batches_digest,
@@ -33,19 +39,16 @@ from .manifest import (
     write_tensors,
     write_text,
 )
-from .memory import peak_memory
-from .model import planned_linears, quiet_eval, start_report
-from .ranks import ALONE, Ranks
-from .report import CompressionReport, LayerReport
+from .source_files import SourceFiles
 
 if TYPE_CHECKING:
-    from ..integrations.checkpoint import StreamedModel
+    from ...integrations.checkpoint import StreamedModel
 
 
 def compress_folder(
     source: Any,
     output: str | os.PathLike[str],
-    config: Config,
+    config: MethodConfig,
     calibration: Iterable[Any],
     *,
     include: Sequence[str] | None = None,
@@ -64,10 +67,11 @@ def compress_folder(
     Args:
         source: folder of a transformers model in safetensors, or a `StreamedModel` of one.
         output: folder to write; an earlier one of that name is replaced at the end.
-        config: as for `compress`; what needs the whole model at once is refused (`needs_whole_model`).
+        config: as for `compress`; what needs the whole model at once is refused.
         calibration: batches, as for `compress`.
         include, exclude: name patterns, as for `compress`.
-        others: what else belongs into the folder and has a `save_pretrained`, such as the tokenizer.
+        others: what else belongs into the folder and has a `save_pretrained`. Everything in `source` that is not replaced, such
+            as its tokenizer, is copied anyway.
         resume: go on with a job that was ended, to the same bytes. Refused if it is not the same job.
         progress: show a tqdm bar.
         ranks: the processes that work together, see `ranks.joined`. Each is given the same arguments.
@@ -77,10 +81,11 @@ def compress_folder(
         FileExistsError: an unfinished job is in the way.
         OSError: files that cannot be read or written; what is finished stays.
     """
-    from ..integrations.checkpoint import StreamedModel
+    from ...integrations.checkpoint import StreamedModel
 
     started = time.perf_counter()
-    for reason in needs_whole_model(config):
+    method = method_of(config)
+    if reason := method.needs.whole_model:
         raise ValueError(f"{reason}; use pyllmq.compress (in the command: --in-memory), or leave it out")
     all_batches = as_batches(calibration)
     if len(all_batches) < ranks.size:
@@ -90,16 +95,17 @@ def compress_folder(
     target = Path(output).resolve()
     streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
     model = streamed.model
-    chosen = select_linears(model, include, exclude)
-    stages = find_stages(model, chosen, outside=include is not None)
-    planned = planned_linears(model, chosen, stages)
-    dense, total = left_dense(model, planned, include, exclude)
-    streamed.split(stage.name for stage in stages if stage.block is not None)
+    task = Task.of(model, method, include, exclude)
+    streamed.split(stage.name for stage in task.stages if stage.block is not None)
 
     def signature() -> dict[str, Any]:
-        return job_signature(streamed.folder, config, all_batches, list(planned), ranks)
+        return {
+            **job_signature(streamed.folder, config, list(task.linears)),
+            "calibration": batches_digest(all_batches),
+            "processes": ranks.size,
+            "threads": torch.get_num_threads(),
+        }
 
-    report = start_report(config, dense, total)
     with ExitStack() as context:
         manifest = ranks.from_first(lambda: open_manifest(target, signature(), resume))
         if ranks.first:
@@ -107,30 +113,19 @@ def compress_folder(
         batches = [_to_device(batch, streamed.device) for batch in ranks.share(all_batches)]
         loop = BlockLoop(model, _to_device(all_batches[0], streamed.device), batches, streamed)
         done = sum(len(entry["layers"]) for entry in manifest.finished)
-        bar = tqdm(total=len(planned), initial=done, disable=not (progress and ranks.first), unit="layer")
-        folder = _FolderJob(Job(loop, config, report, bar, ranks), streamed, manifest, started)
+        bar = tqdm(total=len(task.linears), initial=done, disable=not (progress and ranks.first), unit="layer")
+        folder = FolderJob(Job(task, task.run(loop, ranks), bar), streamed, manifest, started)
         with quiet_eval(model), torch.no_grad(), bar:
-            chains = loop.find_chains(stages, _check)
-            folder.plan(chains, planned, [len(next(iter(batch.values()))) for batch in all_batches])
+            chains = loop.find_chains(task.stages, lambda stage: check_finite(stage.linears))
+            folder.plan(chains, [len(next(iter(batch.values()))) for batch in all_batches])
             folder.restore()
             for i, chain in enumerate(chains):
                 folder.compress_chain(chain, hand_on=i + 1 < len(chains))
             folder.copy_the_rest()
-        report.seconds = folder.seconds()
-        report.peak_memory = max(ranks.gather(peak_memory()))
+        task.report.seconds = folder.seconds()
+        task.report.peak_memory = max(ranks.gather(peak_memory()))
         ranks.from_first(lambda: put_finished(manifest, streamed, target, others))
-    return report
-
-
-def needs_whole_model(config: Config) -> list[str]:
-    """What of these settings can only be had with all weights in memory; empty: nothing."""
-    if isinstance(config, ColumnCodebookConfig) and config.tune_steps:
-        return [
-            f"tuning (tune_steps={config.tune_steps}) trains all layers at once and needs the whole model in memory"
-        ]
-    if isinstance(config, SparseConfig) and config.allocation in ("fisher", "hutchinson"):
-        return [f"allocation={config.allocation!r} takes gradients of the whole model in memory"]
-    return []
+    return task.report
 
 
 def how_to_go_on(output: str | os.PathLike[str]) -> str:
@@ -147,17 +142,12 @@ def how_to_go_on(output: str | os.PathLike[str]) -> str:
     )
 
 
-def job_signature(
-    source: Path, config: Config, batches: Sequence[Batch], linears: Sequence[str], ranks: Ranks
-) -> dict[str, Any]:
-    """Everything that the bytes of the result depend on."""
+def job_signature(source: Path, config: MethodConfig, linears: Sequence[str]) -> dict[str, Any]:
+    """What the bytes of the result depend on, whatever the method."""
     return {
         "source": source_signature(source),
         "config": {"type": type(config).__name__, **config.to_dict()},
         "linears": list(linears),
-        "calibration": batches_digest(batches),
-        "processes": ranks.size,
-        "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "versions": versions(),
     }
@@ -168,7 +158,7 @@ def versions() -> dict[str, str]:
     import safetensors
     import transformers
 
-    from .. import __version__
+    from ... import __version__
 
     return {
         "pyllmq": __version__,
@@ -191,18 +181,13 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def _check(stage: Stage) -> None:
-    for name, module in stage.linears.items():
-        check_finite(name, module)
-
-
-class _FolderJob:
+class FolderJob:
     """A `Job` whose finished blocks go to the working folder."""
 
-    def __init__(self, job: Job, streamed: Any, manifest: Manifest, started: float) -> None:
+    def __init__(self, job: Job, streamed: StreamedModel, manifest: Manifest, started: float) -> None:
         self.job, self.streamed, self.manifest, self.started = job, streamed, manifest, started
+        self.method, self.report, self.loop, self.ranks = job.method, job.report, job.run.loop, job.run.ranks
         self.earlier = manifest.finished[-1]["seconds"] if manifest.finished else 0.0
-        self.ranks = job.ranks
         self.chain, self.hand_on = Chain([]), False
         """The chain in hand."""
 
@@ -212,37 +197,40 @@ class _FolderJob:
 
     # ---- the plan ----
 
-    def plan(self, chains: Sequence[Chain], linears: Mapping[str, nn.Module], rows: Sequence[int]) -> None:
+    def plan(self, chains: Sequence[Chain], rows: Sequence[int]) -> None:
         """What is decided before the first block; a resumed job reads it. `rows`: the number of texts of every batch."""
-        job, config = self.job, self.job.config
+        job, method = self.job, self.method
         file = self.manifest.place / "plan.safetensors"
         if self.manifest.plan is not None:
-            job.budgets, job.sparsity = self.manifest.plan["budgets"], self.manifest.plan["sparsity"]
+            method.plan = self.manifest.plan
             if file.exists():
-                job.guidance = Guidance.from_tensors(_read(file)).shared(self.ranks)
+                job.run.gradients = LossGradients.from_tensors(_read(file)).shared(self.ranks)
             return
-        if isinstance(config, SparseConfig):
-            job.sparsity = plan_sparsity(job, config, chains)
-        if isinstance(config, ColumnCodebookConfig):
-            job.budgets = byte_budgets(linears, config)
-            if config.guidance != "none":
-                hidden = _Stored(self.manifest.place, "inputs", self.ranks)
-                found = output_gradients_by_block(job.loop, chains, linears, hidden, rows, self.ranks)
-                found = found.limited_to(config.guidance)
-                job.guidance = found.shared(self.ranks)
+        if (which := method.needs.loss_gradients) != "none":
+            hidden = HiddenStates(self.manifest.place, "inputs", self.ranks)
+            try:
+                found = output_gradients_by_block(self.loop, chains, job.task.linears, hidden, rows, self.ranks)
+            except NoLossError as error:
+                for stage in (stage for chain in chains for stage in chain.stages):
+                    hidden.of(stage.name).remove()
+                warn(self.report, without_gradients(error))
+            else:
+                found = found.limited_to(which)
+                job.run.gradients = found.shared(self.ranks)
                 if self.ranks.first:
                     write_tensors(file, found.tensors())
+        method.plan = method.make_plan(job.task.linears, chains, job.run)
         if self.ranks.first:
-            self.manifest.set_plan({"budgets": job.budgets, "sparsity": job.sparsity})
+            self.manifest.set_plan(method.plan)
 
     # ---- block after block ----
 
     def restore(self) -> None:
         """Take up the state behind the last finished unit."""
         for entry in self.manifest.finished:
-            self.job.report.layers += [LayerReport(**row) for row in entry["layers"]]
-            self.job.report.warnings[:] = entry["warnings"]
-            self.job.left_over = entry["left_over"]
+            self.report.layers += [LayerReport(**row) for row in entry["layers"]]
+            self.report.warnings[:] = entry["warnings"]
+            self.method.carried = entry["carried"]
 
     def compress_chain(self, chain: Chain, hand_on: bool) -> None:
         names = [self._unit(stage) for stage in chain.stages]
@@ -250,18 +238,18 @@ class _FolderJob:
         begin = sum(name in finished for name in names)
         if chain.stages[0].block is None:
             if OUTSIDE not in finished:
-                self.job.loop.walk(chain, self.job.compress_stage, hand_on=False, done=self.finish)
+                self.loop.walk(chain, self.job.compress_stage, hand_on=False, done=self.finish)
             return
         hidden = dense = None
         if begin and (hand_on or begin < len(names)):
             hidden = self._hidden(names[begin - 1]).read()
-            if self.job.with_twin and begin < len(names):
+            if self.method.needs.dense_block and begin < len(names):
                 dense = self._hidden(names[begin - 1], "dense").read()
         if begin == len(names):
-            self.job.loop.finish(chain, hidden)
+            self.loop.finish(chain, hidden)
             return
         self.chain, self.hand_on = chain, hand_on
-        self.job.loop.walk(
+        self.loop.walk(
             chain,
             self.job.compress_stage,
             hand_on=hand_on,
@@ -269,25 +257,25 @@ class _FolderJob:
             begin=begin,
             hidden=hidden,
             dense=dense,
-            with_twin=self.job.with_twin,
+            asymmetric=self.method.needs.dense_block,
         )
 
     def finish(self, stage: Stage, hidden: list[Tensor], dense: list[Tensor]) -> None:
         """Write a unit, then the hidden states behind it, then its entry in the manifest."""
-        unit, job = self._unit(stage), self.job
+        unit, job, report = self._unit(stage), self.job, self.report
         last = stage.block is None or stage is self.chain.stages[-1]
         if hidden and (self.hand_on or not last):
             self._hidden(unit).write(hidden)
         if dense and not last:
             self._hidden(unit, "dense").write(dense)
         self.ranks.gather(None)  # all of them are written
-        layers = job.report.layers[sum(len(entry["layers"]) for entry in self.manifest.finished) :]
+        layers = report.layers[sum(len(entry["layers"]) for entry in self.manifest.finished) :]
         structures = {name: _packed(job, name).structure.to_dict() for name in job.replaced}
         entry = {
             "layers": [asdict(layer) for layer in layers],
             "structures": structures,
-            "warnings": list(job.report.warnings),
-            "left_over": job.left_over,
+            "warnings": list(report.warnings),
+            "carried": self.method.carried,
             "seconds": self.seconds(),
         }
         self.ranks.from_first(lambda: self._write(unit, entry))
@@ -298,9 +286,7 @@ class _FolderJob:
         if before:
             self._hidden(self.chain.stages[before - 1].name).remove()
             self._hidden(self.chain.stages[before - 1].name, "dense").remove()
-        for name, module in job.replaced.items():
-            replace_module(job.model, name, module)
-        job.replaced.clear()
+        job.put_back()
 
     def copy_the_rest(self) -> None:
         """Units in which nothing is compressed."""
@@ -308,8 +294,8 @@ class _FolderJob:
         for unit in (OUTSIDE, *self.streamed.blocks):
             if unit not in known and self.ranks.first:
                 with self.streamed.loaded(unit):
-                    nothing = {"layers": [], "structures": {}, "warnings": self.job.report.warnings}
-                    self._write(unit, {**nothing, "left_over": self.job.left_over, "seconds": self.seconds()})
+                    nothing = {"layers": [], "structures": {}, "warnings": self.report.warnings}
+                    self._write(unit, {**nothing, "carried": self.method.carried, "seconds": self.seconds()})
 
     def _write(self, unit: str, entry: Mapping[str, Any]) -> None:
         file = self._file(unit)
@@ -326,14 +312,14 @@ class _FolderJob:
     def _unit(stage: Stage) -> str:
         return OUTSIDE if stage.block is None else stage.name
 
-    def _hidden(self, unit: str, kind: str = "hidden") -> _Hidden:
+    def _hidden(self, unit: str, kind: str = "hidden") -> HiddenStates:
         """`kind` "dense": what the dense blocks give out."""
-        return _Stored(self.manifest.place, kind, self.ranks).of(unit)
+        return HiddenStates(self.manifest.place, kind, self.ranks).of(unit)
 
 
 def put_finished(manifest: Manifest, streamed: StreamedModel, target: Path, others: Sequence[Any]) -> None:
     """Make the folder of finished files whole and move it to its place."""
-    from ..integrations.transformers import describe_packed, put_folder
+    from ...integrations.transformers import describe_packed, put_folder
 
     folder = manifest.folder
     write_index(folder, [entry["file"] for entry in manifest.finished])
@@ -345,24 +331,23 @@ def put_finished(manifest: Manifest, streamed: StreamedModel, target: Path, othe
     order = {name: i for i, (name, _) in enumerate(streamed.model.named_modules())}
     describe_packed(streamed.model, dict(sorted(structures.items(), key=lambda item: order[item[0]])))
     streamed.save_settings(folder)
-    for other in others:
+    for other in (*others, SourceFiles(streamed.folder)):
         other.save_pretrained(folder)
-    for file in folder.iterdir():
-        sync(file)
-    sync(folder)
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
     put_folder(folder, target)
     manifest.remove()
 
 
 def _packed(job: Job, name: str) -> PackedLinear:
-    layer = job.model.get_submodule(name)
+    layer = job.task.model.get_submodule(name)
     assert isinstance(layer, PackedLinear)
     return layer
 
 
 def write_index(folder: Path, files: Sequence[str]) -> None:
     """model.safetensors.index.json of these files; none for a single one."""
-    from ..integrations.checkpoint import INDEX, SINGLE, opened
+    from ...integrations.checkpoint import INDEX, SINGLE, opened
 
     if list(files) == [SINGLE]:
         return
@@ -376,19 +361,18 @@ def write_index(folder: Path, files: Sequence[str]) -> None:
     write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-class _Stored:
+class HiddenStates:
     """Hidden states of this process's batches, in files of the working folder."""
 
-    def __init__(self, place: Path, kind: str, ranks: Ranks) -> None:
-        self.place, self.kind, self.ranks = place, kind, ranks
+    def __init__(self, place: Path, kind: str, ranks: Ranks, unit: str = "") -> None:
+        self.place, self.kind, self.ranks, self.unit = place, kind, ranks, unit
 
-    def of(self, unit: str) -> _Hidden:
-        return _Hidden(self.place / f"{self.kind}.{unit}.{self.ranks.rank}.safetensors")
+    @property
+    def file(self) -> Path:
+        return self.place / f"{self.kind}.{self.unit}.{self.ranks.rank}.safetensors"
 
-
-class _Hidden:
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def of(self, unit: str) -> HiddenStates:
+        return HiddenStates(self.place, self.kind, self.ranks, unit)
 
     def write(self, hidden: Sequence[Tensor]) -> None:
         write_tensors(self.file, numbered(hidden))
@@ -401,7 +385,7 @@ class _Hidden:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    from ..integrations.checkpoint import opened
+    from ...integrations.checkpoint import opened
 
     with opened(file) as tensors:
         return {key: tensors.get_tensor(key).clone() for key in sorted(tensors.keys())}

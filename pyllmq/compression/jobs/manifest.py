@@ -11,7 +11,6 @@ count.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibration import Batch
+from ..calibration import Batch
 
 PART = ".part"
 
@@ -133,6 +132,8 @@ class Manifest:
 
 @contextmanager
 def _lock(place: Path) -> Iterator[None]:
+    import fcntl  # Unix alone has it
+
     with (place / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

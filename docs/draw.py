@@ -30,12 +30,12 @@ class Picture:
         if text:
             self.text(x + w / 2, y + h / 2 + 5 - 8.5 * text.count("\n"), text)
 
-    def cells(self, x: float, y: float, values: str, fills: str = "", size: float = 24) -> None:
+    def cells(self, x: float, y: float, values: str, fills: str = "", width: float = 24) -> None:
         """One cell for each word of `values` ("." is an empty one); `fills` has a letter of b, g, w, r, y for each."""
         colours = {"b": BLUE, "g": GREY, "w": WHITE, "r": RED, "y": GOLD}
         for i, value in enumerate(values.split()):
             fill = colours[fills[i]] if fills else BLUE
-            self.box(x + i * size, y, size, size, "" if value == "." else value, fill)
+            self.box(x + i * width, y, width, 24, "" if value == "." else value, fill)
 
     def arrow(self, x: float, y: float, to_x: float, to_y: float, text: str = "") -> None:
         self.parts.append(f'<path d="M{x:g} {y:g} {to_x:g} {to_y:g}" stroke="#222" marker-end="url(#head)"/>')
@@ -68,7 +68,7 @@ def codebook_tables() -> Picture:
     p.text(10, 170, "codes of column k, 32 rows: two in a byte", "start")
     p.cells(10, 180, "7 2 0 15 … 3", "gggggg", 34)
     p.arrow(222, 192, 396, 142)
-    p.text(300, 196, "one byte shuffle looks up\n32 rows (AVX2) or 64 (AVX-512)", "start")
+    p.text(300, 196, "a byte shuffle does 32 (AVX2)\nor 64 (AVX-512) lookups", "start")
     p.arrow(508, 118, 560, 118)
     p.box(560, 90, 185, 56, "add to one integer\nsum per row", BLUE)
     p.arrow(652, 146, 652, 218)
@@ -97,7 +97,7 @@ def codebook_cuda() -> Picture:
     p.text(10, 22, "Which kernel runs, by number of tokens (predicted, never measured on a GPU)", "start")
     for i, (tokens, name, text) in enumerate(
         (
-            ("1 token", "cuda.tables", "tables of products in shared memory; a lookup replaces 2 or 4 products"),
+            ("1 token", "cuda.tables", "tables of products in shared memory, a table for each lane"),
             ("up to 64", "cuda.fused", "codebooks in registers, looked up by prmt, into tensor cores"),
             ("more", "cuda.dequantize_matmul", "decode into x's dtype, then torch's matmul"),
         )
@@ -130,7 +130,7 @@ def sparse_cells() -> Picture:
     p = Picture(760, 270)
     p.text(10, 22, "A cell holds 16 rows side by side; the three formats differ in what a cell stores", "start")
     p.text(10, 52, "bitmap", "start")
-    p.cells(110, 36, "1 0 0 1 1 0", "wgggww"[::-1])
+    p.cells(110, 36, "1 0 0 1 1 0", "wwwwww")
     p.text(270, 52, "2 bytes of mask per column, then the stored values in that order", "start")
     p.cells(110, 66, "w w w", "bbb")
     p.text(10, 122, "2:4", "start")
@@ -161,8 +161,8 @@ def kmeans_intervals() -> Picture:
     for cut in (130, 350, 560):
         p.parts.append(f'<path d="M{cut} 45V95" stroke="#c00" stroke-dasharray="4 3"/>')
     p.text(10, 120, "F_l[i] = best gain of the first i points in l clusters = max over j of F_(l-1)[j] + gain(j, i)", "start")
-    steps = [(150, "sort, prefix sums", GREY), (110, "F_1", BLUE), (110, "F_2", BLUE), (110, "F_k", BLUE)]
-    chain(p, 140, 44, [*steps, (120, "trace the cuts back", GOLD)])
+    steps = [(140, "sort, prefix sums", GREY), (90, "F_1", BLUE), (90, "F_2", BLUE), (90, "… F_k", BLUE)]
+    chain(p, 140, 44, [*steps, (150, "trace the cuts back", GOLD)])
     return p
 
 
@@ -188,9 +188,9 @@ def softmax_distances() -> Picture:
     p = Picture(760, 190)
     p.text(10, 22, "Distances straight from logits: probabilities exist only in the L2 cache", "start")
     steps = [
-        (150, "logits\n64 rows x 512 columns", GREY),
+        (175, "logits\n64 rows x 512 columns", GREY),
         (150, "exp\np and q in the cache", BLUE),
-        (170, "sum of min(p, q)\nfor 4 x 4 pairs", GOLD),
+        (140, "sum of min(p, q)\nfor 4 x 4 pairs", GOLD),
         (190, "D = Σp + Σq - 2 Σmin(p, q)", BLUE),
     ]
     chain(p, 44, 56, steps, gap=24)
@@ -204,13 +204,13 @@ def column_sweep() -> Picture:
     p = Picture(760, 220)
     p.text(10, 22, "The sweep fits one column at a time and moves its error onto the columns after it", "start")
     p.cells(30, 44, "q q q j . . . . . .", "yyyrbbbbbb", 46)
-    p.text(30, 112, "done: codes and fp16 codebook", "start")
-    p.arrow(190, 100, 190, 140)
+    p.text(30, 88, "stored as codes", "start")
+    p.arrow(190, 68, 190, 140)
     p.box(110, 140, 160, 56, "k-means of column j\n(or its mask)", RED)
     p.arrow(270, 168, 330, 168)
     p.box(330, 140, 170, 56, "error e_j / U_jj", GOLD)
-    p.arrow(420, 140, 420, 92)
-    p.text(430, 122, "W[:, j+1:] -= e_j / U_jj · U[j, j+1:]", "start")
+    p.arrow(420, 140, 420, 72)
+    p.text(430, 112, "W[:, j+1:] -= e_j / U_jj · U[j, j+1:]", "start")
     p.text(520, 172, "U: Cholesky factor of the\ninverse Hessian of the inputs", "start")
     return p
 
@@ -230,17 +230,10 @@ def column_codebook() -> Picture:
         ],
         gap=24,
     )
-    chain(
-        p,
-        130,
-        56,
-        [
-            (240, "loss gradients weigh the rows", RED),
-            (240, "asymmetric calibration\nsets the target", RED),
-            (200, "optional: tune codebooks", RED),
-        ],
-        gap=24,
-    )
+    p.text(10, 136, "What they work with:", "start")
+    p.box(10, 146, 230, 46, "weights of the rows:\ngradients of the loss", RED)
+    p.box(258, 146, 230, 46, "target of the Linear:\nasymmetric calibration", RED)
+    p.box(506, 146, 210, 46, "afterwards, if asked for:\ncodebook tuning", RED)
     return p
 
 
@@ -279,7 +272,7 @@ def streaming() -> Picture:
     p.arrow(610, 111, 660, 111)
     p.box(660, 88, 85, 46, "OUT", GOLD)
     p.arrow(285, 144, 285, 186)
-    p.box(180, 186, 210, 34, "hidden states for the next block", GREY)
+    p.box(170, 186, 230, 34, "hidden states for the next block", GREY)
     return p
 
 

@@ -280,11 +280,12 @@ def streaming_table(what: str) -> str:
             for one, two in pairs
         ]  # fmt: skip
     else:
-        head = ["checkpoint", "calibration", "peak", "torch and transformers", "one block in fp32", "hidden states"]
+        head = ["checkpoint", "calibration", "peak", "torch and transformers", "one block in fp32", "hidden states",
+                "peak without hidden states, in blocks"]  # fmt: skip
         gb = ("peak_gb", "libraries_gb", "block_fp32_gb", "hidden_gb")
         lines = [
             [f"{r['shape']}, method {r['method']}", f"{r['samples']} texts of {r['seqlen']} tokens",
-             *(f"{float(r[name]):.2f} GB" for name in gb)]
+             *(f"{float(r[name]):.2f} GB" for name in gb), f"{float(r['peak_blocks']):.2f}"]
             for r in rows
         ]  # fmt: skip
     first = rows[0]

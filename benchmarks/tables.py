@@ -11,6 +11,7 @@ import csv
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from statistics import mean, pstdev
 
@@ -138,10 +139,15 @@ def codebook_llama() -> str:
 # ---- sparse_linear --------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)
+def sparse_runs() -> list[sparse.Run]:
+    return sparse.runs_quiet_last(read(CSVS / "sparse.csv"))
+
+
 def _last_pair(isa: str, shape: tuple[int, int], m: int, ours: str, rival: str) -> tuple[Row, Row] | None:
     """Both rows of the last quiet run of the instruction set that has them."""
     found = None
-    for run in sparse.runs_quiet_last(read(CSVS / "sparse.csv")):
+    for run in sparse_runs():
         of_case = {row.provider: row for row in run.rows if (row.n, row.k, row.m) == (*shape, m)}
         if run.isa == isa and ours in of_case and rival in of_case:
             found = of_case[ours], of_case[rival]

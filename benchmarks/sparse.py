@@ -143,10 +143,10 @@ GOALS = (
 def goals_table(rows: Sequence[Row]) -> str:
     """One line for each goal that the rows allow to judge: of each instruction set the last quiet run that has both rows."""
     lines = []
-    for isa, shape in dict.fromkeys((run.isa, row.shape) for run in _runs(rows) for row in run.rows):
+    for isa, shape in dict.fromkeys((run.isa, row.shape) for run in runs_quiet_last(rows) for row in run.rows):
         for ours, rival, m, goal in GOALS:
             ratio = None
-            for run in _runs(rows):
+            for run in runs_quiet_last(rows):
                 found = {row.provider: row.median_us for row in run.rows if (row.shape, row.m) == (shape, m)}
                 if run.isa == isa and ours in found and rival in found:
                     ratio = found[rival] / found[ours]
@@ -157,20 +157,20 @@ def goals_table(rows: Sequence[Row]) -> str:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """Rows that were timed together; `isa` is what our kernels ran on."""
 
     isa: str
     rows: Sequence[Row]
 
 
-def _runs(rows: Sequence[Row]) -> list[_Run]:
+def runs_quiet_last(rows: Sequence[Row]) -> list[Run]:
     """Busy ones first, the busiest before the others, then quiet ones in the order of the file: the last is the one that counts."""
     by_time: dict[str, list[Row]] = {}
     for row in rows:
         by_time.setdefault(row.timestamp, []).append(row)
     quiet_last = sorted(by_time.values(), key=lambda together: -max(together[0].others_cpu, QUIET_SHARE))
-    return [_Run(_isa_of(together), together) for together in quiet_last]
+    return [Run(_isa_of(together), together) for together in quiet_last]
 
 
 def _isa_of(rows: Sequence[Row]) -> str:
@@ -184,7 +184,7 @@ Point = tuple[float, float, float]
 
 
 def _points(
-    runs: Sequence[_Run], shape: tuple[int, int], rival: str, named: Sequence[tuple[float, str]]
+    runs: Sequence[Run], shape: tuple[int, int], rival: str, named: Sequence[tuple[float, str]]
 ) -> list[Point]:
     """Of each provider its last quiet run counts, beside the dense row of that run."""
     found: dict[str, Point] = {}
@@ -208,7 +208,7 @@ def draw(rows: Sequence[Row], png: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = _runs(rows)
+    runs = runs_quiet_last(rows)
     by_isa = {isa: [run for run in runs if run.isa == isa] for isa in sorted({run.isa for run in runs})}
 
     def bitmaps(isa: str, view: tuple[tuple[int, int], str, str]) -> list[Point]:

@@ -103,9 +103,7 @@ RowRange tile_at(const LayoutView& view, int64_t row, int64_t row_end) {
 
 }  // namespace
 
-void codebook_dequantize(const void* layout, int64_t layout_bytes, int64_t row_begin, int64_t row_end, void* out,
-                         DType out_dtype) {
-  const LayoutView view(layout, layout_bytes);
+void codebook_dequantize(const LayoutView& view, int64_t row_begin, int64_t row_end, void* out, DType out_dtype) {
   const LayoutHeader& header = view.header();
   if (row_begin < 0 || row_end < row_begin || row_end > header.rows)
     throw std::invalid_argument("rows [" + std::to_string(row_begin) + ", " + std::to_string(row_end) +

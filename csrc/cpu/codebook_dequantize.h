@@ -21,7 +21,6 @@ extern const DequantizeKernels kDequantizeAvx2;    // rows
 extern const DequantizeKernels kDequantizeAvx512;  // fours
 
 // Rows [row_begin, row_end) to out [row_end - row_begin, columns] of out_dtype.
-void codebook_dequantize(const void* layout, int64_t layout_bytes, int64_t row_begin, int64_t row_end, void* out,
-                         DType out_dtype);
+void codebook_dequantize(const LayoutView& view, int64_t row_begin, int64_t row_end, void* out, DType out_dtype);
 
 }  // namespace pyllmq::cpu

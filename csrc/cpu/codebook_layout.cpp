@@ -431,8 +431,7 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
                 [&](int64_t segment, int64_t tile) { writer.write(segment, tile); });
 }
 
-void codebook_layout_codes(const void* layout, int64_t layout_bytes, uint8_t* codes_out) {
-  const LayoutView view(layout, layout_bytes);
+void codebook_layout_codes(const LayoutView& view, uint8_t* codes_out) {
   if (codes_out == nullptr) refuse("codes_out must not be null");
   const LayoutHeader& h = view.header();
   for_each_tile(h, &view.segment(0), kPackNsPerWeight, [&](int64_t segment, int64_t tile) {

@@ -141,6 +141,6 @@ int64_t codebook_layout_bytes(int64_t rows, int64_t columns, const uint8_t* colu
                               int64_t segments, int64_t outliers);
 void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookCheckpoint& checkpoint);
 // codes_out uint8 [rows, columns]: exactly the codes that were packed, also under the outliers.
-void codebook_layout_codes(const void* layout, int64_t layout_bytes, uint8_t* codes_out);
+void codebook_layout_codes(const LayoutView& view, uint8_t* codes_out);
 
 }  // namespace pyllmq::cpu

@@ -1,8 +1,6 @@
 #include "cpu/codebook_linear.h"
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "cpu/codebook_layout.h"
@@ -299,9 +297,6 @@ const float* rows_in_fp32(const RowKernels& kernels, const void* x, DType dtype,
 void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
                      DType bias_dtype, void* y, LinearPath path, Precision precision) {
   const LayoutHeader& header = view.header();
-  if (tokens < 0) throw std::invalid_argument("tokens = " + std::to_string(tokens) + "; must be >= 0");
-  if (tokens == 0) return;
-  if (x == nullptr || y == nullptr) throw std::invalid_argument("x and y must not be null when there are tokens");
   if (path == LinearPath::automatic) path = cheaper_path(view, x_dtype, tokens, precision);
   if (path == LinearPath::decode)
     return codebook_linear_decode(view, x, x_dtype, tokens, bias, bias_dtype, y, precision);

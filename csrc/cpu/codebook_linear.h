@@ -26,11 +26,9 @@
 
 #include "cpu/codebook_layout.h"
 #include "cpu/half.h"
+#include "linear_operand.h"
 
 namespace pyllmq::cpu {
-
-// What a caller permits; a kernel may be more exact.
-enum class Precision { exact = 0, high = 1, fast = 2 };
 
 enum class TableKind { bits28 = 0, bits21 = 1, bits16 = 2, bits14 = 3 };
 constexpr int kTableKinds = 4;
@@ -131,7 +129,7 @@ enum class LinearPath { tables = 0, decode = 1, automatic = 2 };
 // What `automatic` is for this many tokens.
 LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Precision precision);
 
-// x and y [tokens, columns] and [tokens, rows], both of x_dtype; bias [rows] or null.
+// x and y [tokens, columns] and [tokens, rows], both of x_dtype; bias [rows] or null; tokens > 0.
 void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
                      DType bias_dtype, void* y, LinearPath path, Precision precision);
 

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
 #include "cpu/isa.h"
 #include "cpu/thread_pool.h"
@@ -386,9 +384,6 @@ void run_columns(const Problem& problem, const float* transposed) {
 void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
                    DType bias_dtype, void* y, Precision precision) {
   const SparseHeader& h = view.header();
-  if (tokens < 0) throw std::invalid_argument("tokens = " + std::to_string(tokens) + "; must be >= 0");
-  if (tokens == 0) return;
-  if (x == nullptr || y == nullptr) throw std::invalid_argument("x and y must not be null when there are tokens");
   Problem problem{view, sparse_kernels(h), row_kernels(), x_dtype, nullptr, 0, nullptr, nullptr, nullptr};
   const DecodeKernels& product = product_kernels();
   const int64_t few = h.kind == SparseKind::codes ? problem.kernels.few_code_tokens : problem.kernels.few_tokens;

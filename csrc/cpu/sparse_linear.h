@@ -96,7 +96,7 @@ struct BFloat16Tiles {
 
 extern const BFloat16Tiles kBFloat16TilesAmx;
 
-// x and y [tokens, columns] and [tokens, rows], both of x_dtype; bias [rows] or null.
+// x and y [tokens, columns] and [tokens, rows], both of x_dtype; bias [rows] or null; tokens > 0.
 void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
                    DType bias_dtype, void* y, Precision precision);
 

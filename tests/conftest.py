@@ -23,6 +23,31 @@ ISA = os.environ.get("PYLLMQ_TEST_ISA")
 SEED_STEP = 1_000_003  # far from the small numbers that tests choose
 
 
+OF_FILES = {
+    "quick": (
+        "test_codebook_format", "test_codebook_linear", "test_cpu_decode", "test_cpu_layout", "test_dispatch", "test_format_parts",
+        "test_kmeans_1d", "test_nn", "test_pack_codes", "test_sinkhorn", "test_softmax_cdist_l1", "test_sparse_formats",
+        "test_sparse_linear",
+    ),
+    "transformers": ("test_compress", "test_parallel", "test_peft", "test_stream", "test_transformers"),
+    "seeds": ("test_column_loop", "test_columns"),
+}  # fmt: skip
+"""Marks of all tests of a file: pyproject.toml says what they mean."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Puts the marks on, before pytest chooses by them."""
+    here = Path(__file__).parent
+    missing = [name for names in OF_FILES.values() for name in names if not (here / f"{name}.py").exists()]
+    if missing:
+        raise pytest.UsageError(f"tests/conftest.py marks files that are not there: {', '.join(missing)}")
+    for item in items:
+        for mark, names in OF_FILES.items():
+            if item.path.parent == here and item.path.stem in names:
+                item.add_marker(mark)
+
+
 def pytest_sessionstart(session):
     """A sanitizer run that silently tested the ordinary build would prove nothing."""
     if "PYLLMQ_SANITIZED" in os.environ:

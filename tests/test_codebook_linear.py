@@ -156,6 +156,7 @@ def test_gradient_by_finite_differences():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("PYLLMQ_SANITIZED" in __import__("os").environ, reason="inductor's compiled code is not sanitized")
 @pytest.mark.parametrize("tokens", [2, 70])
 def test_compile_in_one_graph(tokens):

@@ -187,7 +187,8 @@ def fit_columns(
     centroids: int,
     moves: int,
 ) -> float:
-    """Sweep (descend = False) or descent over the columns of a block; see csrc/fit_columns/cpu/fit_columns.h. Returns the decrease."""
+    """Sweep (descend = False) or descent over the columns of a block; see csrc/fit_columns/cpu/fit_columns.h. Returns the
+    decrease."""
 
 def sinkhorn(
     inputs: list[int],

@@ -12,19 +12,19 @@
 #include <stdexcept>
 #include <thread>
 
-#include "cpu/codebook_checkpoint.h"
-#include "cpu/codebook_layout.h"
-#include "cpu/codebook_operand.h"
-#include "cpu/fit_columns.h"
-#include "cpu/isa.h"
-#include "cpu/kmeans_1d.h"
-#include "cpu/pack_codes.h"
-#include "cpu/read_probe.h"
-#include "cpu/sinkhorn.h"
-#include "cpu/softmax_cdist_l1.h"
-#include "cpu/sparse_layout.h"
-#include "cpu/sparse_operand.h"
-#include "cpu/thread_pool.h"
+#include "codebook/cpu/checkpoint.h"
+#include "codebook/cpu/layout.h"
+#include "codebook/cpu/operand.h"
+#include "fit_columns/cpu/fit_columns.h"
+#include "runtime/isa.h"
+#include "kmeans/cpu/kmeans_1d.h"
+#include "codebook/cpu/pack_codes.h"
+#include "runtime/read_probe.h"
+#include "sinkhorn/cpu/sinkhorn.h"
+#include "softmax_cdist/cpu/softmax_cdist_l1.h"
+#include "sparse/cpu/layout.h"
+#include "sparse/cpu/operand.h"
+#include "runtime/thread_pool.h"
 
 namespace py = pybind11;
 

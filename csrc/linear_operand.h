@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/half.h"
+#include "runtime/half.h"
 
 namespace pyllmq::cpu {
 

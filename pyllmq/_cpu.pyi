@@ -187,7 +187,8 @@ def fit_columns(
     centroids: int,
     moves: int,
 ) -> float:
-    """Sweep (descend = False) or descent over the columns of a block; see csrc/cpu/fit_columns.h. Returns the decrease."""
+    """Sweep (descend = False) or descent over the columns of a block; see csrc/fit_columns/cpu/fit_columns.h. Returns the
+    decrease."""
 
 def sinkhorn(
     inputs: list[int],
@@ -207,7 +208,7 @@ def sinkhorn(
 ) -> None:
     """inputs: the addresses of cost [problems, n, m], a, b and epsilon, all fp32. strides: of cost, a and b between problems,
     n m, n and m, or 0 where all share one. Out: plan, u, v, tape [problems, iterations, n + m] (or 0), count int32 [problems],
-    see csrc/cpu/sinkhorn.h.
+    see csrc/sinkhorn/cpu/sinkhorn.h.
     """
 
 def sinkhorn_backward(

@@ -25,7 +25,7 @@ DEVICE = "cpu"
 
 _PRECISION_CODE = {name: code for code, name in enumerate(PRECISIONS)}
 _KMEANS_CODE = {"exact": 0, "windowed": 1, "lloyd": 2}
-"""KMeans1dMethod in csrc/cpu/kmeans_1d.h."""
+"""KMeans1dMethod in csrc/kmeans/cpu/kmeans_1d.h."""
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -257,7 +257,7 @@ def fit_columns(
     method: str,
     descend: bool,
 ) -> tuple[Tensor, float]:
-    """(moves [B, N], decrease of the objective); csrc/cpu/fit_columns.h says what is read and what is written.
+    """(moves [B, N], decrease of the objective); csrc/fit_columns/cpu/fit_columns.h says what is read and what is written.
 
     Everything contiguous but `coupling`, whose rows may lie apart. Raises OverflowError with the position of a column that
     the sweep finds beyond fp16.

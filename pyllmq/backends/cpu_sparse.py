@@ -1,4 +1,4 @@
-"""The C++ back end's sparse formats: three layouts of one kind, made once when a layer is loaded (csrc/cpu/sparse_layout.h).
+"""The C++ back end's sparse formats: three layouts of one kind, made once when a layer is loaded (csrc/sparse/cpu/layout.h).
 
 A layout is one uint8 blob that starts with a header and holds everything but the bias. See docs/kernels-sparse.md.
 """

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import CLAQConfig, ColumnCodebookConfig, KMeansConfig, SparseConfig
-from .dispatch import PRECISIONS
+from .operations import PRECISIONS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -222,8 +222,8 @@ PRUNING = {"magnitude": "magnitude", "wanda": "wanda", "sparsegpt": "sparsegpt",
 
 def run_compress(given: argparse.Namespace) -> int:
     from . import compress, pack_pruned, save_pretrained
-    from .loading import is_packed, load_model, load_tokenizer
     from .linears import DEFAULT_EXCLUDE
+    from .loading import is_packed, load_model, load_tokenizer
 
     config = _compression_config(given)
     output = Path(given.output)
@@ -274,8 +274,8 @@ def _is_data_free(config: Any) -> bool:
 
 def _compress_files(given: argparse.Namespace, config: Any) -> int:
     from .compression.files import compress_files
-    from .loading import load_tokenizer
     from .linears import DEFAULT_EXCLUDE
+    from .loading import load_tokenizer
 
     if given.dry_run:
         raise ValueError(f"--dry-run does not go with --method {given.method}, which takes minutes")
@@ -312,8 +312,8 @@ def _compress_streamed(given: argparse.Namespace, config: Any) -> int:
     from .compression.ranks import joined
     from .compression.stream import compress_folder
     from .integrations.checkpoint import StreamedModel
-    from .loading import load_tokenizer
     from .linears import DEFAULT_EXCLUDE
+    from .loading import load_tokenizer
 
     tokenizer = load_tokenizer(given.source)
     with _ended_by_signal(), joined() as ranks:
@@ -607,7 +607,9 @@ def run_doctor(given: argparse.Namespace) -> int:
     import torch
 
     from . import __version__, backends
-    from .dispatch import Kernel, kernel_for, rows
+    from .dispatch import Kernel, choose, rows
+    from .layouts import layout_for
+    from .operations import WeightProblem
 
     print(f"pyllmq-kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "transformers", "safetensors", "numpy", "triton", "matplotlib"):
@@ -619,11 +621,13 @@ def run_doctor(given: argparse.Namespace) -> int:
         print(f"  {name:<10} {'works' if ok else 'missing'}: {why}")
     print("codebook_linear with fp16 activations runs here, by device and number of tokens:")
     for device in ("cpu", "cuda"):
-        layout = backends.machine_layout(device)
+        found = layout_for("codebook", device)
+        layout = "checkpoint.codebook" if found is None else found.name
         print(f"  {device:<10} layout {layout}")
         tokens: dict[Kernel, list[str]] = {}
         for m in (1, 2, 16, 64, 65, 512):
-            tokens.setdefault(kernel_for("codebook_linear", layout, device, torch.float16, m), []).append(str(m))
+            problem = WeightProblem("packed_linear", device, torch.float16, layout, m)
+            tokens.setdefault(choose(problem), []).append(str(m))
         for kernel, numbers in tokens.items():
             print(f"  {'':<10} {kernel.name} for {', '.join(numbers)}: {kernel.because}")
     print("kernels, in the order in which they are tried:")

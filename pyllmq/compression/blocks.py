@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..linears import dense_weight
+from ..packing import count_not_finite
 from .calibration import Batch
-from .column_loop import count_not_finite
 from .drift import DenseTwin, Enough
 
 OUTSIDE = ""

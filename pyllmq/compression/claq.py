@@ -17,8 +17,9 @@ from torch import Tensor
 from ..config import FULL_BITS, CLAQConfig
 from ..formats import CodebookWeight, PackedWeight
 from ..kmeans import kmeans_1d
+from ..packing import count_not_finite
 from . import allocate
-from .column_loop import PANEL, ColumnQuantizer, count_not_finite, factor_hessian, output_error, sweep_columns
+from .column_loop import PANEL, ColumnQuantizer, factor_hessian, output_error, sweep_columns
 from .ranks import ALONE, Ranks
 
 FP16_MAX = 65504.0

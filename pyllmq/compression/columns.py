@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ..config import ColumnCodebookConfig
-from ..dispatch import kernel_for
 from ..formats import CodebookWeight
-from ..kmeans import kmeans_1d
+from ..kmeans import fit_columns, kmeans_1d
 from . import allocate
 from .claq import CompressedLinear, check_weight, outgrown
 from .column_loop import (
@@ -275,9 +274,8 @@ class ColumnFits(ColumnQuantizer):
     ) -> tuple[Tensor, float]:
         place = torch.tensor(columns)
         codes, kept, centroids = self.codes[place], self.kept[place], self.centroids[place]
-        run = kernel_for("fit_columns", "", "cpu", torch.float32).run
         try:
-            moves, decrease = run(
+            moves, decrease = fit_columns(
                 block, coupling, pivot.contiguous(), self.row_weights, self.scale, self.bits[place],
                 self.kept_counts[place], stored, codes, kept, centroids, self.method, descend,
             )  # fmt: skip

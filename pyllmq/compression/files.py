@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..config import KMeansConfig, SparseConfig
+from ..formats import CodebookWeight
 from ..linears import DEFAULT_EXCLUDE, is_transposed_linear, left_dense, select_linears
 from .blocks import find_stages
-from .data_free import pack_columns
 from .manifest import Manifest, source_signature, write_tensors
 from .memory import peak_memory
 from .model import planned_linears, start_report
@@ -159,7 +159,7 @@ def compress_file(
 def _pack(name: str, dense: Tensor, config: KMeansConfig | SparseConfig) -> Any:
     try:
         if isinstance(config, KMeansConfig):
-            return pack_columns(dense, torch.full((dense.shape[1],), config.bits), row_scale=config.row_scale)
+            return CodebookWeight.from_dense(dense, torch.full((dense.shape[1],), config.bits), row_scale=config.row_scale)
         if not bool(torch.isfinite(dense).all()):
             raise ValueError("holds values that are not finite; repair the model before compressing it")
         pruned = pruning_mask(dense, dense, config, config.share)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import CLAQConfig, ColumnCodebookConfig, SparseConfig
-from ..nn import LAYER_OF_KIND
+from ..formats import layer_type
 from ..linears import dense_weight, replace_module
 from . import allocate, claq, columns, densities
 from .blocks import BlockLoop, Chain, Stage
@@ -118,8 +118,7 @@ class Job:
             bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
             if bias is not None and done.bias_change is not None:
                 bias = bias + done.bias_change.to(bias)
-            layer_type = LAYER_OF_KIND[done.weight.structure.kind]
-            layer = layer_type.from_weight(done.weight.to(dense.device), bias, dense.dtype)
+            layer = layer_type(done.weight.kind).from_weight(done.weight.to(dense.device), bias, dense.dtype)
             self.replaced[name] = module
             replace_module(self.model, name, layer)
             self.report.layers.append(

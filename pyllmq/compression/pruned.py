@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..formats import BitmapStructure, BitmapWeight, Sparse24Structure, Sparse24Weight
-from ..nn import LAYER_OF_KIND
+from ..formats import BitmapStructure, BitmapWeight, Sparse24Structure, Sparse24Weight, layer_type
 from ..linears import (
     DEFAULT_EXCLUDE,
     LeftDense,
@@ -64,7 +63,7 @@ def pack_pruned(
             )
             continue
         bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
-        layer = LAYER_OF_KIND[packed.structure.kind].from_weight(packed, bias, dense.dtype)
+        layer = layer_type(packed.kind).from_weight(packed, bias, dense.dtype)
         made[name] = layer
         # Without calibration the inputs are taken as independent: the error is that of the weights.
         lost = (packed.dequantize() - dense.float()).double().square().sum()

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..config import ColumnCodebookConfig, SparseConfig
 from ..formats import structure_from_dict
-from ..nn import PackedLinear
+from ..layers.linear import PackedLinear
 from ..linears import DEFAULT_EXCLUDE, left_dense, replace_module, select_linears
 from .blocks import OUTSIDE, BlockLoop, Chain, Stage, check_finite, find_stages
 from .calibration import Batch, as_batches

@@ -307,7 +307,7 @@ def pack_normal(weight: Tensor, widths: Widths) -> CodebookWeight:
 
 
 def pyllmq_codebook(
-    bits: str | int | float, dtype: torch.dtype = torch.float32, precision: str = dispatch.DEFAULT_PRECISION
+    bits: str | int | float, dtype: torch.dtype = torch.float32, precision: str = operations.DEFAULT_PRECISION
 ) -> Provider:
     """Our packed layer at `bits` (see `Widths.parse`), activations in float32 or bfloat16.
 
@@ -318,7 +318,7 @@ def pyllmq_codebook(
     dispatch.check_precision(precision)
     widths = Widths.parse(bits)
     suffix, rounding = _PYLLMQ_SUFFIX[dtype]
-    chosen = "" if precision == dispatch.DEFAULT_PRECISION else f" {precision}"
+    chosen = "" if precision == operations.DEFAULT_PRECISION else f" {precision}"
 
     def make(weight: Tensor) -> Layer:
         packed = pack_normal(weight, widths)

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from pyllmq import backends
-from pyllmq.dispatch import DEFAULT_PRECISION
+from pyllmq.operations import DEFAULT_PRECISION
 
 from . import plot as plotting
 from . import record, sparse

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyllmq import backends, dispatch, ops
-from pyllmq.compression.data_free import pack_columns_24
-from pyllmq.compression.magnitude import mask_24
-from pyllmq.dispatch import DEFAULT_PRECISION
+from pyllmq.packing import mask_24
+from pyllmq.operations import DEFAULT_PRECISION
 from pyllmq.formats import BitmapWeight, PackedWeight, Sparse24CodebookWeight, Sparse24Weight
 
 from .providers import BASELINE, RIVALS, Layer, Provider, _always, _pyllmq_available, _pyllmq_isa, _torch_isa

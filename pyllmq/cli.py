@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import MethodConfig, Option
-from .dispatch import PRECISIONS
+from .operations import PRECISIONS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -652,7 +652,9 @@ def run_doctor(given: argparse.Namespace) -> int:
     import torch
 
     from . import __version__, backends
-    from .dispatch import Kernel, kernel_for, rows
+    from .dispatch import Kernel, choose, rows
+    from .layouts import layout_for
+    from .operations import WeightProblem
 
     print(f"pyllmq-kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "transformers", "safetensors", "numpy", "triton", "matplotlib"):
@@ -664,11 +666,13 @@ def run_doctor(given: argparse.Namespace) -> int:
         print(f"  {name:<10} {'works' if ok else 'missing'}: {why}")
     print("codebook_linear with fp16 activations runs here, by device and number of tokens:")
     for device in ("cpu", "cuda"):
-        layout = backends.machine_layout(device)
+        found = layout_for("codebook", device)
+        layout = "checkpoint.codebook" if found is None else found.name
         print(f"  {device:<10} layout {layout}")
         tokens: dict[Kernel, list[str]] = {}
         for m in (1, 2, 16, 64, 65, 512):
-            tokens.setdefault(kernel_for("codebook_linear", layout, device, torch.float16, m), []).append(str(m))
+            problem = WeightProblem("packed_linear", device, torch.float16, layout, m)
+            tokens.setdefault(choose(problem), []).append(str(m))
         for kernel, numbers in tokens.items():
             print(f"  {'':<10} {kernel.name} for {', '.join(numbers)}: {kernel.because}")
     print("kernels, in the order in which they are tried:")

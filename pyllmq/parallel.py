@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .formats import FormatError, PackedWeight, Structure
-from .nn import LAYER_OF_KIND, PackedLinear
+from .formats import FormatError, PackedWeight, Structure, weight_type
+from .layers.linear import PackedLinear
 from .linears import as_linear, dense_weight, is_transposed_linear, replace_module, stacked_parameters
 
 if TYPE_CHECKING:
@@ -473,9 +473,8 @@ def _read_part(
             continue
         keys = {key: f"{name}.{key}" for key in structure.tensors()}
         stored = {key: holder[full].get_tensor(full) for key, full in keys.items()}
-        weight_type = LAYER_OF_KIND[structure.kind].weight_type
         try:
-            weight = weight_type.from_tensors(stored, structure.out_features, structure.in_features)
+            weight = weight_type(structure.kind).from_tensors(stored, structure.out_features, structure.in_features)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error
         part = cut(weight, split, rank)

@@ -13,7 +13,7 @@ import torch
 import pyllmq
 from pyllmq import CodebookLinear, CodebookWeight, dispatch
 from pyllmq.backends import cuda, reference
-from pyllmq.dispatch import WeightOperand
+from pyllmq.layouts import WeightOperand
 from pyllmq.functional import codebook_dequantize, codebook_linear, pack_codes, unpack_codes
 
 from .cuda_emulator import emulated  # noqa: F401

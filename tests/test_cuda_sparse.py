@@ -21,8 +21,8 @@ from pyllmq import (
     dispatch,
 )
 from pyllmq.backends import cuda_sparse
-from pyllmq.compression.magnitude import mask_24
-from pyllmq.dispatch import WeightOperand
+from pyllmq.packing import mask_24
+from pyllmq.layouts import WeightOperand
 
 from .cuda_emulator import emulated  # noqa: F401
 from .oracle import assert_as_good_as_torch

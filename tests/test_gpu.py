@@ -10,7 +10,7 @@ from torch import nn
 
 import pyllmq
 from pyllmq import CodebookLinear, CodebookWeight, backends
-from pyllmq.dispatch import WeightOperand
+from pyllmq.layouts import WeightOperand
 from pyllmq.functional import codebook_dequantize, codebook_linear, pack_codes, softmax_cdist_l1, unpack_codes
 
 from .oracle import assert_as_good_as_torch, random_case

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyllmq import BitmapWeight, FormatError, Sparse24CodebookWeight, Sparse24Weight
-from pyllmq.compression.magnitude import mask_24, unstructured_mask
+from pyllmq.packing import mask_24, unstructured_mask
 from pyllmq.formats import structure_from_dict
 from pyllmq.formats.bitmap import BitmapStructure
 from pyllmq.formats.sparse24 import Sparse24Structure

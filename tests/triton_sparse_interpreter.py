@@ -11,7 +11,7 @@ import torch
 
 import pyllmq
 from pyllmq import BitmapWeight, Sparse24CodebookLinear, Sparse24Linear, Sparse24Weight, SparseLinear, backends
-from pyllmq.compression.magnitude import mask_24
+from pyllmq.packing import mask_24
 
 from .test_sparse_formats import random_codes
 from .test_sparse_linear import LINEAR, bitmap, dense_of, sparse24

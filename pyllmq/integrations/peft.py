@@ -17,7 +17,8 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from ..nn import LAYER_OF_KIND, PackedLinear
+from ..formats import kinds, layer_type
+from ..layers.linear import PackedLinear
 
 
 class PackedLoraLinear(nn.Module, LoraLayer):
@@ -72,7 +73,7 @@ def register(config: LoraConfig) -> LoraConfig:
     """The config, after telling it how packed layers get an adapter. Its `target_modules` names them ("all-linear" means dense)."""
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{type(config).__name__} is not supported on packed layers; give a peft.LoraConfig")
-    config._register_custom_module(dict.fromkeys(LAYER_OF_KIND.values(), PackedLoraLinear))
+    config._register_custom_module(dict.fromkeys(map(layer_type, kinds()), PackedLoraLinear))
     return config
 
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import FORMAT_VERSION, FormatError, Structure, structure_from_dict
-from ..nn import LAYER_OF_KIND, PackedLinear
+from ..formats import FORMAT_VERSION, FormatError, Structure, layer_type, structure_from_dict
+from ..layers.linear import packed_modules
 from ..linears import as_linear, linear_modules, replace_module
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def register() -> None:
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             for name, module in packed_modules(model):
                 absent = [
-                    key for key, buffer in module._buffers.items() if not getattr(buffer, "_is_hf_initialized", False)
+                    key for key, buffer in module.named_buffers() if not getattr(buffer, "_is_hf_initialized", False)
                 ]
                 if absent:
                     raise FormatError(
@@ -203,10 +203,6 @@ def on_import() -> None:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def packed_modules(model: nn.Module) -> list[tuple[str, PackedLinear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
-
-
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
@@ -246,7 +242,7 @@ def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: b
             )
         if found in modules.values():
             raise FormatError(f"config.json packs the module {found} twice, the second time as {name}")
-        layer = LAYER_OF_KIND[structure.kind](structure, linear.bias is not None, linear.weight.dtype)
+        layer = layer_type(structure.kind)(structure, linear.bias is not None, linear.weight.dtype)
         replace_module(model, found, layer)
         modules[name] = found
     return modules

@@ -16,8 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..formats import FORMAT_VERSION, CodebookWeight, FormatError, PackedWeight, Structure, structure_from_dict
-from ..nn import LAYER_OF_KIND, PackedLinear
+from ..formats import (
+    FORMAT_VERSION,
+    CodebookWeight,
+    FormatError,
+    PackedWeight,
+    Structure,
+    layer_type,
+    structure_from_dict,
+    weight_type,
+)
+from ..layers.linear import PackedLinear
 from .transformers import METHOD
 
 
@@ -63,9 +72,8 @@ class Arrivals:
         tensors[key] = tensor
         if set(tensors) < set(structure.tensors()):
             return
-        weight_type = LAYER_OF_KIND[structure.kind].weight_type
         try:
-            weight = weight_type.from_tensors(tensors, structure.out_features, structure.in_features)
+            weight = weight_type(structure.kind).from_tensors(tensors, structure.out_features, structure.in_features)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error
         self.parts |= {i: piece.cut(weight) for i, piece in enumerate(self.pieces) if piece.name == name}
@@ -227,7 +235,7 @@ def _classes() -> tuple[Any, Any]:
             placeholders = [key for s in self.structures.values() for key in s.tensors()]
             device = next(getattr(layer, key).device for key in placeholders)
             layer.packed = nn.ModuleList(
-                LAYER_OF_KIND[weight.structure.kind].from_weight(weight.to(device), dtype=layer.params_dtype)
+                layer_type(weight.kind).from_weight(weight.to(device), dtype=layer.params_dtype)
                 for weight in layer.arrivals.weights()
             )
             for key in dict.fromkeys(placeholders):
@@ -237,7 +245,7 @@ def _classes() -> tuple[Any, Any]:
         def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
             parts: Sequence[PackedLinear] = layer.packed
             if len(parts) == 1:
-                return getattr(ops, parts[0].op)(x, parts[0].operand(), bias, parts[0].precision)
+                return ops.packed_linear(x, parts[0].operand(), bias, parts[0].precision)
             y = torch.cat([part(x) for part in parts], -1)
             return y if bias is None else y + bias
 

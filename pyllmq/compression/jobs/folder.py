@@ -19,7 +19,7 @@ from ...config import MethodConfig
 from ...formats import structure_from_dict
 from ...linears import DEFAULT_EXCLUDE
 from ...memory import peak_memory
-from ...nn import PackedLinear
+from ...layers.linear import PackedLinear
 from ...weights import OUTSIDE
 from ..calibration import Batch, as_batches
 from ..methods import method_of

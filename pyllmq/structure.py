@@ -1,19 +1,22 @@
-"""What all formats share: what fixes a packed weight's shapes, the checks of its tensors, and the error that they raise."""
+"""What all formats share: what fixes a packed weight's shapes, the weight itself, its checks, and the registry of formats.
+
+A format is one file: a `Structure` and a layer, with a `PackedWeight` unless it is made of other packed weights. `register_format`
+makes them known to loading, saving and the reference back end.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import prepack
-from ..dispatch import WeightOperand
+from . import ops
+from .layouts import CHECKPOINT, Fields, Shape, Shapes, WeightOperand, layout_for
 
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 MAX_UINT16_COLUMNS = 1 << 16
 
 
@@ -21,9 +24,15 @@ class FormatError(ValueError):
     """Tensors or a description that are not a valid packed weight; the message says what was found and what is allowed."""
 
 
+# ---- structures -----------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Structure:
-    """Everything that fixes the shapes of a packed weight: what `config.json` holds for each module."""
+    """Everything that fixes the shapes of a packed weight: what `config.json` holds for each module.
+
+    A format's own adds fields of its own, integers and strings; what else is wrong with them `__post_init__` says.
+    """
 
     out_features: int
     in_features: int
@@ -37,7 +46,10 @@ class Structure:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Any:
         """The inverse of `to_dict`, checked."""
-        raise NotImplementedError
+        names = [f.name for f in fields(cls)]
+        expect_keys(cls.kind, values, names)
+        expect_integers(values, [f.name for f in fields(cls) if f.type == "int"])
+        return cls(*(values[name] for name in names))
 
     def tensors(self) -> Shapes:
         """Key -> (shape, dtype) of every tensor that a checkpoint holds for this weight."""
@@ -60,6 +72,42 @@ class Structure:
         return ""
 
 
+@dataclass(frozen=True)
+class CompositeStructure(Structure):
+    """Of a module made of packed weights: its tensors are its children's, each under the child's name."""
+
+    children: Mapping[str, Structure]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.children or any("." in name or not name for name in self.children):
+            raise FormatError(
+                f"the children of a {self.kind} are {list(self.children)}; each needs a name without dots"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Any:
+        expect_keys(cls.kind, values, [f.name for f in fields(cls)])
+        expect_integers(values, [f.name for f in fields(cls) if f.type == "int"])
+        described = values["children"]
+        if not isinstance(described, Mapping) or not all(isinstance(child, Mapping) for child in described.values()):
+            raise FormatError(f"children is {described!r}; it must map names to descriptions")
+        children = {name: structure_from_dict(child) for name, child in described.items()}
+        return cls(**{**{name: values[name] for name in values if name != "kind"}, "children": children})
+
+    def tensors(self) -> Shapes:
+        return {f"{name}.{key}": spec for name, child in self.children.items() for key, spec in child.tensors().items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"children": {name: child.to_dict() for name, child in self.children.items()}}
+
+    def describe(self) -> str:
+        return ", ".join(f"{name}={child.kind}" for name, child in self.children.items())
+
+
+# ---- packed weights -------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """One packed matrix in checkpoint form: `tensors` are those that `structure` asks for, checked."""
@@ -68,16 +116,58 @@ class PackedWeight:
     tensors: dict[str, Tensor]
     _cache: dict[str, WeightOperand] = field(default_factory=dict, repr=False)
 
-    layout: ClassVar[str]
-    """Name of the layout of these tensors in the order `fields`."""
+    structure_type: ClassVar[type[Structure]]
     fields: ClassVar[tuple[str, ...]]
+    """Names of the checkpoint tensors in the order of an operand, where an absent one is empty."""
     column_unit: ClassVar[int] = 1
     """Columns can be cut at multiples of it."""
 
+    # ---- what a format says -----------------------------------------------------------------------------------------
+
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> Any:
-        """Checkpoint tensors (without the module's prefix) -> the weight, after checking what kernels rely on."""
+    def structure_of(cls, tensors: Fields, out_features: int, in_features: int) -> Any:
+        """The structure that these tensors are of. Raises FormatError where they do not even say that."""
+        return cls.structure_type(out_features, in_features)
+
+    @staticmethod
+    def check(structure: Any, tensors: Fields) -> None:
+        """Raises FormatError for content, of the right shapes and dtypes, on which kernels would read outside of it."""
+
+    @staticmethod
+    def decode(field: Fields, shape: Shape) -> Tensor:
+        """Checkpoint tensors -> the dense matrix fp32 [N, K], in plain torch on any device: what defines the format."""
         raise NotImplementedError
+
+    @classmethod
+    def gradients(cls, weight_gradient: Tensor, operand: WeightOperand) -> dict[str, Tensor]:
+        """dL/dW fp32 [N, K] -> the gradients of those tensors of a checkpoint operand that ask for one."""
+        return {}
+
+    def tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        """The tensors of the rows start..stop-1; they may be views."""
+        raise NotImplementedError
+
+    def tensors_of_columns(self, start: int, stop: int) -> dict[str, Tensor]:
+        """The tensors of the columns start..stop-1; they may be views."""
+        raise NotImplementedError
+
+    # ---- what all have ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_tensors(cls, tensors: Fields, out_features: int, in_features: int) -> Any:
+        """Checkpoint tensors (without the module's prefix) -> the weight, after checking every byte that a kernel relies on.
+
+        Raises FormatError that names the key, what it holds and what is allowed.
+        """
+        structure = cls.structure_of(tensors, out_features, in_features)
+        expect_all(tensors, structure.tensors())
+        cls.check(structure, tensors)
+        return cls(structure, {key: for_kernels(tensors[key]) for key in structure.tensors()})
+
+    @classmethod
+    def named(cls, operand: WeightOperand) -> dict[str, Tensor]:
+        """The tensors of a checkpoint operand by name; absent ones are empty."""
+        return dict(zip(cls.fields, operand.tensors, strict=True))
 
     def cut_rows(self, start: int, stop: int) -> Any:
         """The rows start..stop-1 as a weight of their own, [stop - start, K], in memory of its own.
@@ -85,7 +175,7 @@ class PackedWeight:
         Raises FormatError unless 0 <= start < stop <= N.
         """
         expect_cut("rows", start, stop, self.out_features)
-        tensors = {key: tensor.clone() for key, tensor in self._tensors_of_rows(start, stop).items()}
+        tensors = {key: tensor.clone() for key, tensor in self.tensors_of_rows(start, stop).items()}
         return self.from_tensors(tensors, stop - start, self.in_features)
 
     def cut_columns(self, start: int, stop: int) -> Any:
@@ -94,14 +184,12 @@ class PackedWeight:
         Raises FormatError unless 0 <= start < stop <= K and both are multiples of `column_unit` (stop may be K).
         """
         expect_cut("columns", start, stop, self.in_features, self.column_unit)
-        tensors = {key: tensor.clone() for key, tensor in self._tensors_of_columns(start, stop).items()}
+        tensors = {key: tensor.clone() for key, tensor in self.tensors_of_columns(start, stop).items()}
         return self.from_tensors(tensors, self.out_features, stop - start)
 
-    def _tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def _tensors_of_columns(self, start: int, stop: int) -> dict[str, Tensor]:
-        raise NotImplementedError
+    @property
+    def kind(self) -> str:
+        return self.structure_type.kind
 
     @property
     def out_features(self) -> int:
@@ -128,16 +216,76 @@ class PackedWeight:
         """The tensors as they are, in the order of `fields`; absent ones are empty."""
         empty = torch.empty(0, dtype=torch.uint8, device=self.device)
         tensors = tuple(self.tensors.get(key, empty) for key in self.fields)
-        return WeightOperand(self.layout, tensors, self.out_features, self.in_features)
+        return WeightOperand(self.kind, f"{CHECKPOINT}.{self.kind}", tensors, (), (self.out_features, self.in_features))
+
+    def prepack(self) -> WeightOperand:
+        """A new operand in the layout that is fastest on the device where the tensors lie, by the back end in force.
+
+        Without a back end for the device, or with PYLLMQ_BACKEND=reference, the tensors stay as they are.
+        """
+        layout = layout_for(self.kind, self.device.type)
+        shape = (self.out_features, self.in_features)
+        return self.checkpoint_operand() if layout is None else layout.prepack(self.tensors, shape)
 
     def operand(self) -> WeightOperand:
-        """The fastest layout for the device where the tensors lie; made at the first call and kept."""
+        """`prepack()`, made at the first call and kept."""
         if "operand" not in self._cache:
-            self._cache["operand"] = prepack(self.checkpoint_operand())
+            self._cache["operand"] = self.prepack()
         return self._cache["operand"]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense matrix [N, K], in float32, bfloat16 or float16."""
+        return ops.packed_dequantize(self, dtype)
 
     def to(self, device: torch.device | str) -> Any:
         return type(self)(self.structure, {key: tensor.to(device) for key, tensor in self.tensors.items()})
+
+
+# ---- the registry ---------------------------------------------------------------------------------------------------
+
+
+class Format(NamedTuple):
+    structure: type[Structure]
+    layer: type[Any]
+    weight: type[PackedWeight] | None
+    """None for a composite."""
+
+
+_FORMATS: dict[str, Format] = {}
+
+
+def register_format(structure: type[Structure], layer: type[Any], weight: type[PackedWeight] | None = None) -> None:
+    """Make a format known under `structure.kind`. Raises ValueError where another has that name."""
+    known = _FORMATS.get(structure.kind)
+    if known is not None and known.structure is not structure:
+        raise ValueError(f"the format {structure.kind!r} is registered already, as {known.structure.__name__}")
+    _FORMATS[structure.kind] = Format(structure, layer, weight)
+    if weight is not None:
+        ops.register_gradients(structure.kind, weight.fields, weight.gradients)
+
+
+def kinds() -> list[str]:
+    """Names of all formats."""
+    return list(_FORMATS)
+
+
+def format_of(kind: object) -> Format:
+    """Raises FormatError for a kind that nobody registered."""
+    if not isinstance(kind, str) or kind not in _FORMATS:
+        raise FormatError(f"kind is {kind!r}; this version of pyllmq reads: {', '.join(map(repr, _FORMATS))}")
+    return _FORMATS[kind]
+
+
+def weight_type(kind: str) -> type[PackedWeight]:
+    found = format_of(kind).weight
+    if found is None:
+        raise FormatError(f"a {kind} is made of several packed weights, and is none itself")
+    return found
+
+
+def structure_from_dict(values: Mapping[str, Any]) -> Structure:
+    """The structure that `to_dict` described. Raises FormatError for anything else."""
+    return format_of(values.get("kind")).structure.from_dict(values)
 
 
 # ---- checks of tensors ------------------------------------------------------------------------------------------------
@@ -148,7 +296,7 @@ def expect(key: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype)
         raise FormatError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}; it must be {dtype} {shape}")
 
 
-def expect_all(tensors: dict[str, Tensor], shapes: Shapes) -> None:
+def expect_all(tensors: Fields, shapes: Shapes) -> None:
     """The keys are those of `shapes`, with these shapes and dtypes; numbers are finite."""
     if set(tensors) != set(shapes):
         raise FormatError(f"the keys are {sorted(tensors)}; the weight asks for {sorted(shapes)}")
@@ -166,25 +314,16 @@ def for_kernels(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
 
 
-def expect_integers(values: dict[str, Any], names: tuple[str, ...]) -> None:
+def expect_integers(values: Mapping[str, Any], names: Sequence[str]) -> None:
     """Of a description in config.json."""
     for name in names:
         if isinstance(values[name], bool) or not isinstance(values[name], int):
             raise FormatError(f"{name} is {values[name]!r}; it must be an integer")
 
 
-def expect_keys(kind: str, values: dict[str, Any], known: tuple[str, ...]) -> None:
+def expect_keys(kind: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
     if set(values) != {"kind", *known}:
         raise FormatError(f"a {kind} is described by the keys {sorted(('kind', *known))}, given: {sorted(values)}")
-
-
-def described(
-    structure: type[Any], values: Mapping[str, Any], integers: tuple[str, ...], names: tuple[str, ...] = ()
-) -> Any:
-    """The structure that a description in config.json says: fields that must be integers, then those that it checks itself."""
-    expect_keys(structure.kind, dict(values), (*integers, *names))
-    expect_integers(dict(values), integers)
-    return structure(*(values[field] for field in (*integers, *names)))
 
 
 def column_dtype(in_features: int) -> torch.dtype:
@@ -266,3 +405,9 @@ def outliers_of_columns(tensors: Mapping[str, Tensor], start: int, stop: int) ->
     offsets, columns, values = (tensors[key] for key in OUTLIER_KEYS)
     part, column, inside = sparse_columns(offsets, columns, start, stop)
     return dict(zip(OUTLIER_KEYS, (part, column, values[inside]), strict=True)) if int(part[-1]) else {}
+
+
+def outlier_places(field: Fields) -> tuple[Tensor, Tensor]:
+    """(row, column) of every outlier, in the order of `outlier_values`."""
+    row = torch.repeat_interleave(field["outlier_row_offsets"].long().diff())
+    return row, field["outlier_columns"].long()

@@ -1,4 +1,4 @@
-"""sinkhorn and doubly_stochastic in plain torch, on any device: log domain, in fp64 for fp64 costs and in fp32 for others.
+"""sinkhorn in plain torch, on any device: log domain, in fp64 for fp64 costs and in fp32 for others.
 
 Words: L = -cost / epsilon; alpha [B, n] and beta [B, m] are the logarithms of the scalings, so that the plan is
 exp(alpha + L + beta). Rows and columns without mass have -inf and take no part.
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..dispatch import Kernel, Problem, Support, register
+from ...operations import SINKHORN, SINKHORN_BACKWARD, Transport, anything
+from .rows import ORDER
 
 SAME_MASS = 1e-3
 """Largest relative difference between the sums of a and b: what rounding of fp16 marginals explains."""
@@ -41,9 +42,6 @@ def check_values(cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, balanced: 
         )
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Loop:
     """What every step needs. `damp_a` = rho / (rho + epsilon), 1 where the marginal is kept exactly."""
@@ -57,7 +55,8 @@ class _Loop:
     damp_b: Tensor
 
     @classmethod
-    def of(cls, cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, rho_a: float, rho_b: float) -> _Loop:
+    def of(cls, transport: Transport) -> _Loop:
+        cost, a, b, epsilon, rho_a, rho_b = transport
         outside = (a == 0).unsqueeze(-1) | (b == 0).unsqueeze(-2)
         logits = (-cost / epsilon[:, None, None]).masked_fill(outside, -torch.inf)
         possible = logits > -torch.inf
@@ -121,41 +120,30 @@ def _iterate(
     return steps, count
 
 
-def sinkhorn(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    epsilon: Tensor,
-    iterations: int,
-    tolerance: float,
-    rho_a: float,
-    rho_b: float,
-    tape: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(plan [B, n, m], u [B, n], v [B, m], count int32 [B]). The tape is left alone: the backward pass runs the loop again."""
-    if cost.device.type == "cpu":
-        check_values(cost, a, b, epsilon, balanced=math.isinf(rho_a) and math.isinf(rho_b))
-    loop = _Loop.of(cost, a, b, epsilon, rho_a, rho_b)
-    steps, count = _iterate(loop, a, iterations, tolerance, keep=False)
-    alpha, beta = steps[-1]
-    return loop.plan(alpha, beta), epsilon.unsqueeze(-1) * alpha, epsilon.unsqueeze(-1) * beta, count
+class ReferenceSinkhorn:
+    """Leaves the tape alone: the backward pass runs the loop again."""
+
+    def tape_row(self, n: int, m: int) -> int:
+        return 0
+
+    def __call__(
+        self, transport: Transport, iterations: int, tolerance: float, tape: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        cost, a, b, epsilon, rho_a, rho_b = transport
+        if cost.device.type == "cpu":
+            check_values(cost, a, b, epsilon, balanced=math.isinf(rho_a) and math.isinf(rho_b))
+        loop = _Loop.of(transport)
+        steps, count = _iterate(loop, a, iterations, tolerance, keep=False)
+        alpha, beta = steps[-1]
+        return loop.plan(alpha, beta), epsilon.unsqueeze(-1) * alpha, epsilon.unsqueeze(-1) * beta, count
 
 
 def sinkhorn_backward(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    epsilon: Tensor,
-    tape: Tensor,
-    count: Tensor,
-    grad_plan: Tensor,
-    grad_u: Tensor,
-    grad_v: Tensor,
-    rho_a: float,
-    rho_b: float,
+    transport: Transport, tape: Tensor, count: Tensor, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Exact gradients of the loop as it ran: (cost, a, b). Steps that a problem did not take have no gradient."""
-    loop = _Loop.of(cost, a, b, epsilon, rho_a, rho_b)
+    cost, a, b, epsilon, _, _ = transport
+    loop = _Loop.of(transport)
     count = count.abs()
     iterations = int(count.max()) if count.numel() else 0
     steps, _ = _iterate(loop, a, iterations, 0.0, keep=True)
@@ -190,85 +178,7 @@ def _no_zero(sums: Tensor) -> Tensor:
     return torch.where(sums > 0, sums, 1)
 
 
-# ---- doubly_stochastic ----------------------------------------------------------------------------------------------
-
-
-def check_logits(logits: Tensor, shifted: bool) -> None:
-    """Raise ValueError for values that have no doubly stochastic limit. Waits for the device."""
-    if bool((logits.isnan() | (logits == torch.inf)).any()):
-        raise ValueError("logits have a NaN or +inf entry; allowed: finite, or -inf where the result must be 0")
-    impossible = logits == -torch.inf
-    if bool(impossible.all(-1).any() or impossible.all(-2).any()):
-        raise ValueError("a row or column of logits is -inf throughout, so it cannot sum to 1; make an entry finite")
-    if not shifted and bool((logits > math.log(torch.finfo(logits.dtype).max) - 1).any()):
-        raise ValueError(f"logits up to {float(logits.max()):.4g} overflow in exp; use shift='line' or shift='matrix'")
-
-
-def doubly_stochastic(
-    logits: Tensor,
-    iterations: int,
-    columns_first: bool,
-    softmax_start: bool,
-    shift: str,
-    matrix_epsilon: float,
-    division_epsilon: float,
-) -> Tensor:
-    """logits [B, n, m] -> [B, n, m]; see pyllmq.doubly_stochastic."""
-    if columns_first:
-        turned = doubly_stochastic(
-            logits.transpose(-1, -2), iterations, False, softmax_start, shift, matrix_epsilon, division_epsilon
-        )
-        return turned.transpose(-1, -2)
-    if logits.device.type == "cpu":
-        check_logits(logits, softmax_start or shift != "none")
-    if softmax_start:
-        matrix = torch.softmax(logits, -1)
-    else:
-        if shift == "line":
-            logits = logits - logits.amax(-1, keepdim=True)
-        elif shift == "matrix":
-            logits = logits - logits.amax((-1, -2), keepdim=True)
-        matrix = logits.exp()
-        matrix = matrix / (matrix.sum(-1, keepdim=True) + division_epsilon)
-    matrix = matrix + matrix_epsilon
-    for iteration in range(iterations):
-        if iteration:
-            matrix = matrix / (matrix.sum(-1, keepdim=True) + division_epsilon)
-        matrix = matrix / (matrix.sum(-2, keepdim=True) + division_epsilon)
-    return matrix
-
-
-def doubly_stochastic_backward(
-    logits: Tensor,
-    grad: Tensor,
-    iterations: int,
-    columns_first: bool,
-    softmax_start: bool,
-    shift: str,
-    matrix_epsilon: float,
-    division_epsilon: float,
-) -> Tensor:
-    """The loop again, under autograd."""
-    with torch.enable_grad():
-        again = logits.detach().requires_grad_()
-        matrix = doubly_stochastic(
-            again, iterations, columns_first, softmax_start, shift, matrix_epsilon, division_epsilon
-        )
-        return torch.autograd.grad(matrix, again, grad)[0]
-
-
-# ---- rows -----------------------------------------------------------------------------------------------------------
-
-
-def _anything(problem: Problem) -> Support:
-    return True, ""
-
-
 def register_kernels() -> None:
-    for op, run in (
-        ("sinkhorn", sinkhorn),
-        ("sinkhorn_backward", sinkhorn_backward),
-        ("doubly_stochastic", doubly_stochastic),
-        ("doubly_stochastic_backward", doubly_stochastic_backward),
-    ):
-        register(Kernel(op, f"reference.{op}", _anything, run, "log domain in plain torch: runs anywhere, slowly"))
+    because = "log domain in plain torch: runs anywhere, slowly"
+    SINKHORN.register("reference.sinkhorn", ORDER, anything, ReferenceSinkhorn(), because)
+    SINKHORN_BACKWARD.register("reference.sinkhorn_backward", ORDER, anything, sinkhorn_backward, because)

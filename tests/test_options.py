@@ -91,21 +91,21 @@ def test_the_size_of_blocks_changes_rounding_alone():
     assert (outputs[0] - outputs[1]).norm() < 0.05 * (outputs[0] - dense()(IDS[0]).logits).norm()
 
 
-def spiky_llama():
-    """A few weights far from the others, worth keeping in fp16."""
-    model = tiny_llama(num_hidden_layers=1)
+def heavy_tailed_llama():
+    """Weights of a Cauchy distribution: a few are worth keeping in fp16."""
+    model = tiny_llama(num_hidden_layers=1, hidden_size=128, intermediate_size=256)
     for module in model.model.modules():
         if isinstance(module, torch.nn.Linear):
-            module.weight.data[torch.rand_like(module.weight) < 0.003] *= 20
+            module.weight.data.cauchy_(sigma=0.02).clamp_(-1000, 1000)
     return model
 
 
 def test_what_a_column_codebook_may_hold():
     def layers(config):
-        model = compressed(config, spiky_llama)[0]
+        model = compressed(config, heavy_tailed_llama)[0]
         return [module for module in model.modules() if isinstance(module, CodebookLinear)]
 
-    rich = layers(FAST)
+    rich = layers(ColumnCodebookConfig.preset("fast", 2.25, outliers=True))
     assert any(layer.structure.outliers for layer in rich) and all(layer.structure.row_scale for layer in rich)
     changes = {"widths": (2, 4), "outliers": False, "row_scale": False}
     poor = layers(ColumnCodebookConfig.from_dict(FAST.to_dict() | changes))

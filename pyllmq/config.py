@@ -33,8 +33,8 @@ class Word:
 class MethodConfig:
     """Base of the settings of a method, which are a frozen dataclass.
 
-    Each field says by its type what is allowed: bool, int, float (both with `Between`), str, tuple[int, ...], `Literal`, any of them
-    or None. The string below a field is its help.
+    Each field says by its type what is allowed: bool, int, float (both with `Between`), str, tuple[int, ...], `Literal`, or one of
+    them or None. The string below a field is its help.
     """
 
     def __post_init__(self) -> None:
@@ -60,7 +60,9 @@ class MethodConfig:
             raise ValueError(
                 f"{cls.__name__} does not know {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}"
             )
-        missing = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING and f.name not in values]
+        missing = [
+            f.name for f in own if f.default is MISSING and f.default_factory is MISSING and f.name not in values
+        ]
         if missing:
             raise ValueError(f"{cls.__name__} needs {', '.join(map(repr, missing))}, given: {sorted(values)}")
         return cls(**values)
@@ -112,8 +114,8 @@ def _allowed(kind: Any) -> str:
         infinite = math.isinf(limits.high)
         text = f"a number, finite and >= {limits.low:g}" if infinite else f"a number, {limits.low:g} to {limits.high:g}"
     else:
-        text = f"a {kind.__name__}"
-    return f"None or {text}" if optional else text
+        return f"None or a {kind.__name__}" if optional else f"a {kind.__name__}"
+    return f"{text}, or None" if optional else text
 
 
 # ---- what the command line offers -------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ def _allowed(kind: Any) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """An option of the command line that sets `field`; `values` are its type: bool (a switch), int, float, str or tuple[int, ...]."""
+    """An option of the command line that sets `field`; `values`: bool (a switch), int, float, str or tuple[int, ...]."""
 
     word: str
     field: str

@@ -294,13 +294,18 @@ def _eval(*models: nn.Module) -> Iterator[None]:
 @contextmanager
 def _run_again(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """The blocks keep no activations for the backward pass. transformers' own switch works in training mode only."""
+    # accelerate's hooks stand in the same place: an instance attribute `forward`.
+    before = [(block, vars(block).get("forward")) for block in blocks]
     for block in blocks:
         block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, forward in before:
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 @contextmanager

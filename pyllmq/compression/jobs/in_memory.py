@@ -22,7 +22,7 @@ from ..statistics.inputs import Group, InputStatistics
 from ..statistics.inputs import visit_groups as visit_stage
 from ..statistics.loss_gradients import NoLossError, output_gradients
 from ..statistics.run import CalibrationRun
-from .job import Job, Task, check_finite, quiet_eval, stays_dense, warn
+from .job import Job, Task, check_finite, not_included, quiet_eval, stays_dense, warn
 
 DESCRIPTION_BYTES = 960
 """What a packed Linear adds to config.json and to the headers of the safetensors files: names, shapes, places."""
@@ -71,10 +71,14 @@ def compress(
     method = method_of(config)
     needs = method.needs
     if calibration is None and needs.calibration:
-        raise ValueError(f"{type(config).__name__} needs calibration data with these settings; give batches of token ids")
+        raise ValueError(
+            f"{type(config).__name__} needs calibration data with these settings; give batches of token ids"
+        )
     batches = [] if calibration is None else as_batches(calibration)
     if tuning is not None and not needs.dense_model:
-        raise ValueError(f"tuning data is given, but {type(config).__name__} does not tune; set tune_steps, or leave it out")
+        raise ValueError(
+            f"tuning data is given, but {type(config).__name__} does not tune; set tune_steps, or leave it out"
+        )
     task = Task.of(model, method, include, exclude)
     if batches:
         check_finite(task.linears)
@@ -165,7 +169,9 @@ def visit_groups(
         run = CalibrationRun(loop)
         chains = loop.find_chains(stages)
         for i, chain in enumerate(chains):
-            loop.walk(chain, lambda stage, forward: visit_stage(run, stage, forward, visit), hand_on=i + 1 < len(chains))
+            loop.walk(
+                chain, lambda stage, forward: visit_stage(run, stage, forward, visit), hand_on=i + 1 < len(chains)
+            )
 
 
 def bits_for_size(
@@ -181,7 +187,7 @@ def bits_for_size(
     `indexed`: it will have several safetensors files and an index, as `compress_folder` writes them.
     Raises ValueError if what stays dense takes the whole size, or leaves fewer than 1.1 bits or more than 8.
     """
-    chosen = select_linears(model, include, exclude)
+    chosen = select_linears(model, include, not_included(include, exclude))
     linears = [m for stage in find_stages(model, chosen, include is not None) for m in stage.linears.values()]
     weights = [dense_weight(module) for module in linears]
     packed = {id(module.weight) for module in linears}

@@ -13,10 +13,12 @@ from tqdm.auto import tqdm
 
 from ...formats import layer_type
 from ...linears import (
+    DEFAULT_EXCLUDE,
     LeftDense,
     dense_weight,
     left_dense,
     linear_modules,
+    matches,
     replace_module,
     select_linears,
     tied_weights,
@@ -44,10 +46,9 @@ class Task:
     report: CompressionReport
 
     @classmethod
-    def of(
-        cls, model: nn.Module, method: Method[Any], include: Sequence[str] | None, exclude: Sequence[str]
-    ) -> Task:
+    def of(cls, model: nn.Module, method: Method[Any], include: Sequence[str] | None, exclude: Sequence[str]) -> Task:
         """Raises ValueError if there is nothing to compress, or one of the Linears may not be; warns of much that stays dense."""
+        exclude = not_included(include, exclude)
         chosen = select_linears(model, include, exclude)
         tied = tied_weights(model, chosen)
         stages = find_stages(model, chosen, outside=include is not None)
@@ -86,6 +87,12 @@ class Task:
         why = {item.name: item.why for item in self.report.left_dense if item.name in self.linears}
         first = next(iter(why.items()), None)
         return ValueError(f"none of {len(self.linears)} Linears {self.method.nothing_packed} ({first})")
+
+
+def not_included(include: Sequence[str] | None, exclude: Sequence[str]) -> tuple[str, ...]:
+    """The patterns of `exclude` without those heads, dense by default, that `include` asks for by name."""
+    asked = [head for head in DEFAULT_EXCLUDE if any(matches(pattern, [head]) for pattern in include or ())]
+    return tuple(pattern for pattern in exclude if pattern not in asked)
 
 
 def stays_dense(name: str, module: nn.Module, why: str) -> LeftDense:

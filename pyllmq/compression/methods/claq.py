@@ -123,6 +123,9 @@ class CLAQ(Method[CLAQConfig]):
         settings = {**cls.defaults, **given}
         return CLAQConfig(**{"outliers": NAMED_OUTLIERS.get(settings["bits"], 0.0), **settings})
 
+    def without_effect(self) -> dict[str, str]:
+        return {"share_bits": "published allocates in each matrix by itself"} if self.config.published else {}
+
     @property
     def needs(self) -> Needs:
         return Needs(sequential=self.config.true_sequential)

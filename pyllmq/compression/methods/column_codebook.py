@@ -1,8 +1,9 @@
 """Column codebooks at their best: the sweep of CLAQ, then block coordinate descent, with bits and outliers at one price.
 
 Same format and kernels as CLAQ (arXiv 2405.17233). The objective of a Linear is sum_r omega_r e_r H e_r^T, with e_r the error of
-row r, H the Hessian of its input and omega_r the weight that the loss's gradient gives the row. Each column is an exact weighted 1-D
-k-means problem in it, in the sweep and in the descent alike, so codes and codebook are the best for everything else as it is.
+row r, H the Hessian of its input and omega_r the weight of the row by the loss's gradient. Each column is an exact weighted
+1-D k-means problem in it, in the sweep and in the descent alike, so codes and codebook are the best for everything else as it
+is.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ class ColumnCodebookConfig(MethodConfig):
     correct_bias: bool = True
     """Where the Linear has a bias, let it take up the mean error, and weigh the rest by the input's covariance."""
     propagation: Annotated[float, Between(0, 1)] = 1.0
-    """Asymmetric calibration: share of the earlier Linears' error that a Linear's target makes up for, 0 to 1. Above 0 the dense block runs beside
-    the one being compressed: twice the runs of blocks, a second copy of one block and of the hidden states."""
+    """Asymmetric calibration: share of the earlier Linears' error that a Linear's target makes up for, 0 to 1. Above 0 the dense
+    block runs beside the one being compressed: twice the runs of blocks, a second copy of one block and of the hidden states."""
     guidance: Literal["none", "rows", "tokens", "rows+tokens"] = "rows"
     """Weigh "rows", "tokens" or "rows+tokens" by the gradient of the model's loss, which takes a backward pass; "none"
     weighs all alike."""
@@ -133,6 +134,9 @@ class ColumnCodebook(Method[ColumnCodebookConfig]):
         settings = {**cls.defaults, **given}
         return ColumnCodebookConfig.preset(settings.pop("preset"), **settings)
 
+    def without_effect(self) -> dict[str, str]:
+        return {} if self.config.cycles else {"tolerance": "it ends the descent, of which cycles = 0 makes none"}
+
     @property
     def needs(self) -> Needs:
         config = self.config
@@ -153,7 +157,10 @@ class ColumnCodebook(Method[ColumnCodebookConfig]):
         self, linears: Mapping[str, nn.Module], chains: Sequence[Chain] = (), run: CalibrationRun | None = None
     ) -> dict[str, Any]:
         """Bytes of each Linear."""
-        shapes = {name: (int(w.shape[0]), int(w.shape[1])) for name, w in ((name, dense_weight(module)) for name, module in linears.items())}
+        shapes = {}
+        for name, module in linears.items():
+            rows, columns = dense_weight(module).shape
+            shapes[name] = int(rows), int(columns)
         weights = sum(rows * columns for rows, columns in shapes.values())
         return {"bytes": allocation.share_out(shapes, self.config.bits * weights / 8, self.config.row_scale)}
 

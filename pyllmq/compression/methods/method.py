@@ -92,6 +92,10 @@ class Method(Generic[Settings]):
         """The config that options of the command line ask for, by field."""
         return cls.config_type(**{**cls.defaults, **given})
 
+    def without_effect(self) -> dict[str, str]:
+        """Fields that change nothing beside the other settings -> why; the command line refuses them."""
+        return {}
+
     @property
     def name(self) -> str:
         """In reports: the word by which it is registered."""
@@ -182,7 +186,13 @@ class Registered:
         return [option for option in self.method.options() if option.field not in self.fixed]
 
     def config(self, given: Mapping[str, Any]) -> MethodConfig:
-        return self.method.from_options({**self.fixed, **given})
+        """Of the options that were given, by field. Raises ValueError for one that has no effect beside the others."""
+        config = self.method.from_options({**self.fixed, **given})
+        for field, why in self.method(config).without_effect().items():
+            if field in given:
+                word = next(option.word for option in self.options() if option.field == field)
+                raise ValueError(f"{word} has no effect with these settings: {why}; leave it out")
+        return config
 
 
 METHODS: dict[str, Registered] = {}
@@ -192,7 +202,9 @@ METHODS: dict[str, Registered] = {}
 def register(word: str, method: type[Method[Any]], /, **fixed: Any) -> None:
     """Make a method known to `compress` and to the command line. Raises ValueError if the word is another method's."""
     if word in METHODS and METHODS[word].method is not method:
-        raise ValueError(f"the method {word!r} is {METHODS[word].method.__name__}; register {method.__name__} by another word")
+        raise ValueError(
+            f"the method {word!r} is {METHODS[word].method.__name__}; register {method.__name__} by another word"
+        )
     METHODS[word] = Registered(method, fixed)
 
 

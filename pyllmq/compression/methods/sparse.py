@@ -93,7 +93,9 @@ class SparseConfig(MethodConfig):
             raise ValueError("sparsity is None; allowed: a number, 0 to 0.99, or an N:M pattern")
         super().__post_init__()
         if group is not None and self.allocation not in (None, "uniform"):
-            raise ValueError(f"allocation is {self.allocation!r}; allowed: None, 'uniform' with the pattern {self.pattern}")
+            raise ValueError(
+                f"allocation is {self.allocation!r}; allowed: None, 'uniform' with the pattern {self.pattern}"
+            )
         step = group[1] if group else 8
         if self.block_size % step:
             raise ValueError(f"block_size is {self.block_size}; with {self.pattern} it must be a multiple of {step}")
@@ -163,6 +165,21 @@ class Sparse(Method[SparseConfig]):
             settings = {**cls.defaults, **settings}
         quantize = CLAQ.from_options(quantizer) if quantizer else None
         return SparseConfig(**settings, quantize=quantize)
+
+    def without_effect(self) -> dict[str, str]:
+        config, found = self.config, {}
+        if config.allocation == "uniform":
+            found |= dict.fromkeys(("level", "spread"), "all matrices are pruned alike, allocation is 'uniform'")
+        if config.allocation == "owl":
+            found["level"] = "OWL goes by layer"
+        if not config.sweeps:
+            alone = f"{config.method} alone leaves the kept weights as they are, without a sweep"
+            found |= dict.fromkeys(("block_size", "damping", "refine", "published"), alone)
+        elif config.published:
+            found["refine"] = "the papers' sweep is not refined"
+        if not self.needs.calibration:
+            found["true_sequential"] = "there is no calibration"
+        return found
 
     @property
     def name(self) -> str:

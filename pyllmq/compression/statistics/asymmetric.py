@@ -32,8 +32,8 @@ class Enough(Exception):
 
 @dataclass(eq=False)
 class AsymmetricTarget:
-    """e = (activation in the dense model) - (activation in the compressed model with this Linear still dense), at the Linear's place:
-    the tensor that its output reaches."""
+    """e = (activation in the dense model) - (activation in the compressed model with this Linear still dense), at the tensor that
+    the Linear's output reaches."""
 
     products: Tensor
     """float [N, K]: mean of e x^T over the tokens."""

@@ -354,7 +354,7 @@ class BlockLoop:
         Args:
             visit: called once for each stage; what runs afterwards sees what it changed.
             hand_on: what the last block gives out is wanted too.
-            done: called after each block with what it gives out, and with what its dense block does, while its weights are still there.
+            done: called after each block with what it gives out, and with what its dense copy gives out, its weights still there.
             begin: the first stage to visit.
             hidden: its inputs, for each batch; None: those of the first stage.
             dense: its dense block's inputs; None: the same, as at the first stage of a chain.

@@ -1,4 +1,4 @@
-"""What calibration knows of the inputs of a block's Linears: which of them share one, its Hessian and mean, norms of its columns."""
+"""What calibration knows of the inputs of a block's Linears: which of them share one, its Hessian and mean, its norms."""
 
 from __future__ import annotations
 
@@ -248,7 +248,9 @@ class _OutputErrors:
         }
 
 
-def input_norms(run: CalibrationRun, linears: Mapping[str, nn.Module], forward: Callable[[int], Any]) -> dict[str, Tensor]:
+def input_norms(
+    run: CalibrationRun, linears: Mapping[str, nn.Module], forward: Callable[[int], Any]
+) -> dict[str, Tensor]:
     """name -> |X_j| over the calibration tokens, float32 [K]; 0 for a Linear that never runs."""
     sums = {name: torch.zeros_like(dense_weight(module)[0], dtype=torch.float32) for name, module in linears.items()}
     current = 0

@@ -100,8 +100,8 @@ def output_gradients_by_block(
     """
     if len([chain for chain in chains if chain.stages[0].block is not None]) != 1:
         raise NoLossError(
-            f"{type(loop.model).__name__} has no single row of blocks through which the gradient could be taken block by block; holding "
-            "the whole model in memory (--in-memory) avoids that"
+            f"{type(loop.model).__name__} has no single row of blocks through which the gradient could be taken block by block; "
+            "holding the whole model in memory (--in-memory) avoids that"
         )
     stages, batches = chains[0].stages, loop.batches
     recorded = loop.record(chains[0])
@@ -226,8 +226,8 @@ def _losses(output: Any, batch: Batch, generator: torch.Generator, before: Seque
     hidden = getattr(output, "last_hidden_state", output)
     if not isinstance(hidden, Tensor) or not hidden.requires_grad:
         raise NoLossError(
-            f"the model gives a {type(output).__name__} with neither logits [B, L, vocabulary] nor last_hidden_state, so there is no "
-            "loss to take a gradient of"
+            f"the model gives a {type(output).__name__} with neither logits [B, L, vocabulary] nor last_hidden_state, so there is "
+            "no loss to take a gradient of"
         )
     if hidden.dim() == 3:
         mask = batch.get("attention_mask")

@@ -25,7 +25,7 @@ class CalibrationRun:
     sequential: bool = True
     """The Linears of a block see the change of those before them in the block."""
     covariance: bool = False
-    """Hessians are the plain mean of x x^T, and the mean of x is taken where all Linears have a bias; else they are 2/n sum x x^T."""
+    """Hessians are the mean of x x^T, and the mean of x comes with them where all Linears have a bias; else 2/n sum x x^T."""
 
     @property
     def model(self) -> nn.Module:

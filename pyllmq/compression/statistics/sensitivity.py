@@ -59,6 +59,9 @@ def trace_per_weight(
 
 def _gauss_newton(model: nn.Module, weights: list[Tensor], batch: Batch, generator: torch.Generator) -> Iterator[float]:
     output, tokens = _output(model, batch)
+    count = output.numel() // output.shape[-1]
+    if not count:  # a text of one token has no next one
+        return iter(0.0 for _ in weights)
     if tokens is None:
         loss = (output * _signs(output, generator)).sum()
     else:
@@ -67,7 +70,6 @@ def _gauss_newton(model: nn.Module, weights: list[Tensor], batch: Batch, generat
         drawn = torch.multinomial(output.detach().float().softmax(-1), 1, generator=generator)[:, 0]
         loss = nn.functional.cross_entropy(output.float(), drawn, reduction="sum")
     gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-    count = output.numel() // output.shape[-1]
     return (0.0 if g is None else float(g.double().square().sum()) / count for g in gradients)
 
 
@@ -75,6 +77,9 @@ def _hutchinson(model: nn.Module, weights: list[Tensor], batch: Batch, generator
     # The fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
         output, tokens = _output(model, batch)
+        count = output.numel() // output.shape[-1]
+        if not count:
+            return iter(0.0 for _ in weights)
         if tokens is None:
             loss = 0.5 * (output - output.detach()).square().sum()
         else:
@@ -87,11 +92,21 @@ def _hutchinson(model: nn.Module, weights: list[Tensor], batch: Batch, generator
         seconds: Any = [None] * len(weights)
         for i, s in zip(used, torch.autograd.grad(product, [weights[i] for i in used], allow_unused=True), strict=True):
             seconds[i] = s
-    count = output.numel() // output.shape[-1]
     return (0.0 if s is None else float((s.double() * z).sum()) / count for s, z in zip(seconds, signs, strict=True))
 
 
 def _output(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """As `_of_real_tokens`. Raises ValueError where it is not finite."""
+    output, tokens = _of_real_tokens(model, batch)
+    if bad := int((~torch.isfinite(output)).sum()):
+        raise ValueError(
+            f"{type(model).__name__} gives {bad} of {output.numel()} values that are not finite on the calibration data; look at "
+            "its norms and at overflows of its dtype"
+        )
+    return output, tokens
+
+
+def _of_real_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """(logits [T, V], next tokens [T]) of a causal model, (hidden states [T, D], None) of others; real tokens only."""
     found = model(**batch)
     logits, hidden = getattr(found, "logits", None), getattr(found, "last_hidden_state", None)

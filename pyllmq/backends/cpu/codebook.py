@@ -72,7 +72,7 @@ def packed_linear(x: Tensor, weight: WeightOperand, bias: Tensor | None, precisi
     out_features, in_features = weight.shape
     x = x.contiguous()
     tokens, dtype = x.shape[0], x.dtype
-    y = torch.empty(tokens, out_features, dtype=dtype, device=runtime.DEVICE)
+    y = x.new_empty(tokens, out_features)  # in the dtype and on the device of x; torch.empty with both costs 1 us more
     runtime.kernels().codebook_linear(
         blob.data_ptr(),
         blob.numel(),

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyllmq import backends, dispatch, ops
-from pyllmq.packing import mask_24
-from pyllmq.operations import DEFAULT_PRECISION
+from pyllmq import backends, dispatch, layouts, operations, ops
 from pyllmq.formats import BitmapWeight, PackedWeight, Sparse24CodebookWeight, Sparse24Weight
+from pyllmq.operations import DEFAULT_PRECISION
+from pyllmq.packing import mask_24
 
 from .providers import BASELINE, RIVALS, Layer, Provider, _always, _pyllmq_available, _pyllmq_isa, _torch_isa
 from .record import Row, read
@@ -63,7 +63,7 @@ def pruned_24(dtype: torch.dtype, weight: Tensor) -> Sparse24Weight:
 def coded(bits: int, weight: Tensor) -> Sparse24CodebookWeight:
     """As k-means would, but with the codebook of the first 512 rows: exact k-means of 16 million weights takes minutes."""
     n = weight.shape[0]
-    few = pack_columns_24(weight[:512], mask_24(weight[:512]), bits).tensors["codebook"].float()
+    few = Sparse24CodebookWeight.from_dense(weight[:512], mask_24(weight[:512]), bits).tensors["codebook"].float()
     middles = (few[:, 1:] + few[:, :-1]) / 2
     codes = torch.searchsorted(middles, weight.T.contiguous()).to(torch.uint8).T.contiguous()
     assert codes.shape[0] == n
@@ -84,17 +84,17 @@ def _ours(
 
 
 def _layer(
-    operand: dispatch.WeightOperand,
+    operand: layouts.WeightOperand,
     nbytes: int,
     linear: Callable[..., Tensor],
     dtype: torch.dtype,
     dense: Callable[[], Tensor],
 ) -> Layer:
     def copy() -> Layer:
-        return _layer(backends.cpu.copy_layout(operand), nbytes, linear, dtype, dense)
+        return _layer(backends.cpu.runtime.copy_layout(operand), nbytes, linear, dtype, dense)
 
     def kernel(m: int) -> str:
-        return dispatch.choose(dispatch.Problem(linear.__name__, operand.layout, "cpu", dtype, m)).name
+        return dispatch.choose(operations.WeightProblem("packed_linear", "cpu", dtype, operand.layout, m)).name
 
     return Layer(lambda x: linear(x, operand), dense, copy, nbytes, dtype, kernel)
 

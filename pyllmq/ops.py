@@ -226,7 +226,7 @@ define(f"packed_dequantize({_WEIGHT}, ScalarType dtype) -> Tensor", _packed_dequ
 def _taken_by(op: str, weight: PackedWeight | WeightOperand) -> PackedWeight | WeightOperand:
     kind = op.rpartition("_")[0]
     if weight.kind != kind:
-        raise NoKernelError(f"{op} takes weights of the format {kind!r}, this is {weight.kind!r}; packed_{op.rpartition('_')[2]} takes any")
+        raise NoKernelError(f"{op} takes weights of the format {kind!r}, this is {weight.kind!r}; see packed_linear")
     return weight
 
 

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from pyllmq import dispatch
-from pyllmq.backends import cuda, cuda_sinkhorn, cuda_sparse
+from pyllmq.backends import cuda
+from pyllmq.backends.cuda import codebook, runtime, sparse
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,27 +87,29 @@ def emulated(monkeypatch):
     """
     extension = emulated_extension()
     poisoning = PoisoningTorch()
-    for module in (cuda, cuda_sinkhorn, cuda_sparse):
-        monkeypatch.setattr(module, "torch", poisoning)
-    for module in (cuda, cuda_sparse):
-        monkeypatch.setattr(module, "DEVICE", "cpu")
-    monkeypatch.setattr(cuda, "available", lambda: (True, "emulated"))
-    monkeypatch.setattr(cuda, "_extension", lambda: extension)
-    monkeypatch.setattr(cuda, "_current", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
-    monkeypatch.setattr(cuda, "_capturing", lambda: False)
-    monkeypatch.setattr(cuda, "_counters", {})
+    for name, module in list(sys.modules.items()):
+        if name.startswith("pyllmq.backends.cuda.") and hasattr(module, "torch"):
+            monkeypatch.setattr(module, "torch", poisoning)
+    monkeypatch.setattr(runtime, "DEVICE", "cpu")
+    for module in (cuda, runtime):
+        monkeypatch.setattr(module, "available", lambda: (True, "emulated"))
+    monkeypatch.setattr(runtime, "extension", lambda: extension)
+    monkeypatch.setattr(runtime, "current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(runtime, "stream", lambda device: 0)
+    monkeypatch.setattr(runtime, "capturing", lambda: False)
+    monkeypatch.setattr(runtime, "counters", {})
     _clear_caches()
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the oracle's small operations would spin in OpenMP
     yield extension
     poisoning.check_guards()
-    assert all(not counters.any() for counters in cuda._counters.values()), "a kernel left a counter that is not zero"
+    assert all(not counters.any() for counters in runtime.counters.values()), "a kernel left a counter that is not zero"
     extension.emulator.set_schedule()
     torch.set_num_threads(torch_threads)
     _clear_caches()
 
 
 def _clear_caches():
-    for cached in (cuda._workspace_sizes, cuda_sparse._workspace_sizes, cuda_sparse._described, dispatch.kernel_for):
+    for cached in (codebook.workspace_sizes, codebook.tables_workspace_sizes, sparse.workspace_sizes):
         cached.cache_clear()
+    dispatch.clear_cache()

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import pyllmq
-from pyllmq import backends, dispatch
+from pyllmq import dispatch, formats, layouts
 from pyllmq.backends import cuda
+from pyllmq.backends.cuda import runtime
+from pyllmq.operations import WeightProblem
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
@@ -54,7 +56,7 @@ def test_the_driver_refuses(extension, monkeypatch, problem):
     ok, why = cuda.available()
     assert not ok and problem in why and "built with CUDA 13.0" in why
     with pytest.raises(pyllmq.NoKernelError, match=re.escape(problem)):
-        dispatch.choose(dispatch.Problem("codebook_linear", "cuda", "cuda", torch.float16, 1))
+        dispatch.choose(WeightProblem("packed_linear", "cuda", torch.float16, "cuda.codebook", 1))
 
 
 def test_available(extension, monkeypatch):
@@ -62,27 +64,27 @@ def test_available(extension, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert cuda.available() == (True, "a GPU, compute capability 9.0, built with CUDA 13.0")
-    assert backends.machine_layout("cuda") == "cuda"
+    assert all(layouts.layout_for(kind, "cuda").name == f"cuda.{kind}" for kind in formats.kinds())
     with pyllmq.use_backend("reference"):
-        assert backends.machine_layout("cuda") == "checkpoint"
+        assert layouts.layout_for("codebook", "cuda") is None
 
 
 def test_a_layout_without_a_back_end_is_named():
-    with pytest.raises(ValueError, match="from the layout 'checkpoint'; allowed: 'cpu', 'cuda'"):
-        backends.layout_codes(dispatch.WeightOperand("checkpoint", (torch.empty(0),), 1, 1))
+    with pytest.raises(ValueError, match="no machine layout 'checkpoint.codebook'; allowed: 'cpu.codebook'"):
+        layouts.machine_layout("checkpoint.codebook")
 
 
 def test_counters_are_shared_by_a_stream_and_not_by_a_graph(monkeypatch):
     capturing = False
-    monkeypatch.setattr(cuda, "_capturing", lambda: capturing)
-    monkeypatch.setattr(cuda, "_counters", {})
+    monkeypatch.setattr(runtime, "capturing", lambda: capturing)
+    monkeypatch.setattr(runtime, "counters", {})
     cpu = torch.device("cpu")
-    first = cuda._zero_counters(10, cpu, 1)
-    assert cuda._zero_counters(5, cpu, 1) is first and cuda._zero_counters(10, cpu, 2) is not first
-    assert cuda._zero_counters(11, cpu, 1).numel() == 11
+    first = runtime.zero_counters(10, cpu, 1)
+    assert runtime.zero_counters(5, cpu, 1) is first and runtime.zero_counters(10, cpu, 2) is not first
+    assert runtime.zero_counters(11, cpu, 1).numel() == 11
     capturing = True
-    graphs = [cuda._zero_counters(5, cpu, 1) for _ in range(2)]
-    assert graphs[0] is not graphs[1] and not graphs[0].any() and graphs[0] is not cuda._zero_counters(5, cpu, 1)
+    graphs = [runtime.zero_counters(5, cpu, 1) for _ in range(2)]
+    assert graphs[0] is not graphs[1] and not graphs[0].any() and graphs[0] is not runtime.zero_counters(5, cpu, 1)
 
 
 def test_the_built_extension_without_a_driver():

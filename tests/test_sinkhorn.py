@@ -8,7 +8,7 @@ import torch
 
 import pyllmq
 from pyllmq import doubly_stochastic, sinkhorn
-from pyllmq.backends import cpu
+from pyllmq.backends.cpu import runtime as cpu
 
 from .oracle import assert_as_good_as_torch
 

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from ...config import MethodConfig
 from ...formats import structure_from_dict
+from ...layers.linear import PackedLinear
 from ...linears import DEFAULT_EXCLUDE
 from ...memory import peak_memory
-from ...layers.linear import PackedLinear
 from ...weights import OUTSIDE
 from ..calibration import Batch, as_batches
 from ..methods import method_of

@@ -127,6 +127,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="hold the whole model instead of one block; needed for --tune and --calibration self; cannot be resumed",
     )
+    c.add_argument(
+        "--architecture",
+        metavar="CLASS",
+        help="transformers class of the model, such as LlamaForCausalLM; default: as config.json says",
+    )
     c.add_argument("--report", metavar="FILE", help="also write the per-layer report as JSON")
     c.add_argument("--quiet", action="store_true", help="no progress bar, no per-layer table")
     c.set_defaults(run=run_compress)
@@ -222,7 +227,8 @@ PRUNING = {"magnitude": "magnitude", "wanda": "wanda", "sparsegpt": "sparsegpt",
 
 def run_compress(given: argparse.Namespace) -> int:
     from . import compress, pack_pruned, save_pretrained
-    from .loading import is_packed, load_model, load_tokenizer
+    from .folders import is_packed
+    from .loading import load_model, load_tokenizer
     from .linears import DEFAULT_EXCLUDE
 
     config = _compression_config(given)
@@ -252,7 +258,7 @@ def run_compress(given: argparse.Namespace) -> int:
     if not given.in_memory:
         print(f"pyllmq compress: {whole}, so the whole model is loaded", file=sys.stderr)
     tokenizer = load_tokenizer(given.source)
-    model = load_model(given.source)
+    model = load_model(given.source, given.architecture)
     names = {"include": given.include, "exclude": (*DEFAULT_EXCLUDE, *(given.exclude or ()))}
     if config is None:
         report = pack_pruned(model, values=given.values, **names)
@@ -261,7 +267,7 @@ def run_compress(given: argparse.Namespace) -> int:
             config = replace(config, bits=_bits_for_size(model, given))
         batches = _calibration_batches(model, tokenizer, given)
         report = compress(model, config, batches, progress=not given.quiet, **names)
-    save_pretrained(model, output, tokenizer)
+    save_pretrained(model, output, tokenizer, source=given.source)
     _print_report(report, given)
     return 0
 
@@ -274,6 +280,7 @@ def _is_data_free(config: Any) -> bool:
 
 def _compress_files(given: argparse.Namespace, config: Any) -> int:
     from .compression.files import compress_files
+    from .integrations.checkpoint import StreamedModel
     from .loading import load_tokenizer
     from .linears import DEFAULT_EXCLUDE
 
@@ -281,7 +288,7 @@ def _compress_files(given: argparse.Namespace, config: Any) -> int:
         raise ValueError(f"--dry-run does not go with --method {given.method}, which takes minutes")
     with _ended_by_signal():
         report = compress_files(
-            given.source,
+            StreamedModel(given.source, architecture=given.architecture),
             given.output,
             config,
             include=given.include,
@@ -317,7 +324,7 @@ def _compress_streamed(given: argparse.Namespace, config: Any) -> int:
 
     tokenizer = load_tokenizer(given.source)
     with _ended_by_signal(), joined() as ranks:
-        streamed = StreamedModel(given.source)
+        streamed = StreamedModel(given.source, architecture=given.architecture)
         if given.size is not None:
             config = replace(config, bits=_bits_for_size(streamed.model, given, indexed=True))
         batches = _calibration_batches(streamed.model, tokenizer, given)
@@ -539,9 +546,9 @@ def _apply_precision(model: Any, precision: str | None) -> None:
 
 
 def run_inspect(given: argparse.Namespace) -> int:
-    from .loading import packed_structures
+    from .folders import PackedFolder
 
-    structures = packed_structures(given.folder)
+    structures = PackedFolder.open(given.folder).structures
     if given.json:
         rows = {
             name: {**s.to_dict(), "bits_per_weight": s.bits_per_weight, "nbytes": s.nbytes}

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-DEFAULT_EXCLUDE = ("lm_head", "embed_out", "classifier", "score")
+OUTPUT_LAYERS = "<output layers>"
+"""In `exclude`: the model's output layer whatever its name, and every Linear that shares its weight with another module."""
+
+DEFAULT_EXCLUDE = ("lm_head", "embed_out", "classifier", "score", OUTPUT_LAYERS)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -58,11 +61,23 @@ def select_linears(
             raise ValueError(
                 f"exclude pattern {pattern!r} fits nothing in the model; it has for example: {_some(found)}"
             )
+    outputs = output_layers(model) if OUTPUT_LAYERS in exclude else {}
     return {
         name: module
         for name, module in found.items()
-        if (include is None or matches(name, include)) and not matches(name, exclude)
+        if (include is None or matches(name, include)) and not matches(name, exclude) and name not in outputs
     }
+
+
+def output_layers(model: nn.Module) -> dict[str, str]:
+    """Linear -> why it is meant by `OUTPUT_LAYERS`."""
+    linears = dict(linear_modules(model))
+    outputs = {name: f"shares its weight with {other}" for name, other in tied_weights(model, linears).items()}
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator, union-attr]
+    except (AttributeError, NotImplementedError):
+        return outputs
+    return {name: "output layer" for name, module in linears.items() if module is head} | outputs
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -112,11 +127,15 @@ def left_dense(
     """
     chosen = set(chosen)
     dense, total = [], 0
+    outputs = output_layers(model) if OUTPUT_LAYERS in exclude else {}
     for name, module in linear_modules(model):
         size = int(dense_weight(module).numel())
         total += size
         if name not in chosen:
-            asked, why = _why_dense(name, include, exclude, "outside the repeated blocks")
+            if name in outputs:
+                asked, why = True, outputs[name]
+            else:
+                asked, why = _why_dense(name, include, exclude, "outside the repeated blocks")
             dense.append(LeftDense(name, size, why, asked))
     for name, parameter in stacked_parameters(model):
         experts = "a 3-D tensor (stacked experts?), which this version does not compress"
@@ -151,14 +170,10 @@ def _some(names: Iterable[str], count: int = 5) -> str:
 
 def tied_weights(model: nn.Module, chosen: Iterable[str]) -> dict[str, str]:
     """Chosen Linears whose weight is the same tensor as another module's (an embedding, say) -> that module's name."""
-    owners: dict[int, str] = {}
+    owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and name not in set(chosen):
-            owners.setdefault(id(weight), name)
-    tied = {}
-    for name in chosen:
-        weight = model.get_submodule(name).weight
-        if id(weight) in owners:
-            tied[name] = owners[id(weight)]
-    return tied
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    shared = {name: names for names in owners.values() if len(names) > 1 for name in names}
+    return {name: next(other for other in shared[name] if other != name) for name in chosen if name in shared}

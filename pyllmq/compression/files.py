@@ -23,6 +23,7 @@ from .data_free import pack_columns
 from .manifest import Manifest, source_signature, write_tensors
 from .memory import peak_memory
 from .model import planned_linears, start_report
+from .job import warn
 from .pruning import pack_kept, pruning_mask
 from .report import CompressionReport, LayerReport
 from .stream import open_manifest, put_finished, versions
@@ -32,7 +33,7 @@ Result = tuple[list[LayerReport], dict[str, Any], int]
 
 
 def compress_files(
-    source: str | os.PathLike[str],
+    source: Any,
     output: str | os.PathLike[str],
     config: KMeansConfig | SparseConfig,
     *,
@@ -46,6 +47,7 @@ def compress_files(
     """Compress a folder by its weights alone. Errors in the report are those of the weights.
 
     Args:
+        source: folder of a transformers model, or a `StreamedModel` of one.
         config: `KMeansConfig`, or a `SparseConfig` of the method "magnitude" that does not quantize.
         workers: processes, each of which works on one file of the checkpoint at a time; the machine's threads are shared out.
         others: as for `compress_folder`, like the arguments not named here.
@@ -60,11 +62,13 @@ def compress_files(
         raise ValueError(f"{config.method!r} with these settings needs calibration data; use pyllmq.compress_folder")
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ValueError(f"workers is {workers!r}; it must be an integer >= 1")
-    streamed = StreamedModel(source)
+    streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
     model = streamed.model
     chosen = select_linears(model, include, exclude)
     planned = planned_linears(model, chosen, find_stages(model, chosen, outside=include is not None))
     report = start_report(config, *left_dense(model, planned, include, exclude))
+    if streamed.without_place:
+        warn(report, streamed.copied_as_they_are())
     weight_keys = streamed.weight_keys(planned)
     linears = {key: (name, is_transposed_linear(planned[name])) for name, key in weight_keys.items()}
     target = Path(output).resolve()
@@ -83,16 +87,17 @@ def compress_files(
     with (
         manifest.locked(),
         tqdm(total=len(planned), initial=done, disable=not progress, unit="layer") as bar,
-        _work(todo, manifest, config, linears, set(streamed.keys()), workers) as results,
+        _work(todo, manifest, config, linears, workers) as results,
     ):
         for file, (layers, structures, peak) in results:
             entry = {"layers": [asdict(layer) for layer in layers], "structures": structures}
-            manifest.add(file.name, file.name, {**entry, "warnings": [], "left_over": 0.0, "seconds": 0.0})
+            manifest.add(file.name, _packed_name(file), {**entry, "warnings": [], "left_over": 0.0, "seconds": 0.0})
             report.peak_memory = max(report.peak_memory, peak)
             bar.update(len(layers))
     rows = {row["name"]: LayerReport(**row) for entry in manifest.finished for row in entry["layers"]}
     report.layers = [rows[name] for name in planned]
-    put_finished(manifest, streamed, target, others)
+    names = {name: key.removesuffix(".weight") for name, key in weight_keys.items()}
+    put_finished(manifest, streamed, target, others, names)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -103,18 +108,17 @@ def _work(
     manifest: Manifest,
     config: KMeansConfig | SparseConfig,
     linears: Mapping[str, tuple[str, bool]],
-    keys: set[str],
     workers: int,
 ) -> Iterator[Iterator[tuple[Path, Result]]]:
     """(file, result) of every file as it is finished; in this process if there is nothing to share out."""
     workers = min(workers, len(files))
     if workers <= 1:
-        yield ((file, compress_file(file, manifest.folder / file.name, config, linears, keys)) for file in files)
+        yield ((file, compress_file(file, manifest.folder / _packed_name(file), config, linears)) for file in files)
         return
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         tasks = {
-            pool.submit(compress_file, file, manifest.folder / file.name, config, linears, keys): file for file in files
+            pool.submit(compress_file, file, manifest.folder / _packed_name(file), config, linears): file for file in files
         }
         try:
             yield ((tasks[task], task.result()) for task in as_completed(tasks))
@@ -123,24 +127,27 @@ def _work(
             raise
 
 
+def _packed_name(file: Path) -> str:
+    """Of the file that is written for `file`: always safetensors."""
+    return file.name if file.suffix == ".safetensors" else f"{file.stem.replace('pytorch_model', 'model')}.safetensors"
+
+
 def compress_file(
     file: Path,
     target: Path,
     config: KMeansConfig | SparseConfig,
     linears: Mapping[str, tuple[str, bool]],
-    keys: set[str],
 ) -> Result:
     """Write one file of a checkpoint with the Linears in it packed.
 
     Args:
         linears: key of a weight -> (name in the model, whether it is stored as [in_features, out_features]).
-        keys: what else belongs to the model.
     """
-    from ..integrations.checkpoint import opened
+    from ..folders import opened
 
     layers, structures, written = [], {}, {}
     with opened(file) as tensors:
-        for key in sorted(keys & set(tensors.keys())):
+        for key in sorted(tensors.keys()):
             if key not in linears:
                 written[key] = tensors.get_tensor(key)
                 continue

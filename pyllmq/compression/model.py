@@ -74,6 +74,8 @@ def compress(
     Raises:
         ValueError: empty calibration, weights that are not finite, patterns that fit nothing, nothing to compress.
     """
+    from ..integrations.transformers import expect_packable, mark_packed
+
     started = time.perf_counter()
     batches = as_batches(calibration)
     chosen = select_linears(model, include, exclude)
@@ -81,6 +83,7 @@ def compress(
     planned = planned_linears(model, chosen, stages)
     for name, module in planned.items():
         check_finite(name, module)
+    expect_packable(model, planned)
     dense, total = left_dense(model, planned, include, exclude)
 
     steps = config.tune_steps if isinstance(config, ColumnCodebookConfig) else 0
@@ -110,8 +113,6 @@ def compress(
         for name, module in replaced.items():
             replace_module(model, name, module)
         raise
-    from ..integrations.transformers import mark_packed
-
     mark_packed(model)
     report.seconds = time.perf_counter() - started
     return report

@@ -22,7 +22,7 @@ from ..linears import DEFAULT_EXCLUDE, left_dense, replace_module, select_linear
 from .blocks import OUTSIDE, BlockLoop, Chain, Stage, check_finite, find_stages
 from .calibration import Batch, as_batches
 from .guide import Guidance, output_gradients_by_block
-from .job import Config, Job, byte_budgets, plan_sparsity
+from .job import Config, Job, byte_budgets, plan_sparsity, warn
 from .manifest import (
     Manifest,
     batches_digest,
@@ -93,6 +93,7 @@ def compress_folder(
     chosen = select_linears(model, include, exclude)
     stages = find_stages(model, chosen, outside=include is not None)
     planned = planned_linears(model, chosen, stages)
+    names = streamed.names_in_file(planned)
     dense, total = left_dense(model, planned, include, exclude)
     streamed.split(stage.name for stage in stages if stage.block is not None)
 
@@ -100,6 +101,8 @@ def compress_folder(
         return job_signature(streamed.folder, config, all_batches, list(planned), ranks)
 
     report = start_report(config, dense, total)
+    if streamed.without_place:
+        warn(report, streamed.copied_as_they_are())
     with ExitStack() as context:
         manifest = ranks.from_first(lambda: open_manifest(target, signature(), resume))
         if ranks.first:
@@ -118,7 +121,7 @@ def compress_folder(
             folder.copy_the_rest()
         report.seconds = folder.seconds()
         report.peak_memory = max(ranks.gather(peak_memory()))
-        ranks.from_first(lambda: put_finished(manifest, streamed, target, others))
+        ranks.from_first(lambda: put_finished(manifest, streamed, target, others, names))
     return report
 
 
@@ -331,22 +334,26 @@ class _FolderJob:
         return _Stored(self.manifest.place, kind, self.ranks).of(unit)
 
 
-def put_finished(manifest: Manifest, streamed: StreamedModel, target: Path, others: Sequence[Any]) -> None:
-    """Make the folder of finished files whole and move it to its place."""
-    from ..integrations.transformers import describe_packed, put_folder
+def put_finished(
+    manifest: Manifest, streamed: StreamedModel, target: Path, others: Sequence[Any], names: Mapping[str, str]
+) -> None:
+    """Make the folder of finished files whole, open it as a user will, and move it to its place.
+
+    `names`: Linear -> what its tensors are called in the files.
+    """
+    from ..folders import copy_others, put_folder
+    from ..integrations.transformers import check_written, describe_packed
 
     folder = manifest.folder
     write_index(folder, [entry["file"] for entry in manifest.finished])
-    structures = {
-        name: structure_from_dict(described)
-        for entry in manifest.finished
-        for name, described in entry["structures"].items()
-    }
-    order = {name: i for i, (name, _) in enumerate(streamed.model.named_modules())}
-    describe_packed(streamed.model, dict(sorted(structures.items(), key=lambda item: order[item[0]])))
+    structures = {name: described for entry in manifest.finished for name, described in entry["structures"].items()}
+    order = [name for name, _ in streamed.model.named_modules() if name in structures]
+    describe_packed(streamed.model, {names[name]: structure_from_dict(structures[name]) for name in order})
     streamed.save_settings(folder)
     for other in others:
         other.save_pretrained(folder)
+    copy_others(streamed.folder, folder, skip=(manifest.place, target))
+    check_written(folder, type(streamed.model))
     for file in folder.iterdir():
         sync(file)
     sync(folder)
@@ -362,7 +369,7 @@ def _packed(job: Job, name: str) -> PackedLinear:
 
 def write_index(folder: Path, files: Sequence[str]) -> None:
     """model.safetensors.index.json of these files; none for a single one."""
-    from ..integrations.checkpoint import INDEX, SINGLE, opened
+    from ..folders import INDEX, SINGLE, opened
 
     if list(files) == [SINGLE]:
         return
@@ -401,7 +408,7 @@ class _Hidden:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    from ..integrations.checkpoint import opened
+    from ..folders import opened
 
     with opened(file) as tensors:
         return {key: tensors.get_tensor(key).clone() for key in sorted(tensors.keys())}

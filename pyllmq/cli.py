@@ -546,7 +546,7 @@ def _apply_precision(model: Any, precision: str | None) -> None:
 
 
 def run_inspect(given: argparse.Namespace) -> int:
-    from .folders import PackedFolder
+    from .folders import PackedFolder, other_files
 
     structures = PackedFolder.open(given.folder).structures
     if given.json:
@@ -567,6 +567,7 @@ def run_inspect(given: argparse.Namespace) -> int:
         f"{len(structures)} packed Linears, {weights / 1e6:.2f} M weights, {nbytes / 1e6:.2f} MB, "
         f"{8 * nbytes / weights:.3f} true bits per weight"
     )
+    print(f"other files: {', '.join(map(str, other_files(Path(given.folder)))) or 'none'}")
     return 0
 
 

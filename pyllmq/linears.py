@@ -123,7 +123,7 @@ def left_dense(
     """Linear-like tensors outside `chosen`, and the number of all Linear-like parameters.
 
     What `exclude` names, and what an `include` does not name, was asked for. Besides Linears these are 3-D parameters
-    (stacked experts), which a search for `nn.Linear` would silently miss.
+    (stacked experts) and torch's fused attention weights, which a search for `nn.Linear` would silently miss.
     """
     chosen = set(chosen)
     dense, total = [], 0
@@ -137,11 +137,13 @@ def left_dense(
             else:
                 asked, why = _why_dense(name, include, exclude, "outside the repeated blocks")
             dense.append(LeftDense(name, size, why, asked))
-    for name, parameter in stacked_parameters(model):
-        experts = "a 3-D tensor (stacked experts?), which this version does not compress"
-        asked, why = _why_dense(name, include, exclude, experts)
-        dense.append(LeftDense(name, parameter.numel(), why, asked))
-        total += parameter.numel()
+    experts = "a 3-D tensor (stacked experts?), which this version does not compress"
+    fused = "fused attention weights of nn.MultiheadAttention, which is no Linear"
+    for parameters, otherwise in ((stacked_parameters, experts), (fused_attention_parameters, fused)):
+        for name, parameter in parameters(model):
+            asked, why = _why_dense(name, include, exclude, otherwise)
+            dense.append(LeftDense(name, parameter.numel(), why, asked))
+            total += parameter.numel()
     return dense, total
 
 
@@ -153,6 +155,15 @@ def stacked_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and parameter.numel() >= 1 << 12:
                 yield f"{name}.{parameter_name}".lstrip("."), parameter
+
+
+def fused_attention_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """q, k and v of torch's own attention: parameters of the attention module itself, most often one of all three."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for parameter_name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 2 and parameter_name.endswith("proj_weight"):
+                    yield f"{name}.{parameter_name}".lstrip("."), parameter
 
 
 def _why_dense(name: str, include: Sequence[str] | None, exclude: Sequence[str], otherwise: str) -> tuple[bool, str]:

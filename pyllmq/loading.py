@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from .folders import Folder, is_packed, read_config
@@ -17,8 +18,16 @@ def load_model(folder: Folder, architecture: str | None = None, **kwargs: Any) -
     if is_packed(folder):
         return integration.from_pretrained(folder, **kwargs)
     model_class = integration.dense_class(folder, read_config(folder), architecture)
-    config = integration.open_config(folder)
-    return model_class.from_pretrained(folder, **{"dtype": "auto", "config": config, **kwargs})
+    arguments = {"dtype": "auto", "config": integration.open_config(folder), **kwargs, "output_loading_info": True}
+    model, info = model_class.from_pretrained(folder, **arguments)
+    integration.expect_complete(folder, model, info)
+    if unused := sorted(info["unexpected_keys"]):
+        warnings.warn(
+            f"{len(unused)} tensors of {folder} have no place in {type(model).__name__} and are not used: {', '.join(unused[:4])}"
+            f"{', ...' if len(unused) > 4 else ''}",
+            stacklevel=2,
+        )
+    return model
 
 
 def load_causal_model(folder: Folder) -> Any:

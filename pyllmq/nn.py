@@ -23,6 +23,7 @@ from .formats import (
 )
 from .formats.codebook import codes_from_operand
 from .formats.structure import for_kernels
+from .layers.lazy_weight import LazyWeight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -101,14 +102,16 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """`dequantize()`, decoded anew at each access: for code that asks a Linear for its weight's dtype, shape or values.
+        """`dequantize()`, decoded when values are read: for code that asks a Linear for its weight's dtype, shape or values.
 
         While a checkpoint is still being loaded it is an empty tensor on the meta device: models' weight initialisation looks
         at it, and must not freeze half-loaded codes into a layout.
         """
         if self._operand is None:
             return torch.empty(self.out_features, self.in_features, dtype=self.dense_dtype, device="meta")
-        return self.dequantize()
+        if torch.compiler.is_compiling():
+            return self.dequantize()
+        return LazyWeight(self.dequantize, (self.out_features, self.in_features), self.dense_dtype, self._device())
 
     @property
     def structure(self) -> Any:

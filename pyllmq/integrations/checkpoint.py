@@ -30,7 +30,14 @@ from ..folders import (
 )
 from ..formats import FormatError
 from . import _transformers_internals as internals
-from .transformers import dense_class, expect_own_names, load_on_meta, open_config, quiet_transformers
+from .transformers import (
+    dense_class,
+    expect_complete,
+    expect_own_names,
+    load_on_meta,
+    open_config,
+    quiet_transformers,
+)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -208,11 +215,6 @@ def _skeleton(folder: Path, headers: Mapping[str, Header], device: torch.device,
         )
     model_class = dense_class(folder, config, architecture)
     model, info = load_on_meta(model_class, open_config(folder), headers, folder)
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        raise ValueError(
-            f"{folder} has no tensors for {len(names)} parameters of {type(model).__name__}, such as {names[0]}, which "
-            "transformers would fill with random numbers; complete the checkpoint first"
-        )
+    expect_complete(folder, model, info)
     internals.fill_computed_buffers(model, device)
     return model

@@ -10,6 +10,7 @@ import importlib.abc
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,13 +95,17 @@ def from_pretrained(folder: str | os.PathLike[str], *, auto_class: Any = None, *
     if auto_class is not None or kwargs.get("output_loading_info"):
         return model_class.from_pretrained(folder, **arguments)
     model, info = model_class.from_pretrained(folder, **{**arguments, "output_loading_info": True})
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        raise FormatError(
-            f"{folder} has no tensors for {len(names)} parameters of {type(model).__name__}, such as {names[0]}; the folder is "
-            "incomplete, copy or compress it again"
-        )
+    expect_complete(folder, model, info)
     return model
+
+
+def expect_complete(folder: str | os.PathLike[str], model: Any, info: Mapping[str, Any]) -> None:
+    """`info`: what transformers says of the loading."""
+    if names := sorted(info["missing_keys"]):
+        raise FormatError(
+            f"{folder} has no tensors for {len(names)} parameters of {type(model).__name__}, such as {names[0]}, which would be "
+            "filled with random numbers; the folder is incomplete, copy or compress it again"
+        )
 
 
 def model_class_and_config(
@@ -129,7 +134,14 @@ def model_class_and_config(
                 f"config.json asks for {layers} layers, {folder} holds {len(opened.headers)} tensors; the folder is damaged"
             )
     if auto_class is None:
-        auto_class = class_of(getattr(config, "architectures", None)) or transformers.AutoModel
+        auto_class = class_of(config.architectures)
+        if auto_class is None:
+            auto_class = transformers.AutoModel
+            warnings.warn(
+                f"config.json of {folder} names no model class that transformers has ({config.architectures}): the model is loaded "
+                "without a head. Name the class as auto_class",
+                stacklevel=3,
+            )
     return auto_class, config
 
 
@@ -225,13 +237,7 @@ def check_written(folder: Path, model_class: Any) -> None:
     """Open a packed folder as `from_pretrained` does, all but the weights. Raises FormatError if it could not be loaded."""
     opened = PackedFolder.open(folder)
     _, config = model_class_and_config(folder, model_class, opened)
-    _, info = load_on_meta(model_class, config, opened.headers, folder)
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        raise FormatError(
-            f"what was written lacks tensors for {len(names)} parameters of {model_class.__name__}, such as {names[0]}; this is a "
-            "fault of pyllmq with this architecture, please report it"
-        )
+    expect_complete(folder, *load_on_meta(model_class, config, opened.headers, folder))
 
 
 def _config_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

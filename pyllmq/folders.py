@@ -191,15 +191,13 @@ class _Pickled:
 
     def __init__(self, file: Folder) -> None:
         try:
-            held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            unique = {(t.data_ptr(), t.shape, t.stride()): key for key, t in reversed(held.items())}
+            self.tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+            self.headers = {key: Header(Path(file), tuple(t.shape), t.dtype) for key, t in self.tensors.items()}
         except (pickle.UnpicklingError, RuntimeError, AttributeError, ValueError, EOFError, OSError) as error:
             raise FormatError(
                 f"{file} cannot be read as tensors only ({str(error).splitlines()[0]}); load it where you trust it, and write it "
                 "again with save_pretrained, which makes safetensors files"
             ) from error
-        # Tied tensors are there once under each name; safetensors files hold the first.
-        self.tensors = {key: held[key] for key in held if key in set(unique.values())}
 
     def keys(self) -> Collection[str]:
         return self.tensors.keys()
@@ -214,7 +212,7 @@ def read_headers(files: Iterable[Folder]) -> dict[str, Header]:
     for file in files:
         with opened(file) as tensors:
             if isinstance(tensors, _Pickled):
-                found |= {key: Header(Path(file), tuple(t.shape), t.dtype) for key, t in tensors.tensors.items()}
+                found |= tensors.headers
                 continue
             for key in tensors.keys():  # noqa: SIM118  (safe_open is no dict)
                 part = tensors.get_slice(key)
@@ -312,13 +310,21 @@ def other_files(folder: Path, skip: Collection[Path] = ()) -> list[Path]:
             if not name.startswith((".", "checkpoint-"))
             and not (top and name in _WEIGHT_FOLDERS)
             and Path(place, name).resolve() not in skip
-            and not is_packed(Path(place, name))
+            and not _is_packed_below(Path(place, name))
         )
         for name in sorted(files):
             replaced = top and (name == "config.json" or name.endswith((*_WEIGHTS, ".index.json")))
             if not name.startswith(".") and not replaced and Path(place, name).is_file():
                 found.append(Path(place, name).relative_to(folder))
     return found
+
+
+def _is_packed_below(folder: Path) -> bool:
+    """A config.json of something else may hold anything."""
+    try:
+        return is_packed(folder)
+    except (FormatError, OSError):
+        return False
 
 
 def copy_others(source: Path, target: Path, skip: Collection[Path] = ()) -> None:

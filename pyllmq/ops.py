@@ -179,6 +179,12 @@ def _run_linear(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
 
 
+def _registered_linear(op: str, *arguments: Any) -> Tensor:
+    """Of the library: what autograd sees must be no view, or nothing could be added to it in place."""
+    y = _run_linear(op, *arguments)
+    return torch.ops.aten._unsafe_view(y, list(y.shape))
+
+
 def _linear_fake(
     x: Tensor,
     weight: list[Tensor],
@@ -477,7 +483,7 @@ def _softmax_cdist_l1_backward(
 # ---- registration ---------------------------------------------------------------------------------------------------
 
 _OPERATIONS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
-    *((f"{_format}_linear", partial(_run_linear, f"{_format}_linear"), _linear_fake) for _format in _FORMATS),
+    *((f"{_format}_linear", partial(_registered_linear, f"{_format}_linear"), _linear_fake) for _format in _FORMATS),
     *(
         (f"{_format}_dequantize", partial(_run_dequantize, f"{_format}_dequantize"), _dequantize_fake)
         for _format in _FORMATS

@@ -34,7 +34,7 @@ def test_what_loading_leaves_behind(tmp_path):
     loaded = type(models.tiny_llama()).from_pretrained(tmp_path)
     assert isinstance(loaded._weight_conversions, list) and internals.was_loaded(loaded.lm_head.weight)
     assert not internals.was_loaded(torch.zeros(1))
-    assert internals.kept_in_fp32(models.tiny_t5()) and internals.tied_modules(models.tiny_t5())
+    assert internals.kept_in_fp32(models.tiny_t5()) and internals.ties(models.tiny_t5())
     assert "LlamaForCausalLM" in internals.classes_for("llama") and internals.classes_for("nothing") == []
 
 

@@ -87,7 +87,7 @@ def compress_files(
     with (
         manifest.locked(),
         tqdm(total=len(planned), initial=done, disable=not progress, unit="layer") as bar,
-        _work(todo, manifest, config, linears, workers) as results,
+        _work(todo, manifest, config, linears, set(streamed.headers), workers) as results,
     ):
         for file, (layers, structures, peak) in results:
             entry = {"layers": [asdict(layer) for layer in layers], "structures": structures}
@@ -108,17 +108,18 @@ def _work(
     manifest: Manifest,
     config: KMeansConfig | SparseConfig,
     linears: Mapping[str, tuple[str, bool]],
+    keys: set[str],
     workers: int,
 ) -> Iterator[Iterator[tuple[Path, Result]]]:
     """(file, result) of every file as it is finished; in this process if there is nothing to share out."""
     workers = min(workers, len(files))
     if workers <= 1:
-        yield ((file, compress_file(file, manifest.folder / _packed_name(file), config, linears)) for file in files)
+        yield ((file, compress_file(file, manifest.folder / _packed_name(file), config, linears, keys)) for file in files)
         return
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         tasks = {
-            pool.submit(compress_file, file, manifest.folder / _packed_name(file), config, linears): file for file in files
+            pool.submit(compress_file, file, manifest.folder / _packed_name(file), config, linears, keys): file for file in files
         }
         try:
             yield ((tasks[task], task.result()) for task in as_completed(tasks))
@@ -137,17 +138,19 @@ def compress_file(
     target: Path,
     config: KMeansConfig | SparseConfig,
     linears: Mapping[str, tuple[str, bool]],
+    keys: set[str],
 ) -> Result:
     """Write one file of a checkpoint with the Linears in it packed.
 
     Args:
         linears: key of a weight -> (name in the model, whether it is stored as [in_features, out_features]).
+        keys: what is written, of all files.
     """
     from ..folders import opened
 
     layers, structures, written = [], {}, {}
     with opened(file) as tensors:
-        for key in sorted(tensors.keys()):
+        for key in sorted(keys & set(tensors.keys())):
             if key not in linears:
                 written[key] = tensors.get_tensor(key)
                 continue

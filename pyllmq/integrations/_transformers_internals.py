@@ -121,10 +121,9 @@ def retie(model: Any, missing: set[str]) -> None:
 def forget_ties(model: Any, packed: Iterable[str]) -> None:
     """Packed modules share no tensor with others: neither loading nor saving is to tie them again."""
     names = {f"{name}.weight" for name in packed}
-    ties = getattr(model, "all_tied_weights_keys", None) or {}
-    for target, source in list(ties.items()):
+    for target, source in ties(model).items():
         if target in names or source in names:
-            del ties[target]
+            del model.all_tied_weights_keys[target]
 
 
 # ---- settings of a model --------------------------------------------------------------------------------------------
@@ -136,9 +135,9 @@ def kept_in_fp32(model: nn.Module) -> list[str]:
     return [re.escape(pattern).replace(r"\*", ".*") for patterns in kept for pattern in patterns]
 
 
-def tied_modules(model: Any) -> set[str]:
-    """Modules whose weight is that of another one."""
-    return {key.removesuffix(".weight") for key in getattr(model, "all_tied_weights_keys", None) or {}}
+def ties(model: Any) -> dict[str, str]:
+    """Key of a tied parameter -> key of the one whose tensor it is."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def was_loaded(tensor: Tensor | None) -> bool:

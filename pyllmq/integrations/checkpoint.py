@@ -82,11 +82,22 @@ class StreamedModel(Weights):
         known = self.model.state_dict()
         found = internals.keys_of_model(self.model, self.headers, known)
         self._targets = {key: target for key, target in found.items() if target in known}
+        self._leave_out_copies()
         """Key of the checkpoint -> the key of the model that it goes to."""
         self.without_place = [key for key in self.headers if key not in self._targets]
         """Keys of the checkpoint that the model has no place for; they are copied as they are."""
 
     # ---- which tensor is where ----
+
+    def _leave_out_copies(self) -> None:
+        """Tied tensors that the files hold once under each name, as pickled ones do, count once."""
+        keys = {target: key for key, target in self._targets.items()}
+        for target, source in internals.ties(self.model).items():
+            if target in keys and source in keys:
+                pair = self._read([keys[target], keys[source]])
+                if torch.equal(pair[keys[target]], pair[keys[source]]):
+                    del self._targets[keys[target]], self.headers[keys[target]]
+                    internals.retie(self.model, {target})
 
     def names_in_file(self, linears: Iterable[str]) -> dict[str, str]:
         """Linear -> what its tensors are called by `checkpoint_tensors`. Raises ValueError for one that cannot be packed."""

@@ -150,7 +150,7 @@ def take_over_linears(model: Any) -> dict[str, str] | None:
     if styles is None:
         return None
     # A tied head shares the embedding's tensor, which transformers shards: it keeps both.
-    tied = internals.tied_modules(model)
+    tied = {key.removesuffix(".weight") for key in internals.ties(model)}
     ours = {pattern: style for pattern, style in planned_linears(model, styles).items() if pattern not in tied}
     internals.take_from_plan(model, ours, METHOD)
     return ours

@@ -53,6 +53,9 @@ class LazyWeight(Tensor):
     def data(self, value: Tensor) -> None:
         _refuse_write()
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        _refuse_write()
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 

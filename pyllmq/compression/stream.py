@@ -354,7 +354,7 @@ def put_finished(
         other.save_pretrained(folder)
     copy_others(streamed.folder, folder, skip=(manifest.place, target))
     check_written(folder, type(streamed.model))
-    for file in folder.iterdir():
+    for file in folder.rglob("*"):
         sync(file)
     sync(folder)
     put_folder(folder, target)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 OUTPUT_LAYERS = "<output layers>"
-"""In `exclude`: the model's output layer whatever its name, and every Linear that shares its weight with another module."""
+"""In `exclude`: the model's output layer whatever its name, and every Linear that shares its weight with another module; but not
+one that `include` asks for by the last part of its name."""
 
 DEFAULT_EXCLUDE = ("lm_head", "embed_out", "classifier", "score", OUTPUT_LAYERS)
 
@@ -61,7 +62,7 @@ def select_linears(
             raise ValueError(
                 f"exclude pattern {pattern!r} fits nothing in the model; it has for example: {_some(found)}"
             )
-    outputs = output_layers(model) if OUTPUT_LAYERS in exclude else {}
+    outputs = output_layers(model, include) if OUTPUT_LAYERS in exclude else {}
     return {
         name: module
         for name, module in found.items()
@@ -69,9 +70,10 @@ def select_linears(
     }
 
 
-def output_layers(model: nn.Module) -> dict[str, str]:
+def output_layers(model: nn.Module, include: Sequence[str] | None = None) -> dict[str, str]:
     """Linear -> why it is meant by `OUTPUT_LAYERS`."""
-    linears = dict(linear_modules(model))
+    asked = {name for name, _ in linear_modules(model) for p in include or () if matches(p, [name.rpartition(".")[2]])}
+    linears = {name: module for name, module in linear_modules(model) if name not in asked}
     outputs = {name: f"shares its weight with {other}" for name, other in tied_weights(model, linears).items()}
     try:
         head = model.get_output_embeddings()  # type: ignore[operator, union-attr]
@@ -127,7 +129,7 @@ def left_dense(
     """
     chosen = set(chosen)
     dense, total = [], 0
-    outputs = output_layers(model) if OUTPUT_LAYERS in exclude else {}
+    outputs = output_layers(model, include) if OUTPUT_LAYERS in exclude else {}
     for name, module in linear_modules(model):
         size = int(dense_weight(module).numel())
         total += size

@@ -138,7 +138,9 @@ def _packed_linear(
     bias: Tensor | None,
     precision: str,
 ) -> Tensor:
-    return _run_linear(x, operand_of(weight, kind, layout, meta, shape), bias, precision)
+    y = _run_linear(x, operand_of(weight, kind, layout, meta, shape), bias, precision)
+    # What autograd sees must be no view, or nothing could be added to it in place.
+    return torch.ops.aten._unsafe_view(y, list(y.shape))
 
 
 def operand_of(

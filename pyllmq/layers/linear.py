@@ -12,6 +12,7 @@ from .. import ops
 from ..layouts import CHECKPOINT, WeightOperand, machine_layout
 from ..operations import ACTIVATION_DTYPES, DEFAULT_PRECISION, check_precision
 from ..structure import CompositeStructure, FormatError, PackedWeight, Structure, for_kernels, format_of
+from .lazy_weight import LazyWeight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -147,14 +148,16 @@ class PackedLinear(PackedModule):
 
     @property
     def weight(self) -> Tensor:
-        """`dequantize()`, decoded anew at each access: for code that asks a Linear for its weight's dtype, shape or values.
+        """`dequantize()`, decoded when values are read: for code that asks a Linear for its weight's dtype, shape or values.
 
         While a checkpoint is still being loaded it is an empty tensor on the meta device: models' weight initialisation looks
         at it, and must not freeze half-loaded codes into a layout.
         """
         if self._operand is None:
             return torch.empty(self.out_features, self.in_features, dtype=self.dense_dtype, device="meta")
-        return self.dequantize()
+        if torch.compiler.is_compiling():
+            return self.dequantize()
+        return LazyWeight(self.dequantize, (self.out_features, self.in_features), self.dense_dtype, self._device())
 
     def packed_weight(self) -> Any:
         """The weight in checkpoint form, rebuilt from the machine layout where that replaced it."""

@@ -1,4 +1,4 @@
-"""sinkhorn in C++ (csrc/sinkhorn/cpu/sinkhorn.h): fp32, in the exponential domain, with offsets that move when scalings grow too far."""
+"""sinkhorn in C++ (csrc/sinkhorn/cpu): fp32, in the exponential domain, with offsets that move when scalings grow too far."""
 
 from __future__ import annotations
 

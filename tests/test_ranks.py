@@ -19,6 +19,7 @@ def found():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["columns", "pruned"])
 def test_the_number_of_processes_changes_only_the_order_of_sums(found, method):
     told = found[method]

@@ -41,6 +41,7 @@ for name in ("setuptools", "pybind11", "triton", "transformers", "pytest", "nump
     except m.PackageNotFoundError: print(name, "MISSING")
 print("nvcc:", shutil.which("nvcc") or "MISSING", " g++:", shutil.which("g++") or "MISSING")
 if u.find_spec("pybind11") is None: print("pybind11 is missing: setup.py takes the headers that torch carries")
+if u.find_spec("ninja") is None and not shutil.which("ninja"): print("ninja is MISSING: bring it along, on PATH")
 if not torch.cuda.is_available(): raise SystemExit("torch finds no GPU here: nothing to measure")
 missing = [n for n in ("setuptools", "pytest", "transformers") if u.find_spec(n) is None]
 raise SystemExit(f"missing: {missing}; nothing can be built or tested without them" if missing else 0)

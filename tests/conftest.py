@@ -26,13 +26,17 @@ SEED_STEP = 1_000_003  # far from the small numbers that tests choose
 OF_FILES = {
     "quick": (
         "test_codebook_format", "test_codebook_linear", "test_cpu_decode", "test_cpu_layout", "test_dispatch", "test_format_parts",
-        "test_kmeans_1d", "test_nn", "test_pack_codes", "test_sinkhorn", "test_softmax_cdist_l1", "test_sparse_formats",
+        "test_kmeans_1d", "test_nn", "test_pack_codes", "test_softmax_cdist_l1", "test_sparse_formats",
         "test_sparse_linear",
     ),
     "transformers": ("test_compress", "test_parallel", "test_peft", "test_stream", "test_transformers"),
     "seeds": ("test_column_loop", "test_columns"),
 }  # fmt: skip
 """Marks of all tests of a file: pyproject.toml says what they mean."""
+
+
+SLOW = ("torchrun", "tp_size=2", "parallel.")
+"""What the names of those blocks of docs/serving.md have in them that start several processes."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -43,6 +47,8 @@ def pytest_collection_modifyitems(items):
     if missing:
         raise pytest.UsageError(f"tests/conftest.py marks files that are not there: {', '.join(missing)}")
     for item in items:
+        if item.path.stem == "test_serving_docs" and any(words in item.name for words in SLOW):
+            item.add_marker("slow")
         for mark, names in OF_FILES.items():
             if item.path.parent == here and item.path.stem in names:
                 item.add_marker(mark)

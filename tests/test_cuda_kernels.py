@@ -39,12 +39,12 @@ def check(case, x, bias=None, factor=2.0):
         actual = codebook_linear(x, weight, bias)
     exact = x.double() @ case.dense.T + (0 if bias is None else bias.double())
     dense = case.dense.to(x.dtype)
-    orders = [torch.randperm(x.shape[1]) for _ in range(4 if exact.numel() >= 256 else 16)]
+    orders = [torch.randperm(x.shape[1]) for _ in range(4 if exact.numel() >= 4096 else 16)]
     torchs = [
         torch.nn.functional.linear(x[:, order], dense[:, order], None if bias is None else bias.to(x.dtype))
         for order in orders
     ]
-    assert_as_good_as_torch(actual, exact, *torchs, factor=factor)
+    assert_as_good_as_torch(actual, exact, *torchs, factor=factor, roundings=1.0 if x.shape[1] > 8 else 2.0)
     return actual
 
 
@@ -76,7 +76,8 @@ SHAPES = [
 def test_shapes_of_a_mix_with_everything(n, k, dtype):
     case = random_case(n, k, ALL_WIDTHS, segments=min(3, n), outliers=0.03, row_scale=True)
     for tokens in (1, 7, 16, 33):
-        check(case, torch.randn(tokens, k).to(dtype), torch.randn(n).to(dtype))
+        # fp32 x is a sum of two halves, which shows where torch has one product
+        check(case, torch.randn(tokens, k).to(dtype), torch.randn(n).to(dtype), factor=2.0 if k > 8 else 8.0)
 
 
 @pytest.mark.parametrize("extra", ["outliers", "segments", "row_scale", "all weights are outliers"])

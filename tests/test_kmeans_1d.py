@@ -197,7 +197,7 @@ def test_zero_weight_moves_nothing_and_is_still_coded() -> None:
 
 def test_half_centroids_are_rounded_before_codes_are_assigned() -> None:
     torch.manual_seed(0)
-    values = torch.randn(4, 600) * torch.tensor([[1.0], [3e-5], [1e-7], [3e4]])  # normal, subnormal and large in fp16
+    values = torch.randn(4, 600) * torch.tensor([[1.0], [3e-5], [4e-8], [3e4]])  # normal, subnormal and large in fp16
     single = kmeans_1d(values, 8)[0]
     centroids, codes = kmeans_1d(values, 8, centroid_dtype=torch.float16)
     assert centroids.dtype == torch.float16 and torch.equal(centroids, single.half())

@@ -97,7 +97,7 @@ def cases(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def outcome(request, cases):
     """What rank 0 of 2 or 4 processes found, by case; every rank has to end well."""
     ranks = request.param

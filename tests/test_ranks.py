@@ -19,6 +19,7 @@ def found():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["columns", "pruned"])
 def test_the_number_of_processes_changes_only_the_order_of_sums(found, method):
     told = found[method]
@@ -34,6 +35,7 @@ def test_the_number_of_processes_changes_only_the_order_of_sums(found, method):
         assert told["files"][size] == told["files"]["1"]
 
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_job_and_loses_no_block(found):
     first, second = found["lost"]["processes"]
     assert second["exit"] == -9 and first["exit"] == 1
@@ -44,6 +46,7 @@ def test_a_dead_process_ends_the_job_and_loses_no_block(found):
     assert found["same bytes"], "with the same number of processes a resumed folder is the same"
 
 
+@pytest.mark.slow
 def test_more_processes_than_batches(found):
     assert all("5 calibration batches are too few for 6 processes" in said["error"] for said in found["too many"])
 

@@ -37,7 +37,13 @@ def assert_passes_in_the_interpreter(name, more_than):
 
 
 @needs_triton
-@pytest.mark.parametrize(("name", "least"), [("triton_interpreter.py", 100), ("triton_sparse_interpreter.py", 50)])
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        pytest.param("triton_interpreter.py", 100, marks=pytest.mark.slow),
+        pytest.param("triton_sparse_interpreter.py", 50, marks=pytest.mark.slow),
+    ],
+)
 def test_in_the_interpreter(name, least):
     assert_passes_in_the_interpreter(name, least)
 

@@ -84,7 +84,9 @@ def test_every_table_stands_somewhere():
 def test_pictures():
     pictures = runpy.run_path(str(ROOT / "docs" / "draw.py"))["PICTURES"]
     for name, picture in pictures.items():
-        assert (ROOT / "docs" / "img" / f"{name}.svg").read_text(encoding="utf-8") == picture().svg(), "run docs/draw.py"
+        assert (ROOT / "docs" / "img" / f"{name}.svg").read_text(encoding="utf-8") == picture().svg(), (
+            "run docs/draw.py"
+        )
         assert any(f"img/{name}.svg" in text for text in PAGES.values()), name
 
 

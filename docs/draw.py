@@ -292,14 +292,14 @@ def streaming() -> Picture:
 
 def house() -> Picture:
     floors = (
-        ("commands", "cli, evaluate", GREY),
+        ("commands", "cli, evaluate, benchmarks", GREY),
         ("compression", "methods, solver, statistics, jobs", GOLD),
-        ("integrations", "transformers, vllm, peft, parallel loading", GOLD),
-        ("ground of models", "linears, folders, packing, swap", BLUE),
-        ("layers", "packed Linears and composites; nn is their public view", BLUE),
-        ("formats", "one file per kind: structure, weight, reference decode", BLUE),
-        ("ops", "schemas, gradients, public functions", BLUE),
-        ("dispatch, backends", "tables of rows; cpu, cuda, triton, reference", RED),
+        ("models", "swap, integrations, loading, parallel", GOLD),
+        ("public views, layers", "functional, nn, layers of packed layers", BLUE),
+        ("back ends", "reference, cpu, cuda, triton: rows of kernels and layouts", RED),
+        ("formats", "one file per kind: structure, weight, reference decode, layer", BLUE),
+        ("packing", "packing without data, losses, structures, k-means, transport", BLUE),
+        ("operations", "schemas, gradients, layouts, the table of kernels", BLUE),
         ("kernels", "csrc (no Python, no torch), triton_kernels", RED),
     )
     p = Picture(760, 30 + 44 * len(floors))

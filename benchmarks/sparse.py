@@ -182,9 +182,7 @@ Point = tuple[float, float, float]
 """(sparsity, times as fast as dense torch in its run, times as few bits)."""
 
 
-def _points(
-    runs: Sequence[Run], shape: tuple[int, int], rival: str, named: Sequence[tuple[float, str]]
-) -> list[Point]:
+def _points(runs: Sequence[Run], shape: tuple[int, int], rival: str, named: Sequence[tuple[float, str]]) -> list[Point]:
     """Of each provider its last quiet run counts, beside the dense row of that run."""
     found: dict[str, Point] = {}
     for run in runs:

@@ -132,7 +132,10 @@ def codebook_llama() -> str:
     for provider in dict.fromkeys(row.provider for row in rows):
         found = [by[provider, shape] for shape in shapes]
         lines.append([provider, *(f"{times(r.ratio_to_torch_fp32)}, {r.median_us:.0f} us" for r in found)])
-    head = ["provider", *(f"{s.removeprefix('llama-2-7b ')} ({by[BASELINE, s].n} x {by[BASELINE, s].k})" for s in shapes)]
+    head = [
+        "provider",
+        *(f"{s.removeprefix('llama-2-7b ')} ({by[BASELINE, s].n} x {by[BASELINE, s].k})" for s in shapes),
+    ]
     return markdown(head, lines) + machine(rows)
 
 
@@ -154,7 +157,9 @@ def _last_pair(isa: str, shape: tuple[int, int], m: int, ours: str, rival: str) 
     return found
 
 
-def sparse_table(head: str, columns: Sequence[tuple[str, str, str]], cases: Sequence[tuple[tuple[int, int], int]]) -> str:
+def sparse_table(
+    head: str, columns: Sequence[tuple[str, str, str]], cases: Sequence[tuple[tuple[int, int], int]]
+) -> str:
     """`columns` are (label, ours, rival). A cell is time, ratio to the rival in the same run, and the goal where there is one."""
     goal_of = {(ours, rival, m): goal for ours, rival, m, goal in sparse.GOALS}
     used, lines = [], []
@@ -221,7 +226,9 @@ METHODS = {
 }
 
 
-def accuracy_table(model: str, methods: Sequence[str], widths: Sequence[float], digits: int, percent: bool = False) -> str:
+def accuracy_table(
+    model: str, methods: Sequence[str], widths: Sequence[float], digits: int, percent: bool = False
+) -> str:
     """Of each method its error at equal true bits: mean over the calibration draws, and their spread; then ratios to CLAQ."""
     rows = [row for row in accuracy.read(CSVS / "accuracy.csv") if row.model == model]
     draws = sorted({row.draw for row in rows})
@@ -295,7 +302,9 @@ def streaming_table(what: str) -> str:
             for r in rows
         ]  # fmt: skip
     first = rows[0]
-    return markdown(head, lines) + f"\n\nMeasured on {first['device']}; torch {first['torch']}; {first['timestamp'][:10]}."
+    return (
+        markdown(head, lines) + f"\n\nMeasured on {first['device']}; torch {first['torch']}; {first['timestamp'][:10]}."
+    )
 
 
 ENCODER_BITS = (2.1, 2.25, 2.5, 3.0, 3.25, 4.0)

@@ -26,7 +26,9 @@ class Picture:
             self.parts.append(f'<text x="{x:g}" y="{y + 17 * i:g}" text-anchor="{anchor}">{escape(line)}</text>')
 
     def box(self, x: float, y: float, w: float, h: float, text: str = "", fill: str = BLUE) -> None:
-        self.parts.append(f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="3" fill="{fill}" stroke="#555"/>')
+        self.parts.append(
+            f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="3" fill="{fill}" stroke="#555"/>'
+        )
         if text:
             self.text(x + w / 2, y + h / 2 + 5 - 8.5 * text.count("\n"), text)
 
@@ -122,7 +124,9 @@ def triton_layout() -> Picture:
     for byte in range(3):
         p.text(340, 75 + 28 * byte, f"b{byte}", "start")
         p.cells(370, 58 + 28 * byte, "r0 r1 r2 r3 … r31", "yyyyyy", 36)
-    p.text(10, 172, "Neighbouring threads read neighbouring bytes; code i = (b0 | b1 << 8 | b2 << 16) >> 3i & 7.", "start")
+    p.text(
+        10, 172, "Neighbouring threads read neighbouring bytes; code i = (b0 | b1 << 8 | b2 << 16) >> 3i & 7.", "start"
+    )
     return p
 
 
@@ -154,13 +158,23 @@ def sparse_cells() -> Picture:
 
 def kmeans_intervals() -> Picture:
     p = Picture(760, 210)
-    p.text(10, 22, "Clusters of sorted points are intervals, so k-means in one dimension is a choice of k - 1 cuts", "start")
+    p.text(
+        10,
+        22,
+        "Clusters of sorted points are intervals, so k-means in one dimension is a choice of k - 1 cuts",
+        "start",
+    )
     points = (20, 42, 50, 58, 190, 205, 214, 260, 420, 436, 450, 462, 640, 655, 700)
     p.parts.append('<path d="M10 70H740" stroke="#555"/>')
     p.parts += [f'<circle cx="{x + 10}" cy="70" r="5" fill="#1b6ca8"/>' for x in points]
     for cut in (130, 350, 560):
         p.parts.append(f'<path d="M{cut} 45V95" stroke="#c00" stroke-dasharray="4 3"/>')
-    p.text(10, 120, "F_l[i] = best gain of the first i points in l clusters = max over j of F_(l-1)[j] + gain(j, i)", "start")
+    p.text(
+        10,
+        120,
+        "F_l[i] = best gain of the first i points in l clusters = max over j of F_(l-1)[j] + gain(j, i)",
+        "start",
+    )
     steps = [(140, "sort, prefix sums", GREY), (90, "F_1", BLUE), (90, "F_2", BLUE), (90, "… F_k", BLUE)]
     chain(p, 140, 44, [*steps, (150, "trace the cuts back", GOLD)])
     return p
@@ -278,14 +292,14 @@ def streaming() -> Picture:
 
 def house() -> Picture:
     floors = (
-        ("commands", "cli, evaluate", GREY),
+        ("commands", "cli, evaluate, benchmarks", GREY),
         ("compression", "methods, solver, statistics, jobs", GOLD),
-        ("integrations", "transformers, vllm, peft, parallel loading", GOLD),
-        ("ground of models", "linears, folders, packing, swap", BLUE),
-        ("layers", "packed Linears and composites; nn is their public view", BLUE),
-        ("formats", "one file per kind: structure, weight, reference decode", BLUE),
-        ("ops", "schemas, gradients, public functions", BLUE),
-        ("dispatch, backends", "tables of rows; cpu, cuda, triton, reference", RED),
+        ("models", "swap, integrations, loading, parallel", GOLD),
+        ("public views, layers", "functional, nn, layers of packed layers", BLUE),
+        ("back ends", "reference, cpu, cuda, triton: rows of kernels and layouts", RED),
+        ("formats", "one file per kind: structure, weight, reference decode, layer", BLUE),
+        ("packing", "packing without data, losses, structures, k-means, transport", BLUE),
+        ("operations", "schemas, gradients, layouts, the table of kernels", BLUE),
         ("kernels", "csrc (no Python, no torch), triton_kernels", RED),
     )
     p = Picture(760, 30 + 44 * len(floors))

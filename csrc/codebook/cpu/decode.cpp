@@ -25,18 +25,6 @@ constexpr double kNsPerPackedElement = 0.5;
 constexpr double kNsPerMultiply = 0.02;
 constexpr double kNsPerDecodedWeight = 0.1;
 
-const DecodeKernels& decode_kernels(StepOrder order, Precision precision) {
-  const bool fp32 = precision == Precision::exact;
-#if defined(__x86_64__)
-  const Isa isa = active_isa();
-  if (isa == Isa::amx && order == StepOrder::fours && !fp32) return kDecodeAmx;
-  if (isa >= Isa::avx512 && order == StepOrder::fours)
-    return fp32 ? kDecodeAvx512 : precision == Precision::fast ? kDecodeInt8Avx512 : kDecodeInt16Avx512;
-  if (isa >= Isa::avx2 && order == StepOrder::rows) return fp32 ? kDecodeAvx2 : kDecodeInt16Avx2;
-#endif
-  return fp32 ? kDecodeScalar : kDecodeInt16Scalar;
-}
-
 // Weights of so few rows or columns are multiplied in fp32: rounding errors need company to average out.
 constexpr int64_t kFewestRows = 32, kFewestColumns = 64;
 
@@ -397,6 +385,18 @@ bool run_tokens(const Problem& problem) {
 }
 
 }  // namespace
+
+const DecodeKernels& decode_kernels(StepOrder order, Precision precision) {
+#if defined(__x86_64__)
+  const bool fp32 = precision == Precision::exact;
+  const Isa isa = active_isa();
+  if (isa == Isa::amx && order == StepOrder::fours && !fp32) return kDecodeAmx;
+  if (isa >= Isa::avx512 && order == StepOrder::fours)
+    return fp32 ? kDecodeAvx512 : precision == Precision::fast ? kDecodeInt8Avx512 : kDecodeInt16Avx512;
+  if (isa >= Isa::avx2 && order == StepOrder::rows) return fp32 ? kDecodeAvx2 : kDecodeInt16Avx2;
+#endif
+  return kDecodeScalar;  // int16 was slower than fp32 there at every width
+}
 
 bool pack_fp32(const float* x, int64_t slots, const uint8_t*, const TokenGroups& groups, int64_t group,
                uint8_t* packed) {

@@ -123,6 +123,9 @@ extern const DecodeKernels kDecodeAvx512;  // fours
 extern const DecodeKernels kDecodeAmx;         // fours; `high` and `fast`
 extern const DecodeKernels kDecodeInt8Avx512;  // fours; `fast`
 
+// Of the active instruction set, for a layout with this order of steps; exact: the fp32 row.
+const DecodeKernels& decode_kernels(StepOrder order, Precision precision);
+
 // fp32: [group of tokens, slot, token].
 static inline int64_t packed_fp32_bytes(int64_t tokens) { return kDecodedColumns * tokens * 4; }
 bool pack_fp32(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group,

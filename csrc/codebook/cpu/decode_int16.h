@@ -19,7 +19,6 @@ namespace pyllmq::cpu {
 constexpr int64_t kFlushColumns = 64;
 constexpr float kLargestWeight = 16383;
 
-extern const DecodeKernels kDecodeInt16Scalar;  // reads both orders of steps
 extern const DecodeKernels kDecodeInt16Avx2;    // rows
 extern const DecodeKernels kDecodeInt16Avx512;  // fours
 

@@ -265,8 +265,8 @@ std::vector<PanelGroup> panel_groups(const Problem& problem) {
 LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Precision precision) {
   const double passes = static_cast<double>((tokens + kMaxTokenBlock - 1) / kMaxTokenBlock);
   // Costs were measured with fp32 x; tables of other types may have fewer planes.
-  const double planes = static_cast<double>(table_planes(table_kind(precision, dtype))) /
-                        table_planes(table_kind(precision, DType::fp32));
+  const double planes = static_cast<double>(table_planes(table_kind(precision, dtype, view.header().order))) /
+                        table_planes(table_kind(precision, DType::fp32, view.header().order));
   const auto& costs = kPathCost[static_cast<int>(kernel_isa(view.header().order))][static_cast<int>(precision)];
   double tables = 0, decode = 0;
   for (int64_t p = 0; p < view.header().panels; ++p) {
@@ -304,7 +304,7 @@ void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64
   Problem problem{view,
                   linear_kernels(header.order),
                   row_kernels(),
-                  table_kind(precision, x_dtype),
+                  table_kind(precision, x_dtype, header.order),
                   x_dtype,
                   std::min(tokens, kMaxTokenBlock),
                   0,

@@ -6,6 +6,7 @@
 #include "codebook/cpu/linear.h"
 #include "codebook/cpu/planes_avx2.h"
 #include "codebook/cpu/wide_avx2.h"
+#include "runtime/simd.h"
 
 namespace pyllmq::cpu {
 namespace {
@@ -367,6 +368,18 @@ void fp32_row_to_bf16(const float* from, void* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) half[i] = fp32_to_bf16(from[i]);  // the compiler vectorises this
 }
 
+void transpose(const float* columns, int64_t count, float* rows, int64_t stride) {
+  for (int64_t c = 0; c < count; c += 8)
+    for (int row = 0; row < kTileRows / 2; row += 8) {
+      __m256 square[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) square[i] = _mm256_loadu_ps(columns + (c + i) * (kTileRows / 2) + row);
+      Avx2::transpose(square);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) _mm256_storeu_ps(rows + (row + i) * stride + c, square[i]);
+    }
+}
+
 }  // namespace
 
 const LinearKernels kLinearAvx2 = {
@@ -380,6 +393,7 @@ const RowKernels kRowAvx2 = {
     outlier_sum,
     {copy_to_fp32, bf16_row_to_fp32, fp16_row_to_fp32},
     {copy_from_fp32, fp32_row_to_bf16, fp32_row_to_fp16},
+    transpose,
 };
 
 }  // namespace pyllmq::cpu

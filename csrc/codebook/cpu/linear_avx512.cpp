@@ -299,8 +299,7 @@ void decode_multiply(const uint8_t* codes, StepOrder, int64_t tiles, int64_t til
 }  // namespace
 
 const LinearKernels kLinearAvx512 = {
-    {table_kernels<TableKind::bits28>(), table_kernels<TableKind::bits21>(), table_kernels<TableKind::bits16>(),
-     table_kernels<TableKind::bits14>()},
+    {table_kernels<TableKind::bits28>(), table_kernels<TableKind::bits21>(), table_kernels<TableKind::bits16>(), {}},
     {decode_multiply<5>, decode_multiply<6>, decode_multiply<7>, decode_multiply<8>},
 };
 

@@ -119,6 +119,11 @@ double outlier_sum(const float* x, const uint32_t* columns, const float* deltas,
   return chain[0];
 }
 
+void transpose(const float* columns, int64_t count, float* rows, int64_t stride) {
+  for (int64_t c = 0; c < count; ++c)
+    for (int row = 0; row < kTileRows / 2; ++row) rows[row * stride + c] = columns[c * (kTileRows / 2) + row];
+}
+
 }  // namespace
 
 const LinearKernels kLinearScalar = {
@@ -132,6 +137,7 @@ const RowKernels kRowScalar = {
     outlier_sum,
     {copy_to_fp32, halves_to_fp32<bf16_to_fp32>, halves_to_fp32<fp16_to_fp32>},
     {copy_from_fp32, fp32_to_halves<fp32_to_bf16>, fp32_to_halves<fp32_to_fp16>},
+    transpose,
 };
 
 }  // namespace pyllmq::cpu

@@ -1,58 +1,11 @@
 // The kernels of sinkhorn.h for a vector type V; included by one file per instruction set, each with a V of its own in an
 // anonymous namespace, so that no code compiled for one can be linked into another.
 #pragma once
+#include "runtime/simd.h"
 #include "sinkhorn/cpu/sinkhorn.h"
 
 namespace pyllmq::cpu {
 namespace {
-
-constexpr float kInfinity = __builtin_inff();
-
-// Four numbers, one for each of four rows. Spelled out as a vector: gcc 12 makes four divisions of a loop over them.
-using Four = float __attribute__((vector_size(16)));
-
-inline Four load_four(const float* from) {
-  Four four;
-  __builtin_memcpy(&four, from, 16);
-  return four;
-}
-inline void store_four(float* to, Four four) { __builtin_memcpy(to, &four, 16); }
-inline Four larger(Four x, Four y) { return x > y ? x : y; }
-
-// exp to 1e-7 relative for x <= 88; below -87, where the result leaves the normal numbers, exactly 0.
-template <class V>
-inline typename V::R exponential(typename V::R x) {
-  using R = typename V::R;
-  const R n = V::round(V::mul(x, V::set(1.44269504f)));
-  // ln 2 in two parts, the first short enough for n times it to be exact
-  R r = V::fma(n, V::set(-0x1.62e4p-1f), x);
-  r = V::fma(n, V::set(-0x1.7f7d1cp-20f), r);
-  R p = V::set(1.0f / 5040);
-  p = V::fma(p, r, V::set(1.0f / 720));
-  p = V::fma(p, r, V::set(1.0f / 120));
-  p = V::fma(p, r, V::set(1.0f / 24));
-  p = V::fma(p, r, V::set(1.0f / 6));
-  p = V::fma(p, r, V::set(0.5f));
-  p = V::fma(p, r, V::set(1));
-  p = V::fma(p, r, V::set(1));
-  return V::zero_unless(V::at_least(x, V::set(-87.0f)), V::scale2(p, n));
-}
-
-// log to 1e-7 relative, -inf of 0. With x = 2^n m, m near 1: log m = 2 artanh s, s = (m - 1) / (m + 1) below 0.18.
-template <class V>
-inline typename V::R logarithm(typename V::R x) {
-  using R = typename V::R;
-  R n, m;
-  V::split(x, n, m);
-  const R s = V::quotient(V::sub(m, V::set(1)), V::add(m, V::set(1)));
-  const R square = V::mul(s, s);
-  R p = V::set(2.0f / 9);
-  p = V::fma(p, square, V::set(2.0f / 7));
-  p = V::fma(p, square, V::set(2.0f / 5));
-  p = V::fma(p, square, V::set(2.0f / 3));
-  p = V::fma(p, square, V::set(2));
-  return V::select(V::above(x, V::set(0)), V::fma(p, s, V::mul(n, V::set(0.693147181f))), V::set(-kInfinity));
-}
 
 template <class V>
 void logarithms(const float* x, int64_t count, float* out) {

@@ -30,14 +30,6 @@ const SparseKernels& sparse_kernels(const SparseHeader& h) {
   return kSparseScalar;
 }
 
-const DecodeKernels& product_kernels() {
-#if defined(__x86_64__)
-  if (active_isa() >= Isa::avx512) return kDecodeAvx512;
-  if (active_isa() == Isa::avx2) return kDecodeAvx2;
-#endif
-  return kDecodeScalar;
-}
-
 const BFloat16Tiles* bfloat16_tiles(const SparseView& view, DType x_dtype) {
 #if defined(__x86_64__)
   const ValueType values = view.header().values;
@@ -212,7 +204,7 @@ bool build_code_tables(const Problem& problem, TableKind kind, uint8_t* tables, 
 // workspace: few_code_bytes.
 void run_few_codes(const Problem& problem, Precision precision, uint8_t* workspace) {
   const SparseHeader& h = problem.header();
-  const TableKind kind = table_kind(precision, problem.dtype);
+  const TableKind kind = table_kind(precision, problem.dtype, h.order);
   const int64_t bytes = code_table_bytes(kind, h.bits);
   auto* units = reinterpret_cast<float*>(workspace + h.blocks * problem.tokens * bytes);
   if (!build_code_tables(problem, kind, workspace, units)) {
@@ -385,7 +377,8 @@ void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t
                    DType bias_dtype, void* y, Precision precision) {
   const SparseHeader& h = view.header();
   Problem problem{view, sparse_kernels(h), row_kernels(), x_dtype, nullptr, 0, nullptr, nullptr, nullptr};
-  const DecodeKernels& product = product_kernels();
+  const DecodeKernels& product =
+      decode_kernels(active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows, Precision::exact);
   const int64_t few = h.kind == SparseKind::codes ? problem.kernels.few_code_tokens : problem.kernels.few_tokens;
   const bool is_few = tokens <= few;
   const bool in_tables = is_few && h.kind == SparseKind::codes && problem.kernels.code_tables != nullptr;
@@ -396,7 +389,7 @@ void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t
   if (transposes)
     packed = (most + kColumnTokens - 1) / kColumnTokens * kColumnTokens * h.columns * 4;
   else if (in_tables)
-    packed = few_code_bytes(h, table_kind(precision, x_dtype), tokens);
+    packed = few_code_bytes(h, table_kind(precision, x_dtype, h.order), tokens);
   else if (h.kind != SparseKind::columns)
     packed = h.blocks * (is_few              ? kCellColumns * tokens * x_floats(h) * 4
                          : tiles != nullptr ? tiles->packed_bytes(most)
@@ -439,7 +432,7 @@ void sparse_dequantize(const SparseView& view, void* out, DType dtype) {
   const int64_t element = element_bytes(dtype);
   auto* bytes = static_cast<uint8_t*>(out);
   parallel_for(h.tiles, 1, 0.5 * h.rows * h.columns, [&](int64_t begin, int64_t end) {
-    alignas(64) static thread_local float weights[kCellColumns * kCellRows];
+    alignas(64) static thread_local float weights[kCellColumns * kCellRows], rows[kCellRows * kCellColumns];
     for (int64_t tile = begin; tile < end; ++tile)
       for (int half = 0; half < 2; ++half)
         for (int64_t block = 0; block < h.blocks; ++block) {
@@ -450,10 +443,11 @@ void sparse_dequantize(const SparseView& view, void* out, DType dtype) {
             expand_cell(view, kernels, tile, block, half, weights);
           }
           const int64_t columns = std::min(kCellColumns, h.columns - first);
+          conversions.transpose(weights, kCellColumns, rows, kCellColumns);
           for (int r = 0; r < kCellRows && first_row + r < h.rows; ++r) {
-            float row[kCellColumns];
-            const float scale = view.scale() == nullptr ? 1.0f : view.scale()[first_row + r];
-            for (int64_t c = 0; c < columns; ++c) row[c] = weights[c * kCellRows + r] * scale;
+            float* row = rows + r * kCellColumns;
+            if (const float* scale = view.scale())
+              for (int64_t c = 0; c < columns; ++c) row[c] *= scale[first_row + r];
             conversions.from_fp32[static_cast<int>(dtype)](row, bytes + ((first_row + r) * h.columns + first) * element, columns);
           }
         }

@@ -1,9 +1,8 @@
-// The packing of x, the same for all ISAs, and the reference row.
+// The packing of x, the same for all ISAs.
 #include "codebook/cpu/decode_int16.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 namespace pyllmq::cpu {
 namespace {
@@ -36,45 +35,6 @@ Range range_of(const float* x) {
   return range;
 }
 
-void split_codebook(int width, const uint16_t* codebook, const float* max_magnitude, int64_t slots, uint8_t* split) {
-  for (int64_t slot = 0; slot < slots; ++slot)
-    for (int64_t code = 0; code < 1 << width; ++code) {
-      const float entry = fp16_to_fp32(codebook[(slot << width) + code]);
-      const auto weight = static_cast<int16_t>(std::nearbyint(entry * to_int16(max_magnitude[slot])));
-      std::memcpy(split + slot * split_bytes(width) + 2 * code, &weight, 2);
-    }
-}
-
-void decode(int width, StepOrder order, const uint8_t* tile_codes, int64_t first, const uint8_t* split, int64_t slots,
-            const float*, uint8_t* weights) {
-  for (int64_t slot = 0; slot < slots; ++slot)
-    for (int row = 0; row < kTileRows; ++row) {
-      const int code = read_code(tile_codes, order, width, first + slot, row);
-      std::memcpy(weights + 2 * pair_place(slot, row), split + slot * split_bytes(width) + 2 * code, 2);
-    }
-}
-
-constexpr int64_t kTokenGroup = 6;
-
-void multiply(const uint8_t* from, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums) {
-  const auto* weights = reinterpret_cast<const int16_t*>(from);
-  const TokenGroups groups{tokens, kTokenGroup};
-  for (int64_t g = 0; g < groups.count(); ++g) {
-    const int64_t begin = groups.begin(g), count = groups.size(g);
-    const PackedGroup group = packed_group(packed, slots, begin, count);
-    const auto* x = reinterpret_cast<const int16_t*>(group.x);
-    for (int64_t t = 0; t < count; ++t)
-      for (int row = 0; row < kTileRows; ++row)
-        for (int64_t first = 0; first < slots; first += kFlushColumns) {
-          int32_t sum = 0;
-          for (int64_t slot = first; slot < std::min(slots, first + kFlushColumns); ++slot)
-            sum += weights[pair_place(slot, row)] * x[(slot / 2 * count + t) * 2 + slot % 2];
-          float& to = sums[(begin + t) * kTileRows + row];
-          to = std::fma(static_cast<float>(sum), group.units[first / kFlushColumns * count + t], to);
-        }
-  }
-}
-
 }  // namespace
 
 bool pack_int16(const float* x, int64_t slots, const uint8_t*, const TokenGroups& groups, int64_t group,
@@ -101,9 +61,5 @@ bool pack_int16(const float* x, int64_t slots, const uint8_t*, const TokenGroups
     }
   return true;
 }
-
-const DecodeKernels kDecodeInt16Scalar = {
-    kTokenGroup, 2,       1,        8,       true, true, packed_int16_bytes, pack_int16, split_codebook,
-    decode,      nullptr, multiply, add_outliers_loop, nullptr, nullptr};
 
 }  // namespace pyllmq::cpu

@@ -281,22 +281,38 @@ void bind_sparse(py::module_& m) {
 
 // --- k-means -------------------------------------------------------------------------------------------------------
 
+KMeans1dMethod kmeans_method_of(int code) {
+  if (code < 0 || code > 2)
+    throw std::invalid_argument("method " + std::to_string(code) + "; allowed: 0 (exact), 1 (windowed), 2 (lloyd)");
+  return static_cast<KMeans1dMethod>(code);
+}
+
 // centroids and codes: one pointer per k, or none at all; errors: 0 if they are not wanted.
 void kmeans(Pointer values, Pointer weights, int64_t weights_stride, int64_t problems, int64_t n,
             const std::vector<int>& ks, int method, uint64_t seed, bool half_centroids, bool packed,
             const std::vector<Pointer>& centroids, const std::vector<Pointer>& codes, Pointer errors) {
   if (ks.empty() || centroids.size() != codes.size() || (!codes.empty() && codes.size() != ks.size()))
     throw std::invalid_argument("kmeans_1d takes at least one k, and no or one pointer to centroids and codes for each");
-  if (method < 0 || method > 2)
-    throw std::invalid_argument("method " + std::to_string(method) + "; allowed: 0 (exact), 1 (windowed), 2 (lloyd)");
   std::vector<float*> centroids_out;
   std::vector<uint8_t*> codes_out;
   for (const Pointer pointer : centroids) centroids_out.push_back(as<float>(pointer));
   for (const Pointer pointer : codes) codes_out.push_back(as<uint8_t>(pointer));
-  kmeans_1d({as<float>(values), as<float>(weights), weights_stride, problems, n, static_cast<int>(ks.size()), ks.data(),
-             static_cast<KMeans1dMethod>(method), seed, half_centroids, packed,
-             centroids.empty() ? nullptr : centroids_out.data(), codes.empty() ? nullptr : codes_out.data(),
-             as<double>(errors)});
+  kmeans_1d({
+      .values = as<float>(values),
+      .weights = as<float>(weights),
+      .weights_stride = weights_stride,
+      .problems = problems,
+      .n = n,
+      .counts = static_cast<int>(ks.size()),
+      .ks = ks.data(),
+      .method = kmeans_method_of(method),
+      .seed = seed,
+      .half_centroids = half_centroids,
+      .packed = packed,
+      .centroids = centroids.empty() ? nullptr : centroids_out.data(),
+      .codes = codes.empty() ? nullptr : codes_out.data(),
+      .errors = as<double>(errors),
+  });
 }
 
 void bind_kmeans_1d(py::module_& m) {
@@ -313,10 +329,25 @@ void bind_fit_columns(py::module_& m) {
       [](int64_t columns, int64_t rows, bool descend, int method, Pointer block, Pointer coupling,
          int64_t coupling_stride, Pointer pivot, Pointer row_weights, Pointer row_scale, Pointer bits, Pointer kept,
          Pointer stored, Pointer codes, Pointer kept_mask, Pointer centroids, Pointer moves) {
-        return fit_columns({columns, rows, descend, static_cast<KMeans1dMethod>(method), as<float>(block),
-                            as<float>(coupling), coupling_stride, as<float>(pivot), as<float>(row_weights),
-                            as<float>(row_scale), as<uint8_t>(bits), as<int32_t>(kept), as<float>(stored),
-                            as<uint8_t>(codes), as<uint8_t>(kept_mask), as<float>(centroids), as<float>(moves)});
+        return fit_columns({
+            .columns = columns,
+            .rows = rows,
+            .descend = descend,
+            .method = kmeans_method_of(method),
+            .block = as<float>(block),
+            .coupling = as<float>(coupling),
+            .coupling_stride = coupling_stride,
+            .pivot = as<float>(pivot),
+            .row_weights = as<float>(row_weights),
+            .row_scale = as<float>(row_scale),
+            .bits = as<uint8_t>(bits),
+            .kept = as<int32_t>(kept),
+            .stored = as<float>(stored),
+            .codes = as<uint8_t>(codes),
+            .kept_mask = as<uint8_t>(kept_mask),
+            .centroids = as<float>(centroids),
+            .moves = as<float>(moves),
+        });
       },
       py::arg("columns"), py::arg("rows"), py::arg("descend"), py::arg("method"), py::arg("block"), py::arg("coupling"),
       py::arg("coupling_stride"), py::arg("pivot"), py::arg("row_weights"), py::arg("row_scale"), py::arg("bits"),
@@ -338,9 +369,20 @@ SinkhornProblem sinkhorn_problem(const std::vector<Pointer>& inputs, const std::
   for (size_t i = 0; i < 3; ++i)
     if (strides.size() != 3 || (strides[i] != 0 && strides[i] != sizes[i]))
       throw std::invalid_argument("strides are those of cost, a and b between problems: each its size, or 0 if shared");
-  return {as<float>(inputs[0]), strides[0],           as<float>(inputs[1]), strides[1], as<float>(inputs[2]),
-          strides[2],           as<float>(inputs[3]), problems,             n,          m,
-          rho_a,                rho_b};
+  return {
+      .cost = as<float>(inputs[0]),
+      .cost_stride = strides[0],
+      .a = as<float>(inputs[1]),
+      .a_stride = strides[1],
+      .b = as<float>(inputs[2]),
+      .b_stride = strides[2],
+      .epsilon = as<float>(inputs[3]),
+      .problems = problems,
+      .n = n,
+      .m = m,
+      .rho_a = rho_a,
+      .rho_b = rho_b,
+  };
 }
 
 void bind_sinkhorn(py::module_& m) {

@@ -19,6 +19,11 @@ struct CodebookCheckpoint {
   const void* outlier_columns;         // uint16 or int32, ascending within a row
   int outlier_columns_bytes;
   const uint16_t* outlier_values;  // fp16
+
+  int64_t outlier_column(int64_t i) const {
+    return outlier_columns_bytes == 2 ? static_cast<const uint16_t*>(outlier_columns)[i]
+                                      : static_cast<const int32_t*>(outlier_columns)[i];
+  }
 };
 
 // Calls refuse(why), which throws, unless rows, columns, widths and segments are ones that a format can have.

@@ -9,6 +9,7 @@
 
 #include "codebook/cpu/linear.h"
 #include "codebook/cpu/decode_int16.h"
+#include "runtime/counting.h"
 #include "runtime/isa.h"
 #include "runtime/thread_pool.h"
 #include "runtime/workspace.h"
@@ -76,21 +77,19 @@ struct Problem {
   std::vector<Block> blocks;
   std::vector<uint32_t> slot_of;  // by column; empty without outliers
   std::vector<TileChunk> chunks;
-  const float* bias;  // [rows] or null
+  const float* bias = nullptr;  // [rows] or null
 
-  int64_t tokens;
-  const float* x;    // [tokens, columns]
-  uint8_t* packed;   // [block], each as `pack` writes it
-  float* outlier_x;  // [group of kOutlierTokens, column, token]
-  uint8_t* y;        // [tokens, rows]
+  int64_t tokens = 0;
+  const float* x = nullptr;    // [tokens, columns]
+  uint8_t* packed = nullptr;   // [block], each as `pack` writes it
+  float* outlier_x = nullptr;  // [group of kOutlierTokens, column, token]
+  uint8_t* y = nullptr;        // [tokens, rows]
 
   TokenGroups groups() const { return {tokens, kernels->token_group}; }
   uint8_t* packed_block(int64_t b) const { return packed + b * kernels->packed_bytes(tokens); }
   bool adds_outliers() const { return !slot_of.empty() && kernels->put_outlier == nullptr; }
   bool scales_weights() const { return view.row_scale() != nullptr && !kernels->scale_in_sums; }
 };
-
-int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 std::vector<Block> make_blocks(const LayoutView& view) {
   std::vector<Block> blocks;
@@ -171,7 +170,7 @@ bool pack_tokens(const Problem& problem, int64_t segment) {
 
 void transpose_for_outliers(const Problem& problem) {
   const int64_t columns = problem.view.header().columns;
-  const int64_t groups = rounded_up(problem.tokens, kOutlierTokens) / kOutlierTokens;
+  const int64_t groups = ceil_div(problem.tokens, kOutlierTokens);
   const double elements = static_cast<double>(problem.tokens * columns);
   parallel_for(groups, 1, kNsPerPackedElement * elements, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
@@ -417,21 +416,17 @@ void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype
   const DecodeKernels& exact = decode_kernels(header.order, Precision::exact);
   const DecodeKernels& fastest = decode_kernels(header.order, precision);
   const DecodeKernels& permitted = weights_fit(view, fastest) ? fastest : exact;
-  Problem problem{view,
-                  &permitted,
-                  row_kernels(),
-                  x_dtype,
-                  make_blocks(view),
-                  header.outliers > 0 ? slots_by_column(view) : std::vector<uint32_t>(),
-                  tile_chunks(view, std::clamp<int64_t>(header.tiles / (4 * num_threads()), 1, kChunkTiles)),
-                  nullptr,
-                  0,
-                  nullptr,
-                  nullptr,
-                  nullptr,
-                  nullptr};
+  Problem problem{
+      .view = view,
+      .kernels = &permitted,
+      .conversions = row_kernels(),
+      .dtype = x_dtype,
+      .blocks = make_blocks(view),
+      .slot_of = header.outliers > 0 ? slots_by_column(view) : std::vector<uint32_t>(),
+      .chunks = tile_chunks(view, std::clamp<int64_t>(header.tiles / (4 * num_threads()), 1, kChunkTiles)),
+  };
   const int64_t most = tokens_of_pass(problem, tokens);
-  const int64_t passes = (tokens + most - 1) / most, block = (tokens + passes - 1) / passes;
+  const int64_t passes = ceil_div(tokens, most), block = ceil_div(tokens, passes);
   const int64_t converted = x_dtype == DType::fp32 ? 0 : block * header.columns;
   const int64_t outlier_x = problem.adds_outliers() ? rounded_up(block, kOutlierTokens) * header.columns : 0;
   const int64_t packed = static_cast<int64_t>(problem.blocks.size()) *

@@ -146,7 +146,6 @@ void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, fl
 
 }  // namespace
 
-const DecodeKernels kDecodeAmx = {kTileTokens, 1,       kPlanes,  kTileColumns, true,        true,     packed_bytes, pack, split_any_quads<TwoBytes>,
-                                  decode_any_quads<TwoBytes>, nullptr, multiply, add_outliers, begin_chunk, end_chunk};
+const DecodeKernels kDecodeAmx = {.token_group = kTileTokens, .weight_bytes = 1, .planes = kPlanes, .slot_unit = kTileColumns, .relative = true, .scale_in_sums = true, .packed_bytes = packed_bytes, .pack = pack, .split_codebook = split_any_quads<TwoBytes>, .decode = decode_any_quads<TwoBytes>, .multiply = multiply, .add_outliers = add_outliers, .begin_chunk = begin_chunk, .end_chunk = end_chunk};
 
 }  // namespace pyllmq::cpu

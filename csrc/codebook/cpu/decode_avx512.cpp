@@ -6,12 +6,10 @@
 
 #include "codebook/cpu/fours_avx512.h"
 #include "codebook/cpu/decode.h"
+#include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
 namespace {
-
-// The same block of the next tile in a panel of 256 lookups, as in the AVX2 row.
-constexpr int kPrefetchBytes = 4096;
 
 // --- decode --------------------------------------------------------------------------------------------------------
 
@@ -39,8 +37,7 @@ void decode_columns(const uint8_t* codes, const uint8_t* split, int64_t slots, c
   constexpr int64_t half_weights = kDecodedColumns * kHalfRows;
   for (; slots > 0; slots -= columns, codes += group_bytes(Width), split += columns * split_bytes(Width),
                     weights += columns * kHalfRows) {
-    for (int64_t line = 0; line < group_bytes(Width); line += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes + line, _MM_HINT_T0);
+    for (int64_t line = 0; line < group_bytes(Width); line += 64) prefetch(codes + line, kDecoded);
     __m512i low[4], high[4];
     load_fours<Width>(codes, 0, low);
     load_fours<Width>(codes, 1, high);
@@ -142,7 +139,6 @@ void multiply(const uint8_t* weights, const uint8_t* packed, int64_t slots, int6
 
 }  // namespace
 
-const DecodeKernels kDecodeAvx512 = {kTokenGroup, 4,          1,        8,        false,   false,  packed_fp32_bytes, pack_fp32,
-                                     split_any,   decode_any, put_fp32, multiply, nullptr, nullptr, nullptr};
+const DecodeKernels kDecodeAvx512 = {.token_group = kTokenGroup, .weight_bytes = 4, .planes = 1, .slot_unit = 8, .packed_bytes = packed_fp32_bytes, .pack = pack_fp32, .split_codebook = split_any, .decode = decode_any, .put_outlier = put_fp32, .multiply = multiply};
 
 }  // namespace pyllmq::cpu

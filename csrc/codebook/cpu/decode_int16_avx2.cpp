@@ -3,12 +3,10 @@
 #include "codebook/cpu/decode_int16.h"
 #include "codebook/cpu/nibble_avx2.h"
 #include "codebook/cpu/wide_avx2.h"
+#include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
 namespace {
-
-// The same block of the next tile in a panel of 256 lookups, as in the fp32 row.
-constexpr int kPrefetchBytes = 4096;
 
 // --- decode --------------------------------------------------------------------------------------------------------
 
@@ -74,8 +72,7 @@ void decode_columns(const uint8_t* codes, const uint8_t* split, int64_t slots, i
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   };
   for (; slots > 0; slots -= kBlockColumns, codes += block_bytes(Width), split += kBlockColumns * split_bytes(Width)) {
-    for (int64_t line = 0; line < block_bytes(Width); line += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes + line, _MM_HINT_T0);
+    for (int64_t line = 0; line < block_bytes(Width); line += 64) prefetch(codes + line, kDecoded);
     __m256i steps[4];
     if constexpr (Width <= 4) {
       load_steps<Width>(codes, steps);
@@ -191,7 +188,6 @@ void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, fl
 
 }  // namespace
 
-const DecodeKernels kDecodeInt16Avx2 = {kTokenGroup, 2,       1,        8,       true, true, packed_int16_bytes, pack_int16, split_any,
-                                        decode_any,  nullptr, multiply, add_outliers, nullptr, nullptr};
+const DecodeKernels kDecodeInt16Avx2 = {.token_group = kTokenGroup, .weight_bytes = 2, .planes = 1, .slot_unit = 8, .relative = true, .scale_in_sums = true, .packed_bytes = packed_int16_bytes, .pack = pack_int16, .split_codebook = split_any, .decode = decode_any, .multiply = multiply, .add_outliers = add_outliers};
 
 }  // namespace pyllmq::cpu

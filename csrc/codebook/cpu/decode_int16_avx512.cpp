@@ -76,7 +76,6 @@ void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, fl
 
 }  // namespace
 
-const DecodeKernels kDecodeInt16Avx512 = {kChainTokens, 2,       1,        8,       true, true, packed_int16_bytes, pack_int16, split_any,
-                                          decode_any,  nullptr, multiply_chains<Int16Dot>, add_outliers, nullptr, nullptr};
+const DecodeKernels kDecodeInt16Avx512 = {.token_group = kChainTokens, .weight_bytes = 2, .planes = 1, .slot_unit = 8, .relative = true, .scale_in_sums = true, .packed_bytes = packed_int16_bytes, .pack = pack_int16, .split_codebook = split_any, .decode = decode_any, .multiply = multiply_chains<Int16Dot>, .add_outliers = add_outliers};
 
 }  // namespace pyllmq::cpu

@@ -95,8 +95,6 @@ void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, fl
 
 }  // namespace
 
-const DecodeKernels kDecodeInt8Avx512 = {
-    kChainTokens, 1, BiasedByte::kPlanes, 8, true, true, packed_bytes, pack, split_any_quads<BiasedByte>,
-    decode_any_quads<BiasedByte>, nullptr, multiply_chains<ByteDot>, add_outliers, nullptr, nullptr};
+const DecodeKernels kDecodeInt8Avx512 = {.token_group = kChainTokens, .weight_bytes = 1, .planes = BiasedByte::kPlanes, .slot_unit = 8, .relative = true, .scale_in_sums = true, .packed_bytes = packed_bytes, .pack = pack, .split_codebook = split_any_quads<BiasedByte>, .decode = decode_any_quads<BiasedByte>, .multiply = multiply_chains<ByteDot>, .add_outliers = add_outliers};
 
 }  // namespace pyllmq::cpu

@@ -10,6 +10,7 @@
 #include <string>
 #include <utility>
 
+#include "runtime/counting.h"
 #include "runtime/half.h"
 #include "runtime/isa.h"
 #include "codebook/cpu/pack_codes.h"
@@ -25,7 +26,6 @@ constexpr double kPackNsPerWeight = 0.3;  // 0.1 at 2 and 4 bits, 1 at 5 to 7
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("codebook layout: " + why); }
 
-int64_t aligned(int64_t offset) { return (offset + kAlignment - 1) / kAlignment * kAlignment; }
 
 uint64_t mix(uint64_t hash, const void* data, int64_t bytes) {  // FNV-1a over 8-byte words
   for (const uint8_t* at = static_cast<const uint8_t*>(data); bytes >= 8; bytes -= 8, at += 8) {
@@ -75,7 +75,7 @@ void plan_panels(LayoutPlan& plan, int64_t columns, const uint8_t* column_bits) 
       panel.width = width;
       panel.columns = std::min<int64_t>(widest, all.size() - first);
       const int64_t unit = padding_unit(plan.header.order, width);
-      panel.slots = (panel.columns + unit - 1) / unit * unit;
+      panel.slots = rounded_up(panel.columns, unit);
       panel.first_slot = plan.header.slots;
       panel.first_entry = plan.header.entries;
       panel.tile_bytes = panel.slots / kBlockColumns * block_bytes(width);
@@ -108,12 +108,7 @@ LayoutPlan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, 
   h.outliers = outliers;
   h.has_row_scale = has_row_scale;
 
-  int64_t end = sizeof(LayoutHeader);
-  const auto section = [&end](int64_t bytes) {
-    const int64_t begin = aligned(end);
-    end = begin + bytes;
-    return begin;
-  };
+  Sections section{sizeof(LayoutHeader), kAlignment};
   h.segments_offset = section(segments * sizeof(SegmentRecord));
   h.panels_offset = section(h.panels * sizeof(PanelRecord));
   h.columns_offset = section(h.slots * sizeof(uint32_t));
@@ -125,14 +120,9 @@ LayoutPlan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, 
   h.outlier_deltas_offset = section(outliers * sizeof(float));
   h.outlier_values_offset = section(outliers * sizeof(uint16_t));
   h.codes_offset = section(h.tiles * h.tile_bytes);
-  h.bytes = aligned(end);
+  h.bytes = section(0);
   h.checksum = checksum(h, plan.segments.data(), plan.panels.data());
   return plan;
-}
-
-int64_t outlier_column(const CodebookCheckpoint& c, int64_t i) {
-  return c.outlier_columns_bytes == 2 ? static_cast<const uint16_t*>(c.outlier_columns)[i]
-                                      : static_cast<const int32_t*>(c.outlier_columns)[i];
 }
 
 void check_outliers(const CodebookCheckpoint& c) {
@@ -147,10 +137,10 @@ void check_outliers(const CodebookCheckpoint& c) {
     refuse("outlier_columns and outlier_values must not be null when there are outliers");
   for (int64_t r = 0; r < c.rows; ++r) {
     int64_t previous = -1;
-    for (int64_t i = offsets[r]; i < offsets[r + 1]; previous = outlier_column(c, i++))
-      if (outlier_column(c, i) <= previous || outlier_column(c, i) >= c.columns)
+    for (int64_t i = offsets[r]; i < offsets[r + 1]; previous = c.outlier_column(i++))
+      if (c.outlier_column(i) <= previous || c.outlier_column(i) >= c.columns)
         refuse("outlier_columns of row " + std::to_string(r) + " must ascend without repeats within 0.." +
-               std::to_string(c.columns - 1) + "; found " + std::to_string(outlier_column(c, i)) + " after " +
+               std::to_string(c.columns - 1) + "; found " + std::to_string(c.outlier_column(i)) + " after " +
                std::to_string(previous));
   }
 }
@@ -318,7 +308,7 @@ class TileWriter {
   void write_outliers(int64_t segment, int64_t tile, int row_in_tile, int64_t row) const {
     const float scale = c_.row_scale ? fp16_to_fp32(c_.row_scale[row]) : 1.0f;
     for (int64_t i = c_.outlier_row_offsets[row]; i < c_.outlier_row_offsets[row + 1]; ++i) {
-      const int64_t column = outlier_column(c_, i);
+      const int64_t column = c_.outlier_column(i);
       const PanelRecord& panel = plan_.panels[panel_of_[column]];
       const int width = static_cast<int>(panel.width);
       const int64_t slot = slot_of_[column];

@@ -5,6 +5,7 @@
 
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/decode.h"
+#include "runtime/counting.h"
 #include "runtime/isa.h"
 #include "codebook/cpu/path_cost.h"
 #include "runtime/thread_pool.h"
@@ -41,17 +42,17 @@ struct Problem {
   TableKind kind;
   DType dtype;
   int64_t block;           // tokens that share one pass over the codes
-  int64_t lookup_panels;   // the first panels, those of widths 1..4
-  int64_t decoded_columns; // of widths 5..8
-  std::vector<PanelGroup> groups;  // at least one, which may be empty
+  int64_t lookup_panels = 0;   // the first panels, those of widths 1..4
+  int64_t decoded_columns = 0; // of widths 5..8
   std::vector<TileChunk> chunks;
+  std::vector<PanelGroup> groups = {};  // at least one, which may be empty
 
-  const float* x;      // [tokens, columns]
-  const float* bias;   // [rows] or null
-  uint8_t* tables;     // [tokens, segments, lookups of a group, planes, 16]
-  PanelScale* scales;  // [tokens, segments, lookup_panels]
-  float* sums;         // [tokens, tiles * 32] between groups; null where one group holds all panels
-  int64_t tokens;
+  const float* x = nullptr;      // [tokens, columns]
+  const float* bias = nullptr;   // [rows] or null
+  uint8_t* tables = nullptr;     // [tokens, segments, lookups of a group, planes, 16]
+  PanelScale* scales = nullptr;  // [tokens, segments, lookup_panels]
+  float* sums = nullptr;         // [tokens, tiles * 32] between groups; null where one group holds all panels
+  int64_t tokens = 0;
 
   const TableKernels& table_kernels() const { return kernels.tables[static_cast<int>(kind)]; }
   int64_t table_bytes(const PanelGroup& group) const { return group.lookups * table_planes(kind) * kTableEntries; }
@@ -263,7 +264,7 @@ std::vector<PanelGroup> panel_groups(const Problem& problem) {
 }  // namespace
 
 LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Precision precision) {
-  const double passes = static_cast<double>((tokens + kMaxTokenBlock - 1) / kMaxTokenBlock);
+  const double passes = static_cast<double>(ceil_div(tokens, kMaxTokenBlock));
   // Costs were measured with fp32 x; tables of other types may have fewer planes.
   const double planes = static_cast<double>(table_planes(table_kind(precision, dtype, view.header().order))) /
                         table_planes(table_kind(precision, DType::fp32, view.header().order));
@@ -301,22 +302,15 @@ void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64
   if (path == LinearPath::decode)
     return codebook_linear_decode(view, x, x_dtype, tokens, bias, bias_dtype, y, precision);
 
-  Problem problem{view,
-                  linear_kernels(header.order),
-                  row_kernels(),
-                  table_kind(precision, x_dtype, header.order),
-                  x_dtype,
-                  std::min(tokens, kMaxTokenBlock),
-                  0,
-                  0,
-                  {},
-                  tile_chunks(view, std::clamp<int64_t>(header.tiles / (4 * num_threads()), 4, kChunkTiles)),
-                  nullptr,
-                  nullptr,
-                  nullptr,
-                  nullptr,
-                  nullptr,
-                  0};
+  Problem problem{
+      .view = view,
+      .kernels = linear_kernels(header.order),
+      .rows = row_kernels(),
+      .kind = table_kind(precision, x_dtype, header.order),
+      .dtype = x_dtype,
+      .block = std::min(tokens, kMaxTokenBlock),
+      .chunks = tile_chunks(view, std::clamp<int64_t>(header.tiles / (4 * num_threads()), 4, kChunkTiles)),
+  };
   while (problem.lookup_panels < header.panels && view.panel(problem.lookup_panels).width <= 4) ++problem.lookup_panels;
   for (int64_t p = problem.lookup_panels; p < header.panels; ++p) problem.decoded_columns += view.panel(p).columns;
   problem.groups = panel_groups(problem);

@@ -6,13 +6,11 @@
 #include "codebook/cpu/linear.h"
 #include "codebook/cpu/planes_avx2.h"
 #include "codebook/cpu/wide_avx2.h"
+#include "runtime/prefetch.h"
 #include "runtime/simd.h"
 
 namespace pyllmq::cpu {
 namespace {
-
-// Two distances, as in the AVX-512 row: from the L2 to the L1 cache, and from memory to the L2 cache.
-constexpr int kNearBytes = 1024, kFarBytes = 6144;
 
 inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline __m256i broadcast16(const uint8_t* from) {
@@ -175,11 +173,6 @@ struct Accumulators : PlaneSums<Kind> {
   }
 };
 
-inline void prefetch_line(const uint8_t* codes) {
-  _mm_prefetch(reinterpret_cast<const char*>(codes) + kNearBytes, _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(codes) + kFarBytes, _MM_HINT_T1);
-}
-
 template <TableKind Kind, int Tokens>
 void nibbles_of_tokens(const LookupWork& work, const TokenTables* tokens) {
   const __m256i low_nibble = _mm256_set1_epi8(15);
@@ -205,7 +198,7 @@ void nibbles_of_tokens(const LookupWork& work, const TokenTables* tokens) {
     };
     int64_t steps = work.lookups / 2;
     for (; steps >= 2; steps -= 2) {
-      prefetch_line(codes);
+      prefetch(codes, kLookupsAvx2);
       add_step();
       add_step();
     }
@@ -229,8 +222,8 @@ void lookups_3bit_of_tokens(const LookupWork& work, const TokenTables* tokens) {
       table[t] = tokens[t].tables;
     }
     for (int64_t block = work.lookups / kBlockColumns; block > 0; --block, codes += block_bytes(3)) {
-      prefetch_line(codes);
-      prefetch_line(codes + 64);
+      prefetch(codes, kLookupsAvx2);
+      prefetch(codes + 64, kLookupsAvx2);
       const __m256i a = load(codes), b = load(codes + 32), c = load(codes + 64);
       const __m256i spare_a = _mm256_and_si256(_mm256_srli_epi16(a, 3), _mm256_set1_epi8(0x11));
       const __m256i spare_b = _mm256_and_si256(_mm256_srli_epi16(b, 2), _mm256_set1_epi8(0x22));
@@ -319,7 +312,7 @@ void decode_multiply(const uint8_t* codes, StepOrder, int64_t tiles, int64_t til
       alignas(64) float weights[kBlockColumns * kTileRows];
       for (int64_t k = 0; k < count; ++k) {
         const uint8_t* column = codes + (begin + k) * kTileRows;
-        if (k % 2 == 0) prefetch_line(column);
+        if (k % 2 == 0) prefetch(column, kLookupsAvx2);
         decode_column<Width>(column, planes[begin + k], weights + k * kTileRows);
       }
       for (int64_t t = 0; t < tokens; ++t) add_block(weights, x + t * kBytePanelColumns + begin, count, panel_sums[t]);

@@ -8,12 +8,11 @@
 
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/linear.h"
+#include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
 namespace {
 
-constexpr int kNearBytes = 1024, kFarBytes = 4096;
-constexpr int kCodebookBytes = 2048;  // codebooks, too, are read once per call
 constexpr int64_t kGroupBytes = 4 * kTileRows;  // 4 steps of 32 rows
 constexpr int64_t kTableGroup = 4 * kTableEntries;
 
@@ -63,7 +62,7 @@ void build_width(const uint16_t* codebook, const float* x, int64_t lookups, uint
   constexpr int planes = table_planes(Kind), bits = plane_bits(Kind);
   const __m512i bias = _mm512_set1_epi32(1 << (table_bits(Kind) - 1));
   for (int64_t l = 0; l < lookups; ++l, codebook += entries_per_lookup(Width), x += columns_per_lookup(Width)) {
-    _mm_prefetch(reinterpret_cast<const char*>(codebook) + kCodebookBytes, _MM_HINT_T0);
+    prefetch(codebook, kCodebooks);
     const __m512i t = _mm512_add_epi32(_mm512_cvtps_epi32(partial_products<Width>(codebook, x)), bias);
     uint8_t* table = tables + table_place<Width>(l, planes);
 #pragma GCC unroll 4
@@ -91,15 +90,9 @@ struct Rows {  // rows 0-15 and 16-31 of a tile
   __m512i half[2];
 };
 
-// Two distances: the near one moves lines from the L2 to the L1 cache, the far one keeps more of them on their way than
-// the 16 line buffers of an L1 cache could. 4096 x 4096 at 4 bits from memory, 2 threads: 246 us; near at 2 KiB alone
-// 290, far alone 371, none 375. The far one is touchy: 6 KiB takes a fifth longer than 4 at 4 bits, 8 a sixth longer at 3.
 inline Rows load_rows(const uint8_t* codes) {
-#pragma GCC unroll 2
-  for (int line = 0; line < 2; ++line) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes) + 64 * line + kNearBytes, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(codes) + 64 * line + kFarBytes, _MM_HINT_T1);
-  }
+  prefetch(codes, kLookupsAvx512);
+  prefetch(codes + 64, kLookupsAvx512);
   return {{load(codes), load(codes + 64)}};
 }
 

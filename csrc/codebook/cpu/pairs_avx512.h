@@ -10,6 +10,7 @@
 #include "codebook/cpu/fours_avx512.h"
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/decode.h"
+#include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
 
@@ -72,11 +73,10 @@ template <int Width, int Planes>
 static inline void decode_pairs(const uint8_t* codes, const uint8_t* split, int64_t slots, uint16_t* weights) {
   constexpr int columns = group_columns(Width);
   constexpr int64_t plane_split = split_bytes(Width) / 2, half_weights = kDecodedColumns * kHalfRows;
-  constexpr int prefetch_bytes = 4096;  // the same block of the next tile in a panel of 256 lookups
   for (; slots > 0; slots -= columns, codes += group_bytes(Width), split += columns * split_bytes(Width),
                     weights += columns * kHalfRows) {
     for (int64_t line = 0; line < group_bytes(Width); line += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + prefetch_bytes + line, _MM_HINT_T0);
+      prefetch(codes + line, kDecoded);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       __m512i steps[4];

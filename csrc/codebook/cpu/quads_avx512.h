@@ -10,6 +10,7 @@
 #include "codebook/cpu/fours_avx512.h"
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/decode.h"
+#include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
 
@@ -68,12 +69,11 @@ template <class Form, int Width>
 static void decode_quads(const uint8_t* codes, const uint8_t* split, int64_t slots, uint8_t* weights) {
   constexpr int columns = group_columns(Width), per_lookup = Width <= 4 ? columns_per_lookup(Width) : 1;
   constexpr int64_t plane = 4 * kTable<Width>;
-  constexpr int prefetch_bytes = 4096;  // the same block of the next tile in a panel of 256 lookups
   const __m512i nibble = _mm512_set1_epi8(15), byte = _mm512_set1_epi32(0x30201000);
   for (; slots > 0; slots -= columns, codes += group_bytes(Width), split += columns / 4 * Form::kPlanes * plane,
                     weights += columns * kHalfRows) {
     for (int64_t line = 0; line < group_bytes(Width); line += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + prefetch_bytes + line, _MM_HINT_T0);
+      prefetch(codes + line, kDecoded);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       __m512i steps[4];

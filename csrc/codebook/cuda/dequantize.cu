@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "codebook/cuda/decode.cuh"
+#include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 
 namespace pyllmq::cuda {
@@ -144,8 +145,6 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 4) codebook_dequantize_kernel(con
                      (row_begin + ptx::thread()) * h.columns);
   }
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 

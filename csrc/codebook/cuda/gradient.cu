@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 #include "runtime/cuda/words.cuh"
 
@@ -15,8 +16,6 @@ constexpr int kEntries = 32;  // of a codebook at a time: 32 KiB of sums; wider 
 constexpr int64_t kRunRows = 256;  // at least, before a column's rows are split between blocks
 constexpr int64_t kBlocksPerMultiprocessor = 4;
 constexpr int64_t kMostBlocks = 1 << 16;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What the bytes of a row's codes can hold; the last tile may turn out empty.
 int64_t most_tiles(const GradientCall& call, int bits) {

@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "runtime/counting.h"
 #include "runtime/half.h"
 
 namespace pyllmq::cuda {
@@ -17,8 +18,6 @@ constexpr int64_t kAlignment = 128;
 constexpr int64_t kWeightsPerThread = 1 << 20;  // below this, starting a thread costs more than it saves
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("codebook layout (cuda): " + why); }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Plan {
   LayoutHeader header{};
@@ -63,12 +62,7 @@ Plan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const 
   h.segment_table_bytes = entries;
   h.outliers = outliers;
 
-  int64_t end = sizeof(LayoutHeader);
-  const auto section = [&end](int64_t bytes) {
-    const int64_t begin = ceil_div(end, kAlignment) * kAlignment;
-    end = begin + bytes;
-    return begin;
-  };
+  Sections section{sizeof(LayoutHeader), kAlignment};
   h.blocks_offset = section(h.blocks * sizeof(RowBlock));
   h.columns_offset = section(h.slots * sizeof(int32_t));
   if (row_scale) h.row_scale_offset = section(rows * sizeof(uint16_t));
@@ -82,7 +76,7 @@ Plan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const 
   h.tables_begin = section(segments * h.segment_table_bytes);
   for (int width = 1; width <= 8; ++width)
     h.codes_offset[width] = section(h.tiles * h.groups[width] * tile_bytes(width));
-  h.bytes = ceil_div(end, kAlignment) * kAlignment;
+  h.bytes = section(0);
   return plan;
 }
 
@@ -209,11 +203,6 @@ void write_codes(const Plan& plan, const CodebookCheckpoint& c, const RowBlock& 
   }
 }
 
-int64_t outlier_column(const CodebookCheckpoint& c, int64_t i) {
-  return c.outlier_columns_bytes == 2 ? static_cast<const uint16_t*>(c.outlier_columns)[i]
-                                      : static_cast<const int32_t*>(c.outlier_columns)[i];
-}
-
 void check_arrays(const CodebookCheckpoint& c) {
   for (int64_t k = 0; k < c.columns; ++k)
     if (c.codes[c.column_bits[k]] == nullptr)
@@ -230,8 +219,8 @@ void check_arrays(const CodebookCheckpoint& c) {
     if (c.outlier_row_offsets[r + 1] < c.outlier_row_offsets[r])
       refuse("outlier_row_offsets decrease at row " + std::to_string(r));
     int64_t previous = -1;
-    for (int64_t i = c.outlier_row_offsets[r]; i < c.outlier_row_offsets[r + 1]; previous = outlier_column(c, i++))
-      if (outlier_column(c, i) <= previous || outlier_column(c, i) >= c.columns)
+    for (int64_t i = c.outlier_row_offsets[r]; i < c.outlier_row_offsets[r + 1]; previous = c.outlier_column(i++))
+      if (c.outlier_column(i) <= previous || c.outlier_column(i) >= c.columns)
         refuse("outlier_columns of row " + std::to_string(r) + " must ascend without repeats within 0.." +
                std::to_string(c.columns - 1));
   }
@@ -278,7 +267,7 @@ void write_outliers(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base
         for (int64_t i = c.outlier_row_offsets[block.row_begin + row];
              i < c.outlier_row_offsets[block.row_begin + row + 1]; ++i) {
           const int64_t tile = block.tile_begin + row / kTileRows;
-          body(i, places[outlier_column(c, i)].panel * h.tiles + tile, row % kTileRows, block, row);
+          body(i, places[c.outlier_column(i)].panel * h.tiles + tile, row % kTileRows, block, row);
         }
   };
   for_each_outlier([&](int64_t, int64_t bucket, int row, const RowBlock&, int) { ++row_end[bucket * kTileRows + row]; });
@@ -290,7 +279,7 @@ void write_outliers(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base
   }
   std::vector<uint16_t> filled(h.panels * h.tiles, 0);
   for_each_outlier([&](int64_t i, int64_t bucket, int, const RowBlock& block, int row) {
-    const int64_t column = outlier_column(c, i);
+    const int64_t column = c.outlier_column(i);
     const ColumnPlace& place = places[column];
     const uint32_t code = get_code(tile_words(base, h, place.width, block, place.group, row),
                                    Place(place.width, row % kTileRows, place.in_group));

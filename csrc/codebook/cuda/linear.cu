@@ -27,6 +27,7 @@
 #include "codebook/cuda/linear_outputs.cuh"
 #include "codebook/cuda/decode.cuh"
 #include "codebook/cuda/fp16_planes.cuh"
+#include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 #include "runtime/cuda/split_sums.cuh"
 
@@ -408,8 +409,6 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) codeboo
     finish<kTokenTiles>(w, a, shared, total);
   }
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Shared memory for x: a split of q panels has at most 16 q + 8 groups, since each of 8 widths rounds up to a group.
 int64_t staged_bytes(int64_t panels, int64_t splits, int64_t product_columns) {

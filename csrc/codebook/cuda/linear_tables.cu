@@ -16,6 +16,7 @@
 #include "codebook/cuda/linear.h"
 #include "codebook/cuda/linear_outputs.cuh"
 #include "codebook/cuda/decode.cuh"
+#include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 
 namespace pyllmq::cuda {
@@ -440,8 +441,6 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 1) codebook_linear_tables_kernel(
     }
   }
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/counting.h"
 #include "runtime/half.h"
 #include "runtime/thread_pool.h"
 
@@ -99,7 +100,7 @@ void update_later(const FitColumnsArguments& a, int64_t j) {
   if (later == 0) return;
   const float* move = a.moves + j * a.rows;
   const double cost_ns = 0.2 * static_cast<double>(later) * static_cast<double>(a.rows);
-  const int64_t tasks = (a.rows + kAxpyRows - 1) / kAxpyRows;
+  const int64_t tasks = ceil_div(a.rows, kAxpyRows);
   parallel_for(tasks, 1, cost_ns, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kAxpyRows, last = std::min(end * kAxpyRows, a.rows);
     for (int64_t p = j + 1; p < a.columns; ++p) {

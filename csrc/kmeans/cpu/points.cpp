@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "runtime/counting.h"
+
 namespace pyllmq::cpu {
 namespace {
 
@@ -26,7 +28,7 @@ float value_of(uint32_t key) {
 // The key of an entry is its upper 32 bits; an entry of 32 bits is all key.
 template <int DigitBits, typename Entry>
 Entry* radix_sort(Entry* entries, Entry* scratch, int64_t n) {
-  constexpr int kPasses = (32 + DigitBits - 1) / DigitBits, kFirst = 8 * sizeof(Entry) - 32;
+  constexpr int kPasses = ceil_div(32, DigitBits), kFirst = 8 * sizeof(Entry) - 32;
   constexpr uint32_t kMask = (1u << DigitBits) - 1;
   const auto digit = [](Entry entry, int pass) {
     return static_cast<uint32_t>(entry >> (kFirst + pass * DigitBits)) & kMask;

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "runtime/counting.h"
 #include "sinkhorn/cpu/sinkhorn.h"
 #include "runtime/thread_pool.h"
 #include "runtime/workspace.h"
@@ -49,7 +50,7 @@ constexpr double kNsPerEntry = 0.15;
 
 template <class Body>
 void for_groups(const DoublyStochastic& call, double passes, const Body& body) {
-  const int64_t width = sinkhorn_kernels().small_width, groups = (call.problems + width - 1) / width;
+  const int64_t width = sinkhorn_kernels().small_width, groups = ceil_div(call.problems, width);
   const double entries = static_cast<double>(call.problems) * static_cast<double>(call.n * call.m);
   parallel_for(groups, kGrain, kNsPerEntry * entries * passes * static_cast<double>(call.iterations + 5),
                [&](int64_t begin, int64_t end) {

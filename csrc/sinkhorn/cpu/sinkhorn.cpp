@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/counting.h"
 #include "runtime/isa.h"
 #include "runtime/thread_pool.h"
 #include "runtime/workspace.h"
@@ -19,7 +20,7 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kSameMass = 1e-3;  // reference_sinkhorn.SAME_MASS
 constexpr double kNsPerEntry = 0.15;
 
-int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+int64_t padded(int64_t count) { return rounded_up(count, kLanes); }
 
 // K^T beside K: both half steps add up whole vectors. Lines of one vector gain nothing (16x16: 0.87 times as fast).
 bool has_both_ways(int64_t n, int64_t m) {
@@ -641,7 +642,7 @@ void sinkhorn(const SinkhornProblem& p, const SinkhornForward& out) {
     });
     return;
   }
-  const int64_t width = kernels.small_width, groups = (p.problems + width - 1) / width;
+  const int64_t width = kernels.small_width, groups = ceil_div(p.problems, width);
   const int64_t grain = 4;
   parallel_for(groups, grain, work, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
@@ -671,7 +672,7 @@ void sinkhorn_backward(const SinkhornProblem& p, const SinkhornBackward& out) {
     });
     return;
   }
-  const int64_t width = kernels.small_width, groups = (p.problems + width - 1) / width;
+  const int64_t width = kernels.small_width, groups = ceil_div(p.problems, width);
   const int64_t grain = 4, n = p.n, m = p.m;
   const bool full = has_no_zero(p.a, p.a_stride, p.problems, n) && has_no_zero(p.b, p.b_stride, p.problems, m);
   const int64_t floats = small_room(n, m, out.iterations);

@@ -9,6 +9,7 @@
 // wait for each other, so they are launched together; there is no wait where the team is one block.
 #include <algorithm>
 
+#include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 #include "sinkhorn/cuda/sinkhorn.cuh"
 
@@ -756,8 +757,6 @@ PYLLMQ_KERNEL void __launch_bounds__(S::threads) backward_kernel(const Given<Sin
 }
 
 // ---- launches -------------------------------------------------------------------------------------------------------
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Floats>
 Layout layout_of(const SinkhornCall& call, int width, int rows, const Floats& fixed) {

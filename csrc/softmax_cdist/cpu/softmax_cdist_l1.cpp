@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "codebook/cpu/linear.h"
+#include "runtime/counting.h"
 #include "runtime/isa.h"
 #include "runtime/thread_pool.h"
 #include "runtime/workspace.h"
@@ -27,8 +28,7 @@ const SoftmaxCdistKernels& cdist_kernels() {
   return kSoftmaxCdistScalar;
 }
 
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-int whole_groups(int64_t rows) { return static_cast<int>(divide_up(rows, kCdistRowGroup) * kCdistRowGroup); }
+int whole_groups(int64_t rows) { return static_cast<int>(rounded_up(rows, kCdistRowGroup)); }
 
 // Columns [begin, begin + count) of a row in fp32: where they lie, or converted into `converted`.
 const float* row_in_fp32(const Logits& logits, int64_t row, int64_t columns, int64_t begin, int64_t count,
@@ -111,12 +111,12 @@ void softmax_cdist_l1(const SoftmaxCdistProblem& problem, float* distances) {
   row_statistics(problem, kernels, problem.x);
   row_statistics(problem, kernels, problem.y);
 
-  const int64_t tiles = divide_up(problem.columns, kColumns);
-  const int64_t x_blocks = divide_up(problem.x.rows, kRows), y_blocks = divide_up(problem.y.rows, kRows);
+  const int64_t tiles = ceil_div(problem.columns, kColumns);
+  const int64_t x_blocks = ceil_div(problem.x.rows, kRows), y_blocks = ceil_div(problem.y.rows, kRows);
   const int64_t blocks = problem.batch * x_blocks * y_blocks;
   if (blocks == 0) return;
-  const int64_t tiles_each = divide_up(tiles, std::clamp<int64_t>(kWantedTasks / blocks, 1, tiles));
-  const int64_t stretches = divide_up(tiles, tiles_each);
+  const int64_t tiles_each = ceil_div(tiles, std::clamp<int64_t>(kWantedTasks / blocks, 1, tiles));
+  const int64_t stretches = ceil_div(tiles, tiles_each);
   const auto task_of = [&](int64_t block, int64_t stretch) {
     return ForwardTask{block / (x_blocks * y_blocks), block / y_blocks % x_blocks * kRows, block % y_blocks * kRows,
                        stretch * tiles_each, std::min(tiles, (stretch + 1) * tiles_each)};
@@ -212,7 +212,7 @@ void finish_row(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& k
 void softmax_cdist_l1_backward(const SoftmaxCdistProblem& problem, const float* gradient, void* x_gradient) {
   const SoftmaxCdistKernels& kernels = cdist_kernels();
   const bool in_place = problem.x.dtype == DType::fp32;
-  const int64_t columns = problem.columns, tiles = divide_up(columns, kColumns);
+  const int64_t columns = problem.columns, tiles = ceil_div(columns, kColumns);
   const int64_t rows_each = in_place ? kRows : kStagedRows;
   std::vector<RowBlock> blocks;
   for (int64_t batch = 0; batch < problem.batch; ++batch)

@@ -1,6 +1,7 @@
 // Distances: a block holds a tile of 64 rows of either side x 32 columns of probabilities in shared memory, a thread 4 x 4
 // pairs; two additions a pair and column. Gradient: a thread holds one column of 16 rows, one exponential serves 16 pairs.
 // Sums of blocks are added in order by one more launch: the same call gives the same bits.
+#include "runtime/counting.h"
 #include "softmax_cdist/cuda/softmax_cdist_l1.h"
 
 #include <algorithm>
@@ -253,8 +254,6 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads)
     }
   }
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Arguments arguments(const CdistCall& call) {
   return {{call.x, static_cast<DType>(call.x_dtype), call.x_rows, call.x_statistics},

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "runtime/counting.h"
 #include "runtime/isa.h"
 #include "runtime/thread_pool.h"
 #include "runtime/workspace.h"
@@ -44,12 +45,12 @@ struct Problem {
   const SparseKernels& kernels;
   const RowKernels& conversions;
   DType dtype;
-  const float* bias;  // [rows] or null
+  const float* bias = nullptr;  // [rows] or null
 
-  int64_t tokens;
-  const float* x;        // [tokens, columns]
-  const uint16_t* bf16;  // the same, where tiles read it
-  uint8_t* y;            // [tokens, rows]
+  int64_t tokens = 0;
+  const float* x = nullptr;        // [tokens, columns]
+  const uint16_t* bf16 = nullptr;  // the same, where tiles read it
+  uint8_t* y = nullptr;            // [tokens, rows]
 
   const SparseHeader& header() const { return view.header(); }
 };
@@ -66,8 +67,8 @@ int64_t chunk_tiles(int64_t tiles) {
 template <class Run>
 void for_chunks(const Problem& problem, double cost_ns, Run&& run) {
   const SparseHeader& h = problem.header();
-  const int64_t most = chunk_tiles(h.tiles), per_strip = (kSparseStripTiles + most - 1) / most;
-  const int64_t strips = (h.tiles + kSparseStripTiles - 1) / kSparseStripTiles;
+  const int64_t most = chunk_tiles(h.tiles), per_strip = ceil_div(kSparseStripTiles, most);
+  const int64_t strips = ceil_div(h.tiles, kSparseStripTiles);
   parallel_for(strips * per_strip, 1, cost_ns, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t strip = i / per_strip * kSparseStripTiles, tile = strip + i % per_strip * most;
@@ -209,8 +210,9 @@ void run_few_codes(const Problem& problem, Precision precision, uint8_t* workspa
   auto* units = reinterpret_cast<float*>(workspace + h.blocks * problem.tokens * bytes);
   if (!build_code_tables(problem, kind, workspace, units)) {
     for (int64_t t = 0; t < problem.tokens; ++t)
-      run_few({problem.view, kSparseScalar, problem.conversions, problem.dtype, problem.bias, 1, problem.x + t * h.columns,
-               nullptr, problem.y + t * h.rows * element_bytes(problem.dtype)},
+      run_few({.view = problem.view, .kernels = kSparseScalar, .conversions = problem.conversions, .dtype = problem.dtype,
+               .bias = problem.bias, .tokens = 1, .x = problem.x + t * h.columns,
+               .y = problem.y + t * h.rows * element_bytes(problem.dtype)},
               reinterpret_cast<float*>(workspace));
     return;
   }
@@ -328,7 +330,7 @@ void run_more(const Problem& problem, const DecodeKernels& product, const BFloat
 
 // x [tokens, columns] -> [group of kColumnTokens, columns, token], filled up with zeros.
 void transpose_tokens(const Problem& problem, float* to) {
-  const int64_t columns = problem.header().columns, groups = (problem.tokens + kColumnTokens - 1) / kColumnTokens;
+  const int64_t columns = problem.header().columns, groups = ceil_div(problem.tokens, kColumnTokens);
   const double cost = kNsPerPackedElement * static_cast<double>(problem.tokens * columns);
   parallel_for(groups, 1, cost, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
@@ -376,18 +378,18 @@ void run_columns(const Problem& problem, const float* transposed) {
 void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
                    DType bias_dtype, void* y, Precision precision) {
   const SparseHeader& h = view.header();
-  Problem problem{view, sparse_kernels(h), row_kernels(), x_dtype, nullptr, 0, nullptr, nullptr, nullptr};
+  Problem problem{.view = view, .kernels = sparse_kernels(h), .conversions = row_kernels(), .dtype = x_dtype};
   const DecodeKernels& product =
       decode_kernels(active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows, Precision::exact);
   const int64_t few = h.kind == SparseKind::codes ? problem.kernels.few_code_tokens : problem.kernels.few_tokens;
   const bool is_few = tokens <= few;
   const bool in_tables = is_few && h.kind == SparseKind::codes && problem.kernels.code_tables != nullptr;
   const BFloat16Tiles* tiles = is_few || h.kind == SparseKind::columns ? nullptr : bfloat16_tiles(view, x_dtype);
-  const int64_t passes = (tokens + kMostTokens - 1) / kMostTokens, most = (tokens + passes - 1) / passes;
+  const int64_t passes = ceil_div(tokens, kMostTokens), most = ceil_div(tokens, passes);
   int64_t packed = 0;
   const bool transposes = h.kind == SparseKind::columns && tokens >= kFewestTransposed;
   if (transposes)
-    packed = (most + kColumnTokens - 1) / kColumnTokens * kColumnTokens * h.columns * 4;
+    packed = rounded_up(most, kColumnTokens) * h.columns * 4;
   else if (in_tables)
     packed = few_code_bytes(h, table_kind(precision, x_dtype, h.order), tokens);
   else if (h.kind != SparseKind::columns)

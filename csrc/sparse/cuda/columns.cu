@@ -10,6 +10,7 @@
 #include <string>
 
 #include "codebook/cuda/linear_outputs.cuh"
+#include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 #include "sparse/cuda/layout.h"
 #include "sparse/cuda/linear.h"
@@ -167,8 +168,6 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     });
   }
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <ValueType kType, int kTokens>
 void run(const SparsePlan& plan, const LinearCall& call, uintptr_t stream) {

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "runtime/counting.h"
 #include "runtime/half.h"
 
 namespace pyllmq::cuda {
@@ -20,8 +21,6 @@ constexpr int kLanes = 32;
 constexpr uint32_t kFirstTwo = 4;  // positions 0 and 1: of a group that is only there to fill up
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("sparse layout (cuda): " + why); }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
 T* at(uint8_t* base, int64_t offset) {
@@ -204,12 +203,7 @@ Plan make_plan(const SparseCheckpoint& c, double sparse_columns) {
   if (h.kind == SparseKind::sparse24) h.stage_bytes = values24_bytes(h.values);
   if (h.kind == SparseKind::codes) h.stage_bytes = codes24_bytes(h.bits);
 
-  int64_t end = sizeof(SparseHeader);
-  const auto section = [&end](int64_t bytes) {
-    const int64_t begin = ceil_div(end, kAlignment) * kAlignment;
-    end = begin + bytes;
-    return begin;
-  };
+  Sections section{sizeof(SparseHeader), kAlignment};
   h.begin_offset = section(static_cast<int64_t>(plan.begin.size()) * 4);
   if (c.kind == SparseKind::bitmap) h.row_offsets_offset = section((h.rows + 1) * 4);
   if (c.scale != nullptr) h.scale_offset = section(h.rows * 4);
@@ -227,7 +221,7 @@ Plan make_plan(const SparseCheckpoint& c, double sparse_columns) {
   } else {
     h.data_offset = section(h.kind == SparseKind::bitmap ? int64_t{plan.begin.back()} * 16 : h.strips * h.cells * h.stage_bytes);
   }
-  h.bytes = ceil_div(end, kAlignment) * kAlignment;
+  h.bytes = section(0);
   return plan;
 }
 

@@ -8,6 +8,7 @@
 // The columns of a block's product are tokens, or planes of tokens: values in fp16 and codes meet x in fp16 as in
 // codebook_linear (fp16_planes.cuh); values in bf16 meet fp16 x as the sum of two, fp32 x as the sum of three bf16 numbers,
 // exactly. int8 values become fp16.
+#include "runtime/counting.h"
 #include "sparse/cuda/linear.h"
 
 #include <algorithm>
@@ -324,8 +325,6 @@ PYLLMQ_KERNEL void __launch_bounds__(kMostWarps * 32, Cells::kBlocks)
     finish<Cells, kTokenTiles>(w, a, shared, reinterpret_cast<float*>(rings));
   }
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Cells>
 int64_t warp_bytes(int64_t stage_bytes) {

@@ -19,8 +19,7 @@ void split_columns(const uint16_t* codebook, int64_t slots, uint8_t* split) {
     for (int64_t slot = 0; slot < slots; slot += kBlockColumns, codebook += kBlockColumns << Width)
       for (int column = 0; column < kBlockColumns; ++column, split += split_bytes(Width)) {
         const BytePlanes planes = column_planes<Width>(codebook, column);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(split),
-                            _mm256_permute2x128_si256(planes.low, planes.high, 0x20));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(split), _mm256_permute2x128_si256(planes.low, planes.high, 0x20));
       }
   }
 }
@@ -61,8 +60,8 @@ void decode_columns(const uint8_t* codes, const uint8_t* split, int64_t slots, c
 #pragma GCC unroll 8
       for (int column = 0; column < kBlockColumns; ++column, split += split_bytes(Width), weights += kHalfRows) {
         const __m256i index = column_nibbles<Width>(steps, column);
-        store_column<Scaled>(_mm256_shuffle_epi8(plane(split), index), _mm256_shuffle_epi8(plane(split + 16), index),
-                             scale, weights);
+        store_column<Scaled>(_mm256_shuffle_epi8(plane(split), index), _mm256_shuffle_epi8(plane(split + 16), index), scale,
+                             weights);
       }
     }
   }
@@ -179,6 +178,15 @@ void multiply(const uint8_t* from, const uint8_t* packed, int64_t slots, int64_t
 
 }  // namespace
 
-const DecodeKernels kDecodeAvx2 = {.token_group = kTokenGroup, .weight_bytes = 4, .planes = 1, .slot_unit = 8, .packed_bytes = packed_fp32_bytes, .pack = pack_fp32, .split_codebook = split_any, .decode = decode_any, .put_outlier = put_fp32, .multiply = multiply};
+const DecodeKernels kDecodeAvx2 = {.token_group = kTokenGroup,
+                                   .weight_bytes = 4,
+                                   .planes = 1,
+                                   .slot_unit = 8,
+                                   .packed_bytes = packed_fp32_bytes,
+                                   .pack = pack_fp32,
+                                   .split_codebook = split_any,
+                                   .decode = decode_any,
+                                   .put_outlier = put_fp32,
+                                   .multiply = multiply};
 
 }  // namespace pyllmq::cpu

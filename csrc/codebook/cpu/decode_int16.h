@@ -27,8 +27,7 @@ extern const DecodeKernels kDecodeInt16Avx512;  // fours
 static constexpr int64_t flushes(int64_t slots) { return ceil_div(slots, kFlushColumns); }
 static inline int64_t packed_token_bytes(int64_t slots) { return slots * 2 + flushes(slots) * 4; }
 static inline int64_t packed_int16_bytes(int64_t tokens) { return packed_token_bytes(kDecodedColumns) * tokens; }
-bool pack_int16(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group,
-                uint8_t* packed);
+bool pack_int16(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group, uint8_t* packed);
 
 struct PackedGroup {
   const int32_t* x;

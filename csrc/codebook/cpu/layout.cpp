@@ -26,7 +26,6 @@ constexpr double kPackNsPerWeight = 0.3;  // 0.1 at 2 and 4 bits, 1 at 5 to 7
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("codebook layout: " + why); }
 
-
 uint64_t mix(uint64_t hash, const void* data, int64_t bytes) {  // FNV-1a over 8-byte words
   for (const uint8_t* at = static_cast<const uint8_t*>(data); bytes >= 8; bytes -= 8, at += 8) {
     uint64_t word;
@@ -92,8 +91,8 @@ void plan_panels(LayoutPlan& plan, int64_t columns, const uint8_t* column_bits) 
   }
 }
 
-LayoutPlan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,
-                     int64_t segments, int64_t outliers, bool has_row_scale) {
+LayoutPlan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows, int64_t segments,
+                     int64_t outliers, bool has_row_scale) {
   LayoutPlan plan;
   LayoutHeader& h = plan.header;
   h.order = active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows;
@@ -161,7 +160,7 @@ using TileSteps = uint8_t[kTileRows][kMaxSteps];
 // The three bytes of a block of 8 columns (see StepOrder) from its 24 bits in the checkpoint.
 uint32_t block_of_3bit(uint32_t v) {
   constexpr uint32_t one_a_byte = 1 << 17 | 1 << 10 | 1 << 3;  // times 3 bits, masked: bit i at place 3 of byte i
-  const uint32_t nines = (v & 0x1FF) | (v & 0x3FE00) << 3;    // columns 0..2 and 3..5
+  const uint32_t nines = (v & 0x1FF) | (v & 0x3FE00) << 3;     // columns 0..2 and 3..5
   const uint32_t nibbles = (nines & 0x7007) | (nines & 0x38038) << 1 | (nines & 0x1C01C0) << 2;
   return nibbles | ((v >> 18 & 7) * one_a_byte & 0x080808) | ((v >> 21) * one_a_byte & 0x080808) << 4;
 }
@@ -201,8 +200,7 @@ void transpose_8x8(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_
 void write_steps(const TileSteps& rows, StepOrder order, int64_t steps, uint8_t* tile_codes) {
   if (order == StepOrder::fours) {
     for (int64_t step = 0; step < steps; step += 4)
-      for (int row = 0; row < kTileRows; ++row)
-        std::memcpy(tile_codes + step_place(order, step, row), &rows[row][step], 4);
+      for (int row = 0; row < kTileRows; ++row) std::memcpy(tile_codes + step_place(order, step, row), &rows[row][step], 4);
     return;
   }
   int64_t step = 0;
@@ -300,8 +298,7 @@ class TileWriter {
       make_steps(stream, plan_.header.order, width, panel.slots, steps[r]);
     }
     for (int64_t r = rows; r < kTileRows; ++r) std::memset(steps[r], 0, kMaxSteps);
-    write_steps(steps, plan_.header.order, panel.tile_bytes / kTileRows,
-                const_cast<uint8_t*>(view_.codes(panel, tile)));
+    write_steps(steps, plan_.header.order, panel.tile_bytes / kTileRows, const_cast<uint8_t*>(view_.codes(panel, tile)));
   }
 
   // The kernel adds x * (value - what the code stands for), so the code under an outlier stays as it was.
@@ -361,8 +358,7 @@ LayoutView::LayoutView(const void* layout, int64_t layout_bytes) : base_(static_
   const auto fits = [&](int64_t offset, int64_t count, int64_t size) {
     return offset >= 0 && count >= 0 && offset <= layout_bytes && count <= (layout_bytes - offset) / size;
   };
-  if (!fits(h.segments_offset, h.segments, sizeof(SegmentRecord)) ||
-      !fits(h.panels_offset, h.panels, sizeof(PanelRecord)) ||
+  if (!fits(h.segments_offset, h.segments, sizeof(SegmentRecord)) || !fits(h.panels_offset, h.panels, sizeof(PanelRecord)) ||
       h.checksum != checksum(h, base_ + h.segments_offset, base_ + h.panels_offset))
     refuse("the header is damaged (checksum); pack the checkpoint again");
 }
@@ -374,8 +370,8 @@ std::vector<TileChunk> tile_chunks(const LayoutView& view, int64_t most_tiles) {
     for (int64_t done = 0, tiles; done < segment.tiles; done += tiles) {
       const int64_t in_strip = kStripTiles - (segment.tile_begin + done) % kStripTiles, row = done * kTileRows;
       tiles = std::min({most_tiles, segment.tiles - done, in_strip});
-      chunks.push_back({s, segment.tile_begin + done, tiles, segment.row_begin + row,
-                        std::min(tiles * kTileRows, segment.rows - row)});
+      chunks.push_back(
+          {s, segment.tile_begin + done, tiles, segment.row_begin + row, std::min(tiles * kTileRows, segment.rows - row)});
     }
   }
   return chunks;
@@ -396,8 +392,8 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
       make_plan(c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers, c.row_scale != nullptr);
   const LayoutHeader& h = plan.header;
   if (layout_bytes != h.bytes)
-    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes but this weight needs " +
-           std::to_string(h.bytes) + "; ask codebook_layout_bytes with " + std::to_string(outliers) + " outliers");
+    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes but this weight needs " + std::to_string(h.bytes) +
+           "; ask codebook_layout_bytes with " + std::to_string(outliers) + " outliers");
   if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % kAlignment != 0)
     refuse("the buffer must not be null and must be aligned to 64 bytes");
 
@@ -417,8 +413,7 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
               reinterpret_cast<uint32_t*>(base + h.outlier_row_offsets_offset));
 
   const TileWriter writer(plan, c, base);
-  for_each_tile(h, plan.segments.data(), kPackNsPerWeight,
-                [&](int64_t segment, int64_t tile) { writer.write(segment, tile); });
+  for_each_tile(h, plan.segments.data(), kPackNsPerWeight, [&](int64_t segment, int64_t tile) { writer.write(segment, tile); });
 }
 
 void codebook_layout_codes(const LayoutView& view, uint8_t* codes_out) {

@@ -41,9 +41,9 @@ struct Problem {
   const RowKernels& rows;
   TableKind kind;
   DType dtype;
-  int64_t block;           // tokens that share one pass over the codes
-  int64_t lookup_panels = 0;   // the first panels, those of widths 1..4
-  int64_t decoded_columns = 0; // of widths 5..8
+  int64_t block;                // tokens that share one pass over the codes
+  int64_t lookup_panels = 0;    // the first panels, those of widths 1..4
+  int64_t decoded_columns = 0;  // of widths 5..8
   std::vector<TileChunk> chunks;
   std::vector<PanelGroup> groups = {};  // at least one, which may be empty
 
@@ -100,8 +100,7 @@ void build_panel_tables(const Problem& problem, const PanelGroup& group, int64_t
   pick_columns(view, panel, problem.x + token * view.header().columns, x);
 
   PanelScale& scale = problem.scale(token, segment, p);
-  const float bound = problem.rows.panel_bound(x, view.max_magnitude(panel, segment), panel.lookups(),
-                                               columns_per_lookup(width));
+  const float bound = problem.rows.panel_bound(x, view.max_magnitude(panel, segment), panel.lookups(), columns_per_lookup(width));
   if (bound == 0) {
     scale = {Path::nothing, 0};
   } else if (bound >= kSmallestBound && bound <= kLargestBound) {
@@ -129,16 +128,15 @@ void add_exact(const Problem& problem, const PanelRecord& panel, const TileChunk
     for (int row = 0; row < kTileRows; ++row) {
       double sum = 0;
       for (int64_t slot = 0; slot < panel.columns; ++slot)
-        sum += static_cast<double>(x[slot]) *
-               static_cast<double>(
-                   fp16_to_fp32(codebook[slot * entries + read_code(codes, view.header().order, width, slot, row)]));
+        sum +=
+            static_cast<double>(x[slot]) *
+            static_cast<double>(fp16_to_fp32(codebook[slot * entries + read_code(codes, view.header().order, width, slot, row)]));
       y[tile * kTileRows + row] += static_cast<float>(sum);
     }
   }
 }
 
-void add_lookups(const Problem& problem, const PanelGroup& group, int64_t p, const TileChunk& chunk, float* y,
-                 int64_t y_stride) {
+void add_lookups(const Problem& problem, const PanelGroup& group, int64_t p, const TileChunk& chunk, float* y, int64_t y_stride) {
   const PanelRecord& panel = problem.view.panel(p);
   TokenTables tokens[kMaxTokenBlock];
   int64_t count = 0;
@@ -151,8 +149,7 @@ void add_lookups(const Problem& problem, const PanelGroup& group, int64_t p, con
   }
   const TableKernels& kernels = problem.table_kernels();
   (panel.width == 3 ? kernels.lookup_3bit : kernels.lookup_nibbles)(
-      {problem.view.codes(panel, chunk.tile_begin), problem.view.header().order, chunk.tiles, panel.lookups(), tokens,
-       count});
+      {problem.view.codes(panel, chunk.tile_begin), problem.view.header().order, chunk.tiles, panel.lookups(), tokens, count});
 }
 
 void add_decoded(const Problem& problem, int64_t p, const TileChunk& chunk, float* y, int64_t y_stride) {
@@ -161,9 +158,9 @@ void add_decoded(const Problem& problem, int64_t p, const TileChunk& chunk, floa
   alignas(64) float x[kMaxTokenBlock * kBytePanelColumns];
   for (int64_t t = 0; t < problem.tokens; ++t)
     pick_columns(view, panel, problem.x + t * view.header().columns, x + t * kBytePanelColumns);
-  problem.kernels.decode_multiply[panel.width - 5](view.codes(panel, chunk.tile_begin), view.header().order,
-                                                   chunk.tiles, panel.tile_bytes, panel.columns,
-                                                   view.codebook(panel, chunk.segment), x, problem.tokens, y, y_stride);
+  problem.kernels.decode_multiply[panel.width - 5](view.codes(panel, chunk.tile_begin), view.header().order, chunk.tiles,
+                                                   panel.tile_bytes, panel.columns, view.codebook(panel, chunk.segment), x,
+                                                   problem.tokens, y, y_stride);
 }
 
 // --- the end of a row: scale, outliers, bias, dtype ----------------------------------------------------------------
@@ -220,8 +217,8 @@ void run_chunk(const Problem& problem, const PanelGroup& group, const TileChunk&
   for (int64_t t = 0; t < problem.tokens; ++t) {
     finish_rows(problem, t, chunk.row_begin, chunk.rows, sums + t * stride);
     problem.rows.from_fp32[static_cast<int>(problem.dtype)](
-        sums + t * stride,
-        static_cast<uint8_t*>(y) + (t * header.rows + chunk.row_begin) * element_bytes(problem.dtype), chunk.rows);
+        sums + t * stride, static_cast<uint8_t*>(y) + (t * header.rows + chunk.row_begin) * element_bytes(problem.dtype),
+        chunk.rows);
   }
 }
 
@@ -287,20 +284,19 @@ const RowKernels& row_kernels() {
   return kRowScalar;
 }
 
-const float* rows_in_fp32(const RowKernels& kernels, const void* x, DType dtype, int64_t begin, int64_t count,
-                          int64_t columns, float* converted) {
+const float* rows_in_fp32(const RowKernels& kernels, const void* x, DType dtype, int64_t begin, int64_t count, int64_t columns,
+                          float* converted) {
   const void* first = static_cast<const uint8_t*>(x) + begin * columns * element_bytes(dtype);
   if (dtype == DType::fp32) return static_cast<const float*>(first);
   kernels.to_fp32[static_cast<int>(dtype)](first, converted, count * columns);
   return converted;
 }
 
-void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
-                     DType bias_dtype, void* y, LinearPath path, Precision precision) {
+void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias, DType bias_dtype,
+                     void* y, LinearPath path, Precision precision) {
   const LayoutHeader& header = view.header();
   if (path == LinearPath::automatic) path = cheaper_path(view, x_dtype, tokens, precision);
-  if (path == LinearPath::decode)
-    return codebook_linear_decode(view, x, x_dtype, tokens, bias, bias_dtype, y, precision);
+  if (path == LinearPath::decode) return codebook_linear_decode(view, x, x_dtype, tokens, bias, bias_dtype, y, precision);
 
   Problem problem{
       .view = view,
@@ -322,9 +318,8 @@ void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64
   const int64_t converted = x_dtype == DType::fp32 ? 0 : problem.block * header.columns;
   const int64_t sums = problem.groups.size() == 1 ? 0 : problem.block * header.tiles * kTileRows;
   thread_local Workspace workspace;
-  workspace.reserve(Workspace::need<float>(converted) + Workspace::need<float>(header.rows) +
-                    Workspace::need<uint8_t>(tables) + Workspace::need<PanelScale>(scales) +
-                    Workspace::need<float>(sums));
+  workspace.reserve(Workspace::need<float>(converted) + Workspace::need<float>(header.rows) + Workspace::need<uint8_t>(tables) +
+                    Workspace::need<PanelScale>(scales) + Workspace::need<float>(sums));
   auto* x_block = workspace.take<float>(converted);
   auto* bias_fp32 = workspace.take<float>(header.rows);
   problem.tables = workspace.take<uint8_t>(tables);

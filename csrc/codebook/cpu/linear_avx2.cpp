@@ -16,9 +16,7 @@ inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<co
 inline __m256i broadcast16(const uint8_t* from) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
-inline __m256 load_fp16(const uint16_t* from) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
+inline __m256 load_fp16(const uint16_t* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
 
 // --- tables --------------------------------------------------------------------------------------------------------
 
@@ -108,7 +106,7 @@ void build(int width, StepOrder, const uint16_t* codebook, const float* x, int64
       const __m256 x1 = _mm256_broadcast_ss(x + 2 * l + 1);
       const __m256 first = _mm256_mul_ps(_mm256_broadcast_ss(x + 2 * l), _mm256_permute2f128_ps(both, both, 0));
       store_table<Kind>(_mm256_add_ps(first, _mm256_mul_ps(x1, _mm256_permutevar8x32_ps(both, second_low))),
-                          _mm256_add_ps(first, _mm256_mul_ps(x1, _mm256_permutevar8x32_ps(both, second_high))), tables);
+                        _mm256_add_ps(first, _mm256_mul_ps(x1, _mm256_permutevar8x32_ps(both, second_high))), tables);
     }
   } else {
     const __m256i bit0 = _mm256_setr_epi32(0, 1, 0, 1, 0, 1, 0, 1), bit1 = _mm256_setr_epi32(2, 2, 3, 3, 2, 2, 3, 3);
@@ -122,7 +120,7 @@ void build(int width, StepOrder, const uint16_t* codebook, const float* x, int64
       const __m256 low = _mm256_add_ps(product(0, bit0), product(1, bit1));
       const __m256 third = product(2, bit2);
       store_table<Kind>(_mm256_add_ps(low, _mm256_add_ps(third, product(3, bit3_low))),
-                          _mm256_add_ps(low, _mm256_add_ps(third, product(3, bit3_high))), tables);
+                        _mm256_add_ps(low, _mm256_add_ps(third, product(3, bit3_high))), tables);
     }
   }
 }
@@ -291,12 +289,10 @@ inline void add_block(const float* weights, const float* x, int64_t columns, flo
   for (int64_t k = 0; k < columns; ++k, weights += kTileRows) {
     const __m256 x_k = _mm256_broadcast_ss(x + k);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
-      block_sum[i] = _mm256_add_ps(block_sum[i], _mm256_mul_ps(x_k, _mm256_load_ps(weights + 8 * i)));
+    for (int i = 0; i < 4; ++i) block_sum[i] = _mm256_add_ps(block_sum[i], _mm256_mul_ps(x_k, _mm256_load_ps(weights + 8 * i)));
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    _mm256_storeu_ps(sums + 8 * i, _mm256_add_ps(_mm256_loadu_ps(sums + 8 * i), block_sum[i]));
+  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(sums + 8 * i, _mm256_add_ps(_mm256_loadu_ps(sums + 8 * i), block_sum[i]));
 }
 
 template <int Width>
@@ -351,8 +347,7 @@ void fp32_row_to_fp16(const float* from, void* to, int64_t count) {
   auto* half = static_cast<uint16_t*>(to);
   int64_t i = 0;
   for (; i + 8 <= count; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
   for (; i < count; ++i) half[i] = fp32_to_fp16(from[i]);
 }
 

@@ -12,7 +12,7 @@ namespace pyllmq::cuda {
 namespace {
 
 constexpr int kLanes = 32, kWarps = 8, kThreads = kLanes * kWarps;
-constexpr int kEntries = 32;  // of a codebook at a time: 32 KiB of sums; wider codes are gone through again
+constexpr int kEntries = 32;       // of a codebook at a time: 32 KiB of sums; wider codes are gone through again
 constexpr int64_t kRunRows = 256;  // at least, before a column's rows are split between blocks
 constexpr int64_t kBlocksPerMultiprocessor = 4;
 constexpr int64_t kMostBlocks = 1 << 16;
@@ -72,8 +72,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads)
   }
 }
 
-PYLLMQ_KERNEL void __launch_bounds__(kThreads)
-    add_runs_kernel(const float* parts, float* gradient, int64_t runs, int64_t count) {
+PYLLMQ_KERNEL void __launch_bounds__(kThreads) add_runs_kernel(const float* parts, float* gradient, int64_t runs, int64_t count) {
   for (int64_t i = ptx::block() * kThreads + ptx::thread(); i < count; i += ptx::blocks() * kThreads) {
     float sum = 0;
     for (int64_t run = 0; run < runs; ++run) sum += parts[run * count + i];

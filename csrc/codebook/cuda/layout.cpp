@@ -74,8 +74,7 @@ Plan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const 
     h.outlier_values_offset = section(outliers * sizeof(uint16_t));
   }
   h.tables_begin = section(segments * h.segment_table_bytes);
-  for (int width = 1; width <= 8; ++width)
-    h.codes_offset[width] = section(h.tiles * h.groups[width] * tile_bytes(width));
+  for (int width = 1; width <= 8; ++width) h.codes_offset[width] = section(h.tiles * h.groups[width] * tile_bytes(width));
   h.bytes = section(0);
   return plan;
 }
@@ -84,10 +83,7 @@ Plan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const 
 struct Place {
   int width, lane, j, nibble;
   Place(int width, int row, int column)
-      : width(width),
-        lane(row % 16 / 2 * 4 + column % 4),
-        j(column / 4),
-        nibble(nibble_of(width, row / 16, row % 2)) {}
+      : width(width), lane(row % 16 / 2 * 4 + column % 4), j(column / 4), nibble(nibble_of(width, row / 16, row % 2)) {}
 };
 
 // A code of up to 4 bits into, or out of, the words of one part.
@@ -183,8 +179,7 @@ void write_tables(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base) 
 uint32_t* tile_words(uint8_t* base, const LayoutHeader& h, int width, const RowBlock& block, int64_t group, int row) {
   return at<uint32_t>(base, codes_offset(h, width, block, group) + row / kTileRows * tile_bytes(width));
 }
-const uint32_t* tile_words(const uint8_t* base, const LayoutHeader& h, int width, const RowBlock& block, int64_t group,
-                           int row) {
+const uint32_t* tile_words(const uint8_t* base, const LayoutHeader& h, int width, const RowBlock& block, int64_t group, int row) {
   return tile_words(const_cast<uint8_t*>(base), h, width, block, group, row);
 }
 
@@ -240,8 +235,8 @@ std::vector<ColumnPlace> column_places(const Plan& plan) {
       const GroupRange range = panel_groups(h, width, panel, panel + 1);
       for (int64_t slot = int64_t{range.begin} * kGroupColumns; slot < int64_t{range.end} * kGroupColumns; ++slot)
         if (const int32_t column = plan.columns[h.first_slot[width] + slot]; column >= 0)
-          places[column] = {static_cast<int32_t>(panel), static_cast<int32_t>(slot / kGroupColumns),
-                            static_cast<int8_t>(width), static_cast<int8_t>(slot % kGroupColumns)};
+          places[column] = {static_cast<int32_t>(panel), static_cast<int32_t>(slot / kGroupColumns), static_cast<int8_t>(width),
+                            static_cast<int8_t>(slot % kGroupColumns)};
     }
   return places;
 }
@@ -264,8 +259,8 @@ void write_outliers(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base
   const auto for_each_outlier = [&](auto&& body) {  // body(outlier, bucket, row in its tile, block, row in the block)
     for (const RowBlock& block : plan.blocks)
       for (int row = 0; row < block.rows; ++row)
-        for (int64_t i = c.outlier_row_offsets[block.row_begin + row];
-             i < c.outlier_row_offsets[block.row_begin + row + 1]; ++i) {
+        for (int64_t i = c.outlier_row_offsets[block.row_begin + row]; i < c.outlier_row_offsets[block.row_begin + row + 1];
+             ++i) {
           const int64_t tile = block.tile_begin + row / kTileRows;
           body(i, places[c.outlier_column(i)].panel * h.tiles + tile, row % kTileRows, block, row);
         }
@@ -281,10 +276,10 @@ void write_outliers(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base
   for_each_outlier([&](int64_t i, int64_t bucket, int, const RowBlock& block, int row) {
     const int64_t column = c.outlier_column(i);
     const ColumnPlace& place = places[column];
-    const uint32_t code = get_code(tile_words(base, h, place.width, block, place.group, row),
-                                   Place(place.width, row % kTileRows, place.in_group));
-    const uint8_t* table = base + tables_offset(h, place.width, block.segment, place.group) +
-                           (int64_t{place.in_group} * 2 << place.width);
+    const uint32_t code =
+        get_code(tile_words(base, h, place.width, block, place.group, row), Place(place.width, row % kTileRows, place.in_group));
+    const uint8_t* table =
+        base + tables_offset(h, place.width, block.segment, place.group) + (int64_t{place.in_group} * 2 << place.width);
     const float scale = c.row_scale ? cpu::fp16_to_fp32(c.row_scale[block.row_begin + row]) : 1.0f;
     const int64_t to = begin[bucket] + filled[bucket]++;
     columns[to] = static_cast<int32_t>(column);
@@ -325,8 +320,7 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
   const int64_t outliers = c.outlier_row_offsets ? c.outlier_row_offsets[c.rows] : 0;
   check_codebook_shape(refuse, c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers);
   check_arrays(c);
-  const Plan plan =
-      make_plan(c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers, c.row_scale != nullptr);
+  const Plan plan = make_plan(c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers, c.row_scale != nullptr);
   const LayoutHeader& h = plan.header;
   if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % 16 != 0 || layout_bytes != h.bytes)
     refuse("the buffer has " + std::to_string(layout_bytes) + " bytes; this weight needs " + std::to_string(h.bytes) +
@@ -348,13 +342,11 @@ void codebook_layout_codes(const void* layout, int64_t layout_bytes, uint8_t* co
   const auto* base = static_cast<const uint8_t*>(layout);
   for_each_block(h, [&](int64_t index) {
     const RowBlock& block = at<RowBlock>(base, h.blocks_offset)[index];
-    for_each_column(h, at<int32_t>(base, h.columns_offset),
-                    [&](int width, int64_t group, int in_group, int32_t column) {
-                      for (int row = 0; row < block.rows; ++row)
-                        codes_out[(block.row_begin + row) * h.columns + column] =
-                            static_cast<uint8_t>(get_code(tile_words(base, h, width, block, group, row),
-                                                          Place(width, row % kTileRows, in_group)));
-                    });
+    for_each_column(h, at<int32_t>(base, h.columns_offset), [&](int width, int64_t group, int in_group, int32_t column) {
+      for (int row = 0; row < block.rows; ++row)
+        codes_out[(block.row_begin + row) * h.columns + column] = static_cast<uint8_t>(
+            get_code(tile_words(base, h, width, block, group, row), Place(width, row % kTileRows, in_group)));
+    });
   });
 }
 

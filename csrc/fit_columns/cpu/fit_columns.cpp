@@ -29,9 +29,8 @@ struct Column {
 // c.kept = the `keep` weights with the largest c.lost, the first ones at a tie. Returns whether it was so before.
 bool keep_worst(const FitColumnsArguments& a, int64_t keep, Column& c) {
   std::iota(c.order.begin(), c.order.end(), 0);
-  std::nth_element(c.order.begin(), c.order.begin() + (keep - 1), c.order.end(), [&](int32_t x, int32_t y) {
-    return c.lost[x] > c.lost[y] || (c.lost[x] == c.lost[y] && x < y);
-  });
+  std::nth_element(c.order.begin(), c.order.begin() + (keep - 1), c.order.end(),
+                   [&](int32_t x, int32_t y) { return c.lost[x] > c.lost[y] || (c.lost[x] == c.lost[y] && x < y); });
   std::fill(c.chosen.begin(), c.chosen.begin() + a.rows, 0);
   for (int64_t i = 0; i < keep; ++i) c.chosen[c.order[i]] = 1;
   const bool same = c.chosen == c.kept;

@@ -25,7 +25,8 @@ constexpr double kNsPerEntry = 0.15;
     float top = -infinity;
     for (int64_t e = 0; e < call.n * call.m; ++e) {
       if (!(logits[e] < infinity))
-        throw std::invalid_argument(where + "logits have a NaN or +inf entry; allowed: finite, or -inf where the result must be 0");
+        throw std::invalid_argument(where +
+                                    "logits have a NaN or +inf entry; allowed: finite, or -inf where the result must be 0");
       top = std::max(top, logits[e]);
     }
     bool line = false;
@@ -40,7 +41,8 @@ constexpr double kNsPerEntry = 0.15;
       line |= closed;
     }
     if (line)
-      throw std::invalid_argument(where + "a row or column of logits is -inf throughout, so it cannot sum to 1; make an entry finite");
+      throw std::invalid_argument(where +
+                                  "a row or column of logits is -inf throughout, so it cannot sum to 1; make an entry finite");
     if (!call.softmax_start && call.shift == Shift::none && top >= kLargestUnshifted)
       throw std::invalid_argument(where + "logits up to " + std::to_string(top) +
                                   " overflow in exp; use shift='line' or shift='matrix'");

@@ -31,10 +31,8 @@ const SoftmaxCdistKernels& cdist_kernels() {
 int whole_groups(int64_t rows) { return static_cast<int>(rounded_up(rows, kCdistRowGroup)); }
 
 // Columns [begin, begin + count) of a row in fp32: where they lie, or converted into `converted`.
-const float* row_in_fp32(const Logits& logits, int64_t row, int64_t columns, int64_t begin, int64_t count,
-                         float* converted) {
-  const auto* from =
-      static_cast<const uint8_t*>(logits.values) + (row * columns + begin) * element_bytes(logits.dtype);
+const float* row_in_fp32(const Logits& logits, int64_t row, int64_t columns, int64_t begin, int64_t count, float* converted) {
+  const auto* from = static_cast<const uint8_t*>(logits.values) + (row * columns + begin) * element_bytes(logits.dtype);
   if (logits.dtype == DType::fp32) return reinterpret_cast<const float*>(from);
   row_kernels().to_fp32[static_cast<int>(logits.dtype)](from, converted, count);
   return converted;
@@ -63,8 +61,8 @@ void row_statistics(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernel
 }
 
 // Probabilities of rows [first, first + rows) of one batch, padded with zeros to whole groups and kColumns.
-void fill_tile(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& kernels, const Logits& logits,
-               int64_t first, int64_t rows, int64_t begin, int64_t count, float* tile) {
+void fill_tile(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& kernels, const Logits& logits, int64_t first,
+               int64_t rows, int64_t begin, int64_t count, float* tile) {
   for (int64_t r = 0; r < whole_groups(rows); ++r) {
     float* p = tile + r * kColumns;
     const int64_t filled = r < rows ? count : 0;
@@ -165,8 +163,8 @@ struct RowBlock {
 };
 
 // One tile of h, and the part of <p, h> that lies in it.
-void write_h(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& kernels, const RowBlock& block,
-             int64_t tile, const float* gradient, float* h_rows, double* dots) {
+void write_h(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& kernels, const RowBlock& block, int64_t tile,
+             const float* gradient, float* h_rows, double* dots) {
   thread_local Workspace workspace;
   workspace.reserve(3 * Workspace::need<float>(kRows * kColumns) + Workspace::need<float>(kRows * kRows));
   auto *p = workspace.take<float>(kRows * kColumns), *q = workspace.take<float>(kRows * kColumns);
@@ -190,8 +188,8 @@ void write_h(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& kern
 }
 
 // h -> gradient, one row.
-void finish_row(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& kernels, int64_t row, const float* h,
-                double dot, void* x_gradient) {
+void finish_row(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& kernels, int64_t row, const float* h, double dot,
+                void* x_gradient) {
   const DType dtype = problem.x.dtype;
   const int64_t columns = problem.columns;
   auto* to = static_cast<uint8_t*>(x_gradient) + row * columns * element_bytes(dtype);
@@ -202,8 +200,7 @@ void finish_row(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& k
     kernels.probabilities(x, count, problem.x.statistics[row], problem.inverse_temperature, p);
     float* out = dtype == DType::fp32 ? reinterpret_cast<float*>(to) + begin : staged;
     kernels.softmax_gradient(p, h + begin, count, static_cast<float>(dot), problem.inverse_temperature, out);
-    if (dtype != DType::fp32)
-      row_kernels().from_fp32[static_cast<int>(dtype)](staged, to + begin * element_bytes(dtype), count);
+    if (dtype != DType::fp32) row_kernels().from_fp32[static_cast<int>(dtype)](staged, to + begin * element_bytes(dtype), count);
   }
 }
 
@@ -244,8 +241,8 @@ void softmax_cdist_l1_backward(const SoftmaxCdistProblem& problem, const float* 
         if (r >= block.rows) continue;
         double dot = 0;
         for (int64_t tile = 0; tile < tiles; ++tile) dot += dots[(i / rows_each * tiles + tile) * rows_each + r];
-        finish_row(problem, kernels, block.batch * problem.x.rows + block.x_row + r, h_of(i / rows_each) + r * columns,
-                   dot, x_gradient);
+        finish_row(problem, kernels, block.batch * problem.x.rows + block.x_row + r, h_of(i / rows_each) + r * columns, dot,
+                   x_gradient);
       }
     });
   }

@@ -118,8 +118,7 @@ inline __attribute__((always_inline)) Index<Bits> read_index(const uint8_t* batc
     const __m256i first = merge(batch + 64, 4 * nibble), second = merge(batch + 128, 4 * nibble + 2);
     const auto minus = [](__m256i index, char by) { return _mm256_sub_epi8(index, _mm256_set1_epi8(by)); };
     if constexpr (Bits == 3) return {{first, minus(first, 16)}, {second, minus(second, 16)}};
-    if constexpr (Bits == 4)
-      return {{first, minus(first, 16), minus(first, 32)}, {second, minus(second, 32), minus(second, 48)}};
+    if constexpr (Bits == 4) return {{first, minus(first, 16), minus(first, 32)}, {second, minus(second, 32), minus(second, 48)}};
   }
 }
 

@@ -23,7 +23,6 @@ constexpr int kMaskBytes = kCellColumns / 8;
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("sparse layout: " + why); }
 
-
 uint64_t checksum(SparseHeader header) {
   header.checksum = 0;
   uint64_t hash = 0xCBF29CE484222325u, words[sizeof header / 8];
@@ -137,8 +136,7 @@ Plan make_plan(const SparseCheckpoint& from, double sparse_columns) {
     plan.cells.resize(cells);
     for (int64_t strip = 0; strip < h.tiles; strip += kSparseStripTiles)
       for (int64_t block = 0; block < h.blocks; ++block) {
-        const int64_t batches =
-            (std::min(h.columns - block * kCellColumns, kCellColumns) + kBatchColumns - 1) / kBatchColumns;
+        const int64_t batches = (std::min(h.columns - block * kCellColumns, kCellColumns) + kBatchColumns - 1) / kBatchColumns;
         for (int64_t tile = strip; tile < std::min(h.tiles, strip + kSparseStripTiles); ++tile)
           for (int half = 0; half < 2; ++half) {
             const int64_t cell = (tile * h.blocks + block) * 2 + half;
@@ -261,9 +259,7 @@ void unpack_columns(const SparseView& view, const SparseCheckpoint& to) {
 // --- 2:4 -----------------------------------------------------------------------------------------------------------
 
 // Place of value `which` of a row in the values of a group, in elements.
-int64_t value_place(ValueType type, int row, int which) {
-  return by_pairs(type) ? row * 2 + which : which * kCellRows + row;
-}
+int64_t value_place(ValueType type, int row, int which) { return by_pairs(type) ? row * 2 + which : which * kCellRows + row; }
 
 void pack_24_tile(const SparseCheckpoint& from, const Plan& plan, int64_t tile, uint8_t* layout) {
   const SparseHeader& h = plan.header;
@@ -277,8 +273,8 @@ void pack_24_tile(const SparseCheckpoint& from, const Plan& plan, int64_t tile, 
       reinterpret_cast<uint32_t*>(at)[r] |= positions << (4 * (group % 8));
       uint8_t* values = at + 4 * kCellRows + group % 8 * 2 * kCellRows * size;
       for (int which = 0; which < 2; ++which)
-        std::memcpy(values + value_place(h.values, r, which) * size,
-                    from.values + (row * groups * 2 + group * 2 + which) * size, size);
+        std::memcpy(values + value_place(h.values, r, which) * size, from.values + (row * groups * 2 + group * 2 + which) * size,
+                    size);
     }
   }
 }
@@ -295,8 +291,8 @@ void unpack_24_tile(const SparseView& view, const SparseCheckpoint& to, int64_t 
       to.positions[row * row_bytes + group / 2] |= static_cast<uint8_t>(positions << (4 * (group % 2)));
       const uint8_t* values = at + 4 * kCellRows + group % 8 * 2 * kCellRows * size;
       for (int which = 0; which < 2; ++which)
-        std::memcpy(to.values + (row * groups * 2 + group * 2 + which) * size,
-                    values + value_place(h.values, r, which) * size, size);
+        std::memcpy(to.values + (row * groups * 2 + group * 2 + which) * size, values + value_place(h.values, r, which) * size,
+                    size);
     }
   }
 }
@@ -414,12 +410,11 @@ void sparse_layout_pack(void* to, int64_t layout_bytes, const SparseCheckpoint& 
         for (int64_t cell = tile * h.blocks * 2; cell < (tile + 1) * h.blocks * 2; ++cell) {
           const int64_t block = cell / 2 % h.blocks, columns = std::min(h.columns - block * kCellColumns, kCellColumns);
           const int64_t batches = ceil_div(columns, kBatchColumns);
-          std::memset(layout + plan.cells[cell], 0,
-                      batches * (h.kind == SparseKind::sparse24 ? batch_bytes(h.values)
-                                                                : code_batch_bytes(static_cast<int>(h.bits))));
+          std::memset(
+              layout + plan.cells[cell], 0,
+              batches * (h.kind == SparseKind::sparse24 ? batch_bytes(h.values) : code_batch_bytes(static_cast<int>(h.bits))));
         }
-        h.kind == SparseKind::sparse24 ? pack_24_tile(from, plan, tile, layout)
-                                       : pack_codes_tile(from, plan, tile, layout);
+        h.kind == SparseKind::sparse24 ? pack_24_tile(from, plan, tile, layout) : pack_codes_tile(from, plan, tile, layout);
       }
     });
   }

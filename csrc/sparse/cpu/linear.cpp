@@ -60,9 +60,7 @@ struct Chunk {
 };
 
 // Chunks of at most a strip, at least four for each thread where there are tiles enough.
-int64_t chunk_tiles(int64_t tiles) {
-  return std::clamp<int64_t>(tiles / (4 * num_threads()), 1, kSparseStripTiles);
-}
+int64_t chunk_tiles(int64_t tiles) { return std::clamp<int64_t>(tiles / (4 * num_threads()), 1, kSparseStripTiles); }
 
 template <class Run>
 void for_chunks(const Problem& problem, double cost_ns, Run&& run) {
@@ -210,8 +208,13 @@ void run_few_codes(const Problem& problem, Precision precision, uint8_t* workspa
   auto* units = reinterpret_cast<float*>(workspace + h.blocks * problem.tokens * bytes);
   if (!build_code_tables(problem, kind, workspace, units)) {
     for (int64_t t = 0; t < problem.tokens; ++t)
-      run_few({.view = problem.view, .kernels = kSparseScalar, .conversions = problem.conversions, .dtype = problem.dtype,
-               .bias = problem.bias, .tokens = 1, .x = problem.x + t * h.columns,
+      run_few({.view = problem.view,
+               .kernels = kSparseScalar,
+               .conversions = problem.conversions,
+               .dtype = problem.dtype,
+               .bias = problem.bias,
+               .tokens = 1,
+               .x = problem.x + t * h.columns,
                .y = problem.y + t * h.rows * element_bytes(problem.dtype)},
               reinterpret_cast<float*>(workspace));
     return;
@@ -313,8 +316,8 @@ void run_more(const Problem& problem, const DecodeKernels& product, const BFloat
           tiles->multiply(pairs, reinterpret_cast<const uint16_t*>(packed + block * tiles->packed_bytes(tokens)), slots, tokens,
                           sums + tile * tile_sums);
         else
-          product.multiply(reinterpret_cast<uint8_t*>(expanded), packed + block * product.packed_bytes(tokens), slots,
-                           tokens, sums + tile * tile_sums);
+          product.multiply(reinterpret_cast<uint8_t*>(expanded), packed + block * product.packed_bytes(tokens), slots, tokens,
+                           sums + tile * tile_sums);
       }
     if (tiles != nullptr) tiles->end_chunk();
     for (int64_t t = 0; t < tokens; ++t) {
@@ -367,16 +370,15 @@ void run_columns(const Problem& problem, const float* transposed) {
           for (int64_t t = 0; t < kColumnTokens; ++t) sums[t][r] = of_tokens[t];
         }
       }
-      for (int64_t t = 0; t < std::min(group, problem.tokens - begin); ++t)
-        store_rows(problem, begin + t, chunk, sums[t], false);
+      for (int64_t t = 0; t < std::min(group, problem.tokens - begin); ++t) store_rows(problem, begin + t, chunk, sums[t], false);
     }
   });
 }
 
 }  // namespace
 
-void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
-                   DType bias_dtype, void* y, Precision precision) {
+void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias, DType bias_dtype,
+                   void* y, Precision precision) {
   const SparseHeader& h = view.header();
   Problem problem{.view = view, .kernels = sparse_kernels(h), .conversions = row_kernels(), .dtype = x_dtype};
   const DecodeKernels& product =
@@ -393,14 +395,13 @@ void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t
   else if (in_tables)
     packed = few_code_bytes(h, table_kind(precision, x_dtype, h.order), tokens);
   else if (h.kind != SparseKind::columns)
-    packed = h.blocks * (is_few              ? kCellColumns * tokens * x_floats(h) * 4
+    packed = h.blocks * (is_few             ? kCellColumns * tokens * x_floats(h) * 4
                          : tiles != nullptr ? tiles->packed_bytes(most)
                                             : product.packed_bytes(most));
   const int64_t converted = x_dtype == DType::fp32 || tiles != nullptr ? 0 : most * h.columns;
 
   thread_local Workspace workspace;
-  workspace.reserve(Workspace::need<uint8_t>(packed) + Workspace::need<float>(h.rows) +
-                    Workspace::need<float>(converted));
+  workspace.reserve(Workspace::need<uint8_t>(packed) + Workspace::need<float>(h.rows) + Workspace::need<float>(converted));
   auto* packed_x = workspace.take<uint8_t>(packed);
   auto* bias_fp32 = workspace.take<float>(h.rows);
   auto* x_fp32 = workspace.take<float>(converted);
@@ -462,8 +463,8 @@ void sparse_dequantize(const SparseView& view, void* out, DType dtype) {
         // A dot product with x = 1: the value, whatever its type.
         const float one = 1.0f;
         const uint32_t zero = 0;
-        float value = kSparseScalar.dot_columns[static_cast<int>(h.values)](
-            view.values() + i * value_bytes(h.values), reinterpret_cast<const uint8_t*>(&zero), 4, 1, &one);
+        float value = kSparseScalar.dot_columns[static_cast<int>(h.values)](view.values() + i * value_bytes(h.values),
+                                                                            reinterpret_cast<const uint8_t*>(&zero), 4, 1, &one);
         if (view.scale() != nullptr) value *= view.scale()[r];
         conversions.from_fp32[static_cast<int>(dtype)](&value, bytes + (r * h.columns + column) * element, 1);
       }

@@ -28,10 +28,10 @@ constexpr int64_t kColumnTokens = 16;  // side by side where each kept weight is
 //   codes      [group of four, token, 4 << bits]: the partial products
 struct CellWork {
   const uint8_t* cell;
-  StepOrder order;       // of codes
+  StepOrder order;  // of codes
   int64_t slots;
   const float* x;
-  float* sums;           // [token, kTileRows]; of the cell's half
+  float* sums;  // [token, kTileRows]; of the cell's half
 };
 
 // Codes in tables of fixed point.
@@ -54,12 +54,12 @@ static constexpr int64_t code_table_bytes(TableKind kind, int64_t bits) {
 
 // One row per ISA.
 struct SparseKernels {
-  int64_t few_tokens, few_code_tokens;  // at most so many share a pass
+  int64_t few_tokens, few_code_tokens;            // at most so many share a pass
   const CodeTableKernels* code_tables = nullptr;  // [TableKind]; null: `codes` looks up products in fp32
   // Index [tokens - 1]; null: not instantiated.
   using Multiply = void (*)(const CellWork& work);
-  Multiply bitmap[4][kMostFewTokens];    // [ValueType]
-  Multiply sparse24[4][kMostFewTokens];  // [ValueType]
+  Multiply bitmap[4][kMostFewTokens];      // [ValueType]
+  Multiply sparse24[4][kMostFewTokens];    // [ValueType]
   Multiply codes[3][kMostFewTokens] = {};  // [bits - 2]; where there are code_tables, null
   // Weights [slots, 16] in fp32.
   void (*expand_bitmap[4])(const uint8_t* cell, int64_t slots, float* weights);
@@ -97,8 +97,8 @@ struct BFloat16Tiles {
 extern const BFloat16Tiles kBFloat16TilesAmx;
 
 // x and y [tokens, columns] and [tokens, rows], both of x_dtype; bias [rows] or null; tokens > 0.
-void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
-                   DType bias_dtype, void* y, Precision precision);
+void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias, DType bias_dtype,
+                   void* y, Precision precision);
 
 // W [rows, columns] in `dtype`.
 void sparse_dequantize(const SparseView& view, void* out, DType dtype);

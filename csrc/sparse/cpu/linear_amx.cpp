@@ -74,9 +74,7 @@ void expand_24(const uint8_t* cell, int64_t slots, uint16_t* pairs) {
   }
 }
 
-int64_t packed_bytes(int64_t tokens) {
-  return rounded_up(tokens, kTileTokens) * kCellColumns * 2;
-}
+int64_t packed_bytes(int64_t tokens) { return rounded_up(tokens, kTileTokens) * kCellColumns * 2; }
 
 void pack_x(const uint16_t* x, int64_t stride, int64_t tokens, int64_t columns, int64_t slots, uint16_t* packed) {
   for (int64_t group = 0; group < tokens; group += kTileTokens)
@@ -141,13 +139,12 @@ void multiply(const uint16_t* pairs, const uint16_t* packed, int64_t slots, int6
   int64_t group = 0;
   for (; group + kTileTokens < tokens; group += 2 * kTileTokens)
     multiply_groups<2>(pairs, packed + group * slots, slots, sums + group * kTileRows);
-  for (; group < tokens; group += kTileTokens)
-    multiply_groups<1>(pairs, packed + group * slots, slots, sums + group * kTileRows);
+  for (; group < tokens; group += kTileTokens) multiply_groups<1>(pairs, packed + group * slots, slots, sums + group * kTileRows);
 }
 
 }  // namespace
 
-const BFloat16Tiles kBFloat16TilesAmx = {pack_weights, expand_bitmap, expand_24, packed_bytes,
+const BFloat16Tiles kBFloat16TilesAmx = {pack_weights, expand_bitmap, expand_24,   packed_bytes,
                                          pack_x,       multiply,      begin_chunk, end_chunk};
 
 }  // namespace pyllmq::cpu

@@ -326,18 +326,13 @@ void dot_tokens(const uint8_t* values, const uint8_t* columns, int column_bytes,
   _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
 }
 
-#define PYLLMQ_EIGHT(kernel, type)                                                                             \
-  {                                                                                                            \
-    kernel<type, 1>, kernel<type, 2>, kernel<type, 3>, kernel<type, 4>, kernel<type, 5>, kernel<type, 6>,      \
-        kernel<type, 7>, kernel<type, 8>                                                                       \
-  }
-#define PYLLMQ_TYPES(kernel)                                                                 \
-  {                                                                                          \
-    PYLLMQ_EIGHT(kernel, ValueType::fp32), PYLLMQ_EIGHT(kernel, ValueType::bf16),            \
-        PYLLMQ_EIGHT(kernel, ValueType::fp16), PYLLMQ_EIGHT(kernel, ValueType::int8)         \
-  }
-#define PYLLMQ_FOUR(kernel, type) \
-  { kernel<type, 1>, kernel<type, 2>, kernel<type, 3>, kernel<type, 4> }
+#define PYLLMQ_EIGHT(kernel, type)                                     \
+  {kernel<type, 1>, kernel<type, 2>, kernel<type, 3>, kernel<type, 4>, \
+   kernel<type, 5>, kernel<type, 6>, kernel<type, 7>, kernel<type, 8>}
+#define PYLLMQ_TYPES(kernel)                                                                                            \
+  {PYLLMQ_EIGHT(kernel, ValueType::fp32), PYLLMQ_EIGHT(kernel, ValueType::bf16), PYLLMQ_EIGHT(kernel, ValueType::fp16), \
+   PYLLMQ_EIGHT(kernel, ValueType::int8)}
+#define PYLLMQ_FOUR(kernel, type) {kernel<type, 1>, kernel<type, 2>, kernel<type, 3>, kernel<type, 4>}
 
 }  // namespace
 
@@ -348,13 +343,14 @@ const SparseKernels kSparseAvx512 = {
     .sparse24 = PYLLMQ_TYPES(multiply_24),
     .codes = {PYLLMQ_FOUR(multiply_codes, 2), PYLLMQ_FOUR(multiply_codes, 3), PYLLMQ_FOUR(multiply_codes, 4)},
     .expand_bitmap = {expand_bitmap<ValueType::fp32>, expand_bitmap<ValueType::bf16>, expand_bitmap<ValueType::fp16>,
-     expand_bitmap<ValueType::int8>},
+                      expand_bitmap<ValueType::int8>},
     .expand_24 = {expand_24<ValueType::fp32>, expand_24<ValueType::bf16>, expand_24<ValueType::fp16>, expand_24<ValueType::int8>},
     .expand_codes = {expand_codes<2>, expand_codes<3>, expand_codes<4>},
     .build_products = build_products,
     .dot_columns = {dot_columns<ValueType::fp32>, dot_columns<ValueType::bf16>, dot_columns<ValueType::fp16>,
-     dot_columns<ValueType::int8>},
-    .dot_tokens = {dot_tokens<ValueType::fp32>, dot_tokens<ValueType::bf16>, dot_tokens<ValueType::fp16>, dot_tokens<ValueType::int8>},
+                    dot_columns<ValueType::int8>},
+    .dot_tokens = {dot_tokens<ValueType::fp32>, dot_tokens<ValueType::bf16>, dot_tokens<ValueType::fp16>,
+                   dot_tokens<ValueType::int8>},
 };
 
 }  // namespace pyllmq::cpu

@@ -58,7 +58,8 @@ struct Entries {
   PYLLMQ_MEMBER int step(int i) const { return static_cast<int>(steps[i / 4] >> (8 * (i % 4)) & 255); }
   PYLLMQ_MEMBER float value(int i) const {
     if constexpr (kType == ValueType::fp32) return ptx::bits_to_fp32(values[i]);
-    if constexpr (kType == ValueType::bf16) return ptx::bits_to_fp32(i % 2 == 0 ? values[i / 2] << 16 : values[i / 2] & 0xFFFF0000u);
+    if constexpr (kType == ValueType::bf16)
+      return ptx::bits_to_fp32(i % 2 == 0 ? values[i / 2] << 16 : values[i / 2] & 0xFFFF0000u);
     if constexpr (kType == ValueType::fp16) return ptx::fp16_to_fp32(static_cast<uint16_t>(values[i / 2] >> (i % 2 * 16)));
     return static_cast<float>(static_cast<int8_t>(values[i / 4] >> (i % 4 * 8)));
   }

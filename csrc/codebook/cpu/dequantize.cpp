@@ -5,9 +5,9 @@
 #include <string>
 #include <vector>
 
+#include "codebook/cpu/decode.h"
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/linear.h"
-#include "runtime/isa.h"
 #include "runtime/thread_pool.h"
 
 namespace pyllmq::cpu {
@@ -15,14 +15,6 @@ namespace {
 
 constexpr int64_t kStagedColumns = 128;  // 32 rows x 128 fp32 = 16 KiB, half of the L1 cache; whole lines go to `out`
 constexpr double kNsPerWeight = 0.5;
-
-const DequantizeKernels& dequantize_kernels(StepOrder order) {
-#if defined(__x86_64__)
-  if (active_isa() >= Isa::avx512 && order == StepOrder::fours) return kDequantizeAvx512;
-  if (active_isa() != Isa::scalar && order == StepOrder::rows) return kDequantizeAvx2;
-#endif
-  return kDequantizeScalar;
-}
 
 struct RowRange {
   int64_t segment, tile;
@@ -35,8 +27,7 @@ void store_columns(const LayoutView& view, const PanelRecord& panel, int64_t slo
   const auto* convert = row_kernels().from_fp32;
   const int64_t element = element_bytes(dtype);
   if (panel.first_column >= 0) {
-    convert[static_cast<int>(dtype)](staged, static_cast<uint8_t*>(out_row) + (panel.first_column + slot) * element,
-                                     columns);
+    convert[static_cast<int>(dtype)](staged, static_cast<uint8_t*>(out_row) + (panel.first_column + slot) * element, columns);
     return;
   }
   const uint32_t* to = view.columns(panel) + slot;
@@ -61,11 +52,13 @@ void store_outliers(const LayoutView& view, int64_t row, void* out_row, DType dt
   }
 }
 
-void dequantize_tile(const LayoutView& view, const DequantizeKernels& kernels, const RowRange& range, uint8_t* out,
-                     DType dtype) {
+void dequantize_tile(const LayoutView& view, const RowRange& range, uint8_t* out, DType dtype) {
   const LayoutHeader& header = view.header();
+  const DecodeKernels& kernels = decode_kernels(header.order, Precision::exact);
   const int64_t row_bytes = header.columns * element_bytes(dtype);
-  alignas(64) float staged[kTileRows * kStagedColumns];
+  alignas(64) static thread_local float weights[kDecodedWeights], staged[kTileRows * kStagedColumns];
+  alignas(64) static thread_local uint8_t split[kBytePanelColumns * split_bytes(8)];
+  static_assert(sizeof split >= kStagedColumns * split_bytes(4), "panels of widths 5..8 are short");
   alignas(64) float scale[kTileRows] = {};
   if (view.row_scale())
     for (int64_t r = range.row_begin; r < range.row_end; ++r) scale[r - range.tile_row] = view.row_scale()[r];
@@ -73,16 +66,18 @@ void dequantize_tile(const LayoutView& view, const DequantizeKernels& kernels, c
     const PanelRecord& panel = view.panel(p);
     const int width = static_cast<int>(panel.width);
     const int64_t entries = entries_per_lookup(width) / columns_per_lookup(width);
-    const uint8_t* codes = view.codes(panel, range.tile);
-    const uint16_t* codebook = view.codebook(panel, range.segment);
     for (int64_t slot = 0; slot < panel.columns; slot += kStagedColumns) {
-      const int64_t columns = std::min(kStagedColumns, panel.columns - slot);
-      for (int64_t c = 0; c < columns; c += kBlockColumns)
-        kernels.block(codes, header.order, slot + c, width, codebook + (slot + c) * entries,
-                      view.row_scale() ? scale : nullptr, staged + c, kStagedColumns);
+      const int64_t slots = std::min(kStagedColumns, panel.slots - slot);
+      kernels.split_codebook(width, view.codebook(panel, range.segment) + slot * entries,
+                             view.max_magnitude(panel, range.segment) + slot, slots, split);
+      kernels.decode(width, header.order, view.codes(panel, range.tile), slot, split, slots, view.row_scale() ? scale : nullptr,
+                     reinterpret_cast<uint8_t*>(weights));
+      for (int half = 0; half < 2; ++half)
+        row_kernels().transpose(weights + half * kDecodedColumns * kHalfRows, slots, staged + half * kHalfRows * kStagedColumns,
+                                kStagedColumns);
       for (int64_t r = range.row_begin; r < range.row_end; ++r)
-        store_columns(view, panel, slot, columns, staged + (r - range.tile_row) * kStagedColumns,
-                      out + (r - range.row_begin) * row_bytes, dtype);
+        store_columns(view, panel, slot, std::min(kStagedColumns, panel.columns - slot),
+                      staged + (r - range.tile_row) * kStagedColumns, out + (r - range.row_begin) * row_bytes, dtype);
     }
   }
   for (int64_t r = range.row_begin; r < range.row_end; ++r)
@@ -97,8 +92,7 @@ RowRange tile_at(const LayoutView& view, int64_t row, int64_t row_end) {
                            1;
   const int64_t tile = (row - s->row_begin) / kTileRows;
   const int64_t tile_row = s->row_begin + tile * kTileRows;
-  return {s - first, s->tile_begin + tile, tile_row, row,
-          std::min({row_end, tile_row + kTileRows, s->row_begin + s->rows})};
+  return {s - first, s->tile_begin + tile, tile_row, row, std::min({row_end, tile_row + kTileRows, s->row_begin + s->rows})};
 }
 
 }  // namespace
@@ -112,15 +106,12 @@ void codebook_dequantize(const LayoutView& view, int64_t row_begin, int64_t row_
   if (out == nullptr) throw std::invalid_argument("out must not be null");
 
   std::vector<RowRange> ranges;
-  for (int64_t row = row_begin; row < row_end; row = ranges.back().row_end)
-    ranges.push_back(tile_at(view, row, row_end));
-  const DequantizeKernels& kernels = dequantize_kernels(header.order);
+  for (int64_t row = row_begin; row < row_end; row = ranges.back().row_end) ranges.push_back(tile_at(view, row, row_end));
   const int64_t row_bytes = header.columns * element_bytes(out_dtype);
   const int64_t tiles = static_cast<int64_t>(ranges.size());
   parallel_for(tiles, 1, kNsPerWeight * tiles * kTileRows * header.columns, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      dequantize_tile(view, kernels, ranges[i],
-                      static_cast<uint8_t*>(out) + (ranges[i].row_begin - row_begin) * row_bytes, out_dtype);
+      dequantize_tile(view, ranges[i], static_cast<uint8_t*>(out) + (ranges[i].row_begin - row_begin) * row_bytes, out_dtype);
   });
 }
 

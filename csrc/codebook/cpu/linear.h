@@ -10,7 +10,7 @@
 //            s is a power of two, so that scaling is exact.
 //  * high:   16 bits in 2 planes of 8. Relative error 3e-5 to 7e-5 for normal x, at most 1.5e-4 where one channel of a
 //            panel dwarfs all others.
-//  * fast:   14 bits in 2 planes of 7: four times that error.
+//  * fast:   14 bits in 2 planes of 7: four times that error. In layouts in fours as `high`.
 //
 // Planes of 7 bits: two looked-up bytes are added as bytes before they are widened: 6 vector operations per 64 lookups
 // and plane (AVX2) instead of 8 with planes of 8 bits. 16-bit accumulators: even += v; odd += v >> 8 (the trick of
@@ -36,8 +36,9 @@ static constexpr int table_planes(TableKind kind) { return kind == TableKind::bi
 static constexpr int plane_bits(TableKind kind) { return kind == TableKind::bits16 ? 8 : 7; }
 static constexpr int table_bits(TableKind kind) { return table_planes(kind) * plane_bits(kind); }
 
-static inline TableKind table_kind(Precision precision, DType dtype) {
-  if (precision == Precision::high) return TableKind::bits16;
+// In fours planes of 8 bits cost what planes of 7 do: `fast` is as exact as `high` there.
+static inline TableKind table_kind(Precision precision, DType dtype, StepOrder order) {
+  if (precision == Precision::high || (precision == Precision::fast && order == StepOrder::fours)) return TableKind::bits16;
   if (precision == Precision::fast) return TableKind::bits14;
   return dtype == DType::fp32 ? TableKind::bits28 : TableKind::bits21;
 }
@@ -49,8 +50,7 @@ constexpr float kLargestBound = 0x1p100f;
 // One part in 4096 less than fits: room for the rounding of the products and of the fixed point.
 static inline float fixed_point_scale(TableKind kind, float bound) {
   const float room = bound * (1 + 0x1p-12f);
-  if (kind == TableKind::bits28 || kind == TableKind::bits21)
-    return std::ldexp(1.0f, table_bits(kind) - 2 - std::ilogb(room));
+  if (kind == TableKind::bits28 || kind == TableKind::bits21) return std::ldexp(1.0f, table_bits(kind) - 2 - std::ilogb(room));
   return static_cast<float>((1 << (table_bits(kind) - 1)) - 1) / room;
 }
 
@@ -93,7 +93,7 @@ struct TableKernels {
 
 // One row per ISA and order of steps.
 struct LinearKernels {
-  TableKernels tables[kTableKinds];  // index TableKind
+  TableKernels tables[kTableKinds];  // index TableKind; bits14 in rows only
   // Index [width - 5]: codebook fp16 [columns, 2^width], x [tokens, kBytePanelColumns], y [tokens, y_stride].
   void (*decode_multiply[4])(const uint8_t* codes, StepOrder order, int64_t tiles, int64_t tile_bytes, int64_t columns,
                              const uint16_t* codebook, const float* x, int64_t tokens, float* y, int64_t y_stride);
@@ -112,6 +112,8 @@ struct RowKernels {
   // Index [DType].
   void (*to_fp32[3])(const void* from, float* to, int64_t count);
   void (*from_fp32[3])(const float* from, void* to, int64_t count);
+  // columns [count, 16 rows], count a multiple of 8 -> rows[row * stride + column].
+  void (*transpose)(const float* columns, int64_t count, float* rows, int64_t stride);
 };
 
 extern const RowKernels kRowScalar;
@@ -119,8 +121,8 @@ extern const RowKernels kRowAvx2;
 const RowKernels& row_kernels();  // of the active ISA
 
 // Rows [begin, begin + count) of x [., columns] in fp32: x itself where it is fp32, else converted into `converted`.
-const float* rows_in_fp32(const RowKernels& kernels, const void* x, DType dtype, int64_t begin, int64_t count,
-                          int64_t columns, float* converted);
+const float* rows_in_fp32(const RowKernels& kernels, const void* x, DType dtype, int64_t begin, int64_t count, int64_t columns,
+                          float* converted);
 
 // tables: what stands above, the same cost for each token; decode: decode.h, the decoding is paid once;
 // automatic: the one of the two that costs less for the weight's widths.
@@ -130,7 +132,7 @@ enum class LinearPath { tables = 0, decode = 1, automatic = 2 };
 LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Precision precision);
 
 // x and y [tokens, columns] and [tokens, rows], both of x_dtype; bias [rows] or null; tokens > 0.
-void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
-                     DType bias_dtype, void* y, LinearPath path, Precision precision);
+void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias, DType bias_dtype,
+                     void* y, LinearPath path, Precision precision);
 
 }  // namespace pyllmq::cpu

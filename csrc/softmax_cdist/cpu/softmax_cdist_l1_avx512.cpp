@@ -1,48 +1,7 @@
-#include <immintrin.h>
-
-#include <limits>
-
-#include "runtime/exp_avx512.h"
-#include "softmax_cdist/cpu/softmax_cdist_l1.h"
+#include "softmax_cdist/cpu/softmax_cdist_l1_kernels.h"
 
 namespace pyllmq::cpu {
 namespace {
-
-constexpr int64_t kStride = kCdistTileColumns;
-constexpr int kLanes = 16;
-
-inline __mmask16 first_lanes(int64_t count) {
-  return count >= kLanes ? 0xFFFF : static_cast<__mmask16>((1u << count) - 1);
-}
-
-float largest(const float* x, int64_t count) {
-  const float none = -std::numeric_limits<float>::infinity();
-  __m512 found = _mm512_set1_ps(none);
-  for (int64_t i = 0; i < count; i += kLanes)
-    found = _mm512_max_ps(_mm512_mask_loadu_ps(_mm512_set1_ps(none), first_lanes(count - i), x + i), found);
-  return _mm512_reduce_max_ps(found);
-}
-
-inline __m512 exponentials(__m512 x, float largest, float scale) {
-  return exp_avx512(_mm512_mul_ps(_mm512_sub_ps(x, _mm512_set1_ps(largest)), _mm512_set1_ps(scale)));
-}
-
-double sum_of_exponentials(const float* x, int64_t count, float largest, float scale) {
-  const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < count; i += kLanes)
-    sum = _mm512_add_ps(sum, exponentials(_mm512_mask_loadu_ps(none, first_lanes(count - i), x + i), largest, scale));
-  return _mm512_reduce_add_ps(sum);
-}
-
-void probabilities(const float* x, int64_t count, RowStatistics row, float scale, float* p) {
-  const __m512 inverse_sum = _mm512_set1_ps(row.inverse_sum);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const __mmask16 inside = first_lanes(count - i);
-    const __m512 value = exponentials(_mm512_maskz_loadu_ps(inside, x + i), row.largest, scale);
-    _mm512_mask_storeu_ps(p + i, inside, _mm512_mul_ps(value, inverse_sum));
-  }
-}
 
 // Lane m of the result: the sum of the lanes of sums[m]. Every sum of lanes goes through here, so that sums of equal
 // lanes are equal. Rejected: _mm512_reduce_add_ps for each, 3 times the instructions, 15 % of a distance's time.
@@ -50,8 +9,7 @@ inline __m512 sums_of_lanes(const __m512 sums[16]) {
   __m512 pairs[8], fours[4], halves[2];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)
-    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(sums[2 * i], sums[2 * i + 1]),
-                             _mm512_unpackhi_ps(sums[2 * i], sums[2 * i + 1]));
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(sums[2 * i], sums[2 * i + 1]), _mm512_unpackhi_ps(sums[2 * i], sums[2 * i + 1]));
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
@@ -62,15 +20,14 @@ inline __m512 sums_of_lanes(const __m512 sums[16]) {
   for (int i = 0; i < 2; ++i)
     halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], even),
                               _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], odd));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], even),
-                       _mm512_shuffle_f32x4(halves[0], halves[1], odd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], even), _mm512_shuffle_f32x4(halves[0], halves[1], odd));
 }
 
 void row_sums(const float* p, int rows, float* sums) {
-  for (int i = 0; i < rows; i += kLanes) {
-    __m512 of_row[kLanes] = {};
-    for (int r = 0; r < kLanes && i + r < rows; ++r)
-      for (int64_t v = 0; v < kStride; v += kLanes)
+  for (int i = 0; i < rows; i += Avx512::width) {
+    __m512 of_row[Avx512::width] = {};
+    for (int r = 0; r < Avx512::width && i + r < rows; ++r)
+      for (int64_t v = 0; v < kStride; v += Avx512::width)
         of_row[r] = _mm512_add_ps(of_row[r], _mm512_load_ps(p + (i + r) * kStride + v));
     _mm512_store_ps(sums + i, sums_of_lanes(of_row));
   }
@@ -81,7 +38,7 @@ void overlaps(const float* p, int p_rows, const float* q, int q_rows, float* ove
     for (int j = 0; j < q_rows; j += 4) {
       const float *mine = p + i * kStride, *other = q + j * kStride;
       __m512 sums[16] = {};
-      for (int64_t v = 0; v < kStride; v += kLanes) {
+      for (int64_t v = 0; v < kStride; v += Avx512::width) {
         __m512 q_v[4];
 #pragma GCC unroll 4
         for (int c = 0; c < 4; ++c) q_v[c] = _mm512_load_ps(other + c * kStride + v);
@@ -107,17 +64,17 @@ inline __m512 sign(__m512 x) { return _mm512_fixupimm_ps(x, x, _mm512_set1_epi32
 
 void add_signs(const float* p, int p_rows, const float* q, int q_rows, const float* weights, float* h) {
   for (int i = 0; i < p_rows; i += 4)
-    for (int64_t v = 0; v < kStride; v += 2 * kLanes) {
+    for (int64_t v = 0; v < kStride; v += 2 * Avx512::width) {
       __m512 mine[4][2], sums[4][2];
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r)
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
-          mine[r][half] = _mm512_load_ps(p + (i + r) * kStride + v + half * kLanes);
-          sums[r][half] = _mm512_load_ps(h + (i + r) * kStride + v + half * kLanes);
+          mine[r][half] = _mm512_load_ps(p + (i + r) * kStride + v + half * Avx512::width);
+          sums[r][half] = _mm512_load_ps(h + (i + r) * kStride + v + half * Avx512::width);
         }
       for (int j = 0; j < q_rows; ++j) {
-        const __m512 q_0 = _mm512_load_ps(q + j * kStride + v), q_1 = _mm512_load_ps(q + j * kStride + v + kLanes);
+        const __m512 q_0 = _mm512_load_ps(q + j * kStride + v), q_1 = _mm512_load_ps(q + j * kStride + v + Avx512::width);
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r) {
           const __m512 weight = _mm512_set1_ps(weights[(i + r) * kCdistTileRows + j]);
@@ -128,30 +85,12 @@ void add_signs(const float* p, int p_rows, const float* q, int q_rows, const flo
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r)
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half)
-          _mm512_store_ps(h + (i + r) * kStride + v + half * kLanes, sums[r][half]);
+        for (int half = 0; half < 2; ++half) _mm512_store_ps(h + (i + r) * kStride + v + half * Avx512::width, sums[r][half]);
     }
-}
-
-float dot(const float* p, const float* h) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t v = 0; v < kStride; v += kLanes)
-    sum = _mm512_fmadd_ps(_mm512_load_ps(p + v), _mm512_load_ps(h + v), sum);
-  return _mm512_reduce_add_ps(sum);
-}
-
-void softmax_gradient(const float* p, const float* h, int64_t count, float dot, float scale, float* out) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const __mmask16 inside = first_lanes(count - i);
-    const __m512 centred = _mm512_sub_ps(_mm512_maskz_loadu_ps(inside, h + i), _mm512_set1_ps(dot));
-    const __m512 product = _mm512_mul_ps(_mm512_maskz_loadu_ps(inside, p + i), centred);
-    _mm512_mask_storeu_ps(out + i, inside, _mm512_mul_ps(product, _mm512_set1_ps(scale)));
-  }
 }
 
 }  // namespace
 
-const SoftmaxCdistKernels kSoftmaxCdistAvx512 = {largest,  sum_of_exponentials, probabilities, row_sums,
-                                                 overlaps, add_signs,           dot,           softmax_gradient};
+const SoftmaxCdistKernels kSoftmaxCdistAvx512 = softmax_cdist_kernels<Avx512>(row_sums, overlaps, add_signs);
 
 }  // namespace pyllmq::cpu

@@ -144,7 +144,12 @@ def test_no_circle():
 
 @pytest.mark.parametrize(
     "arrow",
-    [("structure", "formats.codebook"), ("ops", "backends"), ("formats.bitmap", "backends.cpu"), ("kmeans", "transport")],
+    [
+        ("structure", "formats.codebook"),
+        ("ops", "backends"),
+        ("formats.bitmap", "backends.cpu"),
+        ("kmeans", "transport"),
+    ],
 )
 def test_an_arrow_that_points_up_is_seen(arrow):
     assert points_up(arrow)
@@ -158,5 +163,7 @@ def test_the_picture_of_the_design_is_this_one():
     """docs/design.md has the floors as a table, the ground floor last."""
     text = (ROOT / "docs/design.md").read_text()
     table = text.split("<!-- floors -->")[1].split("<!-- end of floors -->")[0]
-    drawn = [tuple(re.findall(r"`([^`]*)`", line.split("|")[1])) for line in table.splitlines() if line.startswith("| `")]
+    drawn = [
+        tuple(re.findall(r"`([^`]*)`", line.split("|")[1])) for line in table.splitlines() if line.startswith("| `")
+    ]
     assert [tuple(r or "pyllmq" for r in rooms if not r.startswith("_c")) for rooms in FLOORS[::-1]] == drawn

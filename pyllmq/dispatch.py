@@ -57,7 +57,7 @@ class NoKernelError(RuntimeError):
 class Operation(Generic[P, Run]):
     """The rows of one operation. `Run` is the signature of its kernels, so that a type checker sees those that differ."""
 
-    def __init__(self, name: str, problem: type[P], signature: type[Run]) -> None:
+    def __init__(self, name: str, problem: type[P]) -> None:
         self.name, self.problem = name, problem
         self.rows: list[Kernel[P, Run]] = []
         self.kernel_for = lru_cache(maxsize=4096)(self._kernel_for)

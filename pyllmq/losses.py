@@ -176,15 +176,13 @@ class SinkhornDistillationLoss(nn.Module):
             sizes += [min(step, count - at) for at in range(0, count, step)]
             begin += count
         longest = max(sizes)
-        place = torch.arange(longest)
-        mass = (place < torch.tensor(sizes)[:, None]).to(student.device, _wide(student))
+        place, size = torch.arange(longest, device="cpu"), torch.tensor(sizes, device="cpu")[:, None]
+        mass = (place < size).to(student.device, _wide(student))
         if sizes == [longest] * len(sizes):
             shape = (len(sizes), longest, student.shape[-1])
             student, teacher = student.reshape(shape), teacher.reshape(shape)
         else:  # places behind the last row of a batch repeat one of its rows, without mass
-            index = (torch.tensor(begins)[:, None] + torch.minimum(place, torch.tensor(sizes)[:, None] - 1)).to(
-                student.device
-            )
+            index = (torch.tensor(begins, device="cpu")[:, None] + torch.minimum(place, size - 1)).to(student.device)
             student, teacher = student[index], teacher[index]
         distance = softmax_cdist_l1(student, teacher, self.temperature)
         plan = sinkhorn(distance, mass, mass, self.epsilon, self.iterations)

@@ -97,11 +97,11 @@ class UnpackCodes(Protocol):
     def __call__(self, packed: Tensor, bits: int, columns: int, /) -> Tensor: ...
 
 
-PACKED_LINEAR = Operation("packed_linear", WeightProblem, PackedLinear)
-PACKED_DEQUANTIZE = Operation("packed_dequantize", WeightProblem, PackedDequantize)
-CODEBOOK_GRADIENT = Operation("codebook_gradient", WeightProblem, CodebookGradient)
-PACK_CODES = Operation("pack_codes", Problem, PackCodes)
-UNPACK_CODES = Operation("unpack_codes", Problem, UnpackCodes)
+PACKED_LINEAR: Operation[WeightProblem, PackedLinear] = Operation("packed_linear", WeightProblem)
+PACKED_DEQUANTIZE: Operation[WeightProblem, PackedDequantize] = Operation("packed_dequantize", WeightProblem)
+CODEBOOK_GRADIENT: Operation[WeightProblem, CodebookGradient] = Operation("codebook_gradient", WeightProblem)
+PACK_CODES: Operation[Problem, PackCodes] = Operation("pack_codes", Problem)
+UNPACK_CODES: Operation[Problem, UnpackCodes] = Operation("unpack_codes", Problem)
 
 
 # ---- softmax_cdist_l1 -----------------------------------------------------------------------------------------------
@@ -129,8 +129,8 @@ class SoftmaxCdistL1Backward(Protocol):
         """grad [batch, B, C] -> the gradient of `logits`, in their shape and dtype."""
 
 
-SOFTMAX_CDIST_L1 = Operation("softmax_cdist_l1", Problem, SoftmaxCdistL1)
-SOFTMAX_CDIST_L1_BACKWARD = Operation("softmax_cdist_l1_backward", Problem, SoftmaxCdistL1Backward)
+SOFTMAX_CDIST_L1: Operation[Problem, SoftmaxCdistL1] = Operation("softmax_cdist_l1", Problem)
+SOFTMAX_CDIST_L1_BACKWARD: Operation[Problem, SoftmaxCdistL1Backward] = Operation("softmax_cdist_l1_backward", Problem)
 
 
 # ---- 1-D k-means ----------------------------------------------------------------------------------------------------
@@ -192,9 +192,9 @@ class FitColumns(Protocol):
     def __call__(self, columns: ColumnBlock, method: str, descend: bool, /) -> tuple[Tensor, float]: ...
 
 
-KMEANS_1D = Operation("kmeans_1d", ClusterProblem, KMeans1d)
-KMEANS_1D_ERRORS = Operation("kmeans_1d_errors", ClusterProblem, KMeans1dErrors)
-FIT_COLUMNS = Operation("fit_columns", ClusterProblem, FitColumns)
+KMEANS_1D: Operation[ClusterProblem, KMeans1d] = Operation("kmeans_1d", ClusterProblem)
+KMEANS_1D_ERRORS: Operation[ClusterProblem, KMeans1dErrors] = Operation("kmeans_1d_errors", ClusterProblem)
+FIT_COLUMNS: Operation[ClusterProblem, FitColumns] = Operation("fit_columns", ClusterProblem)
 
 
 # ---- transport ------------------------------------------------------------------------------------------------------
@@ -266,7 +266,9 @@ class DoublyStochasticBackward(Protocol):
     def __call__(self, logits: Tensor, grad: Tensor, how: Normalisation, /) -> Tensor: ...
 
 
-SINKHORN = Operation("sinkhorn", SinkhornProblem, Sinkhorn)
-SINKHORN_BACKWARD = Operation("sinkhorn_backward", SinkhornProblem, SinkhornBackward)
-DOUBLY_STOCHASTIC = Operation("doubly_stochastic", SinkhornProblem, DoublyStochastic)
-DOUBLY_STOCHASTIC_BACKWARD = Operation("doubly_stochastic_backward", SinkhornProblem, DoublyStochasticBackward)
+SINKHORN: Operation[SinkhornProblem, Sinkhorn] = Operation("sinkhorn", SinkhornProblem)
+SINKHORN_BACKWARD: Operation[SinkhornProblem, SinkhornBackward] = Operation("sinkhorn_backward", SinkhornProblem)
+DOUBLY_STOCHASTIC: Operation[SinkhornProblem, DoublyStochastic] = Operation("doubly_stochastic", SinkhornProblem)
+DOUBLY_STOCHASTIC_BACKWARD: Operation[SinkhornProblem, DoublyStochasticBackward] = Operation(
+    "doubly_stochastic_backward", SinkhornProblem
+)

@@ -186,7 +186,16 @@ def test_opcheck(backend, with_bias):
         bias = torch.randn(9, requires_grad=True) if with_bias else None
         torch.library.opcheck(
             torch.ops.pyllmq.packed_linear.default,
-            (x, list(operand.tensors), "codebook", operand.layout, (), (9, 14), bias, pyllmq.operations.DEFAULT_PRECISION),
+            (
+                x,
+                list(operand.tensors),
+                "codebook",
+                operand.layout,
+                (),
+                (9, 14),
+                bias,
+                pyllmq.operations.DEFAULT_PRECISION,
+            ),
         )
         torch.library.opcheck(
             torch.ops.pyllmq.packed_dequantize.default,

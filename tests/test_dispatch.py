@@ -149,7 +149,7 @@ def test_an_operation_that_does_not_exist():
 
 
 def test_the_order_of_rows_is_a_number_and_not_that_of_registration():
-    operation = Operation("test_order", Problem, type(lambda: None))
+    operation = Operation("test_order", Problem)
     try:
         for name, order in (("b.second", 2), ("a.first", 1), ("c.third", 3)):
             operation.register(name, order, lambda problem: (True, ""), lambda: None, "a test")

@@ -142,15 +142,15 @@ def test_dequantize_compiles_without_spills(arch, bits):
 @needs_triton
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_small_kernels_compile_without_spills(arch):
-    from pyllmq.triton_kernels.codebook_dequantize import _put_outliers
-    from pyllmq.triton_kernels.codebook_linear import _add_parts, _multiply_outliers
+    from pyllmq.triton_kernels.codebook_dequantize import put_outliers
+    from pyllmq.triton_kernels.codebook_linear import add_parts, multiply_outliers
 
-    assert_no_spills(_put_outliers, {"BLOCK_ROWS": 8, "BLOCK": 16}, arch=arch)
+    assert_no_spills(put_outliers, {"BLOCK_ROWS": 8, "BLOCK": 16}, arch=arch)
     flags = {"HAS_ROW_SCALE": True, "HAS_OUTLIERS": True, "HAS_BIAS": True}
-    assert_no_spills(_add_parts, flags | {"BLOCK_ROWS": 256}, arch=arch)
+    assert_no_spills(add_parts, flags | {"BLOCK_ROWS": 256}, arch=arch)
     for tokens in (1, 16):
         fixed = {"HAS_ROW_SCALE": True, "BLOCK_TOKENS": tokens, "BLOCK_ROWS": 16, "BLOCK": 16}
-        assert_no_spills(_multiply_outliers, fixed, arch=arch)
+        assert_no_spills(multiply_outliers, fixed, arch=arch)
 
 
 @needs_triton
@@ -193,7 +193,7 @@ def test_kmeans_1d_compiles_without_spills(arch):
 def test_sizes_of_one_compile():
     """triton makes an argument that is 1 a constant of the kernel, which has other methods than a number."""
     from pyllmq.triton_kernels.codebook_dequantize import _decode
-    from pyllmq.triton_kernels.codebook_linear import _add_parts, _multiply
+    from pyllmq.triton_kernels.codebook_linear import _multiply, add_parts
     from pyllmq.triton_kernels.sparse_linear import _multiply_24, _spread_24
 
     one = {"rows": 1, "columns": 1, "slots": 1, "code_bytes": 1}
@@ -202,7 +202,7 @@ def test_sizes_of_one_compile():
         assert_no_spills(_multiply, one | flags | {"BLOCK_TOKENS": tokens, "FP32_DOT": "tf32x3"})
     assert_no_spills(_decode, one | flags | {"HAS_ROW_SCALE": True})
     flags = {"HAS_ROW_SCALE": True, "HAS_OUTLIERS": True, "HAS_BIAS": True}
-    assert_no_spills(_add_parts, flags | {"BLOCK_ROWS": 256, "rows": 1})
+    assert_no_spills(add_parts, flags | {"BLOCK_ROWS": 256, "rows": 1})
     types = POINTERS | {"values": "*u8"}
     codes = {"BITS": 3, "BLOCK_ROWS": 64, "BLOCK_SLOTS": 16}
     linear = codes | {"FP32_DOT": "tf32x3"}

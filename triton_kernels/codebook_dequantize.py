@@ -31,7 +31,7 @@ def _decode(
 
 
 @triton.jit
-def _put_outliers(
+def put_outliers(
     row_offsets, outlier_columns, values, out, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Row by row over the decoded matrix. Each position occurs once, so the order does not matter."""
@@ -60,7 +60,7 @@ def codebook_dequantize(layout, dtype: torch.dtype, given: Tile | None = None) -
             BLOCK_ROWS=tile.rows, BLOCK_SLOTS=tile.slots, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if layout.outliers:
-        _put_outliers[(triton.cdiv(rows, 8),)](
+        put_outliers[(triton.cdiv(rows, 8),)](
             layout.outlier_row_offsets, layout.outlier_columns, layout.outlier_values, out, rows, columns,
             BLOCK_ROWS=8, BLOCK=16,
         )  # fmt: skip

@@ -55,7 +55,7 @@ def _multiply(
 
 
 @triton.jit(do_not_specialize=["tokens", "part"])
-def _multiply_outliers(
+def multiply_outliers(
     x, row_offsets, outlier_columns, values, replaced, row_scale, parts, tokens, rows, columns, part,
     HAS_ROW_SCALE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +85,7 @@ def _multiply_outliers(
 
 
 @triton.jit(do_not_specialize=["tokens", "parts_of_codes"])
-def _add_parts(
+def add_parts(
     parts, row_scale, bias, y, tokens, rows, parts_of_codes,
     HAS_ROW_SCALE: tl.constexpr, HAS_OUTLIERS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -136,12 +136,12 @@ def codebook_linear(x: torch.Tensor, layout, bias: torch.Tensor | None, given: T
         first_part += count
     if layout.outliers:
         block_tokens = 1 if tokens == 1 else 16
-        _multiply_outliers[(triton.cdiv(rows, 16), triton.cdiv(tokens, block_tokens))](
+        multiply_outliers[(triton.cdiv(rows, 16), triton.cdiv(tokens, block_tokens))](
             x, layout.outlier_row_offsets, layout.outlier_columns, layout.outlier_values, layout.outlier_replaced,
             layout.row_scale, parts, tokens, rows, columns, parts_of_codes,
             HAS_ROW_SCALE=layout.has_row_scale, BLOCK_TOKENS=block_tokens, BLOCK_ROWS=16, BLOCK=16,
         )  # fmt: skip
-    _add_parts[(triton.cdiv(rows, 256), tokens)](
+    add_parts[(triton.cdiv(rows, 256), tokens)](
         parts, layout.row_scale, y if bias is None else bias, y, tokens, rows, parts_of_codes,
         HAS_ROW_SCALE=layout.has_row_scale, HAS_OUTLIERS=layout.outliers > 0, HAS_BIAS=bias is not None, BLOCK_ROWS=256,
     )  # fmt: skip

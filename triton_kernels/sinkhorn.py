@@ -135,7 +135,7 @@ def warps(n: int, m: int) -> int:
     return 1 if entries <= 64 else max(2, entries // 256)
 
 
-def _price(rho: float) -> float:
+def price(rho: float) -> float:
     return 0.0 if math.isinf(rho) else rho
 
 
@@ -147,7 +147,7 @@ def sinkhorn(cost, a, b, epsilon, iterations, tolerance, rho_a, rho_b, tape):
     if problems:
         block_n, block_m = blocks(n, m)
         _forward[(problems,)](
-            cost, a, b, epsilon, plan, u, v, tape, count, n, m, iterations, tolerance, _price(rho_a), _price(rho_b),
+            cost, a, b, epsilon, plan, u, v, tape, count, n, m, iterations, tolerance, price(rho_a), price(rho_b),
             BALANCED_A=math.isinf(rho_a), BALANCED_B=math.isinf(rho_b), TAPE=tape.numel() > 0, STOPS=tolerance > 0,
             BLOCK_N=block_n, BLOCK_M=block_m, num_warps=warps(n, m),
         )  # fmt: skip
@@ -162,7 +162,7 @@ def sinkhorn_backward(cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_
         block_n, block_m = blocks(n, m)
         _backward[(problems,)](
             cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_v, grad_cost, grad_a, grad_b,
-            n, m, tape.shape[1], _price(rho_a), _price(rho_b),
+            n, m, tape.shape[1], price(rho_a), price(rho_b),
             BALANCED_A=math.isinf(rho_a), BALANCED_B=math.isinf(rho_b),
             BLOCK_N=block_n, BLOCK_M=block_m, num_warps=warps(n, m),
         )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .sinkhorn import _price
+from .sinkhorn import price
 
 ROWS, COLUMNS, WARPS = 16, 128, 4
 
@@ -264,11 +264,11 @@ def sinkhorn(cost, a, b, epsilon, iterations, tolerance, rho_a, rho_b, tape):
     fixed = {"STOPS": tolerance > 0, "COLUMNS": COLUMNS, "num_warps": WARPS}
     for step in range(iterations):
         _rows[of_rows](
-            cost, a, b, epsilon, history, largest, totals, missed, count, n, m, slots, step, row_blocks, _price(rho_a),
+            cost, a, b, epsilon, history, largest, totals, missed, count, n, m, slots, step, row_blocks, price(rho_a),
             BALANCED_A=math.isinf(rho_a), ROWS=ROWS, **fixed,
         )  # fmt: skip
         _columns[of_columns](
-            b, epsilon, history, largest, totals, missed, mass, count, n, m, slots, step, row_blocks, tolerance, _price(rho_b),
+            b, epsilon, history, largest, totals, missed, mass, count, n, m, slots, step, row_blocks, tolerance, price(rho_b),
             BALANCED_B=math.isinf(rho_b), **fixed,
         )  # fmt: skip
     _results[of_rows](
@@ -289,11 +289,11 @@ def sinkhorn_backward(cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_
     for step in range(slots, -1, -1):
         _adjoint_rows[of_rows](
             cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_cost, grad_a, shares, parts,
-            n, m, slots, step, row_blocks, _price(rho_a),
+            n, m, slots, step, row_blocks, price(rho_a),
             BALANCED_A=math.isinf(rho_a), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
         )  # fmt: skip
         _adjoint_columns[of_columns](
-            b, epsilon, tape, count, grad_v, grad_b, shares, parts, n, m, slots, step, row_blocks, _price(rho_b),
+            b, epsilon, tape, count, grad_v, grad_b, shares, parts, n, m, slots, step, row_blocks, price(rho_b),
             BALANCED_B=math.isinf(rho_b), COLUMNS=COLUMNS, num_warps=WARPS,
         )  # fmt: skip
     return grad_cost, grad_a, grad_b

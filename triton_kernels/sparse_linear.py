@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from pyllmq.triton_kernels.codebook_decode import GROUP_SLOTS, load_codes
-from pyllmq.triton_kernels.codebook_dequantize import _put_outliers
-from pyllmq.triton_kernels.codebook_linear import FP32_DOT, _add_parts, _multiply_outliers, splits
+from pyllmq.triton_kernels.codebook_dequantize import put_outliers
+from pyllmq.triton_kernels.codebook_linear import FP32_DOT, add_parts, multiply_outliers, splits
 from pyllmq.triton_kernels.configs import Tile
 
 ONE_TOKEN = Tile(rows=64, slots=32, tokens=1, warps=4, stages=3, programs=264)
@@ -219,12 +219,12 @@ def sparse_linear(x: torch.Tensor, layout, bias: torch.Tensor | None) -> torch.T
         )  # fmt: skip
     if layout.outliers:
         block_tokens = 1 if tokens == 1 else 16
-        _multiply_outliers[(triton.cdiv(rows, 16), triton.cdiv(tokens, block_tokens))](
+        multiply_outliers[(triton.cdiv(rows, 16), triton.cdiv(tokens, block_tokens))](
             x, layout.outlier_row_offsets, layout.outlier_columns, layout.outlier_values, layout.outlier_replaced,
             layout.scale, parts, tokens, rows, columns, count,
             HAS_ROW_SCALE=False, BLOCK_TOKENS=block_tokens, BLOCK_ROWS=16, BLOCK=16,
         )  # fmt: skip
-    _add_parts[(triton.cdiv(rows, 256), tokens)](
+    add_parts[(triton.cdiv(rows, 256), tokens)](
         parts, layout.scale, y if bias is None else bias, y, tokens, rows, count,
         HAS_ROW_SCALE=layout.has_scale, HAS_OUTLIERS=layout.outliers > 0, HAS_BIAS=bias is not None, BLOCK_ROWS=256,
     )  # fmt: skip
@@ -247,7 +247,7 @@ def sparse_dequantize(layout, dtype: torch.dtype) -> torch.Tensor:
             HAS_SCALE=layout.has_scale, BLOCK_ROWS=32, BLOCK_SLOTS=64,
         )  # fmt: skip
     if layout.outliers:
-        _put_outliers[(triton.cdiv(rows, 8),)](
+        put_outliers[(triton.cdiv(rows, 8),)](
             layout.outlier_row_offsets, layout.outlier_columns, layout.outlier_values, out, rows, columns,
             BLOCK_ROWS=8, BLOCK=16,
         )  # fmt: skip

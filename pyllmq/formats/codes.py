@@ -23,7 +23,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     if bits < 8 and codes.numel() and int(codes.max()) >> bits:
         raise ValueError(f"a code is {int(codes.max())}, but {bits}-bit codes must lie in 0..{2**bits - 1}")
     place = torch.arange(bits, device=codes.device).to(torch.uint8)
-    stream = ((codes.unsqueeze(-1) >> place) & 1).view(rows, columns * bits)
+    stream = ((codes.unsqueeze(-1) >> place) & 1).reshape(rows, columns * bits)
     stream = torch.nn.functional.pad(stream, (0, -columns * bits % 8)).view(rows, -(-columns * bits // 8), 8)
     weight = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
     return (stream * weight).sum(-1, dtype=torch.uint8)

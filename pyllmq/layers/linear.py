@@ -76,7 +76,7 @@ class PackedComposite(PackedModule):
     @property
     def structure(self) -> Any:
         """Of the children as they are: a checkpoint with other widths may have been loaded since."""
-        children = {name: self.get_submodule(name).structure for name in self._structure.children}
+        children: dict[str, Any] = {name: self.get_submodule(name).structure for name in self._structure.children}
         return replace(self._structure, children=children)
 
     def prepare(self) -> None:

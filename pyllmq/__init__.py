@@ -7,6 +7,7 @@
 Importing this package also lets transformers' auto classes load packed folders. See docs/index.md.
 """
 
+from . import backends as backends
 from . import functional as functional
 from . import losses as losses
 from . import parallel as parallel

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import MethodConfig, Option
-from .dispatch import PRECISIONS
+from .operations import PRECISIONS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -289,7 +289,7 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
 
 def run_compress(given: argparse.Namespace) -> int:
     from .compression.methods import METHODS, method_of
-    from .loading import is_packed, read_config
+    from .folders import is_packed, read_config
 
     settings = _settings(given)
     size = settings.pop("size", None)
@@ -350,15 +350,14 @@ def _names(given: argparse.Namespace) -> dict[str, Any]:
 
 def _compress_in_memory(given: argparse.Namespace, config: MethodConfig, size: str | None) -> int:
     from . import compress, save_pretrained
-    from .compression.jobs.source_files import SourceFiles
     from .compression.methods import method_of
     from .loading import load_model
 
-    model = load_model(given.source)
+    model = load_model(given.source, given.architecture)
     config = _with_size(model, given, config, size)
     batches = _calibration_batches(model, given) if method_of(config).needs.calibration else None
     report = compress(model, config, batches, progress=not given.quiet, **_names(given))
-    save_pretrained(model, given.output, SourceFiles(given.source))
+    save_pretrained(model, given.output, source=given.source)
     _print_report(report, given)
     return 0
 
@@ -368,7 +367,7 @@ def _compress_files(given: argparse.Namespace, config: MethodConfig, size: str |
     from .compression.jobs.files import compress_files
     from .integrations.checkpoint import StreamedModel
 
-    streamed = StreamedModel(given.source)
+    streamed = StreamedModel(given.source, architecture=given.architecture)
     config = _with_size(streamed.model, given, config, size)
     if given.dry_run:
         print(plan_folder(streamed, given.output, config, **_names(given)))
@@ -394,7 +393,7 @@ def _compress_folder(given: argparse.Namespace, config: MethodConfig, size: str 
     from .integrations.checkpoint import StreamedModel
 
     with _ended_by_signal(), joined() as ranks:
-        streamed = StreamedModel(given.source)
+        streamed = StreamedModel(given.source, architecture=given.architecture)
         config = _with_size(streamed.model, given, config, size)
         batches = _calibration_batches(streamed.model, given)
         if given.dry_run:
@@ -439,12 +438,13 @@ def _print_report(report: Any, given: argparse.Namespace) -> None:
 def _with_size(model: Any, given: argparse.Namespace, config: Any, size: str | None) -> Any:
     """The config with the bits at which the folder has this size."""
     from .compression.jobs.in_memory import bits_for_size
-    from .compression.jobs.source_files import SourceFiles
+    from .folders import other_files
 
     if size is None:
         return config
     names = _names(given)
-    other = SourceFiles(given.source).nbytes
+    source = Path(given.source)
+    other = sum((source / name).stat().st_size for name in other_files(source))
     return replace(
         config, bits=bits_for_size(model, _bytes("--size", size), other, indexed=not given.in_memory, **names)
     )
@@ -602,9 +602,9 @@ def _apply_precision(model: Any, precision: str | None) -> None:
 
 
 def run_inspect(given: argparse.Namespace) -> int:
-    from .loading import packed_structures
+    from .folders import PackedFolder, other_files
 
-    structures = packed_structures(given.folder)
+    structures = PackedFolder.open(given.folder).structures
     if given.json:
         rows = {
             name: {**s.to_dict(), "bits_per_weight": s.bits_per_weight, "nbytes": s.nbytes}
@@ -623,6 +623,7 @@ def run_inspect(given: argparse.Namespace) -> int:
         f"{len(structures)} packed Linears, {weights / 1e6:.2f} M weights, {nbytes / 1e6:.2f} MB, "
         f"{8 * nbytes / weights:.3f} true bits per weight"
     )
+    print(f"other files: {', '.join(map(str, other_files(Path(given.folder)))) or 'none'}")
     return 0
 
 
@@ -670,7 +671,9 @@ def run_doctor(given: argparse.Namespace) -> int:
     import torch
 
     from . import __version__, backends
-    from .dispatch import Kernel, kernel_for, rows
+    from .dispatch import Kernel, choose, rows
+    from .layouts import layout_for
+    from .operations import WeightProblem
 
     print(f"pyllmq-kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "transformers", "safetensors", "numpy", "triton", "matplotlib"):
@@ -684,10 +687,12 @@ def run_doctor(given: argparse.Namespace) -> int:
     broken = False
     for device in ("cpu", "cuda"):
         try:
-            layout = backends.machine_layout(device)
+            found = layout_for("codebook", device)
+            layout = "checkpoint.codebook" if found is None else found.name
             tokens: dict[Kernel, list[str]] = {}
             for m in (1, 2, 16, 64, 65, 512):
-                tokens.setdefault(kernel_for("codebook_linear", layout, device, torch.float16, m), []).append(str(m))
+                problem = WeightProblem("packed_linear", device, torch.float16, layout, m)
+                tokens.setdefault(choose(problem), []).append(str(m))
         except (ValueError, RuntimeError) as error:
             broken = True
             print(f"  {device:<10} nothing: {error}")

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-DEFAULT_EXCLUDE = ("lm_head", "embed_out", "classifier", "score")
+OUTPUT_LAYERS = "<output layers>"
+"""In `exclude`: the model's output layer whatever its name, and every Linear that shares its weight with another module; but not
+one that `include` asks for by the last part of its name."""
+
+DEFAULT_EXCLUDE = ("lm_head", "embed_out", "classifier", "score", OUTPUT_LAYERS)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -58,11 +62,24 @@ def select_linears(
             raise ValueError(
                 f"exclude pattern {pattern!r} fits nothing in the model; it has for example: {_some(found)}"
             )
+    outputs = output_layers(model, include) if OUTPUT_LAYERS in exclude else {}
     return {
         name: module
         for name, module in found.items()
-        if (include is None or matches(name, include)) and not matches(name, exclude)
+        if (include is None or matches(name, include)) and not matches(name, exclude) and name not in outputs
     }
+
+
+def output_layers(model: nn.Module, include: Sequence[str] | None = None) -> dict[str, str]:
+    """Linear -> why it is meant by `OUTPUT_LAYERS`."""
+    asked = {name for name, _ in linear_modules(model) for p in include or () if matches(p, [name.rpartition(".")[2]])}
+    linears = {name: module for name, module in linear_modules(model) if name not in asked}
+    outputs = {name: f"shares its weight with {other}" for name, other in tied_weights(model, linears).items()}
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator, union-attr]
+    except (AttributeError, NotImplementedError):
+        return outputs
+    return {name: "output layer" for name, module in linears.items() if module is head} | outputs
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -108,21 +125,27 @@ def left_dense(
     """Linear-like tensors outside `chosen`, and the number of all Linear-like parameters.
 
     What `exclude` names, and what an `include` does not name, was asked for. Besides Linears these are 3-D parameters
-    (stacked experts), which a search for `nn.Linear` would silently miss.
+    (stacked experts) and torch's fused attention weights, which a search for `nn.Linear` would silently miss.
     """
     chosen = set(chosen)
     dense, total = [], 0
+    outputs = output_layers(model, include) if OUTPUT_LAYERS in exclude else {}
     for name, module in linear_modules(model):
         size = int(dense_weight(module).numel())
         total += size
         if name not in chosen:
-            asked, why = _why_dense(name, include, exclude, "outside the repeated blocks")
+            if name in outputs:
+                asked, why = True, outputs[name]
+            else:
+                asked, why = _why_dense(name, include, exclude, "outside the repeated blocks")
             dense.append(LeftDense(name, size, why, asked))
-    for name, parameter in stacked_parameters(model):
-        experts = "a 3-D tensor (stacked experts?), which this version does not compress"
-        asked, why = _why_dense(name, include, exclude, experts)
-        dense.append(LeftDense(name, parameter.numel(), why, asked))
-        total += parameter.numel()
+    experts = "a 3-D tensor (stacked experts?), which this version does not compress"
+    fused = "fused attention weights of nn.MultiheadAttention, which is no Linear"
+    for parameters, otherwise in ((stacked_parameters, experts), (fused_attention_parameters, fused)):
+        for name, parameter in parameters(model):
+            asked, why = _why_dense(name, include, exclude, otherwise)
+            dense.append(LeftDense(name, parameter.numel(), why, asked))
+            total += parameter.numel()
     return dense, total
 
 
@@ -134,6 +157,15 @@ def stacked_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and parameter.numel() >= 1 << 12:
                 yield f"{name}.{parameter_name}".lstrip("."), parameter
+
+
+def fused_attention_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """q, k and v of torch's own attention: parameters of the attention module itself, most often one of all three."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for parameter_name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 2 and parameter_name.endswith("proj_weight"):
+                    yield f"{name}.{parameter_name}".lstrip("."), parameter
 
 
 def _why_dense(name: str, include: Sequence[str] | None, exclude: Sequence[str], otherwise: str) -> tuple[bool, str]:
@@ -151,14 +183,10 @@ def _some(names: Iterable[str], count: int = 5) -> str:
 
 def tied_weights(model: nn.Module, chosen: Iterable[str]) -> dict[str, str]:
     """Chosen Linears whose weight is the same tensor as another module's (an embedding, say) -> that module's name."""
-    owners: dict[int, str] = {}
+    owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and name not in set(chosen):
-            owners.setdefault(id(weight), name)
-    tied = {}
-    for name in chosen:
-        weight = model.get_submodule(name).weight
-        if id(weight) in owners:
-            tied[name] = owners[id(weight)]
-    return tied
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    shared = {name: names for names in owners.values() if len(names) > 1 for name in names}
+    return {name: next(other for other in shared[name] if other != name) for name in chosen if name in shared}

@@ -2,64 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
-from pathlib import Path
+import warnings
 from typing import Any
 
-from .formats import FormatError, Structure
+from .folders import Folder, is_packed, read_config
 from .integrations import transformers as integration
 
-Folder = str | os.PathLike[str]
 
-
-def read_config(folder: Folder) -> dict[str, Any]:
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; give the folder of a transformers model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path} is not valid JSON ({error}); the folder is damaged") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{path} holds {type(config).__name__}, not an object; the folder is damaged")
-    return config
-
-
-def is_packed(folder: Folder) -> bool:
-    """Is this a folder that pyllmq wrote?"""
-    if not (Path(folder) / "config.json").is_file():
-        return False
-    described = read_config(folder).get("quantization_config")
-    return isinstance(described, Mapping) and described.get("quant_method") == integration.METHOD
-
-
-def packed_structures(folder: Folder) -> dict[str, Structure]:
-    """Name -> structure of every packed Linear, from config.json, compared with the headers of the safetensors files."""
-    config = read_config(folder)
-    if not is_packed(folder):
-        raise FormatError(f"{folder} is not a packed folder (no quant_method 'pyllmq' in config.json)")
-    from transformers.quantizers.auto import AutoQuantizationConfig
-
-    structures = AutoQuantizationConfig.from_dict(dict(config["quantization_config"])).structures()
-    files = sorted(str(p) for p in Path(folder).glob("*.safetensors"))
-    if not files:
-        raise FormatError(f"{folder} has no safetensors file; the folder is incomplete")
-    integration.check_files(structures, files)
-    return structures
-
-
-def load_model(folder: Folder, **kwargs: Any) -> Any:
+def load_model(folder: Folder, architecture: str | None = None, **kwargs: Any) -> Any:
     """The model of a folder, packed or dense, in eval mode; dense weights keep their dtype.
 
-    Models that bring their own code are refused by transformers: nothing in a folder is executed.
+    Code that a folder brings is never executed. `architecture` names the transformers class of a dense model; None takes the one
+    that config.json names.
     """
-    config = read_config(folder)
     if is_packed(folder):
         return integration.from_pretrained(folder, **kwargs)
-    model_class = integration.class_of(config.get("architectures"))
-    return model_class.from_pretrained(folder, **{"dtype": "auto", **kwargs})
+    model_class = integration.dense_class(folder, read_config(folder), architecture)
+    arguments = {"dtype": "auto", "config": integration.open_config(folder), **kwargs, "output_loading_info": True}
+    model, info = model_class.from_pretrained(folder, **arguments)
+    integration.expect_complete(folder, model, info)
+    if unused := sorted(info["unexpected_keys"]):
+        warnings.warn(
+            f"{len(unused)} tensors of {folder} have no place in {type(model).__name__} and are not used: {', '.join(unused[:4])}"
+            f"{', ...' if len(unused) > 4 else ''}",
+            stacklevel=2,
+        )
+    return model
 
 
 def load_causal_model(folder: Folder) -> Any:
@@ -82,6 +50,6 @@ def load_tokenizer(folder: Folder) -> Any:
 
     read_config(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise ValueError(f"{folder} has no tokenizer that transformers can load ({error})") from error

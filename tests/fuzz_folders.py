@@ -41,9 +41,9 @@ from safetensors import SafetensorError
 
 import pyllmq
 from pyllmq import CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseLinear
+from pyllmq.folders import is_packed, read_config
 from pyllmq.formats import CodebookWeight, structure_from_dict
-from pyllmq.integrations.transformers import packed_modules
-from pyllmq.loading import is_packed, read_config
+from pyllmq.integrations.skeletons import packed_modules
 
 if __package__:
     from .damage import Files, damaged

@@ -325,10 +325,12 @@ def test_tuning_block_by_block_brings_every_block_closer(make) -> None:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, pyllmq.CodebookLinear)}
     before = {n: (m.structure, m.packed_weight().unpack()) for n, m in layers.items()}
     state = {name: p.requires_grad for name, p in model.named_parameters()}
-    found = pyllmq.tune_blocks(model, dense, IDS, steps=24, learning_rate=0.02, progress=False)
+    # With a rate of 0.02 the loss rises in the first epochs, to twice its value, and 24 steps may not bring it back.
+    found = pyllmq.tune_blocks(model, dense, IDS, steps=48, learning_rate=0.005, progress=False)
     assert len(found) == 2
     for losses in found.values():
-        assert len(losses) == 24 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
+        epochs = [sum(losses[i : i + len(IDS)]) for i in range(0, 48, len(IDS))]
+        assert len(losses) == 48 and epochs[-1] < 0.95 * epochs[0] and max(epochs) < 1.02 * epochs[0]
     for name, (structure, codes) in before.items():
         layer = model.get_submodule(name)
         assert layer.structure == structure and torch.equal(layer.packed_weight().unpack(), codes)

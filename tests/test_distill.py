@@ -11,6 +11,7 @@ import pytest
 DISTILL = Path(__file__).parent.parent / "examples" / "distill.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed (pip install '.[distill]')")
 def test_distil_with_and_without_the_term(tmp_path):
     command = [

@@ -65,6 +65,7 @@ def test_resume(dense):
     loads("my-model-packed")
 
 
+@pytest.mark.slow
 def test_torchrun(dense):
     (words,) = [words for words in COMMANDS if words[0] == "torchrun"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:], *LITTLE_TEXT]

@@ -283,3 +283,12 @@ def test_compiled_module_is_one_graph():
     torch.testing.assert_close(x.grad, torch.autograd.grad(block(x).sum(), x)[0])
     with torch.no_grad():
         torch.testing.assert_close(compiled(x[:1]), block(x[:1]))
+
+
+def test_the_output_may_be_changed_in_place_as_that_of_a_dense_layer():
+    layer = CodebookLinear.from_dense(nn.Linear(16, 8), bits=3)
+    x = torch.randn(2, 3, 16, requires_grad=True)
+    y = layer(x)
+    y[0] += 1
+    y.relu_().sum().backward()
+    assert torch.equal(x.grad, ((y > 0).to(x.dtype).detach() @ layer.dequantize()))

@@ -102,3 +102,74 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"give a peft\.LoraConfig"):
         register(peft.IA3Config())
     assert type(with_adapter(packed("codebook")).unload().model.layers[0].mlp.down_proj) is pyllmq.CodebookLinear
+
+
+def logits_before_and_after(model, **changes):
+    ids = torch.randint(0, 512, (2, 12))
+    before = model(ids).logits.detach()
+    return before, with_adapter(model, **changes).eval()(ids).logits.detach()
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "eva"])
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True}])
+def test_a_new_adapter_changes_nothing(init, more):
+    """As beside a dense layer: B A is zero at the start."""
+    before, after = logits_before_and_after(packed("codebook"), init_lora_weights=init, **more)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+REFUSED = {
+    "olora": {"init_lora_weights": "olora"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa_niter": {"init_lora_weights": "pissa_niter_4"},
+    "corda": {"init_lora_weights": "corda"},
+    "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+    "dora": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_change_the_base_weight_is_refused(name):
+    """Before anything is changed, for the first adapter and for a second one."""
+    model = packed("codebook")
+    with pytest.raises(ValueError, match=r"takes the adapter out of the base weight|DoRA"):
+        with_adapter(model, **REFUSED[name])
+    assert type(model.model.layers[0].mlp.down_proj) is pyllmq.CodebookLinear
+    two = with_adapter(model)
+    with pytest.raises(ValueError, match=r"takes the adapter out of the base weight|DoRA"):
+        two.add_adapter("second", peft.LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], **REFUSED[name]))
+
+
+@pytest.mark.parametrize("config", ["IA3Config", "VeraConfig", "AdaLoraConfig", "OFTConfig", "LoHaConfig"])
+def test_other_methods_are_refused(config):
+    from pyllmq.integrations.peft import register
+
+    more = {"total_step": 10} if config == "AdaLoraConfig" else {}
+    other = getattr(peft, config)(target_modules=["q_proj"], **more)
+    with pytest.raises(ValueError, match=f"{config} is not supported on packed layers"):
+        register(other)
+    with pytest.raises((ValueError, TypeError)):  # PEFT's own refusal, where nobody asked us
+        peft.get_peft_model(packed("codebook"), other)
+
+
+def test_several_adapters_in_one_batch():
+    ids = torch.randint(0, 512, (3, 12))
+    model = with_adapter(packed("codebook"))
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.eval()
+    alone = []
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        alone.append(model(ids).logits.detach())
+    with model.disable_adapter():
+        alone.append(model(ids).logits.detach())
+    mixed = model(ids, adapter_names=["default", "second", "__base__"]).logits.detach()
+    for i in range(3):
+        torch.testing.assert_close(mixed[i], alone[i][i], rtol=1e-4, atol=1e-4)
+    assert float((alone[0] - alone[1]).abs().max()) > 1e-2
+    model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both", combination_type="cat")
+    model.set_adapter("both")
+    assert float((model(ids).logits - alone[2]).abs().max()) > 1e-2

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import ops
-from ..dispatch import CHECKPOINT_FIELDS, WeightOperand
 from ..formats import CodebookWeight
 from ..linears import replace_module
 from ..nn import CodebookLinear
@@ -215,7 +214,8 @@ class _TrainedLinear(nn.Module):
     def __init__(self, layer: CodebookLinear) -> None:
         super().__init__()
         self.weight_packed, self.dense_dtype, self.precision = layer.packed_weight(), layer.dense_dtype, layer.precision
-        self.field = dict(zip(CHECKPOINT_FIELDS, self.weight_packed.checkpoint_operand().tensors, strict=True))
+        self.operand = self.weight_packed.checkpoint_operand()
+        self.field = CodebookWeight.named(self.operand)
         self.start = self.field["codebook"].float()
         self.unit = _column_gap(self.start, self.weight_packed.column_bits)
         self.move = nn.Parameter(torch.zeros_like(self.start))
@@ -235,13 +235,8 @@ class _TrainedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         field = self.field | self._trained()
-        operand = WeightOperand(
-            "checkpoint",
-            tuple(field[name] for name in CHECKPOINT_FIELDS),
-            self.weight_packed.out_features,
-            self.weight_packed.in_features,
-        )
-        return ops.codebook_linear(x, operand, self.bias)
+        operand = replace(self.operand, tensors=tuple(field[name] for name in CodebookWeight.fields))
+        return ops.packed_linear(x, operand, self.bias)
 
     @torch.no_grad()
     def packed(self) -> CodebookLinear:

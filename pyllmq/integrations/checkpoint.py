@@ -1,108 +1,128 @@
 """A dense transformers folder of which only the parts in use are in memory.
 
 transformers builds the model on the meta device and says which tensor of the checkpoint becomes which of the model; blocks are
-then filled from the safetensors files, one at a time, by the same functions that `from_pretrained` uses.
+then filled from the files, one at a time, by the same functions that `from_pretrained` uses.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..folders import (
+    INDEX,
+    PICKLED_INDEX,
+    PICKLED_SINGLE,
+    SINGLE,
+    Folder,
+    Header,
+    opened,
+    quantization_method,
+    read_config,
+    read_headers,
+)
 from ..formats import FormatError
 from ..linears import is_transposed_linear
 from ..memory import page_out
 from ..weights import OUTSIDE, Weights
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from . import _transformers_internals as internals
+from .transformers import (
+    dense_class,
+    expect_complete,
+    expect_own_names,
+    load_on_meta,
+    open_config,
+    quiet_transformers,
+)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, as its index lists them. Raises ValueError if they are not there."""
-    if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise FormatError(f"{folder / INDEX} cannot be read ({error!r}); the folder is damaged") from error
-        files = [folder / name for name in names]
+    """The weight files of a dense model, as its index lists them. Raises FileNotFoundError if they are not there."""
+    for index, single in ((INDEX, SINGLE), (PICKLED_INDEX, PICKLED_SINGLE)):
+        if (folder / index).is_file():
+            try:
+                names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise FormatError(f"{folder / index} cannot be read ({error!r}); the folder is damaged") from error
+            files = [folder / name for name in names]
+            break
+        if (folder / single).is_file():
+            return [folder / single]
     else:
-        files = [folder / SINGLE]
+        raise FileNotFoundError(
+            f"{folder} has no weights: none of {SINGLE}, {INDEX}, {PICKLED_SINGLE}, {PICKLED_INDEX} is there"
+        )
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} is missing; weights are read block by block from safetensors files. Copy it again, or hold the whole "
-                "model in memory (--in-memory)"
-            )
+            raise FileNotFoundError(f"{file} is missing, which {folder / index} names; copy it again")
     return files
 
 
 class StreamedModel(Weights):
     """The model of `folder`, in eval mode, its tensors on the meta device until a unit is loaded.
 
-    Raises ValueError for a folder that is quantized, incomplete, or not in safetensors.
+    Args:
+        architecture: name of the transformers class; None takes the one that config.json names.
+
+    Raises ValueError for a folder that is quantized, incomplete, without weights, or of an unknown architecture.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
+    def __init__(self, folder: Folder, device: torch.device | str = "cpu", architecture: str | None = None) -> None:
         self.folder, self.device = Path(folder), torch.device(device)
         self.files = checkpoint_files(self.folder)
-        for file in self.files:
-            with opened(file):  # a damaged header is named here, before transformers meets it
-                pass
-        self.model = _skeleton(self.folder, self.device)
+        self.headers = read_headers(self.files)  # a damaged one is named here, before transformers meets it
+        self.model = _skeleton(self.folder, self.headers, self.device, architecture)
         self.blocks: tuple[str, ...] = ()
         self._users: dict[str, int] = {}
         self._held: dict[str, list[Tensor]] = {}
-        self._conversions: dict[str, Any] = {}
-        self._targets = self._read_keys()
+        known = self.model.state_dict()
+        found = internals.keys_of_model(self.model, self.headers, known)
+        self._targets = {key: target for key, target in found.items() if target in known}
+        self._leave_out_copies()
+        """Key of the checkpoint -> the key of the model that it goes to."""
+        self.without_place = [key for key in self.headers if key not in self._targets]
+        """Keys of the checkpoint that the model has no place for; they are copied as they are."""
 
     # ---- which tensor is where ----
 
-    def _read_keys(self) -> dict[str, tuple[Path, str]]:
-        """Key of the checkpoint -> its file and the key of the model that it goes to."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    def _leave_out_copies(self) -> None:
+        """Tied tensors that the files hold once under each name, as pickled ones do, count once."""
+        keys = {target: key for key, target in self._targets.items()}
+        for target, source in internals.ties(self.model).items():
+            if target in keys and source in keys:
+                pair = self._read([keys[target], keys[source]])
+                if torch.equal(pair[keys[target]], pair[keys[source]]):
+                    del self._targets[keys[target]], self.headers[keys[target]]
+                    internals.retie(self.model, {target})
 
-        mapping = cast(list[Any], get_model_conversion_mapping(self.model))
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        known = self.model.state_dict()
-        found: dict[str, tuple[Path, str]] = {}
-        for file in self.files:
-            with opened(file) as tensors:
-                for key in tensors.keys():  # noqa: SIM118  (safe_open is no dict)
-                    prefix = self.model.base_model_prefix
-                    target, _ = rename_source_key(key, renamings, converters, prefix, known)
-                    if target not in known and key in known:
-                        target = key
-                    if target in known:
-                        found[key] = file, target
-        return found
+    def names_in_file(self, linears: Iterable[str]) -> dict[str, str]:
+        """Linear -> what its tensors are called by `checkpoint_tensors`. Raises ValueError for one that cannot be packed."""
+        return expect_own_names(self.model, linears)
 
-    def keys(self) -> list[str]:
-        """Of the checkpoint's tensors those that belong to the model."""
-        return list(self._targets)
+    def copied_as_they_are(self) -> str:
+        names = self.without_place
+        return (
+            f"{len(names)} tensors of {self.folder} have no place in {type(self.model).__name__} and are copied as they are: "
+            f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        )
 
     def weight_keys(self, linears: Mapping[str, nn.Module]) -> dict[str, str]:
         """Name of each Linear -> key of its weight in the checkpoint. Raises ValueError if that is no tensor of its own there."""
         keys: dict[str, list[str]] = {}
-        for key, (_, target) in self._targets.items():
+        for key, target in self._targets.items():
             keys.setdefault(target, []).append(key)
         found = {}
         for name, module in linears.items():
             sources = keys.get(f"{name}.weight", [])
-            if len(sources) == 1 and sources[0].endswith("weight"):
-                with opened(self._targets[sources[0]][0]) as tensors:
-                    if list(tensors.get_slice(sources[0]).get_shape()) == list(cast(Tensor, module.weight).shape):
-                        found[name] = sources[0]
-                        continue
+            shape = tuple(cast(Tensor, module.weight).shape)
+            if len(sources) == 1 and sources[0].endswith("weight") and self.headers[sources[0]].shape == shape:
+                found[name] = sources[0]
+                continue
             raise ValueError(
                 f"{name}.weight is no tensor of its own in {self.folder}, transformers makes it from others; take a calibrated "
                 "method, or hold the whole model in memory (--in-memory)"
@@ -112,8 +132,7 @@ class StreamedModel(Weights):
     def weight_of(self, name: str, module: nn.Module) -> Tensor:
         """The weight [N, K] of one Linear, read from its file. Raises ValueError as `weight_keys` does."""
         (key,) = self.weight_keys({name: module}).values()
-        with opened(self._targets[key][0]) as tensors:
-            stored = tensors.get_tensor(key)
+        stored = self._read([key])[key]
         return stored.T if is_transposed_linear(module) else stored
 
     def split(self, blocks: Iterable[str]) -> None:
@@ -138,34 +157,28 @@ class StreamedModel(Weights):
         self._users[unit] = self._users.get(unit, 0) + 1
         if self._users[unit] > 1:
             return
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        wanted: dict[Path, list[str]] = {}
-        for key, (file, target) in self._targets.items():
-            if self.unit_of(target) == unit:
-                wanted.setdefault(file, []).append(key)
-        tensors: dict[str, Tensor] = {}
-        for file, keys in wanted.items():
-            with opened(file) as content:
-                tensors |= {key: content.get_tensor(key) for key in keys}
-        mapping = cast(list[Any], get_model_conversion_mapping(self.model))
-        config = LoadStateDictConfig(device_map={"": self.device}, dtype=self.model.dtype, weight_mapping=mapping)
+        wanted = [key for key, target in self._targets.items() if self.unit_of(target) == unit]
         with quiet_transformers():
-            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
-        self._conversions[unit] = self.model._weight_conversions
-        wrong = [*info.mismatched_keys, *info.conversion_errors.values(), *info.error_msgs]
+            wrong = internals.load_tensors(self.model, self._read(wanted), self.device)
         if wrong:
             raise FormatError(f"{self.folder} does not fit its config.json: {wrong[0]}; the folder is damaged")
         if unit == OUTSIDE:
             # A tied tensor is in the checkpoint once.
-            missing = set(self.model.state_dict()) - {target for _, target in self._targets.values()}
-            self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+            internals.retie(self.model, set(self.model.state_dict()) - set(self._targets.values()))
         held = [parameter for name, parameter in self.model.named_parameters() if self.unit_of(name) == unit]
         for parameter in held:
             parameter.requires_grad_(False)
         self._held[unit] = held
+
+    def _read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        by_file: dict[Path, list[str]] = {}
+        for key in keys:
+            by_file.setdefault(self.headers[key].file, []).append(key)
+        tensors: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            with opened(file) as content:
+                tensors |= {key: content.get_tensor(key) for key in wanted}
+        return tensors
 
     def drop(self, unit: str) -> None:
         self._users[unit] = max(0, self._users.get(unit, 0) - 1)
@@ -187,16 +200,15 @@ class StreamedModel(Weights):
 
     def checkpoint_tensors(self, unit: str) -> dict[str, Tensor]:
         """The tensors of a loaded unit under their names in a checkpoint, packed layers included."""
-        from transformers.core_model_loading import revert_weight_conversion
-        from transformers.modeling_utils import remove_tied_weights_from_state_dict
-
         module = self.model.get_submodule(unit) if unit else self.model
         held = module.state_dict(prefix=f"{unit}." if unit else "")
         held = {key: value for key, value in held.items() if not value.is_meta and self.unit_of(key) == unit}
         if unit == OUTSIDE:
-            held = remove_tied_weights_from_state_dict(held, self.model)
-        self.model._weight_conversions = self._conversions[unit]
-        return {k: v.contiguous() for k, v in revert_weight_conversion(self.model, held).items()}
+            held = internals.without_tied(self.model, held)
+        written = internals.tensors_of_file(self.model, held)
+        if unit == OUTSIDE:
+            written |= self._read(self.without_place)
+        return {key: value.contiguous() for key, value in written.items()}
 
     def save_settings(self, folder: Path) -> None:
         """config.json and generation_config.json, as `save_pretrained` writes them."""
@@ -213,58 +225,14 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
-def _skeleton(folder: Path, device: torch.device) -> Any:
-    from ..loading import read_config
-    from .transformers import class_of
-
+def _skeleton(folder: Path, headers: Mapping[str, Header], device: torch.device, architecture: str | None) -> Any:
     config = read_config(folder)
     if "quantization_config" in config:
-        described = config["quantization_config"]
-        method = described.get("quant_method") if isinstance(described, Mapping) else described
-        raise ValueError(f"{folder} is quantized already ({method}); compress the dense model that it was made from")
-    model_class = class_of(config.get("architectures"))
-    with quiet_transformers():
-        model, info = model_class.from_pretrained(
-            folder, dtype="auto", device_map={"": "meta"}, use_safetensors=True, output_loading_info=True
-        )
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
         raise ValueError(
-            f"{folder} has no tensors for {len(names)} parameters of {type(model).__name__}, such as {names[0]}, which "
-            "transformers would fill with random numbers; complete the checkpoint first"
+            f"{folder} is quantized already ({quantization_method(config)}); compress the dense model that it was made from"
         )
-    # Rotary angles and the like are in no checkpoint: the model computes them.
-    for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers.get(name)
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.empty_like(buffer, device=device)
-                module._is_hf_initialized = False
-    model.initialize_weights()
+    model_class = dense_class(folder, config, architecture)
+    model, info = load_on_meta(model_class, open_config(folder), headers, folder)
+    expect_complete(folder, model, info)
+    internals.fill_computed_buffers(model, device)
     return model
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file. Raises FormatError if it is truncated or damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(file), framework="pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise FormatError(f"{file} cannot be read ({error}); it is truncated or damaged, copy it again") from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers' own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -8,55 +8,59 @@ PEFT knows layer types of other libraries only where a config lists them, and do
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.tuners.lora.layer import LoraLayer
-from torch import Tensor, nn
+from peft.tuners import lora
+from torch import nn
 
-from ..nn import LAYER_OF_KIND, PackedLinear
+from ..formats import kinds, layer_type
+from ..layers.linear import PackedLinear
+
+INITS = (True, False, "gaussian", "orthogonal", "eva")
+"""`init_lora_weights` that leave the base weight as it is."""
 
 
-class PackedLoraLinear(nn.Module, LoraLayer):
-    """y = packed(x) + scaling * B A dropout(x)."""
+def expect_beside_packed(config: PeftConfig) -> None:
+    """Raises ValueError, with the reason, for an adapter that cannot do beside a packed layer what it does beside a dense one."""
+    if type(config) is not LoraConfig:
+        raise ValueError(
+            f"{type(config).__name__} is not supported on packed layers, whose weight cannot be changed or given parameters of its "
+            "own; give a peft.LoraConfig"
+        )
+    init = config.init_lora_weights
+    if init not in INITS:
+        raise ValueError(
+            f"init_lora_weights={init!r} takes the adapter out of the base weight, and codes cannot hold what is left; allowed: "
+            f"{', '.join(map(repr, INITS))}. An adapter trained so on a dense model: save it with "
+            "path_initial_model_for_weight_conversion, which makes it plain LoRA"
+        )
+    if config.use_dora:
+        raise ValueError(
+            "DoRA asks for the norms of a dense weight, which a packed layer does not have; set use_dora=False"
+        )
+    names = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
+    for name in (*names, "use_qalora", "use_bdlora", "target_parameters", "megatron_config"):
+        if value := getattr(config, name, None):
+            raise ValueError(f"{name}={value!r} was not tried on packed layers; leave it out")
 
-    # What LoraLayer gives; without its types, nn.Module would say that these are tensors or modules.
-    update_layer: Any
-    active_adapters: Any
-    base_layer: Any
-    lora_A: Any
-    lora_B: Any
-    lora_dropout: Any
-    scaling: dict[str, float]
 
-    def __init__(
-        self, base_layer: PackedLinear, adapter_name: str, config: LoraConfig, r: int = 0, lora_alpha: int = 1, **_: Any
-    ) -> None:
-        if config.use_dora:
-            raise ValueError(
-                "DoRA asks for the norms of a dense weight, which a packed layer does not have; set use_dora=False"
-            )
-        super().__init__()
+class PackedLoraLinear(lora.Linear):
+    """y = packed(x) + scaling * B A dropout(x), for any number of adapters."""
+
+    def __init__(self, base_layer: PackedLinear, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():  # PEFT asks layers of types that it does not know for their sizes, and says so
             warnings.filterwarnings("ignore", "Unsupported layer type")
-            LoraLayer.__init__(self, base_layer)
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+            super().__init__(base_layer, adapter_name, *args, **kwargs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)
-        if self.disable_adapters:
-            return y
-        for name in self.active_adapters:
-            if name in self.lora_A:
-                down, up = self.lora_A[name], self.lora_B[name]
-                part = up(down(self.lora_dropout[name](x.to(down.weight.dtype))))
-                y = y + (self.scaling[name] * part).to(y.dtype)
-        return y
+    def update_layer(self, adapter_name: str, r: int, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
+        """Every adapter comes by here, the second one too."""
+        expect_beside_packed(config)
+        super().update_layer(adapter_name, r, *args, config=config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(
@@ -69,10 +73,12 @@ class PackedLoraLinear(nn.Module, LoraLayer):
 
 
 def register(config: LoraConfig) -> LoraConfig:
-    """The config, after telling it how packed layers get an adapter. Its `target_modules` names them ("all-linear" means dense)."""
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{type(config).__name__} is not supported on packed layers; give a peft.LoraConfig")
-    config._register_custom_module(dict.fromkeys(LAYER_OF_KIND.values(), PackedLoraLinear))
+    """The config, after telling it how packed layers get an adapter. Its `target_modules` names them ("all-linear" means dense).
+
+    Raises ValueError for a method that does not do on packed layers what it does on dense ones.
+    """
+    expect_beside_packed(config)
+    config._register_custom_module(dict.fromkeys(map(layer_type, kinds()), PackedLoraLinear))
     return config
 
 

@@ -17,12 +17,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...config import MethodConfig
+from ...folders import opened
 from ...linears import DEFAULT_EXCLUDE, LeftDense, is_transposed_linear
 from ...memory import peak_memory
 from ..methods import StaysDenseError, method_of
 from ..report import CompressionReport, LayerReport
 from .folder import job_signature, open_manifest, put_finished
-from .job import Task, layer_report
+from .job import Task, layer_report, warn
 from .manifest import Manifest, write_tensors
 
 
@@ -52,6 +53,7 @@ def compress_files(
     """Compress a folder by its weights alone. Errors in the report are those of the weights.
 
     Args:
+        source: folder of a transformers model, or a `StreamedModel` of one.
         config: of a method that needs no calibration: `KMeansConfig`, a `SparseConfig` of the method "magnitude" that neither
             quantizes nor allocates, or one of your own.
         workers: processes, each of which works on one file of the checkpoint at a time; the machine's threads are shared out.
@@ -71,6 +73,8 @@ def compress_files(
     streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
     task = Task.of(streamed.model, method, include, exclude)
     report, planned = task.report, task.linears
+    if streamed.without_place:
+        warn(report, streamed.copied_as_they_are())
     weight_keys = streamed.weight_keys(planned)
     linears = {key: (name, is_transposed_linear(planned[name])) for name, key in weight_keys.items()}
     target = Path(output).resolve()
@@ -82,11 +86,11 @@ def compress_files(
     with (
         manifest.locked(),
         tqdm(total=len(planned), initial=done, disable=not progress, unit="layer") as bar,
-        _work(todo, manifest, config, linears, set(streamed.keys()), workers) as results,
+        _work(todo, manifest, config, linears, set(streamed.headers), workers) as results,
     ):
         for file, found in results:
             report.peak_memory = max(report.peak_memory, found.peak_memory)
-            manifest.add(file.name, file.name, asdict(found) | {"warnings": [], "carried": {}, "seconds": 0.0})
+            manifest.add(file.name, _packed_name(file), asdict(found) | {"warnings": [], "carried": {}, "seconds": 0.0})
             bar.update(len(found.layers) + len(found.left_dense))
     rows = {row["name"]: LayerReport(**row) for entry in manifest.finished for row in entry["layers"]}
     report.layers = [rows[name] for name in planned if name in rows]
@@ -94,7 +98,8 @@ def compress_files(
     if not rows:
         manifest.remove()
         raise task.nothing_packed()
-    put_finished(manifest, streamed, target, others)
+    names = {name: key.removesuffix(".weight") for name, key in weight_keys.items()}
+    put_finished(manifest, streamed, target, others, names)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -111,18 +116,26 @@ def _work(
     """(file, result) of every file as it is finished; in this process if there is nothing to share out."""
     workers = min(workers, len(files))
     if workers <= 1:
-        yield ((file, compress_file(file, manifest.folder / file.name, config, linears, keys)) for file in files)
+        yield (
+            (file, compress_file(file, manifest.folder / _packed_name(file), config, linears, keys)) for file in files
+        )
         return
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         tasks = {
-            pool.submit(compress_file, file, manifest.folder / file.name, config, linears, keys): file for file in files
+            pool.submit(compress_file, file, manifest.folder / _packed_name(file), config, linears, keys): file
+            for file in files
         }
         try:
             yield ((tasks[task], task.result()) for task in as_completed(tasks))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _packed_name(file: Path) -> str:
+    """Of the file that is written for `file`: always safetensors."""
+    return file.name if file.suffix == ".safetensors" else f"{file.stem.replace('pytorch_model', 'model')}.safetensors"
 
 
 def compress_file(
@@ -132,10 +145,8 @@ def compress_file(
 
     Args:
         linears: key of a weight -> (name in the model, whether it is stored as [in_features, out_features]).
-        keys: what else belongs to the model.
+        keys: what is written, of all files.
     """
-    from ...integrations.checkpoint import opened
-
     method, result = method_of(config), FileResult()
     written: dict[str, Tensor] = {}
     with opened(file) as tensors:

@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...config import MethodConfig
+from ...folders import INDEX, SINGLE, copy_others, opened, put_folder
 from ...formats import structure_from_dict
+from ...layers.linear import PackedLinear
 from ...linears import DEFAULT_EXCLUDE
 from ...memory import peak_memory
-from ...nn import PackedLinear
 from ...weights import OUTSIDE
 from ..calibration import Batch, as_batches
 from ..methods import method_of
@@ -39,7 +40,6 @@ from .manifest import (
     write_tensors,
     write_text,
 )
-from .source_files import SourceFiles
 
 if TYPE_CHECKING:
     from ...integrations.checkpoint import StreamedModel
@@ -96,6 +96,7 @@ def compress_folder(
     streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
     model = streamed.model
     task = Task.of(model, method, include, exclude)
+    names = streamed.names_in_file(task.linears)
     streamed.split(stage.name for stage in task.stages if stage.block is not None)
 
     def signature() -> dict[str, Any]:
@@ -106,6 +107,8 @@ def compress_folder(
             "threads": torch.get_num_threads(),
         }
 
+    if streamed.without_place:
+        warn(task.report, streamed.copied_as_they_are())
     with ExitStack() as context:
         manifest = ranks.from_first(lambda: open_manifest(target, signature(), resume))
         if ranks.first:
@@ -124,7 +127,7 @@ def compress_folder(
             folder.copy_the_rest()
         task.report.seconds = folder.seconds()
         task.report.peak_memory = max(ranks.gather(peak_memory()))
-        ranks.from_first(lambda: put_finished(manifest, streamed, target, others))
+        ranks.from_first(lambda: put_finished(manifest, streamed, target, others, names))
     return task.report
 
 
@@ -317,22 +320,25 @@ class FolderJob:
         return HiddenStates(self.manifest.place, kind, self.ranks).of(unit)
 
 
-def put_finished(manifest: Manifest, streamed: StreamedModel, target: Path, others: Sequence[Any]) -> None:
-    """Make the folder of finished files whole and move it to its place."""
-    from ...integrations.transformers import describe_packed, put_folder
+def put_finished(
+    manifest: Manifest, streamed: StreamedModel, target: Path, others: Sequence[Any], names: Mapping[str, str]
+) -> None:
+    """Make the folder of finished files whole, open it as a user will, and move it to its place.
+
+    `names`: Linear -> what its tensors are called in the files.
+    """
+    from ...integrations.transformers import check_written, describe_packed
 
     folder = manifest.folder
     write_index(folder, [entry["file"] for entry in manifest.finished])
-    structures = {
-        name: structure_from_dict(described)
-        for entry in manifest.finished
-        for name, described in entry["structures"].items()
-    }
-    order = {name: i for i, (name, _) in enumerate(streamed.model.named_modules())}
-    describe_packed(streamed.model, dict(sorted(structures.items(), key=lambda item: order[item[0]])))
+    structures = {name: described for entry in manifest.finished for name, described in entry["structures"].items()}
+    order = [name for name, _ in streamed.model.named_modules() if name in structures]
+    describe_packed(streamed.model, {names[name]: structure_from_dict(structures[name]) for name in order})
     streamed.save_settings(folder)
-    for other in (*others, SourceFiles(streamed.folder)):
+    for other in others:
         other.save_pretrained(folder)
+    copy_others(streamed.folder, folder, skip=(manifest.place, target))
+    check_written(folder, type(streamed.model))
     for path in (*folder.rglob("*"), folder):
         sync(path)
     put_folder(folder, target)
@@ -347,7 +353,6 @@ def _packed(job: Job, name: str) -> PackedLinear:
 
 def write_index(folder: Path, files: Sequence[str]) -> None:
     """model.safetensors.index.json of these files; none for a single one."""
-    from ...integrations.checkpoint import INDEX, SINGLE, opened
 
     if list(files) == [SINGLE]:
         return
@@ -385,7 +390,6 @@ class HiddenStates:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    from ...integrations.checkpoint import opened
 
     with opened(file) as tensors:
         return {key: tensors.get_tensor(key).clone() for key in sorted(tensors.keys())}

@@ -67,6 +67,8 @@ def compress(
         ValueError: a config of no registered method, empty or missing calibration, weights that are not finite, patterns that
             fit nothing, nothing to compress.
     """
+    from ...integrations.transformers import expect_packable, mark_packed
+
     started = time.perf_counter()
     method = method_of(config)
     needs = method.needs
@@ -82,6 +84,7 @@ def compress(
     task = Task.of(model, method, include, exclude)
     if batches:
         check_finite(task.linears)
+    expect_packable(model, task.linears)
     original = copy.deepcopy(model) if needs.dense_model else None
     device = next(model.parameters()).device
     with tqdm(total=len(task.linears), disable=not progress, unit="layer") as bar:
@@ -96,8 +99,6 @@ def compress(
         except BaseException:
             job.put_back()
             raise
-    from ...integrations.transformers import mark_packed
-
     mark_packed(model)
     task.report.seconds = time.perf_counter() - started
     return task.report

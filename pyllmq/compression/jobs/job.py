@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...formats import layer_type
 from ...linears import (
     DEFAULT_EXCLUDE,
     LeftDense,
@@ -22,11 +23,10 @@ from ...linears import (
     select_linears,
     tied_weights,
 )
-from ...nn import LAYER_OF_KIND
+from ...packing import count_not_finite
 from ..methods import CompressedLinear, Method
 from ..ranks import ALONE, Ranks
 from ..report import CompressionReport, LayerReport, summary
-from ..solver.hessian import count_not_finite
 from ..statistics.blocks import BlockLoop, Stage, find_stages
 from ..statistics.inputs import Group, InputStatistics, visit_groups
 from ..statistics.run import CalibrationRun
@@ -135,9 +135,9 @@ class Job:
         bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
         if bias is not None and done.bias_change is not None:
             bias = bias + done.bias_change.to(bias)
-        layer_type = LAYER_OF_KIND[done.weight.structure.kind]
         self.replaced[name] = module
-        replace_module(self.task.model, name, layer_type.from_weight(done.weight.to(dense.device), bias, dense.dtype))
+        layer = layer_type(done.weight.kind).from_weight(done.weight.to(dense.device), bias, dense.dtype)
+        replace_module(self.task.model, name, layer)
         self.report.layers.append(layer_report(name, dense, done))
         self.bar.set_postfix_str(f"{name} error {done.error:.5f}", refresh=False)
         self.bar.update()

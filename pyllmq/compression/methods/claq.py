@@ -19,9 +19,10 @@ from torch import Tensor
 from ...config import Between, MethodConfig
 from ...formats import CodebookWeight
 from ...kmeans import kmeans_1d
+from ...packing import count_not_finite
 from ..ranks import ALONE, Ranks
 from ..solver import bits as allocation
-from ..solver.hessian import PANEL, count_not_finite, factor_hessian, output_error
+from ..solver.hessian import PANEL, factor_hessian, output_error
 from ..solver.sweep import ColumnQuantizer, sweep_columns
 from ..statistics.inputs import InputStatistics
 from ..statistics.run import CalibrationRun

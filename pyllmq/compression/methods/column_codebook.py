@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ...config import Between, MethodConfig, Option, Word
-from ...dispatch import kernel_for
 from ...formats import CodebookWeight
-from ...kmeans import kmeans_1d
+from ...kmeans import fit_columns, kmeans_1d
 from ...linears import dense_weight
 from ..ranks import ALONE, Ranks
 from ..solver import bits as allocation
@@ -400,9 +399,8 @@ class ColumnFits(ColumnQuantizer):
     ) -> tuple[Tensor, float]:
         place = torch.tensor(columns)
         codes, outliers, centroids = self.codes[place], self.outlier_mask[place], self.centroids[place]
-        run = kernel_for("fit_columns", "", "cpu", torch.float32).run
         try:
-            moves, decrease = run(
+            moves, decrease = fit_columns(
                 block, coupling, pivot.contiguous(), self.row_weights, self.scale, self.bits[place],
                 self.outlier_counts[place], stored, codes, outliers, centroids, self.method, descend,
             )  # fmt: skip

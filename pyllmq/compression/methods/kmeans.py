@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ...config import Between, MethodConfig
-from ...formats import PackedWeight
-from ..data_free import pack_columns
+from ...formats import CodebookWeight, PackedWeight
 from .method import Method, Needs
 
 
@@ -37,4 +36,4 @@ class KMeans(Method[KMeansConfig]):
 
     def pack(self, weight: Tensor) -> PackedWeight:
         widths = torch.full((weight.shape[1],), self.config.bits)
-        return pack_columns(weight, widths, row_scale=self.config.row_scale)
+        return CodebookWeight.from_dense(weight, widths, row_scale=self.config.row_scale)

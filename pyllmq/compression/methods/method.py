@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ...config import MethodConfig, Option, options_of
 from ...formats import PackedWeight
-from ..solver.hessian import count_not_finite, output_error
+from ...packing import count_not_finite
+from ..solver.hessian import output_error
 from ..statistics.blocks import Chain
 from ..statistics.inputs import InputStatistics
 from ..statistics.run import CalibrationRun

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...config import MethodConfig
 from ...formats import BitmapStructure, BitmapWeight, PackedWeight, Sparse24Structure, Sparse24Weight
-from ..solver.hessian import count_not_finite
+from ...packing import count_not_finite
 from .method import CompressedLinear, Method, Needs, StaysDenseError
 from .sparse import least_of_groups
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...formats import CodebookStructure
-from ...formats.structure import column_dtype
+from ...structure import column_dtype
 
 TOP_SHARE = 0.1
 TOP_OUTLIERS = 2.8

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...packing import count_not_finite
+
 MAX_DAMPING = 1.0
 PANEL = 512
 """Columns of a Hessian that are factored in fp64 at a time."""
@@ -124,11 +126,6 @@ def factor_hessian(
         used = raised
     invert_upper_(square)
     return factor
-
-
-def count_not_finite(matrix: Tensor) -> int:
-    """By rows: `isfinite` makes another matrix, 0.5 GB for a Hessian of K = 11008."""
-    return sum(int((~torch.isfinite(part)).sum()) for part in matrix.split(PANEL))
 
 
 def _reorder_(square: Tensor, order: Tensor) -> None:

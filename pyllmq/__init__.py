@@ -17,6 +17,7 @@ from .compression.jobs.in_memory import compress, pack_pruned
 from .compression.methods.claq import CLAQConfig
 from .compression.methods.column_codebook import ColumnCodebookConfig
 from .compression.methods.kmeans import KMeansConfig
+from .compression.methods.pack import PackConfig
 from .compression.methods.sparse import SparseConfig
 from .compression.report import CompressionReport, LayerReport
 from .compression.tune import tune_blocks, tune_codebooks
@@ -50,6 +51,7 @@ __all__ = [
     "KMeansConfig",
     "LayerReport",
     "NoKernelError",
+    "PackConfig",
     "Sparse24CodebookLinear",
     "Sparse24CodebookWeight",
     "Sparse24Linear",

@@ -1,4 +1,4 @@
-"""A calibrated method from outside the package: rows are cut to sums of the loudest inputs, as many as `keep` says."""
+"""A calibrated method from outside the package: weights of quiet inputs become 0, whole columns of them."""
 
 from dataclasses import dataclass
 from typing import Annotated

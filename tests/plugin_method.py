@@ -1,4 +1,4 @@
-"""A method from outside the package: 8 bits in every column, their codebook a line from the least to the largest weight."""
+"""A method from outside the package, by the weights alone: the codebook of a column is a line through its range."""
 
 from dataclasses import dataclass
 from typing import Annotated

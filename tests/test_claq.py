@@ -279,7 +279,7 @@ def test_ranking_by_hand() -> None:
     assert ranked.tolist() == [4, 1, 2, 0, 3]
     assert allocate.rank_columns_released(counts, torch.tensor([3, 4, 0, 1, 2])).tolist() == [4, 1, 3, 0, 2]
     assert allocate.column_bits(ranked, 2, 4, 0.4).tolist() == [2, 4, 2, 2, 4]
-    shares = allocate.keep_shares(torch.arange(30), 0.005)
+    shares = allocate.outlier_shares(torch.arange(30), 0.005)
     assert shares[:3].tolist() == pytest.approx([0.014] * 3) and shares[3:].tolist() == pytest.approx([0.004] * 27)
     assert float(shares.mean()) == pytest.approx(0.005)
     weight = torch.tensor([[1.0, 0.0, -26.0], [1.0, 13.0, 1.0]])  # mean magnitude 7

@@ -84,7 +84,7 @@ def test_kept_weights_are_the_worst_served_and_the_codebook_is_of_the_others() -
     fits = columns.ColumnFits("layer", weight.t().contiguous(), None, False, "exact")
     fits.plan(torch.tensor([1], dtype=torch.uint8), torch.tensor([2]))
     quantized = sweep_columns(weight, factor_hessian(torch.eye(1)), fits).quantized
-    assert fits.kept[0].nonzero()[:, 0].tolist() == [40, 41] and torch.equal(quantized, weight)
+    assert fits.outlier_mask[0].nonzero()[:, 0].tolist() == [40, 41] and torch.equal(quantized, weight)
     packed = fits.pack(quantized)
     assert packed.tensors["codebook"].tolist() == [[-1.0, 1.0]] and packed.structure.outliers == 2
     assert torch.equal(packed.dequantize(), weight)
@@ -114,7 +114,7 @@ def used_bytes(found: allocate.Allocation, rows: list[int], size: int, row_scale
     counts = tuple(torch.bincount(found.column_bits.long(), minlength=9)[1:9].tolist())
     return sum(
         pyllmq.CodebookStructure(n, size, counts, outliers=int(kept.sum()), row_scale=row_scale).nbytes
-        for n, kept in zip(rows, found.kept, strict=True)
+        for n, kept in zip(rows, found.outlier_counts, strict=True)
     )
 
 

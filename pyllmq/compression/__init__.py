@@ -1,1 +1,4 @@
-"""Compressors: calibration text in, packed weights out. They know formats and layers, never kernels."""
+"""Compressors: calibration text in, packed weights out. They know formats and layers, never kernels.
+
+Floors, upper ones import lower ones: jobs, methods, tune, statistics, solver; calibration, ranks and report are the ground.
+"""

@@ -1,4 +1,8 @@
-"""The compression methods: one file each, and one line here."""
+"""The compression methods: one file each, and one line here.
+
+One from outside the package calls `register` when its module is imported. The command imports it by `--plugin MODULE`, or because
+an installed package names it as an entry point of the group `pyllmq.methods`, such as `grid = "my_package.grid"`.
+"""
 
 from .claq import CLAQ
 from .column_codebook import ColumnCodebook

@@ -2,7 +2,7 @@
 
 Source: CLAQ (arXiv 2405.17233) and its released code; the sweep is `solver.sweep`, the solver `kmeans_1d`.
 In a column the Hessian weighs every row alike, so plain k-means is already the right one for the layer's output error.
-Centroids and kept weights are rounded to fp16 before the error is spread: what is optimised is what is stored.
+Centroids and outliers are rounded to fp16 before the error is spread: what is optimised is what is stored.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class CLAQConfig(MethodConfig):
     """Linears with the same input (q/k/v, gate/up) get the same width in each column: serving engines merge them."""
     published: bool = False
     """Choose columns and outliers as the released code does, oversights included: outliers from the top AND from the
-    bottom (twice the share), k-means over the outliers too, keep shares read by the position in the block, allocation
+    bottom (twice the share), k-means over the outliers too, shares read by the position in the block, allocation
     in each matrix by itself (`share_bits` is ignored). `kmeans` stays a free choice; "lloyd" is what was released."""
 
     def __post_init__(self) -> None:
@@ -171,14 +171,14 @@ def compress_linears(
     compressed = {}
     for name, weight in ranks.mine(weights).items():
         started = time.perf_counter()
-        bits, keep = plans[name]
-        columns = CodebookColumns(name, weight, bits, keep, config, factor.order)
+        bits, shares = plans[name]
+        columns = CodebookColumns(name, weight, bits, shares, config, factor.order)
         swept = sweep_columns(weight, factor, columns, config.block_size)
         packed = columns.pack()
         seconds = time.perf_counter() - started + shared_seconds
 
-        kept_share = float(columns.kept.float().mean())
-        counted = kept_share / 2 if config.published else kept_share
+        outlier_share = float(columns.outlier_mask.float().mean())
+        counted = outlier_share / 2 if config.published else outlier_share
         paper_bits = float(bits.float().mean()) + (FULL_BITS - config.base_bits) * counted
         error = output_error(weight, swept.quantized, hessian)
         compressed[name] = CompressedLinear(packed, error, seconds, paper_bits)
@@ -186,12 +186,12 @@ def compress_linears(
 
 
 def column_plans(weights: Mapping[str, Tensor], order: Tensor, config: CLAQConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    """name -> (column bits uint8 [K], share of each column's weights to keep, float64 [K])."""
+    """name -> (column bits uint8 [K], share of each column's weights that are outliers, float64 [K])."""
     counts = {name: allocation.outlier_order(w, config.outlier_order_threshold) for name, w in weights.items()}
 
     def plan(ranked: Tensor) -> tuple[Tensor, Tensor]:
         bits = allocation.column_bits(ranked, config.base_bits, config.high_bits, config.high_fraction)
-        return bits, allocation.keep_shares(ranked, config.outliers)
+        return bits, allocation.outlier_shares(ranked, config.outliers)
 
     if config.published:
         return {name: plan(allocation.rank_columns_released(count, order)) for name, count in counts.items()}
@@ -203,14 +203,14 @@ def column_plans(weights: Mapping[str, Tensor], order: Tensor, config: CLAQConfi
 
 
 class CodebookColumns(ColumnQuantizer):
-    """Fits a codebook to each column that the sweep offers and remembers codes, codebooks and kept weights."""
+    """Fits a codebook to each column that the sweep offers and remembers codes, codebooks and outliers."""
 
     def __init__(
         self,
         name: str,
         weight: Tensor,
         bits: Tensor,
-        keep: Tensor,
+        shares: Tensor,
         config: CLAQConfig,
         order: Tensor,
         zero_entry: bool = False,
@@ -218,15 +218,15 @@ class CodebookColumns(ColumnQuantizer):
         rows, size = weight.shape
         self.zero_entry = zero_entry
         self.name, self.method, self.column_bits = name, config.kmeans, bits
-        self.bits, self.keep = bits.tolist(), keep.tolist()
+        self.bits, self.shares = bits.tolist(), shares.tolist()
         # Released: shares stand in processing order and are read by the index inside the block, so every block reuses
         # those of the first.
-        self.keep_at = keep[order].tolist() if config.published else None
+        self.shares_at = shares[order].tolist() if config.published else None
         # Columns as rows, as the sweep has them.
         self.codes = torch.empty(size, rows, dtype=torch.uint8, device=weight.device)
-        self.kept = torch.zeros(size, rows, dtype=torch.bool, device=weight.device)
-        self.kept_values = (
-            torch.zeros(size, rows, dtype=torch.float16, device=weight.device) if any(self.keep) else None
+        self.outlier_mask = torch.zeros(size, rows, dtype=torch.bool, device=weight.device)
+        self.outlier_values = (
+            torch.zeros(size, rows, dtype=torch.float16, device=weight.device) if any(self.shares) else None
         )
         self.codebooks: dict[int, Tensor] = {}
 
@@ -238,18 +238,18 @@ class CodebookColumns(ColumnQuantizer):
 
         With `zero_entry` their code is 0, and entry 0 of the codebook is the value 0; without, the format knows where they are.
         """
-        share = self.keep[column] if self.keep_at is None else self.keep_at[position]
+        share = self.shares[column] if self.shares_at is None else self.shares_at[position]
         clusters = 1 << self.bits[column]
         if pruned is not None:
             values, clusters = values.masked_fill(pruned, 0), clusters - self.zero_entry
-        kept = None
+        outliers = None
         if share > 0:
-            kept = _both_tails_released(values, share) if self.keep_at is not None else _extremes(values, share)
-        # Released: k-means spends centroids on the outliers too, though they are kept.
-        inliers = None if kept is None or self.keep_at is not None else (~kept).float()
+            outliers = _both_tails_released(values, share) if self.shares_at is not None else _extremes(values, share)
+        # Released: k-means spends centroids on the outliers too, though they stay in fp16.
+        inliers = None if outliers is None or self.shares_at is not None else (~outliers).float()
         if pruned is not None:
             inliers = (~pruned).float() if inliers is None else inliers.masked_fill(pruned, 0)
-            kept = None if kept is None else kept & ~pruned
+            outliers = None if outliers is None else outliers & ~pruned
         centroids, codes = self._cluster(column, values, clusters, inliers)
         if self.zero_entry:
             centroids, codes = torch.cat([centroids.new_zeros(1), centroids]), codes + 1
@@ -260,10 +260,10 @@ class CodebookColumns(ColumnQuantizer):
         stored = centroids.float().index_select(0, codes.int())
         if pruned is not None:
             stored = stored.masked_fill(pruned, 0)
-        if kept is not None and self.kept_values is not None:
+        if outliers is not None and self.outlier_values is not None:
             half = values.half()
-            self.kept[column], self.kept_values[column] = kept, half
-            stored = torch.where(kept, half.float(), stored)
+            self.outlier_mask[column], self.outlier_values[column] = outliers, half
+            stored = torch.where(outliers, half.float(), stored)
             if not bool(torch.isfinite(stored).all()):
                 raise outgrown(self.name, column, values)
         return stored
@@ -282,23 +282,27 @@ class CodebookColumns(ColumnQuantizer):
 
     def state(self, column: int) -> tuple[Tensor, ...]:
         """What the column holds; `restore` brings it back."""
-        kept = (self.kept[column].clone(), self.kept_values[column].clone()) if self.kept_values is not None else ()
-        return self.codebooks[column], self.codes[column].clone(), *kept
+        outliers = (
+            (self.outlier_mask[column].clone(), self.outlier_values[column].clone())
+            if self.outlier_values is not None
+            else ()
+        )
+        return self.codebooks[column], self.codes[column].clone(), *outliers
 
     def restore(self, column: int, state: tuple[Tensor, ...]) -> None:
         self.codebooks[column], self.codes[column] = state[:2]
-        if self.kept_values is not None:
-            self.kept[column], self.kept_values[column] = state[2:]
+        if self.outlier_values is not None:
+            self.outlier_mask[column], self.outlier_values[column] = state[2:]
 
     def pack(self) -> CodebookWeight:
         codebook = torch.cat([self.codebooks[column] for column in range(len(self.bits))])
         return CodebookWeight.pack(self.codes.t().contiguous(), codebook, self.column_bits, **self.outliers())
 
     def outliers(self) -> dict[str, Tensor]:
-        """The arguments of a format's `pack`; none where no weight is kept."""
-        if self.kept_values is None or not bool(self.kept.any()):
+        """The arguments of a format's `pack`; none where there are no outliers."""
+        if self.outlier_values is None or not bool(self.outlier_mask.any()):
             return {}
-        return {"outlier_mask": self.kept.t(), "outlier_weight": self.kept_values.t()}
+        return {"outlier_mask": self.outlier_mask.t(), "outlier_weight": self.outlier_values.t()}
 
 
 def _extremes(values: Tensor, share: float) -> Tensor | None:

@@ -295,7 +295,7 @@ def _plan(
     config: ColumnCodebookConfig,
     ranks: Ranks,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """name -> (column bits uint8 [K], how many weights of each column to keep, int64 [K])."""
+    """name -> (column bits uint8 [K], how many outliers each column has, int64 [K])."""
     cost = factor.square.diagonal().double().pow(-2)
     cost[factor.diagonal == 0] = 0
     names = list(fits)
@@ -310,7 +310,7 @@ def _plan(
     # Back from processing order.
     place = factor.order.argsort()
     plans = ranks.from_first(lambda: _spend(names, errors, nbytes, config))
-    return {name: (bits[place], kept[place]) for name, (bits, kept) in plans.items()}
+    return {name: (bits[place], outliers[place]) for name, (bits, outliers) in plans.items()}
 
 
 def _spend(
@@ -318,17 +318,17 @@ def _spend(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     if config.share_bits:
         found = allocation.spend(errors, nbytes, config.row_scale)
-        return {name: (found.column_bits, kept) for name, kept in zip(names, found.kept, strict=True)}
+        return {name: (found.column_bits, outliers) for name, outliers in zip(names, found.outlier_counts, strict=True)}
     plans = {}
     rows = sum(e.rows for e in errors)
     for name, error in zip(names, errors, strict=True):
         alone = allocation.spend([error], nbytes * error.rows / rows, config.row_scale)
-        plans[name] = (alone.column_bits, alone.kept[0])
+        plans[name] = (alone.column_bits, alone.outlier_counts[0])
     return plans
 
 
 class ColumnFits(ColumnQuantizer):
-    """Codes, codebook and kept weights of every column of one Linear, fitted by weighted k-means."""
+    """Codes, codebook and outliers of every column of one Linear, fitted by weighted k-means."""
 
     def __init__(self, name: str, target: Tensor, row_weights: Tensor | None, row_scale: bool, method: str) -> None:
         """`target`: the matrix in the form of `as_columns`, [K, N]."""
@@ -374,11 +374,11 @@ class ColumnFits(ColumnQuantizer):
             found.append(allocation.ColumnErrors(rows, widths, torch.cat(error, 1), torch.stack(worst, 1)))
         return allocation.ColumnErrors.joined(found)
 
-    def plan(self, bits: Tensor, kept_counts: Tensor) -> None:
-        """Widths and numbers of kept weights, [K]: before the sweep."""
+    def plan(self, bits: Tensor, outlier_counts: Tensor) -> None:
+        """Widths and numbers of outliers, [K]: before the sweep."""
         size, rows = self.codes.shape
-        self.bits, self.kept_counts = bits, kept_counts.int()
-        self.kept = torch.zeros(size, rows, dtype=torch.bool)
+        self.bits, self.outlier_counts = bits, outlier_counts.int()
+        self.outlier_mask = torch.zeros(size, rows, dtype=torch.bool)
         self.centroids = torch.zeros(size, 256)
 
     def sweep_block(
@@ -398,24 +398,24 @@ class ColumnFits(ColumnQuantizer):
         self, columns: list[int], stored: Tensor, block: Tensor, coupling: Tensor, pivot: Tensor, descend: bool
     ) -> tuple[Tensor, float]:
         place = torch.tensor(columns)
-        codes, kept, centroids = self.codes[place], self.kept[place], self.centroids[place]
+        codes, outliers, centroids = self.codes[place], self.outlier_mask[place], self.centroids[place]
         try:
             moves, decrease = fit_columns(
                 block, coupling, pivot.contiguous(), self.row_weights, self.scale, self.bits[place],
-                self.kept_counts[place], stored, codes, kept, centroids, self.method, descend,
+                self.outlier_counts[place], stored, codes, outliers, centroids, self.method, descend,
             )  # fmt: skip
         except OverflowError as error:
             position = int((~torch.isfinite(stored).all(1)).nonzero()[0])
             raise outgrown(self.name, columns[position], block[position]) from error
-        self.codes[place], self.kept[place], self.centroids[place] = codes, kept, centroids
+        self.codes[place], self.outlier_mask[place], self.centroids[place] = codes, outliers, centroids
         return moves, decrease
 
     def pack(self, quantized: Tensor) -> CodebookWeight:
         """What the last sweep or descent stored, which decodes to `quantized`, [N, K]."""
         used = torch.arange(256) < (1 << self.bits.int())[:, None]
         outliers = {}
-        if bool(self.kept.any()):
-            outliers = {"outlier_mask": self.kept.t(), "outlier_weight": quantized}
+        if bool(self.outlier_mask.any()):
+            outliers = {"outlier_mask": self.outlier_mask.t(), "outlier_weight": quantized}
         return CodebookWeight.pack(
             self.codes.t().contiguous(), self.centroids[used], self.bits, row_scale=self.row_scale, **outliers
         )

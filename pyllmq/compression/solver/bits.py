@@ -13,8 +13,8 @@ from ...formats import CodebookStructure
 from ...structure import column_dtype
 
 TOP_SHARE = 0.1
-TOP_KEEP = 2.8
-OTHER_KEEP = 0.8  # 0.1 * 2.8 + 0.9 * 0.8 = 1: the shares average to the one asked for
+TOP_OUTLIERS = 2.8
+OTHER_OUTLIERS = 0.8  # 0.1 * 2.8 + 0.9 * 0.8 = 1: the shares average to the one asked for
 
 LEFT_OVER = 2e-4
 """Share of a budget that may stay unspent: what is left passes to the next Linears, and aiming closer doubles the time."""
@@ -55,10 +55,10 @@ def column_bits(ranked: Tensor, base_bits: int, high_bits: int, high_fraction: f
     return bits
 
 
-def keep_shares(ranked: Tensor, outliers: float) -> Tensor:
-    """float64 [K]: share of each column's weights to keep; 3.5 times as much in the top 10 % of the ranking."""
-    shares = torch.full_like(ranked, OTHER_KEEP * outliers, dtype=torch.float64)
-    shares[ranked[: round(TOP_SHARE * ranked.numel())]] = TOP_KEEP * outliers
+def outlier_shares(ranked: Tensor, outliers: float) -> Tensor:
+    """float64 [K]: share of each column's weights that are outliers; 3.5 times as much in the top 10 % of the ranking."""
+    shares = torch.full_like(ranked, OTHER_OUTLIERS * outliers, dtype=torch.float64)
+    shares[ranked[: round(TOP_SHARE * ranked.numel())]] = TOP_OUTLIERS * outliers
     return shares
 
 
@@ -74,7 +74,7 @@ class ColumnErrors:
     error: Tensor
     """float64 [K, widths]."""
     worst: Tensor
-    """float64 [K, widths, T]: the losses of the T weights that the codebook serves worst, falling. T = 0: keep no weight."""
+    """float64 [K, widths, T]: the losses of the T weights that the codebook serves worst, falling. T = 0: no outliers."""
 
     @classmethod
     def joined(cls, parts: Sequence[ColumnErrors]) -> ColumnErrors:
@@ -87,7 +87,7 @@ class ColumnErrors:
 class Allocation:
     column_bits: Tensor
     """uint8 [K], common to all Linears of the group."""
-    kept: list[Tensor]
+    outlier_counts: list[Tensor]
     """int64 [K] for each Linear: how many weights of the column stay in fp16."""
     predicted: float
     """Sum of the losses that `ColumnErrors` predict."""
@@ -98,14 +98,14 @@ def spend(groups: Sequence[ColumnErrors], nbytes: float, row_scale: bool) -> All
 
     Everything is bought at one price (loss per byte): a bit more for a column of all the Linears, with the larger codebook
     that it brings, and single weights in fp16. The price is found by bisection; what it leaves over is spent on the columns
-    that would change next. Linears in which outliers do not earn their row offsets keep none.
+    that would change next. Linears in which outliers do not earn their row offsets have none.
     """
     plain = [replace(g, worst=g.worst[:, :, :0]) for g in groups]
     found = _spend(plain, nbytes - fixed_bytes(plain, row_scale, outliers=False))
     if any(g.worst.shape[2] for g in groups):
-        kept = _spend(groups, nbytes - fixed_bytes(groups, row_scale, outliers=True))
-        if kept is not None and (found is None or kept.predicted < found.predicted):
-            found = kept
+        with_outliers = _spend(groups, nbytes - fixed_bytes(groups, row_scale, outliers=True))
+        if with_outliers is not None and (found is None or with_outliers.predicted < found.predicted):
+            found = with_outliers
     if found is None:
         least = least_bytes(groups[0].widths[0], [g.rows for g in groups], len(groups[0].error), row_scale)
         raise ValueError(
@@ -159,19 +159,19 @@ def _spend(groups: Sequence[ColumnErrors], budget: float) -> Allocation | None:
 def _allocation(
     choice: Tensor, worth: Tensor, groups: Sequence[ColumnErrors], error: Tensor, outlier: int
 ) -> tuple[Allocation, int]:
-    """What these widths (indices [K]) come to, weights that lose more than `worth` [K, 1] being kept; and its bytes."""
+    """What these widths (indices [K]) come to, weights that lose more than `worth` [K, 1] staying in fp16; and its bytes."""
     place = torch.arange(len(error))
     bits = torch.tensor(groups[0].widths, dtype=torch.uint8)[choice]
     counts = torch.bincount(bits.long(), minlength=9)[1:9].tolist()
-    loss, kept = error[place, choice].sum(), []
+    loss, counts_of = error[place, choice].sum(), []
     for g in groups:
         chosen = g.worst[place, choice]
-        keep = chosen > worth
-        loss = loss - (chosen * keep).sum()
-        kept.append(keep.sum(-1))
+        outliers = chosen > worth
+        loss = loss - (chosen * outliers).sum()
+        counts_of.append(outliers.sum(-1))
     codes = sum(-(-count * width // 8) for width, count in enumerate(counts, 1)) * sum(g.rows for g in groups)
     books = sum(2 * len(groups) * count << width for width, count in enumerate(counts, 1))
-    return Allocation(bits, kept, float(loss)), codes + books + outlier * sum(int(k.sum()) for k in kept)
+    return Allocation(bits, counts_of, float(loss)), codes + books + outlier * sum(int(c.sum()) for c in counts_of)
 
 
 def _whole_bytes(choice: Tensor, error: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -201,14 +201,14 @@ def _at_budget(
     sums = [torch.nn.functional.pad(w.cumsum(2), (1, 0)) for w in worst if w.shape[2]]
 
     def at(price: float) -> tuple[Tensor, Tensor]:
-        gain, kept = -error, torch.zeros_like(error)
+        gain, count_of = -error, torch.zeros_like(error)
         limit = torch.full((*error.shape, 1), -price * outlier, dtype=torch.float64)
         for losses, total in zip(rising, sums, strict=True):
             count = torch.searchsorted(losses, limit)
             gain = gain + (total.gather(2, count) + count * limit)[:, :, 0]
-            kept += count[:, :, 0]
+            count_of += count[:, :, 0]
         choice = (gain - price * cost).argmax(1)
-        return choice, cost[choice] + outlier * kept[place, choice]
+        return choice, cost[choice] + outlier * count_of[place, choice]
 
     # Losses span many magnitudes: bisect the exponent.
     high = math.log(float(error.max() / cost.min()) + 1e-280) + 1

@@ -190,6 +190,7 @@ def input_statistics(
             )
         run.ranks.sum_(products)
         run.ranks.sum_(total)
+        _expect_finite(next(iter(groups[i])), products.diagonal())
         if not run.covariance:
             found.append(InputStatistics(products.mul_(2.0 / count)))
             continue
@@ -265,7 +266,18 @@ def input_norms(
     with _hooked(linears, recorder):
         for current in range(len(run.batches)):  # noqa: B007  (read by the hooks)
             forward(current)
-    return {name: run.ranks.sum_(total).sqrt() for name, total in sums.items()}
+    for name, total in sums.items():
+        _expect_finite(name, run.ranks.sum_(total))
+    return {name: total.sqrt() for name, total in sums.items()}
+
+
+def _expect_finite(name: str, squares: Tensor) -> None:
+    """Sums of squares of the inputs of a Linear, [K]."""
+    if bad := int((~torch.isfinite(squares)).sum()):
+        raise ValueError(
+            f"{bad} of the {len(squares)} inputs of {name} are not finite in the calibration data; look at the layers before it "
+            "(a broken weight, an overflow of the dtype) and at the padding"
+        )
 
 
 def _real_tokens(x: Tensor, batch: Batch, name: str) -> Tensor:

@@ -1,0 +1,236 @@
+"""The command on models of every kind: what is calibrated with, what is copied, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import pyllmq
+from pyllmq.cli import main
+from pyllmq.compression import calibration
+from pyllmq.compression.jobs.in_memory import visit_groups
+
+from . import models
+
+SMALL = ["--preset", "fast", "--samples", "4", "--seqlen", "64", "--quiet"]
+BERT = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def saved(model, folder: Path, tokenizer: bool = True, **special: str) -> Path:
+    model.save_pretrained(folder)
+    if tokenizer:
+        made = models.tiny_tokenizer()
+        for name, token in special.items():
+            setattr(made, name, token)
+        made.save_pretrained(folder)
+    return folder
+
+
+def reward_llama():
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    return LlamaForSequenceClassification(LlamaConfig(num_labels=1, **BERT)).eval()
+
+
+def short_bert():
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(max_position_embeddings=32, **BERT)).eval()
+
+
+def short_roberta():
+    """Positions are counted from the padding's id on: 29 of 32 are for tokens."""
+    from transformers import RobertaConfig, RobertaModel
+
+    return RobertaModel(RobertaConfig(max_position_embeddings=32, pad_token_id=2, **BERT)).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "special"),
+    [(models.tiny_t5, {}), (reward_llama, {"pad_token": None}), (short_bert, {}), (short_roberta, {})],
+)
+def test_models_of_text_by_command(tmp_path, make, special) -> None:
+    source = saved(make(), tmp_path / "source", **special)
+    assert main(["compress", str(source), str(tmp_path / "out"), *SMALL]) == 0
+    assert any(isinstance(m, pyllmq.CodebookLinear) for m in pyllmq.from_pretrained(tmp_path / "out").modules())
+
+
+def test_a_model_of_images_needs_no_tokenizer_without_calibration(tmp_path, capsys) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vit = ViTModel(ViTConfig(image_size=16, patch_size=8, **small))
+    source = saved(vit, tmp_path / "source", tokenizer=False)
+    command = ["compress", str(source), str(tmp_path / "out"), "--quiet", "--exclude", "pooler"]
+    assert main([*command, "--preset", "fast"]) == 1
+    assert "ViTModel takes pixel_values, and the command calibrates with text" in capsys.readouterr().err
+    assert main([*command, "--method", "kmeans"]) == 0
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    models.tiny_llama(num_hidden_layers=1, tie_word_embeddings=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ((), "looked for tokenizer.json, tokenizer.model, .*there is none of them; copy the tokenizer's files"),
+        (("tokenizer.json",), "there is tokenizer.json, but: "),
+        (("tiktoken.model",), "tiktoken.model needs a package that is not installed: pip install tiktoken"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_loaded(llama, tmp_path, capsys, monkeypatch, there, message) -> None:
+    import importlib.util
+    import re
+    import shutil
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "tiktoken" else find(name, *a))
+    source = Path(shutil.copytree(llama, tmp_path / "source"))
+    for name in there:
+        (source / name).write_text("no tokenizer")
+    assert main(["compress", str(source), str(tmp_path / "out"), *SMALL]) == 1
+    said = capsys.readouterr().err
+    assert str(source) in said and re.search(message, said) and "--method kmeans or magnitude or pack" in said, said
+    assert main(["compress", str(source), str(tmp_path / "out"), "--method", "kmeans", "--quiet"]) == 0
+    assert all((tmp_path / "out" / name).read_text() == "no tokenizer" for name in there)
+
+
+@pytest.mark.parametrize("options", [["--method", "kmeans"], SMALL, [*SMALL, "--in-memory"]])
+def test_what_is_not_replaced_is_copied(tmp_path, options) -> None:
+    source = saved(models.tiny_llama(num_hidden_layers=1), tmp_path / "source")
+    (source / "1_Pooling").mkdir()
+    for name in ("modules.json", "1_Pooling/config.json", "LICENSE", "chat_template.jinja", "README.md"):
+        (source / name).write_text(name)
+    (source / "pytorch_model.bin").write_text("weights of another kind")
+    (source / ".git").mkdir()
+    (source / ".git" / "config").write_text("mine")
+    out = tmp_path / "out"
+    assert main(["compress", str(source), str(out), *options]) == 0
+    for name in ("modules.json", "1_Pooling/config.json", "LICENSE", "chat_template.jinja", "README.md"):
+        assert (out / name).read_text() == name
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert not (out / "pytorch_model.bin").exists() and not (out / ".git").exists()
+    assert "quantization_config" in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("more", [[], ["--include", "layers"]])
+def test_a_head_that_is_named_is_packed(llama, tmp_path, more) -> None:
+    command = ["compress", str(llama), str(tmp_path / "out"), "--method", "kmeans", "--quiet", "--include", "lm_head"]
+    assert main([*command, *more]) == 0
+    packed = pyllmq.from_pretrained(tmp_path / "out")
+    assert isinstance(packed.lm_head, pyllmq.CodebookLinear)
+    assert isinstance(packed.model.layers[0].mlp.up_proj, pyllmq.CodebookLinear) == bool(more)
+
+
+def test_guidance_falls_back_where_there_is_no_loss(tmp_path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    batches = models.token_batches(2, 12)
+    model = BertForSequenceClassification(BertConfig(**BERT)).eval()
+    source = saved(model, tmp_path / "source", tokenizer=False)
+    config = pyllmq.ColumnCodebookConfig.preset("balanced", 4.0)
+    with pytest.warns(UserWarning, match="as with guidance='none': the model gives .* no loss"):
+        report = pyllmq.compress_folder(source, tmp_path / "out", config, batches, exclude=("pooler",), progress=False)
+    assert len(report.warnings) == 1 and {p.name for p in tmp_path.iterdir()} == {"source", "out"}
+    unguided = pyllmq.loading.load_model(source)
+    with pytest.warns(UserWarning, match="as with guidance='none'"):
+        pyllmq.compress(unguided, config, batches, exclude=("pooler",), progress=False)
+    for name, module in pyllmq.from_pretrained(tmp_path / "out").named_modules():
+        if isinstance(module, pyllmq.CodebookLinear):
+            assert torch.equal(module.dequantize(), unguided.get_submodule(name).dequantize())
+    two_chains = [{"input_ids": ids, "decoder_input_ids": ids[:, :8]} for ids in batches]
+    source = saved(models.tiny_t5(), tmp_path / "t5", tokenizer=False)
+    with pytest.warns(UserWarning, match="no single row of blocks"):
+        pyllmq.compress_folder(source, tmp_path / "t5-out", config, two_chains, progress=False)
+
+
+@pytest.mark.parametrize("method", ["mixed", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("allocation", [None, "owl"])
+def test_activations_that_are_not_finite_are_said(method, allocation) -> None:
+    model = models.tiny_llama()
+    model.model.layers[1].input_layernorm.weight.data[3] = torch.nan
+    config = pyllmq.SparseConfig(0.5, method=method, allocation=allocation)
+    with pytest.raises(ValueError, match="not finite"):
+        pyllmq.compress(model, config, models.token_batches(1), progress=False)
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+
+
+@pytest.mark.parametrize("allocation", ["fisher", "hutchinson"])
+def test_a_text_of_one_token(allocation) -> None:
+    batches = [*models.token_batches(2), torch.tensor([[5]])]
+    config = pyllmq.SparseConfig(0.5, allocation=allocation)
+    report = pyllmq.compress(models.tiny_llama(), config, batches, progress=False)
+    assert 0 < report.mean_error < 1
+
+
+def test_linears_that_no_token_reaches_have_statistics_on_their_device() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8, device="meta")})])
+
+        def forward(self, x):
+            return self.layers[0]["a"](x)
+
+    found = {}
+    visit_groups(Routed(), [{"x": torch.randn(9, 8)}], lambda group, inputs: found.update(dict.fromkeys(group, inputs)))
+    assert found["layers.0.a"].reached and not found["layers.0.b"].reached
+    assert found["layers.0.b"].hessian.device.type == "meta"
+
+
+def test_tuning_leaves_the_forward_of_hooks_in_its_place() -> None:
+    """accelerate's hooks are an instance attribute `forward`."""
+    dense = models.tiny_llama()
+    model = models.tiny_llama()
+    model.load_state_dict(dense.state_dict())
+    pyllmq.compress(model, pyllmq.KMeansConfig(3), progress=False)
+    block, calls = model.model.layers[0], []
+    plain = block.forward
+    block.forward = lambda *args, **kwargs: calls.append(1) or plain(*args, **kwargs)
+    hooked = block.forward
+    pyllmq.tune_codebooks(model, dense, models.token_batches(1), steps=1, checkpoint=True, progress=False)
+    assert block.forward is hooked and calls and "forward" not in vars(model.model.layers[1])
+
+
+def test_windows_fit_the_positions_of_the_model() -> None:
+    tokenizer = models.tiny_tokenizer()
+    (first, *_) = calibration.batches_of_text(short_bert(), tokenizer, "the word " * 100, 1, 512)
+    assert first["input_ids"].shape == (1, 32)
+    (first, *_) = calibration.batches_of_text(short_roberta(), tokenizer, "the word " * 100, 1, 512)
+    assert first["input_ids"].shape == (1, 29)
+    with pytest.raises(ValueError, match="holds no line with text"):
+        calibration.batches_of_text(short_bert(), tokenizer, " \n ", 1, 8)
+
+
+def test_doctor_with_a_wrong_back_end_says_all_the_rest(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("PYLLMQ_BACKEND", "cdua")
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert (
+        "PYLLMQ_BACKEND" in printed
+        and "cdua" in printed
+        and "kernels, in the order in which they are tried:" in printed
+    )
+
+
+def test_a_fault_of_ours_shows_where_it_is(monkeypatch) -> None:
+    """A TypeError is no mistake of the user's, so it is not shortened to a line."""
+    monkeypatch.setattr("pyllmq.cli.run_inspect", lambda given: len(None))
+    with pytest.raises(TypeError):
+        main(["inspect", "folder"])
+
+
+def test_importing_needs_no_module_of_unix() -> None:
+    code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; import pyllmq"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

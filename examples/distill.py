@@ -1,6 +1,6 @@
 """Distil a small language model from a larger one with transformers' Trainer, with and without the Sinkhorn term of SinKD.
 
-    pip install "pyllmq-kernels[distill]"; python examples/distill.py
+    python examples/distill.py
 
 Needs nothing else: the text is the reference manual that CPython carries; the tokenizer and the teacher are trained on it first. A
 few minutes on 2 CPU cores. OUT keeps the teacher and the result of each student; run again, and only what is missing is done.

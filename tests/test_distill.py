@@ -3,16 +3,12 @@
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-
-import pytest
 
 DISTILL = Path(__file__).parent.parent / "examples" / "distill.py"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed (pip install '.[distill]')")
 def test_distil_with_and_without_the_term(tmp_path):
     command = [
         sys.executable,

@@ -1,7 +1,11 @@
 """Importing does nothing: no output, no transformers, no threads, no compiler."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 
 def run(code):
@@ -25,3 +29,24 @@ def test_the_folders_at_the_top_import_under_pyllmq():
 
 def test_public_names_exist():
     run("import pyllmq; [getattr(m, name) for m in (pyllmq, pyllmq.functional) for name in m.__all__]")
+
+
+def test_an_import_of_transformers_that_failed_may_be_tried_again():
+    """The method is registered when it succeeds."""
+    code = (
+        "import sys, pyllmq; sys.modules['transformers.quantizers.auto'] = None\n"
+        "try: import transformers.quantizers\n"
+        "except ImportError: pass\n"
+        "else: raise SystemExit('it was to fail')\n"
+        "del sys.modules['transformers.quantizers.auto']; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "assert 'pyllmq' in AUTO_QUANTIZER_MAPPING"
+    )
+    run(code)
+
+
+def test_no_extra_asks_for_what_is_installed_anyway():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[\w-]+", item)[0] for item in project["dependencies"]}
+    for extra, items in project["optional-dependencies"].items():
+        assert not names & {re.match(r"[\w-]+", item)[0] for item in items}, extra

@@ -134,7 +134,6 @@ def test_what_the_architecture_keeps_in_fp32_stays(tmp_path):
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
 def test_device_maps(folder, device_map):
-    pytest.importorskip("accelerate")
     ids = torch.randint(0, 512, (1, 8))
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
     assert torch.equal(model(ids).logits, pyllmq.from_pretrained(folder)(ids).logits)
@@ -142,7 +141,6 @@ def test_device_maps(folder, device_map):
 
 
 def test_offloading_to_disk_is_refused(folder, tmp_path):
-    pytest.importorskip("accelerate")
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "lm_head": "cpu"}
     with pytest.raises(ValueError, match=r"puts model\.layers\.1\..* and 6 more packed layers on disk"):
         AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path)

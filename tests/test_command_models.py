@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import pyllmq
+from pyllmq import loading
 from pyllmq.cli import main
 from pyllmq.compression import calibration
 from pyllmq.compression.jobs.in_memory import visit_groups
@@ -142,7 +143,7 @@ def test_guidance_falls_back_where_there_is_no_loss(tmp_path) -> None:
     with pytest.warns(UserWarning, match="as with guidance='none': the model gives .* no loss"):
         report = pyllmq.compress_folder(source, tmp_path / "out", config, batches, exclude=("pooler",), progress=False)
     assert len(report.warnings) == 1 and {p.name for p in tmp_path.iterdir()} == {"source", "out"}
-    unguided = pyllmq.loading.load_model(source)
+    unguided = loading.load_model(source)
     with pytest.warns(UserWarning, match="as with guidance='none'"):
         pyllmq.compress(unguided, config, batches, exclude=("pooler",), progress=False)
     for name, module in pyllmq.from_pretrained(tmp_path / "out").named_modules():

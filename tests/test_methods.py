@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import pyllmq
+from pyllmq import loading
 from pyllmq.cli import main
+from pyllmq.compression import calibration
 from pyllmq.compression.jobs.manifest import Manifest, working_folder
 from pyllmq.compression.methods import METHODS, method_of, register
 
@@ -77,11 +79,11 @@ def test_a_method_of_others_runs_in_every_job(source, tmp_path, capsys, monkeypa
     assert sum(isinstance(module, layer) for module in packed.modules()) == 14
     # In memory, by the library: the same weights.
     config = METHODS[options[1]].config({"bits": 5, "shrink": 0.9} if "grid" in options else {"keep": 0.25})
-    model = pyllmq.loading.load_model(source)
+    model = loading.load_model(source)
     batches = None
     if "loudest" in options:
-        tokenizer = pyllmq.loading.load_tokenizer(source)
-        batches = pyllmq.compression.calibration.batches_of_text(model, tokenizer, None, 2, 16)
+        tokenizer = loading.load_tokenizer(source)
+        batches = calibration.batches_of_text(model, tokenizer, None, 2, 16)
     report = pyllmq.compress(model, config, batches, progress=False)
     assert report.method == options[1] and len(report.layers) == 14
     for name, module in packed.named_modules():

@@ -197,6 +197,11 @@ def _add_compress(commands: Any, arguments: Sequence[str]) -> None:
         action="store_true",
         help="hold the whole model instead of one block; needed for --tune and --calibration self; cannot be resumed",
     )
+    c.add_argument(
+        "--architecture",
+        metavar="CLASS",
+        help="transformers class of the model, such as LlamaForCausalLM; default: as config.json says",
+    )
     c.add_argument("--report", metavar="FILE", help="also write the per-layer report as JSON")
     c.add_argument("--quiet", action="store_true", help="no progress bar, no per-layer table")
     if "compress" in arguments:

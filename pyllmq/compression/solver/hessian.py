@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..packing import count_not_finite
+from ...packing import count_not_finite
 
 MAX_DAMPING = 1.0
 PANEL = 512

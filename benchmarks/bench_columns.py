@@ -10,7 +10,8 @@ import time
 import torch
 
 from pyllmq import CLAQConfig, ColumnCodebookConfig
-from pyllmq.compression import claq, columns
+from pyllmq.compression.methods import claq
+from pyllmq.compression.methods import column_codebook as columns
 
 N = K = 4096
 BITS = 2.25

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyllmq import SparseConfig
-from pyllmq.compression.pruning import prune_linears
+from pyllmq.compression.methods.sparse import prune_linears
 
 N = K = 4096
 GOAL_S = 20.0

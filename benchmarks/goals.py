@@ -17,7 +17,6 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from pyllmq.backends import prepack
 from pyllmq.nn import CodebookLinear
 
 from .memory import READ_LIMIT, cold_bytes_for, last_level_cache_bytes, ram_bytes
@@ -185,7 +184,7 @@ def prepack_times(n: int, k: int, repeats: int = 5) -> list[str]:
         seconds = []
         for _ in range(repeats):
             started = time.perf_counter()
-            prepack(weight.checkpoint_operand())
+            weight.prepack()
             seconds.append(time.perf_counter() - started)
         allowed_ms = 1e3 * weight.nbytes / PREPACK_BYTES_PER_S
         lines.append(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyllmq import backends, dispatch, ops
+from pyllmq import backends, dispatch, layouts, operations, ops
 from pyllmq.formats import PackedWeight
 
 from .gpu_table import BASELINE as GPU_BASELINE
@@ -185,15 +185,16 @@ def sparse_on_gpu(name: str, pack: Callable[[Tensor], PackedWeight], op: str, ba
     return Provider(f"pyllmq {name} {backend}", lambda: backends.report()[backend], make, 1e-2, gpu_isa, most_lost=1.0)
 
 
-def _packed_layer(operand: dispatch.WeightOperand, nbytes: int, op: str, dense: Callable[[], Tensor]) -> Layer:
+def _packed_layer(operand: layouts.WeightOperand, nbytes: int, op: str, dense: Callable[[], Tensor]) -> Layer:
     def copy() -> Layer:
-        blob, *_ = operand.tensors
-        shape = (operand.out_features, operand.in_features)
-        return _packed_layer(backends.operand_from_layout(operand.layout, blob.clone(), *shape), nbytes, op, dense)
+        copied = layouts.machine_layout(operand.layout).from_blob(operand.tensors[0].clone(), operand.shape)
+        return _packed_layer(copied, nbytes, op, dense)
 
     def kernel(m: int) -> str:
         device = operand.tensors[0].device.type
-        return dispatch.choose(dispatch.Problem(op, operand.layout, device, torch.bfloat16, m)).name
+        return dispatch.choose(
+            operations.WeightProblem("packed_linear", device, torch.bfloat16, operand.layout, m, operand.meta)
+        ).name
 
     return Layer(lambda x: getattr(ops, op)(x, operand), dense, copy, nbytes, torch.bfloat16, kernel)
 

@@ -52,10 +52,10 @@ def cold_bytes_for(providers: int, cache_bytes: int, ram: int) -> tuple[int, str
 
 def read_limit_calls(nbytes: int, cold_bytes: int) -> list[Callable[[], object]]:
     """Calls that read consecutive blocks of `nbytes` out of more than `cold_bytes`, on the threads of the packed kernels."""
-    _cpu = backends.cpu.kernels()
+    _cpu = backends.cpu.runtime.kernels()
     nbytes += -nbytes % 8
     blocks = cold_bytes // nbytes + 1
-    memory = backends.cpu.empty_layout(blocks * nbytes).fill_(1)  # the pages that packed layers lie on
+    memory = backends.cpu.runtime.empty_layout(blocks * nbytes).fill_(1)  # the pages that packed layers lie on
 
     def reader(block: int) -> Callable[[], object]:
         # The closure keeps the memory alive.

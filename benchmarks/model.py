@@ -15,11 +15,11 @@ from torch import nn
 
 from pyllmq import evaluate
 from pyllmq.compression import calibration
-from pyllmq.dispatch import DEFAULT_PRECISION, check_precision
 from pyllmq.folders import is_packed
+from pyllmq.linears import DEFAULT_EXCLUDE, replace_module
 from pyllmq.loading import is_causal, load_model, load_tokenizer
 from pyllmq.nn import CodebookLinear, set_precision
-from pyllmq.linears import DEFAULT_EXCLUDE, replace_module
+from pyllmq.operations import DEFAULT_PRECISION, check_precision
 from pyllmq.swap import swap_linear
 
 from . import record

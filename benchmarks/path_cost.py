@@ -1,6 +1,6 @@
 """Measures what a weight costs by tables and by decoding, and whether `automatic` takes the cheaper of the two.
 
-python -m pyllmq.benchmarks.path_cost [ISA ...]             the table of csrc/cpu/path_cost.h, on a quiet machine with 2 threads
+python -m pyllmq.benchmarks.path_cost [ISA ...]         the table of path_cost.h, on a quiet machine with 2 threads
 python -m pyllmq.benchmarks.path_cost --check [ISA ...]     the choice against both paths at 4096x4096
 """
 
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from pyllmq import backends
-from pyllmq.dispatch import PRECISIONS, WeightOperand
+from pyllmq.layouts import WeightOperand
+from pyllmq.operations import PRECISIONS
 
 from .providers import Widths, activations, dense_weight, pack_normal
 
@@ -27,7 +28,7 @@ SHAPE = {"scalar": (128, 512)}
 USUAL_SHAPE = (4096, 4096)
 TOKENS = (1, 2, 4, 8, 12, 16, 24, 32)
 TOKEN_BLOCK = 8
-"""kMaxTokenBlock in csrc/cpu/codebook_linear.h."""
+"""kMaxTokenBlock in csrc/codebook/cpu/linear.h."""
 
 TURNS, TURN_S = 3, 0.004
 CHECK_SHAPE = (4096, 4096)
@@ -42,15 +43,15 @@ def packed(shape: tuple[int, int], bits: str) -> WeightOperand:
 
 def call(operand: WeightOperand, x: torch.Tensor, y: torch.Tensor, path: str, precision: str) -> None:
     (blob,) = operand.tensors
-    backends.cpu.kernels().codebook_linear(
-        blob.data_ptr(), blob.numel(), operand.out_features, operand.in_features, x.data_ptr(), 0, x.shape[0], 0, 0,
+    backends.cpu.runtime.kernels().codebook_linear(
+        blob.data_ptr(), blob.numel(), *operand.shape, x.data_ptr(), 0, x.shape[0], 0, 0,
         y.data_ptr(), PATHS.index(path), PRECISIONS.index(precision),
     )  # fmt: skip
 
 
 def both_paths_us(operand: WeightOperand, tokens: int, precision: str) -> dict[str, float]:
     """Median of single calls, the two paths in turns."""
-    x, y = activations(tokens, operand.in_features, torch.float32), torch.empty(tokens, operand.out_features)
+    x, y = activations(tokens, operand.shape[1], torch.float32), torch.empty(tokens, operand.shape[0])
     calls = {path: partial(call, operand, x, y, path, precision) for path in PATHS}
     samples: dict[str, list[int]] = {path: [] for path in PATHS}
     for _ in range(TURNS):
@@ -78,8 +79,8 @@ def fit(fixed: np.ndarray, per_token: np.ndarray, cost: np.ndarray) -> tuple[flo
 
 
 def path_cost(operand: WeightOperand, precision: str) -> tuple[float, float, float, float]:
-    """PathCost of csrc/cpu/path_cost.h, in ps per weight."""
-    weights = operand.out_features * operand.in_features
+    """PathCost of csrc/codebook/cpu/path_cost.h, in ps per weight."""
+    weights = operand.shape[0] * operand.shape[1]
     tokens = np.array(TOKENS, dtype=float)
     us = [both_paths_us(operand, m, precision) for m in TOKENS]
     ps = {path: np.array([found[path] for found in us]) * 1e6 / weights for path in PATHS}
@@ -87,7 +88,7 @@ def path_cost(operand: WeightOperand, precision: str) -> tuple[float, float, flo
 
 
 def table_of(isa: str) -> str:
-    backends.cpu.kernels().set_isa(isa)
+    backends.cpu.runtime.kernels().set_isa(isa)
     operands = [packed(SHAPE.get(isa, USUAL_SHAPE), str(width)) for width in WIDTHS]
     rows = []
     for precision in PRECISIONS:
@@ -100,7 +101,7 @@ def table_of(isa: str) -> str:
 @torch.no_grad()
 def check(isa: str) -> bool:
     """Print the time of the chosen path over that of the better one; False where that is more than WORST_CHOICE."""
-    backends.cpu.kernels().set_isa(isa)
+    backends.cpu.runtime.kernels().set_isa(isa)
     worst = 1.0
     for bits in CHECK_BITS:
         operand = packed(CHECK_SHAPE, bits)
@@ -108,7 +109,7 @@ def check(isa: str) -> bool:
             cells = []
             for tokens in CHECK_TOKENS:
                 us = both_paths_us(operand, tokens, precision)
-                chosen = backends.cpu.codebook_linear_path(operand, torch.float32, tokens, precision)
+                chosen = backends.cpu.codebook.linear_path(operand, torch.float32, tokens, precision)
                 ratio = us[chosen] / min(us.values())
                 worst = max(worst, ratio)
                 cells.append(f"{tokens}:{chosen[0]} {ratio:.2f}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyllmq import backends, dispatch, ops
+from pyllmq import backends, dispatch, layouts, operations, ops
 from pyllmq.formats.codebook import CodebookWeight
 
 Available = tuple[bool, str]
@@ -307,7 +307,7 @@ def pack_normal(weight: Tensor, widths: Widths) -> CodebookWeight:
 
 
 def pyllmq_codebook(
-    bits: str | int | float, dtype: torch.dtype = torch.float32, precision: str = dispatch.DEFAULT_PRECISION
+    bits: str | int | float, dtype: torch.dtype = torch.float32, precision: str = operations.DEFAULT_PRECISION
 ) -> Provider:
     """Our packed layer at `bits` (see `Widths.parse`), activations in float32 or bfloat16.
 
@@ -315,10 +315,10 @@ def pyllmq_codebook(
     """
     if dtype not in _PYLLMQ_SUFFIX:
         raise ValueError(f"activations in {dtype} are not measured; allowed: {', '.join(map(str, _PYLLMQ_SUFFIX))}")
-    dispatch.check_precision(precision)
+    operations.check_precision(precision)
     widths = Widths.parse(bits)
     suffix, rounding = _PYLLMQ_SUFFIX[dtype]
-    chosen = "" if precision == dispatch.DEFAULT_PRECISION else f" {precision}"
+    chosen = "" if precision == operations.DEFAULT_PRECISION else f" {precision}"
 
     def make(weight: Tensor) -> Layer:
         packed = pack_normal(weight, widths)
@@ -333,25 +333,24 @@ _PYLLMQ_SUFFIX = {torch.float32: ("", 1e-5), torch.bfloat16: (" bf16", 1e-2)}
 """Activations -> end of the provider's name, tolerance for the dtype's own rounding."""
 
 _PERMITTED = {"exact": 0.0, "high": 2e-4, "fast": 2e-2}
-"""Precision -> relative error that it permits beyond that (dispatch.PRECISIONS)."""
+"""Precision -> relative error that it permits beyond that (operations.PRECISIONS)."""
 
 
 def _codebook_layer(
-    operand: dispatch.WeightOperand, nbytes: int, dtype: torch.dtype, precision: str, dense: Callable[[], Tensor]
+    operand: layouts.WeightOperand, nbytes: int, dtype: torch.dtype, precision: str, dense: Callable[[], Tensor]
 ) -> Layer:
     def copy() -> Layer:
-        if operand.layout == backends.cpu.LAYOUT:
-            moved = backends.cpu.copy_layout(operand)
+        if operand.layout == backends.cpu.codebook.LAYOUT:
+            moved = backends.cpu.runtime.copy_layout(operand)
         else:
-            tensors = tuple(tensor.clone() for tensor in operand.tensors)
-            moved = dispatch.WeightOperand(operand.layout, tensors, operand.out_features, operand.in_features)
+            moved = replace(operand, tensors=tuple(tensor.clone() for tensor in operand.tensors), bound=None)
         return _codebook_layer(moved, nbytes, dtype, precision, dense)
 
     def kernel(m: int) -> str:
-        name = dispatch.choose(dispatch.Problem("codebook_linear", operand.layout, "cpu", dtype, m)).name
-        if operand.layout != backends.cpu.LAYOUT:
+        name = dispatch.choose(operations.WeightProblem("packed_linear", "cpu", dtype, operand.layout, m)).name
+        if operand.layout != backends.cpu.codebook.LAYOUT:
             return name
-        return f"{name} ({backends.cpu.codebook_linear_path(operand, dtype, m, precision)})"
+        return f"{name} ({backends.cpu.codebook.linear_path(operand, dtype, m, precision)})"
 
     return Layer(lambda x: ops.codebook_linear(x, operand, None, precision), dense, copy, nbytes, dtype, kernel)
 

@@ -21,8 +21,8 @@ import torch
 
 from pyllmq import CLAQConfig, SparseConfig, compress, evaluate
 from pyllmq.compression import calibration
-from pyllmq.loading import is_causal, load_model, load_tokenizer
 from pyllmq.linears import DEFAULT_EXCLUDE
+from pyllmq.loading import is_causal, load_model, load_tokenizer
 
 METHODS: dict[str, Callable[[float | None, str], SparseConfig]] = {
     "magnitude": lambda share, pattern: SparseConfig(share, pattern, "magnitude"),

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from pyllmq import backends
-from pyllmq.dispatch import DEFAULT_PRECISION
+from pyllmq.operations import DEFAULT_PRECISION
 
 from . import plot as plotting
 from . import record, sparse
@@ -238,7 +238,7 @@ def _rows(
 
     rows = []
     if READ_LIMIT in samples:
-        isa = backends.cpu.kernels().isa()
+        isa = backends.cpu.runtime.kernels().isa()
         probe: dict[str, Any] = {"kernel": "_cpu.read_bandwidth_probe", "isa": isa, "activations": "none"}
         rows.append(row(READ_LIMIT, baseline_bytes, precision="", relative_error=0.0, **probe))
     for provider in providers:

@@ -206,7 +206,7 @@ def _case(shape: str, mode: str, iterations: int, budget_s: float) -> list[Row]:
             threads=torch.get_num_threads(),
             samples=len(sample.nanoseconds),
             others_cpu=share,
-            isa=backends.cpu.kernels().isa(),
+            isa=backends.cpu.runtime.kernels().isa(),
             **record.environment(),
         )
         for name, sample in samples.items()

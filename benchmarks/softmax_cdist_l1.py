@@ -180,7 +180,7 @@ def main() -> None:
     if given.device == "cuda":
         run_on_gpu(given.rows, given.vocabulary, dtype, given.budget_s)
         return
-    print(f"{record.cpu_model()}; torch {torch.__version__}, pyllmq {backends.cpu.kernels().isa()}")
+    print(f"{record.cpu_model()}; torch {torch.__version__}, pyllmq {backends.cpu.runtime.kernels().isa()}")
     for threads in dict.fromkeys(given.threads):
         run(given.rows, given.vocabulary, dtype, threads, given.budget_s)
     memory(given.rows, given.vocabulary, dtype)

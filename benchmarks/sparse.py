@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyllmq import backends, dispatch, ops
-from pyllmq.compression.data_free import pack_columns_24
-from pyllmq.compression.magnitude import mask_24
-from pyllmq.dispatch import DEFAULT_PRECISION
+from pyllmq import backends, dispatch, layouts, operations, ops
 from pyllmq.formats import BitmapWeight, PackedWeight, Sparse24CodebookWeight, Sparse24Weight
+from pyllmq.operations import DEFAULT_PRECISION
+from pyllmq.packing import mask_24
 
 from .providers import BASELINE, RIVALS, Layer, Provider, _always, _pyllmq_available, _pyllmq_isa, _torch_isa
 from .record import Row, read
@@ -64,7 +63,7 @@ def pruned_24(dtype: torch.dtype, weight: Tensor) -> Sparse24Weight:
 def coded(bits: int, weight: Tensor) -> Sparse24CodebookWeight:
     """As k-means would, but with the codebook of the first 512 rows: exact k-means of 16 million weights takes minutes."""
     n = weight.shape[0]
-    few = pack_columns_24(weight[:512], mask_24(weight[:512]), bits).tensors["codebook"].float()
+    few = Sparse24CodebookWeight.from_dense(weight[:512], mask_24(weight[:512]), bits).tensors["codebook"].float()
     middles = (few[:, 1:] + few[:, :-1]) / 2
     codes = torch.searchsorted(middles, weight.T.contiguous()).to(torch.uint8).T.contiguous()
     assert codes.shape[0] == n
@@ -85,17 +84,17 @@ def _ours(
 
 
 def _layer(
-    operand: dispatch.WeightOperand,
+    operand: layouts.WeightOperand,
     nbytes: int,
     linear: Callable[..., Tensor],
     dtype: torch.dtype,
     dense: Callable[[], Tensor],
 ) -> Layer:
     def copy() -> Layer:
-        return _layer(backends.cpu.copy_layout(operand), nbytes, linear, dtype, dense)
+        return _layer(backends.cpu.runtime.copy_layout(operand), nbytes, linear, dtype, dense)
 
     def kernel(m: int) -> str:
-        return dispatch.choose(dispatch.Problem(linear.__name__, operand.layout, "cpu", dtype, m)).name
+        return dispatch.choose(operations.WeightProblem("packed_linear", "cpu", dtype, operand.layout, m)).name
 
     return Layer(lambda x: linear(x, operand), dense, copy, nbytes, dtype, kernel)
 
@@ -143,10 +142,10 @@ GOALS = (
 def goals_table(rows: Sequence[Row]) -> str:
     """One line for each goal that the rows allow to judge: of each instruction set the last quiet run that has both rows."""
     lines = []
-    for isa, shape in dict.fromkeys((run.isa, row.shape) for run in _runs(rows) for row in run.rows):
+    for isa, shape in dict.fromkeys((run.isa, row.shape) for run in runs_quiet_last(rows) for row in run.rows):
         for ours, rival, m, goal in GOALS:
             ratio = None
-            for run in _runs(rows):
+            for run in runs_quiet_last(rows):
                 found = {row.provider: row.median_us for row in run.rows if (row.shape, row.m) == (shape, m)}
                 if run.isa == isa and ours in found and rival in found:
                     ratio = found[rival] / found[ours]
@@ -157,20 +156,20 @@ def goals_table(rows: Sequence[Row]) -> str:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """Rows that were timed together; `isa` is what our kernels ran on."""
 
     isa: str
     rows: Sequence[Row]
 
 
-def _runs(rows: Sequence[Row]) -> list[_Run]:
+def runs_quiet_last(rows: Sequence[Row]) -> list[Run]:
     """Busy ones first, the busiest before the others, then quiet ones in the order of the file: the last is the one that counts."""
     by_time: dict[str, list[Row]] = {}
     for row in rows:
         by_time.setdefault(row.timestamp, []).append(row)
     quiet_last = sorted(by_time.values(), key=lambda together: -max(together[0].others_cpu, QUIET_SHARE))
-    return [_Run(_isa_of(together), together) for together in quiet_last]
+    return [Run(_isa_of(together), together) for together in quiet_last]
 
 
 def _isa_of(rows: Sequence[Row]) -> str:
@@ -184,7 +183,7 @@ Point = tuple[float, float, float]
 
 
 def _points(
-    runs: Sequence[_Run], shape: tuple[int, int], rival: str, named: Sequence[tuple[float, str]]
+    runs: Sequence[Run], shape: tuple[int, int], rival: str, named: Sequence[tuple[float, str]]
 ) -> list[Point]:
     """Of each provider its last quiet run counts, beside the dense row of that run."""
     found: dict[str, Point] = {}
@@ -208,7 +207,7 @@ def draw(rows: Sequence[Row], png: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = _runs(rows)
+    runs = runs_quiet_last(rows)
     by_isa = {isa: [run for run in runs if run.isa == isa] for isa in sorted({run.isa for run in runs})}
 
     def bitmaps(isa: str, view: tuple[tuple[int, int], str, str]) -> list[Point]:

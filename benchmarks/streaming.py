@@ -107,7 +107,7 @@ def write_checkpoint(folder: Path, shape: str, blocks: int) -> None:
 
 def work(job: dict[str, Any]) -> None:
     """One process of a job; prints what it found as JSON."""
-    from pyllmq.compression.memory import peak_memory
+    from pyllmq.memory import peak_memory
 
     torch.set_num_threads(job["threads"])
     libraries = peak_memory()

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from pyllmq import backends, dispatch
+from pyllmq.layouts import machine_layout
 from pyllmq.triton_kernels.configs import Tile
 
 from .gpu_timing import measure_replays
@@ -61,8 +62,8 @@ def tune(op: str, bits: int, tokens: int) -> Tile:
         operand = pack_normal(dense_weight(N, K).cuda(), Widths.parse(bits)).operand()
     blob = operand.tensors[0]
     blobs = [blob, *(blob.clone() for _ in range(cold_copies(blob.numel()) - 1))]
-    operands = [backends.operand_from_layout(operand.layout, each, N, K) for each in blobs]
-    layouts = [backends.triton.Layout.of(each.tensors, N, K) for each in operands]
+    operands = [machine_layout(operand.layout).from_blob(each, operand.shape) for each in blobs]
+    layouts = [backends.triton.codebook.CodebookLayout.of(each) for each in operands]
     x = activations(max(tokens, 1), K, torch.bfloat16).cuda()
 
     def calls(tile: Tile) -> list[Callable[[], object]]:

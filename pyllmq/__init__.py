@@ -7,16 +7,19 @@
 Importing this package also lets transformers' auto classes load packed folders. See docs/index.md.
 """
 
+from . import backends as backends
 from . import functional as functional
 from . import losses as losses
 from . import parallel as parallel
-from .compression.files import compress_files
-from .compression.model import compress
-from .compression.pruned import pack_pruned
+from .compression.jobs.files import compress_files
+from .compression.jobs.folder import compress_folder
+from .compression.jobs.in_memory import compress, pack_pruned
+from .compression.methods.claq import CLAQConfig
+from .compression.methods.column_codebook import ColumnCodebookConfig
+from .compression.methods.kmeans import KMeansConfig
+from .compression.methods.sparse import SparseConfig
 from .compression.report import CompressionReport, LayerReport
-from .compression.stream import compress_folder
 from .compression.tune import tune_blocks, tune_codebooks
-from .config import CLAQConfig, ColumnCodebookConfig, KMeansConfig, SparseConfig
 from .dispatch import NoKernelError, use_backend
 from .formats import (
     BitmapWeight,

@@ -9,30 +9,31 @@ import platform
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .config import CLAQConfig, ColumnCodebookConfig, KMeansConfig, SparseConfig
-from .dispatch import PRECISIONS
+from .config import MethodConfig, Option
+from .operations import PRECISIONS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    given = parser.parse_args(arguments)
-    if given.command in ("compress", "eval", "generate", "bench"):
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    given = argparse.Namespace(command=next((word for word in arguments if not word.startswith("-")), ""), output=None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             warnings.showwarning = _show_warning
+            given = build_parser(arguments).parse_args(arguments)
+            if given.command in ("compress", "eval", "generate", "bench"):
+                from transformers.utils import logging as transformers_logging
+
+                transformers_logging.disable_progress_bar()
             return given.run(given)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        if given.traceback:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if "--traceback" in arguments:
             raise
         print(f"pyllmq {given.command}: {error}", file=sys.stderr)
         there = isinstance(error, FileExistsError | FileNotFoundError)
@@ -47,94 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _left_behind(given: argparse.Namespace) -> str:
     """What an ended `compress` kept, and how to go on with it."""
-    if given.command != "compress":
+    if given.command != "compress" or given.output is None:
         return ""
-    from .compression.stream import how_to_go_on
+    from .compression.jobs.folder import how_to_go_on
 
     return how_to_go_on(given.output)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of these arguments: the options of `compress` are those of the method that they name."""
     parser = argparse.ArgumentParser(
         prog="pyllmq", description="Compress language models to packed layers, load and measure them."
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    c = commands.add_parser("compress", help="dense model folder -> packed model folder", formatter_class=_Help)
-    c.add_argument("source", metavar="SRC", help="folder of a transformers model (config.json, safetensors, tokenizer)")
-    c.add_argument(
-        "output", metavar="OUT", help="folder to write; an earlier packed folder of that name is replaced at the end"
-    )
-    c.add_argument(
-        "--method",
-        choices=["columns", "claq", "kmeans", *PRUNING, "pack"],
-        default="columns",
-        help="columns: column codebooks at their best, claq: as published, kmeans: by the weights alone; magnitude, wanda, "
-        "sparsegpt and mixed-sparsity prune; pack makes a model pruned elsewhere small",
-    )
-    c.add_argument("--sparsity", type=float, metavar="SHARE", help="share of the weights to prune; default 0.5")
-    c.add_argument("--pattern", default="unstructured", help="of the pruned weights: unstructured or N:M, such as 2:4")
-    c.add_argument(
-        "--values", choices=["float16", "bfloat16", "float32", "int8"], help="of kept weights; default as in SRC"
-    )
-    c.add_argument(
-        "--bits",
-        type=float,
-        help="true bits per weight, everything counted; with claq as its paper counts; default 3, with claq 3.12",
-    )
-    c.add_argument(
-        "--size", metavar="SIZE", help="instead of --bits: size of the folder to write, such as 1.9GB or 700MB"
-    )
-    c.add_argument("--preset", choices=["fast", "balanced", "best"], default="balanced", help="of the method columns")
-    c.add_argument("--tune", type=int, metavar="STEPS", help="steps of codebook tuning; default of the preset")
-    c.add_argument(
-        "--outliers",
-        type=float,
-        default=None,
-        metavar="SHARE",
-        help="with claq: share of the weights kept in fp16; default 0.005 for 2.12 and 3.12, 0.01 for 2.24 and 3.23, else 0",
-    )
-    c.add_argument("--kmeans", choices=["exact", "windowed", "lloyd"], default="exact", help="1-D k-means solver")
-    c.add_argument(
-        "--calibration",
-        metavar="FILE",
-        help="UTF-8 text file, or self: the model writes the text (causal models); default: prose of CPython's reference manual",
-    )
-    c.add_argument("--samples", type=int, default=128, metavar="N", help="calibration windows (encoders: sentences)")
-    c.add_argument("--seqlen", type=int, default=512, metavar="L", help="tokens per window")
-    c.add_argument(
-        "--include", action="append", metavar="PATTERN", help="compress only Linears of this name (repeatable)"
-    )
-    c.add_argument(
-        "--exclude",
-        action="append",
-        metavar="PATTERN",
-        help="leave these Linears dense, besides output heads (repeatable)",
-    )
-    c.add_argument(
-        "--resume", action="store_true", help="go on with the same command after it was ended, to the same bytes"
-    )
-    c.add_argument("--dry-run", action="store_true", help="print what would be done, sizes and an estimate of the time")
-    c.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="with kmeans and magnitude: processes, each on one file of SRC at a time; default 1",
-    )
-    c.add_argument(
-        "--in-memory",
-        action="store_true",
-        help="hold the whole model instead of one block; needed for --tune and --calibration self; cannot be resumed",
-    )
-    c.add_argument(
-        "--architecture",
-        metavar="CLASS",
-        help="transformers class of the model, such as LlamaForCausalLM; default: as config.json says",
-    )
-    c.add_argument("--report", metavar="FILE", help="also write the per-layer report as JSON")
-    c.add_argument("--quiet", action="store_true", help="no progress bar, no per-layer table")
-    c.set_defaults(run=run_compress)
+    _add_compress(commands, arguments)
 
     e = commands.add_parser(
         "eval", help="perplexity and tokens/s of a causal model, packed or dense", formatter_class=_Help
@@ -217,21 +145,164 @@ def _show_warning(message: Any, category: Any, *where: Any, **more: Any) -> None
 
 # ---- compress -------------------------------------------------------------------------------------------------------
 
-NAMED_OUTLIERS = {2.12: 0.005, 2.24: 0.01, 3.12: 0.005, 3.23: 0.01}
-"""CLAQ's fusion points: at these bits the paper keeps this share of the weights in fp16."""
+DEFAULT_METHOD = "column-codebook"
+FORMER_WORDS = {"columns": "column-codebook"}
 
 
-PRUNING = {"magnitude": "magnitude", "wanda": "wanda", "sparsegpt": "sparsegpt", "mixed-sparsity": "mixed"}
-"""--method -> `SparseConfig.method`."""
+def _add_compress(commands: Any, arguments: Sequence[str]) -> None:
+    """The command `compress` with the options of the method that the arguments name."""
+    c = commands.add_parser(
+        "compress",
+        help="dense model folder -> packed model folder",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    c.set_defaults(run=run_compress)
+    c.add_argument("source", metavar="SRC", help="folder of a transformers model (config.json, safetensors, tokenizer)")
+    c.add_argument(
+        "output", metavar="OUT", help="folder to write; an earlier packed folder of that name is replaced at the end"
+    )
+    c.add_argument("--method", default=DEFAULT_METHOD, metavar="WORD", help="how to compress, see below")
+    c.add_argument(
+        "--plugin", action="append", metavar="MODULE", help="import this module, which registers a method (repeatable)"
+    )
+    c.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="UTF-8 text file, or self: the model writes the text (causal models); default: prose of CPython's reference manual",
+    )
+    c.add_argument("--samples", type=int, metavar="N", help="calibration windows (encoders: sentences); default 128")
+    c.add_argument("--seqlen", type=int, metavar="L", help="tokens per window; default 512")
+    c.add_argument(
+        "--include", action="append", metavar="PATTERN", help="compress only Linears of this name (repeatable)"
+    )
+    c.add_argument(
+        "--exclude",
+        action="append",
+        metavar="PATTERN",
+        help="leave these Linears dense, besides output heads (repeatable)",
+    )
+    c.add_argument(
+        "--resume", action="store_true", help="go on with the same command after it was ended, to the same bytes"
+    )
+    c.add_argument("--dry-run", action="store_true", help="print what would be done, sizes and an estimate of the time")
+    c.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="with methods without calibration: processes, each on one file of SRC at a time; default 1",
+    )
+    c.add_argument(
+        "--in-memory",
+        action="store_true",
+        help="hold the whole model instead of one block; needed for --tune and --calibration self; cannot be resumed",
+    )
+    c.add_argument(
+        "--architecture",
+        metavar="CLASS",
+        help="transformers class of the model, such as LlamaForCausalLM; default: as config.json says",
+    )
+    c.add_argument("--report", metavar="FILE", help="also write the per-layer report as JSON")
+    c.add_argument("--quiet", action="store_true", help="no progress bar, no per-layer table")
+    if "compress" in arguments:
+        _add_method_options(c, arguments)
+
+
+def _add_method_options(c: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method", default=DEFAULT_METHOD)
+    first.add_argument("--plugin", action="append", default=[])
+    known, _ = first.parse_known_args(arguments)
+    methods = _methods(known.plugin)
+    c.epilog = (
+        f"{_listed(methods)} `pyllmq compress --method WORD --help` lists the options of another method.".replace(
+            "%", "%%"
+        )
+    )
+    word = known.method
+    if word in FORMER_WORDS:
+        raise ValueError(f"--method {word} is called {FORMER_WORDS[word]} now; give --method {FORMER_WORDS[word]}")
+    if word not in methods:
+        raise ValueError(f"--method is {word!r}; allowed: {', '.join(methods)}, and those of a --plugin")
+    group = c.add_argument_group(f"options of --method {word}")
+    own = _options(methods[word])
+    shown: dict[str, Any]
+    for option in own:
+        shown = {"help": option.help.replace("%", "%%"), "dest": f"option {option.field}", "default": None}
+        if option.values is bool:
+            group.add_argument(option.word, action="store_const", const=option.switch_to, **shown)
+        else:
+            group.add_argument(option.word, metavar=option.metavar, **shown)
+    # Those of other methods are known, so that they are refused with a word on whose they are.
+    others = {option.word: option for method in methods.values() for option in _options(method)}
+    for option in others.values():
+        if option.word not in {mine.word for mine in own}:
+            shown = {"help": argparse.SUPPRESS, "dest": f"other {option.word}", "default": None}
+            if option.values is bool:
+                c.add_argument(option.word, action="store_const", const="", **shown)
+            else:
+                c.add_argument(option.word, **shown)
+
+
+def _listed(methods: Mapping[str, Any]) -> str:
+    """The words of the methods, with the first sentence of each config."""
+    words: dict[str, list[str]] = {}
+    for word, registered in methods.items():
+        first = (registered.method.config_type.__doc__ or "").split("\n\n")[0]
+        words.setdefault(" ".join(first.split()), []).append(word)
+    return "Methods. " + " ".join(f"{', '.join(some)}: {first}" for first, some in words.items())
+
+
+def _methods(plugins: Sequence[str]) -> dict[str, Any]:
+    """Every method by its word: ours, those of installed packages, those of `--plugin`."""
+    from importlib import import_module
+    from importlib.metadata import entry_points
+
+    from .compression.methods import METHODS
+
+    for entry in entry_points(group="pyllmq.methods"):
+        entry.load()
+    for module in plugins:
+        import_module(module)
+    return METHODS
+
+
+def _options(registered: Any) -> list[Option]:
+    size = Option(
+        "--size", "size", str, "instead of --bits: size of the folder to write, such as 1.9GB or 700MB", "SIZE"
+    )
+    return [*registered.options(), *([size] if registered.method.true_bits else [])]
+
+
+def _settings(given: argparse.Namespace) -> dict[str, Any]:
+    """field -> value of the method's options that were given. Raises ValueError for those of other methods."""
+    from .compression.methods import METHODS
+
+    for name, value in vars(given).items():
+        if name.startswith("other ") and value is not None:
+            other = name.removeprefix("other ")
+            having = [w for w, method in METHODS.items() if other in {known.word for known in _options(method)}]
+            what = f"{other} {value}".strip()
+            raise ValueError(f"{what} does not go with --method {given.method}; choose --method {' or '.join(having)}")
+    found = {}
+    for option in _options(METHODS[given.method]):
+        value = getattr(given, f"option {option.field}")
+        if value is not None:
+            found[option.field] = value if option.values is bool else option.parse(value)
+    return found
 
 
 def run_compress(given: argparse.Namespace) -> int:
-    from . import compress, pack_pruned, save_pretrained
-    from .folders import is_packed
-    from .loading import load_model, load_tokenizer
-    from .linears import DEFAULT_EXCLUDE
+    from .compression.methods import METHODS, method_of
+    from .folders import is_packed, read_config
 
-    config = _compression_config(given)
+    settings = _settings(given)
+    size = settings.pop("size", None)
+    if size is not None and "bits" in settings:
+        raise ValueError(f"--bits {settings['bits']:g} and --size {size} are two targets; give one of them")
+    config = METHODS[given.method].config(settings)
+    needs = method_of(config).needs
+    read_config(given.source)
     output = Path(given.output)
     if output.exists() and not (output.is_dir() and (is_packed(output) or not any(output.iterdir()))):
         raise FileExistsError(
@@ -241,109 +312,107 @@ def run_compress(given: argparse.Namespace) -> int:
         raise ValueError(f"SRC and OUT are the same folder, {output}; give another OUT")
     if is_packed(given.source):
         raise ValueError(f"{given.source} is already packed; compress the dense model that it was made from")
-    if _is_data_free(config) and not given.in_memory:
-        return _compress_files(given, config)
-    if given.workers is not None:
+    if needs.calibration and given.workers is not None:
         raise ValueError(
-            f"--workers {given.workers} is for methods without calibration; use torchrun for several processes"
+            f"--workers {given.workers} does not go with --method {given.method} with these settings, which needs calibration: "
+            f"use torchrun for several processes, or choose --method {_words(calibration=False)}"
         )
-    if isinstance(config, KMeansConfig):
-        raise ValueError("--in-memory does not go with --method kmeans, which never holds more than one file of SRC")
-    whole = _needs_whole_model(given, config)
-    if not whole:
-        return _compress_streamed(given, config)
-    if given.resume or given.dry_run:
-        option = "--resume" if given.resume else "--dry-run"
-        raise ValueError(f"{option} goes block by block, which is not possible here: {whole}")
+    for option, value in (
+        ("--calibration", given.calibration),
+        ("--samples", given.samples),
+        ("--seqlen", given.seqlen),
+    ):
+        if value is not None and not needs.calibration:
+            raise ValueError(
+                f"{option} {value} does not go with --method {given.method} with these settings, which looks at weights alone; "
+                f"choose --method {_words(calibration=True)}"
+            )
+    reason = "--in-memory was given" if given.in_memory else needs.whole_model
+    if given.calibration == "self":
+        reason = reason or "--calibration self lets the model write text"
+    if not reason:
+        return (_compress_folder if needs.calibration else _compress_files)(given, config, size)
+    for option, value in (("--resume", given.resume), ("--dry-run", given.dry_run), ("--workers", given.workers)):
+        if value:
+            raise ValueError(f"{option} goes block by block, which is not possible here: {reason}")
     if not given.in_memory:
-        print(f"pyllmq compress: {whole}, so the whole model is loaded", file=sys.stderr)
-    tokenizer = load_tokenizer(given.source)
+        print(f"pyllmq compress: {reason}, so the whole model is loaded", file=sys.stderr)
+    return _compress_in_memory(given, config, size)
+
+
+def _words(calibration: bool) -> str:
+    """The methods that need calibration with the settings that they have by default, or those that do not."""
+    from .compression.methods import METHODS, method_of
+
+    return " or ".join(w for w, m in METHODS.items() if method_of(m.config({})).needs.calibration == calibration)
+
+
+def _names(given: argparse.Namespace) -> dict[str, Any]:
+    from .linears import DEFAULT_EXCLUDE
+
+    return {"include": given.include, "exclude": (*DEFAULT_EXCLUDE, *(given.exclude or ()))}
+
+
+def _compress_in_memory(given: argparse.Namespace, config: MethodConfig, size: str | None) -> int:
+    from . import compress, save_pretrained
+    from .compression.methods import method_of
+    from .loading import load_model
+
     model = load_model(given.source, given.architecture)
-    names = {"include": given.include, "exclude": (*DEFAULT_EXCLUDE, *(given.exclude or ()))}
-    if config is None:
-        report = pack_pruned(model, values=given.values, **names)
-    else:
-        if given.size is not None:
-            config = replace(config, bits=_bits_for_size(model, given))
-        batches = _calibration_batches(model, tokenizer, given)
-        report = compress(model, config, batches, progress=not given.quiet, **names)
-    save_pretrained(model, output, tokenizer, source=given.source)
+    config = _with_size(model, given, config, size)
+    batches = _calibration_batches(model, given) if method_of(config).needs.calibration else None
+    report = compress(model, config, batches, progress=not given.quiet, **_names(given))
+    save_pretrained(model, given.output, source=given.source)
     _print_report(report, given)
     return 0
 
 
-def _is_data_free(config: Any) -> bool:
-    if isinstance(config, SparseConfig):
-        return config.method == "magnitude" and config.quantize is None and config.allocation == "uniform"
-    return isinstance(config, KMeansConfig)
-
-
-def _compress_files(given: argparse.Namespace, config: Any) -> int:
-    from .compression.files import compress_files
+def _compress_files(given: argparse.Namespace, config: MethodConfig, size: str | None) -> int:
+    from .compression.jobs.dry_run import plan_folder
+    from .compression.jobs.files import compress_files
     from .integrations.checkpoint import StreamedModel
-    from .loading import load_tokenizer
-    from .linears import DEFAULT_EXCLUDE
 
+    streamed = StreamedModel(given.source, architecture=given.architecture)
+    config = _with_size(streamed.model, given, config, size)
     if given.dry_run:
-        raise ValueError(f"--dry-run does not go with --method {given.method}, which takes minutes")
+        print(plan_folder(streamed, given.output, config, **_names(given)))
+        return 0
     with _ended_by_signal():
         report = compress_files(
-            StreamedModel(given.source, architecture=given.architecture),
+            streamed,
             given.output,
             config,
-            include=given.include,
-            exclude=(*DEFAULT_EXCLUDE, *(given.exclude or ())),
-            others=[load_tokenizer(given.source)],
             workers=given.workers or 1,
             resume=given.resume,
             progress=not given.quiet,
+            **_names(given),
         )
     _print_report(report, given)
     return 0
 
 
-def _needs_whole_model(given: argparse.Namespace, config: Any) -> str:
-    """Why the model has to be in memory as a whole; empty if it does not."""
-    from .compression.stream import needs_whole_model
-
-    if given.in_memory:
-        return "--in-memory was given"
-    if config is None:
-        return "--method pack looks at all weights"
-    if given.calibration == "self":
-        return "--calibration self lets the model write text"
-    return "; ".join(needs_whole_model(config))
-
-
-def _compress_streamed(given: argparse.Namespace, config: Any) -> int:
+def _compress_folder(given: argparse.Namespace, config: MethodConfig, size: str | None) -> int:
+    from .compression.jobs.dry_run import plan_folder
+    from .compression.jobs.folder import compress_folder
     from .compression.ranks import joined
-    from .compression.stream import compress_folder
     from .integrations.checkpoint import StreamedModel
-    from .loading import load_tokenizer
-    from .linears import DEFAULT_EXCLUDE
 
-    tokenizer = load_tokenizer(given.source)
     with _ended_by_signal(), joined() as ranks:
         streamed = StreamedModel(given.source, architecture=given.architecture)
-        if given.size is not None:
-            config = replace(config, bits=_bits_for_size(streamed.model, given, indexed=True))
-        batches = _calibration_batches(streamed.model, tokenizer, given)
-        names = {"include": given.include, "exclude": (*DEFAULT_EXCLUDE, *(given.exclude or ()))}
+        config = _with_size(streamed.model, given, config, size)
+        batches = _calibration_batches(streamed.model, given)
         if given.dry_run:
-            from .compression.dry_run import plan_folder
-
-            print(plan_folder(streamed, given.output, config, batches, **names))
+            print(plan_folder(streamed, given.output, config, batches, **_names(given)))
             return 0
         report = compress_folder(
             streamed,
             given.output,
             config,
             batches,
-            others=[tokenizer],
             resume=given.resume,
             progress=not given.quiet,
             ranks=ranks,
-            **names,
+            **_names(given),
         )
         if ranks.first:
             _print_report(report, given)
@@ -371,58 +440,19 @@ def _print_report(report: Any, given: argparse.Namespace) -> None:
     print(f"written to {given.output}; load it with pyllmq.from_pretrained({str(given.output)!r})")
 
 
-def _compression_config(given: argparse.Namespace) -> Any:
-    """None for `pack`. A target size becomes bits when the model is known."""
-    for option, value, methods in (
-        ("--size", given.size, ("columns",)),
-        ("--tune", given.tune, ("columns",)),
-        ("--outliers", given.outliers, ("claq", *PRUNING)),
-        ("--sparsity", given.sparsity, tuple(PRUNING)),
-        ("--pattern", None if given.pattern == "unstructured" else given.pattern, tuple(PRUNING)),
-        ("--values", given.values, (*PRUNING, "pack")),
-        ("--bits", given.bits, ("columns", "claq", "kmeans", *PRUNING)),
-        ("--workers", given.workers, ("kmeans", "magnitude")),
-    ):
-        if value is not None and given.method not in methods:
-            raise ValueError(
-                f"{option} {value} does not go with --method {given.method}; choose --method {' or '.join(methods)}"
-            )
-    if given.method == "pack":
-        return None
-    if given.method == "claq":
-        return _published(given)
-    if given.method == "kmeans":
-        bits = 3.0 if given.bits is None else given.bits
-        if bits != int(bits):
-            raise ValueError(
-                f"--bits {bits:g} does not go with --method kmeans, where all columns have one width; give 1 to 8"
-            )
-        return KMeansConfig(int(bits))
-    if given.method in PRUNING:
-        sparsity = 0.5 if given.sparsity is None and given.pattern == "unstructured" else given.sparsity
-        quantizer = None if given.bits is None else _published(given)
-        return SparseConfig(sparsity, given.pattern, PRUNING[given.method], values=given.values, quantize=quantizer)
-    if given.bits is not None and given.size is not None:
-        raise ValueError(f"--bits {given.bits:g} and --size {given.size} are two targets; give one of them")
-    tuned = {} if given.tune is None else {"tune_steps": given.tune}
-    return ColumnCodebookConfig.preset(given.preset, 3.0 if given.bits is None else given.bits, **tuned)
+def _with_size(model: Any, given: argparse.Namespace, config: Any, size: str | None) -> Any:
+    """The config with the bits at which the folder has this size."""
+    from .compression.jobs.in_memory import bits_for_size
+    from .folders import other_files
 
-
-def _published(given: argparse.Namespace) -> CLAQConfig:
-    bits = 3.12 if given.bits is None else given.bits
-    outliers = NAMED_OUTLIERS.get(bits, 0.0) if given.outliers is None else given.outliers
-    return CLAQConfig(bits=bits, outliers=outliers, kmeans=given.kmeans)
-
-
-def _bits_for_size(model: Any, given: argparse.Namespace, indexed: bool = False) -> float:
-    from .compression.model import bits_for_size
-    from .linears import DEFAULT_EXCLUDE
-
-    # Tokenizer and configuration are written again, much as they were.
-    weights = (".safetensors", ".bin", ".pt", ".h5", ".msgpack", ".onnx")
-    other = sum(f.stat().st_size for f in Path(given.source).iterdir() if f.is_file() and f.suffix not in weights)
-    exclude = (*DEFAULT_EXCLUDE, *(given.exclude or ()))
-    return bits_for_size(model, _bytes("--size", given.size), other, given.include, exclude, indexed)
+    if size is None:
+        return config
+    names = _names(given)
+    source = Path(given.source)
+    other = sum((source / name).stat().st_size for name in other_files(source))
+    return replace(
+        config, bits=bits_for_size(model, _bytes("--size", size), other, indexed=not given.in_memory, **names)
+    )
 
 
 def _bytes(name: str, text: str) -> int:
@@ -436,25 +466,56 @@ def _bytes(name: str, text: str) -> int:
     raise ValueError(f"{name} is {text!r}; give a number with a unit: {', '.join(units)}, for example 1.9GB")
 
 
-def _calibration_batches(model: Any, tokenizer: Any, given: argparse.Namespace) -> list[dict[str, Any]]:
+def _calibration_batches(model: Any, given: argparse.Namespace) -> list[dict[str, Any]]:
     from .compression import calibration
-    from .loading import is_causal
 
-    if is_causal(model):
-        limit = getattr(model.config, "max_position_embeddings", None) or given.seqlen
-        seqlen = min(given.seqlen, limit)
-        if given.calibration == "self":
-            return calibration.self_generated(model, tokenizer, given.samples, seqlen, progress=not given.quiet)
-        return calibration.token_windows(tokenizer, _text(given.calibration), given.samples, seqlen)
+    calibration.check_takes_text(model)
+    tokenizer = _tokenizer(given.source)
+    samples = 128 if given.samples is None else given.samples
+    seqlen = 512 if given.seqlen is None else given.seqlen
     if given.calibration == "self":
-        raise ValueError(f"{type(model).__name__} writes no text; --calibration self needs a causal language model")
-    if given.calibration:
-        sentences = [line.strip() for line in _text(given.calibration).splitlines() if line.strip()]
+        return calibration.self_written(model, tokenizer, samples, seqlen, progress=not given.quiet)
+    text = None if given.calibration is None else _text(given.calibration)
+    return calibration.batches_of_text(model, tokenizer, text, samples, seqlen)
+
+
+def _tokenizer(folder: str) -> Any:
+    from .loading import load_tokenizer
+
+    try:
+        return load_tokenizer(folder)
+    except (ValueError, ImportError) as error:
+        raise ValueError(_why_no_tokenizer(Path(folder), error)) from error
+
+
+TOKENIZER_FILES = {
+    "tokenizer.json": "tokenizers",
+    "tokenizer.model": "sentencepiece",
+    "spiece.model": "sentencepiece",
+    "sentencepiece.bpe.model": "sentencepiece",
+    "tiktoken.model": "tiktoken",
+    "vocab.json": "",
+    "vocab.txt": "",
+}
+"""What a tokenizer is made of -> the package that reads it, where that is no part of transformers."""
+
+
+def _why_no_tokenizer(folder: Path, error: Exception) -> str:
+    from importlib.util import find_spec
+
+    there = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    packages = dict.fromkeys(TOKENIZER_FILES[name] for name in there)
+    missing = [package for package in packages if package and find_spec(package) is None]
+    if missing:
+        do = f"{', '.join(there)} needs a package that is not installed: pip install {' '.join(missing)}"
+    elif there:
+        do = f"there is {', '.join(there)}, but: {str(error).strip().splitlines()[0]}"
     else:
-        sentences = calibration.builtin_sentences()
-    if not sentences:
-        raise ValueError(f"{given.calibration} holds no text")
-    return calibration.sentence_batches(tokenizer, sentences[: given.samples], max_length=given.seqlen)
+        do = "there is none of them; copy the tokenizer's files into the folder"
+    return (
+        f"{folder} has no tokenizer that transformers can load (looked for {', '.join(TOKENIZER_FILES)}): {do}. Methods without "
+        f"calibration need no tokenizer: --method {_words(calibration=False)}"
+    )
 
 
 def _text(file: str | None) -> str:
@@ -473,9 +534,9 @@ def _text(file: str | None) -> str:
 
 def run_eval(given: argparse.Namespace) -> int:
     from .evaluate import decoding_speed, perplexity
-    from .loading import load_causal_model, load_tokenizer
+    from .loading import load_causal_model
 
-    tokenizer, model = load_tokenizer(given.folder), load_causal_model(given.folder)
+    tokenizer, model = _tokenizer(given.folder), load_causal_model(given.folder)
     _apply_precision(model, given.precision)
     if given.tasks is not None:
         return _run_tasks(model, tokenizer, given)
@@ -521,9 +582,9 @@ def _run_tasks(model: Any, tokenizer: Any, given: argparse.Namespace) -> int:
 def run_generate(given: argparse.Namespace) -> int:
     import torch
 
-    from .loading import load_causal_model, load_tokenizer
+    from .loading import load_causal_model
 
-    tokenizer, model = load_tokenizer(given.folder), load_causal_model(given.folder)
+    tokenizer, model = _tokenizer(given.folder), load_causal_model(given.folder)
     _apply_precision(model, given.precision)
     torch.manual_seed(given.seed)
     inputs = tokenizer(given.prompt, return_tensors="pt")
@@ -615,7 +676,9 @@ def run_doctor(given: argparse.Namespace) -> int:
     import torch
 
     from . import __version__, backends
-    from .dispatch import Kernel, kernel_for, rows
+    from .dispatch import Kernel, choose, rows
+    from .layouts import layout_for
+    from .operations import WeightProblem
 
     print(f"pyllmq-kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "transformers", "safetensors", "numpy", "triton", "matplotlib"):
@@ -626,18 +689,26 @@ def run_doctor(given: argparse.Namespace) -> int:
     for name, (ok, why) in backends.report().items():
         print(f"  {name:<10} {'works' if ok else 'missing'}: {why}")
     print("codebook_linear with fp16 activations runs here, by device and number of tokens:")
+    broken = False
     for device in ("cpu", "cuda"):
-        layout = backends.machine_layout(device)
+        try:
+            found = layout_for("codebook", device)
+            layout = "checkpoint.codebook" if found is None else found.name
+            tokens: dict[Kernel, list[str]] = {}
+            for m in (1, 2, 16, 64, 65, 512):
+                problem = WeightProblem("packed_linear", device, torch.float16, layout, m)
+                tokens.setdefault(choose(problem), []).append(str(m))
+        except (ValueError, RuntimeError) as error:
+            broken = True
+            print(f"  {device:<10} nothing: {error}")
+            continue
         print(f"  {device:<10} layout {layout}")
-        tokens: dict[Kernel, list[str]] = {}
-        for m in (1, 2, 16, 64, 65, 512):
-            tokens.setdefault(kernel_for("codebook_linear", layout, device, torch.float16, m), []).append(str(m))
         for kernel, numbers in tokens.items():
             print(f"  {'':<10} {kernel.name} for {', '.join(numbers)}: {kernel.because}")
     print("kernels, in the order in which they are tried:")
     for row in rows():
         print(f"  {row.op:<20} {row.name:<32} {row.because}")
-    return 0
+    return int(broken)
 
 
 def _version(package: str) -> str:

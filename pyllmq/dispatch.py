@@ -1,98 +1,48 @@
-"""Which kernel runs: a table of rows, the first that supports the problem wins, and a refusal lists every row's reason.
+"""Which kernel runs: rows of a table for each operation; the first that supports the problem wins, a refusal gives every reason.
 
-Words used by every back end stand here too, since this module imports nothing of pyllmq: ``WeightOperand`` (what a kernel
-reads) and ``Problem`` (what it is asked).
+This module imports nothing of pyllmq. The operations themselves, with what their kernels take, stand in operations.py.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
-
-CHECKPOINT = "checkpoint"
-"""The layout name of tensors as a checkpoint holds them; every other layout name belongs to one back end."""
-
-CHECKPOINT_FIELDS = (
-    "column_bits",
-    "codebook",
-    "segment_rows",
-    "outlier_row_offsets",
-    "outlier_columns",
-    "outlier_values",
-    "row_scale",
-    *(f"codes_b{bits}" for bits in range(1, 9)),
-)
-"""Order of the tensors of a codebook operand in the checkpoint layout; a field that does not occur is an empty tensor."""
-
-SPARSE24, BITMAP, SPARSE24_CODEBOOK = "sparse24", "bitmap", "sparse24_codebook"
-"""Layout names of the sparse formats' tensors as a checkpoint holds them; their order, absent ones empty:"""
-
-SPARSE24_FIELDS = ("values", "positions", "scale")
-BITMAP_FIELDS = ("values", "row_offsets", "mask", "columns", "scale")
-SPARSE24_CODEBOOK_FIELDS = (
-    "codes",
-    "positions",
-    "codebook",
-    "outlier_row_offsets",
-    "outlier_columns",
-    "outlier_values",
-)
-
-
-PRECISIONS = ("exact", "high", "fast")
-"""What a caller of a linear operation permits: "exact" errs no more than torch does in the activations' dtype, "high" has a
-relative error of at most 2e-4 beyond that of the dtype, "fast" of at most 2e-2. A kernel may be more exact than asked."""
-
-DEFAULT_PRECISION = "high"
-
-
-def check_precision(precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; allowed: {', '.join(map(repr, PRECISIONS))}")
-
-
-@dataclass(frozen=True, eq=False)
-class WeightOperand:
-    """A packed weight as kernels read it: `tensors`, whose meaning `layout` names, of a matrix [out_features, in_features]."""
-
-    layout: str
-    tensors: tuple[Tensor, ...]
-    out_features: int
-    in_features: int
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a kernel is asked to do: operation, layout of the weight, device type, activation dtype, number of tokens M."""
-
-    op: str
-    layout: str
-    device: str
-    dtype: torch.dtype
-    tokens: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.op}(layout={self.layout}, device={self.device}, dtype={self.dtype}, tokens={self.tokens})"
-
 
 Support = tuple[bool, str]
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Problem:
+    """What a kernel is asked to do. Operations that choose by more than this have a type of their own (operations.py)."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.op}({', '.join(f'{f.name}={getattr(self, f.name)}' for f in fields(self)[1:])})"
+
+
+P = TypeVar("P", bound=Problem)
+Run = TypeVar("Run", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Kernel(Generic[P, Run]):
     """One row of the table. `because` is the measured reason for the row's place and limits."""
 
     op: str
     name: str
-    supports: Callable[[Problem], Support]
-    run: Callable[..., Any]
+    order: int
+    """Rows of an operation are tried by rising `order`; those of one order never support the same problem."""
+    supports: Callable[[P], Support]
+    run: Run
     because: str
 
     @property
@@ -100,37 +50,67 @@ class Kernel:
         return self.name.split(".", 1)[0]
 
 
-def reads(
-    layout: str, then: Callable[[Problem], Support], most_tokens: int | None = None
-) -> Callable[[Problem], Support]:
-    """A row that reads weights of one layout, for up to so many tokens, on what `then` says."""
-
-    def supports(problem: Problem) -> Support:
-        if problem.layout != layout:
-            return False, f"reads the layout {layout!r}, this weight is {problem.layout!r}"
-        if most_tokens is not None and problem.tokens > most_tokens:
-            return False, f"serves up to {most_tokens} tokens, here {problem.tokens}"
-        return then(problem)
-
-    return supports
-
-
 class NoKernelError(RuntimeError):
     """No row of the table supports the problem; the message lists each row with its reason."""
 
 
-_TABLE: list[Kernel] = []
+class Operation(Generic[P, Run]):
+    """The rows of one operation. `Run` is the signature of its kernels, so that a type checker sees those that differ."""
+
+    def __init__(self, name: str, problem: type[P], signature: type[Run]) -> None:
+        self.name, self.problem = name, problem
+        self.rows: list[Kernel[P, Run]] = []
+        self.kernel_for = lru_cache(maxsize=4096)(self._kernel_for)
+        """`choose` from the parts of a problem, device type and dtype first: making a Problem costs 1 us, this 0.2."""
+        _TABLE[name] = self
+
+    def register(self, name: str, order: int, supports: Callable[[P], Support], run: Run, because: str) -> None:
+        self.rows.append(Kernel(self.name, name, order, supports, run, because))
+        self.rows.sort(key=lambda row: row.order)
+        self.kernel_for.cache_clear()
+
+    def choose(self, problem: P) -> Kernel[P, Run]:
+        """The first row that supports `problem`. Raises NoKernelError with every row's reason if there is none."""
+        reasons = []
+        forced = forced_backend()
+        for row in self.rows:
+            if forced and row.backend != forced:
+                reasons.append(f"  {row.name}: back end {forced!r} was asked for (use_backend or PYLLMQ_BACKEND)")
+                continue
+            fits, why = row.supports(problem)
+            if fits:
+                return row
+            reasons.append(f"  {row.name}: {why}")
+        listed = "\n".join(reasons) or "  (no kernel is registered)"
+        raise NoKernelError(
+            f"no kernel fits {problem}:\n{listed}\n"
+            "`pyllmq doctor` shows which back ends work here; the back end 'reference' runs on any device with checkpoint layouts."
+        )
+
+    def _kernel_for(self, *parts: Hashable) -> Run:
+        return self.choose(self.problem(self.name, *parts)).run  # type: ignore[arg-type]
+
+
+_TABLE: dict[str, Operation[Any, Any]] = {}
 _forced_backend: str | None = None
 
 
-def register(kernel: Kernel) -> None:
-    """Append a row; rows of one operation are tried in the order in which they were registered."""
-    _TABLE.append(kernel)
-    kernel_for.cache_clear()
+def rows(op: str | None = None) -> list[Kernel[Any, Any]]:
+    """Of one operation, or of all."""
+    return [row for name, operation in _TABLE.items() for row in operation.rows if op in (None, name)]
 
 
-def rows(op: str | None = None) -> list[Kernel]:
-    return [row for row in _TABLE if op is None or row.op == op]
+def choose(problem: Problem) -> Kernel[Any, Any]:
+    """The row that serves `problem`. Raises NoKernelError with every row's reason, and for an operation that does not exist."""
+    if problem.op not in _TABLE:
+        raise NoKernelError(f"there is no operation {problem.op!r}; there are: {', '.join(_TABLE)}")
+    return _TABLE[problem.op].choose(problem)
+
+
+def clear_cache() -> None:
+    """Forget what was chosen: after a change of what back ends say of themselves."""
+    for operation in _TABLE.values():
+        operation.kernel_for.cache_clear()
 
 
 def forced_backend() -> str | None:
@@ -142,38 +122,13 @@ def forced_backend() -> str | None:
 def use_backend(name: str) -> Iterator[None]:
     """Within the block only kernels of back end `name` run, and weights packed in it get that back end's layout."""
     global _forced_backend
-    known = sorted({row.backend for row in _TABLE})
+    known = sorted({row.backend for row in rows()})
     if name not in known:
         raise ValueError(f"back end {name!r} does not exist; allowed: {', '.join(known)}")
     before, _forced_backend = _forced_backend, name
-    kernel_for.cache_clear()
+    clear_cache()
     try:
         yield
     finally:
         _forced_backend = before
-        kernel_for.cache_clear()
-
-
-@lru_cache(maxsize=4096)
-def kernel_for(op: str, layout: str, device: str, dtype: torch.dtype, tokens: int = 0) -> Kernel:
-    """`choose` from the parts of a problem: what operations call, since making a Problem costs 1 us and this 0.2."""
-    return choose(Problem(op, layout, device, dtype, tokens))
-
-
-def choose(problem: Problem) -> Kernel:
-    """The first row that supports `problem`. Raises NoKernelError with every row's reason if there is none."""
-    reasons = []
-    forced = forced_backend()
-    for row in rows(problem.op):
-        if forced and row.backend != forced:
-            reasons.append(f"  {row.name}: back end {forced!r} was asked for (use_backend or PYLLMQ_BACKEND)")
-            continue
-        fits, why = row.supports(problem)
-        if fits:
-            return row
-        reasons.append(f"  {row.name}: {why}")
-    listed = "\n".join(reasons) or "  (no kernel of that name is registered)"
-    raise NoKernelError(
-        f"no kernel fits {problem}:\n{listed}\n"
-        "`pyllmq doctor` shows which back ends work here; the back end 'reference' runs on any device with the checkpoint layout."
-    )
+        clear_cache()

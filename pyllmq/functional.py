@@ -1,13 +1,15 @@
 """The operations as functions; `pyllmq.ops` defines them and `torch.ops.pyllmq` holds them for compiled graphs."""
 
-from .kmeans import kmeans_1d, kmeans_1d_errors
+from .formats.codebook import codebook_gradient
+from .kmeans import fit_columns, kmeans_1d, kmeans_1d_errors
 from .ops import (
     bitmap_dequantize,
     bitmap_linear,
     codebook_dequantize,
-    codebook_gradient,
     codebook_linear,
     pack_codes,
+    packed_dequantize,
+    packed_linear,
     softmax_cdist_l1,
     sparse24_codebook_dequantize,
     sparse24_codebook_linear,
@@ -24,9 +26,12 @@ __all__ = [
     "codebook_gradient",
     "codebook_linear",
     "doubly_stochastic",
+    "fit_columns",
     "kmeans_1d",
     "kmeans_1d_errors",
     "pack_codes",
+    "packed_dequantize",
+    "packed_linear",
     "sinkhorn",
     "softmax_cdist_l1",
     "sparse24_codebook_dequantize",

@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from .dispatch import kernel_for
+from .operations import FIT_COLUMNS, KMEANS_1D, KMEANS_1D_ERRORS, ColumnBlock
 
 METHODS = ("exact", "windowed", "lloyd")
 MAX_CLUSTERS = 256
@@ -79,8 +79,8 @@ def kmeans_1d(
     points, weights = _checked_points(values, weights)
 
     half = centroid_dtype == torch.float16
-    kernel = kernel_for("kmeans_1d", method, points.device.type, points.dtype)
-    found = kernel.run(points, weights, ks, method, seed, half, packed)
+    kernel = KMEANS_1D.kernel_for(points.device.type, points.dtype, method)
+    found = kernel(points, weights, ks, method, seed, half, packed)
     if half:
         _check_fits_half([centroids for centroids, _ in found], points)
         found = [(centroids.half(), codes) for centroids, codes in found]
@@ -101,7 +101,80 @@ def kmeans_1d_errors(values: Tensor, k: Sequence[int], weights: Tensor | None = 
         raise ValueError("method is 'lloyd'; allowed: 'exact', 'windowed': one run gives the errors of every k")
     _check_method(method)
     points, weights = _checked_points(values, weights)
-    return kernel_for("kmeans_1d_errors", method, points.device.type, points.dtype).run(points, weights, ks, method)
+    return KMEANS_1D_ERRORS.kernel_for(points.device.type, points.dtype, method)(points, weights, ks, method)
+
+
+def fit_columns(
+    block: Tensor,
+    coupling: Tensor,
+    pivot: Tensor,
+    row_weights: Tensor,
+    row_scale: Tensor,
+    bits: Tensor,
+    kept_counts: Tensor,
+    stored: Tensor,
+    codes: Tensor,
+    kept: Tensor,
+    centroids: Tensor,
+    method: str = "exact",
+    descend: bool = False,
+) -> tuple[Tensor, float]:
+    """Fit the B columns of a block, each by 1-D k-means and each taking up what those before it changed.
+
+    A sweep fits column j to `block[j]`. A descent fits it to `stored[j] - block[j] / pivot[j]`, where `block` is half the
+    objective's gradient, and takes the result if it lowers sum row_weights (stored - target)^2. Then, for every later column p,
+    `block[p] -= coupling[j, p] * moves[j]`. This is the inner loop of the column sweep of GPTQ (arXiv 2210.17323) with
+    k-means per column, and of block coordinate descent; pyllmq/compression has the loops around it.
+
+    Args:
+        block: float32 [B, N], changed in place.
+        coupling: float32 [B, B], its rows may lie apart; what stands right of the diagonal is read.
+        pivot: float32 [B]: sweep: U_jj of the inverse Hessian's factor; descent: H_jj, where 0 leaves the column as it is.
+        row_weights, row_scale: float32 [N], > 0: importance of a row; centroids are those of values / row_scale.
+        bits: uint8 [B], 1 to 8.
+        kept_counts: int32 [B], less than N: how many weights of the column stay in fp16, those that the codebook serves worst.
+        stored: float32 [B, N]: what a column decodes to; written, and read by the descent. Likewise
+        codes: uint8 [B, N]; kept: bool [B, N]; centroids: float32 [B, 256], values of fp16, the first 2**bits of each.
+        method: of k-means, see `kmeans_1d`.
+
+    Returns:
+        moves: float32 [B, N]; sweep: (value - stored) / U_jj; descent: stored before - stored after.
+        decrease: by how much a descent lowered sum row_weights e H e^T, never negative.
+
+    Raises:
+        OverflowError: with the position of a column in which a sweep meets a value beyond fp16. ValueError: another argument.
+    """
+    _check_method(method)
+    if block.dim() != 2:
+        raise ValueError(f"block has the shape {tuple(block.shape)}; it must be [B, N]")
+    columns, rows = block.shape
+    for name, tensor, shape, dtype in (
+        ("block", block, (columns, rows), torch.float32),
+        ("coupling", coupling, (columns, columns), torch.float32),
+        ("pivot", pivot, (columns,), torch.float32),
+        ("row_weights", row_weights, (rows,), torch.float32),
+        ("row_scale", row_scale, (rows,), torch.float32),
+        ("bits", bits, (columns,), torch.uint8),
+        ("kept_counts", kept_counts, (columns,), torch.int32),
+        ("stored", stored, (columns, rows), torch.float32),
+        ("codes", codes, (columns, rows), torch.uint8),
+        ("kept", kept, (columns, rows), torch.bool),
+        ("centroids", centroids, (columns, 256), torch.float32),
+    ):
+        laid_out = tensor.stride(-1) == 1 if name == "coupling" else tensor.is_contiguous()
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != block.device or not laid_out:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, strides {tensor.stride()}; it must be {dtype} "
+                f"{shape} on {block.device}, contiguous"
+            )
+    of_columns = ColumnBlock(
+        block, coupling, pivot, row_weights, row_scale, bits, kept_counts, stored, codes, kept, centroids
+    )
+    if columns and not 1 <= int(bits.min()) <= int(bits.max()) <= 8:
+        raise ValueError(f"bits range from {int(bits.min())} to {int(bits.max())}; allowed: 1 to 8")
+    if columns and not 0 <= int(kept_counts.min()) <= int(kept_counts.max()) < max(rows, 1):
+        raise ValueError(f"kept_counts range up to {int(kept_counts.max())}; allowed: 0 to {rows - 1}, fewer than rows")
+    return FIT_COLUMNS.kernel_for(block.device.type, torch.float32, method)(of_columns, method, descend)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------

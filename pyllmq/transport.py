@@ -6,43 +6,24 @@ Formulas, numerics and measured times are in docs/kernels-sinkhorn.md.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import cpu_sinkhorn as _cpu
-from .backends import cuda
-from .backends import cuda_sinkhorn as _cuda
-from .backends import reference_sinkhorn as _reference
-from .backends import triton_sinkhorn as _triton
-from .dispatch import Kernel, kernel_for
-
-_cpu.register_kernels()
-_cuda.register_kernels()
-_triton.register_kernels()
-_reference.register_kernels()
+from .operations import (
+    DOUBLY_STOCHASTIC,
+    DOUBLY_STOCHASTIC_BACKWARD,
+    SINKHORN,
+    SINKHORN_BACKWARD,
+    Normalisation,
+    Transport,
+)
+from .ops import define, define_gradient
 
 COST_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GRADIENTS = ("unroll", "implicit", "envelope")
 OUTPUTS = ("plan", "potentials", "value")
-
-SMALL = 64
-"""On a CPU problems of at most so many entries keep no tape: running their loop again costs less than reading it from memory."""
-
-_library = torch.library.Library("pyllmq", "FRAGMENT")
-for _schema in (
-    "sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor epsilon, int iterations, float tolerance, float rho_a, float rho_b, "
-    "str grad) -> (Tensor plan, Tensor u, Tensor v, Tensor tape, Tensor count)",
-    "sinkhorn_backward(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor tape, Tensor count, Tensor grad_plan, "
-    "Tensor grad_u, Tensor grad_v, float rho_a, float rho_b) -> (Tensor, Tensor, Tensor)",
-    "doubly_stochastic(Tensor logits, int iterations, bool columns_first, bool softmax_start, str shift, "
-    "float matrix_epsilon, float division_epsilon) -> Tensor",
-    "doubly_stochastic_backward(Tensor logits, Tensor grad, int iterations, bool columns_first, bool softmax_start, "
-    "str shift, float matrix_epsilon, float division_epsilon) -> Tensor",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 # ---- sinkhorn -------------------------------------------------------------------------------------------------------
@@ -240,48 +221,46 @@ def _sinkhorn(
     rho_b: float,
     grad: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tape = cost.new_empty(_tape_shape(cost, iterations, grad))
-    kernel = _kernel_for("sinkhorn", cost)
-    plan, u, v, count = kernel.run(cost, a, b, epsilon, iterations, tolerance, rho_a, rho_b, tape)
+    tape = _tape(cost, iterations, grad)
+    transport = Transport(cost, a, b, epsilon, rho_a, rho_b)
+    kernel = SINKHORN.kernel_for(cost.device.type, cost.dtype, *cost.shape[1:])
+    plan, u, v, count = kernel(transport, iterations, tolerance, tape)
     return plan, u, v, tape, count
 
 
-def _kernel_for(op: str, cost: Tensor) -> Kernel:
-    name, padded_entries = _size(*cost.shape[-2:])
-    return kernel_for(op, name, cost.device.type, cost.dtype, padded_entries)
-
-
-@lru_cache(maxsize=4096)
-def _size(n: int, m: int) -> tuple[str, int]:
-    """What the table of kernels is asked by: a name in the place of a layout; in the place of tokens, the entries of a matrix
-    padded to powers of two."""
-    return f"{n}x{m}", math.prod(1 << (size - 1).bit_length() for size in (n, m))
-
-
-def _tape_shape(cost: Tensor, iterations: int, grad: str) -> tuple[int, ...]:
-    """Room for the scalings of every iteration, which is all that the backward pass wants to know: T (n + m), not T n m. On a
-    GPU as much again for offsets, written only by problems whose offsets move."""
+def _tape(cost: Tensor, iterations: int, grad: str) -> Tensor:
+    """Room for what the backward pass wants to know of every iteration, the scalings: T (n + m), not T n m."""
     problems, n, m = cost.shape
-    on_gpu = cost.device.type == cuda.DEVICE
-    if grad != "unroll" or (n * m <= SMALL and not on_gpu):
-        return (0,)
-    return problems, iterations, (2 if on_gpu else 1) * (n + m)
+    row = SINKHORN.kernel_for(cost.device.type, cost.dtype, int(n), int(m)).tape_row(n, m) if grad == "unroll" else 0
+    return cost.new_empty((problems, iterations, row) if row else (0,))
 
 
-def _sinkhorn_fake(cost, a, b, epsilon, iterations, tolerance, rho_a, rho_b, grad):
-    tape = cost.new_empty(_tape_shape(cost, iterations, grad))
+def _sinkhorn_fake(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: Tensor,
+    iterations: int,
+    tolerance: float,
+    rho_a: float,
+    rho_b: float,
+    grad: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tape = _tape(cost, iterations, grad)
     count = cost.new_empty(cost.shape[0], dtype=torch.int32)
     return cost.new_empty(cost.shape), torch.empty_like(a), torch.empty_like(b), tape, count
 
 
-def _sinkhorn_setup(ctx, inputs, output) -> None:
+def _sinkhorn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     cost, a, b, epsilon, _, _, ctx.rho_a, ctx.rho_b, ctx.grad = inputs
     plan, u, v, tape, count = output
     ctx.mark_non_differentiable(tape, count)
     ctx.save_for_backward(cost, a, b, epsilon, tape, count, *((plan,) if ctx.grad == "implicit" else ()))
 
 
-def _sinkhorn_backward_of(ctx, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor, *_):
+def _sinkhorn_backward_of(
+    ctx: Any, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor, *_: object
+) -> tuple[Tensor | None, ...]:
     cost, a, b, epsilon, tape, count, *plan = ctx.saved_tensors
     if ctx.grad == "implicit":
         grads = _implicit_gradients(plan[0], a, b, epsilon, grad_plan, grad_u, grad_v, ctx.rho_a, ctx.rho_b)
@@ -299,18 +278,45 @@ class _Sinkhorn(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         return _sinkhorn_backward_of(ctx, *grads)
 
 
-def _sinkhorn_backward(cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_v, rho_a, rho_b):
-    kernel = _kernel_for("sinkhorn_backward", cost)
-    grads = (grad_plan.contiguous(), grad_u.contiguous(), grad_v.contiguous())
-    return kernel.run(cost, a, b, epsilon, tape, count, *grads, rho_a, rho_b)
+def _sinkhorn_backward(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: Tensor,
+    tape: Tensor,
+    count: Tensor,
+    grad_plan: Tensor,
+    grad_u: Tensor,
+    grad_v: Tensor,
+    rho_a: float,
+    rho_b: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = SINKHORN_BACKWARD.kernel_for(cost.device.type, cost.dtype, *cost.shape[1:])
+    transport = Transport(cost, a, b, epsilon, rho_a, rho_b)
+    return kernel(transport, tape, count, grad_plan.contiguous(), grad_u.contiguous(), grad_v.contiguous())
 
 
-def _sinkhorn_backward_fake(cost, a, b, *_):
+def _sinkhorn_backward_fake(cost: Tensor, a: Tensor, b: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return cost.new_empty(cost.shape), torch.empty_like(a), torch.empty_like(b)
+
+
+define(
+    "sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor epsilon, int iterations, float tolerance, float rho_a, float rho_b, "
+    "str grad) -> (Tensor plan, Tensor u, Tensor v, Tensor tape, Tensor count)",
+    _sinkhorn,
+    _sinkhorn_fake,
+)
+define_gradient("sinkhorn", _sinkhorn_backward_of, _sinkhorn_setup)
+define(
+    "sinkhorn_backward(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor tape, Tensor count, Tensor grad_plan, "
+    "Tensor grad_u, Tensor grad_v, float rho_a, float rho_b) -> (Tensor, Tensor, Tensor)",
+    _sinkhorn_backward,
+    _sinkhorn_backward_fake,
+)
 
 
 def _implicit_gradients(
@@ -444,36 +450,31 @@ def doubly_stochastic(
     _check_cost(logits)
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32
     matrices = logits.to(work).reshape(-1, *logits.shape[-2:])
-    rest = (
-        iterations,
-        first == "columns",
-        start == "softmax",
-        shift,
-        float(matrix_epsilon),
-        float(division_epsilon),
+    how = Normalisation(
+        iterations, first == "columns", start == "softmax", shift, float(matrix_epsilon), float(division_epsilon)
     )
     operation: Any = _doubly_stochastic
     if not _is_eager(logits):
         operation = torch.ops.pyllmq.doubly_stochastic
     elif torch.is_grad_enabled() and logits.requires_grad:
         operation = _DoublyStochastic.apply
-    return operation(matrices, *rest).view(logits.shape).to(logits.dtype)
+    return operation(matrices, *how).view(logits.shape).to(logits.dtype)
 
 
-def _doubly_stochastic(logits: Tensor, *rest) -> Tensor:
-    kernel = kernel_for("doubly_stochastic", "", logits.device.type, logits.dtype, logits.shape[1] * logits.shape[2])
-    return kernel.run(logits, *rest).contiguous()
+def _doubly_stochastic(logits: Tensor, *how: Any) -> Tensor:
+    kernel = DOUBLY_STOCHASTIC.kernel_for(logits.device.type, logits.dtype, *logits.shape[1:])
+    return kernel(logits, Normalisation(*how)).contiguous()
 
 
-def _doubly_stochastic_setup(ctx, inputs, output) -> None:
-    logits, *ctx.rest = inputs
+def _doubly_stochastic_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, *ctx.how = inputs
     ctx.save_for_backward(logits)
 
 
-def _doubly_stochastic_backward_of(ctx, grad: Tensor):
+def _doubly_stochastic_backward_of(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (logits,) = ctx.saved_tensors
     backward = _doubly_stochastic_backward if _is_eager(grad) else torch.ops.pyllmq.doubly_stochastic_backward
-    return backward(logits, grad, *ctx.rest), *[None] * len(ctx.rest)
+    return backward(logits, grad, *ctx.how), *[None] * len(ctx.how)
 
 
 class _DoublyStochastic(torch.autograd.Function):
@@ -484,30 +485,24 @@ class _DoublyStochastic(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         return _doubly_stochastic_backward_of(ctx, *grads)
 
 
-def _doubly_stochastic_backward(logits: Tensor, grad: Tensor, *rest) -> Tensor:
-    entries = logits.shape[1] * logits.shape[2]
-    kernel = kernel_for("doubly_stochastic_backward", "", logits.device.type, logits.dtype, entries)
-    return kernel.run(logits, grad.contiguous(), *rest).contiguous()
+def _doubly_stochastic_backward(logits: Tensor, grad: Tensor, *how: Any) -> Tensor:
+    kernel = DOUBLY_STOCHASTIC_BACKWARD.kernel_for(logits.device.type, logits.dtype, *logits.shape[1:])
+    return kernel(logits, grad.contiguous(), Normalisation(*how)).contiguous()
 
 
-# ---- registration ---------------------------------------------------------------------------------------------------
-
-for _name, _function, _fake in (
-    ("sinkhorn", _sinkhorn, _sinkhorn_fake),
-    ("sinkhorn_backward", _sinkhorn_backward, _sinkhorn_backward_fake),
-    ("doubly_stochastic", _doubly_stochastic, lambda logits, *_: logits.new_empty(logits.shape)),
-    ("doubly_stochastic_backward", _doubly_stochastic_backward, lambda logits, *_: logits.new_empty(logits.shape)),
-):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pyllmq::{_name}", _fake, lib=_library)
-torch.library.register_autograd("pyllmq::sinkhorn", _sinkhorn_backward_of, setup_context=_sinkhorn_setup, lib=_library)
-torch.library.register_autograd(
-    "pyllmq::doubly_stochastic",
-    _doubly_stochastic_backward_of,
-    setup_context=_doubly_stochastic_setup,
-    lib=_library,
+_HOW = "int iterations, bool columns_first, bool softmax_start, str shift, float matrix_epsilon, float division_epsilon"
+define(
+    f"doubly_stochastic(Tensor logits, {_HOW}) -> Tensor",
+    _doubly_stochastic,
+    lambda logits, *_: logits.new_empty(logits.shape),
+)
+define_gradient("doubly_stochastic", _doubly_stochastic_backward_of, _doubly_stochastic_setup)
+define(
+    f"doubly_stochastic_backward(Tensor logits, Tensor grad, {_HOW}) -> Tensor",
+    _doubly_stochastic_backward,
+    lambda logits, *_: logits.new_empty(logits.shape),
 )

@@ -2,12 +2,50 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Workers share the cores: each computes with its share, but with two threads at least (what runs on several threads shall be
+# tested so), and OpenMP's threads sleep while they wait: spinning, they would take the other workers' cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(2, (os.cpu_count() or 1) // workers)))
 
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+
+SEED = int(os.environ.get("PYLLMQ_TEST_SEED", "0"))
+"""Shifts every test's random numbers, those of tests that seed torch themselves too: `make test-seeds`."""
+
+ISA = os.environ.get("PYLLMQ_TEST_ISA")
+"""The instruction set that every test begins with, instead of this machine's best."""
+
+SEED_STEP = 1_000_003  # far from the small numbers that tests choose
+
+
+OF_FILES = {
+    "quick": (
+        "test_codebook_format", "test_codebook_linear", "test_cpu_decode", "test_cpu_layout", "test_dispatch", "test_format_parts",
+        "test_kmeans_1d", "test_nn", "test_pack_codes", "test_sinkhorn", "test_softmax_cdist_l1", "test_sparse_formats",
+        "test_sparse_linear",
+    ),
+    "transformers": ("test_compress", "test_parallel", "test_peft", "test_stream", "test_transformers"),
+    "seeds": ("test_column_loop", "test_columns"),
+}  # fmt: skip
+"""Marks of all tests of a file: pyproject.toml says what they mean."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Puts the marks on, before pytest chooses by them."""
+    here = Path(__file__).parent
+    missing = [name for names in OF_FILES.values() for name in names if not (here / f"{name}.py").exists()]
+    if missing:
+        raise pytest.UsageError(f"tests/conftest.py marks files that are not there: {', '.join(missing)}")
+    for item in items:
+        for mark, names in OF_FILES.items():
+            if item.path.parent == here and item.path.stem in names:
+                item.add_marker(mark)
 
 
 def pytest_sessionstart(session):
@@ -19,9 +57,22 @@ def pytest_sessionstart(session):
 
 
 @pytest.fixture(autouse=True)
-def seed(request):
+def seed(request, monkeypatch):
     """Fresh but repeatable numbers for each test, whatever ran before."""
+    manual_seed = torch.manual_seed
+    if SEED:
+        monkeypatch.setattr(torch, "manual_seed", lambda chosen: manual_seed(chosen + SEED_STEP * SEED))
     torch.manual_seed(sum(map(ord, request.node.nodeid)))
+
+
+@pytest.fixture(autouse=ISA is not None)
+def forced_isa():
+    from pyllmq import _cpu
+
+    before = _cpu.isa()
+    _cpu.set_isa(ISA)
+    yield
+    _cpu.set_isa(before)
 
 
 @pytest.fixture(scope="session")

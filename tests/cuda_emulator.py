@@ -1,4 +1,4 @@
-"""The CUDA back end on a CPU: the same kernel bodies and bindings, compiled by g++ against csrc/cuda/emulator.
+"""The CUDA back end on a CPU: the same kernel bodies and bindings, compiled by g++ against its emulator.
 
 `emulated` (a fixture) makes pyllmq's `cuda` back end run on CPU tensors, so that everything above the driver is tested:
 prepack, dispatch, workspaces, launches, kernels.
@@ -7,15 +7,13 @@ prepack, dispatch, workspaces, launches, kernels.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.machinery
 import importlib.util
 import os
 import platform
-import shlex
 import subprocess
+import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -23,62 +21,35 @@ import pytest
 import torch
 
 from pyllmq import dispatch
-from pyllmq.backends import cuda, cuda_sinkhorn, cuda_sparse
+from pyllmq.backends import cuda
+from pyllmq.backends.cuda import codebook, runtime, sparse
 
 ROOT = Path(__file__).resolve().parents[1]
-CSRC = ROOT / "csrc"
-SOURCES = (
-    CSRC / "bindings_cuda.cpp",
-    *sorted((CSRC / "cuda").glob("codebook_*.cpp")),
-    *sorted((CSRC / "cuda").glob("codebook_*.cu")),
-    CSRC / "cuda/kmeans_1d.cu",
-    CSRC / "cuda/pack_codes.cu",
-    CSRC / "cuda/sinkhorn.cu",
-    CSRC / "cuda/sinkhorn_small.cu",
-    CSRC / "cuda/softmax_cdist_l1.cu",
-    *sorted((CSRC / "cuda").glob("sparse_*.cpp")),
-    *sorted((CSRC / "cuda").glob("sparse_*.cu")),
-    *sorted((CSRC / "cuda/emulator").glob("*.cpp")),
-)
-SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"] if "PYLLMQ_SANITIZED" in os.environ else []
 
 
 @cache
 def emulated_extension():
-    """Module `_cuda` on the emulator; compiled once for each state of csrc/, kept under build/."""
+    """Module `_cuda` on the emulator. setup.py builds what has changed, under build/; of several workers one does it."""
     if platform.machine() != "x86_64":
         pytest.skip("the emulator switches fibers by x86-64 code")
-    import pybind11
+    import fcntl
 
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-unknown-pragmas", *SANITIZE]
-    flags += ["-DPYLLMQ_CUDA_EMULATED", f"-I{CSRC}", f"-I{pybind11.get_include()}"]
-    flags += [f"-I{sysconfig.get_paths()['include']}"]
-    state = hashlib.sha256(" ".join(flags).encode())
-    for file in sorted(f for f in CSRC.rglob("*") if f.suffix in (".h", ".cuh", ".cpp", ".cu")):
-        state.update(file.read_bytes())
-    folder = ROOT / "build" / "cuda_emulator" / state.hexdigest()[:16]
-    library = folder / "_cuda.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        cxx = shlex.split(os.environ.get("CXX", "g++"))
-        objects = [str(folder / "_".join(source.relative_to(CSRC).parts)) + ".o" for source in SOURCES]
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            commands = [
-                [*cxx, *flags, "-x", "c++", "-c", str(s), "-o", o] for s, o in zip(SOURCES, objects, strict=True)
-            ]
-            list(pool.map(_run, commands))
-        unfinished = folder / f"_cuda.{os.getpid()}.so"
-        _run([*cxx, "-shared", "-pthread", *SANITIZE, *objects, "-o", str(unfinished)])
-        unfinished.replace(library)
+    sanitized = "PYLLMQ_SANITIZED" in os.environ
+    base = ROOT / "build" / ("emulator_sanitized" if sanitized else "emulator")
+    flags = "-O1 -w" + (" -fsanitize=address -fno-omit-frame-pointer" if sanitized else "")
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    environment |= {"PYLLMQ_CUDA": "emulated", "PYLLMQ_DEBUG": "1", "CXXFLAGS": flags}
+    base.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "setup.py", "-q", "build", f"--build-base={base}", f"--build-lib={base}/lib"]
+    with open(base / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, " ".join(command) + "\n" + done.stdout + done.stderr
+    (library,) = (base / "lib" / "pyllmq").glob("_cuda" + sysconfig.get_config_var("EXT_SUFFIX"))
     loader = importlib.machinery.ExtensionFileLoader("_cuda", str(library))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda", loader))
     loader.exec_module(module)
     return module
-
-
-def _run(command):
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, " ".join(command) + "\n" + done.stderr
 
 
 GUARD_BYTES = 64
@@ -116,27 +87,29 @@ def emulated(monkeypatch):
     """
     extension = emulated_extension()
     poisoning = PoisoningTorch()
-    for module in (cuda, cuda_sinkhorn, cuda_sparse):
-        monkeypatch.setattr(module, "torch", poisoning)
-    for module in (cuda, cuda_sparse):
-        monkeypatch.setattr(module, "DEVICE", "cpu")
-    monkeypatch.setattr(cuda, "available", lambda: (True, "emulated"))
-    monkeypatch.setattr(cuda, "_extension", lambda: extension)
-    monkeypatch.setattr(cuda, "_current", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
-    monkeypatch.setattr(cuda, "_capturing", lambda: False)
-    monkeypatch.setattr(cuda, "_counters", {})
+    for name, module in list(sys.modules.items()):
+        if name.startswith("pyllmq.backends.cuda.") and hasattr(module, "torch"):
+            monkeypatch.setattr(module, "torch", poisoning)
+    monkeypatch.setattr(runtime, "DEVICE", "cpu")
+    for module in (cuda, runtime):
+        monkeypatch.setattr(module, "available", lambda: (True, "emulated"))
+    monkeypatch.setattr(runtime, "extension", lambda: extension)
+    monkeypatch.setattr(runtime, "current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(runtime, "stream", lambda device: 0)
+    monkeypatch.setattr(runtime, "capturing", lambda: False)
+    monkeypatch.setattr(runtime, "counters", {})
     _clear_caches()
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the oracle's small operations would spin in OpenMP
     yield extension
     poisoning.check_guards()
-    assert all(not counters.any() for counters in cuda._counters.values()), "a kernel left a counter that is not zero"
+    assert all(not counters.any() for counters in runtime.counters.values()), "a kernel left a counter that is not zero"
     extension.emulator.set_schedule()
     torch.set_num_threads(torch_threads)
     _clear_caches()
 
 
 def _clear_caches():
-    for cached in (cuda._workspace_sizes, cuda_sparse._workspace_sizes, cuda_sparse._described, dispatch.kernel_for):
+    for cached in (codebook.workspace_sizes, codebook.tables_workspace_sizes, sparse.workspace_sizes):
         cached.cache_clear()
+    dispatch.clear_cache()

@@ -34,8 +34,8 @@ import transformers.models.llama.modeling_llama
 import transformers.quantizers
 
 from pyllmq import CLAQConfig, ColumnCodebookConfig, compress_folder
-from pyllmq.compression import stream
-from pyllmq.compression.manifest import working_folder
+from pyllmq.compression.jobs.folder import FolderJob
+from pyllmq.compression.jobs.manifest import working_folder
 
 METHODS = {"claq": CLAQConfig(bits=3), "columns": ColumnCodebookConfig(bits=3, cycles=1, kmeans="windowed")}
 
@@ -63,7 +63,7 @@ def work(source: Path, output: Path, method: str, resume: bool) -> None:
 @contextmanager
 def ended_after(blocks: int, error: type[BaseException]) -> Iterator[None]:
     """Within it a job of this process raises `error` when it has finished so many blocks."""
-    finish, done = stream._FolderJob.finish, 0
+    finish, done = FolderJob.finish, 0
 
     def end(self: Any, *of_a_block: Any) -> None:
         nonlocal done
@@ -72,7 +72,7 @@ def ended_after(blocks: int, error: type[BaseException]) -> Iterator[None]:
         if done == blocks:
             raise error
 
-    with patch.object(stream._FolderJob, "finish", end):
+    with patch.object(FolderJob, "finish", end):
         yield
 
 

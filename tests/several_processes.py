@@ -20,8 +20,8 @@ import transformers
 from kill_and_resume import digests, write_model
 
 from pyllmq import ColumnCodebookConfig, SparseConfig, compress_folder
-from pyllmq.compression import stream
-from pyllmq.compression.job import Job
+from pyllmq.compression.jobs.folder import FolderJob
+from pyllmq.compression.jobs.job import Job
 from pyllmq.compression.ranks import joined
 
 METHODS = {
@@ -41,7 +41,7 @@ def work(rank: int, size: int, port: int, log: Path, arguments: tuple[Any, ...],
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     hessians: list[torch.Tensor] = []
-    compress_group, finish = Job.compress_group, stream._FolderJob.finish
+    compress_group, finish = Job.compress_group, FolderJob.finish
 
     def seen(self: Job, group: Any, inputs: Any) -> None:
         hessians.append(inputs.hessian.clone())
@@ -52,7 +52,7 @@ def work(rank: int, size: int, port: int, log: Path, arguments: tuple[Any, ...],
         if dies and rank == size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Job.compress_group, stream._FolderJob.finish = seen, finish_and_die
+    Job.compress_group, FolderJob.finish = seen, finish_and_die
     source, output, method = arguments
     try:
         with joined() as ranks:

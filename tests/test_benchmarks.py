@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyllmq import _cpu, dispatch
+from pyllmq import _cpu, dispatch, layouts, operations
 from pyllmq.benchmarks import memory, path_cost, plot, providers, record, timing
 from pyllmq.benchmarks.memory import READ_LIMIT
 from pyllmq.benchmarks.providers import BASELINE, RIVALS, Layer, Provider, Widths, WrongResultError
@@ -221,7 +221,7 @@ def test_copies_lie_in_memory_of_their_own(provider):
     def held(layer):
         cells = [cell.cell_contents for cell in layer.run.__closure__]
         tensors = [c for c in cells if isinstance(c, torch.Tensor)]
-        tensors += [t for c in cells if isinstance(c, dispatch.WeightOperand) for t in c.tensors]
+        tensors += [t for c in cells if isinstance(c, layouts.WeightOperand) for t in c.tensors]
         return {t.data_ptr() for t in tensors if t.numel()}
 
     layer = provider.make(WEIGHT)
@@ -232,7 +232,9 @@ def test_copies_lie_in_memory_of_their_own(provider):
 
 def test_precision_is_a_provider_of_its_own():
     made = [
-        providers.pyllmq_codebook(4, dtype, p) for dtype in (torch.float32, torch.bfloat16) for p in dispatch.PRECISIONS
+        providers.pyllmq_codebook(4, dtype, p)
+        for dtype in (torch.float32, torch.bfloat16)
+        for p in operations.PRECISIONS
     ]
     assert [p.name for p in made[:3]] == ["pyllmq 4 exact", "pyllmq 4", "pyllmq 4 fast"]
     assert made[5].name == "pyllmq 4 fast bf16"

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyllmq.compression import allocate, claq
-from pyllmq.compression.claq import CompressedLinear, compress_linears
-from pyllmq.compression.column_loop import factor_hessian, output_error, sweep_columns
-from pyllmq.config import CLAQConfig
+from pyllmq import CLAQConfig
+from pyllmq.compression.methods import CompressedLinear, claq
+from pyllmq.compression.methods.claq import compress_linears
+from pyllmq.compression.solver import bits as allocate
+from pyllmq.compression.solver.hessian import factor_hessian, output_error
+from pyllmq.compression.solver.sweep import sweep_columns
 
 _spec = importlib.util.spec_from_file_location("claq_published", Path(__file__).with_name("claq_published.py"))
 assert _spec and _spec.loader

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from pyllmq import CodebookWeight, NoKernelError, functional, use_backend
-from pyllmq.dispatch import CHECKPOINT_FIELDS, WeightOperand
+from pyllmq.layouts import WeightOperand
 
 pytestmark = pytest.mark.kernels
 BACKENDS = ("cpu", "reference")
@@ -35,13 +37,13 @@ def packed(rows: int, size: int, segments: int = 1, outliers: float = 0.0, scale
 def trainable(weight: CodebookWeight) -> tuple[WeightOperand, dict[str, Tensor]]:
     """The checkpoint operand with its trained tensors as fp32 leaves."""
     operand = weight.checkpoint_operand()
-    field = dict(zip(CHECKPOINT_FIELDS, operand.tensors, strict=True))
+    field = CodebookWeight.named(operand)
     leaves = {}
     for name in ("codebook", "row_scale", "outlier_values"):
         if field[name].numel():
             leaves[name] = field[name] = field[name].float().requires_grad_()
-    tensors = tuple(field[name] for name in CHECKPOINT_FIELDS)
-    return WeightOperand(operand.layout, tensors, operand.out_features, operand.in_features), leaves
+    tensors = tuple(field[name] for name in CodebookWeight.fields)
+    return replace(operand, tensors=tensors), leaves
 
 
 def dense_in_fp64(weight: CodebookWeight, codes: Tensor, leaves: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -134,7 +136,7 @@ def test_fake_and_autograd_registration() -> None:
     operand, _ = trainable(weight)
     gradient = torch.randn(6, 10)
     torch.library.opcheck(
-        torch.ops.pyllmq.codebook_gradient, (gradient, list(weight.checkpoint_operand().tensors), "checkpoint")
+        torch.ops.pyllmq.codebook_gradient, (gradient, list(weight.checkpoint_operand().tensors), "checkpoint.codebook")
     )
 
 
@@ -142,5 +144,5 @@ def test_bad_input() -> None:
     weight, _ = packed(6, 10)
     with pytest.raises(ValueError, match=r"must be torch.float32 \(6, 10\)"):
         functional.codebook_gradient(torch.zeros(6, 9), weight.checkpoint_operand())
-    with pytest.raises(NoKernelError, match="reads the layout 'checkpoint'"):
+    with pytest.raises(NoKernelError, match="reads the layout 'checkpoint.codebook'"):
         functional.codebook_gradient(torch.zeros(6, 10), weight)

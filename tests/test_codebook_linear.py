@@ -5,12 +5,15 @@ and a panel of 256 lookups.
 Left out: N and K beyond 600 (interior to the same loops) and widths 5, 6, 7 apart from mixes (same path as 8).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import pyllmq
 from pyllmq import CodebookWeight, NoKernelError
 from pyllmq.functional import codebook_dequantize, codebook_linear
+from pyllmq.layouts import machine_layout
 
 from .oracle import assert_as_good_as_torch, random_case
 
@@ -24,8 +27,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check(case, x, bias=None, backend="cpu"):
     with pyllmq.use_backend(backend):
         weight = CodebookWeight(case.weight.structure, case.weight.tensors)  # a new one: operands are cached per weight
-        assert weight.operand().layout == ("cpu" if backend == "cpu" else "checkpoint")
-        actual, high, fast = (codebook_linear(x, weight, bias, precision) for precision in pyllmq.dispatch.PRECISIONS)
+        assert weight.operand().layout == ("cpu.codebook" if backend == "cpu" else "checkpoint.codebook")
+        actual, high, fast = (codebook_linear(x, weight, bias, precision) for precision in pyllmq.operations.PRECISIONS)
     exact = x.double() @ case.dense.T + (0 if bias is None else bias.double())
     dense = case.dense.to(x.dtype)
     orders = [torch.randperm(x.shape[1]) for _ in range(8 if exact.numel() >= 256 else 16)]
@@ -154,6 +157,7 @@ def test_gradient_by_finite_differences():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("PYLLMQ_SANITIZED" in __import__("os").environ, reason="inductor's compiled code is not sanitized")
 @pytest.mark.parametrize("tokens", [2, 70])
 def test_compile_in_one_graph(tokens):
@@ -181,11 +185,12 @@ def test_opcheck(backend, with_bias):
         x = torch.randn(4, 14, requires_grad=True)
         bias = torch.randn(9, requires_grad=True) if with_bias else None
         torch.library.opcheck(
-            torch.ops.pyllmq.codebook_linear.default,
-            (x, list(operand.tensors), operand.layout, 9, bias, pyllmq.dispatch.DEFAULT_PRECISION),
+            torch.ops.pyllmq.packed_linear.default,
+            (x, list(operand.tensors), "codebook", operand.layout, (), (9, 14), bias, pyllmq.operations.DEFAULT_PRECISION),
         )
         torch.library.opcheck(
-            torch.ops.pyllmq.codebook_dequantize.default, (list(operand.tensors), operand.layout, 9, 14, torch.float32)
+            torch.ops.pyllmq.packed_dequantize.default,
+            (list(operand.tensors), "codebook", operand.layout, (), (9, 14), torch.float32),
         )
 
 
@@ -209,7 +214,7 @@ def test_errors_name_what_was_given_and_what_is_allowed():
         codebook_linear(torch.randn(2, 6), prepacked(case))
     for row in (
         "cpu.codebook_linear: back end 'reference'",
-        "reference.codebook_linear: reads the layout 'checkpoint'",
+        "reference.packed_linear: reads the layouts 'checkpoint.*'",
     ):
         assert row in str(refusal.value)
     with (
@@ -220,9 +225,8 @@ def test_errors_name_what_was_given_and_what_is_allowed():
 
 
 def prepacked(case):
-    from pyllmq.backends import cpu
-
-    return cpu.prepack(case.weight.checkpoint_operand())
+    weight = case.weight
+    return machine_layout("cpu.codebook").prepack(weight.tensors, (weight.out_features, weight.in_features))
 
 
 def test_a_damaged_layout_is_refused():
@@ -232,8 +236,21 @@ def test_a_damaged_layout_is_refused():
     damaged = blob.clone()
     damaged[0] ^= 1
     for tensors in ((damaged,), (blob[: blob.numel() // 2].clone(),)):
-        broken = pyllmq.dispatch.WeightOperand("cpu", tensors, 40, 50)
+        broken = replace(operand, tensors=tensors)
         with pytest.raises((ValueError, RuntimeError), match="layout"):
             codebook_linear(x, broken)
     with pytest.raises((ValueError, RuntimeError)):
-        codebook_linear(torch.randn(1, 49), pyllmq.dispatch.WeightOperand("cpu", (blob,), 40, 49))
+        codebook_linear(torch.randn(1, 49), replace(operand, shape=(40, 49)))
+
+
+def test_an_operand_object_lives_as_long_as_its_layout_and_follows_it():
+    operand = prepacked(random_case(40, 50))
+    x = torch.randn(3, 50)
+    codebook_linear(x, operand)
+    first = operand.bound
+    codebook_linear(x, operand)
+    assert operand.bound is first
+    other = random_case(40, 50)
+    operand.tensors[0].copy_(prepacked(other).tensors[0])  # the same memory, another weight of as many bytes
+    torch.testing.assert_close(codebook_linear(x, operand, precision="exact"), (x.double() @ other.dense.T).float())
+    assert operand.bound is not first and operand.bound.is_intact and not first.is_intact

@@ -8,16 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyllmq.compression.column_loop import (
-    ColumnQuantizer,
+from pyllmq.compression.solver.hessian import (
     factor_hessian,
     invert_upper_,
     output_error,
-    refine_columns,
     squared_columns,
-    sweep_columns,
     times_inverse,
 )
+from pyllmq.compression.solver.sweep import ColumnQuantizer, refine_columns, sweep_columns
 
 
 class RoundToGrid(ColumnQuantizer):

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 import pyllmq
 from pyllmq import ColumnCodebookConfig, kmeans_1d
-from pyllmq.compression import allocate, columns, guide
-from pyllmq.compression.column_loop import ColumnQuantizer, as_columns, factor_hessian, refine_columns, sweep_columns
-from pyllmq.compression.model import DESCRIPTION_BYTES, bits_for_size
+from pyllmq.compression.jobs.in_memory import DESCRIPTION_BYTES, bits_for_size
+from pyllmq.compression.methods import column_codebook as columns
+from pyllmq.compression.solver import bits as allocate
+from pyllmq.compression.solver.hessian import as_columns, factor_hessian
+from pyllmq.compression.solver.sweep import ColumnQuantizer, refine_columns, sweep_columns
+from pyllmq.compression.statistics import loss_gradients as guide
 
 from .models import tiny_bert, tiny_llama
 
@@ -259,7 +262,7 @@ IDS = [torch.randint(0, 512, (2, 32), generator=torch.Generator().manual_seed(i)
 def test_a_model_has_the_bits_that_were_asked_for(guidance: str) -> None:
     model = tiny_llama(hidden_size=128, intermediate_size=256)
     report = pyllmq.compress(model, ColumnCodebookConfig(bits=3.5, guidance=guidance), IDS, progress=False)
-    assert report.method == "columns"
+    assert report.method == "column-codebook"
     assert 3.5 * 0.98 <= report.bits_per_weight <= 3.5
 
 
@@ -322,10 +325,12 @@ def test_tuning_block_by_block_brings_every_block_closer(make) -> None:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, pyllmq.CodebookLinear)}
     before = {n: (m.structure, m.packed_weight().unpack()) for n, m in layers.items()}
     state = {name: p.requires_grad for name, p in model.named_parameters()}
-    found = pyllmq.tune_blocks(model, dense, IDS, steps=24, learning_rate=0.02, progress=False)
+    # With a rate of 0.02 the loss rises in the first epochs, to twice its value, and 24 steps may not bring it back.
+    found = pyllmq.tune_blocks(model, dense, IDS, steps=48, learning_rate=0.005, progress=False)
     assert len(found) == 2
     for losses in found.values():
-        assert len(losses) == 24 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
+        epochs = [sum(losses[i : i + len(IDS)]) for i in range(0, 48, len(IDS))]
+        assert len(losses) == 48 and epochs[-1] < 0.95 * epochs[0] and max(epochs) < 1.02 * epochs[0]
     for name, (structure, codes) in before.items():
         layer = model.get_submodule(name)
         assert layer.structure == structure and torch.equal(layer.packed_weight().unpack(), codes)

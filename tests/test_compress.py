@@ -18,8 +18,9 @@ from pyllmq import (
     SparseConfig,
     SparseLinear,
 )
-from pyllmq.compression import job as pipeline
-from pyllmq.compression.model import visit_groups
+from pyllmq.compression.jobs.in_memory import visit_groups
+from pyllmq.compression.methods import claq
+from pyllmq.compression.statistics import inputs as statistics
 
 from . import models
 
@@ -65,7 +66,7 @@ def test_every_linear_is_given_its_own_inputs(monkeypatch, sequential):
     model = models.tiny_llama()
     batches = models.token_batches(3)
     seen = {}
-    original = pipeline.claq.compress_linears
+    original = claq.compress_linears
 
     def spy(weights, hessian, config, *others):
         inputs = []
@@ -81,7 +82,7 @@ def test_every_linear_is_given_its_own_inputs(monkeypatch, sequential):
         seen[tuple(name.rsplit(".", 1)[1] for name in weights)] = hessian.shape
         return original(weights, hessian, config, *others)
 
-    monkeypatch.setattr(pipeline.claq, "compress_linears", spy)
+    monkeypatch.setattr(claq, "compress_linears", spy)
     run(model, batches, CLAQConfig(bits=3, true_sequential=sequential))
     assert set(seen) == {("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}
 
@@ -187,8 +188,8 @@ def test_runs_end_where_all_is_known(monkeypatch, make, config):
         return model.state_dict()
 
     early = compressed()
-    group_by_input = pipeline._group_by_input
-    monkeypatch.setattr(pipeline, "_group_by_input", lambda *a: (group_by_input(*a)[0], set(layers)))
+    group_by_input = statistics.group_by_input
+    monkeypatch.setattr(statistics, "group_by_input", lambda *a: (group_by_input(*a)[0], set(layers)))
     whole = compressed()
     assert early.keys() == whole.keys() and all(torch.equal(early[key], whole[key]) for key in early)
     if make is not Repeating:
@@ -277,7 +278,7 @@ def snapshot(model):
 def test_a_failed_compression_leaves_the_model_as_it_was(monkeypatch, failure):
     model = models.tiny_llama().train()
     before = snapshot(model)
-    original, calls = pipeline.claq.compress_linears, []
+    original, calls = claq.compress_linears, []
 
     def fail_late(*args):
         calls.append(args)
@@ -285,7 +286,7 @@ def test_a_failed_compression_leaves_the_model_as_it_was(monkeypatch, failure):
             raise failure
         return original(*args)
 
-    monkeypatch.setattr(pipeline.claq, "compress_linears", fail_late)
+    monkeypatch.setattr(claq, "compress_linears", fail_late)
     with pytest.raises(type(failure)):
         run(model)
     after = snapshot(model)
@@ -372,13 +373,13 @@ def test_blocks_that_run_in_another_order_or_hide_their_input():
 
 def test_the_encoders_padding_takes_no_token_from_the_decoder(monkeypatch):
     counted = {}
-    original = pipeline.claq.compress_linears
+    original = claq.compress_linears
 
     def spy(weights, hessian, config, *others):
         counted[next(iter(weights))] = hessian
         return original(weights, hessian, config, *others)
 
-    monkeypatch.setattr(pipeline.claq, "compress_linears", spy)
+    monkeypatch.setattr(claq, "compress_linears", spy)
     ids = torch.randint(1, 512, (2, 12))
     mask = torch.ones_like(ids)
     mask[:, 6:] = 0

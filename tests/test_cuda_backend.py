@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import pyllmq
-from pyllmq import backends, dispatch
+from pyllmq import dispatch, formats, layouts
 from pyllmq.backends import cuda
+from pyllmq.backends.cuda import runtime
+from pyllmq.operations import WeightProblem
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
@@ -54,7 +56,7 @@ def test_the_driver_refuses(extension, monkeypatch, problem):
     ok, why = cuda.available()
     assert not ok and problem in why and "built with CUDA 13.0" in why
     with pytest.raises(pyllmq.NoKernelError, match=re.escape(problem)):
-        dispatch.choose(dispatch.Problem("codebook_linear", "cuda", "cuda", torch.float16, 1))
+        dispatch.choose(WeightProblem("packed_linear", "cuda", torch.float16, "cuda.codebook", 1))
 
 
 def test_available(extension, monkeypatch):
@@ -62,27 +64,27 @@ def test_available(extension, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert cuda.available() == (True, "a GPU, compute capability 9.0, built with CUDA 13.0")
-    assert backends.machine_layout("cuda") == "cuda"
+    assert all(layouts.layout_for(kind, "cuda").name == f"cuda.{kind}" for kind in formats.kinds())
     with pyllmq.use_backend("reference"):
-        assert backends.machine_layout("cuda") == "checkpoint"
+        assert layouts.layout_for("codebook", "cuda") is None
 
 
 def test_a_layout_without_a_back_end_is_named():
-    with pytest.raises(ValueError, match="from the layout 'checkpoint'; allowed: 'cpu', 'cuda'"):
-        backends.layout_codes(dispatch.WeightOperand("checkpoint", (torch.empty(0),), 1, 1))
+    with pytest.raises(ValueError, match="no machine layout 'checkpoint.codebook'; allowed: 'cpu.codebook'"):
+        layouts.machine_layout("checkpoint.codebook")
 
 
 def test_counters_are_shared_by_a_stream_and_not_by_a_graph(monkeypatch):
     capturing = False
-    monkeypatch.setattr(cuda, "_capturing", lambda: capturing)
-    monkeypatch.setattr(cuda, "_counters", {})
+    monkeypatch.setattr(runtime, "capturing", lambda: capturing)
+    monkeypatch.setattr(runtime, "counters", {})
     cpu = torch.device("cpu")
-    first = cuda._zero_counters(10, cpu, 1)
-    assert cuda._zero_counters(5, cpu, 1) is first and cuda._zero_counters(10, cpu, 2) is not first
-    assert cuda._zero_counters(11, cpu, 1).numel() == 11
+    first = runtime.zero_counters(10, cpu, 1)
+    assert runtime.zero_counters(5, cpu, 1) is first and runtime.zero_counters(10, cpu, 2) is not first
+    assert runtime.zero_counters(11, cpu, 1).numel() == 11
     capturing = True
-    graphs = [cuda._zero_counters(5, cpu, 1) for _ in range(2)]
-    assert graphs[0] is not graphs[1] and not graphs[0].any() and graphs[0] is not cuda._zero_counters(5, cpu, 1)
+    graphs = [runtime.zero_counters(5, cpu, 1) for _ in range(2)]
+    assert graphs[0] is not graphs[1] and not graphs[0].any() and graphs[0] is not runtime.zero_counters(5, cpu, 1)
 
 
 def test_the_built_extension_without_a_driver():
@@ -102,7 +104,7 @@ def test_the_built_extension_without_a_driver():
 
 
 # Bytes of a thread, all of them spills; two rows at once in place of four spill as well. What they cost a GPU must tell.
-LARGEST_STACK = {"sinkhorn.cu": 224, "sinkhorn_small.cu": 8}
+LARGEST_STACK = {"sinkhorn/cuda/sinkhorn.cu": 224, "sinkhorn/cuda/sinkhorn_small.cu": 8}
 
 
 def built_kernels():
@@ -118,7 +120,7 @@ def built_kernels():
     kernels = {}
     for code in printed.split("Fatbin elf code:")[1:]:
         architecture, source = (
-            re.search(pattern, code)[1] for pattern in (r"arch = sm_(\w+)", r"identifier = \S*?([^/\s]+)\n")
+            re.search(pattern, code)[1] for pattern in (r"arch = sm_(\w+)", r"identifier = \S*?(\w+/cuda/\w+\.cu)\n")
         )
         used = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", code)
         kernels[source, architecture] = [tuple(map(int, amounts)) for amounts in used]
@@ -128,18 +130,20 @@ def built_kernels():
 def test_no_kernel_spills_or_uses_local_memory():
     kernels = built_kernels()
     sources = {source for source, _ in kernels}
-    assert sources >= {source.name for source in (CSRC / "cuda").glob("*.cu") if "PYLLMQ_KERNEL" in source.read_text()}
+    assert sources >= {
+        str(source.relative_to(CSRC)) for source in CSRC.glob("*/cuda/*.cu") if "PYLLMQ_KERNEL" in source.read_text()
+    }
     architectures = {architecture for _, architecture in kernels}
     assert architectures and len(kernels) == len(sources) * len(architectures)
     for (name, architecture), used in kernels.items():
         registers = [amounts[0] for amounts in used]
         report = f"{name} for sm_{architecture}: {used}"
         assert all(stack <= LARGEST_STACK.get(name, 0) and local == 0 for _, stack, local in used), report
-        if name == "codebook_linear.cu":  # two blocks of 256 threads share 65536 registers
+        if name == "codebook/cuda/linear.cu":  # two blocks of 256 threads share 65536 registers
             assert len(registers) == 3 and max(registers) <= 128, report
-        if name == "codebook_linear_tables.cu":  # one block of 768 threads
+        if name == "codebook/cuda/linear_tables.cu":  # one block of 768 threads
             assert len(registers) == 1 and registers[0] <= 80, report
-        if name == "sparse_linear.cu":  # four blocks of 128 threads, of bitmaps three
+        if name == "sparse/cuda/linear.cu":  # four blocks of 128 threads, of bitmaps three
             assert len(registers) == 16 and max(registers) <= 168, report
-        if name == "sparse_columns.cu":  # two blocks of 256
+        if name == "sparse/cuda/columns.cu":  # two blocks of 256
             assert len(registers) == 12 and max(registers) <= 128, report

@@ -12,9 +12,10 @@ import torch
 
 import pyllmq
 from pyllmq import CodebookLinear, CodebookWeight, dispatch
-from pyllmq.backends import cuda, reference
-from pyllmq.dispatch import WeightOperand
+from pyllmq.backends.cuda import codebook as cuda
+from pyllmq.formats import codes as reference
 from pyllmq.functional import codebook_dequantize, codebook_linear, pack_codes, unpack_codes
+from pyllmq.operations import WeightProblem
 
 from .cuda_emulator import emulated  # noqa: F401
 from .oracle import assert_as_good_as_torch, random_case
@@ -34,7 +35,7 @@ def packed(case):
 def check(case, x, bias=None, factor=2.0):
     with pyllmq.use_backend("cuda"):
         weight = packed(case)
-        assert weight.operand().layout == "cuda"
+        assert weight.operand().layout == "cuda.codebook"
         actual = codebook_linear(x, weight, bias)
     exact = x.double() @ case.dense.T + (0 if bias is None else bias.double())
     dense = case.dense.to(x.dtype)
@@ -117,7 +118,7 @@ def test_one_token_in_several_units_of_tables(widths, k):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_token_where_tables_do_not_fit(emulated, monkeypatch, dtype):  # noqa: F811
     monkeypatch.setattr(emulated, "linear_tables_fit", lambda: False)
-    problem = dispatch.Problem("codebook_linear", "cuda", "cpu", dtype, 1)
+    problem = WeightProblem("packed_linear", "cpu", dtype, "cuda.codebook", 1)
     assert dispatch.choose(problem).name == "cuda.fused"
     for n, k in SHAPES:
         case = random_case(n, k, ALL_WIDTHS, segments=min(3, n), outliers=0.03, row_scale=True)
@@ -208,16 +209,26 @@ def test_gradient_of_x():
 # ---- layout ---------------------------------------------------------------------------------------------------------
 
 
+def prepacked(weight):
+    return cuda.prepack(weight.tensors, (weight.out_features, weight.in_features))
+
+
+def unpacked(weight):
+    found = cuda.unpack(prepacked(weight), weight.structure.tensors(), weight.tensors)
+    assert set(found) == {key for key in weight.tensors if key.startswith("codes_b")}
+    return found
+
+
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_the_layout_gives_back_the_codes(n, k):
     case = random_case(n, k, ALL_WIDTHS, segments=min(2, n), outliers=0.05)
-    assert torch.equal(cuda.layout_codes(cuda.prepack(case.weight.checkpoint_operand())), case.codes)
+    assert all(torch.equal(tensor, case.weight.tensors[key]) for key, tensor in unpacked(case.weight).items())
 
 
 def test_the_layout_is_hardly_larger_than_the_checkpoint():
     for bits in ALL_WIDTHS:
         weight = random_case(1024, 1024, (bits,)).weight
-        assert cuda.prepack(weight.checkpoint_operand()).tensors[0].numel() < weight.nbytes + 8192
+        assert prepacked(weight).tensors[0].numel() < weight.nbytes + 8192
 
 
 def test_a_layer_moves_into_the_layout_and_back():
@@ -225,33 +236,35 @@ def test_a_layer_moves_into_the_layout_and_back():
     x = torch.randn(5, 70)
     with pyllmq.use_backend("cuda"):
         layer = CodebookLinear.from_dense(linear, column_bits=[1, 2, 3, 4, 5, 6, 7] * 10, outlier_fraction=0.02)
-        assert layer.operand().layout == "cuda" and not any(k.startswith("codes_b") for k, _ in layer.named_buffers())
+        assert layer.operand().layout == "cuda.codebook" and not any(
+            k.startswith("codes_b") for k, _ in layer.named_buffers()
+        )
         y = layer(x)
         torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.dequantize(), linear.bias))
         again = CodebookLinear.from_dense(torch.nn.Linear(70, 90), bits=2)
         again.load_state_dict(layer.state_dict())
         assert torch.equal(again(x), y)
         cast = layer.bfloat16()
-        assert cast.operand().layout == "cuda"
+        assert cast.operand().layout == "cuda.codebook"
         assert_as_good_as_torch(cast(x.bfloat16()).detach(), y.detach().double(), y.detach().bfloat16(), factor=4)
 
 
 def test_a_layout_of_another_shape_gives_nan_and_a_damaged_one_is_refused(emulated):  # noqa: F811
-    operand = cuda.prepack(random_case(40, 50).weight.checkpoint_operand())
+    operand = prepacked(random_case(40, 50).weight)
     (blob,) = operand.tensors
     magic = blob.clone()
     magic[0] ^= 1
     for tensor, n, k in ((blob, 40, 49), (blob, 41, 50), (magic, 40, 50), (blob[:-128].clone(), 40, 50)):
-        assert cuda.codebook_linear(torch.randn(2, k), [tensor], n, k, None, "exact").isnan().all()
-        assert cuda.codebook_dequantize([tensor], n, k, torch.float16).isnan().all()
+        assert cuda.packed_linear(torch.randn(2, k), cuda.from_blob(tensor, (n, k)), None, "exact").isnan().all()
+        assert cuda.packed_dequantize(cuda.from_blob(tensor, (n, k)), torch.float16).isnan().all()
     with pytest.raises(ValueError, match="less than its header"):
-        cuda.codebook_linear(torch.randn(2, 50), [blob[:100].clone()], 40, 50, None, "exact")
+        cuda.packed_linear(torch.randn(2, 50), cuda.from_blob(blob[:100].clone(), (40, 50)), None, "exact")
     with pytest.raises(ValueError, match="wrong magic"):
-        cuda.layout_codes(WeightOperand("cuda", (magic,), 40, 50))
+        cuda.unpack(cuda.from_blob(magic, (40, 50)), {}, {})
     with pytest.raises(ValueError, match="cut or padded"):
-        cuda.layout_codes(WeightOperand("cuda", (blob[:-128].clone(),), 40, 50))
+        cuda.unpack(cuda.from_blob(blob[:-128].clone(), (40, 50)), {}, {})
     with pytest.raises(ValueError, match=r"shape \[40, 50\].*given as \[50, 40\]"):
-        cuda.layout_codes(WeightOperand("cuda", (blob,), 50, 40))
+        cuda.unpack(cuda.from_blob(blob, (50, 40)), {}, {})
     bits, rows = torch.full((50,), 2, dtype=torch.uint8), torch.tensor([40], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"shape \[2147483648, 50\]; allowed: 1..2147483647"):
         emulated.codebook_layout_bytes(2**31, 50, bits.data_ptr(), rows.data_ptr(), 1, 0, False)

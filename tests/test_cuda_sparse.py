@@ -6,6 +6,7 @@ values), 4 and 16 for column numbers, and above the 64 beyond which torch's matm
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,12 +18,12 @@ from pyllmq import (
     Sparse24Linear,
     Sparse24Weight,
     SparseLinear,
-    backends,
     dispatch,
 )
-from pyllmq.backends import cuda_sparse
-from pyllmq.compression.magnitude import mask_24
-from pyllmq.dispatch import WeightOperand
+from pyllmq.backends.cuda import sparse
+from pyllmq.layouts import machine_layout
+from pyllmq.operations import WeightProblem
+from pyllmq.packing import mask_24
 
 from .cuda_emulator import emulated  # noqa: F401
 from .oracle import assert_as_good_as_torch
@@ -46,11 +47,12 @@ def packed_here(weight):
     return type(weight)(weight.structure, weight.tensors)
 
 
-def check(weight, x, bias=None, layout=None, factor=2.0):
+def check(weight, x, bias=None, columns=False, factor=2.0):
     dense = dense_of(weight)
     with pyllmq.use_backend("cuda"):
         packed = packed_here(weight)
-        assert packed.operand().layout == (layout or f"cuda.{weight.layout}")
+        operand = packed.operand()
+        assert operand.layout == f"cuda.{weight.kind}" and bool(operand.meta[0]) == columns
         actual = LINEAR[type(weight)](x, packed, bias)
     exact = x.double() @ dense.T + (0 if bias is None else bias.double())
     orders = [torch.randperm(x.shape[1]) for _ in range(4 if exact.numel() >= 256 else 16)]
@@ -62,17 +64,13 @@ def check(weight, x, bias=None, layout=None, factor=2.0):
     return actual
 
 
-def expected_layout(weight, values):
-    return "cuda.columns" if values == torch.float32 else f"cuda.{weight.layout}"
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("values", VALUES, ids=str)
 @pytest.mark.parametrize("make", [bitmap, sparse24])
 def test_every_type_of_values_and_number_of_tokens(make, values, dtype):
     weight = make(67, 259, values=values)
     for tokens in TOKENS:
-        check(weight, torch.randn(tokens, 259).to(dtype), torch.randn(67), expected_layout(weight, values))
+        check(weight, torch.randn(tokens, 259).to(dtype), torch.randn(67), values == torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -91,26 +89,23 @@ def test_shapes(n, k, dtype):
     for weight in (bitmap(n, k), sparse24(n, k), codes(n, k, 2, outliers), codes(n, k, 4, outliers)):
         for tokens in (1, 7, 20):
             # fp32 x times bf16 values is a sum of three, which shows where torch has one product
-            check(
-                weight, torch.randn(tokens, k).to(dtype), bias, expected_layout_of(weight), factor=2.0 if k > 8 else 8.0
-            )
+            check(weight, torch.randn(tokens, k).to(dtype), bias, as_columns(weight), factor=2.0 if k > 8 else 8.0)
 
 
-def expected_layout_of(weight):
+def as_columns(weight):
     """At one column everything is kept, at a few a random share."""
     kept = getattr(weight.structure, "kept", None)
-    few = kept is not None and kept < cuda_sparse.FEW_KEPT * weight.out_features * weight.in_features
-    return "cuda.columns" if few else f"cuda.{weight.layout}"
+    return kept is not None and kept < sparse.FEW_KEPT * weight.out_features * weight.in_features
 
 
 @pytest.mark.parametrize("values", VALUES, ids=str)
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7, 0.74, 0.76, 0.9, 0.99, 0.999])
 def test_sparsities(sparsity, values):
     weight = bitmap(130, 700, sparsity, values)
-    layout = "cuda.columns" if sparsity > 0.75 or values == torch.float32 else "cuda.bitmap"
+    columns = sparsity > 0.75 or values == torch.float32
     for tokens in (1, 3, 17):
         # a cell's 128 columns are added one after the other: with all of them kept, that chain's error is what there is
-        check(weight, torch.randn(tokens, 700), None, layout, factor=4.0 if sparsity == 0 else 2.0)
+        check(weight, torch.randn(tokens, 700), None, columns, factor=4.0 if sparsity == 0 else 2.0)
 
 
 def test_rows_of_very_different_lengths():
@@ -119,7 +114,7 @@ def test_rows_of_very_different_lengths():
     dense[40, 7] = 1.5
     dense[129, ::2] = torch.randn(300)
     for tokens in (1, 9):
-        check(BitmapWeight.pack(dense), torch.randn(tokens, 600), None, "cuda.columns")
+        check(BitmapWeight.pack(dense), torch.randn(tokens, 600), None, columns=True)
         check(BitmapWeight.pack(dense.bfloat16(), dense == dense), torch.randn(tokens, 600))
 
 
@@ -130,17 +125,15 @@ def test_columns_far_apart_and_in_several_panels(values):
     dense[3, 8999], dense[4, 4095], dense[5, 4096] = 1.0, 2.0, 3.0
     dense[8, ::37] = torch.randn(244)
     for tokens in (1, 2, 4, 16):
-        check(BitmapWeight.pack(dense, value_dtype=values), torch.randn(tokens, 9000), torch.randn(9), "cuda.columns")
+        check(BitmapWeight.pack(dense, value_dtype=values), torch.randn(tokens, 9000), torch.randn(9), columns=True)
 
 
 @pytest.mark.parametrize("n", [3300, 70])
 def test_without_and_with_splits_of_k(emulated, n):  # noqa: F811
     weight = sparse24(n, 900)
     with pyllmq.use_backend("cuda"):
-        operand = cuda_sparse._described(
-            "cuda.sparse24", torch.bfloat16, packed_here(weight).operand().tensors[1].nbytes
-        )
-    partials, counters = emulated.sparse_linear_workspace(operand, n, 900, 3, 1)
+        meta = packed_here(weight).operand().meta
+    partials, counters = sparse.workspace_sizes(torch.device("cpu"), meta, "sparse24", n, 900, 3, torch.bfloat16)
     assert (partials > 0, counters) == ((False, 0) if n == 3300 else (True, 70))
     check(weight, torch.randn(3, 900).bfloat16(), torch.randn(n))
 
@@ -226,7 +219,7 @@ def test_the_layout_gives_the_tensors_back(n, k):
     for weight in all_kinds(n, k):
         with pyllmq.use_backend("cuda"):
             operand = packed_here(weight).operand()
-            tensors = backends.unpack_layout(operand, weight.structure.tensors())
+            tensors = machine_layout(operand.layout).unpack(operand, weight.structure.tensors(), {})
         assert operand.layout.startswith("cuda.")
         assert all(torch.equal(tensors[key], tensor) for key, tensor in weight.tensors.items()), weight.structure
 
@@ -237,9 +230,9 @@ def test_column_numbers_of_32_bits():
     dense[1, [0, 254, 255, 256, 511, 512, 767]] = 3  # one step, or steps that only move and one of 0
     weight = BitmapWeight.pack(dense, positions="columns")
     with pyllmq.use_backend("cuda"):
-        tensors = backends.unpack_layout(packed_here(weight).operand(), weight.structure.tensors())
+        tensors = machine_layout("cuda.bitmap").unpack(packed_here(weight).operand(), weight.structure.tensors(), {})
     assert all(torch.equal(tensors[key], tensor) for key, tensor in weight.tensors.items())
-    check(weight, torch.randn(1, 70000), None, "cuda.columns")
+    check(weight, torch.randn(1, 70000), None, columns=True)
 
 
 def test_gradient_of_x():
@@ -289,23 +282,21 @@ def test_layers_move_into_the_layout_save_copy_and_cast(make):
         fresh = type(layer)(layer.structure)
         fresh.load_state_dict(state)
         assert torch.equal(fresh(x), y) and torch.equal(copy.deepcopy(layer)(x), y)
-        assert len(layer.bfloat16().operand().tensors) == 2 and layer(x.bfloat16()).dtype == torch.bfloat16
+        assert len(layer.bfloat16().operand().tensors) == 1 and layer(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_layout_of_another_shape_gives_nan_and_a_damaged_one_is_refused():
     for weight in (bitmap(40, 52), sparse24(40, 52), codes(40, 52, 4), bitmap(40, 52, 0.9)):
         with pyllmq.use_backend("cuda"):
             operand = packed_here(weight).operand()
-        blob, cell = operand.tensors
+        (blob,) = operand.tensors
+        layout = machine_layout(operand.layout)
         magic = blob.clone()
         magic[0] ^= 1
         for tensor, n, k in ((blob, 40, 49), (blob, 41, 52), (magic, 40, 52), (blob[:-128].clone(), 40, 52)):
-            assert (
-                cuda_sparse.sparse_linear(operand.layout, torch.randn(2, k), [tensor, cell], n, k, None, "")
-                .isnan()
-                .all()
-            )
-            assert cuda_sparse.sparse_dequantize(operand.layout, [tensor, cell], n, k, torch.float16).isnan().all()
+            wrong = replace(operand, tensors=(tensor,), shape=(n, k))
+            assert sparse.packed_linear(torch.randn(2, k), wrong, None, "").isnan().all()
+            assert sparse.packed_dequantize(wrong, torch.float16).isnan().all()
         for given, shape, message in (
             (blob[:100].clone(), (40, 52), "at least"),
             (magic, (40, 52), "damaged"),
@@ -313,23 +304,26 @@ def test_a_layout_of_another_shape_gives_nan_and_a_damaged_one_is_refused():
             (blob, (52, 40), r"shape \[40, 52\], but was given as \[52, 40\]"),
         ):
             with pytest.raises(ValueError, match=message):
-                backends.operand_from_layout(operand.layout, given, *shape)
-        with pytest.raises(ValueError, match="is no layout 'cuda.other'"):
-            backends.operand_from_layout("cuda.other", blob, 40, 52)
+                layout.from_blob(given, shape)
+        other = "sparse24_codebook" if operand.kind == "bitmap" else "bitmap"
+        if not (operand.meta[0] and other == "bitmap"):
+            with pytest.raises(ValueError, match=f"is no layout 'cuda.{other}'"):
+                machine_layout(f"cuda.{other}").from_blob(blob, (40, 52))
         with pytest.raises(ValueError, match="not those of the weight"):
-            backends.unpack_layout(WeightOperand(operand.layout, (blob,), 40, 51), {**weight.structure.tensors()})
+            layout.unpack(replace(operand, shape=(40, 51)), weight.structure.tensors(), {})
 
 
 def test_what_the_table_says():
-    def reason(op, layout, tokens):
+    def reason(layout, tokens, columns=0):
+        problem = WeightProblem("packed_linear", "cpu", torch.bfloat16, layout, tokens, (columns, 1, 0, 0))
         with pyllmq.use_backend("cuda"):
-            return dispatch.choose(dispatch.Problem(op, layout, "cpu", torch.bfloat16, tokens)).name
+            return dispatch.choose(problem).name
 
-    assert reason("bitmap_linear", "cuda.bitmap", 64) == "cuda.bitmap_fused"
-    assert reason("bitmap_linear", "cuda.bitmap", 65) == "cuda.bitmap_matmul"
-    assert reason("sparse24_linear", "cuda.columns", 16) == "cuda.columns_fused"
-    assert reason("sparse24_linear", "cuda.columns", 17) == "cuda.columns_matmul"
+    assert reason("cuda.bitmap", 64) == "cuda.bitmap_fused"
+    assert reason("cuda.bitmap", 65) == "cuda.bitmap_matmul"
+    assert reason("cuda.sparse24", 16, 1) == "cuda.sparse24_columns"
+    assert reason("cuda.sparse24", 17, 1) == "cuda.sparse24_matmul"
     with pytest.raises(
-        dispatch.NoKernelError, match=r"(?s)reads the layout 'cuda.bitmap'.*reads the layout 'cuda.columns'"
+        dispatch.NoKernelError, match=r"(?s)reads the layout 'cuda.bitmap'.*reads the layout 'cuda.sparse24'"
     ):
-        reason("bitmap_linear", "bitmap", 1)
+        reason("checkpoint.bitmap", 1)

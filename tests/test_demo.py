@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from . import models
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo.py"
 
 
+@pytest.mark.slow
 def test_demo_on_a_causal_model(tmp_path):
     models.tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
     models.tiny_tokenizer().save_pretrained(tmp_path / "model")

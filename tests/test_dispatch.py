@@ -8,101 +8,98 @@ import torch
 
 import pyllmq
 from pyllmq import NoKernelError, backends, dispatch
-from pyllmq.backends import cuda_sinkhorn
-from pyllmq.dispatch import Problem, choose
+from pyllmq.backends.cuda import codebook as cuda_codebook
+from pyllmq.backends.cuda import runtime as cuda_runtime
+from pyllmq.backends.cuda import sinkhorn as cuda_sinkhorn
+from pyllmq.dispatch import Operation, Problem, choose
+from pyllmq.operations import ClusterProblem, SinkhornProblem, WeightProblem
 
+F32, F16, BF16, U8 = torch.float32, torch.float16, torch.bfloat16, torch.uint8
+SPARSE = ("bitmap", "sparse24", "sparse24_codebook")
+
+
+def linear(layout, device, dtype, tokens=1, meta=()):
+    return WeightProblem("packed_linear", device, dtype, layout, tokens, meta)
+
+
+def dequantize(layout, device, dtype):
+    return WeightProblem("packed_dequantize", device, dtype, layout)
+
+
+def gradient(device):
+    return WeightProblem("codebook_gradient", device, F32, "checkpoint.codebook")
+
+
+def kmeans(op, device, method):
+    return ClusterProblem(op, device, F32, method)
+
+
+CELLS, COLUMNS = (0, 1, 0, 256), (1, 1, 0, 0)
 PROBLEMS = {
-    "cpu.codebook_linear": Problem("codebook_linear", "cpu", "cpu", torch.float32, 1),
-    "cpu.dequantize": Problem("codebook_dequantize", "cpu", "cpu", torch.float16),
-    "cpu.pack_codes": Problem("pack_codes", "", "cpu", torch.uint8),
-    "cpu.unpack_codes": Problem("unpack_codes", "", "cpu", torch.uint8),
-    "cuda.tables": Problem("codebook_linear", "cuda", "cuda", torch.float32, 1),
-    "cuda.fused": Problem("codebook_linear", "cuda", "cuda", torch.float32, 2),
-    "cpu.kmeans_1d": Problem("kmeans_1d", "lloyd", "cpu", torch.float32),
-    "cpu.kmeans_1d_errors": Problem("kmeans_1d_errors", "windowed", "cpu", torch.float32),
-    "cuda.dequantize_matmul": Problem("codebook_linear", "cuda", "cuda", torch.bfloat16, 65),
-    "cuda.dequantize": Problem("codebook_dequantize", "cuda", "cuda", torch.float16),
-    "cuda.pack_codes": Problem("pack_codes", "", "cuda", torch.uint8),
-    "cuda.unpack_codes": Problem("unpack_codes", "", "cuda", torch.uint8),
-    "triton.fused": Problem("codebook_linear", "triton", "cuda", torch.float16, 64),
-    "triton.decode_and_matmul": Problem("codebook_linear", "triton", "cuda", torch.bfloat16, 65),
-    "triton.dequantize": Problem("codebook_dequantize", "triton", "cuda", torch.bfloat16),
-    "cpu.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cpu", torch.float16),
-    "cpu.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "", "cpu", torch.float32),
-    "cuda.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cuda", torch.bfloat16),
-    "cuda.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "", "cuda", torch.float16),
-    "triton.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cuda", torch.bfloat16),
-    "triton.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "", "cuda", torch.float16),
-    "reference.softmax_cdist_l1": Problem("softmax_cdist_l1", "", "cpu", torch.float64),
-    "reference.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "", "meta", torch.float32),
-    "triton.pack_codes": Problem("pack_codes", "", "cuda", torch.uint8),
-    "triton.unpack_codes": Problem("unpack_codes", "", "cuda", torch.uint8),
-    "reference.codebook_linear": Problem("codebook_linear", "checkpoint", "meta", torch.float32, 1),
-    "reference.codebook_dequantize": Problem("codebook_dequantize", "checkpoint", "meta", torch.float32),
-    "cpu.decode_checkpoint_and_matmul": Problem("codebook_linear", "checkpoint", "cpu", torch.float32, 1),
-    "cpu.decode_checkpoint": Problem("codebook_dequantize", "checkpoint", "cpu", torch.float32),
-    "cpu.codebook_gradient": Problem("codebook_gradient", "checkpoint", "cpu", torch.float32),
-    "cuda.codebook_gradient": Problem("codebook_gradient", "checkpoint", "cuda", torch.float32),
-    "triton.codebook_gradient": Problem("codebook_gradient", "checkpoint", "cuda", torch.float32),
-    "reference.codebook_gradient": Problem("codebook_gradient", "checkpoint", "meta", torch.float32),
-    "cpu.fit_columns": Problem("fit_columns", "", "cpu", torch.float32),
-    **{
-        f"cpu.{format}_{op}": Problem(f"{format}_{op}", f"cpu.{format}", "cpu", torch.float32, 1)
-        for format in ("bitmap", "sparse24", "sparse24_codebook")
-        for op in ("linear", "dequantize")
-    },
-    **{
-        f"cuda.{layout}_{way}": Problem(f"{format}_{op}", f"cuda.{layout}", "cuda", torch.bfloat16, tokens)
-        for format, layout in (
-            ("bitmap", "bitmap"),
-            ("bitmap", "columns"),
-            ("sparse24", "sparse24"),
-            ("sparse24", "columns"),
-            ("sparse24_codebook", "sparse24_codebook"),
-        )
-        for way, op, tokens in (("fused", "linear", 16), ("matmul", "linear", 65), ("dequantize", "dequantize", 0))
-    },
-    **{
-        f"triton.{format}_{way}": Problem(f"{format}_{op}", f"triton.{format}", "cuda", torch.bfloat16, tokens)
-        for format in ("bitmap", "sparse24", "sparse24_codebook")
-        for way, op, tokens in (("fused", "linear", 64), ("matmul", "linear", 65), ("dequantize", "dequantize", 0))
-    },
-    **{
-        f"reference.{format}_{op}": Problem(f"{format}_{op}", format, "meta", torch.float32, 1)
-        for format in ("bitmap", "sparse24", "sparse24_codebook")
-        for op in ("linear", "dequantize")
-    },
-    "reference.pack_codes": Problem("pack_codes", "", "meta", torch.uint8),
-    "reference.unpack_codes": Problem("unpack_codes", "", "meta", torch.uint8),
-    "triton.kmeans_1d": Problem("kmeans_1d", "windowed", "cuda", torch.float32),
-    "triton.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "cuda", torch.float32),
-    "cuda.kmeans_1d": Problem("kmeans_1d", "exact", "cuda", torch.float32),
-    "cuda.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "cuda", torch.float32),
-    "cpu.kmeans_1d_moved": Problem("kmeans_1d", "lloyd", "xpu", torch.float32),
-    "cpu.kmeans_1d_errors_moved": Problem("kmeans_1d_errors", "windowed", "xpu", torch.float32),
-    "reference.kmeans_1d": Problem("kmeans_1d", "exact", "meta", torch.float32),
-    "reference.kmeans_1d_errors": Problem("kmeans_1d_errors", "exact", "meta", torch.float32),
-    "cpu.sinkhorn": Problem("sinkhorn", "64x64", "cpu", torch.float32),
-    "cpu.sinkhorn_backward": Problem("sinkhorn_backward", "64x64", "cpu", torch.float32),
-    "cuda.sinkhorn": Problem("sinkhorn", "64x64", "cuda", torch.float32, 4096),
-    "cuda.sinkhorn_backward": Problem("sinkhorn_backward", "64x64", "cuda", torch.float32, 4096),
-    "triton.sinkhorn": Problem("sinkhorn", "64x64", "cuda", torch.float32, 4096),
-    "triton.sinkhorn_backward": Problem("sinkhorn_backward", "64x64", "cuda", torch.float32, 4096),
-    "triton.sinkhorn_tiles": Problem("sinkhorn", "64x65", "cuda", torch.float32, 8192),
-    "triton.sinkhorn_tiles_backward": Problem("sinkhorn_backward", "64x65", "cuda", torch.float32, 8192),
-    "reference.sinkhorn": Problem("sinkhorn", "64x64", "cpu", torch.float64),
-    "reference.sinkhorn_backward": Problem("sinkhorn_backward", "64x64", "cpu", torch.float64),
-    "cpu.doubly_stochastic": Problem("doubly_stochastic", "", "cpu", torch.float32, 16),
-    "cpu.doubly_stochastic_backward": Problem("doubly_stochastic_backward", "", "cpu", torch.float32, 16),
-    "reference.doubly_stochastic": Problem("doubly_stochastic", "", "cpu", torch.float64),
-    "reference.doubly_stochastic_backward": Problem("doubly_stochastic_backward", "", "cpu", torch.float64),
-}
+    "cpu.codebook_linear": linear("cpu.codebook", "cpu", F32),
+    "cpu.codebook_dequantize": dequantize("cpu.codebook", "cpu", F16),
+    "cpu.decode_checkpoint_and_matmul": linear("checkpoint.codebook", "cpu", F32),
+    "cpu.decode_checkpoint": dequantize("checkpoint.codebook", "cpu", F32),
+    "cuda.tables": linear("cuda.codebook", "cuda", F32),
+    "cuda.fused": linear("cuda.codebook", "cuda", F32, 2),
+    "cuda.dequantize_matmul": linear("cuda.codebook", "cuda", BF16, 65),
+    "cuda.dequantize": dequantize("cuda.codebook", "cuda", F16),
+    "triton.fused": linear("triton.codebook", "cuda", F16, 64),
+    "triton.decode_and_matmul": linear("triton.codebook", "cuda", BF16, 65),
+    "triton.dequantize": dequantize("triton.codebook", "cuda", BF16),
+    "reference.packed_linear": linear("checkpoint.codebook", "meta", F32),
+    "reference.packed_dequantize": dequantize("checkpoint.bitmap", "meta", F32),
+    **{f"cpu.{kind}_linear": linear(f"cpu.{kind}", "cpu", F32) for kind in SPARSE},
+    **{f"cpu.{kind}_dequantize": dequantize(f"cpu.{kind}", "cpu", F32) for kind in SPARSE},
+    **{f"cuda.{kind}_fused": linear(f"cuda.{kind}", "cuda", BF16, 64, CELLS) for kind in SPARSE},
+    **{f"cuda.{kind}_columns": linear(f"cuda.{kind}", "cuda", BF16, 16, COLUMNS) for kind in SPARSE[:2]},
+    **{f"cuda.{kind}_matmul": linear(f"cuda.{kind}", "cuda", BF16, 65, CELLS) for kind in SPARSE},
+    **{f"cuda.{kind}_dequantize": dequantize(f"cuda.{kind}", "cuda", BF16) for kind in SPARSE},
+    **{f"triton.{kind}_fused": linear(f"triton.{kind}", "cuda", BF16, 64) for kind in SPARSE},
+    **{f"triton.{kind}_matmul": linear(f"triton.{kind}", "cuda", BF16, 65) for kind in SPARSE},
+    **{f"triton.{kind}_dequantize": dequantize(f"triton.{kind}", "cuda", BF16) for kind in SPARSE},
+    "cpu.codebook_gradient": gradient("cpu"),
+    "cuda.codebook_gradient": gradient("cuda"),
+    "triton.codebook_gradient": gradient("cuda"),
+    "reference.codebook_gradient": gradient("meta"),
+    "cpu.fit_columns": kmeans("fit_columns", "cpu", "lloyd"),
+    "reference.fit_columns": kmeans("fit_columns", "meta", "exact"),
+    **{f"{backend}.{op}": Problem(op, device, U8)
+       for backend, device in (("cpu", "cpu"), ("cuda", "cuda"), ("triton", "cuda"), ("reference", "meta"))
+       for op in ("pack_codes", "unpack_codes")},
+    "cpu.softmax_cdist_l1": Problem("softmax_cdist_l1", "cpu", F16),
+    "cpu.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "cpu", F32),
+    "cuda.softmax_cdist_l1": Problem("softmax_cdist_l1", "cuda", BF16),
+    "cuda.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "cuda", F16),
+    "triton.softmax_cdist_l1": Problem("softmax_cdist_l1", "cuda", BF16),
+    "triton.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "cuda", F16),
+    "reference.softmax_cdist_l1": Problem("softmax_cdist_l1", "cpu", torch.float64),
+    "reference.softmax_cdist_l1_backward": Problem("softmax_cdist_l1_backward", "meta", F32),
+    "cpu.kmeans_1d": kmeans("kmeans_1d", "cpu", "lloyd"),
+    "cpu.kmeans_1d_errors": kmeans("kmeans_1d_errors", "cpu", "windowed"),
+    "cuda.kmeans_1d": kmeans("kmeans_1d", "cuda", "exact"),
+    "cuda.kmeans_1d_errors": kmeans("kmeans_1d_errors", "cuda", "exact"),
+    "triton.kmeans_1d": kmeans("kmeans_1d", "cuda", "windowed"),
+    "triton.kmeans_1d_errors": kmeans("kmeans_1d_errors", "cuda", "exact"),
+    "cpu.kmeans_1d_moved": kmeans("kmeans_1d", "xpu", "lloyd"),
+    "cpu.kmeans_1d_errors_moved": kmeans("kmeans_1d_errors", "xpu", "windowed"),
+    "reference.kmeans_1d": kmeans("kmeans_1d", "meta", "exact"),
+    "reference.kmeans_1d_errors": kmeans("kmeans_1d_errors", "meta", "exact"),
+    **{f"{row}{way}": SinkhornProblem(f"sinkhorn{way}", device, dtype, 64, m)
+       for row, device, dtype, m in (("cpu.sinkhorn", "cpu", F32, 64), ("cuda.sinkhorn", "cuda", F32, 64),
+                                     ("triton.sinkhorn", "cuda", F32, 64), ("triton.sinkhorn_tiles", "cuda", F32, 65),
+                                     ("reference.sinkhorn", "cpu", torch.float64, 64))
+       for way in ("", "_backward")},
+    **{f"{backend}.doubly_stochastic{way}": SinkhornProblem(f"doubly_stochastic{way}", "cpu", dtype, 4, 4)
+       for backend, dtype in (("cpu", F32), ("reference", torch.float64)) for way in ("", "_backward")},
+}  # fmt: skip
 
 
 def test_every_row_is_reachable(monkeypatch):
-    monkeypatch.setattr(backends.cuda, "available", lambda: (True, "a GPU is pretended"))
-    monkeypatch.setattr(backends.cuda, "_tables_fit", lambda: True)
-    monkeypatch.setattr(cuda_sinkhorn, "_has_room", lambda n, m: True)
+    for module in (backends.cuda, cuda_runtime):
+        monkeypatch.setattr(module, "available", lambda: (True, "a GPU is pretended"))
+    monkeypatch.setattr(cuda_codebook, "tables_fit", lambda: True)
+    monkeypatch.setattr(cuda_sinkhorn, "has_room", lambda n, m: True)
     assert {row.name for row in dispatch.rows()} == set(PROBLEMS)
     for name, problem in PROBLEMS.items():
         backend = name.split(".")[0]
@@ -120,20 +117,19 @@ def test_every_row_is_reachable(monkeypatch):
 @pytest.mark.parametrize(
     ("problem", "reasons"),
     [
-        (Problem("codebook_linear", "cpu", "cpu", torch.float64, 1), ("not torch.float64", "prepacked as 'cpu'")),
-        (Problem("codebook_linear", "cpu", "meta", torch.float32, 1), ("these are on meta", "prepacked as 'cpu'")),
+        (linear("cpu.codebook", "cpu", torch.float64), ("not torch.float64", "prepacked as 'cpu.codebook'")),
+        (linear("cpu.codebook", "meta", F32), ("these are on meta", "prepacked as 'cpu.codebook'")),
         (
-            Problem("codebook_linear", "cuda", "cuda", torch.float64, 70),
+            linear("cuda.codebook", "cuda", torch.float64, 70),
             (
-                "this weight is 'cuda'",
+                "this weight is 'cuda.codebook'",
                 "one token, here 70",
                 "up to 64 tokens, here 70",
                 "not torch.float64",
-                "prepacked as 'cuda'",
+                "prepacked as 'cuda.codebook'",
             ),
         ),
-        (Problem("codebook_linear", "cuda", "cpu", torch.float32, 1), ("on a cuda device, these are on cpu",)),
-        (Problem("no_such_op", "", "cpu", torch.float32), ("no kernel of that name",)),
+        (linear("cuda.codebook", "cpu", F32), ("on a cuda device, these are on cpu",)),
     ],
 )
 def test_a_refusal_lists_every_row_with_its_reason(problem, reasons):
@@ -147,29 +143,45 @@ def test_a_refusal_lists_every_row_with_its_reason(problem, reasons):
     assert "pyllmq doctor" in text
 
 
+def test_an_operation_that_does_not_exist():
+    with pytest.raises(NoKernelError, match="no operation 'no_such_op'; there are: packed_linear"):
+        choose(Problem("no_such_op", "cpu", F32))
+
+
+def test_the_order_of_rows_is_a_number_and_not_that_of_registration():
+    operation = Operation("test_order", Problem, type(lambda: None))
+    try:
+        for name, order in (("b.second", 2), ("a.first", 1), ("c.third", 3)):
+            operation.register(name, order, lambda problem: (True, ""), lambda: None, "a test")
+        assert [row.name for row in dispatch.rows("test_order")] == ["a.first", "b.second", "c.third"]
+        assert choose(Problem("test_order", "cpu", F32)).name == "a.first"
+    finally:
+        del dispatch._TABLE["test_order"]
+
+
 def test_a_forced_back_end(monkeypatch):
     problem = PROBLEMS["cpu.pack_codes"]
     with pyllmq.use_backend("reference"):
         assert choose(problem).name == "reference.pack_codes"
     assert choose(problem).name == "cpu.pack_codes"
     monkeypatch.setenv("PYLLMQ_BACKEND", "reference")
-    dispatch.kernel_for.cache_clear()
+    dispatch.clear_cache()
     try:
         assert choose(problem).name == "reference.pack_codes"
     finally:
         monkeypatch.delenv("PYLLMQ_BACKEND")
-        dispatch.kernel_for.cache_clear()
+        dispatch.clear_cache()
 
 
 def test_an_unknown_back_end_in_the_environment_is_explained(monkeypatch):
     monkeypatch.setenv("PYLLMQ_BACKEND", "gpu")
-    dispatch.kernel_for.cache_clear()
+    dispatch.clear_cache()
     try:
         with pytest.raises(NoKernelError, match="back end 'gpu' was asked for"):
             choose(PROBLEMS["cpu.pack_codes"])
     finally:
         monkeypatch.delenv("PYLLMQ_BACKEND")
-        dispatch.kernel_for.cache_clear()
+        dispatch.clear_cache()
 
 
 def test_report_says_why_a_back_end_is_missing():

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DISTILL = Path(__file__).parent.parent / "examples" / "distill.py"
 
 
+@pytest.mark.slow
 def test_distil_with_and_without_the_term(tmp_path):
     command = [
         sys.executable,

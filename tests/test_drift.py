@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 import pyllmq
 from pyllmq import ColumnCodebookConfig
-from pyllmq.compression import columns
-from pyllmq.compression.column_loop import as_matrix, factor_hessian
-from pyllmq.compression.drift import DenseTwin, Drift, Place, watch
+from pyllmq.compression.methods import column_codebook as columns
+from pyllmq.compression.solver.hessian import as_matrix, factor_hessian
+from pyllmq.compression.statistics.asymmetric import AsymmetricTarget, DenseBlock, Place, watch
 
 from .models import tiny_bert, tiny_llama
 
 IDS = [torch.randint(0, 512, (2, 32), generator=torch.Generator().manual_seed(i)) for i in range(4)]
 
 
-def twin_of(model: nn.Module, block: nn.Module) -> tuple[DenseTwin, dict[str, nn.Module]]:
+def dense_block_of(model: nn.Module, block: nn.Module) -> tuple[DenseBlock, dict[str, nn.Module]]:
     calls = []
     handle = block.register_forward_pre_hook(lambda m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     with torch.no_grad():
@@ -27,7 +27,7 @@ def twin_of(model: nn.Module, block: nn.Module) -> tuple[DenseTwin, dict[str, nn
         handle.remove()
         args, kwargs = calls[0]
         linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
-        return DenseTwin(block, linears, lambda at, index: first(at(*args, **kwargs))), linears
+        return DenseBlock(block, linears, lambda at, index: first(at(*args, **kwargs))), linears
 
 
 def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -37,16 +37,16 @@ def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 def test_outputs_are_looked_at_where_they_join_the_residual_stream() -> None:
     model = tiny_llama()
     block = model.model.layers[0]
-    twin, linears = twin_of(model, block)
+    copied, linears = dense_block_of(model, block)
     joined = {"self_attn.o_proj": Place(block.post_attention_layernorm, entering=True), "mlp.down_proj": Place(block)}
-    assert twin.places_in_block == {name: joined.get(name, Place(linear)) for name, linear in linears.items()}
+    assert copied.places_in_block == {name: joined.get(name, Place(linear)) for name, linear in linears.items()}
     block = (model := tiny_bert()).encoder.layer[0]
-    twin, linears = twin_of(model, block)
+    copied, linears = dense_block_of(model, block)
     joined = {
         f"{part}output.dense": Place(block.get_submodule(f"{part}output.LayerNorm"), True)
         for part in ("attention.", "")
     }
-    assert twin.places_in_block == {name: joined.get(name, Place(linear)) for name, linear in linears.items()}
+    assert copied.places_in_block == {name: joined.get(name, Place(linear)) for name, linear in linears.items()}
 
 
 def test_a_norm_after_the_linear_hides_the_stream() -> None:
@@ -61,8 +61,8 @@ def test_a_norm_after_the_linear_hides_the_stream() -> None:
             return x + self.norm(self.linear(x))
 
     block, x = Block(), torch.randn(2, 5, 16)
-    twin = DenseTwin(block, {"linear": block.linear}, lambda at, index: at(x))
-    assert twin.places_in_block["linear"] in (Place(block.linear), Place(block.norm, entering=True))
+    copied = DenseBlock(block, {"linear": block.linear}, lambda at, index: at(x))
+    assert copied.places_in_block["linear"] in (Place(block.linear), Place(block.norm, entering=True))
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -75,23 +75,23 @@ def test_the_target_is_a_ridge_regression(biased: bool) -> None:
     covariance = x.T @ x / tokens - (0 if mean is None else torch.outer(mean, mean))
     factor = factor_hessian(covariance, damping)
 
-    def target(drift: Drift | None, share: float) -> Tensor:
-        return as_matrix(columns._target(weight, drift, mean, factor, share), factor.order)
+    def target(error: AsymmetricTarget | None, share: float) -> Tensor:
+        return as_matrix(columns._target(weight, error, mean, factor, share), factor.order)
 
-    drift = Drift(products, e.mean(0))
-    found = target(drift, 1.0)
+    error = AsymmetricTarget(products, e.mean(0))
+    found = target(error, 1.0)
     with pytest.raises(RuntimeError, match="were taken"):
-        target(drift, 1.0)
-    drift = Drift(products, e.mean(0))
+        target(error, 1.0)
+    error = AsymmetricTarget(products, e.mean(0))
     if biased:
         x, e = x - x.mean(0), e - e.mean(0)
     x, e = x.double(), e.double()
     ridge = (damping * (x.T @ x / tokens).diagonal().mean()).sqrt() * tokens**0.5 * torch.eye(size).double()
     change = torch.linalg.lstsq(torch.cat([x, ridge]), torch.cat([e, torch.zeros(size, rows).double()])).solution.T
     torch.testing.assert_close(found.double(), weight.double() + change, rtol=1e-4, atol=1e-4)
-    half = target(drift, 0.5)
+    half = target(error, 0.5)
     torch.testing.assert_close(half, (weight + found) / 2, rtol=1e-5, atol=1e-5)
-    assert torch.equal(target(None, 1.0), weight) and torch.equal(target(drift, 0.0), weight)
+    assert torch.equal(target(None, 1.0), weight) and torch.equal(target(error, 0.0), weight)
 
 
 def at_places(model: nn.Module, places: dict[str, Place]) -> dict[str, Tensor]:
@@ -128,11 +128,11 @@ def test_models_come_closer_to_the_dense_one(make) -> None:
     torch.manual_seed(0)
     dense = make()
 
-    def error(propagation: float) -> float:
+    def lost(propagation: float) -> float:
         model = copy.deepcopy(dense)
         config = ColumnCodebookConfig(bits=2.8, propagation=propagation)
         pyllmq.compress(model, config, IDS, progress=False)
         with torch.no_grad():
             return sum(float((model(ids)[0] - dense(ids)[0]).square().sum()) for ids in IDS)
 
-    assert error(1.0) < 0.95 * error(0.0)
+    assert lost(1.0) < 0.95 * lost(0.0)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import pyllmq
 from pyllmq import CodebookLinear, KMeansConfig, SparseConfig, compress_files, loading
 from pyllmq.cli import main
-from pyllmq.compression import files
-from pyllmq.compression.manifest import working_folder
+from pyllmq.compression.jobs import files
+from pyllmq.compression.jobs.manifest import working_folder
 
 from . import models
 from .kill_and_resume import digests
@@ -123,7 +123,6 @@ def test_the_command(tmp_path, capsys):
     assert "14 Linears" in capsys.readouterr().out and (output / "tokenizer.json").exists()
     for more, message in (
         (["--method", "kmeans", "--bits", "2.5"], "all columns have one width"),
-        (["--method", "kmeans", "--dry-run"], "--dry-run does not go with --method kmeans"),
         (["--workers", "2"], "choose --method kmeans or magnitude"),
     ):
         assert main(["compress", str(source), str(tmp_path / "other"), *more]) == 1

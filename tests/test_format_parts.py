@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyllmq import BitmapWeight, CodebookWeight, FormatError, Sparse24CodebookWeight, Sparse24Weight
-from pyllmq.compression.magnitude import mask_24, unstructured_mask
+from pyllmq.packing import mask_24, unstructured_mask
 
 from .oracle import random_case
 from .test_sparse_formats import random_codes

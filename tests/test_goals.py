@@ -46,6 +46,7 @@ def test_every_goal_names_all_widths():
     assert all(len(ratios) == len(goals.BITS) and min(ratios) > 0 for ratios in goals.GOALS.values())
 
 
+@pytest.mark.slow
 def test_goals_run_on_small_shapes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(goals, "GOALS", {(1, "high"): (1.0,) * 4, (2, "fast"): (1.0,) * 4})
     monkeypatch.setattr(goals, "cold_bytes_for", lambda *sizes: (100_000, ""))

@@ -10,8 +10,9 @@ from torch import nn
 
 import pyllmq
 from pyllmq import CodebookLinear, CodebookWeight, backends
-from pyllmq.dispatch import WeightOperand
+from pyllmq.formats.codes import pack_codes as reference_pack_codes
 from pyllmq.functional import codebook_dequantize, codebook_linear, pack_codes, softmax_cdist_l1, unpack_codes
+from pyllmq.layouts import WeightOperand, machine_layout
 
 from .oracle import assert_as_good_as_torch, random_case
 from .test_softmax_cdist_l1 import check_gradient, exact_distance
@@ -42,7 +43,8 @@ def backend(request):
 def default_backend(backend, monkeypatch):
     """The back end, made the one that a layer gets by itself when it moves to the GPU."""
     if backend == "triton":
-        monkeypatch.setattr(backends.cuda, "available", lambda: (False, "left out by this test"))
+        for module in (backends.cuda, backends.cuda.runtime):
+            monkeypatch.setattr(module, "available", lambda: (False, "left out by this test"))
     return backend
 
 
@@ -145,9 +147,9 @@ def test_sparse_dequantize_and_back(backend, kind):
     weight = SPARSE[kind](130, 270)
     with pyllmq.use_backend(backend):
         operand = type(weight)(weight.structure, weight.tensors).to(DEVICE).operand()
-    tensors = backends.unpack_layout(operand, weight.structure.tensors())
+    tensors = machine_layout(operand.layout).unpack(operand, weight.structure.tensors(), weight.tensors)
     assert all(torch.equal(tensors[key].cpu(), tensor) for key, tensor in weight.tensors.items())
-    dense = getattr(pyllmq.functional, f"{weight.layout}_dequantize")(operand, torch.float32)
+    dense = getattr(pyllmq.functional, f"{weight.kind}_dequantize")(operand, torch.float32)
     torch.testing.assert_close(dense.cpu().double(), dense_of(weight), rtol=1e-6, atol=0)
 
 
@@ -165,7 +167,7 @@ def test_pack_and_unpack(backend, bits):
     with pyllmq.use_backend(backend):
         packed = pack_codes(codes.to(DEVICE), bits)
         unpacked = unpack_codes(packed, bits, 61)
-    assert torch.equal(packed.cpu(), backends.reference.pack_codes(codes, bits))
+    assert torch.equal(packed.cpu(), reference_pack_codes(codes, bits))
     assert torch.equal(unpacked.cpu(), codes)
 
 
@@ -250,7 +252,7 @@ def test_captured_in_a_cuda_graph(backend, tokens):
 @pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 def test_compiled_in_one_graph_with_less_overhead(default_backend):
     layer = CodebookLinear.from_weight(random_case(64, 96, (2, 4), outliers=0.02).weight, torch.randn(64)).to(DEVICE)
-    assert layer.operand().layout == default_backend
+    assert layer.operand().layout == f"{default_backend}.codebook"
     compiled = torch.compile(nn.Sequential(layer, nn.GELU()), fullgraph=True, mode="reduce-overhead")
     with torch.no_grad():
         for _ in range(4):
@@ -301,13 +303,15 @@ def test_a_layer_moves_to_the_gpu_and_back(default_backend):
     x = torch.randn(3, 100)
     before, state = layer(x), {key: tensor.clone() for key, tensor in layer.state_dict().items()}
     layer.to(DEVICE)
-    assert layer.operand().layout == default_backend and all(b.device.type == DEVICE for b in layer.buffers())
+    assert layer.operand().layout == f"{default_backend}.codebook" and all(
+        b.device.type == DEVICE for b in layer.buffers()
+    )
     torch.testing.assert_close(layer(x.to(DEVICE)).cpu(), before, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(tensor.cpu(), state[key]) for key, tensor in layer.state_dict().items())
     layer.half()
     assert layer(x.to(DEVICE).half()).dtype == torch.float16
     layer.to("cpu", torch.float32)
-    assert layer.operand().layout == "cpu"
+    assert layer.operand().layout == "cpu.codebook"
     torch.testing.assert_close(layer(x), before, rtol=1e-2, atol=1e-2)  # the bias was fp16 meanwhile
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import pyllmq
-from pyllmq.backends import reference
+from pyllmq.backends.reference import kmeans_1d as reference
 from pyllmq.functional import kmeans_1d, kmeans_1d_errors
 
 from .cuda_emulator import emulated  # noqa: F401

@@ -14,7 +14,7 @@ import torch
 
 import pyllmq
 from pyllmq.cli import main
-from pyllmq.compression.manifest import working_folder
+from pyllmq.compression.jobs.manifest import working_folder
 
 from . import models
 from .kill_and_resume import ended_after
@@ -65,6 +65,7 @@ def test_resume(dense):
     loads("my-model-packed")
 
 
+@pytest.mark.slow
 def test_torchrun(dense):
     (words,) = [words for words in COMMANDS if words[0] == "torchrun"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:], *LITTLE_TEXT]

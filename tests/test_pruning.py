@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pyllmq import CLAQConfig, SparseConfig
-from pyllmq.compression import densities, pruning
-from pyllmq.compression.column_loop import output_error
+from pyllmq.compression.methods import sparse as pruning
+from pyllmq.compression.solver import sparsity as densities
+from pyllmq.compression.solver.hessian import output_error
 
 
 def problem(rows: int, size: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyllmq.compression import calibration, data_free
+from pyllmq import CodebookWeight
+from pyllmq.compression import calibration
 
 from . import models
 
@@ -42,7 +43,7 @@ def test_examples_run(where_the_examples_run):
         "student_logits": torch.randn(2, 5, 9),
         "teacher_logits": torch.randn(2, 5, 9),
         "labels": torch.randint(0, 9, (2, 5)),
-        **dict.fromkeys("qkv", data_free.pack_columns(torch.randn(8, 6), torch.full((6,), 3))),
+        **dict.fromkeys("qkv", CodebookWeight.from_dense(torch.randn(8, 6), torch.full((6,), 3))),
     }
     exec(second, names)
     assert names["layer"].bits_per_weight > 3

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyllmq.compression.sensitivity import trace_per_weight
+from pyllmq.compression.statistics.sensitivity import trace_per_weight
 
 from . import models
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyllmq
-from pyllmq.backends import cpu
+from pyllmq.backends.cpu import runtime as cpu
 from pyllmq.functional import softmax_cdist_l1
 
 from .oracle import assert_as_good_as_torch

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from pyllmq import BitmapWeight, FormatError, Sparse24CodebookWeight, Sparse24Weight
-from pyllmq.compression.magnitude import mask_24, unstructured_mask
 from pyllmq.formats import structure_from_dict
 from pyllmq.formats.bitmap import BitmapStructure
 from pyllmq.formats.sparse24 import Sparse24Structure
 from pyllmq.formats.sparse24_codebook import Sparse24CodebookStructure
+from pyllmq.packing import mask_24, unstructured_mask
 
 SHAPES = [(1, 1), (1, 2), (3, 5), (7, 33), (16, 64), (33, 127), (40, 258)]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32]

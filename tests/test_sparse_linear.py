@@ -16,11 +16,11 @@ from pyllmq import (
     Sparse24Weight,
     SparseLinear,
     _cpu,
-    backends,
     functional,
 )
-from pyllmq.compression.magnitude import mask_24, unstructured_mask
-from pyllmq.dispatch import DEFAULT_PRECISION, PRECISIONS
+from pyllmq.layouts import machine_layout
+from pyllmq.operations import DEFAULT_PRECISION, PRECISIONS
+from pyllmq.packing import mask_24, unstructured_mask
 
 from . import models
 from .test_sparse_formats import random_codes
@@ -157,8 +157,8 @@ def test_a_machine_layout_gives_the_tensors_back():
     for n, k in [(1, 1), (33, 70), (70, 517)]:
         for packed in (*make_all(n, k), bitmap(n, k, 0.99), bitmap(n, k, 0.99, torch.int8)):
             operand = packed.operand()
-            assert operand.layout == f"cpu.{packed.layout}"
-            tensors = backends.unpack_layout(operand, packed.structure.tensors())
+            assert operand.layout == f"cpu.{packed.kind}"
+            tensors = machine_layout(operand.layout).unpack(operand, packed.structure.tensors(), {})
             assert all(torch.equal(tensors[key], tensor) for key, tensor in packed.tensors.items())
             torch.testing.assert_close(packed.dequantize().double(), dense_of(packed), rtol=1e-6, atol=0)
 
@@ -185,7 +185,6 @@ def test_not_a_number_stays_one(isa):
 def test_gradient_compile_and_opcheck():
     for packed in (bitmap(12, 20), sparse24(12, 20), random_codes(12, 20, 2, 0.05)[0]):
         op = LINEAR[type(packed)]
-        name = op.__name__
         operand = packed.operand()
         x, bias = torch.randn(3, 20, requires_grad=True), torch.randn(12, requires_grad=True)
         y = op(x, packed, bias)
@@ -195,8 +194,9 @@ def test_gradient_compile_and_opcheck():
         torch.testing.assert_close(bias.grad, grad.sum(0))
         compiled = torch.compile(lambda x, op=op, operand=operand: op(x, operand) + 1, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x.detach()), op(x.detach(), packed) + 1)
-        arguments = (x.detach(), list(operand.tensors), operand.layout, 12, None, DEFAULT_PRECISION)
-        torch.library.opcheck(getattr(torch.ops.pyllmq, name).default, arguments)
+        described = (list(operand.tensors), operand.kind, operand.layout, operand.meta, operand.shape)
+        torch.library.opcheck(torch.ops.pyllmq.packed_linear.default, (x.detach(), *described, None, DEFAULT_PRECISION))
+        torch.library.opcheck(torch.ops.pyllmq.packed_dequantize.default, (*described, torch.float32))
 
 
 def test_wrong_arguments():

@@ -18,11 +18,13 @@ from torch import nn
 import pyllmq
 from pyllmq import CLAQConfig, ColumnCodebookConfig, SparseConfig, compress_folder, loading
 from pyllmq.cli import main
-from pyllmq.compression import stream
-from pyllmq.compression.blocks import OUTSIDE, BlockLoop, find_stages
-from pyllmq.compression.guide import output_gradients, output_gradients_by_block
-from pyllmq.compression.manifest import Manifest, working_folder
+from pyllmq.compression.jobs.folder import HiddenStates
+from pyllmq.compression.jobs.manifest import Manifest, working_folder
+from pyllmq.compression.ranks import ALONE
+from pyllmq.compression.statistics.blocks import BlockLoop, find_stages
+from pyllmq.compression.statistics.loss_gradients import output_gradients, output_gradients_by_block
 from pyllmq.integrations.checkpoint import StreamedModel
+from pyllmq.weights import OUTSIDE
 
 from . import models
 from .kill_and_resume import digests, ended_after
@@ -137,7 +139,7 @@ def test_gradients_block_by_block(tmp_path, make):
     with torch.no_grad():
         chains = loop.find_chains(stages)
         found = output_gradients_by_block(
-            loop, chains, {n: m for s in stages for n, m in s.linears.items()}, stream._Stored(tmp_path, "x", stream.ALONE),
+            loop, chains, {n: m for s in stages for n, m in s.linears.items()}, HiddenStates(tmp_path, "x", ALONE),
             [2, 2, 2],
         )  # fmt: skip
     assert found.row_weights.keys() == wanted.row_weights.keys() == linears.keys()

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from pyllmq import BitmapWeight, Sparse24CodebookLinear, Sparse24Weight
-from pyllmq.backends import prepack, unpack_layout
-from pyllmq.compression import magnitude
 from pyllmq.dispatch import Kernel, rows
+from pyllmq.layouts import machine_layout
+from pyllmq.operations import ColumnBlock, Normalisation, Transport
+from pyllmq.packing import mask_24, unstructured_mask
 
 from .oracle import random_case
 
@@ -35,10 +36,10 @@ def linear(weight: Any) -> Call:
     bias, inputs = torch.randn(N), [torch.randn(tokens, K) for tokens in (1, 7, 70)]
 
     def call(run):
-        operand = prepack(weight.checkpoint_operand())
+        operand = weight.prepack()
         found = list(operand.tensors)
         for x, dtype, precision in itertools.product(inputs, DTYPES, PRECISIONS):
-            found.append(run(x.to(dtype), operand.tensors, N, K, bias, precision))
+            found.append(run(x.to(dtype), operand, bias, precision))
         return found
 
     return call
@@ -46,9 +47,9 @@ def linear(weight: Any) -> Call:
 
 def dequantize(weight: Any) -> Call:
     def call(run):
-        operand = prepack(weight.checkpoint_operand())
-        held = [] if operand.layout == "cpu" else list(unpack_layout(operand, weight.structure.tensors()).values())
-        return held + [run(operand.tensors, N, K, dtype) for dtype in DTYPES]
+        operand = weight.prepack()
+        held = machine_layout(operand.layout).unpack(operand, weight.structure.tensors(), weight.tensors)
+        return [*held.values(), *(run(operand, dtype) for dtype in DTYPES)]
 
     return call
 
@@ -57,11 +58,11 @@ def calls() -> dict[str, Call]:
     """By the name of the row; random numbers are drawn here, and not again when a call is repeated."""
     case = random_case(N, K, (1, 2, 3, 4, 8), segments=2, outliers=0.01, row_scale=True)
     dense, x = torch.randn(N, K), torch.randn(33, K)
-    stored = case.weight.checkpoint_operand().tensors
+    stored = case.weight.checkpoint_operand()
     formats = {
         "codebook": case.weight,
-        "bitmap": BitmapWeight.pack(dense, magnitude.unstructured_mask(dense, 0.6), torch.int8),
-        "sparse24": Sparse24Weight.pack(dense, magnitude.mask_24(dense), torch.float16),
+        "bitmap": BitmapWeight.pack(dense, unstructured_mask(dense, 0.6), torch.int8),
+        "sparse24": Sparse24Weight.pack(dense, mask_24(dense), torch.float16),
         "sparse24_codebook": Sparse24CodebookLinear.from_dense(dense, 3, outlier_fraction=0.02).packed_weight(),
     }
     codes, packed = torch.randint(0, 8, (N, K), dtype=torch.uint8), torch.randint(0, 256, (N, 113), dtype=torch.uint8)
@@ -70,7 +71,7 @@ def calls() -> dict[str, Call]:
     wide, small, logits = torch.rand(3, 90, 110), torch.rand(300, 4, 4), torch.randn(900, 4, 5)
 
     def gradient(run):
-        return [run(dense, stored, N, K)]
+        return [run(dense, stored)]
 
     def cdist_backward(run):
         _, *statistics = ROWS["cpu.softmax_cdist_l1"].run(student, teacher, 2.0)
@@ -94,10 +95,11 @@ def calls() -> dict[str, Call]:
             results.append(torch.zeros(columns, 256))
             ones, kept = torch.ones(rows_), torch.full((columns,), 2, dtype=torch.int32)
             bits = (torch.arange(columns) % 4 + 1).to(torch.uint8)
-            moves, _ = run(
+            block = ColumnBlock(
                 target, torch.full((columns, columns), 0.1), torch.ones(columns), ones, ones, bits, kept, stored_values,
-                *results, "exact", descend,
+                *results,
             )  # fmt: skip
+            moves, _ = run(block, "exact", descend)
             found += [target, stored_values, *results, moves]
         return found
 
@@ -110,22 +112,23 @@ def calls() -> dict[str, Call]:
                 torch.full((problems, m), 1 / m),
                 torch.full((problems,), 0.1),
             )
-            found += [*run(cost, a, b, epsilon, 9, 0.0, torch.inf, torch.inf, tape), tape]
+            found += [*run(Transport(cost, a, b, epsilon, torch.inf, torch.inf), 9, 0.0, tape), tape]
         return found
 
     def sinkhorn_backward(run):
         problems, n, m = wide.shape
         a, b, tape = torch.full((problems, n), 1 / n), torch.full((problems, m), 1 / m), torch.empty(problems, 9, n + m)
         epsilon = torch.full((problems,), 0.1)
-        plan, u, v, count = ROWS["cpu.sinkhorn"].run(wide, a, b, epsilon, 9, 0.0, torch.inf, torch.inf, tape)
-        return list(run(wide, a, b, epsilon, tape, count, plan, u, v, torch.inf, torch.inf))
+        transport = Transport(wide, a, b, epsilon, torch.inf, torch.inf)
+        plan, u, v, count = ROWS["cpu.sinkhorn"].run(transport, 9, 0.0, tape)
+        return list(run(transport, tape, count, plan, u, v))
 
-    loop = (12, False, True, "line", 0.0, 1e-6)
+    how = Normalisation(12, False, True, "line", 0.0, 1e-6)
     found: dict[str, Call] = {
         "cpu.codebook_linear": linear(case.weight),
-        "cpu.dequantize": dequantize(case.weight),
-        "cpu.decode_checkpoint": lambda run: [run(stored, N, K, dtype) for dtype in DTYPES],
-        "cpu.decode_checkpoint_and_matmul": lambda run: [run(x, stored, N, K, None, "high")],
+        "cpu.codebook_dequantize": dequantize(case.weight),
+        "cpu.decode_checkpoint": lambda run: [run(stored, dtype) for dtype in DTYPES],
+        "cpu.decode_checkpoint_and_matmul": lambda run: [run(x, stored, None, "high")],
         "cpu.codebook_gradient": gradient,
         "cpu.pack_codes": lambda run: [run(codes, bits) for bits in (3, 5, 8)],
         "cpu.unpack_codes": lambda run: [run(packed, 3, 301), run(packed, 8, 113)],
@@ -138,8 +141,8 @@ def calls() -> dict[str, Call]:
         "cpu.fit_columns": fit_columns,
         "cpu.sinkhorn": sinkhorn,
         "cpu.sinkhorn_backward": sinkhorn_backward,
-        "cpu.doubly_stochastic": lambda run: [run(logits, *loop)],
-        "cpu.doubly_stochastic_backward": lambda run: [run(logits, logits.flip(0), *loop)],
+        "cpu.doubly_stochastic": lambda run: [run(logits, how)],
+        "cpu.doubly_stochastic_backward": lambda run: [run(logits, logits.flip(0), how)],
     }
     for name, weight in formats.items():
         if name != "codebook":

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pyllmq import backends
-from pyllmq.backends import triton as triton_backend
+from pyllmq.backends.triton import runtime as triton_backend
 from pyllmq.triton_kernels.configs import FOLDER
 
 needs_triton = pytest.mark.skipif(

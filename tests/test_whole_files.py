@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 import pyllmq
 from pyllmq import KMeansConfig, compress_files, loading
-from pyllmq.compression.manifest import working_folder
+from pyllmq.compression.jobs.manifest import working_folder
 
 from . import models
 from .kill_and_resume import digests

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import pyllmq
-from pyllmq import CodebookLinear, CodebookWeight, backends
-from pyllmq.backends import triton as triton_backend
+from pyllmq import CodebookLinear, CodebookWeight
+from pyllmq.backends.triton import codebook as triton_backend
 from pyllmq.functional import (
     codebook_dequantize,
     codebook_gradient,
@@ -58,7 +58,7 @@ def guarded(monkeypatch):
 
 def check(case, x, bias=None):
     weight = CodebookWeight(case.weight.structure, case.weight.tensors)
-    assert weight.operand().layout == "triton"
+    assert weight.operand().layout == "triton.codebook"
     actual = codebook_linear(x, weight, bias)
     exact = x.double() @ case.dense.T + (0 if bias is None else bias.double())
     dense = case.dense.to(x.dtype)
@@ -149,7 +149,7 @@ def test_no_tokens_and_leading_dimensions():
 def test_the_codes_come_back_from_the_layout():
     case = random_case(37, 90, (1, 3, 5, 8), outliers=0.1, row_scale=True)
     layer = CodebookLinear.from_weight(case.weight)
-    assert layer.operand().layout == "triton" and not any(
+    assert layer.operand().layout == "triton.codebook" and not any(
         name.startswith("codes_b") for name, _ in layer.named_buffers()
     )
     assert torch.equal(layer.packed_weight().unpack(), case.codes)
@@ -165,8 +165,7 @@ def test_centroids_under_outliers():
         case.column_bits,
         segment_rows=case.weight.tensors["segment_rows"],
     )
-    operand = triton_backend.prepack(case.weight.checkpoint_operand())
-    layout = triton_backend.Layout.of(operand.tensors, 30, 50)
+    layout = triton_backend.CodebookLayout.of(case.weight.operand())
     row = torch.repeat_interleave(layout.outlier_row_offsets.long().diff())
     assert torch.equal(layout.outlier_replaced, plain.dequantize(torch.float16)[row, layout.outlier_columns.long()])
 
@@ -199,23 +198,23 @@ def test_opcheck():
     case = random_case(9, 14, (1, 3), outliers=0.1)
     operand = CodebookWeight(case.weight.structure, case.weight.tensors).operand()
     x = torch.randn(4, 14, requires_grad=True)
-    arguments = (x, list(operand.tensors), operand.layout, 9, torch.randn(9), "exact")
+    arguments = (x, list(operand.tensors), "codebook", operand.layout, (), (9, 14), torch.randn(9), "exact")
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.pyllmq.codebook_linear.default, arguments, test_utils=checks)
+    torch.library.opcheck(torch.ops.pyllmq.packed_linear.default, arguments, test_utils=checks)
 
 
 def test_a_damaged_layout_is_refused():
-    (blob, *_) = triton_backend.prepack(random_case(40, 50).weight.checkpoint_operand()).tensors
+    (blob, *_) = random_case(40, 50).weight.operand().tensors
     damaged = blob.clone()
     damaged[0] ^= 1
     for given, n, message in (
-        (damaged, 40, "no layout 'triton'"),
+        (damaged, 40, "no layout 'triton.codebook'"),
         (blob[:512].clone(), 40, "cut off"),
         (blob[:10].clone(), 40, "at least"),
         (blob, 41, r"\[40, 50\], but was given as \[41, 50\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            backends.operand_from_layout("triton", given, n, 50)
+            triton_backend.from_blob(given, (n, 50))
 
 
 def test_every_width_and_number_of_tokens_has_a_tile():

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import pyllmq
-from pyllmq import BitmapWeight, Sparse24CodebookLinear, Sparse24Linear, Sparse24Weight, SparseLinear, backends
-from pyllmq.compression.magnitude import mask_24
+from pyllmq import BitmapWeight, Sparse24CodebookLinear, Sparse24Linear, Sparse24Weight, SparseLinear
+from pyllmq.layouts import machine_layout
+from pyllmq.packing import mask_24
 
 from .test_sparse_formats import random_codes
 from .test_sparse_linear import LINEAR, bitmap, dense_of, sparse24
@@ -29,7 +30,7 @@ def only_triton():
 
 def check(packed, x, bias=None):
     fresh = type(packed)(packed.structure, packed.tensors)
-    assert fresh.operand().layout == f"triton.{packed.layout}"
+    assert fresh.operand().layout == f"triton.{packed.kind}"
     y = LINEAR[type(packed)](x, fresh, bias)
     dense = dense_of(packed)
     truth = torch.nn.functional.linear(x.double(), dense, None if bias is None else bias.double())
@@ -73,7 +74,7 @@ def test_the_layout_gives_the_tensors_back():
     coded = [random_codes(33, k, bits, outliers)[0] for k in (70, 73) for bits in (2, 3, 4) for outliers in (0, 0.1)]
     for packed in (bitmap(33, 70), bitmap(33, 70, 0.99, torch.int8), sparse24(33, 70), BitmapWeight.pack(wide), *coded):
         fresh = type(packed)(packed.structure, packed.tensors)
-        tensors = backends.unpack_layout(fresh.operand(), packed.structure.tensors())
+        tensors = machine_layout(f"triton.{packed.kind}").unpack(fresh.operand(), packed.structure.tensors(), {})
         assert all(torch.equal(tensors[key], tensor) for key, tensor in packed.tensors.items())
         torch.testing.assert_close(fresh.dequantize().double(), dense_of(packed), rtol=1e-6, atol=0)
 
@@ -118,6 +119,6 @@ def test_a_foreign_blob_is_refused():
         (blob[:9], (8, 12), "at least"),
     ):
         with pytest.raises(ValueError, match=message):
-            backends.operand_from_layout("triton.sparse24", given, *shape)
+            machine_layout("triton.sparse24").from_blob(given, shape)
     with pytest.raises(ValueError, match="no layout 'triton.bitmap'"):
-        backends.operand_from_layout("triton.bitmap", blob, 8, 12)
+        machine_layout("triton.bitmap").from_blob(blob, (8, 12))

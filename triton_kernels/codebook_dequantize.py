@@ -48,7 +48,7 @@ def _put_outliers(
 
 
 def codebook_dequantize(layout, dtype: torch.dtype, given: Tile | None = None) -> torch.Tensor:
-    """The dense matrix of a `pyllmq.backends.triton.Layout`. A `given` tile takes the place of the one that configs/ has."""
+    """The dense matrix of a `CodebookLayout` (backends/triton/codebook.py). A `given` tile takes the place of that in configs/."""
     rows, columns = layout.out_features, layout.in_features
     out = torch.empty(rows, columns, dtype=dtype, device=layout.blob.device)
     for group in layout.groups:

@@ -115,7 +115,7 @@ def splits(tile: Tile, rows: int, slots: int, token_blocks: int) -> tuple[int, i
 
 
 def codebook_linear(x: torch.Tensor, layout, bias: torch.Tensor | None, given: Tile | None = None) -> torch.Tensor:
-    """x [M, K], contiguous, times the weight of a `pyllmq.backends.triton.Layout`, plus bias: [M, N] in x's dtype.
+    """x [M, K], contiguous, times the weight of a `pyllmq.backends.triton.codebook.CodebookLayout`, plus bias: [M, N] in x's dtype.
 
     A `given` tile takes the place of the one that configs/ has, for whoever measures them.
     """

@@ -62,7 +62,7 @@ WIDE_STRIDE = 64
 
 
 def kmeans_1d_layers(sums: torch.Tensor, masses: torch.Tensor, k_max: int) -> torch.Tensor:
-    """See `pyllmq.backends.reference.Layers`."""
+    """See `pyllmq.backends.reference.kmeans_1d.Layers`."""
     problems, n = sums.shape[0], sums.shape[1] - 1
     sums, masses = sums.contiguous(), masses.contiguous()
     gain = torch.where(masses > 0, sums.square() / masses, 0.0)

@@ -1,6 +1,6 @@
 """sinkhorn: one program per problem, its matrix in registers, all iterations in one launch. Log domain: a GPU has a unit for exp.
 
-Log scalings alpha [n], beta [m] as in backends/reference_sinkhorn.py; the tape holds them for every iteration. Nothing waits
+Log scalings alpha [n], beta [m] as in backends/reference/sinkhorn.py; the tape holds them for every iteration. Nothing waits
 for the host: a problem that is settled leaves its loop by itself.
 """
 

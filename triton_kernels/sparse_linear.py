@@ -190,7 +190,7 @@ def _spread_bitmap(
 
 
 def sparse_linear(x: torch.Tensor, layout, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [M, K], contiguous, times the weight of a `pyllmq.backends.triton_sparse.Layout`, plus bias: [M, N] in x's dtype."""
+    """x [M, K], contiguous, times the weight of a `pyllmq.backends.triton.sparse.SparseLayout`, plus bias: [M, N] in x's dtype."""
     tokens, rows, columns = x.shape[0], layout.out_features, layout.in_features
     # Codes of a single row and more tokens: triton 3.6's compiler aborts.
     token_by_token = tokens == 1 or (rows == 1 and layout.bits > 0)
@@ -232,7 +232,7 @@ def sparse_linear(x: torch.Tensor, layout, bias: torch.Tensor | None) -> torch.T
 
 
 def sparse_dequantize(layout, dtype: torch.dtype) -> torch.Tensor:
-    """The dense matrix [N, K] of a `pyllmq.backends.triton_sparse.Layout`."""
+    """The dense matrix [N, K] of a `pyllmq.backends.triton.sparse.SparseLayout`."""
     rows, columns = layout.out_features, layout.in_features
     out = torch.empty(rows, columns, dtype=dtype, device=layout.values.device)
     groups = triton.cdiv(columns, 4)

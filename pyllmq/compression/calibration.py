@@ -40,12 +40,12 @@ def builtin_sentences() -> list[str]:
 def sentence_batches(
     tokenizer: Any, sentences: Sequence[str], batch_size: int = 16, max_length: int = 128
 ) -> list[Batch]:
-    """Padded batches with an attention mask, for encoders."""
+    """Batches with an attention mask, for encoders; padded, if there is more than one sentence in each."""
     return [
         dict(
             tokenizer(
                 list(sentences[i : i + batch_size]),
-                padding=True,
+                padding=batch_size > 1,
                 truncation=True,
                 max_length=max_length,
                 return_tensors="pt",
@@ -67,6 +67,65 @@ def token_windows(tokenizer: Any, text: str, samples: int, seqlen: int, seed: in
         )
     order = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
     return [{"input_ids": stream[i * seqlen : (i + 1) * seqlen].unsqueeze(0)} for i in order.tolist()]
+
+
+def check_takes_text(model: Any) -> None:
+    """Raises ValueError for a model of images or sound."""
+    taken = getattr(model, "main_input_name", "input_ids")
+    if taken != "input_ids":
+        raise ValueError(
+            f"{type(model).__name__} takes {taken}, and the command calibrates with text; take a method without calibration, or "
+            "give pyllmq.compress or pyllmq.compress_folder batches of your own"
+        )
+
+
+def is_causal(model: Any) -> bool:
+    """Does the model predict the next token of its only text?"""
+    generates = bool(getattr(model, "can_generate", lambda: False)())
+    return generates and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def batches_of_text(model: Any, tokenizer: Any, text: str | None, samples: int, seqlen: int) -> list[Batch]:
+    """Batches for any model of text: windows for causal ones, sentences (the lines of `text`) for the others.
+
+    None is the text that is on every machine. No window is longer than the model's positions. Decoders that have ids of their
+    own are given those of the encoder, shifted by one.
+    """
+    positions = _positions(model)
+    seqlen = seqlen if positions is None else min(seqlen, positions)
+    if is_causal(model):
+        whole = "\n\n".join(builtin_paragraphs()) if text is None else text
+        return token_windows(tokenizer, whole, samples, seqlen)
+    sentences = builtin_sentences() if text is None else [line.strip() for line in text.splitlines() if line.strip()]
+    if not sentences:
+        raise ValueError("the calibration text holds no line with text; give one sentence or more, each on a line")
+    # A classifier by the last token needs its padding token to find it.
+    padded = tokenizer.pad_token is not None and model.config.pad_token_id is not None
+    batches = sentence_batches(tokenizer, sentences[:samples], 16 if padded else 1, max_length=seqlen)
+    if getattr(model.config, "is_encoder_decoder", False):
+        start = getattr(model.config, "decoder_start_token_id", None) or model.config.pad_token_id or 0
+        for batch in batches:
+            ids = batch["input_ids"]
+            batch["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
+            batch["decoder_attention_mask"] = batch["attention_mask"]
+    return batches
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens the model has positions for; None: any number."""
+    limits = [getattr(model.config, "max_position_embeddings", None)]
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count from the padding's id on.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min((limit for limit in limits if limit), default=None)
+
+
+def self_written(model: Any, tokenizer: Any, samples: int, seqlen: int, progress: bool) -> list[Batch]:
+    """`self_generated` in windows that the model has positions for. Raises ValueError for a model that writes no text."""
+    if not is_causal(model):
+        raise ValueError(f"{type(model).__name__} writes no text; --calibration self needs a causal language model")
+    return self_generated(model, tokenizer, samples, min(seqlen, _positions(model) or seqlen), progress=progress)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import ops
-from ..dispatch import CHECKPOINT_FIELDS, WeightOperand
 from ..formats import CodebookWeight
-from ..nn import CodebookLinear
 from ..linears import replace_module
-from .blocks import BlockLoop, Call, Chain, find_stages
+from ..nn import CodebookLinear
 from .calibration import Batch, as_batches
+from .statistics.blocks import BlockLoop, Call, Chain, find_stages
 
 LEARNING_RATE = 0.003
 """All-MiniLM-L6-v2 on development sentences, 1 - cosine before and after: at 3 bits .0338 and .0294 to .0300 (200 steps, 0.001 to
@@ -215,7 +214,8 @@ class _TrainedLinear(nn.Module):
     def __init__(self, layer: CodebookLinear) -> None:
         super().__init__()
         self.weight_packed, self.dense_dtype, self.precision = layer.packed_weight(), layer.dense_dtype, layer.precision
-        self.field = dict(zip(CHECKPOINT_FIELDS, self.weight_packed.checkpoint_operand().tensors, strict=True))
+        self.operand = self.weight_packed.checkpoint_operand()
+        self.field = CodebookWeight.named(self.operand)
         self.start = self.field["codebook"].float()
         self.unit = _column_gap(self.start, self.weight_packed.column_bits)
         self.move = nn.Parameter(torch.zeros_like(self.start))
@@ -235,13 +235,8 @@ class _TrainedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         field = self.field | self._trained()
-        operand = WeightOperand(
-            "checkpoint",
-            tuple(field[name] for name in CHECKPOINT_FIELDS),
-            self.weight_packed.out_features,
-            self.weight_packed.in_features,
-        )
-        return ops.codebook_linear(x, operand, self.bias)
+        operand = replace(self.operand, tensors=tuple(field[name] for name in CodebookWeight.fields))
+        return ops.packed_linear(x, operand, self.bias)
 
     @torch.no_grad()
     def packed(self) -> CodebookLinear:
@@ -299,13 +294,18 @@ def _eval(*models: nn.Module) -> Iterator[None]:
 @contextmanager
 def _run_again(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """The blocks keep no activations for the backward pass. transformers' own switch works in training mode only."""
+    # accelerate's hooks stand in the same place: an instance attribute `forward`.
+    before = [(block, vars(block).get("forward")) for block in blocks]
     for block in blocks:
         block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, forward in before:
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 @contextmanager

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from ..layers.linear import layer_type
+from ..structure import (
+    CompositeStructure,
+    FormatError,
+    PackedWeight,
+    Structure,
+    kinds,
+    register_format,
+    structure_from_dict,
+    weight_type,
+)
 from .bitmap import BitmapStructure, BitmapWeight
 from .codebook import CodebookStructure, CodebookWeight
 from .sparse24 import Sparse24Structure, Sparse24Weight
 from .sparse24_codebook import Sparse24CodebookStructure, Sparse24CodebookWeight
-from .structure import FormatError, PackedWeight, Structure
 
 __all__ = [
     "FORMAT_VERSION",
@@ -17,6 +24,7 @@ __all__ = [
     "BitmapWeight",
     "CodebookStructure",
     "CodebookWeight",
+    "CompositeStructure",
     "FormatError",
     "PackedWeight",
     "Sparse24CodebookStructure",
@@ -24,21 +32,12 @@ __all__ = [
     "Sparse24Structure",
     "Sparse24Weight",
     "Structure",
+    "kinds",
+    "layer_type",
+    "register_format",
     "structure_from_dict",
+    "weight_type",
 ]
 
 FORMAT_VERSION = 1
 """Of all of them: what `config.json` says."""
-
-_STRUCTURES = {
-    structure.kind: structure
-    for structure in (CodebookStructure, BitmapStructure, Sparse24Structure, Sparse24CodebookStructure)
-}
-
-
-def structure_from_dict(values: Mapping[str, Any]) -> Structure:
-    """The structure that `to_dict` described. Raises FormatError for anything else."""
-    kind = values.get("kind")
-    if not isinstance(kind, str) or kind not in _STRUCTURES:
-        raise FormatError(f"kind is {kind!r}; this version of pyllmq reads: {', '.join(map(repr, _STRUCTURES))}")
-    return _STRUCTURES[kind].from_dict(values)

@@ -13,30 +13,29 @@ A stored value may be zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
-from ..dispatch import BITMAP, BITMAP_FIELDS
-from .kept_values import checked_weight, stored_values, value_dtype, value_name
-from .structure import (
+from ..layers.linear import PackedLinear, dense_and_bias
+from ..layouts import Fields, Shape, Shapes
+from ..packing import unstructured_mask
+from ..structure import (
     FormatError,
     PackedWeight,
-    Shapes,
     Structure,
     column_dtype,
-    described,
-    expect_all,
     expect_ascending_columns,
     expect_row_offsets,
-    for_kernels,
+    register_format,
     sparse_columns,
     sparse_rows,
 )
+from .codes import unpack_codes
+from .kept_values import checked_weight, scaled, stored_values, value_dtype, value_name
 
 MOST_KEPT = 2**31 - 1
 POSITIONS = ("mask", "columns")
@@ -85,17 +84,13 @@ class BitmapStructure(Structure):
     def describe(self) -> str:
         return f"sparsity={self.sparsity:.3f}, values={self.values}, positions={self.positions}"
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> BitmapStructure:
-        return described(cls, values, ("out_features", "in_features", "kept"), ("values", "positions"))
-
 
 @dataclass(frozen=True, eq=False)
 class BitmapWeight(PackedWeight):
     """One sparse matrix of any pattern in checkpoint form. Make it with `pack` (from a pruned matrix) or `from_tensors`."""
 
-    layout: ClassVar[str] = BITMAP
-    fields: ClassVar[tuple[str, ...]] = BITMAP_FIELDS
+    structure_type = BitmapStructure
+    fields = ("values", "row_offsets", "mask", "columns", "scale")
 
     @classmethod
     def pack(
@@ -136,30 +131,35 @@ class BitmapWeight(PackedWeight):
         return cls(structure, tensors)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> BitmapWeight:
-        """Checkpoint tensors (without the module's prefix) -> the weight, after checking what kernels rely on.
-
-        Raises FormatError that names the key, what it holds and what is allowed.
-        """
+    def structure_of(cls, tensors: Fields, out_features: int, in_features: int) -> BitmapStructure:
         if "values" not in tensors:
             raise FormatError(f"the key 'values' is missing; found: {sorted(tensors)}")
         values = tensors["values"]
         positions = "mask" if "mask" in tensors else "columns"
-        structure = BitmapStructure(out_features, in_features, values.numel(), value_name(values.dtype), positions)
-        expect_all(dict(tensors), structure.tensors())
+        return BitmapStructure(out_features, in_features, values.numel(), value_name(values.dtype), positions)
+
+    @staticmethod
+    def check(structure: BitmapStructure, tensors: Fields) -> None:
         offsets = tensors["row_offsets"].long()
         expect_row_offsets("row_offsets", offsets, structure.kept)
-        if positions == "mask":
-            mask = ops.unpack_codes(tensors["mask"], 1, in_features)
-            if not torch.equal(mask.sum(1, dtype=torch.int64), offsets.diff()):
-                raise FormatError(
-                    "mask and row_offsets disagree about how many weights a row keeps; the file is damaged"
-                )
-        else:
-            expect_ascending_columns("columns", tensors["columns"].long(), offsets, in_features)
-        return cls(structure, {key: for_kernels(tensors[key]) for key in structure.tensors()})
+        if structure.positions == "columns":
+            expect_ascending_columns("columns", tensors["columns"].long(), offsets, structure.in_features)
+            return
+        mask = ops.unpack_codes(tensors["mask"], 1, structure.in_features)
+        if not torch.equal(mask.sum(1, dtype=torch.int64), offsets.diff()):
+            raise FormatError("mask and row_offsets disagree about how many weights a row keeps; the file is damaged")
 
-    def _tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+    @staticmethod
+    def decode(field: Fields, shape: Shape) -> Tensor:
+        weight = field["values"].new_zeros(shape, dtype=torch.float32)
+        if field["mask"].numel():
+            weight[unpack_codes(field["mask"], 1, shape[1]).bool()] = field["values"].float()
+        else:
+            row = torch.repeat_interleave(field["row_offsets"].long().diff())
+            weight[row, field["columns"].long()] = field["values"].float()
+        return scaled(weight, field)
+
+    def tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
         offsets, place = sparse_rows(self.tensors["row_offsets"], start, stop)
         tensors = {"row_offsets": offsets, "values": self.tensors["values"][place]}
         if "mask" in self.tensors:
@@ -170,7 +170,7 @@ class BitmapWeight(PackedWeight):
             tensors["scale"] = self.tensors["scale"][start:stop]
         return _with_a_value(tensors, self.in_features)
 
-    def _tensors_of_columns(self, start: int, stop: int) -> dict[str, Tensor]:
+    def tensors_of_columns(self, start: int, stop: int) -> dict[str, Tensor]:
         columns = self.tensors.get("columns")
         if columns is None:
             columns = torch.nonzero(self.mask())[:, 1]
@@ -195,10 +195,6 @@ class BitmapWeight(PackedWeight):
         mask[torch.repeat_interleave(offsets.diff()), self.tensors["columns"].long()] = True
         return mask
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense matrix [N, K]."""
-        return ops.bitmap_dequantize(self, dtype)
-
 
 def _with_a_value(tensors: dict[str, Tensor], in_features: int) -> dict[str, Tensor]:
     """The tensors of a part; where it keeps nothing, a zero at [0, 0]: loaders are spared tensors without elements."""
@@ -220,3 +216,41 @@ def _offsets(counts: Tensor) -> Tensor:
     offsets = counts.new_zeros(counts.numel() + 1, dtype=torch.int64)
     offsets[1:] = counts.cumsum(0)
     return offsets.to(torch.int32)
+
+
+class SparseLinear(PackedLinear):
+    """y = x W^T + bias with any weights of W kept (format `bitmap`), as values in fp16, bf16, fp32 or int8.
+
+    Make one with `from_dense` (of a pruned layer, or by magnitude), `from_weight` (from a `BitmapWeight`) or by loading a
+    checkpoint.
+    """
+
+    weight_type = BitmapWeight
+
+    @classmethod
+    def from_dense(
+        cls,
+        linear_or_weight: nn.Linear | Tensor,
+        sparsity: float | None = None,
+        *,
+        value_dtype: torch.dtype | None = None,
+    ) -> SparseLinear:
+        """Pack a layer or matrix [N, K], already pruned or not.
+
+        Args:
+            sparsity: share of the weights of each row to drop, the smallest ones, 0 to 1 exclusive; None keeps the weight's own
+                zeros, and only those: somebody else's pruning.
+            value_dtype: torch.float16, bfloat16, float32 or int8 (one scale per row); None is the weight's dtype.
+        """
+        dense, bias = dense_and_bias(linear_or_weight)
+        mask = None if sparsity is None else unstructured_mask(dense, sparsity)
+        packed = BitmapWeight.pack(dense, mask, value_dtype)
+        return cls.from_weight(packed, bias, dense.dtype)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that are not stored."""
+        return self.structure.sparsity
+
+
+register_format(BitmapStructure, SparseLinear, BitmapWeight)

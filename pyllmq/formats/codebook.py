@@ -18,17 +18,18 @@ Source of the method: CLAQ (arXiv 2405.17233); the byte layout is this project's
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
-from ..backends import layout_codes
-from ..dispatch import CHECKPOINT, CHECKPOINT_FIELDS, WeightOperand
-from .codes import cut_codes
-from .structure import (
+from ..layers.linear import PackedLinear, dense_and_bias
+from ..layouts import Fields, Shape, Shapes, WeightOperand
+from ..operations import CODEBOOK_GRADIENT
+from ..packing import column_codes
+from ..structure import (
     FormatError,
     PackedWeight,
     Structure,
@@ -37,16 +38,19 @@ from .structure import (
     expect_ascending_columns,
     expect_row_offsets,
     finite_fp16,
-    for_kernels,
+    outlier_places,
     outliers_of_columns,
     outliers_of_rows,
+    register_format,
 )
+from .codes import cut_codes, unpack_codes
+
+WIDTHS = range(1, 9)
+CODES = tuple(f"codes_b{bits}" for bits in WIDTHS)
 
 
 @dataclass(frozen=True)
 class CodebookStructure(Structure):
-    """Everything that fixes the shapes of a packed weight: what `config.json` holds for each module."""
-
     columns: tuple[int, ...]
     """Number of columns of width 1, 2, ..., 8."""
     segments: int = 1
@@ -68,11 +72,20 @@ class CodebookStructure(Structure):
                 f"{self.outliers} outliers in a weight of {self.out_features * self.in_features} elements"
             )
 
-    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Key -> (shape, dtype) of every tensor that a checkpoint holds for this weight."""
+    @classmethod
+    def bytes_of(
+        cls, rows: int, columns: int, counts: Mapping[int, float], outliers: float = 0, row_scale: bool = False
+    ) -> float:
+        """Bytes of a weight [rows, columns] of one segment with so many columns of each width; whole bytes of codes where eight
+        divides each count. What a column of b bits, or an outlier, adds is the difference of two calls."""
+        codes = sum(count * (rows * bits / 8 + 2 * (1 << bits)) for bits, count in counts.items())
+        kept = outliers * (2 + column_dtype(columns).itemsize) + 4 * (rows + 1) * (outliers > 0)
+        return columns + 4 + 2 * rows * row_scale + codes + kept
+
+    def tensors(self) -> Shapes:
         n, k = self.out_features, self.in_features
         entries = sum(count << bits for bits, count in enumerate(self.columns, 1))
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        shapes: Shapes = {
             "column_bits": ((k,), torch.uint8),
             "codebook": ((self.segments, entries), torch.float16),
             "segment_rows": ((self.segments,), torch.int32),
@@ -135,8 +148,12 @@ class CodebookWeight(PackedWeight):
 
     structure: CodebookStructure
 
-    layout: ClassVar[str] = CHECKPOINT
-    fields: ClassVar[tuple[str, ...]] = CHECKPOINT_FIELDS
+    structure_type = CodebookStructure
+    fields = (
+        *("column_bits", "codebook", "segment_rows"),
+        *("outlier_row_offsets", "outlier_columns", "outlier_values", "row_scale"),
+        *CODES,
+    )
 
     # ---- making one -------------------------------------------------------------------------------------------------
 
@@ -178,7 +195,7 @@ class CodebookWeight(PackedWeight):
         device = codes.device
         column_bits = column_bits.to(device, torch.uint8)
         if segment_rows is None:
-            segment_rows = torch.tensor([n])
+            segment_rows = torch.tensor([n], device=device)
         tensors = {
             "column_bits": column_bits,
             "codebook": _codebook_fp16(codebook.to(device), column_bits, len(segment_rows)),
@@ -206,11 +223,14 @@ class CodebookWeight(PackedWeight):
         return cls.from_tensors(tensors, n, k)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> CodebookWeight:
-        """Checkpoint tensors (without the module's prefix) -> the weight, after checking every byte that a kernel relies on.
+    def from_dense(
+        cls, weight: Tensor, column_bits: Tensor, *, outlier_fraction: float = 0.0, row_scale: bool = False
+    ) -> CodebookWeight:
+        """Pack `weight` [N, K] with `column_bits` [K] bits per column, as `packing.column_codes` fits it."""
+        return cls.pack(**column_codes(weight, column_bits, outlier_fraction, row_scale)).to(weight.device)
 
-        Raises FormatError that names the key, what it holds and what is allowed.
-        """
+    @classmethod
+    def structure_of(cls, tensors: Fields, out_features: int, in_features: int) -> CodebookStructure:
         for key in ("column_bits", "codebook", "segment_rows"):
             if key not in tensors:
                 raise FormatError(f"the key {key!r} is missing; found: {sorted(tensors)}")
@@ -218,7 +238,7 @@ class CodebookWeight(PackedWeight):
         expect("column_bits", bits, (in_features,), torch.uint8)
         if int(bits.min()) < 1 or int(bits.max()) > 8:
             raise FormatError(f"column_bits holds {int(bits.min())}..{int(bits.max())}; allowed: 1 to 8")
-        structure = CodebookStructure(
+        return CodebookStructure(
             out_features,
             in_features,
             tuple(torch.bincount(bits.long(), minlength=9)[1:9].tolist()),
@@ -226,28 +246,56 @@ class CodebookWeight(PackedWeight):
             outliers=tensors["outlier_values"].numel() if "outlier_values" in tensors else 0,
             row_scale="row_scale" in tensors,
         )
-        expected = structure.tensors()
-        if set(tensors) != set(expected):
-            raise FormatError(
-                f"the keys are {sorted(tensors)}; column_bits and the outliers ask for {sorted(expected)}"
-            )
-        for key, (shape, dtype) in expected.items():
-            expect(key, tensors[key], shape, dtype)
+
+    @staticmethod
+    def check(structure: CodebookStructure, tensors: Fields) -> None:
         rows = tensors["segment_rows"]
-        if int(rows.min()) < 1 or int(rows.sum()) != out_features:
+        if int(rows.min()) < 1 or int(rows.sum()) != structure.out_features:
             raise FormatError(
-                f"segment_rows is {rows.tolist()}; each must be positive, and their sum out_features = {out_features}"
+                f"segment_rows is {rows.tolist()}; each must be positive, and their sum out_features = {structure.out_features}"
             )
-        for key in ("codebook", "row_scale", "outlier_values"):
-            if key in tensors and not bool(torch.isfinite(tensors[key]).all()):
-                raise FormatError(
-                    f"{key} holds values that are not finite: the file is damaged, or was written from broken weights"
-                )
         if structure.outliers:
             offsets = tensors["outlier_row_offsets"].long()
             expect_row_offsets("outlier_row_offsets", offsets, structure.outliers)
-            expect_ascending_columns("outlier_columns", tensors["outlier_columns"].long(), offsets, in_features)
-        return cls(structure, {key: for_kernels(tensors[key]) for key in expected})
+            columns = tensors["outlier_columns"].long()
+            expect_ascending_columns("outlier_columns", columns, offsets, structure.in_features)
+
+    @staticmethod
+    def decode(field: Fields, shape: Shape) -> Tensor:
+        column_bits, codebook = field["column_bits"].long(), field["codebook"].float()
+        first_entry = torch.cumsum(1 << column_bits, 0) - (1 << column_bits)
+        row_segment = torch.repeat_interleave(field["segment_rows"].long())
+        weight = codebook.new_empty(shape)
+        for bits in WIDTHS:
+            columns = torch.nonzero(column_bits == bits).flatten()
+            if columns.numel():
+                codes = unpack_codes(field[f"codes_b{bits}"], bits, columns.numel()).long()
+                weight[:, columns] = codebook[row_segment[:, None], first_entry[columns] + codes]
+        if field["row_scale"].numel():
+            weight *= field["row_scale"].float()[:, None]
+        if field["outlier_values"].numel():
+            weight[outlier_places(field)] = field["outlier_values"].float()
+        return weight
+
+    @classmethod
+    def gradients(cls, weight_gradient: Tensor, operand: WeightOperand) -> dict[str, Tensor]:
+        """Of the codebook, the outliers and the row scales; codes stay as they are."""
+        field = cls.named(operand)
+        outliers = outlier_places(field) if field["outlier_values"].numel() else None
+        found = {}
+        if field["codebook"].requires_grad:
+            found["codebook"] = codebook_gradient(weight_gradient, operand)
+        if outliers is not None and field["outlier_values"].requires_grad:
+            found["outlier_values"] = weight_gradient[outliers]
+        if field["row_scale"].requires_grad:
+            # Without its scale a weight is its centroid; outliers have no scale.
+            plain = field | {"row_scale": torch.ones_like(field["row_scale"])}
+            tensors = tuple(plain[name].detach() for name in cls.fields)
+            centroids = ops.packed_dequantize(replace(operand, tensors=tensors))
+            if outliers is not None:
+                centroids[outliers] = 0
+            found["row_scale"] = (weight_gradient * centroids).sum(1)
+        return found
 
     @classmethod
     def concatenate(cls, weights: Sequence[CodebookWeight]) -> CodebookWeight:
@@ -289,7 +337,7 @@ class CodebookWeight(PackedWeight):
 
     # ---- parts of it ------------------------------------------------------------------------------------------------
 
-    def _tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+    def tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
         last = self.tensors["segment_rows"].long().cumsum(0)
         rows = last.clamp(start, stop) - (last - self.tensors["segment_rows"].long()).clamp(start, stop)
         tensors = {
@@ -301,7 +349,7 @@ class CodebookWeight(PackedWeight):
         tensors |= {key: self.tensors[key][start:stop] for key in by_row}
         return tensors | outliers_of_rows(self.tensors, start, stop)
 
-    def _tensors_of_columns(self, start: int, stop: int) -> dict[str, Tensor]:
+    def tensors_of_columns(self, start: int, stop: int) -> dict[str, Tensor]:
         entry = torch.nn.functional.pad((1 << self.column_bits.long()).cumsum(0), (1, 0))
         tensors = {
             "column_bits": self.column_bits[start:stop],
@@ -330,10 +378,6 @@ class CodebookWeight(PackedWeight):
                 codes[:, self.column_bits == bits] = ops.unpack_codes(self.tensors[f"codes_b{bits}"], bits, count)
         return codes
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense matrix [N, K]."""
-        return ops.codebook_dequantize(self, dtype)
-
 
 def _outliers_per_row(weight: CodebookWeight) -> Tensor:
     """int32 [N]."""
@@ -343,9 +387,8 @@ def _outliers_per_row(weight: CodebookWeight) -> Tensor:
     return offsets.diff()
 
 
-def codes_from_operand(operand: WeightOperand, column_bits: Tensor) -> dict[str, Tensor]:
-    """The `codes_b*` tensors of a checkpoint, rebuilt from a machine layout that replaced them in memory."""
-    codes = layout_codes(operand)
+def pack_widths(codes: Tensor, column_bits: Tensor) -> dict[str, Tensor]:
+    """Codes uint8 [N, K] -> the `codes_b*` tensors of a checkpoint."""
     widths = column_bits.unique().tolist()
     return {f"codes_b{bits}": ops.pack_codes(codes[:, column_bits == bits].contiguous(), bits) for bits in widths}
 
@@ -372,3 +415,84 @@ def _codebook_fp16(codebook: Tensor, column_bits: Tensor, segments: int) -> Tens
                 "off by more than 1 %; rescale the weight, or give row_scale"
             )
     return half
+
+
+# ---- codebook_gradient ----------------------------------------------------------------------------------------------
+
+
+def codebook_gradient(weight_gradient: Tensor, weight: CodebookWeight | WeightOperand) -> Tensor:
+    """dL/dcodebook from dL/dW: for each centroid the sum of row_scale * dL/dW over the weights that use it.
+
+    Args:
+        weight_gradient: float32 [N, K].
+        weight: in the checkpoint layout (`CodebookWeight.checkpoint_operand()`): other layouts have no codebook to train.
+
+    Returns:
+        float32, shaped as the codebook: [segments, sum_k 2**column_bits[k]]. Outliers have no centroid and count nowhere.
+
+    Raises:
+        ValueError: weight_gradient is not float32 [N, K]. NoKernelError: another layout.
+    """
+    operand = weight if isinstance(weight, WeightOperand) else weight.operand()
+    if tuple(weight_gradient.shape) != operand.shape or weight_gradient.dtype != torch.float32:
+        raise ValueError(
+            f"weight_gradient is {weight_gradient.dtype} {tuple(weight_gradient.shape)}; it must be torch.float32 {operand.shape}"
+        )
+    return torch.ops.pyllmq.codebook_gradient(weight_gradient, operand.tensors, operand.layout)
+
+
+def _codebook_gradient(weight_gradient: Tensor, weight: list[Tensor], layout: str) -> Tensor:
+    operand = ops.operand_of(weight, "codebook", layout, (), weight_gradient.shape)
+    return CODEBOOK_GRADIENT.kernel_for(weight_gradient.device.type, torch.float32, layout)(weight_gradient, operand)
+
+
+def _codebook_gradient_fake(weight_gradient: Tensor, weight: list[Tensor], layout: str) -> Tensor:
+    return torch.empty_like(weight[CodebookWeight.fields.index("codebook")], dtype=torch.float32)
+
+
+ops.define(
+    "codebook_gradient(Tensor weight_gradient, Tensor[] weight, str layout) -> Tensor",
+    _codebook_gradient,
+    _codebook_gradient_fake,
+)
+
+
+class CodebookLinear(PackedLinear):
+    """y = x W^T + bias with W packed as codes and one codebook per input column (format `codebook`).
+
+    Make one with `from_dense` (data-free), `from_weight` (from a `CodebookWeight`) or by loading a checkpoint.
+    """
+
+    weight_type = CodebookWeight
+
+    @classmethod
+    def from_dense(
+        cls,
+        linear_or_weight: nn.Linear | Tensor,
+        bits: int | None = None,
+        *,
+        column_bits: Sequence[int] | Tensor | None = None,
+        outlier_fraction: float = 0.0,
+        row_scale: bool = False,
+    ) -> CodebookLinear:
+        """Pack a dense layer or matrix [N, K] without calibration data: exact 1-D k-means in every column.
+
+        Args:
+            bits: one width for all columns, 1..8; or give
+            column_bits: a width for each column, [K].
+            outlier_fraction: share of the weights kept in fp16, those farthest from the middle of their column, 0..0.5.
+            row_scale: divide each row by its root mean square first and store that as fp16.
+
+        Raises ValueError for anything out of range, weights that are not finite, or weights beyond fp16.
+        """
+        dense, bias = dense_and_bias(linear_or_weight)
+        if (bits is None) == (column_bits is None):
+            raise ValueError(
+                f"give either bits or column_bits, not both or neither; given bits={bits}, column_bits={column_bits}"
+            )
+        widths = torch.as_tensor([bits] * dense.shape[1] if column_bits is None else column_bits, device="cpu")
+        packed = CodebookWeight.from_dense(dense, widths, outlier_fraction=outlier_fraction, row_scale=row_scale)
+        return cls.from_weight(packed, bias, dense.dtype)
+
+
+register_format(CodebookStructure, CodebookLinear, CodebookWeight)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from .structure import FormatError
+from ..structure import FormatError
 
 VALUE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 
@@ -18,6 +20,7 @@ def value_dtype(name: object) -> torch.dtype:
 
 
 def value_name(dtype: torch.dtype) -> str:
+    """Its inverse."""
     name = str(dtype).removeprefix("torch.")
     if name not in VALUE_DTYPES:
         raise FormatError(f"value_dtype is {dtype}; allowed: {', '.join(f'torch.{n}' for n in VALUE_DTYPES)}")
@@ -49,3 +52,9 @@ def stored_values(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | 
         reached = float(weight.float().abs().max())
         raise FormatError(f"the weight reaches {reached:g}, beyond {dtype}; choose torch.bfloat16 or torch.float32")
     return values, None
+
+
+def scaled(weight: Tensor, field: Mapping[str, Tensor]) -> Tensor:
+    """Stored values in their places, fp32 [N, K] -> the weight."""
+    scale = field.get("scale")
+    return weight if scale is None or not scale.numel() else weight * scale[:, None]

@@ -12,21 +12,19 @@ places beyond K in the last group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
-from ..dispatch import SPARSE24, SPARSE24_FIELDS
-from .codes import cut_codes
-from .kept_values import checked_weight, stored_values, value_dtype, value_name
-from .structure import FormatError, PackedWeight, Shapes, Structure, described, expect_all, for_kernels
-
-GROUP = 4
-KEPT = 2
+from ..layers.linear import PackedLinear, dense_and_bias
+from ..layouts import Fields, Shape, Shapes
+from ..packing import GROUP, KEPT, mask_24
+from ..structure import FormatError, PackedWeight, Structure, register_format
+from .codes import cut_codes, unpack_codes
+from .kept_values import checked_weight, scaled, stored_values, value_dtype, value_name
 
 
 @dataclass(frozen=True)
@@ -58,18 +56,14 @@ class Sparse24Structure(Structure):
     def describe(self) -> str:
         return f"values={self.values}"
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Sparse24Structure:
-        return described(cls, values, ("out_features", "in_features"), ("values",))
-
 
 @dataclass(frozen=True, eq=False)
 class Sparse24Weight(PackedWeight):
     """One 2:4 sparse matrix in checkpoint form. Make it with `pack` (from a pruned matrix) or `from_tensors`."""
 
-    layout: ClassVar[str] = SPARSE24
-    fields: ClassVar[tuple[str, ...]] = SPARSE24_FIELDS
-    column_unit: ClassVar[int] = GROUP
+    structure_type = Sparse24Structure
+    fields = ("values", "positions", "scale")
+    column_unit = GROUP
 
     @classmethod
     def pack(cls, weight: Tensor, mask: Tensor | None = None, value_dtype: torch.dtype | None = None) -> Sparse24Weight:
@@ -98,22 +92,23 @@ class Sparse24Weight(PackedWeight):
         return cls(structure, tensors)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> Sparse24Weight:
-        """Checkpoint tensors (without the module's prefix) -> the weight, after checking what kernels rely on.
-
-        Raises FormatError that names the key, what it holds and what is allowed.
-        """
+    def structure_of(cls, tensors: Fields, out_features: int, in_features: int) -> Sparse24Structure:
         if "values" not in tensors:
             raise FormatError(f"the key 'values' is missing; found: {sorted(tensors)}")
-        structure = Sparse24Structure(out_features, in_features, value_name(tensors["values"].dtype))
-        expect_all(dict(tensors), structure.tensors())
-        check_positions(tensors["positions"], structure.groups)
-        return cls(structure, {key: for_kernels(tensors[key]) for key in structure.tensors()})
+        return Sparse24Structure(out_features, in_features, value_name(tensors["values"].dtype))
 
-    def _tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+    @staticmethod
+    def check(structure: Sparse24Structure, tensors: Fields) -> None:
+        check_positions(tensors["positions"], structure.groups)
+
+    @staticmethod
+    def decode(field: Fields, shape: Shape) -> Tensor:
+        return scaled(spread_24(field["values"].float(), field["positions"], shape[1]), field)
+
+    def tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
         return {key: tensor[start:stop] for key, tensor in self.tensors.items()}
 
-    def _tensors_of_columns(self, start: int, stop: int) -> dict[str, Tensor]:
+    def tensors_of_columns(self, start: int, stop: int) -> dict[str, Tensor]:
         first, last = start // GROUP, -(-stop // GROUP)
         return self.tensors | {
             "values": self.tensors["values"][:, KEPT * first : KEPT * last],
@@ -123,10 +118,6 @@ class Sparse24Weight(PackedWeight):
     def mask(self) -> Tensor:
         """bool [N, K]: the places of the stored weights, two in each whole group."""
         return stored_places(self.tensors["positions"], self.out_features, self.in_features)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense matrix [N, K]."""
-        return ops.sparse24_dequantize(self, dtype)
 
 
 def kept_places(mask: Tensor) -> Tensor:
@@ -163,7 +154,42 @@ def stored_places(positions: Tensor, out_features: int, in_features: int) -> Ten
     return mask.view(out_features, -1)[:, :in_features]
 
 
+def spread_24(kept: Tensor, positions: Tensor, in_features: int) -> Tensor:
+    """Two numbers of each group [N, 2 G] -> [N, K], zero elsewhere; in plain torch."""
+    groups = kept.shape[1] // KEPT
+    code = unpack_codes(positions, GROUP, groups).long()
+    spread = kept.new_zeros(kept.shape[0], groups, GROUP)
+    spread.scatter_(2, torch.stack([code & 3, code >> 2], 2), kept.view(-1, groups, KEPT))
+    return spread.view(kept.shape[0], -1)[:, :in_features]
+
+
 def _groups_of_four(matrix: Tensor) -> Tensor:
     """[N, K] -> [N, G, 4], filled up with zeros."""
     n, k = matrix.shape
     return torch.nn.functional.pad(matrix, (0, -k % GROUP)).view(n, -1, GROUP)
+
+
+class Sparse24Linear(PackedLinear):
+    """y = x W^T + bias with two of every four neighbouring weights of W kept (format `sparse24`).
+
+    Make one with `from_dense` (of a layer pruned to 2:4, or by magnitude), `from_weight` (from a `Sparse24Weight`) or by
+    loading a checkpoint.
+    """
+
+    weight_type = Sparse24Weight
+
+    @classmethod
+    def from_dense(
+        cls, linear_or_weight: nn.Linear | Tensor, *, value_dtype: torch.dtype | None = None
+    ) -> Sparse24Linear:
+        """Pack a layer or matrix [N, K]: the two weights of the largest magnitude of each four, so a 2:4 pruned one as it is.
+
+        Args:
+            value_dtype: torch.float16, bfloat16, float32 or int8 (one scale per row); None is the weight's dtype.
+        """
+        dense, bias = dense_and_bias(linear_or_weight)
+        packed = Sparse24Weight.pack(dense, mask_24(dense), value_dtype)
+        return cls.from_weight(packed, bias, dense.dtype)
+
+
+register_format(Sparse24Structure, Sparse24Linear, Sparse24Weight)

@@ -15,33 +15,32 @@ position and the 2-bit code of a kept weight are then one index into the 16 part
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
-from ..dispatch import SPARSE24_CODEBOOK, SPARSE24_CODEBOOK_FIELDS
-from .codes import cut_codes
-from .kept_values import checked_weight
-from .sparse24 import GROUP, KEPT, check_positions, kept_places, position_codes, stored_places
-from .structure import (
+from ..layers.linear import PackedLinear, dense_and_bias
+from ..layouts import Fields, Shape, Shapes
+from ..packing import GROUP, KEPT, column_codes_24, mask_24
+from ..structure import (
     FormatError,
     PackedWeight,
-    Shapes,
     Structure,
     column_dtype,
-    described,
-    expect_all,
     expect_ascending_columns,
     expect_row_offsets,
     finite_fp16,
-    for_kernels,
+    outlier_places,
     outliers_of_columns,
     outliers_of_rows,
+    register_format,
 )
+from .codes import cut_codes, unpack_codes
+from .kept_values import checked_weight
+from .sparse24 import check_positions, kept_places, position_codes, spread_24, stored_places
 
 BITS = (2, 3, 4)
 
@@ -81,18 +80,14 @@ class Sparse24CodebookStructure(Structure):
     def describe(self) -> str:
         return f"bits={self.bits}, outliers={self.outliers}"
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Sparse24CodebookStructure:
-        return described(cls, values, ("out_features", "in_features", "bits", "outliers"))
-
 
 @dataclass(frozen=True, eq=False)
 class Sparse24CodebookWeight(PackedWeight):
     """One 2:4 sparse, quantized matrix in checkpoint form. Make it with `pack` (from codes) or `from_tensors`."""
 
-    layout: ClassVar[str] = SPARSE24_CODEBOOK
-    fields: ClassVar[tuple[str, ...]] = SPARSE24_CODEBOOK_FIELDS
-    column_unit: ClassVar[int] = GROUP
+    structure_type = Sparse24CodebookStructure
+    fields = ("codes", "positions", "codebook", "outlier_row_offsets", "outlier_columns", "outlier_values")
+    column_unit = GROUP
 
     @classmethod
     def pack(
@@ -160,31 +155,51 @@ class Sparse24CodebookWeight(PackedWeight):
         return cls.from_tensors(tensors, n, k)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], out_features: int, in_features: int) -> Sparse24CodebookWeight:
-        """Checkpoint tensors (without the module's prefix) -> the weight, after checking what kernels rely on.
+    def from_dense(
+        cls, weight: Tensor, mask: Tensor, bits: int, *, outlier_fraction: float = 0.0
+    ) -> Sparse24CodebookWeight:
+        """Pack `weight` [N, K], of which `mask` keeps two of every four neighbours, as `packing.column_codes_24` fits it."""
+        if bits not in BITS:
+            raise ValueError(f"bits is {bits}; allowed: {', '.join(map(str, BITS))}")
+        return cls.pack(**column_codes_24(weight, mask, bits, outlier_fraction)).to(weight.device)
 
-        Raises FormatError that names the key, what it holds and what is allowed.
-        """
+    @classmethod
+    def structure_of(cls, tensors: Fields, out_features: int, in_features: int) -> Sparse24CodebookStructure:
         book = tensors.get("codebook")
         if book is None or book.dim() != 2 or book.shape[1] not in [1 << bits for bits in BITS]:
             found = "missing" if book is None else f"{book.dtype} {tuple(book.shape)}"
             raise FormatError(f"codebook is {found}; it must be torch.float16 [{in_features}, 4, 8 or 16]")
         outliers = tensors["outlier_values"].numel() if "outlier_values" in tensors else 0
-        structure = Sparse24CodebookStructure(out_features, in_features, book.shape[1].bit_length() - 1, outliers)
-        expect_all(dict(tensors), structure.tensors())
-        check_positions(tensors["positions"], structure.groups)
-        if outliers:
-            offsets = tensors["outlier_row_offsets"].long()
-            expect_row_offsets("outlier_row_offsets", offsets, outliers)
-            expect_ascending_columns("outlier_columns", tensors["outlier_columns"].long(), offsets, in_features)
-        return cls(structure, {key: for_kernels(tensors[key]) for key in structure.tensors()})
+        return Sparse24CodebookStructure(out_features, in_features, book.shape[1].bit_length() - 1, outliers)
 
-    def _tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+    @staticmethod
+    def check(structure: Sparse24CodebookStructure, tensors: Fields) -> None:
+        check_positions(tensors["positions"], structure.groups)
+        if structure.outliers:
+            offsets = tensors["outlier_row_offsets"].long()
+            expect_row_offsets("outlier_row_offsets", offsets, structure.outliers)
+            columns = tensors["outlier_columns"].long()
+            expect_ascending_columns("outlier_columns", columns, offsets, structure.in_features)
+
+    @staticmethod
+    def decode(field: Fields, shape: Shape) -> Tensor:
+        codebook = field["codebook"].float()
+        bits = codebook.shape[1].bit_length() - 1
+        kept = unpack_codes(field["codes"], bits, KEPT * -(-shape[1] // GROUP))
+        # A code's place in the row first, its value then: 0 says that nothing is kept there.
+        place = spread_24(kept.float() + 1, field["positions"], shape[1]).long()
+        column = torch.arange(shape[1], device=place.device)
+        weight = torch.where(place > 0, codebook[column, (place - 1).clamp_min(0)], 0.0)
+        if field["outlier_values"].numel():
+            weight[outlier_places(field)] = field["outlier_values"].float()
+        return weight
+
+    def tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
         by_row = {key: self.tensors[key][start:stop] for key in ("codes", "positions")}
         outliers = outliers_of_rows(self.tensors, start, stop)
         return by_row | {"codebook": self.tensors["codebook"]} | outliers
 
-    def _tensors_of_columns(self, start: int, stop: int) -> dict[str, Tensor]:
+    def tensors_of_columns(self, start: int, stop: int) -> dict[str, Tensor]:
         first, last = start // GROUP, -(-stop // GROUP)
         return {
             "codes": cut_codes(self.tensors["codes"], self.structure.bits, KEPT * first, KEPT * last),
@@ -205,6 +220,29 @@ class Sparse24CodebookWeight(PackedWeight):
         spread.scatter_(2, torch.stack([position & 3, position >> 2], 2), codes)
         return spread.view(n, -1)[:, :k].contiguous()
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense matrix [N, K]."""
-        return ops.sparse24_codebook_dequantize(self, dtype)
+
+class Sparse24CodebookLinear(PackedLinear):
+    """y = x W^T + bias with two of every four neighbouring weights of W kept, as codes (format `sparse24_codebook`).
+
+    Make one with `from_dense` (data-free), `from_weight` (from a `Sparse24CodebookWeight`) or by loading a checkpoint.
+    """
+
+    weight_type = Sparse24CodebookWeight
+
+    @classmethod
+    def from_dense(
+        cls, linear_or_weight: nn.Linear | Tensor, bits: int = 4, *, outlier_fraction: float = 0.0
+    ) -> Sparse24CodebookLinear:
+        """Pack a layer or matrix [N, K] without calibration data: the two largest weights of each four, so a 2:4 pruned one's
+        own, and exact 1-D k-means over what each column keeps.
+
+        Args:
+            bits: 2, 3 or 4.
+            outlier_fraction: share of the kept weights of each column kept in fp16, those farthest out, 0 to 0.5.
+        """
+        dense, bias = dense_and_bias(linear_or_weight)
+        packed = Sparse24CodebookWeight.from_dense(dense, mask_24(dense), bits, outlier_fraction=outlier_fraction)
+        return cls.from_weight(packed, bias, dense.dtype)
+
+
+register_format(Sparse24CodebookStructure, Sparse24CodebookLinear, Sparse24CodebookWeight)

@@ -14,8 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..compression.blocks import OUTSIDE, Weights
-from ..compression.memory import page_out
 from ..folders import (
     INDEX,
     PICKLED_INDEX,
@@ -29,13 +27,15 @@ from ..folders import (
     read_headers,
 )
 from ..formats import FormatError
+from ..linears import is_transposed_linear
+from ..memory import page_out
+from ..weights import OUTSIDE, Weights
 from . import _transformers_internals as internals
 from .transformers import (
     dense_class,
     expect_complete,
     expect_own_names,
     load_on_meta,
-    open_config,
     quiet_transformers,
 )
 
@@ -82,8 +82,8 @@ class StreamedModel(Weights):
         known = self.model.state_dict()
         found = internals.keys_of_model(self.model, self.headers, known)
         self._targets = {key: target for key, target in found.items() if target in known}
-        self._leave_out_copies()
         """Key of the checkpoint -> the key of the model that it goes to."""
+        self._leave_out_copies()
         self.without_place = [key for key in self.headers if key not in self._targets]
         """Keys of the checkpoint that the model has no place for; they are copied as they are."""
 
@@ -127,6 +127,12 @@ class StreamedModel(Weights):
                 "method, or hold the whole model in memory (--in-memory)"
             )
         return found
+
+    def weight_of(self, name: str, module: nn.Module) -> Tensor:
+        """The weight [N, K] of one Linear, read from its file. Raises ValueError as `weight_keys` does."""
+        (key,) = self.weight_keys({name: module}).values()
+        stored = self._read([key])[key]
+        return stored.T if is_transposed_linear(module) else stored
 
     def split(self, blocks: Iterable[str]) -> None:
         """Make units of these blocks; all else is `OUTSIDE`."""
@@ -225,7 +231,7 @@ def _skeleton(folder: Path, headers: Mapping[str, Header], device: torch.device,
             f"{folder} is quantized already ({quantization_method(config)}); compress the dense model that it was made from"
         )
     model_class = dense_class(folder, config, architecture)
-    model, info = load_on_meta(model_class, open_config(folder), headers, folder)
+    model, info = load_on_meta(model_class, model_class.config_class.from_pretrained(folder), headers, folder)
     expect_complete(folder, model, info)
     internals.fill_computed_buffers(model, device)
     return model

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..folders import Description, PackedFolder, opened
-from ..formats import FormatError, Structure
-from ..nn import LAYER_OF_KIND
+from ..formats import FormatError, Structure, weight_type
 from ..tensor_parallel import Plan, bias_of_part, cut, plan, ranks_of, take_part
 from .skeletons import put_skeletons
 from .transformers import model_class_and_config
@@ -71,9 +70,8 @@ def _read_part(
             continue
         keys = {key: f"{name}.{key}" for key in structure.tensors()}
         stored = {key: holder[full].get_tensor(full) for key, full in keys.items()}
-        weight_type = LAYER_OF_KIND[structure.kind].weight_type
         try:
-            weight = weight_type.from_tensors(stored, structure.out_features, structure.in_features)
+            weight = weight_type(structure.kind).from_tensors(stored, structure.out_features, structure.in_features)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error
         part = cut(weight, split, rank)

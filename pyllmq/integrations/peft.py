@@ -18,7 +18,8 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners import lora
 from torch import nn
 
-from ..nn import LAYER_OF_KIND, PackedLinear
+from ..formats import kinds, layer_type
+from ..layers.linear import PackedLinear
 
 INITS = (True, False, "gaussian", "orthogonal", "eva")
 """`init_lora_weights` that leave the base weight as it is."""
@@ -77,7 +78,7 @@ def register(config: LoraConfig) -> LoraConfig:
     Raises ValueError for a method that does not do on packed layers what it does on dense ones.
     """
     expect_beside_packed(config)
-    config._register_custom_module(dict.fromkeys(LAYER_OF_KIND.values(), PackedLoraLinear))
+    config._register_custom_module(dict.fromkeys(map(layer_type, kinds()), PackedLoraLinear))
     return config
 
 

@@ -1,32 +1,14 @@
-"""Packed modules of a transformers model: which there are, what they are called in a file, and empty ones for a folder to fill."""
+"""Packed modules of a transformers model: what they are called in a file, and empty ones for a folder to fill."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ..formats import FormatError, Structure
+from ..formats import FormatError, Structure, layer_type
+from ..layers.linear import packed_modules
 from ..linears import as_linear, linear_modules, replace_module
-from ..nn import LAYER_OF_KIND
-
-
-def packed_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    """The outermost modules that have a `structure`: a packed module's packed children are its own affair."""
-
-    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        if isinstance(getattr(module, "structure", None), Structure):
-            yield name, module
-            return
-        for child, inner in module.named_children():
-            yield from walk(inner, f"{name}.{child}".lstrip("."))
-
-    seen: set[int] = set()
-    return list(walk(model, ""))
 
 
 def names_in_file(model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
@@ -72,7 +54,7 @@ def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: b
             )
         if found in modules.values():
             raise FormatError(f"config.json packs the module {found} twice, the second time as {name}")
-        layer = LAYER_OF_KIND[structure.kind](structure, linear.bias is not None, linear.weight.dtype)
+        layer = layer_type(structure.kind)(structure, linear.bias is not None, linear.weight.dtype)
         replace_module(model, found, layer)
         modules[name] = found
     forget_ties(model, modules.values())

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ..folders import METHOD
-from ..formats import CodebookWeight, FormatError, PackedWeight, Structure
-from ..nn import LAYER_OF_KIND
+from ..formats import CodebookWeight, FormatError, PackedWeight, Structure, weight_type
 
 
 def register() -> None:
@@ -63,9 +62,8 @@ class Arrivals:
         tensors[key] = tensor
         if set(tensors) < set(structure.tensors()):
             return
-        weight_type = LAYER_OF_KIND[structure.kind].weight_type
         try:
-            weight = weight_type.from_tensors(tensors, structure.out_features, structure.in_features)
+            weight = weight_type(structure.kind).from_tensors(tensors, structure.out_features, structure.in_features)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error
         self.parts |= {i: piece.cut(weight) for i, piece in enumerate(self.pieces) if piece.name == name}

@@ -14,8 +14,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from .. import ops
 from ..folders import METHOD, Description
-from ..formats import Structure
-from ..nn import LAYER_OF_KIND, PackedLinear
+from ..formats import Structure, layer_type
+from ..layers.linear import PackedLinear
 from .vllm import Arrivals, modules_of_prefix, pieces_of_layer
 
 
@@ -93,7 +93,7 @@ class PackedLinearMethod(LinearMethodBase):
         placeholders = [key for s in self.structures.values() for key in s.tensors()]
         device = next(getattr(layer, key).device for key in placeholders)
         layer.packed = nn.ModuleList(
-            LAYER_OF_KIND[weight.structure.kind].from_weight(weight.to(device), dtype=layer.params_dtype)
+            layer_type(weight.kind).from_weight(weight.to(device), dtype=layer.params_dtype)
             for weight in layer.arrivals.weights()
         )
         for key in dict.fromkeys(placeholders):
@@ -103,6 +103,6 @@ class PackedLinearMethod(LinearMethodBase):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         parts: Sequence[PackedLinear] = layer.packed
         if len(parts) == 1:
-            return getattr(ops, parts[0].op)(x, parts[0].operand(), bias, parts[0].precision)
+            return ops.packed_linear(x, parts[0].operand(), bias, parts[0].precision)
         y = torch.cat([part(x) for part in parts], -1)
         return y if bias is None else y + bias

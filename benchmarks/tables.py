@@ -1,0 +1,344 @@
+"""The number tables of README.md and docs/, written from the CSVs of this folder alone: `python -m pyllmq.benchmarks.tables`.
+
+Each table stands between `<!-- table: NAME -->` and `<!-- end table -->`; a run rewrites what stands there. `--check` changes
+nothing and names the pages that differ. Every table of times ends with the machine, the versions and the day of its rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from statistics import mean, pstdev
+
+from . import accuracy, goals, sparse
+from .memory import READ_LIMIT
+from .providers import BASELINE
+from .record import Row, read
+
+ROOT = Path(__file__).resolve().parent.parent
+CSVS = ROOT / "benchmarks"
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end table -->)", re.DOTALL)
+SHAPES = {(4096, 4096): "4096 x 4096", (14336, 4096): "14336 x 4096", (4096, 11008): "4096 x 11008"}
+WIDTHS = {"4": "4 bits", "3": "3 bits", "2": "2 bits", "2.1+0.005": "2.1 bits, 0.5 % outliers"}
+ISAS = {"avx2": "AVX2", "amx": "AVX-512 and AMX"}
+NOTHING = "-"
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def with_tables(text: str) -> str:
+    """`text` with every block written anew. Raises KeyError for a name that no table has."""
+    return BLOCK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[4]}", text)
+
+
+# ---- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = ["---", *["--:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
+
+
+def machine(rows: Sequence[Row]) -> str:
+    devices, versions = sorted({row.device for row in rows}), sorted({row.torch for row in rows})
+    days, threads = sorted({row.timestamp[:10] for row in rows}), sorted({row.threads for row in rows})
+    days = [days[0], *[days[-1]] * (len(days) > 1)]
+    busy = max(row.others_cpu for row in rows)
+    return (
+        f"\n\nMeasured on {', '.join(devices)}; {', '.join(map(str, threads))} threads; torch {', '.join(versions)}; "
+        f"{' to '.join(days)}. Other processes used at most {100 * busy:.0f} % of the CPUs."
+    )
+
+
+def of_device(rows: Sequence[Row], device: str, shape: str = "") -> list[Row]:
+    """The rows of one machine and a shape's name; of each case [N, K, M] its last run, so that the ratios are of one run."""
+    rows = [row for row in rows if row.device.startswith(device) and row.shape.startswith(shape)]
+    last = {(row.n, row.k, row.m): row.timestamp for row in rows}
+    return [row for row in rows if row.timestamp == last[row.n, row.k, row.m]]
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.1f}x" if ratio >= 2.95 else f"{ratio:.2f}x"
+
+
+# ---- codebook_linear ------------------------------------------------------------------------------------------------
+
+
+def results() -> list[Row]:
+    return read(CSVS / "results.csv")
+
+
+def codebook_speed(precision: str, shapes: Sequence[tuple[int, int]], with_goals: bool = True) -> str:
+    rows, used, lines = of_device(results(), "Intel"), [], []
+    suffix = " fast" if precision == "fast" else ""
+    for shape in shapes:
+        for m in (1, 8, 512):
+            of_case = {row.provider: row for row in rows if (row.n, row.k, row.m) == (*shape, m)}
+            cells = []
+            for width, goal in zip(WIDTHS, goals.GOALS[m, precision], strict=True):
+                row = of_case[f"pyllmq {width}{suffix}"]
+                share = 1 if shape == (4096, 4096) else goals.OTHER_SHARE
+                cells.append(times(row.ratio_to_torch_fp32) + f" ({share * goal:.3g})" * with_goals)
+                used.append(row)
+            lines.append([SHAPES[shape], str(m), *cells])
+    if len(shapes) == 1:
+        lines, head = [line[1:] for line in lines], ["tokens (M)"]
+    else:
+        head = ["N x K", "tokens (M)"]
+    return markdown([*head, *WIDTHS.values()], lines) + machine(used)
+
+
+def codebook_read_limit() -> str:
+    rows, used, lines = [row for row in of_device(results(), "Intel") if row.m == 1], [], []
+    for shape, name in SHAPES.items():
+        of_case = {row.provider: row for row in rows if (row.n, row.k) == shape}
+        limit, dense = of_case[READ_LIMIT], of_case[BASELINE]
+        for label, row in ((BASELINE, dense), *((WIDTHS[w], of_case[f"pyllmq {w}"]) for w in WIDTHS)):
+            ceiling = limit.gb_per_s / dense.gb_per_s * dense.bits_per_weight / row.bits_per_weight
+            lines.append([
+                name, label, f"{row.median_us:.0f} us", f"{row.gb_per_s:.1f}", f"{100 * row.share_of_read_limit:.0f} %",
+                times(ceiling), f"{row.relative_error:.1e}",
+            ])  # fmt: skip
+            used.append(row)
+    head = ["N x K", "weight", "time", "GB/s", "of the read limit", "ceiling of the ratio", "relative error"]
+    return markdown(head, lines) + machine(used)
+
+
+def codebook_formats() -> str:
+    """The first version of the kernels (`exact`, AVX2) beside torch's other formats."""
+    rows = of_device(results(), "AMD", "square")
+    providers = dict.fromkeys(row.provider for row in rows)
+    lines = []
+    for provider in providers:
+        own = {row.m: row for row in rows if row.provider == provider}
+        cells = [f"{times(row.ratio_to_torch_fp32)}, {row.median_us:.0f} us" for _, row in sorted(own.items())]
+        lines.append([provider, f"{own[1].bits_per_weight:.2f}", *cells, f"{own[1].relative_error:.1e}"])
+    head = ["provider", "bits", *(f"M = {m}" for m in sorted({row.m for row in rows})), "relative error, M = 1"]
+    return markdown(head, lines) + machine(rows)
+
+
+def codebook_llama() -> str:
+    rows = of_device(results(), "AMD", "llama")
+    shapes = dict.fromkeys(row.shape for row in rows)
+    by = {(row.provider, row.shape): row for row in rows}
+    lines = []
+    for provider in dict.fromkeys(row.provider for row in rows):
+        found = [by[provider, shape] for shape in shapes]
+        lines.append([provider, *(f"{times(r.ratio_to_torch_fp32)}, {r.median_us:.0f} us" for r in found)])
+    head = ["provider", *(f"{s.removeprefix('llama-2-7b ')} ({by[BASELINE, s].n} x {by[BASELINE, s].k})" for s in shapes)]
+    return markdown(head, lines) + machine(rows)
+
+
+# ---- sparse_linear --------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def sparse_runs() -> list[sparse.Run]:
+    return sparse.runs_quiet_last(read(CSVS / "sparse.csv"))
+
+
+def _last_pair(isa: str, shape: tuple[int, int], m: int, ours: str, rival: str) -> tuple[Row, Row] | None:
+    """Both rows of the last quiet run of the instruction set that has them."""
+    found = None
+    for run in sparse_runs():
+        of_case = {row.provider: row for row in run.rows if (row.n, row.k, row.m) == (*shape, m)}
+        if run.isa == isa and ours in of_case and rival in of_case:
+            found = of_case[ours], of_case[rival]
+    return found
+
+
+def sparse_table(head: str, columns: Sequence[tuple[str, str, str]], cases: Sequence[tuple[tuple[int, int], int]]) -> str:
+    """`columns` are (label, ours, rival). A cell is time, ratio to the rival in the same run, and the goal where there is one."""
+    goal_of = {(ours, rival, m): goal for ours, rival, m, goal in sparse.GOALS}
+    used, lines = [], []
+    for shape, m in cases:
+        for isa, label in ISAS.items():
+            cells = []
+            for _, ours, rival in columns:
+                pair = _last_pair(isa, shape, m, ours, rival)
+                if pair is None:
+                    cells.append(NOTHING)
+                    continue
+                row, dense = pair
+                used.append(row)
+                goal = goal_of.get((ours, rival, m))
+                noisy = "\\*" * (row.others_cpu > sparse.QUIET_SHARE)
+                text = f"{row.median_us:.0f} us, {times(dense.median_us / row.median_us)}"
+                cells.append(text + (f" ({goal:g})" if goal else "") + noisy)
+            if set(cells) != {NOTHING}:
+                lines.append([f"{SHAPES[shape]}, M = {m}, {label}", *cells])
+    note = f" Rows marked \\* ran while others used more than {100 * sparse.QUIET_SHARE:.0f} % of the CPUs."
+    noisy_rows = any(row.others_cpu > sparse.QUIET_SHARE for row in used)
+    return markdown([head, *(label for label, _, _ in columns)], lines) + machine(used) + note * noisy_rows
+
+
+def sparse_bitmap(suffix: str, rival: str) -> str:
+    columns = [(f"{100 * s:.0f} % pruned", f"pyllmq bitmap {s:g}{suffix}", rival) for s in sparse.SPARSITIES]
+    return sparse_table("bitmap" + suffix, columns, [((4096, 4096), 1), ((14336, 4096), 1)])
+
+
+def sparse_csr() -> str:
+    columns = [(f"{100 * s:.0f} % pruned", f"pyllmq bitmap {s:g}", f"torch CSR {s:g}") for s in sparse.SPARSITIES]
+    return sparse_table("bitmap against torch's CSR", columns, [((4096, 4096), 1), ((14336, 4096), 1)])
+
+
+def sparse_24() -> str:
+    columns = [
+        ("2:4 fp32", "pyllmq 2:4", BASELINE),
+        ("2:4 bf16", "pyllmq 2:4 bf16", sparse.TORCH_BF16),
+        *((f"2:4 with {b}-bit codes", f"pyllmq 2:4 {b} bits", BASELINE) for b in sparse.CODE_BITS),
+    ]
+    return sparse_table("2:4", columns, [((4096, 4096), 1), ((14336, 4096), 1)])
+
+
+def sparse_tokens() -> str:
+    columns = [
+        ("bitmap fp32, 50 %", "pyllmq bitmap 0.5", BASELINE),
+        ("bitmap bf16, 50 %", "pyllmq bitmap 0.5 bf16", sparse.TORCH_BF16),
+        ("2:4 bf16", "pyllmq 2:4 bf16", sparse.TORCH_BF16),
+        ("2:4 with 2-bit codes", "pyllmq 2:4 2 bits", BASELINE),
+    ]
+    cases = [(shape, m) for shape in ((4096, 4096), (14336, 4096)) for m in (8, 512)]
+    return sparse_table("more tokens", columns, cases)
+
+
+# ---- accuracy, pruning, streaming -----------------------------------------------------------------------------------
+
+METHODS = {
+    "CLAQ published": "CLAQ as published",
+    "RTN g128": "round to nearest, groups of 128",
+    "GPTQ g128": "GPTQ, groups of 128",
+    "k-means per row": "k-means per row",
+    "ours": "`column-codebook`, preset `balanced`",
+    "ours tuned": "the same, codebooks tuned for 200 steps",
+}
+
+
+def accuracy_table(model: str, methods: Sequence[str], widths: Sequence[float], digits: int, percent: bool = False) -> str:
+    """Of each method its error at equal true bits: mean over the calibration draws, and their spread; then ratios to CLAQ."""
+    rows = [row for row in accuracy.read(CSVS / "accuracy.csv") if row.model == model]
+    draws = sorted({row.draw for row in rows})
+
+    def values(method: str, bits: float) -> list[float | None]:
+        return [accuracy.interpolate(accuracy.curve(rows, method, draw), bits) for draw in draws]
+
+    scale, unit = (100, " %") if percent else (1, "")
+    lines = []
+    for method in methods:
+        cells = []
+        for bits in widths:
+            found = [scale * v for v in values(method, bits) if v is not None]
+            spread = f" +-{pstdev(found):.{digits}f}" if len(found) > 1 else ""
+            cells.append(f"{mean(found):.{digits}f}{spread}{unit}" if found else NOTHING)
+        lines.append([METHODS[method], *cells])
+    for method in accuracy.OURS:
+        cells = []
+        for bits in widths:
+            pairs = zip(values(method, bits), values(accuracy.PUBLISHED, bits), strict=True)
+            ratios = [a / b for a, b in pairs if a is not None and b is not None]
+            cells.append(f"{mean(ratios):.2f}" if ratios else NOTHING)
+        lines.append([f"{'tuned' if method == accuracy.TUNED else '`balanced`'} / CLAQ as published", *cells])
+    return markdown(["true bits", *(f"{bits:g}" for bits in widths)], lines)
+
+
+PRUNING = {
+    "magnitude": "magnitude", "wanda": "wanda", "wanda + owl": "wanda, shares by OWL",
+    "sparsegpt published": "sparsegpt as published", "mixed published": "mixed-sparsity as published",
+    "sparsegpt": "sparsegpt", "mixed": "mixed-sparsity (shares by Fisher)",
+    "mixed hutchinson": "mixed-sparsity (shares by Hutchinson)",
+    "mixed + 4 bits": "mixed-sparsity with 4-bit codes", "mixed + 2 bits": "mixed-sparsity with 2-bit codes",
+}  # fmt: skip
+
+
+def pruning_table(model: str, digits: int) -> str:
+    with (CSVS / "pruning.csv").open(newline="") as file:
+        found = {(row["method"], row["pruned"]): row for row in csv.DictReader(file) if row["model"] == model}
+
+    def cell(method: str, pruned: str) -> str:
+        row = found.get((method, pruned))
+        if row is None:
+            return NOTHING
+        bits = f" at {float(row['bits_per_weight']):.2f} bits" if " bits" in method else ""
+        return f"{float(row['value']):.{digits}f}{bits}"
+
+    any_row = next(iter(found.values()))
+    dense = ["dense", *[f"{float(any_row['dense_value']):.{digits}f}"] * 3]
+    lines = [[name, *(cell(method, pruned) for pruned in ("0.5", "0.6", "2:4"))] for method, name in PRUNING.items()]
+    return markdown([any_row["metric"], "50 % pruned", "60 % pruned", "2:4"], [dense, *lines])
+
+
+def streaming_table(what: str) -> str:
+    with (CSVS / "streaming.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["what"] == what]
+    if what == "ranks":
+        head = ["calibration", "1 process", "2 processes", "ratio"]
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        lines = [
+            [f"{one['samples']} texts of {one['seqlen']} tokens", f"{float(one['seconds']):.0f} s",
+             f"{float(two['seconds']):.0f} s", f"{float(two['speedup']):.2f}"]
+            for one, two in pairs
+        ]  # fmt: skip
+    else:
+        head = ["checkpoint", "calibration", "peak", "torch and transformers", "one block in fp32", "hidden states",
+                "peak without hidden states, in blocks"]  # fmt: skip
+        gb = ("peak_gb", "libraries_gb", "block_fp32_gb", "hidden_gb")
+        lines = [
+            [f"{r['shape']}, method {r['method']}", f"{r['samples']} texts of {r['seqlen']} tokens",
+             *(f"{float(r[name]):.2f} GB" for name in gb), f"{float(r['peak_blocks']):.2f}"]
+            for r in rows
+        ]  # fmt: skip
+    first = rows[0]
+    return markdown(head, lines) + f"\n\nMeasured on {first['device']}; torch {first['torch']}; {first['timestamp'][:10]}."
+
+
+ENCODER_BITS = (2.1, 2.25, 2.5, 3.0, 3.25, 4.0)
+SQUARE = [(4096, 4096)]
+TABLES: dict[str, Callable[[], str]] = {
+    "readme-speed": lambda: codebook_speed("high", SQUARE, with_goals=False),
+    "readme-accuracy": lambda: accuracy_table(accuracy.BUNDLED, ("CLAQ published", *accuracy.OURS), ENCODER_BITS, 4),
+    "codebook-speed": lambda: codebook_speed("high", list(SHAPES)),
+    "codebook-speed-fast": lambda: codebook_speed("fast", SQUARE),
+    "codebook-read-limit": codebook_read_limit,
+    "codebook-formats": codebook_formats,
+    "codebook-llama": codebook_llama,
+    "sparse-bitmap-fp32": lambda: sparse_bitmap("", BASELINE),
+    "sparse-bitmap-bf16": lambda: sparse_bitmap(" bf16", sparse.TORCH_BF16),
+    "sparse-csr": sparse_csr,
+    "sparse-24": sparse_24,
+    "sparse-tokens": sparse_tokens,
+    "accuracy-encoder": lambda: accuracy_table(accuracy.BUNDLED, tuple(METHODS), ENCODER_BITS, 4),
+    "accuracy-causal": lambda: accuracy_table(
+        "tiny_lm", tuple(m for m in METHODS if m != "RTN g128"), ENCODER_BITS, 2, percent=True
+    ),
+    "pruning-encoder": lambda: pruning_table(accuracy.BUNDLED, 4),
+    "pruning-causal": lambda: pruning_table("tiny_lm", 2),
+    "streaming-ranks": lambda: streaming_table("ranks"),
+    "streaming-memory": lambda: streaming_table("memory"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page differs")
+    given = parser.parse_args(arguments)
+    differ = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if (new := with_tables(text)) != text:
+            differ.append(page)
+            if not given.check:
+                page.write_text(new, encoding="utf-8")
+    for page in differ:
+        print(f"{page.relative_to(ROOT)} {'differs from the CSVs' if given.check else 'written'}")
+    return int(given.check and bool(differ))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""packed_linear and packed_dequantize of the format codebook: tables of partial products, or decoded once (docs/kernels-cpu.md)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...formats.codebook import CODES, pack_widths
+from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
+from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, reads
+from . import runtime
+from .runtime import DTYPE_CODE, ORDER, PRECISION_CODE, address
+
+LAYOUT = "cpu.codebook"
+
+OPERAND = "CodebookOperand"
+"""Class of the extension that runs this layout."""
+
+
+def from_blob(blob: Tensor, shape: Shape) -> WeightOperand:
+    return WeightOperand("codebook", LAYOUT, (blob,), (), shape)
+
+
+def prepack(field: Fields, shape: Shape) -> WeightOperand:
+    _cpu = runtime.kernels()
+    field = {name: tensor.contiguous() for name, tensor in field.items()}
+    rows, columns = shape
+    segment_rows, outlier_columns = field["segment_rows"], field.get("outlier_columns")
+    outliers = 0 if outlier_columns is None else outlier_columns.numel()
+    size = _cpu.codebook_layout_bytes(
+        rows, columns, field["column_bits"].data_ptr(), segment_rows.data_ptr(), segment_rows.numel(), outliers
+    )
+    blob = runtime.empty_layout(size)
+    _cpu.codebook_layout_pack(
+        blob.data_ptr(),
+        size,
+        rows,
+        columns,
+        field["column_bits"].data_ptr(),
+        segment_rows.data_ptr(),
+        segment_rows.numel(),
+        [address(field.get(name)) for name in CODES],
+        field["codebook"].data_ptr(),
+        address(field.get("row_scale")),
+        address(field.get("outlier_row_offsets")) if outliers else 0,
+        address(outlier_columns),
+        2 if outlier_columns is None else outlier_columns.element_size(),
+        address(field.get("outlier_values")),
+    )
+    return from_blob(blob, shape)
+
+
+def unpack(weight: WeightOperand, shapes: Shapes, beside: Fields) -> dict[str, Tensor]:
+    runtime.kernels()
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=runtime.DEVICE)
+    runtime.bound(weight, OPERAND).codes(codes.data_ptr())
+    return pack_widths(codes, beside["column_bits"])
+
+
+packed_linear = partial(runtime.run_linear, OPERAND)
+
+
+def linear_path(weight: WeightOperand, dtype: torch.dtype, tokens: int, precision: str) -> str:
+    """What `packed_linear` does for this many tokens: "tables" of partial products, or "decode" once and multiply."""
+    return runtime.bound(weight, OPERAND).path(DTYPE_CODE[dtype], tokens, PRECISION_CODE[precision])
+
+
+def packed_dequantize(weight: WeightOperand, dtype: torch.dtype) -> Tensor:
+    operand = runtime.bound(weight, OPERAND)
+    runtime.kernels()
+    dense = torch.empty(weight.shape, dtype=dtype, device=runtime.DEVICE)
+    operand.dequantize(0, weight.shape[0], dense.data_ptr(), DTYPE_CODE[dtype])
+    return dense
+
+
+def register_kernels() -> None:
+    register_layout(Layout("cpu", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
+    supports = reads(LAYOUT, runtime.takes_activations)
+    because = "tables of partial products or decode-once, by widths, tokens and precision (kPathCost)"
+    PACKED_LINEAR.register("cpu.codebook_linear", ORDER, supports, packed_linear, because)
+    because = "decodes at the speed of the stores"
+    PACKED_DEQUANTIZE.register("cpu.codebook_dequantize", ORDER, supports, packed_dequantize, because)

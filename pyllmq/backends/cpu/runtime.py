@@ -1,0 +1,124 @@
+"""The extension `_cpu`, its thread pool, memory for layouts, and what its rows have in common."""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Problem, Support
+from ...layouts import WeightOperand
+from ...operations import ACTIVATION_DTYPES, PRECISIONS, takes
+
+DEVICE = "cpu"
+ORDER = 100
+
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PRECISION_CODE = {name: code for code, name in enumerate(PRECISIONS)}
+KMEANS_CODE = {"exact": 0, "windowed": 1, "lloyd": 2}
+"""KMeans1dMethod in csrc/kmeans/cpu/kmeans_1d.h."""
+
+
+def available() -> tuple[bool, str]:
+    try:
+        from ... import _cpu
+    except ImportError as error:
+        return False, f"pyllmq._cpu could not be imported ({error}); reinstall pyllmq-kernels with a C++17 compiler"
+    return True, f"{_cpu.isa()} kernels, {torch.get_num_threads()} threads"
+
+
+@cache
+def extension() -> ModuleType:
+    from ... import _cpu  # an import statement at every call would cost 1 us
+
+    return _cpu
+
+
+def kernels() -> ModuleType:
+    """The extension module, its thread pool as large as torch's (`torch.set_num_threads` is respected at every call)."""
+    _cpu = extension()
+    threads = torch.get_num_threads()
+    if _cpu.num_threads() != threads:
+        _cpu.set_num_threads(threads)
+    return _cpu
+
+
+HUGE_PAGE = 2 << 20
+"""Bytes. A layout of at least one such page gets memory of its own, aligned to it and advised to the kernel as huge pages:
+4096x4096 at 4 bits from memory takes 246 us on them and 359 on pages of 4 KiB (AVX-512, 2 threads)."""
+
+
+def empty_layout(size: int) -> Tensor:
+    """Uninitialised uint8 memory for a layout, aligned to 64 bytes."""
+    whole_pages = size // HUGE_PAGE * HUGE_PAGE
+    if whole_pages == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8, device=DEVICE)
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory` alive
+    start = -whole.data_ptr() % HUGE_PAGE
+    with suppress(OSError):  # a kernel without transparent huge pages: slower, nothing else
+        memory.madvise(mmap.MADV_HUGEPAGE, start, whole_pages)  # not the rest: a half-used huge page would waste memory
+    return whole[start : start + size]
+
+
+def copy_layout(operand: WeightOperand) -> WeightOperand:
+    """The same weight in memory of its own."""
+    (blob,) = operand.tensors
+    return replace(operand, tensors=(empty_layout(blob.numel()).copy_(blob),), bound=None)
+
+
+def bound(weight: WeightOperand, operand_type: str) -> Any:
+    """The `_cpu.CodebookOperand` or `_cpu.SparseOperand` of a layout: its header is checked here, once.
+
+    Raises ValueError where the memory holds no intact layout of that type, or one of another shape: kernels read x and write y
+    by it.
+    """
+    operand = weight.bound
+    if operand is None or not operand.is_intact:
+        (blob,) = weight.tensors
+        operand = getattr(extension(), operand_type)(blob.data_ptr(), blob.numel())
+        if (operand.rows, operand.columns) != weight.shape:
+            raise ValueError(
+                f"the layout holds a weight of shape {[operand.rows, operand.columns]}, but was given as {list(weight.shape)}"
+            )
+        weight.bound = operand
+    return operand
+
+
+def run_linear(operand_type: str, x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
+    """y = x W^T + bias by a layout of any kind."""
+    operand = bound(weight, operand_type)
+    kernels()
+    x = x.contiguous()
+    tokens, dtype = x.shape[0], x.dtype
+    y = x.new_empty(tokens, weight.shape[0])  # in the dtype and on the device of x; torch.empty with both costs 1 us more
+    bias_pointer, bias_dtype = (0, 0) if bias is None else (bias.data_ptr(), DTYPE_CODE[bias.dtype])
+    operand.linear(
+        x.data_ptr(), DTYPE_CODE[dtype], tokens, bias_pointer, bias_dtype, y.data_ptr(), PRECISION_CODE[precision]
+    )
+    return y
+
+
+def serves(device: str) -> bool:
+    return device == DEVICE and available()[0]
+
+
+def on_cpu(problem: Problem) -> Support:
+    if problem.device != DEVICE:
+        return False, f"needs tensors on the CPU, these are on {problem.device}"
+    return available()
+
+
+takes_activations = takes(ACTIVATION_DTYPES, on_cpu)
+takes_fp32 = takes((torch.float32,), on_cpu)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where its elements lie; 0 of one that is not there or has none."""
+    return tensor.data_ptr() if tensor is not None and tensor.numel() else 0

@@ -1,0 +1,89 @@
+"""The extension `_cuda`, the driver, streams and counters, and what its rows have in common."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Problem, Support
+from ...operations import ACTIVATION_DTYPES, takes
+
+DEVICE = "cuda"
+"""The device type that the kernels serve."""
+ORDER = 200
+
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def available() -> tuple[bool, str]:
+    """Asks the driver, so it is called when a kernel is chosen, never at import."""
+    try:
+        from ... import _cuda
+    except ImportError as error:
+        return False, f"pyllmq._cuda was not built ({error}); install with nvcc on PATH, or PYLLMQ_CUDA=1 to insist"
+    if torch.version.cuda is None:
+        return False, f"torch {torch.__version__} is built for CPUs only; install a build of torch for CUDA"
+    problem = _cuda.device_problem()
+    if problem:
+        return False, f"the driver refuses: {problem} (built with CUDA {_version(_cuda.runtime_version())})"
+    name, capability = torch.cuda.get_device_name(), ".".join(map(str, torch.cuda.get_device_capability()))
+    return True, f"{name}, compute capability {capability}, built with CUDA {_version(_cuda.runtime_version())}"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+@cache
+def extension() -> ModuleType:
+    from ... import _cuda  # an import statement at every call would cost 1 us
+
+    return _cuda
+
+
+current = torch.cuda.device
+"""Makes a device current for a block: the extension works on the current device."""
+
+
+def stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+counters: dict[tuple[torch.device, int], Tensor] = {}
+"""For each device and stream, the counters with which blocks find out who comes last; every kernel leaves them zero."""
+
+
+def zero_counters(count: int, device: torch.device, stream: int) -> Tensor:
+    """Kernels of one stream run one after the other, so they share counters. A graph may be replayed beside anything: it gets
+    its own."""
+    if capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = (device, stream)
+    if key not in counters or counters[key].numel() < count:
+        counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
+    return counters[key]
+
+
+def serves(device: str) -> bool:
+    return device == DEVICE and available()[0]
+
+
+def on_device(problem: Problem) -> Support:
+    if problem.device != DEVICE:
+        return False, f"needs tensors on a {DEVICE} device, these are on {problem.device}"
+    return available()
+
+
+takes_activations = takes(ACTIVATION_DTYPES, on_device)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where its elements lie; 0 of one that is not there or has none."""
+    return tensor.data_ptr() if tensor is not None and tensor.numel() else 0

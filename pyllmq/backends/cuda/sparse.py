@@ -1,0 +1,224 @@
+"""packed_linear and packed_dequantize of the sparse formats: layouts made on the host (csrc/sparse/cuda/layout.h).
+
+Kernels must know before their launch what a layout's header says, and a header on the device cannot be read without waiting for
+it: so `meta` of an operand says it (see `Meta`). See docs/kernels-cuda.md.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Support
+from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
+from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, WeightProblem, reads
+from ...structure import weight_type
+from . import runtime
+from .runtime import DTYPE_CODE, ORDER
+
+KINDS = ("bitmap", "sparse24", "sparse24_codebook")
+
+FEW_KEPT = 0.25
+"""A bitmap that keeps a smaller share of its weights is laid out as column numbers. Predicted from the bytes: at 25 % kept in 16
+bits a mask and values take 5.9 bits a weight, padding included, values and steps between columns 6.0."""
+
+MAX_FUSED_TOKENS = 64
+"""Predicted from the bytes: 16 tokens read the packed weight once, at 2:4 in 16 bits 9 bits a weight, so 64 read 36; the dense
+matrix is written and read again: 9 + 32."""
+
+MAX_COLUMNS_TOKENS = 16
+"""Predicted from the bytes: 4 tokens read the entries once, 6 bits a weight at 25 % kept, so 16 read 24 where the dense matrix
+takes 6 + 32; fp32 values at 50 % kept 80 where it takes 84."""
+
+_VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+
+# ---- the layouts ----------------------------------------------------------------------------------------------------
+
+
+class Meta(NamedTuple):
+    """What a launch must know of a layout."""
+
+    columns: int
+    """1: of few kept weights, and of fp32 values, it holds column numbers whatever the format."""
+    values: int
+    """Their type: 0 fp32, 1 bf16, 2 fp16, 3 int8."""
+    bits: int
+    """Of a code, 3 laid out as 4; 0 where values are values."""
+    stage_bytes: int
+    """Of the largest cell."""
+
+
+def prepack(kind: str, field: Fields, shape: Shape) -> WeightOperand:
+    _cuda = runtime.extension()
+    device = next(iter(field.values())).device
+    field = {name: tensor.contiguous().cpu() for name, tensor in field.items()}
+    checkpoint = _checkpoint(kind, field, shape)
+    size = _cuda.sparse_layout_bytes(checkpoint, FEW_KEPT)
+    blob = torch.empty(size, dtype=torch.uint8, device="cpu")
+    _cuda.sparse_layout_pack(blob.data_ptr(), size, checkpoint, FEW_KEPT)
+    return WeightOperand(kind, f"cuda.{kind}", (blob.to(device),), _meta(kind, blob, shape), shape)
+
+
+def from_blob(kind: str, blob: Tensor, shape: Shape) -> WeightOperand:
+    """Raises ValueError if the blob is no such layout, is cut off, or holds a weight of another shape."""
+    if blob.dtype != torch.uint8 or blob.dim() != 1:
+        raise ValueError(f"a layout 'cuda.{kind}' is a uint8 vector, given: {blob.dtype} of shape {tuple(blob.shape)}")
+    return WeightOperand(kind, f"cuda.{kind}", (blob,), _meta(kind, blob, shape), shape)
+
+
+def _meta(kind: str, blob: Tensor, shape: Shape) -> Meta:
+    header = blob[: runtime.extension().sparse_header_bytes].cpu()
+    found, values, bits, stage_bytes, _ = runtime.extension().sparse_layout_describe(
+        header.data_ptr(), blob.numel(), *shape
+    )
+    if found != kind and (found != "columns" or kind == "sparse24_codebook"):
+        raise ValueError(f"this blob is no layout 'cuda.{kind}', but of {found!r}")
+    coded = kind == "sparse24_codebook"
+    return Meta(int(found == "columns"), 0 if coded else values, 0 if not coded else 2 if bits == 2 else 4, stage_bytes)
+
+
+def _checkpoint(kind: str, field: Fields, shape: Shape) -> Any:
+    values, codebook, outliers = (field.get(name) for name in ("values", "codebook", "outlier_values"))
+    numbers = field.get("columns", field.get("outlier_columns"))
+    return runtime.extension().SparseCheckpoint(
+        kind=kind,
+        value_type=0 if values is None else _VALUE_TYPES.index(values.dtype),
+        rows=shape[0],
+        columns=shape[1],
+        kept=0 if values is None else values.numel(),
+        bits=0 if codebook is None else codebook.shape[1].bit_length() - 1,
+        outliers=0 if outliers is None else outliers.numel(),
+        column_bytes=0 if numbers is None else numbers.element_size(),
+        tensors={name: tensor.data_ptr() for name, tensor in field.items()},
+    )
+
+
+def unpack(weight: WeightOperand, shapes: Shapes, beside: Fields) -> dict[str, Tensor]:
+    device, blob = weight.tensors[0].device, weight.tensors[0].cpu()
+    field = {key: torch.empty(shape, dtype=dtype, device="cpu") for key, (shape, dtype) in shapes.items()}
+    checkpoint = _checkpoint(weight.kind, field, weight.shape)
+    runtime.extension().sparse_layout_unpack(blob.data_ptr(), blob.numel(), checkpoint)
+    return {key: tensor.to(device) for key, tensor in field.items()}
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+def _describe(kind: str, meta: tuple[int, ...]) -> Any:
+    """The extension's SparseOperand."""
+    columns, values, bits, stage_bytes = meta
+    return runtime.extension().SparseOperand("columns" if columns else kind, values, bits, stage_bytes)
+
+
+def _described(weight: WeightOperand) -> Any:
+    if weight.bound is None:
+        weight.bound = _describe(weight.kind, weight.meta)
+    return weight.bound
+
+
+@lru_cache(maxsize=4096)
+def workspace_sizes(
+    device: torch.device, meta: tuple[int, ...], kind: str, rows: int, columns: int, tokens: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Elements of the fp32 workspace and of the counters; they depend on the device."""
+    with runtime.current(device):
+        return runtime.extension().sparse_linear_workspace(
+            _describe(kind, meta), rows, columns, tokens, DTYPE_CODE[dtype]
+        )
+
+
+def packed_linear(x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
+    """Values as they are, sums in fp32, whatever the precision asked."""
+    (blob,) = weight.tensors
+    out_features, in_features = weight.shape
+    x = x.contiguous()
+    tokens, dtype, device = x.shape[0], x.dtype, x.device
+    y = torch.empty(tokens, out_features, dtype=dtype, device=device)
+    if tokens == 0:
+        return y
+    partials, counters = workspace_sizes(device, weight.meta, weight.kind, out_features, in_features, tokens, dtype)
+    workspace = torch.empty(partials, dtype=torch.float32, device=device)
+    with runtime.current(device):
+        stream = runtime.stream(device)
+        runtime.extension().sparse_linear(
+            _described(weight),
+            blob.data_ptr(),
+            blob.numel(),
+            out_features,
+            in_features,
+            x.data_ptr(),
+            DTYPE_CODE[dtype],
+            tokens,
+            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else DTYPE_CODE[bias.dtype],
+            y.data_ptr(),
+            workspace.data_ptr(),
+            runtime.zero_counters(counters, device, stream).data_ptr(),
+            stream,
+        )
+    return y
+
+
+def packed_dequantize(weight: WeightOperand, dtype: torch.dtype) -> Tensor:
+    (blob,) = weight.tensors
+    dense = torch.empty(weight.shape, dtype=dtype, device=blob.device)
+    with runtime.current(blob.device):
+        runtime.extension().sparse_dequantize(
+            _described(weight),
+            blob.data_ptr(),
+            blob.numel(),
+            *weight.shape,
+            dense.data_ptr(),
+            DTYPE_CODE[dtype],
+            runtime.stream(blob.device),
+        )
+    return dense
+
+
+def dequantize_matmul(x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
+    """The dense matrix in x's dtype, which torch's allocator takes back at once, and torch's matmul."""
+    dense = packed_dequantize(weight, x.dtype)
+    return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+_FUSED = {
+    "bitmap": "masks spread values into operands of dense tensor cores, in registers (predicted: best to 64 tokens)",
+    "sparse24": "mma.sp takes values and positions as they are: the time is that of reading them (predicted)",
+    "sparse24_codebook": "codes are looked up in registers (2 bits) or a lane's own table, for mma.sp (predicted)",
+}
+
+
+def _as_columns(problem: WeightProblem) -> Support:
+    if not problem.meta[0]:
+        return False, "reads column numbers, this weight has masks or positions"
+    return runtime.takes_activations(problem)
+
+
+def _as_cells(problem: WeightProblem) -> Support:
+    if problem.meta[0]:
+        return False, "reads masks or positions, this weight has column numbers"
+    return runtime.takes_activations(problem)
+
+
+def register_kernels() -> None:
+    for kind in KINDS:
+        make, back = partial(prepack, kind), partial(from_blob, kind)
+        register_layout(Layout("cuda", kind, ORDER, weight_type(kind).fields, runtime.serves, make, unpack, back))
+        layout = f"cuda.{kind}"
+        few, any_number = reads(layout, _as_cells, MAX_FUSED_TOKENS), reads(layout, runtime.takes_activations)
+        PACKED_LINEAR.register(f"{layout}_fused", ORDER, few, packed_linear, _FUSED[kind])
+        if kind != "sparse24_codebook":
+            few = reads(layout, _as_columns, MAX_COLUMNS_TOKENS)
+            because = "the work is that of the kept weights: predicted best below 25 % kept, and for fp32 values"
+            PACKED_LINEAR.register(f"{layout}_columns", ORDER, few, packed_linear, because)
+        because = "spreading is paid once, the product is cuBLAS's (predicted)"
+        PACKED_LINEAR.register(f"{layout}_matmul", ORDER + 1, any_number, dequantize_matmul, because)
+        because = "one pass over the packed weight (predicted)"
+        PACKED_DEQUANTIZE.register(f"{layout}_dequantize", ORDER, any_number, packed_dequantize, because)

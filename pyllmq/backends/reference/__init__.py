@@ -1,0 +1,33 @@
+"""Plain torch on any device: the oracle that every other back end is tested against. Reads the checkpoint layouts.
+
+Its rows are the last of each operation: they run anywhere, and serve where nothing faster does.
+"""
+
+from . import (
+    codebook_gradient,
+    doubly_stochastic,
+    fit_columns,
+    kmeans_1d,
+    pack_codes,
+    packed_linear,
+    sinkhorn,
+    softmax_cdist_l1,
+)
+
+
+def available() -> tuple[bool, str]:
+    return True, "plain torch, any device"
+
+
+def register_kernels() -> None:
+    for module in (
+        packed_linear,
+        codebook_gradient,
+        pack_codes,
+        softmax_cdist_l1,
+        kmeans_1d,
+        fit_columns,
+        sinkhorn,
+        doubly_stochastic,
+    ):
+        module.register_kernels()

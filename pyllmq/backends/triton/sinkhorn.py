@@ -1,0 +1,75 @@
+"""sinkhorn in Triton: matrices that one program holds in registers (triton_kernels/sinkhorn.py), and others in tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+from torch import Tensor
+
+from ...dispatch import Support
+from ...operations import SINKHORN, SINKHORN_BACKWARD, SinkhornProblem, Transport
+from . import runtime
+from .runtime import ORDER
+
+MAX_ENTRIES = 4096
+"""Of a matrix padded to powers of two. 128 x 128 on 1024 threads spills 416 bytes of each thread (sm_90)."""
+
+
+@dataclass(frozen=True)
+class TritonSinkhorn:
+    kernels: str
+    """Name of a module of triton_kernels."""
+
+    def tape_row(self, n: int, m: int) -> int:
+        return n + m
+
+    def __call__(
+        self, transport: Transport, iterations: int, tolerance: float, tape: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        cost, a, b, epsilon, rho_a, rho_b = _contiguous(transport)
+        with runtime.on_device_of(cost):
+            return _module(self.kernels).sinkhorn(cost, a, b, epsilon, iterations, tolerance, rho_a, rho_b, tape)
+
+
+@dataclass(frozen=True)
+class TritonSinkhornBackward:
+    kernels: str
+
+    def __call__(
+        self, transport: Transport, tape: Tensor, count: Tensor, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        cost, a, b, epsilon, rho_a, rho_b = _contiguous(transport)
+        with runtime.on_device_of(cost):
+            return _module(self.kernels).sinkhorn_backward(
+                cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_v, rho_a, rho_b
+            )
+
+
+def _contiguous(transport: Transport) -> Transport:
+    cost, a, b, epsilon, rho_a, rho_b = transport
+    return Transport(cost.contiguous(), a.contiguous(), b.contiguous(), epsilon.contiguous(), rho_a, rho_b)
+
+
+def _module(kernels: str) -> ModuleType:
+    return import_module(f"...triton_kernels.{kernels}", __package__)
+
+
+def _in_registers(problem: SinkhornProblem) -> Support:
+    entries = (1 << (problem.n - 1).bit_length()) * (1 << (problem.m - 1).bit_length())
+    if entries > MAX_ENTRIES:
+        return False, f"holds up to {MAX_ENTRIES} entries of a matrix (padded to powers of two), here {entries}"
+    return runtime.takes_fp32(problem)
+
+
+def register_kernels() -> None:
+    held = "all iterations in one launch, the matrix in registers (limit predicted, not measured)"
+    SINKHORN.register("triton.sinkhorn", ORDER, _in_registers, TritonSinkhorn("sinkhorn"), held)
+    backward = TritonSinkhornBackward("sinkhorn")
+    SINKHORN_BACKWARD.register("triton.sinkhorn_backward", ORDER, _in_registers, backward, held)
+    tiles = "any size; two launches an iteration"
+    any_size = runtime.takes_fp32
+    SINKHORN.register("triton.sinkhorn_tiles", ORDER + 1, any_size, TritonSinkhorn("sinkhorn_tiles"), tiles)
+    backward = TritonSinkhornBackward("sinkhorn_tiles")
+    SINKHORN_BACKWARD.register("triton.sinkhorn_tiles_backward", ORDER + 1, any_size, backward, tiles)

@@ -1,0 +1,171 @@
+"""Methods that need no calibration data: checkpoint file by checkpoint file, in several processes, without a model that runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...config import MethodConfig
+from ...folders import opened
+from ...linears import DEFAULT_EXCLUDE, LeftDense, is_transposed_linear
+from ...memory import peak_memory
+from ..methods import StaysDenseError, method_of
+from ..report import CompressionReport, LayerReport
+from .folder import job_signature, open_manifest, put_finished
+from .job import Task, layer_report, warn
+from .manifest import Manifest, write_tensors
+
+
+@dataclass
+class FileResult:
+    """What became of the Linears in one file."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    structures: dict[str, Any] = field(default_factory=dict)
+    """By name, as config.json describes them."""
+    left_dense: list[LeftDense] = field(default_factory=list)
+    peak_memory: int = 0
+
+
+def compress_files(
+    source: Any,
+    output: str | os.PathLike[str],
+    config: MethodConfig,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    others: Sequence[Any] = (),
+    workers: int = 1,
+    resume: bool = False,
+    progress: bool = True,
+) -> CompressionReport:
+    """Compress a folder by its weights alone. Errors in the report are those of the weights.
+
+    Args:
+        source: folder of a transformers model, or a `StreamedModel` of one.
+        config: of a method that needs no calibration: `KMeansConfig`, a `SparseConfig` of the method "magnitude" that neither
+            quantizes nor allocates, or one of your own.
+        workers: processes, each of which works on one file of the checkpoint at a time; the machine's threads are shared out.
+        others: as for `compress_folder`, like the arguments not named here.
+
+    Raises:
+        ValueError: a method that needs data, and as `compress_folder`.
+    """
+    from ...integrations.checkpoint import StreamedModel
+
+    started = time.perf_counter()
+    method = method_of(config)
+    if method.needs.calibration:
+        raise ValueError(f"{method.name!r} with these settings needs calibration data; use pyllmq.compress_folder")
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"workers is {workers!r}; it must be an integer >= 1")
+    streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
+    task = Task.of(streamed.model, method, include, exclude)
+    report, planned = task.report, task.linears
+    if streamed.without_place:
+        warn(report, streamed.copied_as_they_are())
+    weight_keys = streamed.weight_keys(planned)
+    linears = {key: (name, is_transposed_linear(planned[name])) for name, key in weight_keys.items()}
+    target = Path(output).resolve()
+    manifest = open_manifest(target, job_signature(streamed.folder, config, list(planned)), resume)
+    known = {entry["unit"] for entry in manifest.finished}
+    todo = [file for file in streamed.files if file.name not in known]
+    done = sum(len(entry["layers"]) for entry in manifest.finished)
+    report.peak_memory = peak_memory()
+    with (
+        manifest.locked(),
+        tqdm(total=len(planned), initial=done, disable=not progress, unit="layer") as bar,
+        _work(todo, manifest, config, linears, set(streamed.headers), workers) as results,
+    ):
+        for file, found in results:
+            report.peak_memory = max(report.peak_memory, found.peak_memory)
+            manifest.add(file.name, _packed_name(file), asdict(found) | {"warnings": [], "carried": {}, "seconds": 0.0})
+            bar.update(len(found.layers) + len(found.left_dense))
+    rows = {row["name"]: LayerReport(**row) for entry in manifest.finished for row in entry["layers"]}
+    report.layers = [rows[name] for name in planned if name in rows]
+    report.left_dense += [LeftDense(**row) for entry in manifest.finished for row in entry["left_dense"]]
+    if not rows:
+        manifest.remove()
+        raise task.nothing_packed()
+    names = {name: key.removesuffix(".weight") for name, key in weight_keys.items()}
+    put_finished(manifest, streamed, target, others, names)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+@contextmanager
+def _work(
+    files: Sequence[Path],
+    manifest: Manifest,
+    config: MethodConfig,
+    linears: Mapping[str, tuple[str, bool]],
+    keys: set[str],
+    workers: int,
+) -> Iterator[Iterator[tuple[Path, FileResult]]]:
+    """(file, result) of every file as it is finished; in this process if there is nothing to share out."""
+    workers = min(workers, len(files))
+    if workers <= 1:
+        yield (
+            (file, compress_file(file, manifest.folder / _packed_name(file), config, linears, keys)) for file in files
+        )
+        return
+    threads = max(1, torch.get_num_threads() // workers)
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        tasks = {
+            pool.submit(compress_file, file, manifest.folder / _packed_name(file), config, linears, keys): file
+            for file in files
+        }
+        try:
+            yield ((tasks[task], task.result()) for task in as_completed(tasks))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _packed_name(file: Path) -> str:
+    """Of the file that is written for `file`: always safetensors."""
+    return file.name if file.suffix == ".safetensors" else f"{file.stem.replace('pytorch_model', 'model')}.safetensors"
+
+
+def compress_file(
+    file: Path, target: Path, config: MethodConfig, linears: Mapping[str, tuple[str, bool]], keys: set[str]
+) -> FileResult:
+    """Write one file of a checkpoint with the Linears in it packed.
+
+    Args:
+        linears: key of a weight -> (name in the model, whether it is stored as [in_features, out_features]).
+        keys: what is written, of all files.
+    """
+    method, result = method_of(config), FileResult()
+    written: dict[str, Tensor] = {}
+    with opened(file) as tensors:
+        for key in sorted(keys & set(tensors.keys())):
+            stored = tensors.get_tensor(key)
+            if key not in linears:
+                written[key] = stored
+                continue
+            name, transposed = linears[key]
+            dense = stored.T if transposed else stored
+            try:
+                done = method.compress_weight(name, dense)
+            except StaysDenseError as why:
+                result.left_dense.append(LeftDense(name, dense.numel(), str(why), False))
+                written[key] = stored
+                continue
+            result.structures[name] = done.weight.structure.to_dict()
+            written |= {f"{key.removesuffix('weight')}{part}": value for part, value in done.weight.tensors.items()}
+            result.layers.append(layer_report(name, dense, done))
+    write_tensors(target, {key: value.contiguous() for key, value in written.items()})
+    result.peak_memory = peak_memory()
+    return result

@@ -1,0 +1,395 @@
+"""Compression from folder to folder, one block in memory at a time; what is finished is on the disk and never done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...config import MethodConfig
+from ...folders import INDEX, SINGLE, copy_others, opened, put_folder
+from ...formats import structure_from_dict
+from ...layers.linear import PackedLinear
+from ...linears import DEFAULT_EXCLUDE
+from ...memory import peak_memory
+from ...weights import OUTSIDE
+from ..calibration import Batch, as_batches
+from ..methods import method_of
+from ..ranks import ALONE, Ranks
+from ..report import CompressionReport, LayerReport
+from ..statistics.blocks import BlockLoop, Chain, Stage
+from ..statistics.loss_gradients import LossGradients, NoLossError, output_gradients_by_block
+from .in_memory import without_gradients
+from .job import Job, Task, check_finite, quiet_eval, warn
+from .manifest import (
+    Manifest,
+    batches_digest,
+    numbered,
+    source_signature,
+    sync,
+    working_folder,
+    write_tensors,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    from ...integrations.checkpoint import StreamedModel
+
+
+def compress_folder(
+    source: Any,
+    output: str | os.PathLike[str],
+    config: MethodConfig,
+    calibration: Iterable[Any],
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    others: Sequence[Any] = (),
+    resume: bool = False,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
+) -> CompressionReport:
+    """Compress the model of a folder into another folder; the same result as `compress` and `save_pretrained`.
+
+    No more is in memory at a time than one block, the Hessians of its inputs, and the hidden states of the calibration data;
+    before the first block, what is outside the blocks. Whatever is finished is kept in `OUT.partial` beside the output, which
+    itself is there when it is whole.
+
+    Args:
+        source: folder of a transformers model in safetensors, or a `StreamedModel` of one.
+        output: folder to write; an earlier one of that name is replaced at the end.
+        config: as for `compress`; what needs the whole model at once is refused.
+        calibration: batches, as for `compress`.
+        include, exclude: name patterns, as for `compress`.
+        others: what else belongs into the folder and has a `save_pretrained`. Everything in `source` that is not replaced, such
+            as its tokenizer, is copied anyway.
+        resume: go on with a job that was ended, to the same bytes. Refused if it is not the same job.
+        progress: show a tqdm bar.
+        ranks: the processes that work together, see `ranks.joined`. Each is given the same arguments.
+
+    Raises:
+        ValueError: as `compress`; settings that need the whole model; a job that cannot be resumed.
+        FileExistsError: an unfinished job is in the way.
+        OSError: files that cannot be read or written; what is finished stays.
+    """
+    from ...integrations.checkpoint import StreamedModel
+
+    started = time.perf_counter()
+    method = method_of(config)
+    if reason := method.needs.whole_model:
+        raise ValueError(f"{reason}; use pyllmq.compress (in the command: --in-memory), or leave it out")
+    all_batches = as_batches(calibration)
+    if len(all_batches) < ranks.size:
+        raise ValueError(
+            f"{len(all_batches)} calibration batches are too few for {ranks.size} processes; give each at least one"
+        )
+    target = Path(output).resolve()
+    streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
+    model = streamed.model
+    task = Task.of(model, method, include, exclude)
+    names = streamed.names_in_file(task.linears)
+    streamed.split(stage.name for stage in task.stages if stage.block is not None)
+
+    def signature() -> dict[str, Any]:
+        return {
+            **job_signature(streamed.folder, config, list(task.linears)),
+            "calibration": batches_digest(all_batches),
+            "processes": ranks.size,
+            "threads": torch.get_num_threads(),
+        }
+
+    if streamed.without_place:
+        warn(task.report, streamed.copied_as_they_are())
+    with ExitStack() as context:
+        manifest = ranks.from_first(lambda: open_manifest(target, signature(), resume))
+        if ranks.first:
+            context.enter_context(manifest.locked())
+        batches = [_to_device(batch, streamed.device) for batch in ranks.share(all_batches)]
+        loop = BlockLoop(model, _to_device(all_batches[0], streamed.device), batches, streamed)
+        done = sum(len(entry["layers"]) for entry in manifest.finished)
+        bar = tqdm(total=len(task.linears), initial=done, disable=not (progress and ranks.first), unit="layer")
+        folder = FolderJob(Job(task, task.run(loop, ranks), bar), streamed, manifest, started)
+        with quiet_eval(model), torch.no_grad(), bar:
+            chains = loop.find_chains(task.stages, lambda stage: check_finite(stage.linears))
+            folder.plan(chains, [len(next(iter(batch.values()))) for batch in all_batches])
+            folder.restore()
+            for i, chain in enumerate(chains):
+                folder.compress_chain(chain, hand_on=i + 1 < len(chains))
+            folder.copy_the_rest()
+        task.report.seconds = folder.seconds()
+        task.report.peak_memory = max(ranks.gather(peak_memory()))
+        ranks.from_first(lambda: put_finished(manifest, streamed, target, others, names))
+    return task.report
+
+
+def how_to_go_on(output: str | os.PathLike[str]) -> str:
+    """One sentence on what an ended job left; empty if that is nothing."""
+    place = working_folder(Path(output).resolve())
+    try:
+        contents = json.loads((place / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return ""
+    finished = sum(len(entry["layers"]) for entry in contents["finished"])
+    return (
+        f"{finished} of {len(contents['signature']['linears'])} Linears are finished and kept in {place}; the same command with "
+        "--resume goes on from there"
+    )
+
+
+def job_signature(source: Path, config: MethodConfig, linears: Sequence[str]) -> dict[str, Any]:
+    """What the bytes of the result depend on, whatever the method."""
+    return {
+        "source": source_signature(source),
+        "config": {"type": type(config).__name__, **config.to_dict()},
+        "linears": list(linears),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of everything that takes part in the result."""
+    import safetensors
+    import transformers
+
+    from ... import __version__
+
+    return {
+        "pyllmq": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def open_manifest(target: Path, signature: Mapping[str, Any], resume: bool) -> Manifest:
+    """The job that writes `target`: a new one, or the one to go on with."""
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file; give the name of a folder")
+    if resume:
+        return Manifest.resume(target, signature)
+    return Manifest.begin(target, signature)
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+class FolderJob:
+    """A `Job` whose finished blocks go to the working folder."""
+
+    def __init__(self, job: Job, streamed: StreamedModel, manifest: Manifest, started: float) -> None:
+        self.job, self.streamed, self.manifest, self.started = job, streamed, manifest, started
+        self.method, self.report, self.loop, self.ranks = job.method, job.report, job.run.loop, job.run.ranks
+        self.earlier = manifest.finished[-1]["seconds"] if manifest.finished else 0.0
+        self.chain, self.hand_on = Chain([]), False
+        """The chain in hand."""
+
+    def seconds(self) -> float:
+        """Of this run and those that it goes on from."""
+        return self.earlier + time.perf_counter() - self.started
+
+    # ---- the plan ----
+
+    def plan(self, chains: Sequence[Chain], rows: Sequence[int]) -> None:
+        """What is decided before the first block; a resumed job reads it. `rows`: the number of texts of every batch."""
+        job, method = self.job, self.method
+        file = self.manifest.place / "plan.safetensors"
+        if self.manifest.plan is not None:
+            method.plan = self.manifest.plan
+            if file.exists():
+                job.run.gradients = LossGradients.from_tensors(_read(file)).shared(self.ranks)
+            return
+        if (which := method.needs.loss_gradients) != "none":
+            hidden = HiddenStates(self.manifest.place, "inputs", self.ranks)
+            try:
+                found = output_gradients_by_block(self.loop, chains, job.task.linears, hidden, rows, self.ranks)
+            except NoLossError as error:
+                for stage in (stage for chain in chains for stage in chain.stages):
+                    hidden.of(stage.name).remove()
+                warn(self.report, without_gradients(error))
+            else:
+                found = found.limited_to(which)
+                job.run.gradients = found.shared(self.ranks)
+                if self.ranks.first:
+                    write_tensors(file, found.tensors())
+        method.plan = method.make_plan(job.task.linears, chains, job.run)
+        if self.ranks.first:
+            self.manifest.set_plan(method.plan)
+
+    # ---- block after block ----
+
+    def restore(self) -> None:
+        """Take up the state behind the last finished unit."""
+        for entry in self.manifest.finished:
+            self.report.layers += [LayerReport(**row) for row in entry["layers"]]
+            self.report.warnings[:] = entry["warnings"]
+            self.method.carried = entry["carried"]
+
+    def compress_chain(self, chain: Chain, hand_on: bool) -> None:
+        names = [self._unit(stage) for stage in chain.stages]
+        finished = {entry["unit"] for entry in self.manifest.finished}
+        begin = sum(name in finished for name in names)
+        if chain.stages[0].block is None:
+            if OUTSIDE not in finished:
+                self.loop.walk(chain, self.job.compress_stage, hand_on=False, done=self.finish)
+            return
+        hidden = dense = None
+        if begin and (hand_on or begin < len(names)):
+            hidden = self._hidden(names[begin - 1]).read()
+            if self.method.needs.dense_block and begin < len(names):
+                dense = self._hidden(names[begin - 1], "dense").read()
+        if begin == len(names):
+            self.loop.finish(chain, hidden)
+            return
+        self.chain, self.hand_on = chain, hand_on
+        self.loop.walk(
+            chain,
+            self.job.compress_stage,
+            hand_on=hand_on,
+            done=self.finish,
+            begin=begin,
+            hidden=hidden,
+            dense=dense,
+            asymmetric=self.method.needs.dense_block,
+        )
+
+    def finish(self, stage: Stage, hidden: list[Tensor], dense: list[Tensor]) -> None:
+        """Write a unit, then the hidden states behind it, then its entry in the manifest."""
+        unit, job, report = self._unit(stage), self.job, self.report
+        last = stage.block is None or stage is self.chain.stages[-1]
+        if hidden and (self.hand_on or not last):
+            self._hidden(unit).write(hidden)
+        if dense and not last:
+            self._hidden(unit, "dense").write(dense)
+        self.ranks.gather(None)  # all of them are written
+        layers = report.layers[sum(len(entry["layers"]) for entry in self.manifest.finished) :]
+        structures = {name: _packed(job, name).structure.to_dict() for name in job.replaced}
+        entry = {
+            "layers": [asdict(layer) for layer in layers],
+            "structures": structures,
+            "warnings": list(report.warnings),
+            "carried": self.method.carried,
+            "seconds": self.seconds(),
+        }
+        self.ranks.from_first(lambda: self._write(unit, entry))
+        if not self.ranks.first:
+            self.manifest.finished.append(entry | {"unit": unit})
+        # Those behind the last block of a chain stay: they are what the model goes on with after it.
+        before = 0 if stage.block is None else self.chain.stages.index(stage)
+        if before:
+            self._hidden(self.chain.stages[before - 1].name).remove()
+            self._hidden(self.chain.stages[before - 1].name, "dense").remove()
+        job.put_back()
+
+    def copy_the_rest(self) -> None:
+        """Units in which nothing is compressed."""
+        known = {entry["unit"] for entry in self.manifest.finished}
+        for unit in (OUTSIDE, *self.streamed.blocks):
+            if unit not in known and self.ranks.first:
+                with self.streamed.loaded(unit):
+                    nothing = {"layers": [], "structures": {}, "warnings": self.report.warnings}
+                    self._write(unit, {**nothing, "carried": self.method.carried, "seconds": self.seconds()})
+
+    def _write(self, unit: str, entry: Mapping[str, Any]) -> None:
+        file = self._file(unit)
+        write_tensors(self.manifest.folder / file, self.streamed.checkpoint_tensors(unit))
+        self.manifest.add(unit, file, entry)
+
+    def _file(self, unit: str) -> str:
+        units = (OUTSIDE, *self.streamed.blocks)
+        if len(units) == 1:
+            return "model.safetensors"
+        return f"model-{units.index(unit) + 1:05d}-of-{len(units):05d}.safetensors"
+
+    @staticmethod
+    def _unit(stage: Stage) -> str:
+        return OUTSIDE if stage.block is None else stage.name
+
+    def _hidden(self, unit: str, kind: str = "hidden") -> HiddenStates:
+        """`kind` "dense": what the dense blocks give out."""
+        return HiddenStates(self.manifest.place, kind, self.ranks).of(unit)
+
+
+def put_finished(
+    manifest: Manifest, streamed: StreamedModel, target: Path, others: Sequence[Any], names: Mapping[str, str]
+) -> None:
+    """Make the folder of finished files whole, open it as a user will, and move it to its place.
+
+    `names`: Linear -> what its tensors are called in the files.
+    """
+    from ...integrations.transformers import check_written, describe_packed
+
+    folder = manifest.folder
+    write_index(folder, [entry["file"] for entry in manifest.finished])
+    structures = {name: described for entry in manifest.finished for name, described in entry["structures"].items()}
+    order = [name for name, _ in streamed.model.named_modules() if name in structures]
+    describe_packed(streamed.model, {names[name]: structure_from_dict(structures[name]) for name in order})
+    streamed.save_settings(folder)
+    for other in others:
+        other.save_pretrained(folder)
+    copy_others(streamed.folder, folder, skip=(manifest.place, target))
+    check_written(folder, type(streamed.model))
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+    put_folder(folder, target)
+    manifest.remove()
+
+
+def _packed(job: Job, name: str) -> PackedLinear:
+    layer = job.task.model.get_submodule(name)
+    assert isinstance(layer, PackedLinear)
+    return layer
+
+
+def write_index(folder: Path, files: Sequence[str]) -> None:
+    """model.safetensors.index.json of these files; none for a single one."""
+
+    if list(files) == [SINGLE]:
+        return
+    where, nbytes = {}, 0
+    for file in sorted(files):
+        with opened(folder / file) as tensors:
+            for key in tensors.keys():  # noqa: SIM118  (safe_open is no dict)
+                where[key] = file
+        nbytes += (folder / file).stat().st_size
+    index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(where.items()))}
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+class HiddenStates:
+    """Hidden states of this process's batches, in files of the working folder."""
+
+    def __init__(self, place: Path, kind: str, ranks: Ranks, unit: str = "") -> None:
+        self.place, self.kind, self.ranks, self.unit = place, kind, ranks, unit
+
+    @property
+    def file(self) -> Path:
+        return self.place / f"{self.kind}.{self.unit}.{self.ranks.rank}.safetensors"
+
+    def of(self, unit: str) -> HiddenStates:
+        return HiddenStates(self.place, self.kind, self.ranks, unit)
+
+    def write(self, hidden: Sequence[Tensor]) -> None:
+        write_tensors(self.file, numbered(hidden))
+
+    def read(self) -> list[Tensor]:
+        return list(_read(self.file).values())
+
+    def remove(self) -> None:
+        self.file.unlink(missing_ok=True)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+
+    with opened(file) as tensors:
+        return {key: tensors.get_tensor(key).clone() for key in sorted(tensors.keys())}

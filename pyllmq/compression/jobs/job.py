@@ -1,0 +1,195 @@
+"""One compression: a method, given the Linears of a model group by group, and what became of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ...formats import layer_type
+from ...linears import (
+    DEFAULT_EXCLUDE,
+    LeftDense,
+    dense_weight,
+    left_dense,
+    linear_modules,
+    matches,
+    replace_module,
+    select_linears,
+    tied_weights,
+)
+from ...packing import count_not_finite
+from ..methods import CompressedLinear, Method
+from ..ranks import ALONE, Ranks
+from ..report import CompressionReport, LayerReport, summary
+from ..statistics.blocks import BlockLoop, Stage, find_stages
+from ..statistics.inputs import Group, InputStatistics, visit_groups
+from ..statistics.run import CalibrationRun
+
+SILENT_SHARE = 0.01
+"""Linear-like parameters left dense without being asked for are reported loudly above this share."""
+
+
+@dataclass
+class Task:
+    """Which Linears of a model a method is to compress, and what stays dense."""
+
+    model: nn.Module
+    method: Method[Any]
+    linears: dict[str, nn.Module]
+    stages: list[Stage]
+    report: CompressionReport
+
+    @classmethod
+    def of(cls, model: nn.Module, method: Method[Any], include: Sequence[str] | None, exclude: Sequence[str]) -> Task:
+        """Raises ValueError if there is nothing to compress, or one of the Linears may not be; warns of much that stays dense."""
+        exclude = not_included(include, exclude)
+        chosen = select_linears(model, include, exclude)
+        tied = tied_weights(model, chosen)
+        stages = find_stages(model, chosen, outside=include is not None)
+        if method.outside_blocks:
+            planned = {name: module for name, module in chosen.items() if name not in tied}
+        else:
+            for name, owner in tied.items():
+                raise ValueError(
+                    f"{name} shares its weight with {owner}; compressing it would untie them. Add {name!r} to exclude"
+                )
+            planned = {name: module for stage in stages for name, module in stage.linears.items()}
+        if not planned:
+            raise ValueError(
+                f"nothing to compress: {len(list(linear_modules(model)))} Linears, {len(chosen)} after include and exclude, none "
+                "of them in a repeated block; name them in include to compress them all the same"
+            )
+        dense, total = left_dense(model, chosen if method.outside_blocks else planned, include, exclude)
+        report = CompressionReport(method.name, method.config.to_dict(), left_dense=dense)
+        if method.outside_blocks:
+            for name, owner in tied.items():
+                report.left_dense.append(stays_dense(name, chosen[name], f"shares its weight with {owner}"))
+        elif (unasked := sum(item.parameters for item in dense if not item.asked)) > SILENT_SHARE * total:
+            names = summary([item for item in dense if not item.asked])
+            warn(
+                report,
+                f"{100 * unasked / total:.1f} % of the Linear-like parameters stay dense without being asked for: {names}. "
+                "Name them in exclude if that is wanted; Linears outside the blocks can be named in include",
+            )
+        return cls(model, method, planned, stages, report)
+
+    def run(self, loop: BlockLoop, ranks: Ranks = ALONE) -> CalibrationRun:
+        needs = self.method.needs
+        return CalibrationRun(loop, ranks, sequential=needs.sequential, covariance=needs.covariance)
+
+    def nothing_packed(self) -> ValueError:
+        why = {item.name: item.why for item in self.report.left_dense if item.name in self.linears}
+        first = next(iter(why.items()), None)
+        return ValueError(f"none of {len(self.linears)} Linears {self.method.nothing_packed} ({first})")
+
+
+def not_included(include: Sequence[str] | None, exclude: Sequence[str]) -> tuple[str, ...]:
+    """The patterns of `exclude` without those heads, dense by default, that `include` asks for by name."""
+    asked = [head for head in DEFAULT_EXCLUDE if any(matches(pattern, [head]) for pattern in include or ())]
+    return tuple(pattern for pattern in exclude if pattern not in asked)
+
+
+def stays_dense(name: str, module: nn.Module, why: str) -> LeftDense:
+    return LeftDense(name, dense_weight(module).numel(), why, False)
+
+
+@dataclass
+class Job:
+    """A task on its way through the blocks."""
+
+    task: Task
+    run: CalibrationRun
+    bar: tqdm
+    replaced: dict[str, nn.Module] = field(default_factory=dict)
+    """name -> the dense Linear in whose place a packed layer is."""
+
+    @property
+    def method(self) -> Method[Any]:
+        return self.task.method
+
+    @property
+    def report(self) -> CompressionReport:
+        return self.task.report
+
+    def compress_stage(self, stage: Stage, forward: Callable[[int], Any]) -> None:
+        """Group the Linears of a stage by their input, take the statistics of each input, compress them."""
+        visit_groups(self.run, stage, forward, self.compress_group)
+
+    def compress_group(self, group: Group, inputs: InputStatistics) -> None:
+        """Put packed layers in the place of Linears that share an input."""
+        if not inputs.reached:
+            names = ", ".join(group)
+            warn(self.report, f"{names} was never run by the calibration data; it is compressed by its weights alone")
+        weights = {name: dense_weight(module) for name, module in group.items()}
+        for name, done in self.method.compress_group(weights, inputs, self.run).items():
+            self.replace(name, group[name], done)
+
+    def replace(self, name: str, module: nn.Module, done: CompressedLinear) -> None:
+        dense = dense_weight(module)
+        bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
+        if bias is not None and done.bias_change is not None:
+            bias = bias + done.bias_change.to(bias)
+        self.replaced[name] = module
+        layer = layer_type(done.weight.kind).from_weight(done.weight.to(dense.device), bias, dense.dtype)
+        replace_module(self.task.model, name, layer)
+        self.report.layers.append(layer_report(name, dense, done))
+        self.bar.set_postfix_str(f"{name} error {done.error:.5f}", refresh=False)
+        self.bar.update()
+
+    def put_back(self) -> None:
+        """The dense Linears take their places again."""
+        for name, module in self.replaced.items():
+            replace_module(self.task.model, name, module)
+        self.replaced.clear()
+
+
+def layer_report(name: str, dense: Tensor, done: CompressedLinear) -> LayerReport:
+    return LayerReport(
+        name=name,
+        out_features=done.weight.out_features,
+        in_features=done.weight.in_features,
+        bits_per_weight=done.weight.bits_per_weight,
+        paper_bits=done.paper_bits,
+        nbytes=done.weight.nbytes,
+        dense_nbytes=dense.numel() * dense.element_size(),
+        error=done.error,
+        seconds=done.seconds,
+        pruned=done.pruned,
+    )
+
+
+def warn(report: CompressionReport, message: str) -> None:
+    report.warnings.append(message)
+    warnings.warn(message, stacklevel=4)
+
+
+def check_finite(linears: Mapping[str, nn.Module]) -> None:
+    for name, module in linears.items():
+        if bad := count_not_finite(dense_weight(module)):
+            raise ValueError(
+                f"{name}.weight holds {bad} values that are not finite; repair the model before compressing it"
+            )
+
+
+@contextmanager
+def quiet_eval(model: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout) and no key-value cache, both put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model_config = getattr(model, "config", None)
+    use_cache = getattr(model_config, "use_cache", None)
+    model.eval()
+    if use_cache:
+        model_config.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        if use_cache:
+            model_config.use_cache = use_cache  # type: ignore[union-attr]

@@ -1,0 +1,307 @@
+"""What calibration knows of the inputs of a block's Linears: which of them share one, its Hessian and mean, its norms."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...linears import dense_weight
+from ...memory import return_freed
+from ..calibration import Batch
+from .asymmetric import AsymmetricTarget, Enough, watch
+from .blocks import Stage
+from .run import CalibrationRun
+
+TOKENS = 1024
+"""That are added to a Hessian at a time: with 512 it is read and written so often that it costs an eighth more."""
+
+Group = dict[str, nn.Module]
+"""Name -> Linears that share an input."""
+
+
+@dataclass(eq=False)
+class InputStatistics:
+    """What calibration knows of the common input x of some Linears."""
+
+    hessian: Tensor
+    """float [K, K]: mean of x x^T over the tokens, on any scale."""
+    mean: Tensor | None = None
+    """float [K]: mean of x, where the Hessian is the plain mean of x x^T: their difference is the covariance. None: biases stay."""
+    targets: Mapping[str, AsymmetricTarget] = field(default_factory=dict)
+    """name -> the error of the model before it that its output should make up for; Linears that are not named: nothing."""
+    reached: bool = True
+    """False: no calibration token reached these Linears, and the Hessian is the identity."""
+
+    def take_hessian(self) -> Tensor:
+        """The Hessian, to be written on. Raises RuntimeError the second time."""
+        if not self.hessian.numel():
+            raise RuntimeError("the Hessian of these statistics was taken; make them anew")
+        hessian, self.hessian = self.hessian, torch.empty(0)
+        return hessian
+
+
+def visit_groups(
+    run: CalibrationRun, stage: Stage, forward: Callable[[int], Any], visit: Callable[[Group, InputStatistics], None]
+) -> None:
+    """Call `visit(group, inputs)` for the Linears of a stage, group by group of one input, in the order in which they run.
+
+    `forward(index)` runs the stage on a batch. What `visit` changes, later groups see, if the run is sequential.
+    """
+    if not stage.linears:
+        return
+
+    def rest() -> None:
+        """While Linears are compressed, nothing runs."""
+        run.loop.weights.rest(stage.name)
+        return_freed()
+
+    groups, repeated = group_by_input(run, stage, forward)
+    at_a_time = [[group] for group in groups] if run.sequential else [groups]
+    for some in at_a_time:
+        for group, inputs in zip(some, input_statistics(run, some, repeated, forward), strict=True):
+            rest()
+            visit(group, inputs)
+    reached = {name for group in groups for name in group}
+    for name, module in stage.linears.items():
+        if name not in reached:
+            weight = dense_weight(module)
+            identity = torch.eye(weight.shape[1], device=weight.device)
+            visit({name: module}, InputStatistics(identity, reached=False))
+
+
+@contextmanager
+def _hooked(linears: Mapping[str, nn.Module], hook: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+    """`hook(name)` is called with the module and its arguments before each of these Linears runs."""
+    with ExitStack() as handles:
+        for name, module in linears.items():
+            handles.callback(module.register_forward_pre_hook(hook(name)).remove)
+        yield
+
+
+def group_by_input(run: CalibrationRun, stage: Stage, forward: Callable[[int], Any]) -> tuple[list[Group], set[str]]:
+    """The stage's Linears in the order in which they run, those that are given the very same tensor in one group.
+
+    And the names of those that run more than once.
+    """
+    groups: list[tuple[Tensor, int, Group]] = []
+    seen: set[str] = set()
+    of_batch: Counter[str] = Counter()
+    repeated: set[str] = set()
+
+    def recorder(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            of_batch[name] += 1
+            if of_batch[name] > 1:
+                repeated.add(name)
+            if name in seen:
+                return
+            seen.add(name)
+            x = args[0]
+            # The list keeps every input alive, so that no address is used twice.
+            for tensor, version, members in groups:
+                if tensor.data_ptr() == x.data_ptr() and tensor.shape == x.shape and version == x._version:
+                    members[name] = module
+                    return
+            groups.append((x, x._version, {name: module}))
+
+        return hook
+
+    with _hooked(stage.linears, recorder):
+        for index in range(len(run.batches)):
+            of_batch.clear()
+            forward(index)
+            if len(seen) == len(stage.linears):
+                break
+    # Other processes may have reached experts that this one's text did not.
+    found: list[Group] = []
+    taken: set[str] = set()
+    for names in itertools.chain(*run.ranks.gather([list(members) for _, _, members in groups])):
+        new = [name for name in names if name not in taken]
+        taken.update(new)
+        if new:
+            found.append({name: stage.linears[name] for name in new})
+    return found, repeated
+
+
+def input_statistics(
+    run: CalibrationRun, groups: list[Group], repeated: set[str], forward: Callable[[int], Any]
+) -> list[InputStatistics]:
+    """H, fp32 [K, K], a sum of x x^T over the calibration tokens, and their mean, for the common input of each group; beside the
+    dense block also the error of each output so far.
+
+    The forward pass stops as soon as every requested statistic is complete (for q, k, v: before attention). `repeated` name
+    Linears that run more than once.
+    """
+    once = repeated.isdisjoint(name for group in groups for name in group)
+    leaders = {next(iter(group)): i for i, group in enumerate(groups)}
+    sums, totals = [], []
+    for group in groups:
+        weight = dense_weight(next(iter(group.values())))
+        sums.append(torch.zeros(weight.shape[1], weight.shape[1], device=weight.device))
+        totals.append(torch.zeros(weight.shape[1], device=weight.device))
+    counts = torch.zeros(len(groups), dtype=torch.float64)
+    errors = _OutputErrors(run, groups, once)
+    seen: dict[int, tuple[Tensor, Tensor | None]] = {}
+    current = 0
+    return_freed()
+
+    def end_where_known() -> None:
+        if once and len(seen) == len(groups) and errors.known():
+            raise Enough
+
+    def recorder(name: str) -> Callable[..., None]:
+        i = leaders[name]
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            tokens = _real_tokens(args[0], run.batches[current], name)
+            s = _token_weights(run, name, current, args[0].shape[:-1])
+            # An expert may be sent other tokens than in the dense model.
+            if s is not None and s.numel() != len(tokens):
+                s = None
+            for x, share in _by_tokens(tokens, s):
+                weighted = x if share is None else x * share
+                # Added in the product: a second [K, K] is 0.5 GB at K = 11008.
+                sums[i].addmm_(weighted.T, x)
+                totals[i].add_(weighted.sum(0))
+            counts[i] += len(tokens) if s is None else float(s.sum())
+            seen[i] = tokens, s
+            end_where_known()
+
+        return hook
+
+    with _hooked({name: groups[i][name] for name, i in leaders.items()}, recorder), errors.watched(end_where_known):
+        for current in range(len(run.batches)):
+            seen.clear()
+            with suppress(Enough):
+                forward(current)
+            errors.add(current, seen)
+    found = []
+    for i, (products, total, count) in enumerate(zip(sums, totals, run.ranks.sum_(counts).tolist(), strict=True)):
+        if count == 0:
+            raise ValueError(
+                f"the calibration data reaches {next(iter(groups[i]))} with no token; is the attention_mask all zero?"
+            )
+        run.ranks.sum_(products)
+        run.ranks.sum_(total)
+        if not run.covariance:
+            found.append(InputStatistics(products.mul_(2.0 / count)))
+            continue
+        biased = all(isinstance(module.bias, Tensor) for module in groups[i].values())
+        mean = total.div_(count) if biased else None
+        found.append(InputStatistics(products.div_(count), mean, errors.of(groups[i], count)))
+    return found
+
+
+class _OutputErrors:
+    """Collects, for the Linears of some groups, what the dense block has at their places beyond what the block has."""
+
+    def __init__(self, run: CalibrationRun, groups: list[Group], once: bool) -> None:
+        self.run, self.dense, self.once = run, run.dense_block, once
+        self.members = [(i, name) for i, group in enumerate(groups) for name in group] if self.dense else []
+        self.had: dict[str, Tensor] = {}
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        """name -> those of e x^T and of e."""
+        for i, name in self.members:
+            weight = dense_weight(groups[i][name])
+            mean = torch.zeros(len(weight), device=weight.device)
+            self.sums[name] = torch.zeros_like(weight, dtype=torch.float32), mean
+
+    def watched(self, then: Callable[[], None]) -> AbstractContextManager[Any]:
+        places = {name: self.dense.places_in_block[name] for _, name in self.members} if self.dense else {}
+        return watch(places, self.had, then=then)
+
+    def known(self) -> bool:
+        return len(self.had) == len(self.members)
+
+    def add(self, current: int, seen: Mapping[int, tuple[Tensor, Tensor | None]]) -> None:
+        """`seen`: for each group its real tokens in the batch of index `current`, and their weights."""
+        if self.dense is None:
+            return
+        wanted = self.dense.look([name for _, name in self.members], current, self.once)
+        for i, name in self.members:
+            # An expert is sent other tokens than in the dense model: nothing to compare.
+            if i not in seen or name not in self.had or name not in wanted or wanted[name].dim() != 3:
+                continue
+            tokens, s = seen[i]
+            missing = _real_tokens(wanted.pop(name) - self.had.pop(name), self.run.batches[current], name)
+            if len(missing) == len(tokens):
+                products, mean = self.sums[name]
+                for (x, share), e in zip(_by_tokens(tokens, s), missing.split(TOKENS), strict=True):
+                    e = e.float() if share is None else e * share
+                    products.addmm_(e.T, x)
+                    mean.add_(e.sum(0))
+        self.had.clear()
+
+    def of(self, group: Group, count: float) -> dict[str, AsymmetricTarget]:
+        """The means over `count` tokens."""
+        found = {name: self.sums[name] for name in group if name in self.sums}
+        return {
+            name: AsymmetricTarget(*(self.run.ranks.sum_(total).div_(count) for total in sums))
+            for name, sums in found.items()
+        }
+
+
+def input_norms(
+    run: CalibrationRun, linears: Mapping[str, nn.Module], forward: Callable[[int], Any]
+) -> dict[str, Tensor]:
+    """name -> |X_j| over the calibration tokens, float32 [K]; 0 for a Linear that never runs."""
+    sums = {name: torch.zeros_like(dense_weight(module)[0], dtype=torch.float32) for name, module in linears.items()}
+    current = 0
+
+    def recorder(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            for x in _real_tokens(args[0], run.batches[current], name).split(TOKENS):
+                sums[name] += x.float().square().sum(0)
+
+        return hook
+
+    with _hooked(linears, recorder):
+        for current in range(len(run.batches)):  # noqa: B007  (read by the hooks)
+            forward(current)
+    return {name: run.ranks.sum_(total).sqrt() for name, total in sums.items()}
+
+
+def _real_tokens(x: Tensor, batch: Batch, name: str) -> Tensor:
+    """The input of a Linear without padding, [tokens, K]."""
+    x = x.detach()
+    mask = _token_mask(batch, name)
+    if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
+        x = x[mask.bool()]
+    return x.reshape(-1, x.shape[-1])
+
+
+def _by_tokens(x: Tensor, shares: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(float32 [T, K], weights [T, 1]) of some tokens at a time: 2048 of them are 0.09 GB at K = 11008."""
+    parts = x.split(TOKENS)
+    if shares is None:
+        return ((part.float(), None) for part in parts)
+    return ((part.float(), s) for part, s in zip(parts, shares.reshape(-1, 1).split(TOKENS), strict=True))
+
+
+def _token_weights(run: CalibrationRun, name: str, current: int, shape: torch.Size) -> Tensor | None:
+    """What the tokens of `_real_tokens` count in the statistics; None: all alike."""
+    if name not in run.gradients.token_weights:
+        return None
+    weights = run.gradients.token_weights[name][current]
+    mask = _token_mask(run.batches[current], name)
+    return weights if mask is None or mask.shape != shape else weights[mask.bool()]
+
+
+def _token_mask(batch: Batch, name: str) -> Tensor | None:
+    """Which tokens of a Linear's input are real, [B, L].
+
+    In a decoder that has ids of its own it is their mask; where those are as long as the encoder's, cross attention's view of
+    the encoder is then taken whole, padding included: better some padding than real tokens lost.
+    """
+    mask = batch.get("attention_mask")
+    decoder_ids = batch.get("decoder_input_ids")
+    if decoder_ids is None or "decoder" not in name or (mask is not None and mask.shape != decoder_ids.shape):
+        return mask
+    return batch.get("decoder_attention_mask")

@@ -1,0 +1,154 @@
+"""How much the loss of a model minds changes of each weight matrix: the trace of its Hessian over the number of weights.
+
+The loss is that of predicting the next token where the model gives logits, else half the squared change of its output.
+
+    hutchinson   E z^T H z over random signs z: one backward pass through a backward pass for each draw
+    fisher       E |g|^2, g the gradient with labels drawn from the model's own prediction (random signs of the output, where
+                 there are no logits): the trace of the Gauss-Newton matrix, H without the curvature of the network, from
+                 first derivatives alone
+
+Source: Hutchinson 1989; Shao et al. 2023 (arXiv 2310.09499), eq. 5 and 6, for the use of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..calibration import Batch
+
+
+def trace_per_weight(
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    method: str,
+    draws: int = 1,
+    seed: int = 0,
+) -> dict[str, float]:
+    """name -> estimated trace of the Hessian with respect to that weight matrix, divided by its number of weights.
+
+    Args:
+        linears: name -> module with a `weight`, all in `model`.
+        batches: of the calibration; one backward pass for each and each draw.
+        method: "fisher" or "hutchinson".
+        draws: random vectors for each batch.
+
+    Raises:
+        ValueError: an unknown method, or a model whose output has neither logits nor hidden states.
+    """
+    if method not in ("fisher", "hutchinson"):
+        raise ValueError(f"method is {method!r}; allowed: 'fisher', 'hutchinson'")
+    weights = [_weight(module) for module in linears.values()]
+    sums = [0.0] * len(weights)
+    estimate = _gauss_newton if method == "fisher" else _hutchinson
+    generator = torch.Generator(weights[0].device).manual_seed(seed)
+    with _only_these_need_gradients(model, weights), torch.enable_grad():
+        for batch in batches:
+            for _ in range(draws):
+                for i, value in enumerate(estimate(model, weights, batch, generator)):
+                    sums[i] += value
+    runs = len(batches) * draws
+    return {name: sums[i] / (runs * weights[i].numel()) for i, name in enumerate(linears)}
+
+
+def _gauss_newton(model: nn.Module, weights: list[Tensor], batch: Batch, generator: torch.Generator) -> Iterator[float]:
+    output, tokens = _output(model, batch)
+    count = output.numel() // output.shape[-1]
+    if not count:  # a text of one token has no next one
+        return iter(0.0 for _ in weights)
+    if tokens is None:
+        loss = (output * _signs(output, generator)).sum()
+    else:
+        # Labels drawn from the prediction have a gradient of mean 0 at each token, so the square of the sum over tokens has
+        # the mean of the sum of squares.
+        drawn = torch.multinomial(output.detach().float().softmax(-1), 1, generator=generator)[:, 0]
+        loss = nn.functional.cross_entropy(output.float(), drawn, reduction="sum")
+    gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+    return (0.0 if g is None else float(g.double().square().sum()) / count for g in gradients)
+
+
+def _hutchinson(model: nn.Module, weights: list[Tensor], batch: Batch, generator: torch.Generator) -> Iterator[float]:
+    # The fused attention kernels have no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        output, tokens = _output(model, batch)
+        count = output.numel() // output.shape[-1]
+        if not count:
+            return iter(0.0 for _ in weights)
+        if tokens is None:
+            loss = 0.5 * (output - output.detach()).square().sum()
+        else:
+            loss = nn.functional.cross_entropy(output.float(), tokens, reduction="sum")
+        gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+        signs = [_signs(w, generator) for w in weights]
+        used = [i for i, g in enumerate(gradients) if g is not None]
+        # z over all matrices at once: the terms between two matrices have mean 0.
+        product = torch.stack([(gradients[i] * signs[i]).sum() for i in used]).sum()
+        seconds: Any = [None] * len(weights)
+        for i, s in zip(used, torch.autograd.grad(product, [weights[i] for i in used], allow_unused=True), strict=True):
+            seconds[i] = s
+    return (0.0 if s is None else float((s.double() * z).sum()) / count for s, z in zip(seconds, signs, strict=True))
+
+
+def _output(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """As `_of_real_tokens`. Raises ValueError where it is not finite."""
+    output, tokens = _of_real_tokens(model, batch)
+    if bad := int((~torch.isfinite(output)).sum()):
+        raise ValueError(
+            f"{type(model).__name__} gives {bad} of {output.numel()} values that are not finite on the calibration data; look at "
+            "its norms and at overflows of its dtype"
+        )
+    return output, tokens
+
+
+def _of_real_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """(logits [T, V], next tokens [T]) of a causal model, (hidden states [T, D], None) of others; real tokens only."""
+    found = model(**batch)
+    logits, hidden = getattr(found, "logits", None), getattr(found, "last_hidden_state", None)
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    causal = getattr(model, "can_generate", lambda: False)() and not getattr(
+        getattr(model, "config", None), "is_encoder_decoder", False
+    )
+    if causal and isinstance(logits, Tensor) and ids is not None:
+        real = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:].bool()
+        return logits[:, :-1][real], ids[:, 1:][real]
+    output = hidden if isinstance(hidden, Tensor) else logits if isinstance(logits, Tensor) else found
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"{type(model).__name__} gives a {type(found).__name__} with neither logits nor last_hidden_state; sensitivities "
+            "cannot be measured on it, use allocation='uniform' or 'owl'"
+        )
+    if mask is not None and output.dim() == 3 and mask.shape == output.shape[:2]:
+        output = output[mask.bool()]
+    return output.reshape(-1, output.shape[-1]), None
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, Tensor)
+    return module.weight
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, like.shape, generator=generator, device=like.device).to(like.dtype) * 2 - 1
+
+
+@contextmanager
+def _only_these_need_gradients(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
+    parameters = list(model.parameters())
+    before = [p.requires_grad for p in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for parameter, needed in zip(parameters, before, strict=True):
+            parameter.requires_grad_(needed)

@@ -1,0 +1,272 @@
+"""Every operation that kernels serve: by what a kernel is chosen, and the signature that it must have.
+
+Kernels get checked arguments: dtypes and shapes as their `Protocol` says, on one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .dispatch import Operation, Problem, Support
+from .layouts import WeightOperand
+
+PRECISIONS = ("exact", "high", "fast")
+"""What a caller of a linear operation permits: "exact" errs no more than torch does in the activations' dtype, "high" has a
+relative error of at most 2e-4 beyond that of the dtype, "fast" of at most 2e-2. A kernel may be more exact than asked."""
+
+DEFAULT_PRECISION = "high"
+
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; allowed: {', '.join(map(repr, PRECISIONS))}")
+
+
+def anything(problem: Problem) -> Support:
+    """Of a row that runs anywhere."""
+    return True, ""
+
+
+def takes(dtypes: Sequence[torch.dtype], then: Callable[[Problem], Support]) -> Callable[[Problem], Support]:
+    """A row for these dtypes, on what `then` says."""
+    allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+    def supports(problem: Problem) -> Support:
+        return then(problem) if problem.dtype in dtypes else (False, f"takes {allowed}, not {problem.dtype}")
+
+    return supports
+
+
+# ---- packed weights -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightProblem(Problem):
+    """`layout` and `meta` are those of the operand, `tokens` the number of rows of x."""
+
+    layout: str
+    tokens: int = 0
+    meta: tuple[int, ...] = ()
+
+
+def reads(
+    layout: str,
+    then: Callable[[WeightProblem], Support],
+    most_tokens: int | None = None,
+) -> Callable[[WeightProblem], Support]:
+    """A row that reads weights of one layout, for up to so many tokens, on what `then` says."""
+
+    def supports(problem: WeightProblem) -> Support:
+        if problem.layout != layout:
+            return False, f"reads the layout {layout!r}, this weight is {problem.layout!r}"
+        if most_tokens is not None and problem.tokens > most_tokens:
+            return False, f"serves up to {most_tokens} tokens, here {problem.tokens}"
+        return then(problem)
+
+    return supports
+
+
+class PackedLinear(Protocol):
+    def __call__(self, x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str, /) -> Tensor:
+        """x [M, K], any strides; bias [N] contiguous. -> [M, N] in x's dtype."""
+
+
+class PackedDequantize(Protocol):
+    def __call__(self, weight: WeightOperand, dtype: torch.dtype, /) -> Tensor:
+        """-> [N, K]."""
+
+
+class CodebookGradient(Protocol):
+    def __call__(self, weight_gradient: Tensor, weight: WeightOperand, /) -> Tensor:
+        """dL/dW fp32 [N, K], a weight in the layout checkpoint.codebook -> dL/dcodebook fp32 [segments, entries]."""
+
+
+class PackCodes(Protocol):
+    def __call__(self, codes: Tensor, bits: int, /) -> Tensor:
+        """uint8 [rows, columns] -> uint8 [rows, ceil(columns * bits / 8)]."""
+
+
+class UnpackCodes(Protocol):
+    def __call__(self, packed: Tensor, bits: int, columns: int, /) -> Tensor: ...
+
+
+PACKED_LINEAR = Operation("packed_linear", WeightProblem, PackedLinear)
+PACKED_DEQUANTIZE = Operation("packed_dequantize", WeightProblem, PackedDequantize)
+CODEBOOK_GRADIENT = Operation("codebook_gradient", WeightProblem, CodebookGradient)
+PACK_CODES = Operation("pack_codes", Problem, PackCodes)
+UNPACK_CODES = Operation("unpack_codes", Problem, UnpackCodes)
+
+
+# ---- softmax_cdist_l1 -----------------------------------------------------------------------------------------------
+
+
+class SoftmaxCdistL1(Protocol):
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor, temperature: float, /
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[batch, B, V] and [batch, C, V] -> distances [batch, B, C], and for each row of either side (largest logit,
+        1 / sum of exponentials), [batch, rows, 2]; in fp32, fp64 for fp64."""
+
+
+class SoftmaxCdistL1Backward(Protocol):
+    def __call__(
+        self,
+        grad: Tensor,
+        logits: Tensor,
+        other_logits: Tensor,
+        statistics: Tensor,
+        other_statistics: Tensor,
+        temperature: float,
+        /,
+    ) -> Tensor:
+        """grad [batch, B, C] -> the gradient of `logits`, in their shape and dtype."""
+
+
+SOFTMAX_CDIST_L1 = Operation("softmax_cdist_l1", Problem, SoftmaxCdistL1)
+SOFTMAX_CDIST_L1_BACKWARD = Operation("softmax_cdist_l1_backward", Problem, SoftmaxCdistL1Backward)
+
+
+# ---- 1-D k-means ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClusterProblem(Problem):
+    method: str
+
+
+def finds_optimum(then: Callable[[Problem], Support]) -> Callable[[ClusterProblem], Support]:
+    """A row that finds the optimum whichever method is asked for, but for the one that is asked for its own sake."""
+
+    def supports(problem: ClusterProblem) -> Support:
+        if problem.method == "lloyd":
+            return False, "finds the optimum, not what k-means++ and Lloyd's iteration find"
+        return then(problem)
+
+    return supports
+
+
+class KMeans1d(Protocol):
+    def __call__(
+        self,
+        values: Tensor,
+        weights: Tensor | None,
+        ks: Sequence[int],
+        method: str,
+        seed: int,
+        half_centroids: bool,
+        packed: bool,
+        /,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """values fp32 [C, n], weights fp32 [C, n] or [n], both contiguous -> for each k (centroids fp32 [C, k], codes)."""
+
+
+class KMeans1dErrors(Protocol):
+    def __call__(self, values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str, /) -> Tensor:
+        """-> fp64 [C, len(ks)]."""
+
+
+class ColumnBlock(NamedTuple):
+    """Columns of a codebook weight that are fitted one after the other; see `kmeans.fit_columns`."""
+
+    block: Tensor
+    coupling: Tensor
+    pivot: Tensor
+    row_weights: Tensor
+    row_scale: Tensor
+    bits: Tensor
+    kept_counts: Tensor
+    stored: Tensor
+    codes: Tensor
+    kept: Tensor
+    centroids: Tensor
+
+
+class FitColumns(Protocol):
+    def __call__(self, columns: ColumnBlock, method: str, descend: bool, /) -> tuple[Tensor, float]: ...
+
+
+KMEANS_1D = Operation("kmeans_1d", ClusterProblem, KMeans1d)
+KMEANS_1D_ERRORS = Operation("kmeans_1d_errors", ClusterProblem, KMeans1dErrors)
+FIT_COLUMNS = Operation("fit_columns", ClusterProblem, FitColumns)
+
+
+# ---- transport ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SinkhornProblem(Problem):
+    """Matrices of n rows and m columns."""
+
+    n: int
+    m: int
+
+
+class Transport(NamedTuple):
+    """Problems of entropic transport: cost [B, n, m], a [B, n], b [B, m], epsilon [B], in fp32 or fp64.
+
+    The batch of cost, a and b may be expanded. rho is the price of missing a marginal, infinite where it is kept exactly.
+    """
+
+    cost: Tensor
+    a: Tensor
+    b: Tensor
+    epsilon: Tensor
+    rho_a: float
+    rho_b: float
+
+
+class Sinkhorn(Protocol):
+    def __call__(
+        self, transport: Transport, iterations: int, tolerance: float, tape: Tensor, /
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-> (plan [B, n, m], u [B, n], v [B, m], count int32 [B], negated where offsets moved). Fills a tape that is there."""
+
+    def tape_row(self, n: int, m: int, /) -> int:
+        """How many numbers the backward pass wants of each iteration; 0: it runs the loop again."""
+
+
+class SinkhornBackward(Protocol):
+    def __call__(
+        self,
+        transport: Transport,
+        tape: Tensor,
+        count: Tensor,
+        grad_plan: Tensor,
+        grad_u: Tensor,
+        grad_v: Tensor,
+        /,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> gradients of (cost, a, b), one for each problem."""
+
+
+class Normalisation(NamedTuple):
+    """How doubly_stochastic runs; see `transport.doubly_stochastic`."""
+
+    iterations: int
+    columns_first: bool
+    softmax_start: bool
+    shift: str
+    matrix_epsilon: float
+    division_epsilon: float
+
+
+class DoublyStochastic(Protocol):
+    def __call__(self, logits: Tensor, how: Normalisation, /) -> Tensor:
+        """[B, n, m] -> [B, n, m]."""
+
+
+class DoublyStochasticBackward(Protocol):
+    def __call__(self, logits: Tensor, grad: Tensor, how: Normalisation, /) -> Tensor: ...
+
+
+SINKHORN = Operation("sinkhorn", SinkhornProblem, Sinkhorn)
+SINKHORN_BACKWARD = Operation("sinkhorn_backward", SinkhornProblem, SinkhornBackward)
+DOUBLY_STOCHASTIC = Operation("doubly_stochastic", SinkhornProblem, DoublyStochastic)
+DOUBLY_STOCHASTIC_BACKWARD = Operation("doubly_stochastic_backward", SinkhornProblem, DoublyStochasticBackward)

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +83,8 @@ class Description(dict[str, Any]):
         """Raises FormatError for anything that this version does not write."""
         if isinstance(described, Description):
             return described
+        if (opened := _opened.get()) is not None and opened == described:
+            return opened
         version, modules = described.get("format_version", FORMAT_VERSION), described.get("modules")
         if version != FORMAT_VERSION:
             raise FormatError(
@@ -105,6 +108,15 @@ class Description(dict[str, Any]):
                 raise FormatError(f"quantization_config of module {name}: {error}") from error
         return cls.of(structures)
 
+    @contextmanager
+    def handed_on(self) -> Iterator[None]:
+        """Whoever parses the same description meanwhile gets this one: transformers reads config.json itself."""
+        token = _opened.set(self)
+        try:
+            yield
+        finally:
+            _opened.reset(token)
+
     def check(self, files: Collection[Folder]) -> dict[str, Header]:
         """Compare the headers of `files` with what is described, before anything is loaded; returns them."""
         for file in files:
@@ -125,6 +137,9 @@ class Description(dict[str, Any]):
                     )
         self.checked = frozenset(map(str, files))
         return headers
+
+
+_opened: ContextVar[Description | None] = ContextVar("opened", default=None)
 
 
 def _text(dtype: torch.dtype | str) -> str:

@@ -76,7 +76,7 @@ def output_layers(model: nn.Module, include: Sequence[str] | None = None) -> dic
     linears = {name: module for name, module in linear_modules(model) if name not in asked}
     outputs = {name: f"shares its weight with {other}" for name, other in tied_weights(model, linears).items()}
     try:
-        head = model.get_output_embeddings()  # type: ignore[operator, union-attr]
+        head = model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return outputs
     return {name: "output layer" for name, module in linears.items() if module is head} | outputs

@@ -18,7 +18,7 @@ def load_model(folder: Folder, architecture: str | None = None, **kwargs: Any) -
     if is_packed(folder):
         return integration.from_pretrained(folder, **kwargs)
     model_class = integration.dense_class(folder, read_config(folder), architecture)
-    arguments = {"dtype": "auto", "config": integration.open_config(folder), **kwargs, "output_loading_info": True}
+    arguments = {"dtype": "auto", **kwargs, "output_loading_info": True}
     model, info = model_class.from_pretrained(folder, **arguments)
     integration.expect_complete(folder, model, info)
     if unused := sorted(info["unexpected_keys"]):

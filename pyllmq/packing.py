@@ -66,9 +66,7 @@ def outlier_mask(columns: Tensor, fraction: float) -> Tensor:
     return mask
 
 
-def column_codes(
-    weight: Tensor, column_bits: Tensor, outlier_fraction: float, row_scale: bool
-) -> dict[str, Any]:
+def column_codes(weight: Tensor, column_bits: Tensor, outlier_fraction: float, row_scale: bool) -> dict[str, Any]:
     """What `CodebookWeight.pack` takes for `weight` [N, K] with `column_bits` [K] bits per column, in CPU memory.
 
     Least squared error for the widths asked for. Outliers are the round(N * outlier_fraction) weights of each column that lie

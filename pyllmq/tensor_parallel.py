@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .formats import PackedWeight
-from .layers.linear import PackedLinear
+from .layers.linear import PackedLinear, PackedModule
 from .linears import as_linear, dense_weight, is_transposed_linear, replace_module, stacked_parameters
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def plan(model: nn.Module, ranks: int, styles: Mapping[str, str] | None = None) 
     splits: dict[str, Split] = {}
     shared: dict[str, int] = {}
     for by, whole_outside, block in _blocks(model, {name: s for name, s in planned.items() if s in STYLES}):
-        found = _alone(block, by, ranks) if whole_outside else _block(model, block, ranks)
+        found = _uncut(block) or (_alone(block, by, ranks) if whole_outside else _block(model, block, ranks))
         if isinstance(found, str):
             whole |= dict.fromkeys(block, found)
         else:
@@ -174,12 +174,20 @@ def planned_linears(model: nn.Module, styles: Mapping[str, str]) -> dict[str, st
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | PackedLinear) or is_transposed_linear(module):
+        if isinstance(module, nn.Linear | PackedModule) or is_transposed_linear(module):
             yield name, module
 
 
 def _fits(pattern: str, name: str) -> bool:
     return re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) is not None
+
+
+def _uncut(block: Mapping[str, nn.Module]) -> str | None:
+    """Why none of these modules can be cut."""
+    for name, module in block.items():
+        if isinstance(module, PackedModule) and not isinstance(module, PackedLinear):
+            return f"{name} is made of several packed weights ({module.structure.kind}), which are not cut"
+    return None
 
 
 def _size(module: nn.Module, by: str) -> int:

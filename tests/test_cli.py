@@ -84,7 +84,10 @@ def test_the_target_is_the_true_size(source, tmp_path, capsys):
         (["--size", "1KB"], "bits per weight beside"),
         (["--size", "1MB", "--bits", "3"], "two targets"),
         (["--outliers", "0.01"], "choose --method claq or magnitude"),
-        (["--method", "claq", "--size", "1MB"], "--size 1MB does not go with --method claq; choose --method column-codebook"),
+        (
+            ["--method", "claq", "--size", "1MB"],
+            "--size 1MB does not go with --method claq; choose --method column-codebook",
+        ),
     ):
         assert main(["compress", str(source), str(tmp_path / "c"), *small, *wrong]) == 1
         assert message in capsys.readouterr().err

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DISTILL = Path(__file__).parent.parent / "examples" / "distill.py"
 
 

@@ -390,3 +390,21 @@ def test_a_tied_head_that_was_packed_saves_and_loads(tmp_path, make):
     loaded.save_pretrained(tmp_path / "again")
     shutil.rmtree(tmp_path / "m")
     assert torch.equal(pyllmq.from_pretrained(tmp_path / "again")(**inputs).logits, model(**inputs).logits)
+
+
+def test_arguments_that_change_the_config_are_passed_on(tmp_path):
+    model = models.tiny_llama(num_hidden_layers=1)
+    pyllmq.swap_linear(model, lambda linear: CodebookLinear.from_dense(linear, bits=2))
+    pyllmq.save_pretrained(model, tmp_path / "m")
+    loaded = pyllmq.from_pretrained(tmp_path / "m", output_hidden_states=True)
+    assert loaded(torch.arange(5)[None]).hidden_states is not None
+
+
+def test_a_model_with_nothing_packed_is_not_marked(tmp_path):
+    model = models.tiny_llama(num_hidden_layers=1)
+    assert pyllmq.swap_linear(model, CodebookLinear.from_dense, exclude=("re:.*",)) == []
+    model.save_pretrained(tmp_path / "dense")
+    assert not folders.is_packed(tmp_path / "dense")
+    with pytest.raises(FormatError, match="is not a pyllmq folder"):
+        pyllmq.save_pretrained(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()

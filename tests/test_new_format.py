@@ -187,7 +187,7 @@ def test_damaged_folders_give_an_error_or_a_model(tmp_path):
         for name, content in files.items():
             (folder / name).write_bytes(content)
         try:
-            structures = pyllmq.loading.packed_structures(folder)
+            structures = pyllmq.folders.PackedFolder.open(folder).structures
             for structure in structures.values():
                 pyllmq.formats.layer_type(structure.kind)(structure)
         except (ValueError, OSError):

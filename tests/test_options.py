@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 import pyllmq
 from pyllmq import CLAQConfig, CodebookLinear, ColumnCodebookConfig, KMeansConfig, SparseConfig
-from pyllmq.loading import packed_structures
+from pyllmq.folders import PackedFolder
 from pyllmq.nn import PackedLinear
 
 from .models import tiny_bert, tiny_llama, tiny_tokenizer
@@ -118,7 +118,7 @@ def test_what_a_column_codebook_may_hold():
 def test_kmeans_with_a_row_scale(source, tmp_path):
     for row_scale in (False, True):
         pyllmq.compress_files(source, tmp_path / "out", KMeansConfig(3, row_scale=row_scale), progress=False)
-        assert {s.row_scale for s in packed_structures(tmp_path / "out").values()} == {row_scale}
+        assert {s.row_scale for s in PackedFolder.open(tmp_path / "out").structures.values()} == {row_scale}
 
 
 # ---- arguments of functions -------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_patterns_choose_the_linears(source, tmp_path):
     pyllmq.compress_folder(source, tmp_path / "a", FAST, IDS, others=[tokenizer], progress=False, **patterns)
     pyllmq.compress_files(source, tmp_path / "b", KMeansConfig(2), others=[tokenizer], progress=False, **patterns)
     for folder in (tmp_path / "a", tmp_path / "b"):
-        assert set(packed_structures(folder)) == wanted and (folder / "tokenizer.json").exists()
+        assert set(PackedFolder.open(folder).structures) == wanted and (folder / "tokenizer.json").exists()
 
 
 def test_a_folder_opened_by_another_class(tmp_path):

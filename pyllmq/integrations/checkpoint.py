@@ -36,7 +36,6 @@ from .transformers import (
     expect_complete,
     expect_own_names,
     load_on_meta,
-    open_config,
     quiet_transformers,
 )
 
@@ -83,8 +82,8 @@ class StreamedModel(Weights):
         known = self.model.state_dict()
         found = internals.keys_of_model(self.model, self.headers, known)
         self._targets = {key: target for key, target in found.items() if target in known}
-        self._leave_out_copies()
         """Key of the checkpoint -> the key of the model that it goes to."""
+        self._leave_out_copies()
         self.without_place = [key for key in self.headers if key not in self._targets]
         """Keys of the checkpoint that the model has no place for; they are copied as they are."""
 
@@ -232,7 +231,7 @@ def _skeleton(folder: Path, headers: Mapping[str, Header], device: torch.device,
             f"{folder} is quantized already ({quantization_method(config)}); compress the dense model that it was made from"
         )
     model_class = dense_class(folder, config, architecture)
-    model, info = load_on_meta(model_class, open_config(folder), headers, folder)
+    model, info = load_on_meta(model_class, model_class.config_class.from_pretrained(folder), headers, folder)
     expect_complete(folder, model, info)
     internals.fill_computed_buffers(model, device)
     return model

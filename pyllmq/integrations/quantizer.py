@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..folders import METHOD, Description
 from ..formats import FormatError
-from ..layers.linear import PackedLinear, packed_modules
+from ..layers.linear import packed_modules
 from ..tensor_parallel import parallelize, planned_linears
 from .skeletons import put_skeletons
 
@@ -98,8 +98,8 @@ class PyllmqQuantizer(HfQuantizer):
             parameter.data = parameter.data.to(self.dtypes.get(name, parameter.dtype))
         if self.styles is not None:
             parallelize(model, internals.group_of(model), self.styles)
-        for name, module in model.named_modules():
-            if isinstance(module, PackedLinear) and not any(buffer.is_meta for buffer in module.buffers()):
+        for name, module in packed_modules(model):
+            if not any(buffer.is_meta for buffer in module.buffers()):
                 try:
                     module.prepare()
                 except FormatError as error:

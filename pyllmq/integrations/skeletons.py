@@ -1,4 +1,4 @@
-"""Packed modules of a transformers model: which there are, what they are called in a file, and empty ones for a folder to fill."""
+"""Packed modules of a transformers model: what they are called in a file, and empty ones for a folder to fill."""
 
 from __future__ import annotations
 

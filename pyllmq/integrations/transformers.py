@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -91,11 +91,12 @@ def from_pretrained(folder: str | os.PathLike[str], *, auto_class: Any = None, *
     opened = None
     if Path(folder).is_dir() and not {"subfolder", "variant"} & kwargs.keys():
         opened = PackedFolder.open(folder)  # before transformers builds a model of sizes that no file has
-    model_class, config = model_class_and_config(folder, auto_class, opened, **kwargs)
-    arguments = {"trust_remote_code": False, **kwargs, "config": config}
-    if auto_class is not None or kwargs.get("output_loading_info"):
-        return model_class.from_pretrained(folder, **arguments)
-    model, info = model_class.from_pretrained(folder, **{**arguments, "output_loading_info": True})
+    model_class, _ = model_class_and_config(folder, auto_class, opened, **kwargs)
+    arguments = {"trust_remote_code": False, **kwargs}
+    with nullcontext() if opened is None else opened.description.handed_on():
+        if auto_class is not None or kwargs.get("output_loading_info"):
+            return model_class.from_pretrained(folder, **arguments)
+        model, info = model_class.from_pretrained(folder, **{**arguments, "output_loading_info": True})
     expect_complete(folder, model, info)
     return model
 
@@ -117,7 +118,6 @@ def model_class_and_config(
 
     register()
     config = open_config(folder, **_config_arguments(kwargs))
-    method = None
     if opened is None:
         described = getattr(config, "quantization_config", None)
         method = described.get("quant_method") if isinstance(described, Mapping) else None
@@ -152,7 +152,7 @@ def open_config(folder: str | os.PathLike[str], **arguments: Any) -> Any:
 
     if (Path(folder) / "config.json").is_file() and not arguments.get("trust_remote_code"):
         said = read_config(folder)
-        if said.get("model_type") not in CONFIG_MAPPING:
+        if str(said.get("model_type")) not in CONFIG_MAPPING:
             own = "; the code that the folder brings (auto_map) is never executed" if "auto_map" in said else ""
             raise ValueError(
                 f"{folder}: transformers {transformers_version()} has no model_type {said.get('model_type')!r}{own}"
@@ -183,7 +183,7 @@ def dense_class(folder: str | os.PathLike[str], config: Mapping[str, Any], archi
     if architecture is not None:
         what = f"architecture is {architecture!r}"
     else:
-        what = f"config.json of {folder} names the architecture {names[0] if names else None!r}"
+        what = f"config.json of {folder} names as architectures {names!r}"
     likely = ", ".join(classes_for(config.get("model_type"))[:4])
     own = ". The code that the folder brings (auto_map) is never executed" if "auto_map" in config else ""
     raise ValueError(
@@ -254,13 +254,11 @@ def _config_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def mark_packed(model: nn.Module) -> None:
     """Let a transformers model know that it holds packed layers, so that `save_pretrained` writes what loading needs."""
-    if "transformers" not in sys.modules:
-        return
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
+    if not is_transformers_model(model):
         return
     found = packed_modules(model)
+    if not found:
+        return
     names = expect_own_names(model, [name for name, _ in found])
     quantizer = describe_packed(model, {names[name]: module.structure for name, module in found})
     plan = getattr(model, "tensor_parallel_plan", None)
@@ -280,11 +278,16 @@ def expect_own_names(model: nn.Module, linears: Iterable[str]) -> dict[str, str]
 
 def expect_packable(model: nn.Module, linears: Iterable[str]) -> None:
     """Before a job: of what `mark_packed` would raise after it."""
-    if "transformers" in sys.modules:
-        from transformers import PreTrainedModel
+    if is_transformers_model(model):
+        expect_own_names(model, linears)
 
-        if isinstance(model, PreTrainedModel):
-            expect_own_names(model, linears)
+
+def is_transformers_model(model: object) -> bool:
+    if "transformers" not in sys.modules:
+        return False
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
 
 
 def describe_packed(model: Any, structures: Mapping[str, Structure]) -> Any:
@@ -322,4 +325,5 @@ def save_pretrained(
             item.save_pretrained(part)
         if source is not None:
             copy_others(Path(source), part, skip=(Path(folder),))
-        check_written(part, type(model))
+        if is_transformers_model(model):
+            check_written(part, type(model))

@@ -23,7 +23,7 @@ class LazyWeight(Tensor):
     def __new__(
         cls, decode: Callable[[], Tensor], shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> Any:
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
     def __init__(self, decode: Callable[[], Tensor], *_: Any) -> None:
         self.decode, self.dense = decode, None
@@ -34,10 +34,12 @@ class LazyWeight(Tensor):
                 self.dense = self.decode()
         return self.dense
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         schema = function._schema.arguments
         for argument, value in (*zip(schema, args, strict=False), *_named(schema, kwargs or {})):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, LazyWeight):
@@ -46,7 +48,7 @@ class LazyWeight(Tensor):
         return function(*args, **kwargs)
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.decoded()
 
     @data.setter

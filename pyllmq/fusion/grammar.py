@@ -54,8 +54,9 @@ class Arguments:
     cache_layer: int = 0
 
     @property
-    def used(self) -> frozenset[str]:
-        return frozenset(n for n in (self.x, self.mask, self.positions, self.cache) if n is not None)
+    def known(self) -> frozenset[str]:
+        used = (self.x, self.mask, self.positions, self.cache)
+        return self.without_effect | {n for n in used if n is not None}
 
 
 @dataclass(frozen=True, eq=False)

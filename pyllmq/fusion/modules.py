@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,22 +35,17 @@ class Shared:
 
     def __init__(self, fuse_again: Callable[[], None]) -> None:
         self.fuse_again = fuse_again
-        self.tokens: list[tuple[tuple[Any, ...], native.Tokens]] = []
+        self.rotaries: dict[Rotary, Rotary] = {}
+        self.tokens: list[tuple[Any, ...]] = []
 
-    def tokens_of(self, x: Tensor, cos: Any, sin: Any, mask: Any, rotary: Rotary) -> native.Tokens:
-        for (dtype, shape, *tensors, same_rotary), tokens in self.tokens:
-            if (
-                tensors[0] is cos
-                and tensors[1] is sin
-                and tensors[2] is mask
-                and dtype is x.dtype
-                and shape == x.shape
-                and same_rotary is rotary
-            ):
-                return tokens
+    def tokens_of(self, x: Tensor, shape: torch.Size, cos: Any, sin: Any, mask: Any, rotary: Rotary) -> native.Tokens:
+        """`rotary` is one of `rotaries`."""
+        for a, b, c, d, e, f, made in self.tokens:
+            if a is cos and b is sin and c is mask and d is rotary and e == shape and f is x.dtype:
+                return made
         made = native.make_tokens(x, cos, sin, mask, rotary)
-        key = (x.dtype, x.shape, cos, sin, mask, rotary)  # holds the tensors: an identity is not used twice
-        self.tokens = [(key, made), *self.tokens[: _SAME_TOKENS - 1]]
+        # The entry holds the tensors: no other tensor can have their identity.
+        self.tokens = [(cos, sin, mask, rotary, shape, x.dtype, made), *self.tokens[: _SAME_TOKENS - 1]]
         return made
 
 
@@ -65,22 +60,18 @@ class FusedModule:
         self.shared = shared
         self.implementation = attention_implementation(fitting.asks)
         self.config = getattr(fitting.asks, "config", None)
-        self.inner = [m for m in fitting.module.modules() if m is not fitting.module]
-        self.places = [
-            (parent._modules, name, child)
-            for parent in fitting.module.modules()
-            for name, child in parent._modules.items()
-        ]
-        self.packed = [m for m in self.inner if isinstance(m, PackedLinear)]
-        self.bind(fitting)
-
-    def bind(self, fitting: Fitting) -> None:
-        """Make the native steps for the weights as they are now."""
+        self.known = fitting.arguments.known
+        modules = list(fitting.module.modules())
+        self.inner = modules[1:]
+        self.calls = [(m.__dict__, m._forward_pre_hooks, m._forward_hooks) for m in self.inner]
+        self.places = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        self.packed = [(m, m.operand(), m.precision) for m in self.inner if isinstance(m, PackedLinear)]
         self.attention = None if fitting.attention is None else native.Attention(fitting.attention)
         self.mlp = None if fitting.mlp is None else native.Mlp(fitting.mlp)
-        self.rotary = Rotary() if fitting.attention is None else fitting.attention.rotary
+        rotary = Rotary() if fitting.attention is None else fitting.attention.rotary
+        self.rotary = shared.rotaries.setdefault(rotary, rotary)
         self.residual = fitting.attention is not None and fitting.mlp is not None
-        self.weights = list(self._weights())
+        self.weights = self._weights()
 
     def install(self) -> None:
         self.module.forward = self.forward
@@ -107,19 +98,24 @@ class FusedModule:
         names = self.arguments
         layer: Any = None if names.cache is None else growing_layer(given.get(names.cache), names.cache_layer)
         x: Any = given.get(names.x)
-        if not _is_few(x) or not self._is_usual(given):
+        if type(x) is not Tensor or x.dtype not in native.DTYPE_CODES or not x.is_cpu:
+            return None
+        shape = x.shape
+        if len(shape) != 3 or not 0 < shape[0] <= MOST_SEQUENCES or not 0 < shape[1] <= MOST_QUERIES:
             return None
         cos = sin = mask = None
         if self.attention is not None:
             mask = given.get(names.mask or "")
             if names.positions is not None:
                 cos, sin = given[names.positions]
-            if layer is None or not _reaches(layer, x, mask) or not _positions_fit(x, cos):
+            if layer is None or not _reaches(layer, shape, mask, cos):
                 return None
+        if not self._is_usual(given):
+            return None
         if not self._is_current():
             self.shared.fuse_again()
             return self.module(**given)
-        tokens = self.shared.tokens_of(x, cos, sin, mask, self.rotary)
+        tokens = self.shared.tokens_of(x, shape, cos, sin, mask, self.rotary)
         cpu.kernels()  # as many threads as torch has
         x = x.contiguous()
         y = torch.empty_like(x)
@@ -131,60 +127,46 @@ class FusedModule:
 
     def _is_usual(self, given: dict[str, Any]) -> bool:
         """Nobody watches what happens inside, asks for gradients or for anything that was not recorded."""
-        if torch.is_grad_enabled() or self.module.training:
-            return False
-        if (
-            torch.is_autocast_enabled("cpu")
-            or torch_module._global_forward_hooks
-            or torch_module._global_forward_pre_hooks
-        ):
+        if torch.is_grad_enabled() or self.module.training or torch.is_autocast_enabled("cpu"):
             return False
         if self.config is not None and self.config._attn_implementation != self.implementation:
             return False
-        names = self.arguments
-        for name, value in given.items():
-            if name in names.used or name in names.without_effect:
-                continue
-            recorded = names.flags.get(name)
-            if value is not recorded and (value or recorded):
+        for name in given:
+            if name not in self.known:
+                value, recorded = given[name], self.arguments.flags.get(name)
+                if value is not recorded and (value or recorded):
+                    return False
+        for modules, name, child in self.places:
+            if modules.get(name) is not child:
                 return False
-        return all(modules.get(name) is child for modules, name, child in self.places) and not self.watched()
+        return not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks or self.watched())
 
     def watched(self) -> str:
-        """The kind of the first inner module whose call somebody sees or replaces; a step makes no such call."""
-        for inner in self.inner:
-            state = inner.__dict__
-            if (
-                "forward" in state
-                or state["_forward_pre_hooks"]
-                or (state["_forward_hooks"] and collects(state["_forward_hooks"]))
-            ):
-                return type(inner).__name__
+        """The kind of the first inner module whose call somebody sees or replaces: a step makes no such call."""
+        for place, (state, before, behind) in enumerate(self.calls):
+            if before or "forward" in state or (behind and collects(behind)):
+                return type(self.inner[place]).__name__
         return ""
 
-    def _weights(self) -> Iterator[tuple[Any, ...]]:
-        for layer in self.packed:
-            yield layer, layer.operand(), layer.precision
-        for module in self.module.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    yield module._parameters, name, parameter, parameter.data_ptr(), _version(parameter)
+    def _weights(self) -> list[tuple[Any, ...]]:
+        """Of each tensor: where it stands, and what changes with it. Operands change where packed tensors do."""
+        owned = [
+            (m._parameters, n, p) for m in self.module.modules() for n, p in m._parameters.items() if p is not None
+        ]
+        return [(*place, place[2].data_ptr(), _version(place[2])) for place in owned]
 
     def _is_current(self) -> bool:
         """Are the weights those that the steps were made for?"""
-        for seen in self.weights:
-            if len(seen) == 3:
-                layer, operand, precision = seen
-                if layer.operand() is not operand or layer.precision != precision:
-                    return False
-            else:
-                parameters, name, parameter, pointer, version = seen
-                if (
-                    parameters.get(name) is not parameter
-                    or parameter.data_ptr() != pointer
-                    or _version(parameter) != version
-                ):
-                    return False
+        for layer, operand, precision in self.packed:
+            if layer.operand() is not operand or layer.precision is not precision:
+                return False
+        for parameters, name, parameter, pointer, version in self.weights:
+            if (
+                parameters.get(name) is not parameter
+                or parameter.data_ptr() != pointer
+                or _version(parameter) != version
+            ):
+                return False
         return True
 
 
@@ -202,37 +184,18 @@ def _version(parameter: Tensor) -> int:
     return 0 if parameter.is_inference() else parameter._version
 
 
-def _reaches(layer: GrowingLayer, x: Tensor, mask: Any) -> bool:
-    """Can a step attend to this layer, for these tokens, as the mask says?"""
+def _reaches(layer: GrowingLayer, shape: torch.Size, mask: Any, cos: Any) -> bool:
+    """Can a step attend to this layer, for x of this shape, where mask and positions are these?"""
     keys, values = layer.grown
-    batch, queries, _ = x.shape
-    held = keys.view()
-    if (
-        held is None
-        or keys.length == 0
-        or held.shape[0] != batch
-        or held.dtype not in native.DTYPE_CODES
-        or not held.is_cpu
-    ):
+    batch, queries, _ = shape
+    buffer = keys.buffer
+    if buffer is None or keys.length == 0 or values.length != keys.length:
         return False
-    if values.length != keys.length:
+    if buffer.shape[0] != batch or buffer.dtype not in native.DTYPE_CODES or not buffer.is_cpu:
+        return False
+    if cos is not None and (cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != queries):
         return False
     if mask is None:
         return queries == 1
-    shape = mask.shape if isinstance(mask, Tensor) else ()
-    return len(shape) == 4 and shape[0] in (1, batch) and shape[1:] == (1, queries, keys.length + queries)
-
-
-def _positions_fit(x: Tensor, cos: Any) -> bool:
-    return cos is None or (cos.dim() == 3 and cos.shape[0] in (1, x.shape[0]) and cos.shape[1] == x.shape[1])
-
-
-def _is_few(x: Any) -> bool:
-    return (
-        type(x) is Tensor
-        and x.dim() == 3
-        and 0 < x.shape[1] <= MOST_QUERIES
-        and 0 < x.shape[0] <= MOST_SEQUENCES
-        and x.dtype in native.DTYPE_CODES
-        and x.is_cpu
-    )
+    sizes = mask.shape if isinstance(mask, Tensor) else ()
+    return len(sizes) == 4 and sizes[0] in (1, batch) and sizes[1:] == (1, queries, keys.length + queries)

@@ -166,7 +166,7 @@ def sources(binding, folder, *patterns):
     return [str(p.relative_to(root)) for p in found if X86 or not p.stem.endswith(tuple(ISA_FLAGS))]
 
 
-extensions = [Extension("pyllmq._cpu", sources("bindings_cpu.cpp", "cpu", "*.cpp"))]
+extensions = [Extension("pyllmq._cpu", sources("bindings_cpu.cpp", "", "cpu/*.cpp", "decode_step/cpu/*.cpp"))]
 if find_nvcc():
     extensions.append(Extension("pyllmq._cuda", sources("bindings_cuda.cpp", "cuda", "*.cpp", "*.cu")))
 

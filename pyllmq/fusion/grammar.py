@@ -73,6 +73,8 @@ class Fitting:
     """The module that asks for attention."""
     example: dict[str, Any]
     """Arguments of the recorded call."""
+    parallel: bool = False
+    """Of a block: does the MLP start from x, as attention does, and not from x + attention?"""
 
 
 @torch.no_grad()
@@ -316,7 +318,7 @@ def _gates(outputs: list[Tensor], units: int) -> list[tuple[Rows, Rows | None]]:
 
 
 def _block(record: Record, call: Call, attention: Call, mlp: Call, found: dict[Call, Fitting]) -> Fitting:
-    """x + attention(x), then h + mlp(h), with norms before or behind each."""
+    """h = x + attention(x), then h + mlp(h) or h + mlp(x), with norms before or behind each."""
     inside = record.inside(call)
     parts = [attention, mlp, *record.inside(attention), *record.inside(mlp)]
     norms = [c for c in inside if c not in parts and _may_be_norm(c)]
@@ -325,22 +327,27 @@ def _block(record: Record, call: Call, attention: Call, mlp: Call, found: dict[C
     in_mlp = next((c for c in norms if _same(c.y, mlp.x)), None)
     h = mlp.x if in_mlp is None else in_mlp.x
     second = _residual(h, mlp, norms)
+    parallel = _same(h, x)
     fitted = {c: n for c in (*first, *second) if c is not None and (n := _fit_norm(c)) is not None}
     if any(c is not None and c not in fitted for c in (*first, *second)):
         raise NotFittingError("one of its norms is neither the mean square's nor the variance's")
     (before, behind), (before_mlp, behind_mlp) = first, second
-    factors = [_factor(h, (behind or attention).y, x), _factor(call.y, (behind_mlp or mlp).y, h)]
-    if None in factors or not record.comes_from(call.y, [x, attention.y, mlp.y], call.start):
-        raise NotFittingError("attention and MLP are not added to x one after the other")
+    part = (behind or attention).y
+    factor = 1.0 if parallel else _factor(h, part, x)
+    factor_mlp = _factor(call.y, (behind_mlp or mlp).y, x + part if parallel else h)
+    if factor is None or factor_mlp is None or not record.comes_from(call.y, [x, attention.y, mlp.y], call.start):
+        raise NotFittingError("attention and MLP are not added to x, one after the other or beside each other")
     _expect(record.operations_of(call, [attention, mlp, *fitted]), "block")
     a, m = found[attention].attention, found[mlp].mlp
     assert a is not None and m is not None
     if (behind and a.output.multiplier != 1) or (behind_mlp and m.output.multiplier != 1):
         raise NotFittingError("a factor stands between a module and its norm")
-    a = replace(a, norm=fitted.get(before, Norm()), output=_output(a.output, fitted.get(behind), factors[0]))  # type: ignore[arg-type]
-    m = replace(m, norm=fitted.get(before_mlp, Norm()), output=_output(m.output, fitted.get(behind_mlp), factors[1]))  # type: ignore[arg-type]
+    a = replace(a, norm=fitted.get(before, Norm()), output=_output(a.output, fitted.get(behind), factor))  # type: ignore[arg-type]
+    m = replace(m, norm=fitted.get(before_mlp, Norm()), output=_output(m.output, fitted.get(behind_mlp), factor_mlp))  # type: ignore[arg-type]
     arguments = _renamed(found[attention].arguments, attention, call, x)
-    return Fitting(call.name, _module(call), arguments, a, m, _wraps(call), _module(attention), call.arguments)
+    return Fitting(
+        call.name, _module(call), arguments, a, m, _wraps(call), _module(attention), call.arguments, parallel
+    )
 
 
 def _residual(x: Tensor, part: Call, norms: list[Call]) -> tuple[Call | None, Call | None]:

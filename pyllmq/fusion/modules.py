@@ -71,6 +71,7 @@ class FusedModule:
         rotary = Rotary() if fitting.attention is None else fitting.attention.rotary
         self.rotary = shared.rotaries.setdefault(rotary, rotary)
         self.residual = fitting.attention is not None and fitting.mlp is not None
+        self.in_sequence = self.residual and not fitting.parallel
         self.weights = self._weights()
 
     def install(self) -> None:
@@ -122,7 +123,7 @@ class FusedModule:
         if self.attention is not None:
             self.attention(x, y, tokens, layer, self.residual)
         if self.mlp is not None:
-            self.mlp(y if self.residual else x, y, tokens, self.residual)
+            self.mlp(y if self.in_sequence else x, y, tokens, self.residual)
         return self.wrap(y)
 
     def _is_usual(self, given: dict[str, Any]) -> bool:

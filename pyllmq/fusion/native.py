@@ -133,8 +133,9 @@ class Mlp:
         )
 
     def __call__(self, x: Tensor, y: Tensor, tokens: Tokens, residual: bool) -> None:
-        pointer = x.data_ptr()
-        self.step(pointer, y.data_ptr(), tokens.native, pointer if residual else 0)
+        """y = MLP of x, added to y or not."""
+        pointer = y.data_ptr()
+        self.step(x.data_ptr(), pointer, tokens.native, pointer if residual else 0)
 
 
 def _operand(linear: nn.Module) -> Any:

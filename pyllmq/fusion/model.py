@@ -63,9 +63,9 @@ def report(model: nn.Module) -> dict[str, str]:
 
 def _fused_modules(model: nn.Module) -> Iterator[FusedModule]:
     for module in model.modules():
-        owner = getattr(module.__dict__.get("forward"), "__self__", None)
-        if isinstance(owner, FusedModule):
-            yield owner
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, FusedModule):
+            yield forward
 
 
 def _fuse_again(reference: weakref.ref[nn.Module]) -> None:

@@ -75,13 +75,11 @@ class FusedModule:
         self.weights = self._weights()
 
     def install(self) -> None:
-        self.module.forward = self.forward
+        self.module.forward = self
 
     def remove(self) -> None:
-        if self.module.__dict__.get("forward") == self.forward:
+        if self.module.__dict__.get("forward") is self:
             del self.module.forward
-        else:  # somebody wrapped it, and goes on calling it
-            self.forward = self.own_forward  # type: ignore[method-assign]
 
     def __reduce__(self) -> Any:
         """Copies and pickles of a model are not fused."""
@@ -89,7 +87,7 @@ class FusedModule:
 
     # ---- a call -----------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = kwargs if not args else dict(zip(self.arguments.order, args, strict=False)) | kwargs
         y = None if torch.compiler.is_compiling() else self.served(**given)
         return self.own_forward(*args, **kwargs) if y is None else y
@@ -177,7 +175,7 @@ class _NotFused:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
 
 

@@ -147,7 +147,7 @@ def _shadow(model: nn.Module) -> nn.Module:
             memo[id(parameter)] = nn.Parameter(row, requires_grad=False)
     quantizer = getattr(model, "hf_quantizer", None)
     memo[id(quantizer)] = quantizer
-    shadow = copy.deepcopy(model, memo).float().eval()
+    shadow = nn.Module.float(copy.deepcopy(model, memo)).eval()  # a PreTrainedModel's own float() refuses packed ones
     for module in shadow.modules():
         module.__dict__.pop("forward", None)
         for hooks in ("_forward_hooks", "_forward_pre_hooks"):

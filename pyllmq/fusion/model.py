@@ -28,19 +28,24 @@ _AGREES = {"exact": 1e-4, "high": 2e-3, "fast": 6e-2}
 """Relative error of a step's part of the output, beside four units in the last place of the output. A wrong form is off by 1."""
 
 
-@torch.no_grad()
 def fuse(model: nn.Module) -> dict[str, str]:
     unfuse(model)
-    found = _reports[model] = {}
+    # It may be called within generate, which goes on with its own random numbers.
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        torch.manual_seed(0)
+        _reports[model] = _fused_or_why_not(model)
+    return report(model)
+
+
+def _fused_or_why_not(model: nn.Module) -> dict[str, str]:
     usable, why = cpu.available()
     if not usable:
-        return found | {"": why}
+        return {"": why}
     try:
         fitting, reasons = fit(record_model(model))
     except NotRecordedError as error:
-        found[""] = str(error)
-        return found
-    found |= reasons
+        return {"": str(error)}
+    found = dict(reasons)
     reference = weakref.ref(model)
     shared = Shared(lambda: _fuse_again(reference))
     with _eval_mode(model):
@@ -76,6 +81,8 @@ def _fuse_again(reference: weakref.ref[nn.Module]) -> None:
 
 def _fuse_one(candidate: Fitting, shared: Shared) -> str:
     """ "fused", or why not."""
+    if "forward" in candidate.module.__dict__:
+        return "its forward was replaced"
     if candidate.attention is not None:
         how = attention_implementation(candidate.asks)
         attention = as_implemented(candidate.attention, how)

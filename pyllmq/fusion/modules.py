@@ -106,14 +106,16 @@ class FusedModule:
         if self.attention is not None:
             mask = given.get(names.mask or "")
             if names.positions is not None:
-                cos, sin = given[names.positions]
+                cos, sin = given.get(names.positions) or (None, None)
+                if not isinstance(cos, Tensor):
+                    return None
             if layer is None or not _reaches(layer, shape, mask, cos):
                 return None
         if not self._is_usual(given):
             return None
         if not self._is_current():
             self.shared.fuse_again()
-            return self.module(**given)
+            return None
         tokens = self.shared.tokens_of(x, shape, cos, sin, mask, self.rotary)
         cpu.kernels()  # as many threads as torch has
         x = x.contiguous()
@@ -133,7 +135,7 @@ class FusedModule:
         for name in given:
             if name not in self.known:
                 value, recorded = given[name], self.arguments.flags.get(name)
-                if value is not recorded and (value or recorded):
+                if value is not recorded and (isinstance(value, Tensor) or value or recorded):
                     return False
         for modules, name, child in self.places:
             if modules.get(name) is not child:

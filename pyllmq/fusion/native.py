@@ -47,7 +47,7 @@ def make_tokens(x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor 
             given[name] = keep[-1].data_ptr()
     if mask is not None:
         if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape).masked_fill_(mask.logical_not(), -torch.inf)
+            mask = mask.new_zeros(mask.shape, dtype=torch.float32).masked_fill_(mask.logical_not(), -torch.inf)
         keep.append(mask[:, 0].float().contiguous())
         strides = (0 if mask.shape[0] == 1 else keep[-1].stride(0), keep[-1].stride(1))
         given |= {"mask": keep[-1].data_ptr(), "mask_strides": strides}
@@ -84,17 +84,19 @@ class Attention:
             precision=_precision((*form.linears, form.output.linear)),
             **_output(form, self.operands),
         )
-        self.cache: tuple[int, int, Any] = (0, 0, None)
+        self.cache: tuple[Any, Any] = (None, None)
 
     def __call__(self, x: Tensor, y: Tensor, tokens: Tokens, layer: GrowingLayer, residual: bool) -> None:
         """y = x or nothing, and attention of x; the layer holds the tokens' keys and values afterwards."""
         layer.reserve(tokens.queries)
         keys, values = layer.grown
-        places = (keys.pointer(), values.pointer())
-        if self.cache[:2] != places:
-            self.cache = (*places, self._bound(layer))
+        buffer: Any = keys.buffer
+        # Another cache may come to lie at the address of one that is gone.
+        place = (keys.pointer(), values.pointer(), keys.start, buffer.shape, buffer.dtype)
+        if self.cache[0] != place:
+            self.cache = (place, self._bound(layer))
         pointer = x.data_ptr()
-        self.step(pointer, y.data_ptr(), tokens.native, self.cache[2], keys.length, pointer if residual else 0)
+        self.step(pointer, y.data_ptr(), tokens.native, self.cache[1], keys.length, pointer if residual else 0)
         layer.committed(tokens.queries)
 
     def _bound(self, layer: GrowingLayer) -> Any:

@@ -25,7 +25,7 @@ def attention_marker(note: Note) -> Iterator[None]:
     from transformers.masking_utils import sdpa_mask
 
     def attend(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
-        out = torch.randn(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        out = torch.randn(query.shape[0], query.shape[2], query.shape[1], value.shape[3], dtype=query.dtype)
         given = {"module": module, "query": query, "key": key, "value": value, "attention_mask": attention_mask}
         note("attention", given | options, out)
         return out, None

@@ -37,7 +37,7 @@ inline typename V::R normal_distribution(typename V::R x) {
     odd = V::fma(odd, square, V::set(c));
   const R size = V::min(V::max(x, V::sub(V::set(0), x)), V::set(14));  // beyond 14 the tail is 0
   const R size_square = V::mul(size, size);
-  const R missed = V::fma(size, size, V::sub(V::set(0), size_square));
+  const R missed = V::square_error(size, size_square);
   const R t = V::div(V::set(1), V::fma(size, V::set(0.353553391f), V::set(1)));
   R tail = V::set(0.0385975167f);
   for (const float c : {-0.0895871371f, 0.0129965637f, 0.0486662127f, 0.0826362818f, 0.124930009f, 0.140854269f, 0.141056985f})

@@ -32,6 +32,7 @@ struct Avx2 {
   static R mul(R x, R y) { return _mm256_mul_ps(x, y); }
   static R div(R x, R y) { return _mm256_div_ps(x, y); }
   static R fma(R x, R y, R z) { return _mm256_fmadd_ps(x, y, z); }
+  static R square_error(R x, R square) { return _mm256_fmsub_ps(x, x, square); }
   static R min(R x, R y) { return _mm256_min_ps(x, y); }
   static R max(R x, R y) { return _mm256_max_ps(x, y); }
   static R round(R x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

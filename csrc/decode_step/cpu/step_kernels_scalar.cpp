@@ -21,6 +21,7 @@ struct Scalar {
   static R mul(R x, R y) { return x * y; }
   static R div(R x, R y) { return x / y; }
   static R fma(R x, R y, R z) { return x * y + z; }
+  static R square_error(R x, R square) { return static_cast<float>(static_cast<double>(x) * x - square); }
   static R min(R x, R y) { return x < y ? x : y; }
   static R max(R x, R y) { return x > y ? x : y; }
   static R round(R x) { return std::nearbyint(x); }

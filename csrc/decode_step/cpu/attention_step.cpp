@@ -14,6 +14,7 @@ namespace {
 // The context is cut at multiples of this many positions, whatever the number of threads, and the parts are joined in
 // order: the same bits for any number of threads. What a part hands over is 1/64 of what it reads with 8 rows.
 constexpr int64_t kPartKeys = 128;
+constexpr int64_t kChunksPerThread = 4;
 constexpr int64_t kMostPositions = 1 << 24;  // fp32 holds every position up to there
 constexpr double kNsPerProduct = 0.03, kNsPerPreparedElement = 1.5;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -140,7 +141,9 @@ void attend(const AttentionStep& step, const StepTokens& tokens, const KeyValueC
   float* results = scratch.take(units * parts * floats);
   const double products = seen * static_cast<double>(step.kv_heads * sizes.padded_rows * (step.head_size + sizes.value_size));
 
-  parallel_for(units * parts, 1, kNsPerProduct * products, [&](int64_t task_begin, int64_t task_end) {
+  // Some parts in a row for a thread, which can then ask for the next one's memory.
+  const int64_t grain = std::max<int64_t>(1, units * parts / (kChunksPerThread * num_threads()));
+  parallel_for(units * parts, grain, kNsPerProduct * products, [&](int64_t task_begin, int64_t task_end) {
     for (int64_t task = task_begin; task < task_end; ++task) {
       const int64_t unit = task / parts, b = unit / step.kv_heads, head = unit % step.kv_heads;
       const Sight& sight = sights[b];
@@ -164,6 +167,7 @@ void attend(const AttentionStep& step, const StepTokens& tokens, const KeyValueC
            .mask_query_stride = tokens.mask_query_stride,
            .begin = std::max(part_begin, static_cast<int64_t>(sight.earliest_first)),
            .end = std::min(part_begin + kPartKeys, static_cast<int64_t>(sight.latest_last)),
+           .ahead_end = std::min(part_begin + (task_end - task) * kPartKeys, static_cast<int64_t>(sight.latest_last)),
            .keys = keys + (b * cache.key_strides[0] + head * cache.key_strides[1]) * bytes,
            .values = values + (b * cache.value_strides[0] + head * cache.value_strides[1]) * bytes,
            .dtype = cache.dtype,

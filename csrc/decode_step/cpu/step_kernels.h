@@ -24,6 +24,7 @@ struct AttentionPart {
   int64_t mask_query_stride;
 
   int64_t begin, end;              // positions of this part
+  int64_t ahead_end;               // up to here this thread goes on
   const void *keys, *values;       // of position 0
   DType dtype;
   int64_t key_stride, value_stride;                               // of a position, in elements

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/codebook_linear.h"
-#include "cpu/thread_pool.h"
+#include "codebook/cpu/linear.h"
+#include "runtime/thread_pool.h"
 #include "decode_step/cpu/step_parts.h"
 
 namespace pyllmq::cpu {

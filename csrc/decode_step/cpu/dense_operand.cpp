@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/thread_pool.h"
+#include "runtime/thread_pool.h"
 #include "decode_step/cpu/step_kernels.h"
 
 namespace pyllmq::cpu {

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "cpu/half.h"
+#include "runtime/half.h"
 #include "decode_step/mlp_step.h"
 #include "decode_step/step_parts.h"
 
@@ -50,6 +50,7 @@ constexpr int64_t kDotRows = 4;
 
 extern const StepKernels kStepScalar;
 extern const StepKernels kStepAvx2;
+extern const StepKernels kStepAvx512;
 const StepKernels& step_kernels();  // of the active instruction set
 
 }  // namespace pyllmq::cpu

@@ -1,5 +1,4 @@
-// The kernels of step_kernels.h for a vector type V; included by one file per instruction set, each with a V of its own in
-// an anonymous namespace, so that no code compiled for one can be linked into another.
+// The kernels of step_kernels.h for a vector type V (runtime/simd.h); included by one file per instruction set.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -9,8 +8,6 @@
 
 namespace pyllmq::cpu {
 namespace {
-
-constexpr float kMinusInfinity = -__builtin_inff();
 
 // --- norms ---------------------------------------------------------------------------------------------------------
 
@@ -163,8 +160,8 @@ void limit_scores(const AttentionPart& part, int64_t begin, int64_t keys, int64_
   const R first = V::load(part.first + lane_row), last = V::load(part.last + lane_row);
   for (int64_t i = 0; i < keys; ++i) {
     const R position = V::set(static_cast<float>(begin + i));
-    R s = V::select(V::above(first, position), V::set(kMinusInfinity), V::load(scores + i * V::width));
-    V::store(scores + i * V::width, V::select(V::above(last, position), s, V::set(kMinusInfinity)));
+    R s = V::select(V::above(first, position), V::set(-kInfinity), V::load(scores + i * V::width));
+    V::store(scores + i * V::width, V::select(V::above(last, position), s, V::set(-kInfinity)));
   }
 }
 
@@ -176,11 +173,11 @@ void soften(int64_t keys, float* scores, float* largest, float* sums, float* kee
   R found = before;
   for (int64_t i = 0; i < keys; ++i) found = V::max(found, V::load(scores + i * V::width));
   V::store(largest, found);
-  const R base = V::select(V::above(found, V::set(kMinusInfinity)), found, V::set(0));
-  const R kept = exponential<V>(V::sub(before, base));
+  const R base = V::select(V::above(found, V::set(-kInfinity)), found, V::set(0));
+  const R kept = exponential<V, true>(V::sub(before, base));
   R sum = V::mul(V::load(sums), kept);
   for (int64_t i = 0; i < keys; ++i) {
-    const R weight = exponential<V>(V::sub(V::load(scores + i * V::width), base));
+    const R weight = exponential<V, true>(V::sub(V::load(scores + i * V::width), base));
     V::store(scores + i * V::width, weight);
     sum = V::add(sum, weight);
   }
@@ -193,7 +190,7 @@ void attend(const AttentionPart& part) {
   constexpr int64_t width = V::width;
   const int64_t lane_groups = (part.rows + width - 1) / width;
   const int64_t padded = (part.value_size + width - 1) / width * width;
-  std::fill_n(part.largest, lane_groups * width, kMinusInfinity);
+  std::fill_n(part.largest, lane_groups * width, -kInfinity);
   std::fill_n(part.sums, lane_groups * width, 0.0f);
   std::fill_n(part.weighted, part.rows * padded, 0.0f);
   alignas(64) float key_room[kBlockKeys * kLargestHead], value_room[kBlockKeys * kLargestHead];

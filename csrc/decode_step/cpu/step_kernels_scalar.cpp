@@ -21,7 +21,6 @@ struct Scalar {
   static R mul(R x, R y) { return x * y; }
   static R div(R x, R y) { return x / y; }
   static R fma(R x, R y, R z) { return x * y + z; }
-  static R square_error(R x, R square) { return static_cast<float>(static_cast<double>(x) * x - square); }
   static R min(R x, R y) { return x < y ? x : y; }
   static R max(R x, R y) { return x > y ? x : y; }
   static R round(R x) { return std::nearbyint(x); }
@@ -30,6 +29,8 @@ struct Scalar {
     return n > -127 && n < 128 ? x * bits_float(static_cast<uint32_t>(static_cast<int>(n) + 127) << 23) : x;
   }
   static float total(R x) { return x; }
+  static Flag not_below(R x, R y) { return !(x < y); }
+  static R zero_unless(Flag flag, R x) { return flag ? x : 0; }
   static Flag above(R x, R y) { return x > y; }
   static R select(Flag flag, R yes, R no) { return flag ? yes : no; }
 };

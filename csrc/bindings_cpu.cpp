@@ -106,6 +106,10 @@ void bind_runtime(py::module_& m) {
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("threads"), NoGil());
+  m.def("worker_sleep", [] {
+    const WorkerSleep state = worker_sleep();
+    return py::make_tuple(state.wakeups, state.asleep);
+  });
   m.def("parallel_probe", &parallel_probe, py::arg("tasks"), py::arg("task_us") = 0.0, py::arg("failing_task") = -1,
         py::arg("nested_tasks") = 0);
   m.def(

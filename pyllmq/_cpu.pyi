@@ -14,6 +14,9 @@ def num_threads() -> int: ...
 def set_num_threads(threads: int) -> None:
     """Size of the thread pool, the calling thread included: 1..1024. Waits for a running kernel."""
 
+def worker_sleep() -> tuple[int, int]:
+    """How often threads of the pool woke from sleep so far, and how many sleep now."""
+
 def parallel_probe(
     tasks: int, task_us: float = 0.0, failing_task: int = -1, nested_tasks: int = 0
 ) -> tuple[list[int], int]:

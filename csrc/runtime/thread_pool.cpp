@@ -95,6 +95,8 @@ class ThreadPool {
     if (static_cast<int>(workers_.size()) != threads - 1) resize(threads);
   }
 
+  WorkerSleep worker_sleep() const { return {wakeups_.load(), sleepers_.load()}; }
+
   void wake_sleepers() {
     if (sleepers_.load() == 0) return;
     {
@@ -126,6 +128,7 @@ class ThreadPool {
         sleepers_.fetch_add(1);
         wake_.wait(lock, [this, seen] { return generation_.load() != seen || hot_regions.load() > 0; });
         sleepers_.fetch_sub(1);
+        wakeups_.fetch_add(1);
         if (generation_.load() == seen) continue;
       }
       seen = generation_.load();
@@ -161,6 +164,7 @@ class ThreadPool {
   alignas(64) std::atomic<int64_t> gate_{0};
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int> sleepers_{0};
+  std::atomic<int64_t> wakeups_{0};
   std::mutex sleep_mutex_;
   std::condition_variable wake_;
 };
@@ -211,6 +215,8 @@ void set_num_threads(int threads) {
   wanted_threads().store(threads);
   if (live_pool.load() != nullptr) pool().resize_when_idle(threads);
 }
+
+WorkerSleep worker_sleep() { return pool().worker_sleep(); }
 
 HotThreads::HotThreads() {
   if (hot_regions.fetch_add(1) == 0 && num_threads() > 1) pool().wake_sleepers();

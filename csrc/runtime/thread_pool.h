@@ -23,6 +23,12 @@ class HotThreads {
   HotThreads& operator=(const HotThreads&) = delete;
 };
 
+struct WorkerSleep {
+  int64_t wakeups;  // so far
+  int asleep;
+};
+WorkerSleep worker_sleep();
+
 namespace detail {
 using ChunkFunction = void (*)(void* context, int64_t begin, int64_t end);
 void run_chunks(int64_t count, int64_t grain, double cost_ns, ChunkFunction function, void* context);

@@ -4,7 +4,7 @@ VENV ?= .venv
 MODEL ?=
 RUN := $(VENV)/bin
 BUILT := $(VENV)/.installed
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .PHONY: test demo bench lint sanitize fuzz sanitized-build clean
 

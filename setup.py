@@ -90,7 +90,7 @@ class BuildExtension(build_ext):
 
         commands, objects = [], []
         for source in map(Path, ext.sources):
-            obj = objects_dir / (source.stem + ".o")
+            obj = objects_dir / ("_".join(source.with_suffix("").parts) + ".o")
             objects.append(str(obj))
             commands.append(
                 [
@@ -160,14 +160,14 @@ class BuildExtension(build_ext):
         ]
 
 
-def sources(binding, folder, *patterns):
+def sources(*patterns):
     root = CSRC.parent
-    found = [CSRC / binding, *sorted(p for pattern in patterns for p in (CSRC / folder).glob(pattern))]
+    found = sorted(p for pattern in patterns for p in CSRC.glob(pattern))
     return [str(p.relative_to(root)) for p in found if X86 or not p.stem.endswith(tuple(ISA_FLAGS))]
 
 
-extensions = [Extension("pyllmq._cpu", sources("bindings_cpu.cpp", "", "cpu/*.cpp", "decode_step/cpu/*.cpp"))]
+extensions = [Extension("pyllmq._cpu", sources("bindings_cpu.cpp", "*/cpu/*.cpp", "runtime/*.cpp"))]
 if find_nvcc():
-    extensions.append(Extension("pyllmq._cuda", sources("bindings_cuda.cpp", "cuda", "*.cpp", "*.cu")))
+    extensions.append(Extension("pyllmq._cuda", sources("bindings_cuda.cpp", "*/cuda/*.cpp", "*/cuda/*.cu")))
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

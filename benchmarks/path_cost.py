@@ -1,6 +1,6 @@
 """Measures what a weight costs by tables and by decoding, and whether `automatic` takes the cheaper of the two.
 
-python -m pyllmq.benchmarks.path_cost [ISA ...]             the table of csrc/cpu/path_cost.h, on a quiet machine with 2 threads
+python -m pyllmq.benchmarks.path_cost [ISA ...]             the table of csrc/codebook/cpu/path_cost.h, on a quiet machine with 2 threads
 python -m pyllmq.benchmarks.path_cost --check [ISA ...]     the choice against both paths at 4096x4096
 """
 
@@ -27,7 +27,7 @@ SHAPE = {"scalar": (128, 512)}
 USUAL_SHAPE = (4096, 4096)
 TOKENS = (1, 2, 4, 8, 12, 16, 24, 32)
 TOKEN_BLOCK = 8
-"""kMaxTokenBlock in csrc/cpu/codebook_linear.h."""
+"""kMaxTokenBlock in csrc/codebook/cpu/linear.h."""
 
 TURNS, TURN_S = 3, 0.004
 CHECK_SHAPE = (4096, 4096)
@@ -78,7 +78,7 @@ def fit(fixed: np.ndarray, per_token: np.ndarray, cost: np.ndarray) -> tuple[flo
 
 
 def path_cost(operand: WeightOperand, precision: str) -> tuple[float, float, float, float]:
-    """PathCost of csrc/cpu/path_cost.h, in ps per weight."""
+    """PathCost of csrc/codebook/cpu/path_cost.h, in ps per weight."""
     weights = operand.out_features * operand.in_features
     tokens = np.array(TOKENS, dtype=float)
     us = [both_paths_us(operand, m, precision) for m in TOKENS]

@@ -15,21 +15,19 @@
 #include <stdexcept>
 #include <thread>
 
-#include "cpu/codebook_checkpoint.h"
-#include "cpu/codebook_dequantize.h"
-#include "cpu/codebook_layout.h"
-#include "cpu/codebook_operand.h"
-#include "cpu/fit_columns.h"
-#include "cpu/isa.h"
-#include "cpu/kmeans_1d.h"
-#include "cpu/pack_codes.h"
-#include "cpu/read_probe.h"
-#include "cpu/sinkhorn.h"
-#include "cpu/softmax_cdist_l1.h"
-#include "cpu/sparse_layout.h"
-#include "cpu/sparse_linear.h"
-#include "cpu/sparse_operand.h"
-#include "cpu/thread_pool.h"
+#include "codebook/cpu/checkpoint.h"
+#include "codebook/cpu/layout.h"
+#include "codebook/cpu/operand.h"
+#include "fit_columns/cpu/fit_columns.h"
+#include "runtime/isa.h"
+#include "kmeans/cpu/kmeans_1d.h"
+#include "codebook/cpu/pack_codes.h"
+#include "runtime/read_probe.h"
+#include "sinkhorn/cpu/sinkhorn.h"
+#include "softmax_cdist/cpu/softmax_cdist_l1.h"
+#include "sparse/cpu/layout.h"
+#include "sparse/cpu/operand.h"
+#include "runtime/thread_pool.h"
 #include "decode_step/attention_step.h"
 #include "decode_step/cpu/dense_operand.h"
 #include "decode_step/mlp_step.h"
@@ -108,6 +106,10 @@ void bind_runtime(py::module_& m) {
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("threads"), NoGil());
+  m.def("worker_sleep", [] {
+    const WorkerSleep state = worker_sleep();
+    return py::make_tuple(state.wakeups, state.asleep);
+  });
   m.def("parallel_probe", &parallel_probe, py::arg("tasks"), py::arg("task_us") = 0.0, py::arg("failing_task") = -1,
         py::arg("nested_tasks") = 0);
   m.def(
@@ -130,6 +132,30 @@ void bind_codes(py::module_& m) {
         unpack_codes(as<uint8_t>(packed), as<uint8_t>(codes), rows, columns, bits);
       },
       py::arg("packed"), py::arg("codes"), py::arg("rows"), py::arg("columns"), py::arg("bits"), NoGil());
+}
+
+// --- packed weights --------------------------------------------------------------------------------------------------
+
+template <class Operand>
+std::unique_ptr<Operand> bind_layout(Pointer layout, int64_t layout_bytes) {
+  return std::make_unique<Operand>(as<void>(layout), layout_bytes);
+}
+
+void bind_linear_operand(py::module_& m) {
+  py::class_<LinearOperand>(m, "LinearOperand")
+      .def_property_readonly("rows", &LinearOperand::rows)
+      .def_property_readonly("columns", &LinearOperand::columns)
+      .def_property_readonly("is_intact", &LinearOperand::is_intact)
+      .def(
+          "linear",
+          [](const LinearOperand& self, Pointer x, int x_dtype, int64_t tokens, Pointer bias, int bias_dtype, Pointer y,
+             int precision) {
+            const DType x_type = dtype_of(x_dtype), bias_type = dtype_of(bias_dtype);
+            self.linear(elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type, elements(y, x_type),
+                        precision_of(precision));
+          },
+          py::arg("x"), py::arg("x_dtype"), py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"), py::arg("y"),
+          py::arg("precision"), NoGil());
 }
 
 // --- the codebook format -------------------------------------------------------------------------------------------
@@ -162,40 +188,11 @@ void layout_pack(Pointer layout, int64_t bytes, int64_t rows, int64_t columns, P
   codebook_layout_pack(as<void>(layout), bytes, checkpoint);
 }
 
-std::pair<int64_t, int64_t> layout_shape(Pointer layout, int64_t bytes) {
-  const LayoutView view(as<void>(layout), bytes);
-  return {view.header().rows, view.header().columns};
-}
-
-void layout_codes(Pointer layout, int64_t bytes, Pointer codes_out) {
-  codebook_layout_codes(as<void>(layout), bytes, as<uint8_t>(codes_out));
-}
-
-// rows and columns: what the caller made y and x for. x is read and y written by the layout's own shape.
-void linear(Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer x, int x_dtype, int64_t tokens,
-            Pointer bias, int bias_dtype, Pointer y, int path, int precision) {
-  const LayoutView view(as<void>(layout), bytes);
-  if (view.header().rows != rows || view.header().columns != columns)
-    throw std::invalid_argument("the layout holds a weight of shape [" + std::to_string(view.header().rows) + ", " +
-                                std::to_string(view.header().columns) + "], but was given as [" +
-                                std::to_string(rows) + ", " + std::to_string(columns) + "]");
-  if (path < 0 || path > 2)
-    throw std::invalid_argument("path " + std::to_string(path) +
+LinearPath path_of(int code) {
+  if (code < 0 || code > 2)
+    throw std::invalid_argument("path " + std::to_string(code) +
                                 "; allowed: 0 (tables), 1 (decode), 2 (automatic)");
-  const DType x_type = dtype_of(x_dtype), bias_type = dtype_of(bias_dtype);
-  codebook_linear(view, elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type,
-                  elements(y, x_type), static_cast<LinearPath>(path), precision_of(precision));
-}
-
-std::string linear_path(Pointer layout, int64_t bytes, int x_dtype, int64_t tokens, int precision) {
-  const LinearPath path =
-      cheaper_path(LayoutView(as<void>(layout), bytes), dtype_of(x_dtype), tokens, precision_of(precision));
-  return path == LinearPath::tables ? "tables" : "decode";
-}
-
-void dequantize(Pointer layout, int64_t bytes, int64_t row_begin, int64_t row_end, Pointer out, int out_dtype) {
-  const DType type = dtype_of(out_dtype);
-  codebook_dequantize(as<void>(layout), bytes, row_begin, row_end, elements(out, type), type);
+  return static_cast<LinearPath>(code);
 }
 
 void bind_codebook(py::module_& m) {
@@ -205,16 +202,35 @@ void bind_codebook(py::module_& m) {
         py::arg("columns"), py::arg("column_bits"), py::arg("segment_rows"), py::arg("segments"), py::arg("codes"),
         py::arg("codebook"), py::arg("row_scale"), py::arg("outlier_row_offsets"), py::arg("outlier_columns"),
         py::arg("outlier_columns_bytes"), py::arg("outlier_values"), NoGil());
-  m.def("codebook_layout_shape", &layout_shape, py::arg("layout"), py::arg("layout_bytes"), NoGil());
-  m.def("codebook_layout_codes", &layout_codes, py::arg("layout"), py::arg("layout_bytes"), py::arg("codes_out"),
-        NoGil());
-  m.def("codebook_linear", &linear, py::arg("layout"), py::arg("layout_bytes"), py::arg("rows"), py::arg("columns"),
-        py::arg("x"), py::arg("x_dtype"), py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"), py::arg("y"),
-        py::arg("path") = 2, py::arg("precision") = 1, NoGil());
-  m.def("codebook_linear_path", &linear_path, py::arg("layout"), py::arg("layout_bytes"), py::arg("x_dtype"),
-        py::arg("tokens"), py::arg("precision"), NoGil());
-  m.def("codebook_dequantize", &dequantize, py::arg("layout"), py::arg("layout_bytes"), py::arg("row_begin"),
-        py::arg("row_end"), py::arg("out"), py::arg("out_dtype"), NoGil());
+  py::class_<CodebookOperand, LinearOperand>(m, "CodebookOperand")
+      .def(py::init(&bind_layout<CodebookOperand>), py::arg("layout"), py::arg("layout_bytes"))
+      .def(
+          "linear_by",
+          [](const CodebookOperand& self, int path, Pointer x, int x_dtype, int64_t tokens, Pointer bias, int bias_dtype,
+             Pointer y, int precision) {
+            const DType x_type = dtype_of(x_dtype), bias_type = dtype_of(bias_dtype);
+            self.linear_by(path_of(path), elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type,
+                           elements(y, x_type), precision_of(precision));
+          },
+          py::arg("path"), py::arg("x"), py::arg("x_dtype"), py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"),
+          py::arg("y"), py::arg("precision"), NoGil())
+      .def(
+          "path",
+          [](const CodebookOperand& self, int x_dtype, int64_t tokens, int precision) {
+            const LinearPath path = self.path(dtype_of(x_dtype), tokens, precision_of(precision));
+            return path == LinearPath::tables ? "tables" : "decode";
+          },
+          py::arg("x_dtype"), py::arg("tokens"), py::arg("precision"))
+      .def(
+          "dequantize",
+          [](const CodebookOperand& self, int64_t row_begin, int64_t row_end, Pointer out, int out_dtype) {
+            const DType type = dtype_of(out_dtype);
+            self.dequantize(row_begin, row_end, elements(out, type), type);
+          },
+          py::arg("row_begin"), py::arg("row_end"), py::arg("out"), py::arg("out_dtype"), NoGil())
+      .def(
+          "codes", [](const CodebookOperand& self, Pointer codes_out) { self.codes(as<uint8_t>(codes_out)); },
+          py::arg("codes_out"), NoGil());
 }
 
 CodebookTensors codebook_tensors(int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows,
@@ -250,15 +266,6 @@ void bind_codebook_checkpoint(py::module_& m) {
 
 // --- the sparse formats ----------------------------------------------------------------------------------------------
 
-SparseView checked_sparse_view(Pointer layout, int64_t bytes, int64_t rows, int64_t columns) {
-  const SparseView view(as<void>(layout), bytes);
-  if (view.header().rows != rows || view.header().columns != columns)
-    throw std::invalid_argument("the layout holds a weight of shape [" + std::to_string(view.header().rows) + ", " +
-                                std::to_string(view.header().columns) + "], but was given as [" +
-                                std::to_string(rows) + ", " + std::to_string(columns) + "]");
-  return view;
-}
-
 void bind_sparse(py::module_& m) {
   py::class_<SparseCheckpoint>(m, "SparseCheckpoint")
       .def(py::init(&sparse_checkpoint), py::arg("kind"), py::arg("value_type"), py::arg("rows"), py::arg("columns"),
@@ -270,31 +277,16 @@ void bind_sparse(py::module_& m) {
         sparse_layout_pack(as<void>(layout), bytes, checkpoint, sparse_columns);
       },
       py::arg("layout"), py::arg("layout_bytes"), py::arg("checkpoint"), py::arg("sparse_columns"), NoGil());
-  m.def(
-      "sparse_layout_unpack",
-      [](Pointer layout, int64_t bytes, const SparseCheckpoint& checkpoint) {
-        sparse_layout_unpack(SparseView(as<void>(layout), bytes), checkpoint);
-      },
-      py::arg("layout"), py::arg("layout_bytes"), py::arg("checkpoint"), NoGil());
-  m.def(
-      "sparse_linear",
-      [](Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer x, int x_dtype, int64_t tokens, Pointer bias,
-         int bias_dtype, Pointer y, int precision) {
-        const SparseView view = checked_sparse_view(layout, bytes, rows, columns);
-        const DType x_type = dtype_of(x_dtype), bias_type = dtype_of(bias_dtype);
-        sparse_linear(view, elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type, elements(y, x_type),
-                      precision_of(precision));
-      },
-      py::arg("layout"), py::arg("layout_bytes"), py::arg("rows"), py::arg("columns"), py::arg("x"), py::arg("x_dtype"),
-      py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"), py::arg("y"), py::arg("precision"), NoGil());
-  m.def(
-      "sparse_dequantize",
-      [](Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer out, int out_dtype) {
-        const DType type = dtype_of(out_dtype);
-        sparse_dequantize(checked_sparse_view(layout, bytes, rows, columns), elements(out, type), type);
-      },
-      py::arg("layout"), py::arg("layout_bytes"), py::arg("rows"), py::arg("columns"), py::arg("out"), py::arg("out_dtype"),
-      NoGil());
+  py::class_<SparseOperand, LinearOperand>(m, "SparseOperand")
+      .def(py::init(&bind_layout<SparseOperand>), py::arg("layout"), py::arg("layout_bytes"))
+      .def(
+          "dequantize",
+          [](const SparseOperand& self, Pointer out, int out_dtype) {
+            const DType type = dtype_of(out_dtype);
+            self.dequantize(elements(out, type), type);
+          },
+          py::arg("out"), py::arg("out_dtype"), NoGil())
+      .def("unpack", &SparseOperand::unpack, py::arg("checkpoint"), NoGil());
 }
 
 // --- k-means -------------------------------------------------------------------------------------------------------
@@ -458,33 +450,6 @@ void bind_softmax_cdist_l1(py::module_& m) {
       py::arg("x"), py::arg("x_dtype"), py::arg("y"), py::arg("y_dtype"), py::arg("batch"), py::arg("x_rows"),
       py::arg("y_rows"), py::arg("columns"), py::arg("inverse_temperature"), py::arg("x_statistics"),
       py::arg("y_statistics"), py::arg("gradient"), py::arg("x_gradient"), NoGil());
-}
-
-// --- packed weights --------------------------------------------------------------------------------------------------
-
-template <class Operand>
-std::unique_ptr<Operand> bind_layout(Pointer layout, int64_t layout_bytes) {
-  return std::make_unique<Operand>(as<void>(layout), layout_bytes);
-}
-
-void bind_linear_operand(py::module_& m) {
-  py::class_<LinearOperand>(m, "LinearOperand")
-      .def_property_readonly("rows", &LinearOperand::rows)
-      .def_property_readonly("columns", &LinearOperand::columns)
-      .def(
-          "linear",
-          [](const LinearOperand& self, Pointer x, int x_dtype, int64_t tokens, Pointer bias, int bias_dtype, Pointer y,
-             int precision) {
-            const DType x_type = dtype_of(x_dtype), bias_type = dtype_of(bias_dtype);
-            self.linear(elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type, elements(y, x_type),
-                        precision_of(precision));
-          },
-          py::arg("x"), py::arg("x_dtype"), py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"), py::arg("y"),
-          py::arg("precision"), NoGil());
-  py::class_<CodebookOperand, LinearOperand>(m, "CodebookOperand")
-      .def(py::init(&bind_layout<CodebookOperand>), py::arg("layout"), py::arg("layout_bytes"));
-  py::class_<SparseOperand, LinearOperand>(m, "SparseOperand")
-      .def(py::init(&bind_layout<SparseOperand>), py::arg("layout"), py::arg("layout_bytes"));
 }
 
 // --- decode steps --------------------------------------------------------------------------------------------------
@@ -685,6 +650,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "pyllmq CPU back end (built without libtorch)";
   pyllmq::cpu::bind_runtime(m);
   pyllmq::cpu::bind_codes(m);
+  pyllmq::cpu::bind_linear_operand(m);
   pyllmq::cpu::bind_codebook(m);
   pyllmq::cpu::bind_codebook_checkpoint(m);
   pyllmq::cpu::bind_sparse(m);
@@ -693,6 +659,5 @@ PYBIND11_MODULE(_cpu, m) {
   pyllmq::cpu::bind_sinkhorn(m);
   pyllmq::cpu::bind_doubly_stochastic(m);
   pyllmq::cpu::bind_softmax_cdist_l1(m);
-  pyllmq::cpu::bind_linear_operand(m);
   pyllmq::cpu::bind_decode_step(m);
 }

@@ -7,17 +7,17 @@
 #include <map>
 #include <string>
 
-#include "cuda/codebook_dequantize.h"
-#include "cuda/codebook_gradient.h"
-#include "cuda/codebook_layout.h"
-#include "cuda/codebook_linear.h"
-#include "cuda/kmeans_1d.h"
-#include "cuda/pack_codes.h"
-#include "cuda/runtime.h"
-#include "cuda/sinkhorn.h"
-#include "cuda/softmax_cdist_l1.h"
-#include "cuda/sparse_layout.h"
-#include "cuda/sparse_linear.h"
+#include "codebook/cuda/dequantize.h"
+#include "codebook/cuda/gradient.h"
+#include "codebook/cuda/layout.h"
+#include "codebook/cuda/linear.h"
+#include "kmeans/cuda/kmeans_1d.h"
+#include "codebook/cuda/pack_codes.h"
+#include "runtime/cuda/runtime.h"
+#include "sinkhorn/cuda/sinkhorn.h"
+#include "softmax_cdist/cuda/softmax_cdist_l1.h"
+#include "sparse/cuda/layout.h"
+#include "sparse/cuda/linear.h"
 
 namespace py = pybind11;
 namespace cuda = pyllmq::cuda;

@@ -5,10 +5,12 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/codebook_linear.h"
-#include "cpu/half.h"
+#include "runtime/half.h"
 
 namespace pyllmq::cpu {
+
+// What a caller permits; a kernel may be more exact.
+enum class Precision { exact = 0, high = 1, fast = 2 };
 
 class LinearOperand {
  public:

@@ -14,6 +14,9 @@ def num_threads() -> int: ...
 def set_num_threads(threads: int) -> None:
     """Size of the thread pool, the calling thread included: 1..1024. Waits for a running kernel."""
 
+def worker_sleep() -> tuple[int, int]:
+    """How often threads of the pool woke from sleep so far, and how many sleep now."""
+
 def parallel_probe(
     tasks: int, task_us: float = 0.0, failing_task: int = -1, nested_tasks: int = 0
 ) -> tuple[list[int], int]:
@@ -54,34 +57,41 @@ def codebook_layout_pack(
     outlier_columns uint16 or int32 (outlier_columns_bytes 2 or 4), ascending within a row; outlier_values fp16.
     """
 
-def codebook_layout_shape(layout: int, layout_bytes: int) -> tuple[int, int]:
-    """(rows, columns) of the weight."""
+class LinearOperand:
+    """A layout of any kind, bound once: its header was checked. The memory of the layout must outlive the object."""
 
-def codebook_layout_codes(layout: int, layout_bytes: int, codes_out: int) -> None:
-    """The inverse of packing, for the codes: uint8 [rows, columns], also those under outliers."""
+    rows: int
+    columns: int
+    is_intact: bool
+    """False once the memory holds another layout than the one that was bound; calls then raise ValueError."""
 
-def codebook_linear_path(layout: int, layout_bytes: int, x_dtype: int, tokens: int, precision: int) -> str:
-    """What path 2 is for this many tokens: "tables" or "decode"."""
+    def linear(self, x: int, x_dtype: int, tokens: int, bias: int, bias_dtype: int, y: int, precision: int) -> None:
+        """y [tokens, rows] = x [tokens, columns] @ W.T + bias [rows]; y has x's dtype, bias 0 = none; precision 0 exact, 1 high,
+        2 fast."""
 
-def codebook_linear(
-    layout: int,
-    layout_bytes: int,
-    rows: int,
-    columns: int,
-    x: int,
-    x_dtype: int,
-    tokens: int,
-    bias: int,
-    bias_dtype: int,
-    y: int,
-    path: int = 2,
-    precision: int = 1,
-) -> None:
-    """y [tokens, rows] = x [tokens, columns] @ W.T + bias [rows]; y has x's dtype, bias 0 = none; path 0 tables, 1 decode,
-    2 automatic; precision 0 exact, 1 high, 2 fast. A layout of another shape than [rows, columns] is an error."""
+class CodebookOperand(LinearOperand):
+    def __init__(self, layout: int, layout_bytes: int) -> None: ...
+    def linear_by(
+        self, path: int, x: int, x_dtype: int, tokens: int, bias: int, bias_dtype: int, y: int, precision: int
+    ) -> None:
+        """`linear` with path 0 tables, 1 decode or 2 automatic, which is what `linear` takes."""
 
-def codebook_dequantize(layout: int, layout_bytes: int, row_begin: int, row_end: int, out: int, out_dtype: int) -> None:
-    """out [row_end - row_begin, columns] = those rows of W: exact in fp32, else rounded to nearest even."""
+    def path(self, x_dtype: int, tokens: int, precision: int) -> str:
+        """What path 2 is for this many tokens: "tables" or "decode"."""
+
+    def dequantize(self, row_begin: int, row_end: int, out: int, out_dtype: int) -> None:
+        """out [row_end - row_begin, columns] = those rows of W: exact in fp32, else rounded to nearest even."""
+
+    def codes(self, codes_out: int) -> None:
+        """The inverse of packing, for the codes: uint8 [rows, columns], also those under outliers."""
+
+class SparseOperand(LinearOperand):
+    def __init__(self, layout: int, layout_bytes: int) -> None: ...
+    def dequantize(self, out: int, out_dtype: int) -> None:
+        """out [rows, columns] = W."""
+
+    def unpack(self, checkpoint: SparseCheckpoint) -> None:
+        """The inverse of packing: fills the tensors of `checkpoint`, which must be those of the weight that was packed."""
 
 def codebook_decode(
     rows: int,
@@ -180,7 +190,8 @@ def fit_columns(
     centroids: int,
     moves: int,
 ) -> float:
-    """Sweep (descend = False) or descent over the columns of a block; see csrc/cpu/fit_columns.h. Returns the decrease."""
+    """Sweep (descend = False) or descent over the columns of a block; see csrc/fit_columns/cpu/fit_columns.h. Returns the
+    decrease."""
 
 def sinkhorn(
     inputs: list[int],
@@ -200,7 +211,7 @@ def sinkhorn(
 ) -> None:
     """inputs: the addresses of cost [problems, n, m], a, b and epsilon, all fp32. strides: of cost, a and b between problems,
     n m, n and m, or 0 where all share one. Out: plan, u, v, tape [problems, iterations, n + m] (or 0), count int32 [problems],
-    see csrc/cpu/sinkhorn.h.
+    see csrc/sinkhorn/cpu/sinkhorn.h.
     """
 
 def sinkhorn_backward(
@@ -267,42 +278,8 @@ def sparse_layout_bytes(checkpoint: SparseCheckpoint, sparse_columns: float) -> 
     """Size of a layout. A bitmap that keeps a smaller share than sparse_columns is laid out as column numbers."""
 
 def sparse_layout_pack(layout: int, layout_bytes: int, checkpoint: SparseCheckpoint, sparse_columns: float) -> None: ...
-def sparse_layout_unpack(layout: int, layout_bytes: int, checkpoint: SparseCheckpoint) -> None:
-    """The inverse: fills the tensors of `checkpoint`, which must be those of the weight that was packed."""
-
-def sparse_linear(
-    layout: int,
-    layout_bytes: int,
-    rows: int,
-    columns: int,
-    x: int,
-    x_dtype: int,
-    tokens: int,
-    bias: int,
-    bias_dtype: int,
-    y: int,
-) -> None:
-    """y [tokens, rows] = x [tokens, columns] W^T + bias, for a layout of any sparse format; bias [rows] or 0."""
-
-def sparse_dequantize(layout: int, layout_bytes: int, rows: int, columns: int, out: int, out_dtype: int) -> None: ...
 
 # --- decode steps: csrc/decode_step ---------------------------------------------------------------------------------
-
-class LinearOperand:
-    """A weight bound once. The tensors behind it must outlive it."""
-
-    rows: int
-    columns: int
-    def linear(
-        self, x: int, x_dtype: int, tokens: int, bias: int, bias_dtype: int, y: int, precision: int
-    ) -> None:
-        """y [tokens, rows] = x [tokens, columns] @ W.T + bias [rows]; y has x's dtype, bias 0 = none."""
-
-class CodebookOperand(LinearOperand):
-    def __init__(self, layout: int, layout_bytes: int) -> None: ...
-
-class SparseOperand(LinearOperand):
-    def __init__(self, layout: int, layout_bytes: int) -> None: ...
 
 class DenseOperand(LinearOperand):
     def __init__(self, weight: int, dtype: int, rows: int, columns: int) -> None:

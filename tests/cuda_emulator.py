@@ -1,4 +1,4 @@
-"""The CUDA back end on a CPU: the same kernel bodies and bindings, compiled by g++ against csrc/cuda/emulator.
+"""The CUDA back end on a CPU: the same kernel bodies and bindings, compiled by g++ against csrc/cuda_emulator.
 
 `emulated` (a fixture) makes pyllmq's `cuda` back end run on CPU tensors, so that everything above the driver is tested:
 prepack, dispatch, workspaces, launches, kernels.
@@ -29,17 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 SOURCES = (
     CSRC / "bindings_cuda.cpp",
-    *sorted((CSRC / "cuda").glob("codebook_*.cpp")),
-    *sorted((CSRC / "cuda").glob("codebook_*.cu")),
-    CSRC / "cuda/kmeans_1d.cu",
-    CSRC / "cuda/pack_codes.cu",
-    CSRC / "cuda/sinkhorn.cu",
-    CSRC / "cuda/sinkhorn_small.cu",
-    CSRC / "cuda/softmax_cdist_l1.cu",
-    *sorted((CSRC / "cuda").glob("sparse_*.cpp")),
-    *sorted((CSRC / "cuda").glob("sparse_*.cu")),
-    *sorted((CSRC / "cuda/emulator").glob("*.cpp")),
+    *(p for p in sorted(CSRC.glob("*/cuda/*.c*")) if p.suffix in (".cpp", ".cu") and p.name != "runtime.cu"),
+    *sorted((CSRC / "cuda_emulator").glob("*.cpp")),
 )
+"""All of the back end but its runtime, which the emulator replaces."""
 SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer"] if "PYLLMQ_SANITIZED" in os.environ else []
 
 

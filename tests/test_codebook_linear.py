@@ -5,6 +5,8 @@ and a panel of 256 lookups.
 Left out: N and K beyond 600 (interior to the same loops) and widths 5, 6, 7 apart from mixes (same path as 8).
 """
 
+import weakref
+
 import pytest
 import torch
 
@@ -237,3 +239,23 @@ def test_a_damaged_layout_is_refused():
             codebook_linear(x, broken)
     with pytest.raises((ValueError, RuntimeError)):
         codebook_linear(torch.randn(1, 49), pyllmq.dispatch.WeightOperand("cpu", (blob,), 40, 49))
+
+
+def test_an_operand_object_lives_as_long_as_its_layout_and_follows_it():
+    from pyllmq.backends import cpu
+
+    (blob,) = prepacked(random_case(40, 50)).tensors
+    first = cpu.bound("CodebookOperand", blob, 40, 50)
+    assert cpu.bound("CodebookOperand", blob, 40, 50) is first
+    with pytest.raises(ValueError, match=r"shape \[40, 50\], but was given as \[50, 40\]"):
+        cpu.bound("CodebookOperand", blob, 50, 40)
+    other = random_case(40, 49)
+    blob.copy_(prepacked(other).tensors[0])  # the same memory, another weight of as many bytes
+    second = cpu.bound("CodebookOperand", blob, 40, 49)
+    assert second is not first and second.is_intact and not first.is_intact
+    x = torch.randn(3, 49)
+    operand = pyllmq.dispatch.WeightOperand("cpu", (blob,), 40, 49)
+    torch.testing.assert_close(codebook_linear(x, operand, precision="exact"), (x.double() @ other.dense.T).float())
+    remembered = weakref.ref(second)
+    del blob, operand, second
+    assert remembered() is None

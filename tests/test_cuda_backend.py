@@ -102,7 +102,7 @@ def test_the_built_extension_without_a_driver():
 
 
 # Bytes of a thread, all of them spills; two rows at once in place of four spill as well. What they cost a GPU must tell.
-LARGEST_STACK = {"sinkhorn.cu": 224, "sinkhorn_small.cu": 8}
+LARGEST_STACK = {"sinkhorn/cuda/sinkhorn.cu": 224, "sinkhorn/cuda/sinkhorn_small.cu": 8}
 
 
 def built_kernels():
@@ -118,7 +118,7 @@ def built_kernels():
     kernels = {}
     for code in printed.split("Fatbin elf code:")[1:]:
         architecture, source = (
-            re.search(pattern, code)[1] for pattern in (r"arch = sm_(\w+)", r"identifier = \S*?([^/\s]+)\n")
+            re.search(pattern, code)[1] for pattern in (r"arch = sm_(\w+)", r"identifier = \S*?(\w+/cuda/\w+\.cu)\n")
         )
         used = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", code)
         kernels[source, architecture] = [tuple(map(int, amounts)) for amounts in used]
@@ -128,18 +128,20 @@ def built_kernels():
 def test_no_kernel_spills_or_uses_local_memory():
     kernels = built_kernels()
     sources = {source for source, _ in kernels}
-    assert sources >= {source.name for source in (CSRC / "cuda").glob("*.cu") if "PYLLMQ_KERNEL" in source.read_text()}
+    assert sources >= {
+        str(source.relative_to(CSRC)) for source in CSRC.glob("*/cuda/*.cu") if "PYLLMQ_KERNEL" in source.read_text()
+    }
     architectures = {architecture for _, architecture in kernels}
     assert architectures and len(kernels) == len(sources) * len(architectures)
     for (name, architecture), used in kernels.items():
         registers = [amounts[0] for amounts in used]
         report = f"{name} for sm_{architecture}: {used}"
         assert all(stack <= LARGEST_STACK.get(name, 0) and local == 0 for _, stack, local in used), report
-        if name == "codebook_linear.cu":  # two blocks of 256 threads share 65536 registers
+        if name == "codebook/cuda/linear.cu":  # two blocks of 256 threads share 65536 registers
             assert len(registers) == 3 and max(registers) <= 128, report
-        if name == "codebook_linear_tables.cu":  # one block of 768 threads
+        if name == "codebook/cuda/linear_tables.cu":  # one block of 768 threads
             assert len(registers) == 1 and registers[0] <= 80, report
-        if name == "sparse_linear.cu":  # four blocks of 128 threads, of bitmaps three
+        if name == "sparse/cuda/linear.cu":  # four blocks of 128 threads, of bitmaps three
             assert len(registers) == 16 and max(registers) <= 168, report
-        if name == "sparse_columns.cu":  # two blocks of 256
+        if name == "sparse/cuda/columns.cu":  # two blocks of 256
             assert len(registers) == 12 and max(registers) <= 128, report

@@ -7,6 +7,7 @@ is loaded and holds everything but the bias. See docs/kernels-cpu.md.
 from __future__ import annotations
 
 import mmap
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -22,13 +23,10 @@ from .reference import outlier_places
 LAYOUT = "cpu"
 DEVICE = "cpu"
 
-_AUTOMATIC = 2
-"""`path` of _cpu.codebook_linear (LinearPath in csrc/cpu/codebook_linear.h): tables or decoding, by a table of measured costs."""
-
 _PRECISION_CODE = {name: code for code, name in enumerate(PRECISIONS)}
 _KMEANS_CODE = {"exact": 0, "windowed": 1, "lloyd": 2}
-"""KMeans1dMethod in csrc/cpu/kmeans_1d.h."""
-_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""KMeans1dMethod in csrc/kmeans/cpu/kmeans_1d.h."""
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def available() -> tuple[bool, str]:
@@ -111,63 +109,72 @@ def prepack(operand: WeightOperand) -> WeightOperand:
     return WeightOperand(LAYOUT, (blob,), rows, columns)
 
 
-def _checked_blob(tensors: list[Tensor], out_features: int, in_features: int) -> Tensor:
-    """The layout, after its header was compared with the shape that the caller believes in: kernels read x and write y by it."""
-    (blob,) = tensors
-    shape = _extension().codebook_layout_shape(blob.data_ptr(), blob.numel())
-    if shape != (out_features, in_features):
+_bound: dict[tuple[str, int, int], tuple[Any, weakref.ref[Tensor]]] = {}
+"""(class, address, bytes) of a layout -> its operand object, while the tensor lives that holds the layout."""
+
+
+def bound(kind: str, blob: Tensor, out_features: int, in_features: int) -> Any:
+    """The `_cpu.CodebookOperand` or `_cpu.SparseOperand` (`kind` names the class) of a layout, made once for each.
+
+    It reads the memory of `blob`, which must outlive it. Raises ValueError where the blob is no intact layout of that kind,
+    or one of another shape: kernels read x and write y by it.
+    """
+    key = (kind, blob.data_ptr(), blob.numel())
+    found = _bound.get(key)
+    if found is not None and found[0].is_intact:
+        operand = found[0]
+    else:
+        operand = getattr(_extension(), kind)(*key[1:])
+        _bound[key] = operand, weakref.ref(blob, lambda _: _bound.pop(key, None))
+    if operand.rows != out_features or operand.columns != in_features:
         raise ValueError(
-            f"the layout holds a weight of shape {list(shape)}, but was given as [{out_features}, {in_features}]"
+            f"the layout holds a weight of shape [{operand.rows}, {operand.columns}], but was given as "
+            f"[{out_features}, {in_features}]"
         )
-    return blob
+    return operand
+
+
+def run_linear(
+    kind: str, x: Tensor, blob: Tensor, out_features: int, in_features: int, bias: Tensor | None, precision: str
+) -> Tensor:
+    """y = x W^T + bias by a layout of any kind."""
+    operand = bound(kind, blob, out_features, in_features)
+    kernels()
+    x = x.contiguous()
+    tokens, dtype = x.shape[0], x.dtype
+    y = torch.empty(tokens, out_features, dtype=dtype, device=DEVICE)
+    bias_pointer, bias_dtype = (0, 0) if bias is None else (bias.data_ptr(), DTYPE_CODE[bias.dtype])
+    operand.linear(
+        x.data_ptr(), DTYPE_CODE[dtype], tokens, bias_pointer, bias_dtype, y.data_ptr(), _PRECISION_CODE[precision]
+    )
+    return y
 
 
 def layout_codes(operand: WeightOperand) -> Tensor:
     """The codes in a `cpu` operand, uint8 [N, K]: what a checkpoint is rebuilt from."""
-    _cpu = kernels()
-    blob = _checked_blob(list(operand.tensors), operand.out_features, operand.in_features)
+    kernels()
     codes = torch.empty(operand.out_features, operand.in_features, dtype=torch.uint8)
-    _cpu.codebook_layout_codes(blob.data_ptr(), blob.numel(), codes.data_ptr())
+    bound("CodebookOperand", operand.tensors[0], operand.out_features, operand.in_features).codes(codes.data_ptr())
     return codes
 
 
 def codebook_linear(
     x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None, precision: str
 ) -> Tensor:
-    blob = tensors[0]
-    x = x.contiguous()
-    tokens, dtype = x.shape[0], x.dtype
-    y = torch.empty(tokens, out_features, dtype=dtype)
-    kernels().codebook_linear(
-        blob.data_ptr(),
-        blob.numel(),
-        out_features,
-        in_features,
-        x.data_ptr(),
-        _DTYPE_CODE[dtype],
-        tokens,
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else _DTYPE_CODE[bias.dtype],
-        y.data_ptr(),
-        _AUTOMATIC,
-        _PRECISION_CODE[precision],
-    )
-    return y
+    return run_linear("CodebookOperand", x, tensors[0], out_features, in_features, bias, precision)
 
 
 def codebook_linear_path(operand: WeightOperand, dtype: torch.dtype, tokens: int, precision: str) -> str:
     """What `codebook_linear` does for this many tokens: "tables" of partial products, or "decode" once and multiply."""
-    (blob,) = operand.tensors
-    return _extension().codebook_linear_path(
-        blob.data_ptr(), blob.numel(), _DTYPE_CODE[dtype], tokens, _PRECISION_CODE[precision]
-    )
+    weight = bound("CodebookOperand", operand.tensors[0], operand.out_features, operand.in_features)
+    return weight.path(DTYPE_CODE[dtype], tokens, _PRECISION_CODE[precision])
 
 
 def codebook_dequantize(tensors: list[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
-    _cpu = kernels()
-    blob = _checked_blob(tensors, out_features, in_features)
-    weight = torch.empty(out_features, in_features, dtype=dtype)
-    _cpu.codebook_dequantize(blob.data_ptr(), blob.numel(), 0, out_features, weight.data_ptr(), _DTYPE_CODE[dtype])
+    kernels()
+    operand = bound("CodebookOperand", tensors[0], out_features, in_features)
+    weight = torch.empty(out_features, in_features, dtype=dtype, device=DEVICE)
+    operand.dequantize(0, out_features, weight.data_ptr(), DTYPE_CODE[dtype])
     return weight
 
 
@@ -250,7 +257,7 @@ def fit_columns(
     method: str,
     descend: bool,
 ) -> tuple[Tensor, float]:
-    """(moves [B, N], decrease of the objective); csrc/cpu/fit_columns.h says what is read and what is written.
+    """(moves [B, N], decrease of the objective); csrc/fit_columns/cpu/fit_columns.h says what is read and what is written.
 
     Everything contiguous but `coupling`, whose rows may lie apart. Raises OverflowError with the position of a column that
     the sweep finds beyond fp16.
@@ -275,9 +282,9 @@ def _cdist_arguments(
     batch, rows, columns = logits.shape
     return (
         logits.data_ptr(),
-        _DTYPE_CODE[logits.dtype],
+        DTYPE_CODE[logits.dtype],
         other_logits.data_ptr(),
-        _DTYPE_CODE[other_logits.dtype],
+        DTYPE_CODE[other_logits.dtype],
         batch,
         rows,
         other_logits.shape[1],
@@ -370,7 +377,7 @@ def _reads_layout(problem: Problem) -> Support:
 
 
 def _takes_dtype(problem: Problem) -> Support:
-    if problem.dtype not in _DTYPE_CODE:
+    if problem.dtype not in DTYPE_CODE:
         return False, f"takes float32, bfloat16 and float16, not {problem.dtype}"
     return _on_cpu(problem)
 

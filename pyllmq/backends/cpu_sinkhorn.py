@@ -1,4 +1,4 @@
-"""sinkhorn and doubly_stochastic in C++ (csrc/cpu/sinkhorn.h, doubly_stochastic.h): fp32.
+"""sinkhorn and doubly_stochastic in C++ (csrc/sinkhorn/cpu/sinkhorn.h, doubly_stochastic.h): fp32.
 
 sinkhorn works in the exponential domain, with offsets that move when scalings grow too far.
 """

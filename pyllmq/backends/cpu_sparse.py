@@ -1,4 +1,4 @@
-"""The C++ back end's sparse formats: three layouts of one kind, made once when a layer is loaded (csrc/cpu/sparse_layout.h).
+"""The C++ back end's sparse formats: three layouts of one kind, made once when a layer is loaded (csrc/sparse/cpu/layout.h).
 
 A layout is one uint8 blob that starts with a header and holds everything but the bias. See docs/kernels-sparse.md.
 """
@@ -37,7 +37,6 @@ fp32, 1108 and 726 in bf16, but at 30 % 1159 and 1049 for 5.8 and 9.6 bits a wei
 
 _FIELDS = {BITMAP: BITMAP_FIELDS, SPARSE24: SPARSE24_FIELDS, SPARSE24_CODEBOOK: SPARSE24_CODEBOOK_FIELDS}
 _VALUE_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -85,39 +84,21 @@ def unpack_layout(operand: WeightOperand, shapes: Shapes) -> dict[str, Tensor]:
     kind = next(checkpoint for checkpoint, layout in LAYOUTS.items() if layout == operand.layout)
     field = {key: torch.empty(shape, dtype=dtype) for key, (shape, dtype) in shapes.items()}
     checkpoint = _checkpoint(kind, field, operand.out_features, operand.in_features)
-    cpu.kernels().sparse_layout_unpack(blob.data_ptr(), blob.numel(), checkpoint)
+    cpu.bound("SparseOperand", blob, operand.out_features, operand.in_features).unpack(checkpoint)
     return field
 
 
 def sparse_linear(
     x: Tensor, tensors: list[Tensor], out_features: int, in_features: int, bias: Tensor | None, precision: str
 ) -> Tensor:
-    blob = tensors[0]
-    x = x.contiguous()
-    tokens, dtype = x.shape[0], x.dtype
-    y = torch.empty(tokens, out_features, dtype=dtype)
-    cpu.kernels().sparse_linear(
-        blob.data_ptr(),
-        blob.numel(),
-        out_features,
-        in_features,
-        x.data_ptr(),
-        _DTYPE_CODE[dtype],
-        tokens,
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else _DTYPE_CODE[bias.dtype],
-        y.data_ptr(),
-        cpu._PRECISION_CODE[precision],
-    )
-    return y
+    return cpu.run_linear("SparseOperand", x, tensors[0], out_features, in_features, bias, precision)
 
 
 def sparse_dequantize(tensors: list[Tensor], out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
-    blob = tensors[0]
-    weight = torch.empty(out_features, in_features, dtype=dtype)
-    cpu.kernels().sparse_dequantize(
-        blob.data_ptr(), blob.numel(), out_features, in_features, weight.data_ptr(), _DTYPE_CODE[dtype]
-    )
+    cpu.kernels()
+    operand = cpu.bound("SparseOperand", tensors[0], out_features, in_features)
+    weight = torch.empty(out_features, in_features, dtype=dtype, device=DEVICE)
+    operand.dequantize(weight.data_ptr(), cpu.DTYPE_CODE[dtype])
     return weight
 
 

@@ -1,4 +1,4 @@
-"""sinkhorn in CUDA (csrc/cuda/sinkhorn.h): a thread, a block or a team of blocks to a problem, all iterations in one launch."""
+"""sinkhorn in CUDA (csrc/sinkhorn/cuda): a thread, a block or a team of blocks to a problem, all iterations in one launch."""
 
 from __future__ import annotations
 

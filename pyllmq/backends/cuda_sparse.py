@@ -1,4 +1,4 @@
-"""The CUDA back end's sparse formats: machine layouts made on the host when a layer is loaded (csrc/cuda/sparse_layout.h).
+"""The CUDA back end's sparse formats: machine layouts made on the host when a layer is loaded (csrc/sparse/cuda/layout.h).
 
 A layout is one uint8 blob in device memory that starts with a header and holds everything but the bias. Kernels must know before
 their launch what the header says, and a header on the device cannot be read without waiting for it: so an operand has a second

@@ -4,16 +4,18 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/codebook_linear.h"
-#include "cpu/thread_pool.h"
+#include "codebook/cpu/linear.h"
+#include "runtime/thread_pool.h"
 #include "decode_step/cpu/step_parts.h"
 
 namespace pyllmq::cpu {
 namespace {
 
-// The context is cut at multiples of this many positions, whatever the number of threads, and the parts are joined in
-// order: the same bits for any number of threads. What a part hands over is 1/64 of what it reads with 8 rows.
-constexpr int64_t kPartKeys = 128;
+// The context is cut at multiples of 128 positions, or of more where there are heads and sequences enough, but whatever the
+// number of threads, and the parts are joined in order: the same bits for any number of threads. What a part of 128 hands
+// over is 1/32 of what it reads with 8 rows.
+constexpr int64_t kPartKeys = 128, kMostParts = 1024;
+constexpr int64_t kChunksPerThread = 4;
 constexpr int64_t kMostPositions = 1 << 24;  // fp32 holds every position up to there
 constexpr double kNsPerProduct = 0.03, kNsPerPreparedElement = 1.5;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -49,21 +51,27 @@ void prepare_heads(const AttentionStep& step, const Norm& norm, Rotary rotary, i
 // --- attention -----------------------------------------------------------------------------------------------------
 
 struct Sizes {
+  const StepKernels& kernels;
   int64_t batch, queries, past, length;  // length: positions with the new ones
   int64_t lanes, group;
   int64_t rows, padded_rows;  // that share a head of keys: queries * group
   int64_t value_size;         // padded to whole registers
+  int64_t units;              // heads of keys of all sequences
+  int64_t part_keys;
 
   Sizes(const AttentionStep& step, const StepTokens& tokens, int64_t past_positions)
-      : batch(tokens.batch),
+      : kernels(step_kernels()),
+        batch(tokens.batch),
         queries(tokens.queries),
         past(past_positions),
         length(past_positions + tokens.queries),
-        lanes(step_kernels().lanes),
+        lanes(kernels.lanes),
         group(step.heads / step.kv_heads),
         rows(queries * group),
         padded_rows(divide_up(rows, lanes) * lanes),
-        value_size(divide_up(step.value_size, lanes) * lanes) {}
+        value_size(divide_up(step.value_size, lanes) * lanes),
+        units(batch * step.kv_heads),
+        part_keys(kPartKeys * divide_up(units * divide_up(length, kPartKeys), kMostParts)) {}
 };
 
 // Which positions the rows of a sequence see.
@@ -129,27 +137,29 @@ void attend(const AttentionStep& step, const StepTokens& tokens, const KeyValueC
             const float* q, float* context, Scratch& scratch) {
   std::vector<Sight> sights;
   for (int64_t b = 0; b < sizes.batch; ++b) sights.push_back(sight_of(step, tokens, sizes, b));
-  int64_t first_part = sizes.length / kPartKeys;
+  int64_t first_part = sizes.length / sizes.part_keys;
   double seen = 0;
   for (const Sight& sight : sights) {
-    first_part = std::min(first_part, static_cast<int64_t>(sight.earliest_first) / kPartKeys);
+    first_part = std::min(first_part, static_cast<int64_t>(sight.earliest_first) / sizes.part_keys);
     seen += sight.latest_last - sight.earliest_first;
   }
-  const int64_t parts = divide_up(sizes.length, kPartKeys) - first_part;
-  const int64_t units = sizes.batch * step.kv_heads, floats = PartResult::floats(sizes);
+  const int64_t parts = divide_up(sizes.length, sizes.part_keys) - first_part;
+  const int64_t units = sizes.units, floats = PartResult::floats(sizes);
   float* results = scratch.take(units * parts * floats);
   const double products = seen * static_cast<double>(step.kv_heads * sizes.padded_rows * (step.head_size + sizes.value_size));
 
-  parallel_for(units * parts, 1, kNsPerProduct * products, [&](int64_t task_begin, int64_t task_end) {
+  // Some parts in a row for a thread, which can then ask for the next one's memory.
+  const int64_t grain = std::max<int64_t>(1, units * parts / (kChunksPerThread * num_threads()));
+  parallel_for(units * parts, grain, kNsPerProduct * products, [&](int64_t task_begin, int64_t task_end) {
     for (int64_t task = task_begin; task < task_end; ++task) {
       const int64_t unit = task / parts, b = unit / step.kv_heads, head = unit % step.kv_heads;
       const Sight& sight = sights[b];
-      const int64_t part_begin = (first_part + task % parts) * kPartKeys;
+      const int64_t part_begin = (first_part + task % parts) * sizes.part_keys;
       const PartResult result(sizes, results + task * floats);
       const auto* keys = static_cast<const uint8_t*>(cache.keys);
       const auto* values = static_cast<const uint8_t*>(cache.values);
       const int64_t bytes = element_bytes(cache.dtype);
-      step_kernels().attend(
+      sizes.kernels.attend(
           {.rows = sizes.rows,
            .group = sizes.group,
            .head_size = step.head_size,
@@ -163,7 +173,8 @@ void attend(const AttentionStep& step, const StepTokens& tokens, const KeyValueC
            .mask = tokens.mask == nullptr ? nullptr : tokens.mask + b * tokens.mask_batch_stride,
            .mask_query_stride = tokens.mask_query_stride,
            .begin = std::max(part_begin, static_cast<int64_t>(sight.earliest_first)),
-           .end = std::min(part_begin + kPartKeys, static_cast<int64_t>(sight.latest_last)),
+           .end = std::min(part_begin + sizes.part_keys, static_cast<int64_t>(sight.latest_last)),
+           .ahead_end = std::min(part_begin + (task_end - task) * sizes.part_keys, static_cast<int64_t>(sight.latest_last)),
            .keys = keys + (b * cache.key_strides[0] + head * cache.key_strides[1]) * bytes,
            .values = values + (b * cache.value_strides[0] + head * cache.value_strides[1]) * bytes,
            .dtype = cache.dtype,
@@ -249,8 +260,8 @@ void attention_step(const AttentionStep& step, const StepCall& call, const StepT
   const std::vector<float*> outputs = project(step.input, step.norm, call, step.precision, scratch);
 
   const int64_t size = step.head_size, lanes = sizes.lanes;
-  float* q = scratch.take(sizes.batch * step.kv_heads * sizes.padded_rows * size);
-  if (sizes.padded_rows > sizes.rows) std::fill_n(q, sizes.batch * step.kv_heads * sizes.padded_rows * size, 0.0f);
+  float* q = scratch.take(sizes.units * sizes.padded_rows * size);
+  if (sizes.padded_rows > sizes.rows) std::fill_n(q, sizes.units * sizes.padded_rows * size, 0.0f);
   const auto prepare_token = [&](int64_t token) {
     const auto heads_of = [&](const HeadRows& rows) {
       return outputs[rows.operand] + token * step.input.operands[rows.operand]->rows() + rows.first_row;

@@ -1,9 +1,11 @@
 #include "decode_step/cpu/dense_operand.h"
 
 #include <algorithm>
+#include <vector>
 
-#include "cpu/thread_pool.h"
+#include "codebook/cpu/linear.h"
 #include "decode_step/cpu/step_kernels.h"
+#include "runtime/thread_pool.h"
 
 namespace pyllmq::cpu {
 namespace {

@@ -1,6 +1,6 @@
 #include "decode_step/mlp_step.h"
 
-#include "cpu/thread_pool.h"
+#include "runtime/thread_pool.h"
 #include "decode_step/cpu/step_parts.h"
 
 namespace pyllmq::cpu {

@@ -1,27 +1,22 @@
-// exp, the normal distribution and tanh for a vector type V, each to two or three units in the last place. Included by one
-// file per instruction set, each with a V of its own in an anonymous namespace.
+// The logistic function, the normal distribution and tanh for a vector type V, to two or three units in the last place.
 #pragma once
+#include "runtime/simd.h"
 
 namespace pyllmq::cpu {
 namespace {
 
-// For x <= 0; below -87, where the result leaves the normal numbers, exactly 0; NaN stays NaN. Taylor to the 7th power on
-// |r| <= ln 2 / 2, whose rest is 5e-9.
+// x^2 - square, exactly; `Scalar` has no fused multiply-add.
 template <class V>
-inline typename V::R exponential(typename V::R x) {
-  using R = typename V::R;
-  const R n = V::round(V::mul(x, V::set(1.44269504f)));
-  // ln 2 in two parts, the first short enough for n times it to be exact
-  R r = V::fma(n, V::set(-0x1.62e4p-1f), x);
-  r = V::fma(n, V::set(-0x1.7f7d1cp-20f), r);
-  R p = V::set(1.0f / 5040);
-  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = V::fma(p, r, V::set(c));
-  return V::select(V::above(V::set(-87), x), V::set(0), V::scale2(p, n));
+inline typename V::R square_error(typename V::R x, typename V::R square) {
+  if constexpr (V::width == 1)
+    return static_cast<float>(static_cast<double>(x) * x - square);
+  else
+    return V::fma(x, x, V::sub(V::set(0), square));
 }
 
 template <class V>
 inline typename V::R sigmoid(typename V::R x) {
-  const auto e = exponential<V>(V::min(x, V::sub(V::set(0), x)));
+  const auto e = exponential<V, true>(V::min(x, V::sub(V::set(0), x)));
   const auto above_half = V::div(V::set(1), V::add(V::set(1), e));
   return V::select(V::above(V::set(0), x), V::mul(e, above_half), above_half);
 }
@@ -37,12 +32,12 @@ inline typename V::R normal_distribution(typename V::R x) {
     odd = V::fma(odd, square, V::set(c));
   const R size = V::min(V::max(x, V::sub(V::set(0), x)), V::set(14));  // beyond 14 the tail is 0
   const R size_square = V::mul(size, size);
-  const R missed = V::fma(size, size, V::sub(V::set(0), size_square));
+  const R missed = square_error<V>(size, size_square);
   const R t = V::div(V::set(1), V::fma(size, V::set(0.353553391f), V::set(1)));
   R tail = V::set(0.0385975167f);
   for (const float c : {-0.0895871371f, 0.0129965637f, 0.0486662127f, 0.0826362818f, 0.124930009f, 0.140854269f, 0.141056985f})
     tail = V::fma(tail, t, V::set(c));
-  tail = V::mul(V::mul(tail, t), exponential<V>(V::mul(size_square, V::set(-0.5f))));
+  tail = V::mul(V::mul(tail, t), exponential<V, true>(V::mul(size_square, V::set(-0.5f))));
   tail = V::fma(V::mul(missed, V::set(-0.5f)), tail, tail);
   const R far = V::select(V::above(V::set(0), x), tail, V::sub(V::set(1), tail));
   return V::select(V::above(V::set(1), square), V::fma(odd, x, V::set(0.5f)), far);
@@ -58,7 +53,7 @@ inline typename V::R hyperbolic_tangent(typename V::R x) {
     odd = V::fma(odd, square, V::set(c));
   odd = V::fma(V::mul(odd, square), x, x);
   const R minus_size = V::min(x, V::sub(V::set(0), x));
-  const R e = exponential<V>(V::add(minus_size, minus_size));
+  const R e = exponential<V, true>(V::add(minus_size, minus_size));
   const R size = V::div(V::sub(V::set(1), e), V::add(V::set(1), e));
   const R far = V::select(V::above(V::set(0), x), V::sub(V::set(0), size), size);
   return V::select(V::above(V::set(0.390625f), square), odd, far);

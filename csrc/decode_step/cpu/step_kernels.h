@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "cpu/half.h"
+#include "runtime/half.h"
 #include "decode_step/mlp_step.h"
 #include "decode_step/step_parts.h"
 
@@ -24,6 +24,7 @@ struct AttentionPart {
   int64_t mask_query_stride;
 
   int64_t begin, end;              // positions of this part
+  int64_t ahead_end;               // up to here this thread goes on
   const void *keys, *values;       // of position 0
   DType dtype;
   int64_t key_stride, value_stride;                               // of a position, in elements
@@ -49,6 +50,7 @@ constexpr int64_t kDotRows = 4;
 
 extern const StepKernels kStepScalar;
 extern const StepKernels kStepAvx2;
+extern const StepKernels kStepAvx512;
 const StepKernels& step_kernels();  // of the active instruction set
 
 }  // namespace pyllmq::cpu

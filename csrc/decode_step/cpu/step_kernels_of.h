@@ -1,5 +1,4 @@
-// The kernels of step_kernels.h for a vector type V; included by one file per instruction set, each with a V of its own in
-// an anonymous namespace, so that no code compiled for one can be linked into another.
+// The kernels of step_kernels.h for a vector type V (runtime/simd.h); included by one file per instruction set.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -9,8 +8,6 @@
 
 namespace pyllmq::cpu {
 namespace {
-
-constexpr float kMinusInfinity = -__builtin_inff();
 
 // --- norms ---------------------------------------------------------------------------------------------------------
 
@@ -46,32 +43,54 @@ void norm(NormKind kind, float eps, const float* weight, const float* bias, cons
 
 // --- attention -----------------------------------------------------------------------------------------------------
 
+// Rows of the cache that will be read next, asked for a line at a time beside the arithmetic: eight rows are read side by
+// side, which no prefetcher of the CPU follows. A cache in memory at 1800 positions: 107 ns a key without, 81 with.
+struct Ahead {
+  const uint8_t* rows;
+  int64_t stride, element;  // in bytes; 0 where nothing is read next: the same line over and over, cheaper than a branch
+
+  Ahead(const AttentionPart& part, const void* memory, int64_t row_stride, int64_t begin)
+      : rows(static_cast<const uint8_t*>(memory)), stride(0), element(0) {
+    if (begin >= part.ahead_end) return;
+    element = element_bytes(part.dtype);
+    stride = row_stride * element;
+    rows += begin * stride;
+  }
+  void fetch(int64_t row, int64_t column) const { __builtin_prefetch(rows + row * stride + column * element); }
+};
+
 // scores[i, lane] = <q[., lane], k[i]>: rows of q stand side by side, so that each key is read once for all of them and
 // nothing is summed across a register. Sums of 32 products are joined: one long chain would lose a digit at 256.
 template <class V, int kKeys>
-void score_keys(const float* q, const float* k, int64_t stride, int64_t size, float* scores) {
+void score_keys(const float* q, const float* k, int64_t stride, int64_t size, const Ahead& ahead, int64_t first_key,
+                float* scores) {
   for (int64_t begin = 0; begin < size; begin += 32) {
     const int64_t end = std::min<int64_t>(size, begin + 32);
+#pragma GCC unroll 8
+    for (int i = 0; i < kKeys; ++i) {
+      ahead.fetch(first_key + i, begin);
+      ahead.fetch(first_key + i, begin + 16);
+    }
     typename V::R sums[kKeys];
 #pragma GCC unroll 8
-    for (int i = 0; i < kKeys; ++i) sums[i] = begin == 0 ? V::set(0) : V::load(scores + i * V::width);
-    typename V::R part[kKeys];
-#pragma GCC unroll 8
-    for (int i = 0; i < kKeys; ++i) part[i] = V::set(0);
+    for (int i = 0; i < kKeys; ++i) sums[i] = V::set(0);
     for (int64_t d = begin; d < end; ++d) {
       const auto of_rows = V::load(q + d * V::width);
 #pragma GCC unroll 8
-      for (int i = 0; i < kKeys; ++i) part[i] = V::fma(V::set(k[i * stride + d]), of_rows, part[i]);
+      for (int i = 0; i < kKeys; ++i) sums[i] = V::fma(V::set(k[i * stride + d]), of_rows, sums[i]);
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < kKeys; ++i) V::store(scores + i * V::width, V::add(sums[i], part[i]));
+    for (int i = 0; i < kKeys; ++i) {
+      float* score = scores + i * V::width;
+      V::store(score, begin == 0 ? sums[i] : V::add(V::load(score), sums[i]));
+    }
   }
 }
 
 // out[r] = out[r] * keep[r] + sum over i of weights[i, r] * v[i], kVectors registers wide.
 template <class V, int kRows, int kVectors>
-void add_values(const float* weights, const float* v, int64_t stride, int64_t keys, const float* keep, float* out,
-                int64_t out_stride) {
+void add_values(const float* weights, const float* v, int64_t stride, int64_t keys, const float* keep, const Ahead& ahead,
+                int64_t column, float* out, int64_t out_stride) {
   typename V::R sums[kRows][kVectors];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
@@ -79,6 +98,7 @@ void add_values(const float* weights, const float* v, int64_t stride, int64_t ke
     for (int j = 0; j < kVectors; ++j)
       sums[r][j] = V::mul(V::load(out + r * out_stride + j * V::width), V::set(keep[r]));
   for (int64_t i = 0; i < keys; ++i) {
+    ahead.fetch(i, column);
     typename V::R value[kVectors];
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) value[j] = V::load(v + i * stride + j * V::width);
@@ -96,12 +116,12 @@ void add_values(const float* weights, const float* v, int64_t stride, int64_t ke
 }
 
 template <class V, int kRows>
-void add_values_to_rows(const float* weights, const float* v, int64_t stride, int64_t keys, const float* keep, float* out,
-                        int64_t size) {
+void add_values_to_rows(const float* weights, const float* v, int64_t stride, int64_t keys, const float* keep,
+                        const Ahead& ahead, float* out, int64_t size) {
   int64_t d = 0;
   for (; d + 2 * V::width <= size; d += 2 * V::width)
-    add_values<V, kRows, 2>(weights, v + d, stride, keys, keep, out + d, size);
-  if (d < size) add_values<V, kRows, 1>(weights, v + d, stride, keys, keep, out + d, size);
+    add_values<V, kRows, 2>(weights, v + d, stride, keys, keep, ahead, d, out + d, size);
+  if (d < size) add_values<V, kRows, 1>(weights, v + d, stride, keys, keep, ahead, d, out + d, size);
 }
 
 // Positions [begin, begin + count) in fp32, rows filled up to `padded`: where they lie, or converted into `room`.
@@ -140,8 +160,8 @@ void limit_scores(const AttentionPart& part, int64_t begin, int64_t keys, int64_
   const R first = V::load(part.first + lane_row), last = V::load(part.last + lane_row);
   for (int64_t i = 0; i < keys; ++i) {
     const R position = V::set(static_cast<float>(begin + i));
-    R s = V::select(V::above(first, position), V::set(kMinusInfinity), V::load(scores + i * V::width));
-    V::store(scores + i * V::width, V::select(V::above(last, position), s, V::set(kMinusInfinity)));
+    R s = V::select(V::above(first, position), V::set(-kInfinity), V::load(scores + i * V::width));
+    V::store(scores + i * V::width, V::select(V::above(last, position), s, V::set(-kInfinity)));
   }
 }
 
@@ -153,11 +173,11 @@ void soften(int64_t keys, float* scores, float* largest, float* sums, float* kee
   R found = before;
   for (int64_t i = 0; i < keys; ++i) found = V::max(found, V::load(scores + i * V::width));
   V::store(largest, found);
-  const R base = V::select(V::above(found, V::set(kMinusInfinity)), found, V::set(0));
-  const R kept = exponential<V>(V::sub(before, base));
+  const R base = V::select(V::above(found, V::set(-kInfinity)), found, V::set(0));
+  const R kept = exponential<V, true>(V::sub(before, base));
   R sum = V::mul(V::load(sums), kept);
   for (int64_t i = 0; i < keys; ++i) {
-    const R weight = exponential<V>(V::sub(V::load(scores + i * V::width), base));
+    const R weight = exponential<V, true>(V::sub(V::load(scores + i * V::width), base));
     V::store(scores + i * V::width, weight);
     sum = V::add(sum, weight);
   }
@@ -170,7 +190,7 @@ void attend(const AttentionPart& part) {
   constexpr int64_t width = V::width;
   const int64_t lane_groups = (part.rows + width - 1) / width;
   const int64_t padded = (part.value_size + width - 1) / width * width;
-  std::fill_n(part.largest, lane_groups * width, kMinusInfinity);
+  std::fill_n(part.largest, lane_groups * width, -kInfinity);
   std::fill_n(part.sums, lane_groups * width, 0.0f);
   std::fill_n(part.weighted, part.rows * padded, 0.0f);
   alignas(64) float key_room[kBlockKeys * kLargestHead], value_room[kBlockKeys * kLargestHead];
@@ -182,11 +202,18 @@ void attend(const AttentionPart& part) {
                                    &k_stride);
     const float* v = block_in_fp32(part, part.values, part.value_stride, part.value_size, padded, begin, keys, value_room,
                                    &v_stride);
+    // What is converted is read in one go, a block ahead; else the values of this block are asked for beside its keys.
+    const bool converted = k == key_room || v == value_room;
+    const Ahead values_ahead(part, part.values, part.value_stride, converted ? begin + kBlockKeys : begin);
+    const Ahead keys_ahead(part, part.keys, part.key_stride, begin + kBlockKeys);
+    const Ahead nothing(part, part.q, 0, part.ahead_end);
     for (int64_t row = 0; row < part.rows; row += width) {
       const float* q = part.q + row * part.head_size;
+      const Ahead& ahead = row == 0 ? values_ahead : nothing;
       int64_t i = 0;
-      for (; i + 8 <= keys; i += 8) score_keys<V, 8>(q, k + i * k_stride, k_stride, part.head_size, scores + i * width);
-      for (; i < keys; ++i) score_keys<V, 1>(q, k + i * k_stride, k_stride, part.head_size, scores + i * width);
+      for (; i + 8 <= keys; i += 8)
+        score_keys<V, 8>(q, k + i * k_stride, k_stride, part.head_size, ahead, i, scores + i * width);
+      for (; i < keys; ++i) score_keys<V, 1>(q, k + i * k_stride, k_stride, part.head_size, ahead, i, scores + i * width);
       limit_scores<V>(part, begin, keys, row, scores);
       soften<V>(keys, scores, part.largest + row, part.sums + row, keep);
       const int64_t rows = std::min(width, part.rows - row);
@@ -194,7 +221,8 @@ void attend(const AttentionPart& part) {
         constexpr decltype(&add_values_to_rows<V, 1>) add[4] = {add_values_to_rows<V, 1>, add_values_to_rows<V, 2>,
                                                                 add_values_to_rows<V, 3>, add_values_to_rows<V, 4>};
         add[std::min<int64_t>(4, rows - r) - 1](scores + r, v, v_stride, keys, keep + r,
-                                                part.weighted + (row + r) * padded, padded);
+                                                row + r == 0 ? keys_ahead : nothing, part.weighted + (row + r) * padded,
+                                                padded);
       }
     }
   }

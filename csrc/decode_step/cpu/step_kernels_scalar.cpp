@@ -29,6 +29,9 @@ struct Scalar {
     return n > -127 && n < 128 ? x * bits_float(static_cast<uint32_t>(static_cast<int>(n) + 127) << 23) : x;
   }
   static float total(R x) { return x; }
+  static Flag at_least(R x, R y) { return x >= y; }
+  static Flag not_below(R x, R y) { return !(x < y); }
+  static R zero_unless(Flag flag, R x) { return flag ? x : 0; }
   static Flag above(R x, R y) { return x > y; }
   static R select(Flag flag, R yes, R no) { return flag ? yes : no; }
 };

@@ -6,9 +6,9 @@
 #include <new>
 #include <stdexcept>
 
-#include "cpu/codebook_linear.h"
-#include "cpu/isa.h"
-#include "cpu/thread_pool.h"
+#include "codebook/cpu/linear.h"
+#include "runtime/isa.h"
+#include "runtime/thread_pool.h"
 
 namespace pyllmq::cpu {
 namespace {
@@ -21,7 +21,8 @@ double elements_cost(int64_t tokens, int64_t size) { return kNsPerElement * stat
 
 const StepKernels& step_kernels() {
 #if defined(__x86_64__)
-  if (active_isa() != Isa::scalar) return kStepAvx2;
+  if (active_isa() >= Isa::avx512) return kStepAvx512;
+  if (active_isa() == Isa::avx2) return kStepAvx2;
 #endif
   return kStepScalar;
 }

@@ -1,0 +1,349 @@
+#include "codebook/cpu/linear.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "codebook/cpu/layout.h"
+#include "codebook/cpu/decode.h"
+#include "runtime/isa.h"
+#include "codebook/cpu/path_cost.h"
+#include "runtime/thread_pool.h"
+#include "runtime/workspace.h"
+
+namespace pyllmq::cpu {
+namespace {
+
+// Bytes of tables alive at once: 1/25 of the weight, or this much. Where the tables of all panels for 8 tokens are more,
+// panels are taken in groups, and the sums wait in memory between them.
+constexpr int64_t kSmallestTableBudget = 128 << 10;
+constexpr int64_t kWeightPerTables = 25;
+constexpr int64_t kChunkTiles = kStripTiles;
+// Single-thread estimates for the thread pool.
+constexpr double kNsPerLookupStep = 1.2;  // one lookup of 32 rows
+constexpr double kNsPerDecodeStep = 5.0;  // one column of 32 rows
+constexpr double kNsPerTable = 6.0;
+
+enum class Path : int32_t { nothing, tables, exact };  // nothing: every product of the panel is zero
+
+struct PanelScale {
+  Path path;
+  float unit;
+};
+
+struct PanelGroup {  // of widths 1..4, whose tables are alive together
+  int64_t begin, end, lookups;
+};
+
+struct Problem {
+  const LayoutView& view;
+  const LinearKernels& kernels;
+  const RowKernels& rows;
+  TableKind kind;
+  DType dtype;
+  int64_t block;           // tokens that share one pass over the codes
+  int64_t lookup_panels;   // the first panels, those of widths 1..4
+  int64_t decoded_columns; // of widths 5..8
+  std::vector<PanelGroup> groups;  // at least one, which may be empty
+  std::vector<TileChunk> chunks;
+
+  const float* x;      // [tokens, columns]
+  const float* bias;   // [rows] or null
+  uint8_t* tables;     // [tokens, segments, lookups of a group, planes, 16]
+  PanelScale* scales;  // [tokens, segments, lookup_panels]
+  float* sums;         // [tokens, tiles * 32] between groups; null where one group holds all panels
+  int64_t tokens;
+
+  const TableKernels& table_kernels() const { return kernels.tables[static_cast<int>(kind)]; }
+  int64_t table_bytes(const PanelGroup& group) const { return group.lookups * table_planes(kind) * kTableEntries; }
+  uint8_t* table(const PanelGroup& group, int64_t token, int64_t segment, int64_t panel) const {
+    int64_t lookup = (token * view.header().segments + segment) * group.lookups;
+    for (int64_t p = group.begin; p < panel; ++p) lookup += view.panel(p).lookups();
+    return tables + lookup * table_planes(kind) * kTableEntries;
+  }
+  PanelScale& scale(int64_t token, int64_t segment, int64_t panel) const {
+    return scales[(token * view.header().segments + segment) * lookup_panels + panel];
+  }
+};
+
+// That of the kernels that read this order of steps.
+Isa kernel_isa(StepOrder order) {
+  const StepOrder read = active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows;
+  return order == read ? active_isa() : Isa::scalar;
+}
+
+const LinearKernels& linear_kernels(StepOrder order) {
+#if defined(__x86_64__)
+  if (active_isa() >= Isa::avx512 && order == StepOrder::fours) return kLinearAvx512;
+  if (active_isa() != Isa::scalar && order == StepOrder::rows) return kLinearAvx2;
+#endif
+  return kLinearScalar;
+}
+
+// --- phase 1: tables -----------------------------------------------------------------------------------------------
+
+void pick_columns(const LayoutView& view, const PanelRecord& panel, const float* x, float* picked) {
+  if (panel.first_column >= 0) {
+    std::copy(x + panel.first_column, x + panel.first_column + panel.columns, picked);
+  } else {
+    const uint32_t* columns = view.columns(panel);
+    for (int64_t i = 0; i < panel.columns; ++i) picked[i] = x[columns[i]];
+  }
+  std::fill(picked + panel.columns, picked + panel.slots, 0.0f);
+}
+
+void build_panel_tables(const Problem& problem, const PanelGroup& group, int64_t token, int64_t segment, int64_t p) {
+  const LayoutView& view = problem.view;
+  const PanelRecord& panel = view.panel(p);
+  const int width = static_cast<int>(panel.width);
+  alignas(64) float x[kMaxPanelColumns];
+  pick_columns(view, panel, problem.x + token * view.header().columns, x);
+
+  PanelScale& scale = problem.scale(token, segment, p);
+  const float bound = problem.rows.panel_bound(x, view.max_magnitude(panel, segment), panel.lookups(),
+                                               columns_per_lookup(width));
+  if (bound == 0) {
+    scale = {Path::nothing, 0};
+  } else if (bound >= kSmallestBound && bound <= kLargestBound) {
+    const float to_fixed = fixed_point_scale(problem.kind, bound);
+    scale = {Path::tables, 1 / to_fixed};
+    for (int64_t i = 0; i < panel.slots; ++i) x[i] *= to_fixed;
+    problem.table_kernels().build(width, view.header().order, view.codebook(panel, segment), x, panel.lookups(),
+                                  problem.table(group, token, segment, p));
+  } else {
+    scale = {Path::exact, 0};
+  }
+}
+
+// --- phase 2: lookups ----------------------------------------------------------------------------------------------
+
+void add_exact(const Problem& problem, const PanelRecord& panel, const TileChunk& chunk, int64_t token, float* y) {
+  const LayoutView& view = problem.view;
+  const int width = static_cast<int>(panel.width);
+  const uint16_t* codebook = view.codebook(panel, chunk.segment);
+  const int64_t entries = entries_per_lookup(width) / columns_per_lookup(width);
+  alignas(64) float x[kMaxPanelColumns];
+  pick_columns(view, panel, problem.x + token * view.header().columns, x);
+  for (int64_t tile = 0; tile < chunk.tiles; ++tile) {
+    const uint8_t* codes = view.codes(panel, chunk.tile_begin + tile);
+    for (int row = 0; row < kTileRows; ++row) {
+      double sum = 0;
+      for (int64_t slot = 0; slot < panel.columns; ++slot)
+        sum += static_cast<double>(x[slot]) *
+               static_cast<double>(
+                   fp16_to_fp32(codebook[slot * entries + read_code(codes, view.header().order, width, slot, row)]));
+      y[tile * kTileRows + row] += static_cast<float>(sum);
+    }
+  }
+}
+
+void add_lookups(const Problem& problem, const PanelGroup& group, int64_t p, const TileChunk& chunk, float* y,
+                 int64_t y_stride) {
+  const PanelRecord& panel = problem.view.panel(p);
+  TokenTables tokens[kMaxTokenBlock];
+  int64_t count = 0;
+  for (int64_t t = 0; t < problem.tokens; ++t) {
+    const PanelScale& scale = problem.scale(t, chunk.segment, p);
+    if (scale.path == Path::tables)
+      tokens[count++] = {problem.table(group, t, chunk.segment, p), scale.unit, y + t * y_stride};
+    else if (scale.path == Path::exact)
+      add_exact(problem, panel, chunk, t, y + t * y_stride);
+  }
+  const TableKernels& kernels = problem.table_kernels();
+  (panel.width == 3 ? kernels.lookup_3bit : kernels.lookup_nibbles)(
+      {problem.view.codes(panel, chunk.tile_begin), problem.view.header().order, chunk.tiles, panel.lookups(), tokens,
+       count});
+}
+
+void add_decoded(const Problem& problem, int64_t p, const TileChunk& chunk, float* y, int64_t y_stride) {
+  const LayoutView& view = problem.view;
+  const PanelRecord& panel = view.panel(p);
+  alignas(64) float x[kMaxTokenBlock * kBytePanelColumns];
+  for (int64_t t = 0; t < problem.tokens; ++t)
+    pick_columns(view, panel, problem.x + t * view.header().columns, x + t * kBytePanelColumns);
+  problem.kernels.decode_multiply[panel.width - 5](view.codes(panel, chunk.tile_begin), view.header().order,
+                                                   chunk.tiles, panel.tile_bytes, panel.columns,
+                                                   view.codebook(panel, chunk.segment), x, problem.tokens, y, y_stride);
+}
+
+// --- the end of a row: scale, outliers, bias, dtype ----------------------------------------------------------------
+
+void finish_rows(const Problem& problem, int64_t token, int64_t row_begin, int64_t rows, float* sums) {
+  const LayoutView& view = problem.view;
+  if (const float* scale = view.row_scale())
+    for (int64_t r = 0; r < rows; ++r) sums[r] *= scale[row_begin + r];
+  if (view.header().outliers > 0) {
+    const float* x = problem.x + token * view.header().columns;
+    const uint32_t* offsets = view.outlier_row_offsets() + row_begin;
+    const uint32_t* columns = view.outlier_columns();
+    const float* deltas = view.outlier_deltas();
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint32_t first = offsets[r];
+      sums[r] += static_cast<float>(
+          problem.rows.outlier_sum(x, columns + first, deltas + first, int64_t{offsets[r + 1]} - int64_t{first}));
+    }
+  }
+  if (problem.bias != nullptr)
+    for (int64_t r = 0; r < rows; ++r) sums[r] += problem.bias[row_begin + r];
+}
+
+void prefetch(const void* memory, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const uint8_t*>(memory) + at, 0, 2);
+}
+
+// Outliers are read after the codes of their rows, in short pieces that no prefetcher of the CPU sees coming: a part of
+// them is asked for with each panel: 0.5 % of outliers of 4096 x 4096 then cost 0.06 ms from memory in place of 0.19.
+void prefetch_outliers(const LayoutView& view, const TileChunk& chunk, int64_t part, int64_t parts) {
+  if (view.header().outliers == 0) return;
+  const uint32_t* offsets = view.outlier_row_offsets() + chunk.row_begin;
+  if (part == 0) prefetch(offsets, chunk.rows * int64_t{sizeof(uint32_t)});
+  const int64_t count = offsets[chunk.rows] - offsets[0];
+  const int64_t begin = offsets[0] + count * part / parts, end = offsets[0] + count * (part + 1) / parts;
+  prefetch(view.outlier_columns() + begin, (end - begin) * int64_t{sizeof(uint32_t)});
+  prefetch(view.outlier_deltas() + begin, (end - begin) * int64_t{sizeof(float)});
+}
+
+void run_chunk(const Problem& problem, const PanelGroup& group, const TileChunk& chunk, void* y) {
+  const LayoutHeader& header = problem.view.header();
+  alignas(64) float own_sums[kMaxTokenBlock * kChunkTiles * kTileRows];
+  const int64_t rows = chunk.tiles * kTileRows;
+  const int64_t stride = problem.sums == nullptr ? rows : header.tiles * kTileRows;
+  float* sums = problem.sums == nullptr ? own_sums : problem.sums + chunk.tile_begin * kTileRows;
+  if (group.begin == 0)
+    for (int64_t t = 0; t < problem.tokens; ++t) std::fill_n(sums + t * stride, rows, 0.0f);
+  for (int64_t p = group.begin; p < group.end; ++p) {
+    if (group.end == problem.lookup_panels) prefetch_outliers(problem.view, chunk, p - group.begin, group.end - group.begin);
+    add_lookups(problem, group, p, chunk, sums, stride);
+  }
+  if (group.end < problem.lookup_panels) return;
+  for (int64_t p = problem.lookup_panels; p < header.panels; ++p) add_decoded(problem, p, chunk, sums, stride);
+  for (int64_t t = 0; t < problem.tokens; ++t) {
+    finish_rows(problem, t, chunk.row_begin, chunk.rows, sums + t * stride);
+    problem.rows.from_fp32[static_cast<int>(problem.dtype)](
+        sums + t * stride,
+        static_cast<uint8_t*>(y) + (t * header.rows + chunk.row_begin) * element_bytes(problem.dtype), chunk.rows);
+  }
+}
+
+void run_group(const Problem& problem, const PanelGroup& group, void* y) {
+  const LayoutHeader& header = problem.view.header();
+  const bool last = group.end == problem.lookup_panels;
+  const double tokens = static_cast<double>(problem.tokens);
+  const double steps = group.lookups * kNsPerLookupStep + (last ? problem.decoded_columns * kNsPerDecodeStep : 0);
+  const double cost = steps * tokens * static_cast<double>(header.tiles);
+  const double tables_cost = kNsPerTable * tokens * static_cast<double>(header.segments * group.lookups);
+  const int64_t panels = group.end - group.begin;
+  // The cost of both phases: where the second one wants all threads, they may as well wake up for the first.
+  parallel_for(problem.tokens * header.segments * panels, 1, cost + tables_cost, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t rest = i / panels;
+      build_panel_tables(problem, group, rest / header.segments, rest % header.segments, group.begin + i % panels);
+    }
+  });
+  parallel_for(static_cast<int64_t>(problem.chunks.size()), 1, cost, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run_chunk(problem, group, problem.chunks[i], y);
+  });
+}
+
+std::vector<PanelGroup> panel_groups(const Problem& problem) {
+  const int64_t budget = std::max(kSmallestTableBudget, problem.view.header().bytes / kWeightPerTables);
+  const int64_t copies = problem.block * problem.view.header().segments;
+  std::vector<PanelGroup> groups = {{0, 0, 0}};
+  for (int64_t p = 0; p < problem.lookup_panels; ++p) {
+    PanelGroup grown = groups.back();
+    ++grown.end;
+    grown.lookups += problem.view.panel(p).lookups();
+    if (grown.end - grown.begin > 1 && copies * problem.table_bytes(grown) > budget)
+      groups.push_back({p, p + 1, problem.view.panel(p).lookups()});
+    else
+      groups.back() = grown;
+  }
+  return groups;
+}
+
+}  // namespace
+
+LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Precision precision) {
+  const double passes = static_cast<double>((tokens + kMaxTokenBlock - 1) / kMaxTokenBlock);
+  // Costs were measured with fp32 x; tables of other types may have fewer planes.
+  const double planes = static_cast<double>(table_planes(table_kind(precision, dtype, view.header().order))) /
+                        table_planes(table_kind(precision, DType::fp32, view.header().order));
+  const auto& costs = kPathCost[static_cast<int>(kernel_isa(view.header().order))][static_cast<int>(precision)];
+  double tables = 0, decode = 0;
+  for (int64_t p = 0; p < view.header().panels; ++p) {
+    const PanelRecord& panel = view.panel(p);
+    const PathCost& cost = costs[panel.width - 1];
+    const double slots = static_cast<double>(panel.slots), count = static_cast<double>(tokens);
+    tables += slots * (passes * cost.table_pass + count * cost.table_token * (panel.width <= 4 ? planes : 1));
+    decode += slots * (cost.decode + count * cost.decode_token);
+  }
+  return decode < tables ? LinearPath::decode : LinearPath::tables;
+}
+
+const RowKernels& row_kernels() {
+#if defined(__x86_64__)
+  if (active_isa() != Isa::scalar) return kRowAvx2;
+#endif
+  return kRowScalar;
+}
+
+const float* rows_in_fp32(const RowKernels& kernels, const void* x, DType dtype, int64_t begin, int64_t count,
+                          int64_t columns, float* converted) {
+  const void* first = static_cast<const uint8_t*>(x) + begin * columns * element_bytes(dtype);
+  if (dtype == DType::fp32) return static_cast<const float*>(first);
+  kernels.to_fp32[static_cast<int>(dtype)](first, converted, count * columns);
+  return converted;
+}
+
+void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
+                     DType bias_dtype, void* y, LinearPath path, Precision precision) {
+  const LayoutHeader& header = view.header();
+  if (path == LinearPath::automatic) path = cheaper_path(view, x_dtype, tokens, precision);
+  if (path == LinearPath::decode)
+    return codebook_linear_decode(view, x, x_dtype, tokens, bias, bias_dtype, y, precision);
+
+  Problem problem{view,
+                  linear_kernels(header.order),
+                  row_kernels(),
+                  table_kind(precision, x_dtype, header.order),
+                  x_dtype,
+                  std::min(tokens, kMaxTokenBlock),
+                  0,
+                  0,
+                  {},
+                  tile_chunks(view, std::clamp<int64_t>(header.tiles / (4 * num_threads()), 4, kChunkTiles)),
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  0};
+  while (problem.lookup_panels < header.panels && view.panel(problem.lookup_panels).width <= 4) ++problem.lookup_panels;
+  for (int64_t p = problem.lookup_panels; p < header.panels; ++p) problem.decoded_columns += view.panel(p).columns;
+  problem.groups = panel_groups(problem);
+
+  int64_t tables = 0;
+  for (const PanelGroup& group : problem.groups)
+    tables = std::max(tables, problem.block * header.segments * problem.table_bytes(group));
+  const int64_t scales = problem.block * header.segments * problem.lookup_panels;
+  const int64_t converted = x_dtype == DType::fp32 ? 0 : problem.block * header.columns;
+  const int64_t sums = problem.groups.size() == 1 ? 0 : problem.block * header.tiles * kTileRows;
+  thread_local Workspace workspace;
+  workspace.reserve(Workspace::need<float>(converted) + Workspace::need<float>(header.rows) +
+                    Workspace::need<uint8_t>(tables) + Workspace::need<PanelScale>(scales) +
+                    Workspace::need<float>(sums));
+  auto* x_block = workspace.take<float>(converted);
+  auto* bias_fp32 = workspace.take<float>(header.rows);
+  problem.tables = workspace.take<uint8_t>(tables);
+  problem.scales = workspace.take<PanelScale>(scales);
+  if (sums > 0) problem.sums = workspace.take<float>(sums);
+  if (bias != nullptr) problem.bias = rows_in_fp32(problem.rows, bias, bias_dtype, 0, 1, header.rows, bias_fp32);
+
+  for (int64_t begin = 0; begin < tokens; begin += problem.block) {
+    problem.tokens = std::min(problem.block, tokens - begin);
+    problem.x = rows_in_fp32(problem.rows, x, x_dtype, begin, problem.tokens, header.columns, x_block);
+    for (const PanelGroup& group : problem.groups)
+      run_group(problem, group, static_cast<uint8_t*>(y) + begin * header.rows * element_bytes(x_dtype));
+  }
+}
+
+}  // namespace pyllmq::cpu

@@ -1,0 +1,372 @@
+#include "codebook/cuda/layout.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "runtime/half.h"
+
+namespace pyllmq::cuda {
+namespace {
+
+constexpr int64_t kAlignment = 128;
+constexpr int64_t kWeightsPerThread = 1 << 20;  // below this, starting a thread costs more than it saves
+
+[[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("codebook layout (cuda): " + why); }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Plan {
+  LayoutHeader header{};
+  std::vector<RowBlock> blocks;
+  std::vector<int32_t> columns;  // by slot, -1 for padding
+};
+
+Plan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows, int64_t segments,
+               int64_t outliers, bool row_scale) {
+  Plan plan;
+  LayoutHeader& h = plan.header;
+  int32_t row = 0, tile = 0;
+  for (int64_t s = 0; s < segments; ++s)
+    for (int32_t end = row + segment_rows[s]; row < end;) {
+      const RowBlock block{row, std::min<int32_t>(kBlockRows, end - row), static_cast<int32_t>(s), tile};
+      plan.blocks.push_back(block);
+      row += block.rows;
+      tile += block_tiles(block);
+    }
+
+  int64_t entries = 0;  // bytes of one segment's tables
+  for (int width = 1; width <= 8; ++width) {
+    h.first_slot[width] = static_cast<int64_t>(plan.columns.size());
+    for (int64_t k = 0; k < columns; ++k)
+      if (column_bits[k] == width) plan.columns.push_back(static_cast<int32_t>(k));
+    const int64_t taken = static_cast<int64_t>(plan.columns.size()) - h.first_slot[width];
+    h.groups[width] = ceil_div(taken, kGroupColumns);
+    plan.columns.resize(h.first_slot[width] + h.groups[width] * kGroupColumns, -1);
+    h.tables_offset[width] = entries;
+    entries += h.groups[width] * table_bytes(width);
+  }
+
+  h.magic = kMagic;
+  h.version = kVersion;
+  h.rows = rows;
+  h.columns = columns;
+  h.segments = segments;
+  h.blocks = static_cast<int64_t>(plan.blocks.size());
+  h.tiles = tile;
+  h.slots = static_cast<int64_t>(plan.columns.size());
+  h.panels = ceil_div(h.slots / kGroupColumns, kPanelGroups);
+  h.segment_table_bytes = entries;
+  h.outliers = outliers;
+
+  int64_t end = sizeof(LayoutHeader);
+  const auto section = [&end](int64_t bytes) {
+    const int64_t begin = ceil_div(end, kAlignment) * kAlignment;
+    end = begin + bytes;
+    return begin;
+  };
+  h.blocks_offset = section(h.blocks * sizeof(RowBlock));
+  h.columns_offset = section(h.slots * sizeof(int32_t));
+  if (row_scale) h.row_scale_offset = section(rows * sizeof(uint16_t));
+  if (outliers > 0) {
+    h.outlier_begin_offset = section(h.panels * h.tiles * sizeof(uint32_t));
+    h.outlier_row_end_offset = section(h.panels * h.tiles * kTileRows * sizeof(uint16_t));
+    h.outlier_columns_offset = section(outliers * sizeof(int32_t));
+    h.outlier_deltas_offset = section(outliers * sizeof(float));
+    h.outlier_values_offset = section(outliers * sizeof(uint16_t));
+  }
+  h.tables_begin = section(segments * h.segment_table_bytes);
+  for (int width = 1; width <= 8; ++width)
+    h.codes_offset[width] = section(h.tiles * h.groups[width] * tile_bytes(width));
+  h.bytes = ceil_div(end, kAlignment) * kAlignment;
+  return plan;
+}
+
+// Where a row of a tile and a column of a group stand in a tile x group (layout.h).
+struct Place {
+  int width, lane, j, nibble;
+  Place(int width, int row, int column)
+      : width(width),
+        lane(row % 16 / 2 * 4 + column % 4),
+        j(column / 4),
+        nibble(nibble_of(width, row / 16, row % 2)) {}
+};
+
+// A code of up to 4 bits into, or out of, the words of one part.
+void put_part(uint32_t* words, int part, const Place& at, uint32_t code) {
+  const auto word = [&](int w) -> uint32_t& { return words[word_index(part, at.lane, w)]; };
+  const int shift = 4 * at.nibble;
+  if (part == 4) word(at.j) |= code << shift;
+  if (part == 3 && at.j < 3) word(at.j) |= code << shift;
+  if (part == 3 && at.j == 3)
+    for (int b = 0; b < 3; ++b) word(b) |= (code >> b & 1) << (shift + 3);
+  if (part == 2) word(at.j / 2) |= code << (shift + 2 * (at.j % 2));
+  if (part == 1) word(0) |= code << (shift + at.j);
+}
+
+uint32_t get_part(const uint32_t* words, int part, const Place& at) {
+  const auto bits = [&](int w, int first, int count) {
+    return words[word_index(part, at.lane, w)] >> (4 * at.nibble + first) & ((1u << count) - 1);
+  };
+  if (part == 4) return bits(at.j, 0, 4);
+  if (part == 3) return at.j < 3 ? bits(at.j, 0, 3) : bits(0, 3, 1) | bits(1, 3, 1) << 1 | bits(2, 3, 1) << 2;
+  return part == 2 ? bits(at.j / 2, 2 * (at.j % 2), 2) : bits(0, at.j, 1);
+}
+
+void put_code(uint32_t* tile, const Place& at, uint32_t code) {
+  const int low = low_part(at.width);
+  put_part(tile, low, at, code & ((1u << low) - 1));
+  if (at.width > low) put_part(tile + 32 * low, at.width - low, at, code >> low);
+}
+
+uint32_t get_code(const uint32_t* tile, const Place& at) {
+  const int low = low_part(at.width);
+  const uint32_t code = get_part(tile, low, at);
+  return at.width > low ? code | get_part(tile + 32 * low, at.width - low, at) << low : code;
+}
+
+uint32_t read_bits(const uint8_t* stream, int64_t index, int bits) {
+  const int64_t first = index * bits;
+  uint32_t value = stream[first / 8] >> (first % 8);
+  if (first % 8 + bits > 8) value |= static_cast<uint32_t>(stream[first / 8 + 1]) << (8 - first % 8);
+  return value & ((1u << bits) - 1);
+}
+
+template <class Body>  // body(block index)
+void for_each_block(const LayoutHeader& h, Body&& body) {
+  const int64_t wanted = std::min<int64_t>(h.blocks, h.rows * h.columns / kWeightsPerThread + 1);
+  const int64_t threads = std::min<int64_t>(wanted, std::max(1u, std::thread::hardware_concurrency()));
+  const auto run = [&](int64_t thread) {
+    for (int64_t block = thread; block < h.blocks; block += threads) body(block);
+  };
+  std::vector<std::thread> others;
+  for (int64_t thread = 1; thread < threads; ++thread) others.emplace_back(run, thread);
+  run(0);
+  for (std::thread& other : others) other.join();
+}
+
+template <class T>
+T* at(uint8_t* base, int64_t offset) {
+  return reinterpret_cast<T*>(base + offset);
+}
+template <class T>
+const T* at(const uint8_t* base, int64_t offset) {
+  return reinterpret_cast<const T*>(base + offset);
+}
+
+template <class Body>  // body(width, group, column of the group, column of the weight)
+void for_each_column(const LayoutHeader& h, const int32_t* columns, Body&& body) {
+  for (int width = 1; width <= 8; ++width)
+    for (int64_t slot = 0; slot < h.groups[width] * kGroupColumns; ++slot) {
+      const int32_t column = columns[h.first_slot[width] + slot];
+      if (column >= 0) body(width, slot / kGroupColumns, static_cast<int>(slot % kGroupColumns), column);
+    }
+}
+
+void write_tables(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base) {
+  std::vector<int64_t> entry(c.columns + 1, 0);
+  for (int64_t k = 0; k < c.columns; ++k) entry[k + 1] = entry[k] + (int64_t{1} << c.column_bits[k]);
+  for (int64_t s = 0; s < c.segments; ++s)
+    for_each_column(plan.header, plan.columns.data(), [&](int width, int64_t group, int in_group, int32_t column) {
+      const int count = 1 << width;
+      const uint16_t* from = c.codebook + s * entry[c.columns] + entry[column];
+      uint8_t* to = base + tables_offset(plan.header, width, s, group) + int64_t{in_group} * 2 * count;
+      if (!has_byte_planes(width)) {
+        std::memcpy(to, from, 2 * count);
+      } else {
+        for (int e = 0; e < count; ++e) {
+          to[e] = static_cast<uint8_t>(from[e]);
+          to[count + e] = static_cast<uint8_t>(from[e] >> 8);
+        }
+      }
+    });
+}
+
+uint32_t* tile_words(uint8_t* base, const LayoutHeader& h, int width, const RowBlock& block, int64_t group, int row) {
+  return at<uint32_t>(base, codes_offset(h, width, block, group) + row / kTileRows * tile_bytes(width));
+}
+const uint32_t* tile_words(const uint8_t* base, const LayoutHeader& h, int width, const RowBlock& block, int64_t group,
+                           int row) {
+  return tile_words(const_cast<uint8_t*>(base), h, width, block, group, row);
+}
+
+void write_codes(const Plan& plan, const CodebookCheckpoint& c, const RowBlock& block, uint8_t* base) {
+  const LayoutHeader& h = plan.header;
+  int64_t taken[9] = {};
+  for (int64_t k = 0; k < c.columns; ++k) ++taken[c.column_bits[k]];
+  for (int width = 1; width <= 8; ++width) {
+    const int64_t row_bytes = (taken[width] * width + 7) / 8;
+    for (int row = 0; row < block.rows; ++row) {
+      const uint8_t* stream = c.codes[width] + (block.row_begin + row) * row_bytes;
+      for (int64_t i = 0; i < taken[width]; ++i)
+        put_code(tile_words(base, h, width, block, i / kGroupColumns, row),
+                 Place(width, row % kTileRows, static_cast<int>(i % kGroupColumns)), read_bits(stream, i, width));
+    }
+  }
+}
+
+int64_t outlier_column(const CodebookCheckpoint& c, int64_t i) {
+  return c.outlier_columns_bytes == 2 ? static_cast<const uint16_t*>(c.outlier_columns)[i]
+                                      : static_cast<const int32_t*>(c.outlier_columns)[i];
+}
+
+void check_arrays(const CodebookCheckpoint& c) {
+  for (int64_t k = 0; k < c.columns; ++k)
+    if (c.codes[c.column_bits[k]] == nullptr)
+      refuse("column " + std::to_string(k) + " has " + std::to_string(c.column_bits[k]) + " bits but codes_b" +
+             std::to_string(c.column_bits[k]) + " is missing");
+  if (c.codebook == nullptr) refuse("codebook must not be null");
+  if (c.outlier_row_offsets == nullptr) return;
+  if (c.outlier_columns_bytes != 2 && c.outlier_columns_bytes != 4)
+    refuse("outlier_columns_bytes = " + std::to_string(c.outlier_columns_bytes) + "; allowed: 2 (uint16), 4 (int32)");
+  if (c.outlier_columns == nullptr || c.outlier_values == nullptr)
+    refuse("outlier_columns and outlier_values must not be null when there are outliers");
+  if (c.outlier_row_offsets[0] != 0) refuse("outlier_row_offsets must start with 0");
+  for (int64_t r = 0; r < c.rows; ++r) {
+    if (c.outlier_row_offsets[r + 1] < c.outlier_row_offsets[r])
+      refuse("outlier_row_offsets decrease at row " + std::to_string(r));
+    int64_t previous = -1;
+    for (int64_t i = c.outlier_row_offsets[r]; i < c.outlier_row_offsets[r + 1]; previous = outlier_column(c, i++))
+      if (outlier_column(c, i) <= previous || outlier_column(c, i) >= c.columns)
+        refuse("outlier_columns of row " + std::to_string(r) + " must ascend without repeats within 0.." +
+               std::to_string(c.columns - 1));
+  }
+}
+
+// Where a column of the weight went.
+struct ColumnPlace {
+  int32_t panel, group;
+  int8_t width, in_group;
+};
+
+std::vector<ColumnPlace> column_places(const Plan& plan) {
+  const LayoutHeader& h = plan.header;
+  std::vector<ColumnPlace> places(h.columns);
+  for (int width = 1; width <= 8; ++width)
+    for (int64_t panel = 0; panel < h.panels; ++panel) {
+      const GroupRange range = panel_groups(h, width, panel, panel + 1);
+      for (int64_t slot = int64_t{range.begin} * kGroupColumns; slot < int64_t{range.end} * kGroupColumns; ++slot)
+        if (const int32_t column = plan.columns[h.first_slot[width] + slot]; column >= 0)
+          places[column] = {static_cast<int32_t>(panel), static_cast<int32_t>(slot / kGroupColumns),
+                            static_cast<int8_t>(width), static_cast<int8_t>(slot % kGroupColumns)};
+    }
+  return places;
+}
+
+float table_entry(const uint8_t* table, int width, uint32_t code) {
+  if (!has_byte_planes(width)) return cpu::fp16_to_fp32(at<uint16_t>(table, 0)[code]);
+  return cpu::fp16_to_fp32(static_cast<uint16_t>(table[code] | table[(1 << width) + code] << 8));
+}
+
+// Counting sort of the checkpoint's outliers (by row, column) to panel, tile, row, column.
+void write_outliers(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base) {
+  const LayoutHeader& h = plan.header;
+  const std::vector<ColumnPlace> places = column_places(plan);
+  auto* begin = at<uint32_t>(base, h.outlier_begin_offset);
+  auto* row_end = at<uint16_t>(base, h.outlier_row_end_offset);
+  auto* columns = at<int32_t>(base, h.outlier_columns_offset);
+  auto* deltas = at<float>(base, h.outlier_deltas_offset);
+  auto* values = at<uint16_t>(base, h.outlier_values_offset);
+
+  const auto for_each_outlier = [&](auto&& body) {  // body(outlier, bucket, row in its tile, block, row in the block)
+    for (const RowBlock& block : plan.blocks)
+      for (int row = 0; row < block.rows; ++row)
+        for (int64_t i = c.outlier_row_offsets[block.row_begin + row];
+             i < c.outlier_row_offsets[block.row_begin + row + 1]; ++i) {
+          const int64_t tile = block.tile_begin + row / kTileRows;
+          body(i, places[outlier_column(c, i)].panel * h.tiles + tile, row % kTileRows, block, row);
+        }
+  };
+  for_each_outlier([&](int64_t, int64_t bucket, int row, const RowBlock&, int) { ++row_end[bucket * kTileRows + row]; });
+  uint32_t total = 0;
+  for (int64_t bucket = 0; bucket < h.panels * h.tiles; ++bucket) {
+    begin[bucket] = total;
+    for (int row = 1; row < kTileRows; ++row) row_end[bucket * kTileRows + row] += row_end[bucket * kTileRows + row - 1];
+    total += row_end[bucket * kTileRows + kTileRows - 1];
+  }
+  std::vector<uint16_t> filled(h.panels * h.tiles, 0);
+  for_each_outlier([&](int64_t i, int64_t bucket, int, const RowBlock& block, int row) {
+    const int64_t column = outlier_column(c, i);
+    const ColumnPlace& place = places[column];
+    const uint32_t code = get_code(tile_words(base, h, place.width, block, place.group, row),
+                                   Place(place.width, row % kTileRows, place.in_group));
+    const uint8_t* table = base + tables_offset(h, place.width, block.segment, place.group) +
+                           (int64_t{place.in_group} * 2 << place.width);
+    const float scale = c.row_scale ? cpu::fp16_to_fp32(c.row_scale[block.row_begin + row]) : 1.0f;
+    const int64_t to = begin[bucket] + filled[bucket]++;
+    columns[to] = static_cast<int32_t>(column);
+    values[to] = c.outlier_values[i];
+    deltas[to] = cpu::fp16_to_fp32(c.outlier_values[i]) - scale * table_entry(table, place.width, code);
+  });
+}
+
+}  // namespace
+
+void check_size(int64_t layout_bytes) {
+  if (layout_bytes < static_cast<int64_t>(sizeof(LayoutHeader)))
+    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes, less than its header; pack it again");
+}
+
+const LayoutHeader& checked_header(const void* layout, int64_t layout_bytes) {
+  if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % 16 != 0)
+    refuse("the buffer must not be null and must be aligned to 16 bytes");
+  check_size(layout_bytes);
+  const auto& h = *static_cast<const LayoutHeader*>(layout);
+  if (h.magic != kMagic) refuse("this buffer was not made by codebook_layout_pack (wrong magic number)");
+  if (h.version != kVersion)
+    refuse("version " + std::to_string(h.version) + " cannot be read, only version " + std::to_string(kVersion) +
+           "; pack the checkpoint again");
+  if (h.bytes != layout_bytes)
+    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes but its header says " + std::to_string(h.bytes) +
+           "; it was cut or padded");
+  return h;
+}
+
+int64_t codebook_layout_bytes(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,
+                              int64_t segments, int64_t outliers, bool row_scale) {
+  check_codebook_shape(refuse, rows, columns, column_bits, segment_rows, segments, outliers);
+  return make_plan(rows, columns, column_bits, segment_rows, segments, outliers, row_scale).header.bytes;
+}
+
+void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookCheckpoint& c) {
+  const int64_t outliers = c.outlier_row_offsets ? c.outlier_row_offsets[c.rows] : 0;
+  check_codebook_shape(refuse, c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers);
+  check_arrays(c);
+  const Plan plan =
+      make_plan(c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers, c.row_scale != nullptr);
+  const LayoutHeader& h = plan.header;
+  if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % 16 != 0 || layout_bytes != h.bytes)
+    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes; this weight needs " + std::to_string(h.bytes) +
+           ", aligned to 16");
+  auto* base = static_cast<uint8_t*>(layout);
+  std::memset(base, 0, layout_bytes);
+  std::memcpy(base, &h, sizeof h);
+  std::memcpy(base + h.blocks_offset, plan.blocks.data(), plan.blocks.size() * sizeof(RowBlock));
+  std::memcpy(base + h.columns_offset, plan.columns.data(), plan.columns.size() * sizeof(int32_t));
+  if (c.row_scale != nullptr) std::memcpy(base + h.row_scale_offset, c.row_scale, c.rows * sizeof(uint16_t));
+  write_tables(plan, c, base);
+  for_each_block(h, [&](int64_t block) { write_codes(plan, c, plan.blocks[block], base); });
+  if (outliers > 0) write_outliers(plan, c, base);
+}
+
+void codebook_layout_codes(const void* layout, int64_t layout_bytes, uint8_t* codes_out) {
+  const LayoutHeader& h = checked_header(layout, layout_bytes);
+  if (codes_out == nullptr) refuse("codes_out must not be null");
+  const auto* base = static_cast<const uint8_t*>(layout);
+  for_each_block(h, [&](int64_t index) {
+    const RowBlock& block = at<RowBlock>(base, h.blocks_offset)[index];
+    for_each_column(h, at<int32_t>(base, h.columns_offset),
+                    [&](int width, int64_t group, int in_group, int32_t column) {
+                      for (int row = 0; row < block.rows; ++row)
+                        codes_out[(block.row_begin + row) * h.columns + column] =
+                            static_cast<uint8_t>(get_code(tile_words(base, h, width, block, group, row),
+                                                          Place(width, row % kTileRows, in_group)));
+                    });
+  });
+}
+
+}  // namespace pyllmq::cuda

@@ -1,0 +1,116 @@
+// The machine layout `cuda` of a `codebook` weight: one relocatable blob (offsets, no pointers), made on the host at load.
+//
+// Rows are cut into tiles of 64 and blocks of 8 tiles; each segment starts a new block. Columns are sorted by width and
+// each width is cut into groups of 16. A tile x group of width b is b words for each of a warp's 32 lanes, in the order in
+// which tensor cores want them: with g = lane / 4 and t = lane % 4, a lane holds columns t, t+4, t+8, t+12 and rows
+// 16i + 2g + h of the tile, i = 0..3, h = 0..1. A nibble stands for a row:
+//
+//   4 bits   word j = column t + 4j; nibble = code
+//   3 bits   word j = column t + 4j for j < 3 in the low 3 bits of the nibbles; their spare bits are column t + 12
+//   2 bits   word j = columns t + 8j (low bits of the nibbles) and t + 8j + 4 (high bits)
+//   1 bit    one word; bit j of the nibbles = column t + 4j
+//   5..8     four words as for 4 bits (the low nibbles of the codes), then b - 4 words as for width b - 4
+//
+// Codes lie by width, block, group, tile: for a range of groups a warp reads contiguous bytes. Work is split over K by
+// *panels*: panel p of P holds groups [p*n/P, (p+1)*n/P) of each width's n groups, so that every panel has the same mix of
+// widths, and kernels find a panel by arithmetic. Outliers are sorted by panel, tile, row, column.
+#pragma once
+#include <cstdint>
+
+#include "codebook/shape.h"
+
+#ifdef __CUDACC__
+#define PYLLMQ_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define PYLLMQ_HOST_DEVICE static inline
+#endif
+
+namespace pyllmq::cuda {
+
+constexpr int kTileRows = 64;
+constexpr int kGroupColumns = 16;
+constexpr int kBlockTiles = 8;
+constexpr int kBlockRows = kBlockTiles * kTileRows;
+constexpr int kPanelGroups = 16;
+
+struct RowBlock {
+  int32_t row_begin, rows, segment, tile_begin;
+};
+
+constexpr uint64_t kMagic = 0x67632D716D6C6C79;  // "yllmq-cg"
+constexpr uint64_t kVersion = 1;
+
+struct LayoutHeader {
+  uint64_t magic, version;
+  int64_t bytes, rows, columns, segments, blocks, tiles, panels, slots;
+  int64_t groups[9];          // by width
+  int64_t first_slot[9];      // of a width, into columns
+  int64_t codes_offset[9];    // of a width
+  int64_t tables_offset[9];   // of a width, within one segment's tables
+  int64_t tables_begin, segment_table_bytes;
+  int64_t blocks_offset;      // RowBlock [blocks]
+  int64_t columns_offset;     // int32 [slots]: the column of a slot, -1 for padding
+  int64_t row_scale_offset;   // fp16 [rows]; 0: none
+  int64_t outliers;           // 0: the four arrays below do not exist
+  int64_t outlier_begin_offset;    // uint32 [panels, tiles]: first outlier of a panel in a tile
+  int64_t outlier_row_end_offset;  // uint16 [panels, tiles, 64]: end of a row's outliers, counted from outlier_begin
+  int64_t outlier_columns_offset;  // int32 [outliers]
+  int64_t outlier_deltas_offset;   // fp32 [outliers]: value - what the code under it stands for
+  int64_t outlier_values_offset;   // fp16 [outliers]
+};
+
+// Whether a blob of `bytes` that starts with this header is a weight of that shape: kernels index by what it says.
+PYLLMQ_HOST_DEVICE bool describes(const LayoutHeader& h, int64_t bytes, int64_t rows, int64_t columns) {
+  return h.magic == kMagic && h.version == kVersion && h.bytes == bytes && h.rows == rows && h.columns == columns;
+}
+
+struct GroupRange {
+  int begin, end;
+};
+
+// The groups of one width in panels [panel_begin, panel_end).
+PYLLMQ_HOST_DEVICE GroupRange panel_groups(const LayoutHeader& h, int width, int64_t panel_begin, int64_t panel_end) {
+  return {static_cast<int>(panel_begin * h.groups[width] / h.panels),
+          static_cast<int>(panel_end * h.groups[width] / h.panels)};
+}
+
+PYLLMQ_HOST_DEVICE int64_t tile_bytes(int width) { return int64_t{kTileRows} * kGroupColumns / 8 * width; }
+PYLLMQ_HOST_DEVICE int64_t table_bytes(int width) { return int64_t{kGroupColumns} * 2 << width; }
+PYLLMQ_HOST_DEVICE int block_tiles(const RowBlock& block) { return (block.rows + kTileRows - 1) / kTileRows; }
+
+// Codes of one group in one block: its tiles one after the other.
+PYLLMQ_HOST_DEVICE int64_t codes_offset(const LayoutHeader& h, int width, const RowBlock& block, int64_t group) {
+  return h.codes_offset[width] + (block.tile_begin * h.groups[width] + block_tiles(block) * group) * tile_bytes(width);
+}
+
+// Codebooks of one group: 16 columns, each fp16 [2^width]; of 3 and 4 bits all low bytes, then all high bytes.
+PYLLMQ_HOST_DEVICE int64_t tables_offset(const LayoutHeader& h, int width, int64_t segment, int64_t group) {
+  return h.tables_begin + segment * h.segment_table_bytes + h.tables_offset[width] + group * table_bytes(width);
+}
+PYLLMQ_HOST_DEVICE bool has_byte_planes(int width) { return width == 3 || width == 4; }
+
+// Widths above 4 are two parts: low nibbles, and the bits above them.
+PYLLMQ_HOST_DEVICE int low_part(int width) { return width < 4 ? width : 4; }
+// Word of a lane within one part of a tile. Three words a lane are no single load, so each is a row of 32 lanes.
+PYLLMQ_HOST_DEVICE int word_index(int part, int lane, int word) {
+  return part == 3 ? word * 32 + lane : lane * part + word;
+}
+// Nibble that holds row 16i + 2g + h. Decoding 1 and 2 bits takes every second nibble at a time.
+PYLLMQ_HOST_DEVICE int nibble_of(int width, int i, int h) {
+  return width <= 2 ? 4 * (i & 1) + 2 * h + (i >> 1) : 2 * i + h;
+}
+// Its inverse: the row of a tile in nibble n of a lane 4g + t.
+PYLLMQ_HOST_DEVICE int row_of_nibble(int width, int n, int g) {
+  return width <= 2 ? 16 * (n >> 2 | (n & 1) << 1) + 2 * g + (n >> 1 & 1) : 16 * (n >> 1) + 2 * g + (n & 1);
+}
+
+// Host functions. They throw std::invalid_argument that says what does not fit.
+int64_t codebook_layout_bytes(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,
+                              int64_t segments, int64_t outliers, bool row_scale);
+void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookCheckpoint& checkpoint);
+// codes_out uint8 [rows, columns]: exactly the codes that were packed, also under the outliers.
+void codebook_layout_codes(const void* layout, int64_t layout_bytes, uint8_t* codes_out);
+const LayoutHeader& checked_header(const void* layout, int64_t layout_bytes);
+void check_size(int64_t layout_bytes);  // at least a header
+
+}  // namespace pyllmq::cuda

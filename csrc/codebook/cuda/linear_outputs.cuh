@@ -1,0 +1,36 @@
+// What the kernels of codebook_linear add to the product of the codes: outliers, bias, rounding.
+#pragma once
+#include "codebook/cuda/layout.h"
+#include "codebook/cuda/linear.h"
+#include "runtime/cuda/words.cuh"
+
+namespace pyllmq::cuda {
+
+template <class T>
+PYLLMQ_DEVICE const T* section(const LayoutHeader& h, int64_t offset) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(&h) + offset);
+}
+
+// What the outliers of one row of a tile in panels [panel_begin, panel_end) add for one token.
+PYLLMQ_DEVICE float outlier_sum(const LayoutHeader& h, const LinearCall& call, int64_t token, int64_t panel_begin,
+                                int64_t panel_end, int64_t tile, int row) {
+  float sum = 0.0f;
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    const int64_t bucket = panel * h.tiles + tile;
+    const uint16_t* row_end = section<uint16_t>(h, h.outlier_row_end_offset) + bucket * kTileRows + row;
+    const int64_t begin = section<uint32_t>(h, h.outlier_begin_offset)[bucket];
+    const int64_t end = begin + row_end[0];
+    for (int64_t i = begin + (row ? row_end[-1] : 0); i < end; ++i)
+      sum += section<float>(h, h.outlier_deltas_offset)[i] *
+             load_element(call.x, static_cast<DType>(call.dtype),
+                          token * h.columns + section<int32_t>(h, h.outlier_columns_offset)[i]);
+  }
+  return sum;
+}
+
+PYLLMQ_DEVICE void store_y(const LinearCall& call, int64_t token, int64_t row, float sum) {
+  if (call.bias != nullptr) sum += load_element(call.bias, static_cast<DType>(call.bias_dtype), row);
+  store_element(call.y, static_cast<DType>(call.dtype), token * call.rows + row, sum);
+}
+
+}  // namespace pyllmq::cuda

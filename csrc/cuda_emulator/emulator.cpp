@@ -1,0 +1,348 @@
+#include "cuda_emulator/emulator.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "runtime/cuda/runtime.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
+#ifndef __x86_64__
+#error "the emulator switches fibers by x86-64 code"
+#endif
+
+// Saves the callee-saved registers of System V, swaps stacks, restores them.
+extern "C" void pyllmq_emulator_switch(void** save_stack_pointer, void* stack_pointer);
+asm(R"(.text
+.globl pyllmq_emulator_switch
+.hidden pyllmq_emulator_switch
+.type pyllmq_emulator_switch, @function
+pyllmq_emulator_switch:
+  pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+  ret
+)");
+
+namespace pyllmq::cuda::emulator {
+
+Schedule schedule;
+
+namespace {
+
+constexpr size_t kStackBytes = 64 << 10;
+constexpr int kWarp = 32;
+constexpr size_t kGuardBytes = 64;
+constexpr size_t kMostSharedBytes = 163 << 10;  // what a block gets on compute capability 8.0
+constexpr uint8_t kPoison = 0xFF;  // fp16, bf16 and fp32 of these bytes are NaN
+constexpr int kMostYields = 1 << 22;
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
+struct Fiber {
+  void* stack_pointer;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  Meeting waits_for;
+  bool done;
+  std::vector<std::vector<Copy>> copies;  // groups, the last one still open
+};
+
+struct Warp {
+  int arrived;
+  Meeting meeting;
+  void* brought[kWarp];
+};
+
+struct Block {
+  std::vector<uint8_t> shared;
+  int at_barrier;
+};
+
+struct Machine {
+  std::vector<Fiber> fibers;  // of all blocks that run at once
+  std::vector<Warp> warps;
+  std::vector<Block> running;
+  const std::function<void()>* kernel;
+  void* main_stack_pointer;
+  int64_t first_block, blocks;
+  int current, threads;
+  size_t shared_bytes;
+  std::string failure;
+
+  int count() const { return threads * static_cast<int>(running.size()); }
+  Block& block() { return running[current / threads]; }
+};
+Machine machine;
+int64_t launch_count = 0;
+
+[[noreturn]] void fail(const std::string& why) {
+  machine.failure = why;
+  void* abandoned;
+  pyllmq_emulator_switch(&abandoned, machine.main_stack_pointer);
+  std::abort();
+}
+
+// The next fiber that is neither finished nor waiting; ends the blocks when all are finished.
+void run_next() {
+  Machine& m = machine;
+  const int self = m.current, count = m.count(), step = schedule.last_thread_first ? count - 1 : 1;
+  int next = self;
+  do {
+    next = (next + step) % count;
+    Fiber& fiber = m.fibers[next];
+    if (!fiber.done && fiber.waits_for == Meeting::none) {
+      m.current = next;
+      if (next != self) pyllmq_emulator_switch(&m.fibers[self].stack_pointer, fiber.stack_pointer);
+      return;
+    }
+  } while (next != self);
+  int done = 0, at_barrier = 0;
+  for (int i = 0; i < count; ++i) {
+    done += m.fibers[i].done;
+    at_barrier += m.fibers[i].waits_for == Meeting::block_barrier;
+  }
+  if (done < count)
+    fail("deadlock: " + std::to_string(done) + " of " + std::to_string(count) + " threads have left, " +
+         std::to_string(at_barrier) + " wait at a block barrier, the others at a warp's meeting");
+  void* finished;
+  pyllmq_emulator_switch(&finished, m.main_stack_pointer);
+}
+
+void fiber_main() {
+  (*machine.kernel)();
+  machine.fibers[machine.current].done = true;
+  run_next();
+  std::abort();  // a finished fiber is never resumed
+}
+
+void prepare(Fiber& fiber) {
+#ifdef __SANITIZE_ADDRESS__
+  // The last frames of the thread that ended here never returned, so their red zones are still marked.
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStackBytes);
+#endif
+  fiber.waits_for = Meeting::none;
+  fiber.done = false;
+  fiber.copies.assign(1, {});
+  auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) / 64 * 64;
+  auto* at = reinterpret_cast<void**>(top - 64);
+  *--at = nullptr;  // fiber_main's own return address: it never returns
+  *--at = reinterpret_cast<void*>(&fiber_main);
+  for (int i = 0; i < 6; ++i) *--at = nullptr;
+  fiber.stack_pointer = at;
+}
+
+void run_blocks(int64_t first) {
+  Machine& m = machine;
+  m.first_block = first;
+  for (Block& block : m.running) {
+    block.at_barrier = 0;
+    block.shared.assign(m.shared_bytes + 2 * kGuardBytes, kPoison);
+  }
+  for (Warp& warp : m.warps) warp.arrived = 0;
+  for (int i = 0; i < m.count(); ++i) prepare(m.fibers[i]);
+  m.current = schedule.last_thread_first ? m.count() - 1 : 0;
+  pyllmq_emulator_switch(&m.main_stack_pointer, m.fibers[m.current].stack_pointer);
+  if (!m.failure.empty()) throw std::runtime_error("emulator: " + m.failure);
+  for (const Block& block : m.running)
+    for (size_t i = 0; i < kGuardBytes; ++i)
+      if (block.shared[i] != kPoison || block.shared[kGuardBytes + m.shared_bytes + i] != kPoison)
+        throw std::runtime_error("emulator: shared memory was written outside of the " +
+                                 std::to_string(m.shared_bytes) + " bytes of the launch");
+  for (int i = 0; i < m.count(); ++i)
+    for (const auto& group : m.fibers[i].copies)
+      if (!group.empty()) throw std::runtime_error("emulator: a thread left before its asynchronous copies landed");
+}
+
+void begin_launch(int64_t blocks, int64_t at_once, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  Machine& m = machine;
+  if (blocks < 1 || blocks > 0x7FFFFFFF || threads < 1 || threads > 1024 || threads % kWarp || shared_bytes > kMostSharedBytes)
+    throw std::runtime_error("emulator: a launch of " + std::to_string(blocks) + " blocks of " +
+                             std::to_string(threads) + " threads with " + std::to_string(shared_bytes) +
+                             " bytes of shared memory");
+  ++launch_count;
+  m.failure.clear();
+  m.kernel = &kernel;
+  m.blocks = blocks;
+  m.threads = threads;
+  m.shared_bytes = shared_bytes;
+  m.running.resize(at_once);
+  if (m.fibers.size() < static_cast<size_t>(m.count())) m.fibers.resize(m.count());
+  m.warps.resize(m.count() / kWarp);
+}
+
+}  // namespace
+
+void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  begin_launch(blocks, 1, threads, shared_bytes, kernel);
+  for (int64_t i = 0; i < blocks; ++i) run_blocks(schedule.last_block_first ? blocks - 1 - i : i);
+}
+
+void launch_together(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  if (blocks > multiprocessors())
+    throw std::runtime_error("emulator: " + std::to_string(blocks) + " blocks cannot all run at once");
+  begin_launch(blocks, blocks, threads, shared_bytes, kernel);
+  run_blocks(0);
+}
+
+int64_t launches() { return launch_count; }
+int thread() { return machine.current % machine.threads; }
+int64_t block() { return machine.first_block + machine.current / machine.threads; }
+int64_t blocks() { return machine.blocks; }
+uint8_t* dynamic_shared() {
+  return machine.block().shared.data() + kGuardBytes;  // operator new aligns to 16 bytes
+}
+
+void meet_block() {
+  Machine& m = machine;
+  Block& block = m.block();
+  const int first = m.current / m.threads * m.threads;
+  if (++block.at_barrier < m.threads) {
+    m.fibers[m.current].waits_for = Meeting::block_barrier;
+    run_next();
+    return;
+  }
+  block.at_barrier = 0;
+  for (int i = first; i < first + m.threads; ++i)
+    if (m.fibers[i].waits_for == Meeting::block_barrier) m.fibers[i].waits_for = Meeting::none;
+}
+
+void wait_while(const uint32_t* word, uint32_t value) {
+  for (int yields = 0; *word == value; ++yields) {
+    if (yields == kMostYields) fail("a thread waits for another block, which never comes");
+    run_next();
+  }
+}
+
+void meet_warp(Meeting meeting, void* brought, WarpWork work) {
+  Machine& m = machine;
+  const int lane = m.current % kWarp, first = m.current - lane;
+  Warp& warp = m.warps[m.current / kWarp];
+  if (warp.arrived > 0 && warp.meeting != meeting) fail("lanes of one warp meet at different instructions");
+  warp.meeting = meeting;
+  warp.brought[lane] = brought;
+  if (++warp.arrived < kWarp) {
+    m.fibers[m.current].waits_for = meeting;
+    run_next();
+    return;
+  }
+  warp.arrived = 0;
+  if (work != nullptr) work(warp.brought);
+  for (int i = 0; i < kWarp; ++i)
+    if (m.fibers[first + i].waits_for == meeting) m.fibers[first + i].waits_for = Meeting::none;
+}
+
+void copy_async(void* to, const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
+    fail("an asynchronous copy is not aligned to its size");
+  if (schedule.eager_copies)
+    std::memcpy(to, from, bytes);
+  else
+    machine.fibers[machine.current].copies.back().push_back({to, from, bytes});
+}
+
+void commit_async() { machine.fibers[machine.current].copies.emplace_back(); }
+
+void wait_async(int latest_left) {
+  auto& groups = machine.fibers[machine.current].copies;
+  const int closed = static_cast<int>(groups.size()) - 1;
+  for (int i = 0; i < closed - latest_left; ++i) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    groups.erase(groups.begin());
+  }
+}
+
+namespace {
+
+float half_of(const Mma& held, uint32_t word, int which) {
+  const auto bits = static_cast<uint16_t>(word >> (16 * which));
+  return held.bf16 ? cpu::bf16_to_fp32(bits) : cpu::fp16_to_fp32(bits);
+}
+
+// Columns of A behind register r of lane 4g + t, and whether position `which` of its group is one that the PTX ISA allows.
+constexpr int kGroup = 4;
+int kept_column(void* const* brought, int lane, int r, int which) {
+  const int g = lane / 4, group = lane % 4 + 4 * (r >> 1);
+  const auto& quad = *static_cast<const Mma*>(brought[lane]);
+  const auto& holder = *static_cast<const Mma*>(brought[4 * g + 2 * quad.selector + group / 4]);
+  const uint32_t nibble = holder.positions >> (group % 4 * 4 + 16 * (r & 1)) & 15;
+  if ((nibble & 3) >= nibble >> 2) fail("positions of mma.sp do not ascend");
+  return group * kGroup + static_cast<int>(which == 0 ? nibble & 3 : nibble >> 2);
+}
+
+template <bool kSparse>
+void multiply(void* const* brought) {
+  constexpr int kDepth = kSparse ? 32 : 16;
+  float a[16][kDepth] = {}, b[kDepth][8], c[16][8];
+  bool read[16][kDepth] = {};  // what a sparse A does not keep meets no b, not even one that is not finite
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const Mma& held = *static_cast<const Mma*>(brought[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int half = 0; half < 2; ++half) {
+      for (int r = 0; r < 4; ++r) {
+        const int row = g + 8 * (r & 1), k = kSparse ? kept_column(brought, lane, r, half) : 2 * t + half + 8 * (r >> 1);
+        a[row][k] = half_of(held, held.a[r], half);
+        read[row][k] = true;
+      }
+      for (int r = 0; r < kDepth / 8; ++r) b[2 * t + half + 8 * r][g] = half_of(held, held.b[r], half);
+    }
+    for (int e = 0; e < 4; ++e) c[g + 8 * (e >> 1)][2 * t + (e & 1)] = held.c[e];
+  }
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < kDepth; ++k)
+      for (int j = 0; j < 8; ++j)
+        if (read[i][k]) c[i][j] += a[i][k] * b[k][j];
+  for (int lane = 0; lane < kWarp; ++lane)
+    for (int e = 0; e < 4; ++e)
+      static_cast<Mma*>(brought[lane])->c[e] = c[lane / 4 + 8 * (e >> 1)][2 * (lane % 4) + (e & 1)];
+}
+
+struct Shuffle {
+  uint32_t value, result;
+  int from;  // lane
+};
+
+void exchange(void* const* brought) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    auto& self = *static_cast<Shuffle*>(brought[lane]);
+    self.result = static_cast<const Shuffle*>(brought[self.from])->value;
+  }
+}
+
+}  // namespace
+
+void mma(Meeting meeting, Mma held) {
+  meet_warp(meeting, &held, meeting == Meeting::mma ? multiply<false> : multiply<true>);
+}
+
+}  // namespace pyllmq::cuda::emulator
+
+namespace pyllmq::cuda::ptx {
+
+uint32_t shuffle(uint32_t value, int lane) {
+  emulator::Shuffle held{value, 0, lane};
+  emulator::meet_warp(emulator::Meeting::shuffle, &held, emulator::exchange);
+  return held.result;
+}
+
+uint32_t shuffle_up(uint32_t value, int distance) {
+  const int lane = thread() % emulator::kWarp;
+  return shuffle(value, lane < distance ? lane : lane - distance);
+}
+
+float shuffle_xor(float value, int mask) {
+  return bits_to_fp32(shuffle(fp32_to_bits(value), (thread() % emulator::kWarp) ^ mask));
+}
+
+}  // namespace pyllmq::cuda::ptx

@@ -1,0 +1,154 @@
+// Tests only: runs CUDA kernel bodies on a CPU, one fiber per thread, one block after the other, or all of a launch together.
+//
+// What it finds: wrong indices, layouts, masks and sums; a missing barrier (fibers of a warp run one after the other, in
+// either order, and an asynchronous copy lands as late as the kernel allows); shared memory read before it was written
+// (it is full of NaN); lanes of a warp that meet at different instructions; barriers that some thread never reaches.
+// What it cannot find: races between blocks, the cost of anything, and whatever the hardware does differently.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#include "runtime/half.h"
+
+#define PYLLMQ_KERNEL
+#define PYLLMQ_DEVICE static inline
+#define PYLLMQ_MEMBER
+#define PYLLMQ_UNROLL
+#define __launch_bounds__(...)
+#define PYLLMQ_DYNAMIC_SHARED(name) uint8_t* name = ::pyllmq::cuda::emulator::dynamic_shared()
+#define PYLLMQ_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
+  (static_cast<void>(stream), ::pyllmq::cuda::emulator::launch(blocks, threads, shared_bytes, [=] { (kernel)(__VA_ARGS__); }))
+#define PYLLMQ_LAUNCH_TOGETHER(kernel, blocks, threads, shared_bytes, stream, argument) \
+  (static_cast<void>(stream), ::pyllmq::cuda::emulator::launch_together(blocks, threads, shared_bytes, [=] { (kernel)(argument); }))
+
+namespace pyllmq::cuda::emulator {
+
+// How fibers, blocks and copies are ordered; a correct kernel gives the same bits for every setting.
+struct Schedule {
+  bool last_thread_first = false;
+  bool last_block_first = false;
+  bool eager_copies = false;  // an asynchronous copy lands when issued, not when waited for
+};
+extern Schedule schedule;
+
+void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+void launch_together(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+int64_t launches();  // since the process started
+
+int thread();
+int64_t block();
+int64_t blocks();
+uint8_t* dynamic_shared();
+
+enum class Meeting : int { none, block_barrier, warp_barrier, shuffle, mma, sparse_mma };
+// Waits until all threads of the block or warp came to the same meeting. The last one to come calls `work` with what each
+// lane brought; `brought` lives on the fibers' stacks.
+using WarpWork = void (*)(void* const* brought);
+void meet_block();
+void meet_warp(Meeting meeting, void* brought, WarpWork work);
+void wait_while(const uint32_t* word, uint32_t value);  // lets the other fibers run until another block has changed it
+
+void copy_async(void* to, const void* from, int bytes);
+void commit_async();
+void wait_async(int latest_left);
+
+struct Mma {
+  float* c;
+  const uint32_t* a;
+  const uint32_t* b;
+  bool bf16;
+  uint32_t positions;  // of a sparse a
+  int selector;
+};
+void mma(Meeting meeting, Mma held);
+
+}  // namespace pyllmq::cuda::emulator
+
+namespace pyllmq::cuda::ptx {
+
+static inline int thread() { return emulator::thread(); }
+static inline int64_t block() { return emulator::block(); }
+static inline int64_t blocks() { return emulator::blocks(); }
+
+static inline void sync_block() { emulator::meet_block(); }
+static inline void sync_warp() { emulator::meet_warp(emulator::Meeting::warp_barrier, nullptr, nullptr); }
+static inline void fence() {}
+
+static inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t pool = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t d = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t nibble = selector >> (4 * i) & 15;
+    uint32_t byte = pool >> (8 * (nibble & 7)) & 0xFF;
+    if (nibble & 8) byte = byte & 0x80 ? 0xFF : 0;  // what the instruction does: replicate the sign
+    d |= byte << (8 * i);
+  }
+  return d;
+}
+
+float shuffle_xor(float value, int mask);
+
+uint32_t shuffle(uint32_t value, int lane);
+uint32_t shuffle_up(uint32_t value, int distance);
+
+template <bool kBf16 = false>
+static inline void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                uint32_t b1) {
+  const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+  emulator::mma(emulator::Meeting::mma, {c, a, b, kBf16, 0, 0});
+}
+
+template <bool kBf16, int kSelector>
+static inline void mma_sp_m16n8k32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t positions) {
+  emulator::mma(emulator::Meeting::sparse_mma, {c, a, b, kBf16, positions, kSelector});
+}
+
+static inline void copy_async_16(void* shared, const void* global) { emulator::copy_async(shared, global, 16); }
+static inline void commit_async() { emulator::commit_async(); }
+template <int kLatestLeft>
+static inline void wait_async() {
+  emulator::wait_async(kLatestLeft);
+}
+
+using SharedAddress = uintptr_t;
+static inline SharedAddress shared_address(const void* shared) { return reinterpret_cast<SharedAddress>(shared); }
+template <int kOffset>
+static inline float load_shared(SharedAddress from) {
+  return *reinterpret_cast<const float*>(from + kOffset);
+}
+static inline uint32_t load_shared_word(SharedAddress from) { return *reinterpret_cast<const uint32_t*>(from); }
+
+static inline float load_l2(const float* from) { return *from; }
+static inline uint32_t count_to(uint32_t* counter, uint32_t last) {
+  const uint32_t old = *counter;
+  *counter = old >= last ? 0 : old + 1;
+  return old;
+}
+static inline uint32_t observe(const uint32_t* word) { return *word; }
+static inline void publish(uint32_t* word, uint32_t value) { *word = value; }
+static inline void wait_while(const uint32_t* word, uint32_t value) { emulator::wait_while(word, value); }
+
+static inline uint16_t fp32_to_fp16(float value) { return cpu::fp32_to_fp16(value); }
+static inline float fp16_to_fp32(uint16_t half) { return cpu::fp16_to_fp32(half); }
+static inline uint16_t fp32_to_bf16(float value) { return cpu::fp32_to_bf16(value); }
+static inline uint32_t subtract_fp16x2(uint32_t a, uint32_t b) {
+  const auto half = [&](int shift) {
+    return static_cast<uint32_t>(cpu::fp32_to_fp16(cpu::fp16_to_fp32(static_cast<uint16_t>(a >> shift)) -
+                                                   cpu::fp16_to_fp32(static_cast<uint16_t>(b >> shift))))
+           << shift;
+  };
+  return half(0) | half(16);
+}
+static inline float magnitude(float value) { return std::fabs(value); }
+static inline float exp(float value) { return std::exp(value); }
+static inline double exp(double value) { return std::exp(value); }
+static inline float log(float value) { return std::log(value); }
+static inline double log(double value) { return std::log(value); }
+static inline float quotient(float a, float b) { return a / b; }
+static inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+static inline float bits_to_fp32(uint32_t bits) { return cpu::bits_float(bits); }
+static inline uint32_t fp32_to_bits(float value) { return cpu::float_bits(value); }
+
+}  // namespace pyllmq::cuda::ptx

@@ -1,0 +1,13 @@
+// Tests only: runtime.h without a device.
+#include "runtime/cuda/runtime.h"
+
+namespace pyllmq::cuda {
+
+int runtime_version() { return 0; }
+std::string device_problem() { return ""; }
+int multiprocessors() { return 3; }  // few, so that blocks take several items
+int64_t shared_bytes() { return 163 << 10; }
+void allow_shared(const void*, size_t) {}
+void check_launch(const char*) {}
+
+}  // namespace pyllmq::cuda

@@ -1,0 +1,214 @@
+// The vocabulary of the CUDA files: every PTX instruction that a kernel uses is one function here, every launch one macro.
+// Compiled by g++ (tests only) the same names come from emulator/emulator.h, and the kernel bodies run on a CPU.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define PYLLMQ_KERNEL __global__
+#define PYLLMQ_DEVICE __device__ __forceinline__
+#define PYLLMQ_MEMBER __device__ __forceinline__
+#define PYLLMQ_UNROLL _Pragma("unroll")
+#define PYLLMQ_DYNAMIC_SHARED(name) extern __shared__ __align__(16) uint8_t name[]
+#define PYLLMQ_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+// All blocks run at once, or the launch is refused: they may wait for each other.
+#define PYLLMQ_LAUNCH_TOGETHER(kernel, blocks, threads, shared_bytes, stream, argument)                             \
+  do {                                                                                                              \
+    auto held = argument;                                                                                           \
+    void* held_arguments[] = {&held};                                                                               \
+    cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),         \
+                                dim3(threads), held_arguments, shared_bytes, reinterpret_cast<cudaStream_t>(stream)); \
+  } while (false)
+
+namespace pyllmq::cuda::ptx {
+
+PYLLMQ_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+PYLLMQ_DEVICE int64_t block() { return blockIdx.x; }
+PYLLMQ_DEVICE int64_t blocks() { return gridDim.x; }
+
+PYLLMQ_DEVICE void sync_block() { __syncthreads(); }
+PYLLMQ_DEVICE void sync_warp() { __syncwarp(); }
+PYLLMQ_DEVICE void fence() { __threadfence(); }
+
+// Byte i of the result is byte (selector >> 4i & 7) of {b, a}; bit 3 of a selector nibble must be 0.
+PYLLMQ_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
+
+PYLLMQ_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
+
+// What the warp's lane holds.
+PYLLMQ_DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
+// What the lane `distance` below holds; the lanes below `distance` get their own value.
+PYLLMQ_DEVICE uint32_t shuffle_up(uint32_t value, int distance) { return __shfl_up_sync(0xFFFFFFFFu, value, distance); }
+
+// c += a * b: fp16 or bf16 [16, 16] x [16, 8], summed in fp32. With g = lane / 4 and t = lane % 4, a lane holds
+// a = {A[g][2t..], A[g+8][2t..], A[g][2t+8..], A[g+8][2t+8..]}, b = {B[2t..][g], B[2t+8..][g]}, c = {C[g][2t..], C[g+8][2t..]}.
+template <bool kBf16 = false>
+PYLLMQ_DEVICE void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                uint32_t b1) {
+  if constexpr (kBf16)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
+#define PYLLMQ_MMA_SP "mma.sp::ordered_metadata"  // the plain form may be slow on newer devices, says the PTX ISA
+#else
+#define PYLLMQ_MMA_SP "mma.sp"
+#endif
+
+// c += a * b where a [16, 32] is 2:4 sparse: register r of a = the two kept of A[g + 8 (r % 2)][4 (t + 4 (r / 2))..+3], b[i] =
+// B[8i + 2t..][g]. Positions come from the lanes t = 2 kSelector + c: bits 4n..4n+3 of their low half are first | second << 2
+// of A[g][16c + 4n..+3], the high half is row g + 8; the first is below the second.
+template <bool kBf16, int kSelector>
+PYLLMQ_DEVICE void mma_sp_m16n8k32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t positions) {
+  if constexpr (kBf16)
+    asm volatile(PYLLMQ_MMA_SP
+                 ".sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, "
+                 "{%0,%1,%2,%3}, %12, %13;"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(positions),
+                   "n"(kSelector));
+  else
+    asm volatile(PYLLMQ_MMA_SP
+                 ".sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, "
+                 "{%0,%1,%2,%3}, %12, %13;"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(positions),
+                   "n"(kSelector));
+}
+
+// 16 bytes from global to shared memory, past the L1 cache; there after wait_async and a barrier.
+PYLLMQ_DEVICE void copy_async_16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+PYLLMQ_DEVICE void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLatestLeft>  // waits until at most so many of this thread's latest groups are still under way
+PYLLMQ_DEVICE void wait_async() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLatestLeft) : "memory");
+}
+
+// A byte address in shared memory: sums of such addresses stay as they are written, one instruction each, where a pointer's
+// would be split into an offset and the block's base.
+using SharedAddress = uint32_t;
+PYLLMQ_DEVICE SharedAddress shared_address(const void* shared) {
+  uint32_t address;
+  asm volatile("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(address) : "l"(shared));
+  return address;
+}
+template <int kOffset>
+PYLLMQ_DEVICE float load_shared(SharedAddress from) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1+%2];" : "=f"(value) : "r"(from), "n"(kOffset));
+  return value;
+}
+PYLLMQ_DEVICE uint32_t load_shared_word(SharedAddress from) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(from));
+  return word;
+}
+
+// What another block wrote: read from L2, where all blocks see the same.
+PYLLMQ_DEVICE float load_l2(const float* from) { return __ldcg(from); }
+// Returns the old value; counts 0..last and starts again at 0.
+PYLLMQ_DEVICE uint32_t count_to(uint32_t* counter, uint32_t last) { return atomicInc(counter, last); }
+// A word through which blocks wait for each other: what was written before `publish` is there after `observe` saw it.
+PYLLMQ_DEVICE uint32_t observe(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+PYLLMQ_DEVICE void publish(uint32_t* word, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+PYLLMQ_DEVICE void wait_while(const uint32_t* word, uint32_t value) {
+  while (observe(word) == value) {
+  }
+}
+
+PYLLMQ_DEVICE uint16_t fp32_to_fp16(float value) {
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+}
+PYLLMQ_DEVICE float fp16_to_fp32(uint16_t half) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+}
+PYLLMQ_DEVICE uint16_t fp32_to_bf16(float value) {
+  uint16_t half;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+}
+// Two fp16 differences.
+PYLLMQ_DEVICE uint32_t subtract_fp16x2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+PYLLMQ_DEVICE float magnitude(float value) { return fabsf(value); }
+PYLLMQ_DEVICE float exp(float value) { return expf(value); }  // to 1 unit in the last place
+PYLLMQ_DEVICE double exp(double value) { return ::exp(value); }
+PYLLMQ_DEVICE float log(float value) { return logf(value); }
+PYLLMQ_DEVICE double log(double value) { return ::log(value); }
+// a / b to 2 units in the last place, for b between 2^-126 and 2^126: 3 instructions, an exact one takes 8 and a branch
+PYLLMQ_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
+PYLLMQ_DEVICE float fma(float a, float b, float c) { return fmaf(a, b, c); }
+PYLLMQ_DEVICE float bits_to_fp32(uint32_t bits) { return __uint_as_float(bits); }
+PYLLMQ_DEVICE uint32_t fp32_to_bits(float value) { return __float_as_uint(value); }
+
+}  // namespace pyllmq::cuda::ptx
+#else
+#include "cuda_emulator/emulator.h"
+#endif
+
+namespace pyllmq::cuda {
+
+enum class DType : int { fp32 = 0, bf16 = 1, fp16 = 2 };
+
+PYLLMQ_DEVICE float bf16_to_fp32(uint16_t half) { return ptx::bits_to_fp32(static_cast<uint32_t>(half) << 16); }
+
+PYLLMQ_DEVICE float load_element(const void* from, DType dtype, int64_t index) {
+  if (dtype == DType::fp32) return static_cast<const float*>(from)[index];
+  const uint16_t half = static_cast<const uint16_t*>(from)[index];
+  return dtype == DType::fp16 ? ptx::fp16_to_fp32(half) : bf16_to_fp32(half);
+}
+
+PYLLMQ_DEVICE void store_element(void* to, DType dtype, int64_t index, float value) {
+  if (dtype == DType::fp32)
+    static_cast<float*>(to)[index] = value;
+  else
+    static_cast<uint16_t*>(to)[index] = dtype == DType::fp16 ? ptx::fp32_to_fp16(value) : ptx::fp32_to_bf16(value);
+}
+
+PYLLMQ_DEVICE void store_nan(void* to, DType dtype, int64_t count, int threads) {
+  for (int64_t i = ptx::block() * threads + ptx::thread(); i < count; i += ptx::blocks() * threads)
+    store_element(to, dtype, i, ptx::bits_to_fp32(0x7FC00000u));
+}
+
+// N words at an address aligned to their size: one load instruction.
+template <int kWords>
+struct alignas(kWords % 4 == 0 ? 16 : kWords % 2 == 0 ? 8 : 4) Words {
+  uint32_t word[kWords];
+  PYLLMQ_MEMBER uint32_t operator[](int i) const { return word[i]; }
+};
+template <int kWords>
+PYLLMQ_DEVICE Words<kWords> load_words(const void* from) {
+  return *static_cast<const Words<kWords>*>(from);
+}
+
+}  // namespace pyllmq::cuda

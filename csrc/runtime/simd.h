@@ -1,0 +1,351 @@
+// One vocabulary of vectors: what differs between instruction sets in width alone is written once, for a vector type V, and
+// instantiated in a file for each. R is a vector of fp32, Flag what a comparison gives. All in an anonymous namespace, so
+// that no code compiled for one instruction set can be linked into another.
+#pragma once
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace pyllmq::cpu {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+// Four numbers, one for each of four rows. Spelled out as a vector: gcc 12 makes four divisions of a loop over them.
+using Four = float __attribute__((vector_size(16)));
+
+inline Four load_four(const float* from) {
+  Four four;
+  __builtin_memcpy(&four, from, 16);
+  return four;
+}
+inline void store_four(float* to, Four four) { __builtin_memcpy(to, &four, 16); }
+inline Four larger(Four x, Four y) { return x > y ? x : y; }
+
+#if defined(__AVX2__)
+struct Avx2 {
+  using R = __m256;
+  using Flag = __m256;
+  static constexpr int64_t width = 8;
+
+  static R set(float x) { return _mm256_set1_ps(x); }
+  static R load(const float* from) { return _mm256_loadu_ps(from); }
+  static __m256i first(int64_t count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count < 8 ? count : 8)),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static R load_part(const float* from, int64_t left, float missing) {
+    if (left >= 8) return load(from);
+    const __m256i there = first(left);
+    return _mm256_blendv_ps(set(missing), _mm256_maskload_ps(from, there), _mm256_castsi256_ps(there));
+  }
+  static void store(float* to, R x) { _mm256_storeu_ps(to, x); }
+  static void store_part(float* to, int64_t left, R x) {
+    if (left >= 8) return store(to, x);
+    _mm256_maskstore_ps(to, first(left), x);
+  }
+  static R add(R x, R y) { return _mm256_add_ps(x, y); }
+  static R sub(R x, R y) { return _mm256_sub_ps(x, y); }
+  static R mul(R x, R y) { return _mm256_mul_ps(x, y); }
+  static R div(R x, R y) { return _mm256_div_ps(x, y); }
+  static R fma(R x, R y, R z) { return _mm256_fmadd_ps(x, y, z); }
+  static R min(R x, R y) { return _mm256_min_ps(x, y); }
+  static R max(R x, R y) { return _mm256_max_ps(x, y); }
+  static R round(R x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // 1 / y to 12 bits, and to twice as many after one Newton step: x / y to 1e-7 in a third of a division's time
+  static R reciprocal(R x) {
+    const R r = _mm256_rcp_ps(x);
+    return _mm256_mul_ps(r, _mm256_fnmadd_ps(x, r, set(2)));
+  }
+  static R quotient(R x, R y) {
+    const R r = _mm256_rcp_ps(y);
+    return _mm256_mul_ps(_mm256_mul_ps(x, r), _mm256_fnmadd_ps(y, r, set(2)));
+  }
+  static void split(R x, R& n, R& m) {
+    const __m256i bits = _mm256_castps_si256(x), shifted = _mm256_sub_epi32(bits, _mm256_set1_epi32(0x3F3504F3));
+    n = _mm256_cvtepi32_ps(_mm256_srai_epi32(shifted, 23));  // m in [sqrt 1/2, sqrt 2)
+    m = _mm256_castsi256_ps(
+        _mm256_sub_epi32(bits, _mm256_and_si256(shifted, _mm256_set1_epi32(static_cast<int>(0xFF800000)))));
+  }
+  static R scale2(R x, R n) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(exponent));
+  }
+  static R exponent(R cost, double u, const double* v, double inverse) {
+    const __m256d row = _mm256_set1_pd(u), scale = _mm256_set1_pd(inverse);
+    const __m256d low = _mm256_sub_pd(_mm256_add_pd(row, _mm256_loadu_pd(v)), _mm256_cvtps_pd(_mm256_castps256_ps128(cost)));
+    const __m256d high =
+        _mm256_sub_pd(_mm256_add_pd(row, _mm256_loadu_pd(v + 4)), _mm256_cvtps_pd(_mm256_extractf128_ps(cost, 1)));
+    return _mm256_set_m128(_mm256_cvtpd_ps(_mm256_mul_pd(high, scale)), _mm256_cvtpd_ps(_mm256_mul_pd(low, scale)));
+  }
+  static Four sums(R s0, R s1, R s2, R s3) {
+    const R pairs = _mm256_hadd_ps(_mm256_hadd_ps(s0, s1), _mm256_hadd_ps(s2, s3));
+    return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+  }
+  static void transpose(R* r) {
+    R pairs[8], fours[8];
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int half = 0; half < 2; ++half) {
+        const __m256d low = _mm256_castps_pd(pairs[i + half]), high = _mm256_castps_pd(pairs[i + 2 + half]);
+        fours[i + 2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+        fours[i + 2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+      }
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+      r[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+    }
+  }
+  template <class Fold>
+  static float fold(R x, Fold pair) {
+    __m128 half = pair(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = pair(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(pair(half, _mm_shuffle_ps(half, half, 1)));
+  }
+  // Four lines of 8 lanes to 8 times four numbers, lane by lane.
+  static void transpose_fours(R* r) {
+    const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(r[0], r[1]));
+    const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(r[2], r[3]));
+    const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(r[0], r[1]));
+    const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(r[2], r[3]));
+    // lane 4 p + q is in the 128-bit part p of the q-th
+    const R q0 = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23)), q1 = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
+    const R q2 = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23)), q3 = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
+    r[0] = _mm256_permute2f128_ps(q0, q1, 0x20);
+    r[1] = _mm256_permute2f128_ps(q2, q3, 0x20);
+    r[2] = _mm256_permute2f128_ps(q0, q1, 0x31);
+    r[3] = _mm256_permute2f128_ps(q2, q3, 0x31);
+  }
+  static float total(R x) { return fold(x, [](__m128 p, __m128 q) { return _mm_add_ps(p, q); }); }
+  static float least(R x) { return fold(x, [](__m128 p, __m128 q) { return _mm_min_ps(p, q); }); }
+  static float most(R x) { return fold(x, [](__m128 p, __m128 q) { return _mm_max_ps(p, q); }); }
+
+  static Flag no_flag() { return _mm256_setzero_ps(); }
+  static Flag is_nan(R x) { return _mm256_cmp_ps(x, x, _CMP_UNORD_Q); }
+  static Flag above(R x, R y) { return _mm256_cmp_ps(x, y, _CMP_GT_OQ); }
+  static Flag at_least(R x, R y) { return _mm256_cmp_ps(x, y, _CMP_GE_OQ); }
+  static Flag not_below(R x, R y) { return _mm256_cmp_ps(x, y, _CMP_NLT_UQ); }
+  static Flag equal(R x, R y) { return _mm256_cmp_ps(x, y, _CMP_EQ_OQ); }
+  static Flag either(Flag x, Flag y) { return _mm256_or_ps(x, y); }
+  static Flag both(Flag x, Flag y) { return _mm256_and_ps(x, y); }
+  static R select(Flag flag, R yes, R no) { return _mm256_blendv_ps(no, yes, flag); }
+  static R zero_unless(Flag flag, R x) { return _mm256_and_ps(flag, x); }
+  static bool any(Flag flag) { return _mm256_movemask_ps(flag) != 0; }
+  static uint32_t bits(Flag flag) { return static_cast<uint32_t>(_mm256_movemask_ps(flag)); }
+
+  // Numbers of 64 bits: fp64, and the places of candidates.
+  struct Wide {
+    using R = __m256d;
+    using Place = __m256i;
+    using Flag = __m256d;
+    static constexpr int width = 4;
+
+    static R set(double x) { return _mm256_set1_pd(x); }
+    static R load(const double* from) { return _mm256_loadu_pd(from); }
+    static R load_backwards(const double* last) { return _mm256_permute4x64_pd(load(last - 3), 0x1B); }
+    static void store(double* to, R x) { _mm256_storeu_pd(to, x); }
+    static R add(R x, R y) { return _mm256_add_pd(x, y); }
+    static R sub(R x, R y) { return _mm256_sub_pd(x, y); }
+    static R mul(R x, R y) { return _mm256_mul_pd(x, y); }
+    static R div(R x, R y) { return _mm256_div_pd(x, y); }
+    static Place place(int64_t x) { return _mm256_set1_epi64x(x); }
+    static Place place_from(int64_t first) { return later(place(first), _mm256_setr_epi64x(0, 1, 2, 3)); }
+    static Place later(Place x, Place y) { return _mm256_add_epi64(x, y); }
+    static void store(int64_t* to, Place x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x); }
+    static Flag above(R x, R y) { return _mm256_cmp_pd(x, y, _CMP_GT_OQ); }
+    static R select(Flag flag, R yes, R no) { return _mm256_blendv_pd(no, yes, flag); }
+    static Place select(Flag flag, Place yes, Place no) {
+      return _mm256_castpd_si256(_mm256_blendv_pd(_mm256_castsi256_pd(no), _mm256_castsi256_pd(yes), flag));
+    }
+  };
+};
+#endif
+
+#if defined(__AVX512F__)
+struct Avx512 {
+  using R = __m512;
+  using Flag = __mmask16;
+  static constexpr int64_t width = 16;
+
+  static R set(float x) { return _mm512_set1_ps(x); }
+  static R load(const float* from) { return _mm512_loadu_ps(from); }
+  static __mmask16 first(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xFFFF : count > 0 ? (1 << count) - 1 : 0); }
+  static R load_part(const float* from, int64_t left, float missing) {
+    return _mm512_mask_loadu_ps(set(missing), first(left), from);
+  }
+  static void store(float* to, R x) { _mm512_storeu_ps(to, x); }
+  static void store_part(float* to, int64_t left, R x) { _mm512_mask_storeu_ps(to, first(left), x); }
+  static R add(R x, R y) { return _mm512_add_ps(x, y); }
+  static R sub(R x, R y) { return _mm512_sub_ps(x, y); }
+  static R mul(R x, R y) { return _mm512_mul_ps(x, y); }
+  static R div(R x, R y) { return _mm512_div_ps(x, y); }
+  static R fma(R x, R y, R z) { return _mm512_fmadd_ps(x, y, z); }
+  static R min(R x, R y) { return _mm512_min_ps(x, y); }
+  static R max(R x, R y) { return _mm512_max_ps(x, y); }
+  static R round(R x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static R reciprocal(R x) {
+    const R r = _mm512_rcp14_ps(x);
+    return _mm512_mul_ps(r, _mm512_fnmadd_ps(x, r, set(2)));
+  }
+  static R quotient(R x, R y) {
+    const R r = _mm512_rcp14_ps(y);
+    return _mm512_mul_ps(_mm512_mul_ps(x, r), _mm512_fnmadd_ps(y, r, set(2)));
+  }
+  static void split(R x, R& n, R& m) {
+    const __m512i bits = _mm512_castps_si512(x), shifted = _mm512_sub_epi32(bits, _mm512_set1_epi32(0x3F3504F3));
+    n = _mm512_cvtepi32_ps(_mm512_srai_epi32(shifted, 23));  // m in [sqrt 1/2, sqrt 2)
+    m = _mm512_castsi512_ps(
+        _mm512_sub_epi32(bits, _mm512_and_si512(shifted, _mm512_set1_epi32(static_cast<int>(0xFF800000)))));
+  }
+  static R scale2(R x, R n) { return _mm512_scalef_ps(x, n); }
+  static R exponent(R cost, double u, const double* v, double inverse) {
+    const __m512d row = _mm512_set1_pd(u), scale = _mm512_set1_pd(inverse);
+    const __m512d low =
+        _mm512_sub_pd(_mm512_add_pd(row, _mm512_loadu_pd(v)), _mm512_cvtps_pd(_mm512_castps512_ps256(cost)));
+    const __m512d high =
+        _mm512_sub_pd(_mm512_add_pd(row, _mm512_loadu_pd(v + 8)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(cost, 1)));
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_mul_pd(low, scale))),
+                              _mm512_cvtpd_ps(_mm512_mul_pd(high, scale)), 1);
+  }
+  static Four sums(R s0, R s1, R s2, R s3) {
+    const __m512d low = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1)));
+    const __m512d high = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3)));
+    const R four_times = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                                       _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+    const __m256 twice = _mm256_add_ps(_mm512_castps512_ps256(four_times), _mm512_extractf32x8_ps(four_times, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(twice), _mm256_extractf128_ps(twice, 1));
+  }
+  static void transpose(R* r) {
+    R pairs[16], fours[16], eights[16];
+    for (int i = 0; i < 16; i += 2) {
+      pairs[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+      for (int half = 0; half < 2; ++half) {
+        const __m512d low = _mm512_castps_pd(pairs[i + half]), high = _mm512_castps_pd(pairs[i + 2 + half]);
+        fours[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+        fours[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+      }
+    // fours[i + e]: in each 128-bit part p, entries of column 4 p + e of rows i .. i + 3
+    for (int i = 0; i < 16; i += 8)
+      for (int e = 0; e < 4; ++e) {
+        eights[i + e] = _mm512_shuffle_f32x4(fours[i + e], fours[i + 4 + e], 0x88);
+        eights[i + 4 + e] = _mm512_shuffle_f32x4(fours[i + e], fours[i + 4 + e], 0xDD);
+      }
+    for (int e = 0; e < 4; ++e) {
+      r[e] = _mm512_shuffle_f32x4(eights[e], eights[8 + e], 0x88);
+      r[8 + e] = _mm512_shuffle_f32x4(eights[e], eights[8 + e], 0xDD);
+      r[4 + e] = _mm512_shuffle_f32x4(eights[4 + e], eights[12 + e], 0x88);
+      r[12 + e] = _mm512_shuffle_f32x4(eights[4 + e], eights[12 + e], 0xDD);
+    }
+  }
+  // Four lines of 16 lanes to 16 times four numbers, lane by lane.
+  static void transpose_fours(R* r) {
+    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1]));
+    const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3]));
+    const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
+    const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+    // lane 4 p + q is in the 128-bit part p of the q-th
+    const R q0 = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23)), q1 = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+    const R q2 = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23)), q3 = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+    const R even0 = _mm512_shuffle_f32x4(q0, q1, 0x88), odd0 = _mm512_shuffle_f32x4(q0, q1, 0xDD);
+    const R even1 = _mm512_shuffle_f32x4(q2, q3, 0x88), odd1 = _mm512_shuffle_f32x4(q2, q3, 0xDD);
+    r[0] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+    r[1] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+    r[2] = _mm512_shuffle_f32x4(even0, even1, 0xDD);
+    r[3] = _mm512_shuffle_f32x4(odd0, odd1, 0xDD);
+  }
+  static float total(R x) { return _mm512_reduce_add_ps(x); }
+  static float least(R x) { return _mm512_reduce_min_ps(x); }
+  static float most(R x) { return _mm512_reduce_max_ps(x); }
+
+  static Flag no_flag() { return 0; }
+  static Flag is_nan(R x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
+  static Flag above(R x, R y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ); }
+  static Flag at_least(R x, R y) { return _mm512_cmp_ps_mask(x, y, _CMP_GE_OQ); }
+  static Flag not_below(R x, R y) { return _mm512_cmp_ps_mask(x, y, _CMP_NLT_UQ); }
+  static Flag equal(R x, R y) { return _mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ); }
+  static Flag either(Flag x, Flag y) { return static_cast<Flag>(x | y); }
+  static Flag both(Flag x, Flag y) { return static_cast<Flag>(x & y); }
+  static R select(Flag flag, R yes, R no) { return _mm512_mask_blend_ps(flag, no, yes); }
+  static R zero_unless(Flag flag, R x) { return _mm512_maskz_mov_ps(flag, x); }
+  static bool any(Flag flag) { return flag != 0; }
+  static uint32_t bits(Flag flag) { return flag; }
+
+  // Numbers of 64 bits: fp64, and the places of candidates.
+  struct Wide {
+    using R = __m512d;
+    using Place = __m512i;
+    using Flag = __mmask8;
+    static constexpr int width = 8;
+
+    static R set(double x) { return _mm512_set1_pd(x); }
+    static R load(const double* from) { return _mm512_loadu_pd(from); }
+    static R load_backwards(const double* last) {
+      return _mm512_permutexvar_pd(_mm512_setr_epi64(7, 6, 5, 4, 3, 2, 1, 0), load(last - 7));
+    }
+    static void store(double* to, R x) { _mm512_storeu_pd(to, x); }
+    static R add(R x, R y) { return _mm512_add_pd(x, y); }
+    static R sub(R x, R y) { return _mm512_sub_pd(x, y); }
+    static R mul(R x, R y) { return _mm512_mul_pd(x, y); }
+    static R div(R x, R y) { return _mm512_div_pd(x, y); }
+    static Place place(int64_t x) { return _mm512_set1_epi64(x); }
+    static Place place_from(int64_t first) { return later(place(first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)); }
+    static Place later(Place x, Place y) { return _mm512_add_epi64(x, y); }
+    static void store(int64_t* to, Place x) { _mm512_storeu_si512(to, x); }
+    static Flag above(R x, R y) { return _mm512_cmp_pd_mask(x, y, _CMP_GT_OQ); }
+    static Flag above_or_earlier(R x, R y, Place x_at, Place y_at) {
+      return above(x, y) | (_mm512_cmp_pd_mask(x, y, _CMP_EQ_OQ) & _mm512_cmplt_epi64_mask(x_at, y_at));
+    }
+    static R select(Flag flag, R yes, R no) { return _mm512_mask_blend_pd(flag, no, yes); }
+    static Place select(Flag flag, Place yes, Place no) { return _mm512_mask_blend_epi64(flag, no, yes); }
+  };
+};
+#endif
+
+// exp to 1e-7 relative for x <= 88; below -87, where the result leaves the normal numbers, exactly 0. NaN becomes 0, or stays.
+// Taylor to the 7th power on |r| <= ln 2 / 2, whose rest is 5e-9.
+template <class V, bool kNanStays = false>
+inline typename V::R exponential(typename V::R x) {
+  using R = typename V::R;
+  const R n = V::round(V::mul(x, V::set(1.44269504f)));
+  // ln 2 in two parts, the first short enough for n times it to be exact
+  R r = V::fma(n, V::set(-0x1.62e4p-1f), x);
+  r = V::fma(n, V::set(-0x1.7f7d1cp-20f), r);
+  R p = V::set(1.0f / 5040);
+  p = V::fma(p, r, V::set(1.0f / 720));
+  p = V::fma(p, r, V::set(1.0f / 120));
+  p = V::fma(p, r, V::set(1.0f / 24));
+  p = V::fma(p, r, V::set(1.0f / 6));
+  p = V::fma(p, r, V::set(0.5f));
+  p = V::fma(p, r, V::set(1));
+  p = V::fma(p, r, V::set(1));
+  const R smallest = V::set(-87.0f);
+  if constexpr (kNanStays) return V::zero_unless(V::not_below(x, smallest), V::scale2(p, n));
+  return V::zero_unless(V::at_least(x, smallest), V::scale2(p, n));
+}
+
+// log to 1e-7 relative, -inf of 0. With x = 2^n m, m near 1: log m = 2 artanh s, s = (m - 1) / (m + 1) below 0.18.
+template <class V>
+inline typename V::R logarithm(typename V::R x) {
+  using R = typename V::R;
+  R n, m;
+  V::split(x, n, m);
+  const R s = V::quotient(V::sub(m, V::set(1)), V::add(m, V::set(1)));
+  const R square = V::mul(s, s);
+  R p = V::set(2.0f / 9);
+  p = V::fma(p, square, V::set(2.0f / 7));
+  p = V::fma(p, square, V::set(2.0f / 5));
+  p = V::fma(p, square, V::set(2.0f / 3));
+  p = V::fma(p, square, V::set(2));
+  return V::select(V::above(x, V::set(0)), V::fma(p, s, V::mul(n, V::set(0.693147181f))), V::set(-kInfinity));
+}
+
+}  // namespace
+}  // namespace pyllmq::cpu

@@ -1,0 +1,140 @@
+#include "sparse/cpu/linear.h"
+
+namespace pyllmq::cpu {
+namespace {
+
+template <ValueType Type>
+float read_value(const uint8_t* values, int64_t i) {
+  if constexpr (Type == ValueType::fp32) return reinterpret_cast<const float*>(values)[i];
+  if constexpr (Type == ValueType::bf16) return bf16_to_fp32(reinterpret_cast<const uint16_t*>(values)[i]);
+  if constexpr (Type == ValueType::fp16) return fp16_to_fp32(reinterpret_cast<const uint16_t*>(values)[i]);
+  if constexpr (Type == ValueType::int8) return reinterpret_cast<const int8_t*>(values)[i];
+}
+
+template <ValueType Type>
+void expand_bitmap(const uint8_t* cell, int64_t slots, float* weights) {
+  const uint8_t* values = cell + slots * 2;
+  int64_t next = 0;
+  const auto put = [&](int64_t slot, int row, bool kept) {
+    weights[slot * kCellRows + row] = kept ? read_value<Type>(values, next++) : 0.0f;
+  };
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    if constexpr (Type == ValueType::bf16) {
+      const uint32_t mask = reinterpret_cast<const uint32_t*>(cell)[slot / 2];
+      if (slot % 2 == 0)
+        for (int bit = 0; bit < 32; ++bit) put(slot + bit % 2, bit / 2, mask >> bit & 1);
+    } else {
+      const uint16_t mask = reinterpret_cast<const uint16_t*>(cell)[slot];
+      for (int row = 0; row < kCellRows; ++row) put(slot, row, mask >> row & 1);
+    }
+  }
+}
+
+template <ValueType Type>
+void expand_24(const uint8_t* cell, int64_t slots, float* weights) {
+  for (int64_t i = 0; i < slots * kCellRows; ++i) weights[i] = 0.0f;
+  for (int64_t group = 0; group < slots / 4; ++group) {
+    const uint8_t* batch = cell + group / 8 * batch_bytes(Type);
+    const uint8_t* values = batch + 4 * kCellRows + group % 8 * 2 * kCellRows * value_bytes(Type);
+    for (int row = 0; row < kCellRows; ++row) {
+      const uint32_t positions = reinterpret_cast<const uint32_t*>(batch)[row] >> (4 * (group % 8));
+      for (int which = 0; which < 2; ++which) {
+        const int64_t slot = group * 4 + (positions >> (2 * which) & 3);
+        const int64_t place = Type == ValueType::bf16 ? row * 2 + which : which * kCellRows + row;
+        weights[slot * kCellRows + row] += read_value<Type>(values, place);
+      }
+    }
+  }
+}
+
+template <ValueType Type>
+void multiply_bitmap(const CellWork& work) {
+  alignas(64) float weights[kCellColumns * kCellRows];
+  expand_bitmap<Type>(work.cell, work.slots, weights);
+  for (int row = 0; row < kCellRows; ++row) {
+    float sum = 0;
+    for (int64_t slot = 0; slot < work.slots; ++slot) sum += weights[slot * kCellRows + row] * work.x[slot];
+    work.sums[row] += sum;
+  }
+}
+
+template <ValueType Type>
+void multiply_24(const CellWork& work) {  // of one token x lies by slots in this order, too
+  alignas(64) float weights[kCellColumns * kCellRows];
+  expand_24<Type>(work.cell, work.slots, weights);
+  for (int row = 0; row < kCellRows; ++row) {
+    float sum = 0;
+    for (int64_t slot = 0; slot < work.slots; ++slot) sum += weights[slot * kCellRows + row] * work.x[slot];
+    work.sums[row] += sum;
+  }
+}
+
+template <int Bits>
+void multiply_codes(const CellWork& work) {
+  for (int row = 0; row < kCellRows; ++row) {
+    float sum = 0;
+    for (int64_t group = 0; group < work.slots / 4; ++group) {
+      const GroupCodes found = read_group(work.cell, work.order, Bits, group, row);
+      const float* products = work.x + (group * 4 << Bits);
+      for (int which = 0; which < 2; ++which) sum += products[(found.position[which] << Bits) + found.code[which]];
+    }
+    work.sums[row] += sum;
+  }
+}
+
+template <int Bits>
+void expand_codes(const uint8_t* cell, StepOrder order, int64_t slots, const uint16_t* codebook, float* weights) {
+  for (int64_t i = 0; i < slots * kCellRows; ++i) weights[i] = 0.0f;
+  for (int64_t group = 0; group < slots / 4; ++group)
+    for (int row = 0; row < kCellRows; ++row) {
+      const GroupCodes found = read_group(cell, order, Bits, group, row);
+      for (int which = 0; which < 2; ++which) {
+        const int64_t slot = group * 4 + found.position[which];
+        weights[slot * kCellRows + row] += fp16_to_fp32(codebook[(slot << Bits) + found.code[which]]);
+      }
+    }
+}
+
+void build_products(const uint16_t* codebook, int bits, const float* x, float* products) {
+  for (int i = 0; i < 4 << bits; ++i) products[i] = x[i >> bits] * fp16_to_fp32(codebook[i]);
+}
+
+uint32_t read_column(const uint8_t* columns, int column_bytes, int64_t i) {
+  return column_bytes == 2 ? reinterpret_cast<const uint16_t*>(columns)[i]
+                           : reinterpret_cast<const uint32_t*>(columns)[i];
+}
+
+template <ValueType Type>
+float dot_columns(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x) {
+  float sum[4] = {};
+  for (int64_t i = 0; i < count; ++i) sum[i % 4] += read_value<Type>(values, i) * x[read_column(columns, column_bytes, i)];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+template <ValueType Type>
+void dot_tokens(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x, float* sums) {
+  for (int64_t t = 0; t < kColumnTokens; ++t) sums[t] = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float* own = x + read_column(columns, column_bytes, i) * kColumnTokens;
+    for (int64_t t = 0; t < kColumnTokens; ++t) sums[t] += read_value<Type>(values, i) * own[t];
+  }
+}
+
+}  // namespace
+
+const SparseKernels kSparseScalar = {
+    1,
+    1,
+    nullptr,
+    {{multiply_bitmap<ValueType::fp32>}, {multiply_bitmap<ValueType::bf16>}, {multiply_bitmap<ValueType::fp16>}, {multiply_bitmap<ValueType::int8>}},
+    {{multiply_24<ValueType::fp32>}, {multiply_24<ValueType::bf16>}, {multiply_24<ValueType::fp16>}, {multiply_24<ValueType::int8>}},
+    {{multiply_codes<2>}, {multiply_codes<3>}, {multiply_codes<4>}},
+    {expand_bitmap<ValueType::fp32>, expand_bitmap<ValueType::bf16>, expand_bitmap<ValueType::fp16>, expand_bitmap<ValueType::int8>},
+    {expand_24<ValueType::fp32>, expand_24<ValueType::bf16>, expand_24<ValueType::fp16>, expand_24<ValueType::int8>},
+    {expand_codes<2>, expand_codes<3>, expand_codes<4>},
+    build_products,
+    {dot_columns<ValueType::fp32>, dot_columns<ValueType::bf16>, dot_columns<ValueType::fp16>, dot_columns<ValueType::int8>},
+    {dot_tokens<ValueType::fp32>, dot_tokens<ValueType::bf16>, dot_tokens<ValueType::fp16>, dot_tokens<ValueType::int8>},
+};
+
+}  // namespace pyllmq::cpu

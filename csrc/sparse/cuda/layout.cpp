@@ -1,0 +1,571 @@
+#include "sparse/cuda/layout.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "runtime/half.h"
+
+namespace pyllmq::cuda {
+namespace {
+
+constexpr int64_t kAlignment = 128;
+constexpr int64_t kWeightsPerThread = 1 << 20;  // below this, starting a thread costs more than it saves
+constexpr int kLanes = 32;
+constexpr uint32_t kFirstTwo = 4;  // positions 0 and 1: of a group that is only there to fill up
+
+[[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("sparse layout (cuda): " + why); }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+T* at(uint8_t* base, int64_t offset) {
+  return reinterpret_cast<T*>(base + offset);
+}
+template <class T>
+const T* at(const uint8_t* base, int64_t offset) {
+  return reinterpret_cast<const T*>(base + offset);
+}
+
+template <class Body>  // body(first, behind the last)
+void for_each_part(const SparseHeader& h, int64_t count, Body&& body) {
+  const int64_t wanted = std::min<int64_t>(count, h.rows * h.columns / kWeightsPerThread + 1);
+  const int64_t threads = std::min<int64_t>(wanted, std::max(1u, std::thread::hardware_concurrency()));
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < threads; ++i) others.emplace_back([&, i] { body(i * count / threads, (i + 1) * count / threads); });
+  body(0, count / threads);
+  for (std::thread& other : others) other.join();
+}
+
+// --- where a weight stands in a cell of a strip ----------------------------------------------------------------------
+
+struct Place {
+  int tile, lane, r, j;
+  int64_t step;  // of the cell
+};
+
+Place place_of_column(int row, int64_t column) {  // bitmap; step: half step of 16
+  const int in_half = static_cast<int>(column % 16);
+  return {row / 16, row % 8 * 4 + in_half % 8 / 2, row % 16 / 8 + 2 * (in_half / 8), in_half % 2, column / 16};
+}
+
+Place place_of_group(int row, int64_t group) {  // 2:4
+  const int in_step = static_cast<int>(group % 8);
+  return {row / 16, row % 8 * 4 + in_step % 4, row % 16 / 8 + 2 * (in_step / 4), 0, group / 8};
+}
+
+// The nibble of a group's positions.
+struct PositionPlace {
+  int64_t word;
+  int shift;
+};
+PositionPlace position_place(int row, int64_t group, bool one_step) {
+  const Place p = place_of_group(row, group);
+  const int c = static_cast<int>(group % 8 / 4), lane = row % 8 * 4 + static_cast<int>(2 * p.step) + c;
+  return {one_step ? p.tile * 16 + row % 8 * 2 + c : p.tile * kLanes + lane,
+          static_cast<int>(group % 4 * 4) + row % 16 / 8 * 16};
+}
+
+// --- kept columns ----------------------------------------------------------------------------------------------------
+
+template <class Visit>  // visit(column, place among the row's values), ascending
+void for_each_kept(const SparseCheckpoint& c, int64_t row, Visit&& visit) {
+  if (c.kind == SparseKind::sparse24) {
+    const int64_t groups = sparse_groups(c.columns), row_bytes = (groups + 1) / 2;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int positions = read_nibble(c.positions + row * row_bytes, group);
+      visit(group * 4 + (positions & 3), row * 2 * groups + 2 * group);
+      visit(group * 4 + (positions >> 2), row * 2 * groups + 2 * group + 1);
+    }
+    return;
+  }
+  int64_t next = c.row_offsets[row];
+  if (c.mask == nullptr) {
+    for (; next < c.row_offsets[row + 1]; ++next) visit(int64_t{column_at(c.column_numbers, c.column_bytes, next)}, next);
+    return;
+  }
+  const uint8_t* mask = c.mask + row * ((c.columns + 7) / 8);
+  for (int64_t column = 0; column < c.columns; ++column)
+    if (mask[column / 8] >> column % 8 & 1) visit(column, next++);
+}
+
+// --- the plan --------------------------------------------------------------------------------------------------------
+
+struct Plan {
+  SparseHeader header{};
+  std::vector<uint32_t> begin;
+};
+
+// Values of each lane in each cell of a strip; what the fullest lane of a cell keeps is what the cell has room for.
+std::vector<int> deepest_lanes(const SparseCheckpoint& c, const SparseHeader& h, int64_t strip) {
+  const int width = cell_columns(h.kind, 0);
+  std::vector<std::array<int, kLanes>> kept(h.cells, std::array<int, kLanes>{});
+  for (int64_t row = strip * kStripRows; row < std::min(h.rows, (strip + 1) * kStripRows); ++row)
+    for_each_kept(c, row, [&](int64_t column, int64_t) {
+      ++kept[column / width][place_of_column(static_cast<int>(row % kStripRows), column % width).lane];
+    });
+  std::vector<int> deepest(h.cells);
+  for (int64_t cell = 0; cell < h.cells; ++cell) deepest[cell] = *std::max_element(kept[cell].begin(), kept[cell].end());
+  return deepest;
+}
+
+std::vector<uint32_t> plan_bitmap(const SparseCheckpoint& c, SparseHeader& h) {
+  std::vector<uint32_t> begin(h.strips * (h.cells + 1));
+  for_each_part(h, h.strips, [&](int64_t first, int64_t last) {
+    for (int64_t strip = first; strip < last; ++strip) {
+      const std::vector<int> deepest = deepest_lanes(c, h, strip);
+      for (int64_t cell = 0; cell < h.cells; ++cell)
+        begin[strip * (h.cells + 1) + cell] = static_cast<uint32_t>(
+            (kMaskBytes + deepest[cell] * kLanes * value_bytes(h.values)) / 16);  // sizes first, summed below
+    }
+  });
+  int64_t end = 0;
+  for (int64_t strip = 0; strip < h.strips; ++strip)
+    for (int64_t cell = 0; cell <= h.cells; ++cell) {
+      const int64_t size = cell < h.cells ? begin[strip * (h.cells + 1) + cell] : 0;
+      if (end > std::numeric_limits<uint32_t>::max()) refuse("the weight takes more than 64 GiB");
+      begin[strip * (h.cells + 1) + cell] = static_cast<uint32_t>(end);
+      h.stage_bytes = std::max(h.stage_bytes, size * 16);
+      end += size;
+    }
+  return begin;
+}
+
+// Entries of a row in each panel: values, and steps that only move.
+template <class Visit>  // visit(panel, step, place of the value or -1)
+void for_each_entry(const SparseCheckpoint& c, int64_t row, int64_t panels, Visit&& visit) {
+  int64_t panel = 0, previous = 0, entries = 0;
+  const auto fill_up = [&](int64_t until) {
+    for (; panel < until; ++panel, previous = 0, entries = 0)
+      for (; entries % kEntryGroup != 0; ++entries) visit(panel, kMoveOnly, int64_t{-1});
+  };
+  for_each_kept(c, row, [&](int64_t column, int64_t place) {
+    fill_up(column / kPanelColumns);
+    const int64_t in_panel = column % kPanelColumns;
+    for (; in_panel - previous >= kMoveOnly; previous += kMoveOnly, ++entries) visit(panel, kMoveOnly, int64_t{-1});
+    visit(panel, static_cast<int>(in_panel - previous), place);
+    previous = in_panel;
+    ++entries;
+  });
+  fill_up(panels);
+}
+
+std::vector<uint32_t> plan_columns(const SparseCheckpoint& c, const SparseHeader& h) {
+  std::vector<uint32_t> begin(h.cells * (h.rows + 1));
+  for_each_part(h, h.rows, [&](int64_t first, int64_t last) {
+    std::vector<uint32_t> entries(h.cells);
+    for (int64_t row = first; row < last; ++row) {
+      std::fill(entries.begin(), entries.end(), 0);
+      for_each_entry(c, row, h.cells, [&](int64_t panel, int, int64_t) { ++entries[panel]; });
+      for (int64_t panel = 0; panel < h.cells; ++panel) begin[panel * (h.rows + 1) + row] = entries[panel] / kEntryGroup;
+    }
+  });
+  uint32_t end = 0;
+  for (int64_t panel = 0; panel < h.cells; ++panel)
+    for (int64_t row = 0; row <= h.rows; ++row) {
+      const uint32_t size = row < h.rows ? begin[panel * (h.rows + 1) + row] : 0;
+      begin[panel * (h.rows + 1) + row] = end;
+      end += size;
+    }
+  return begin;
+}
+
+Plan make_plan(const SparseCheckpoint& c, double sparse_columns) {
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  if (c.rows < 1 || c.rows > most || c.columns < 1 || c.columns > most)
+    refuse("the weight has shape [" + std::to_string(c.rows) + ", " + std::to_string(c.columns) + "]; allowed: 1.." +
+           std::to_string(most) + " each");
+  Plan plan;
+  SparseHeader& h = plan.header;
+  h.magic = kSparseMagic;
+  h.version = kSparseVersion;
+  h.rows = c.rows;
+  h.columns = c.columns;
+  h.kept = c.kept;
+  h.checkpoint_kind = h.kind = c.kind;
+  h.values = c.value_type;
+  h.bits = c.bits;
+  h.outliers = c.outliers;
+  if (c.kind == SparseKind::bitmap) h.checkpoint_columns = c.mask == nullptr ? c.column_bytes : 0;
+  const bool few = c.kind == SparseKind::bitmap &&
+                   static_cast<double>(c.kept) < sparse_columns * static_cast<double>(c.rows) * static_cast<double>(c.columns);
+  if (few || (c.kind != SparseKind::codes && c.value_type == ValueType::fp32)) h.kind = SparseKind::columns;
+
+  const bool columns = h.kind == SparseKind::columns;
+  h.strips = ceil_div(h.rows, kStripRows);
+  h.cells = ceil_div(h.columns, columns ? kPanelColumns : cell_columns(h.kind, h.bits));
+  if (columns) plan.begin = plan_columns(c, h);
+  if (h.kind == SparseKind::bitmap) plan.begin = plan_bitmap(c, h);
+  if (h.kind == SparseKind::sparse24) h.stage_bytes = values24_bytes(h.values);
+  if (h.kind == SparseKind::codes) h.stage_bytes = codes24_bytes(h.bits);
+
+  int64_t end = sizeof(SparseHeader);
+  const auto section = [&end](int64_t bytes) {
+    const int64_t begin = ceil_div(end, kAlignment) * kAlignment;
+    end = begin + bytes;
+    return begin;
+  };
+  h.begin_offset = section(static_cast<int64_t>(plan.begin.size()) * 4);
+  if (c.kind == SparseKind::bitmap) h.row_offsets_offset = section((h.rows + 1) * 4);
+  if (c.scale != nullptr) h.scale_offset = section(h.rows * 4);
+  if (h.kind == SparseKind::codes) h.codebook_offset = section(h.cells * cell_table_bytes(h.bits));
+  if (h.outliers > 0) {
+    h.outlier_row_offsets_offset = section((h.rows + 1) * 4);
+    h.outlier_columns_offset = section(h.outliers * 4);
+    h.outlier_values_offset = section(h.outliers * 2);
+    h.outlier_deltas_offset = section(h.outliers * 4);
+  }
+  if (columns) {
+    const int64_t entries = int64_t{plan.begin.back()} * kEntryGroup;
+    h.data_offset = section(entries * value_bytes(h.values));
+    h.steps_offset = section(entries);
+  } else {
+    h.data_offset = section(h.kind == SparseKind::bitmap ? int64_t{plan.begin.back()} * 16 : h.strips * h.cells * h.stage_bytes);
+  }
+  h.bytes = ceil_div(end, kAlignment) * kAlignment;
+  return plan;
+}
+
+// A cell of a strip, of kinds whose cells have one size.
+template <class Byte>
+Byte* cell_of(Byte* base, const SparseHeader& h, int64_t strip, int64_t cell) {
+  return base + h.data_offset + (strip * h.cells + cell) * h.stage_bytes;
+}
+
+// --- bitmap ----------------------------------------------------------------------------------------------------------
+
+int mask_bit(const Place& p) { return p.tile * 8 + p.r * 2 + p.j; }
+
+// How many values of the lane stand before this place's: lanes keep theirs in the order of half steps and bits.
+int values_before(const uint32_t* masks, const Place& p) {
+  int n = __builtin_popcount(masks[p.step * kLanes + p.lane] & ((1u << mask_bit(p)) - 1));
+  for (int64_t step = 0; step < p.step; ++step) n += __builtin_popcount(masks[step * kLanes + p.lane]);
+  return n;
+}
+
+template <class Byte>
+Byte* bitmap_cell(Byte* base, const SparseHeader& h, int64_t strip, int64_t cell) {
+  return base + h.data_offset + int64_t{at<uint32_t>(base, h.begin_offset)[strip * (h.cells + 1) + cell]} * 16;
+}
+
+template <class Byte>
+Byte* value_in_bitmap(Byte* cell, const SparseHeader& h, const Place& p) {
+  return cell + kMaskBytes +
+         (int64_t{values_before(at<uint32_t>(static_cast<const uint8_t*>(cell), 0), p)} * kLanes + p.lane) *
+             value_bytes(h.values);
+}
+
+void pack_bitmap_strip(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base, int64_t strip) {
+  const int width = cell_columns(h.kind, 0);
+  const auto for_each = [&](auto&& body) {  // body(cell, place in it, place among the values)
+    for (int64_t row = strip * kStripRows; row < std::min(h.rows, (strip + 1) * kStripRows); ++row)
+      for_each_kept(c, row, [&](int64_t column, int64_t place) {
+        body(bitmap_cell(base, h, strip, column / width),
+             place_of_column(static_cast<int>(row % kStripRows), column % width), place);
+      });
+  };
+  for_each([](uint8_t* cell, const Place& p, int64_t) { at<uint32_t>(cell, 0)[p.step * kLanes + p.lane] |= 1u << mask_bit(p); });
+  const int64_t size = value_bytes(h.values);
+  for_each([&](uint8_t* cell, const Place& p, int64_t place) {
+    std::memcpy(value_in_bitmap(cell, h, p), c.values + place * size, size);
+  });
+}
+
+// In the checkpoint's mask or column numbers.
+void put_kept(const SparseCheckpoint& to, int64_t row, int64_t column, int64_t place) {
+  if (to.mask == nullptr)
+    put_column(to.column_numbers, to.column_bytes, place, static_cast<uint32_t>(column));
+  else
+    to.mask[row * ((to.columns + 7) / 8) + column / 8] |= static_cast<uint8_t>(1 << column % 8);
+}
+
+void unpack_bitmap_strip(const uint8_t* base, const SparseHeader& h, const SparseCheckpoint& to, int64_t strip) {
+  const int width = cell_columns(h.kind, 0);
+  const int64_t size = value_bytes(h.values);
+  for (int64_t row = strip * kStripRows; row < std::min(h.rows, (strip + 1) * kStripRows); ++row) {
+    int64_t next = to.row_offsets[row];
+    for (int64_t column = 0; column < h.columns; ++column) {
+      const uint8_t* cell = bitmap_cell(base, h, strip, column / width);
+      const Place p = place_of_column(static_cast<int>(row % kStripRows), column % width);
+      if ((at<uint32_t>(cell, 0)[p.step * kLanes + p.lane] >> mask_bit(p) & 1) == 0) continue;
+      std::memcpy(to.values + next * size, value_in_bitmap(cell, h, p), size);
+      put_kept(to, row, column, next++);
+    }
+  }
+}
+
+// --- columns ---------------------------------------------------------------------------------------------------------
+
+void pack_columns(const SparseCheckpoint& c, const Plan& plan, uint8_t* base) {
+  const SparseHeader& h = plan.header;
+  const int64_t size = value_bytes(h.values);
+  for_each_part(h, h.rows, [&](int64_t first, int64_t last) {
+    std::vector<int64_t> next(h.cells);
+    for (int64_t row = first; row < last; ++row) {
+      for (int64_t panel = 0; panel < h.cells; ++panel)
+        next[panel] = int64_t{plan.begin[panel * (h.rows + 1) + row]} * kEntryGroup;
+      for_each_entry(c, row, h.cells, [&](int64_t panel, int step, int64_t place) {
+        const int64_t entry = next[panel]++;
+        base[h.steps_offset + entry] = static_cast<uint8_t>(step);
+        if (place >= 0) std::memcpy(base + h.data_offset + entry * size, c.values + place * size, size);
+      });
+    }
+  });
+}
+
+void unpack_columns(const uint8_t* base, const SparseHeader& h, const SparseCheckpoint& to) {
+  const int64_t size = value_bytes(h.values), groups = sparse_groups(h.columns);
+  const auto* begin = at<uint32_t>(base, h.begin_offset);
+  for_each_part(h, h.rows, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      int64_t place = h.checkpoint_kind == SparseKind::sparse24 ? row * 2 * groups : to.row_offsets[row];
+      for (int64_t panel = 0; panel < h.cells; ++panel) {
+        int64_t column = panel * kPanelColumns;
+        const uint32_t* range = begin + panel * (h.rows + 1) + row;
+        for (int64_t entry = int64_t{range[0]} * kEntryGroup; entry < int64_t{range[1]} * kEntryGroup; ++entry) {
+          const int step = base[h.steps_offset + entry];
+          column += step;
+          if (step == kMoveOnly) continue;
+          std::memcpy(to.values + place * size, base + h.data_offset + entry * size, size);
+          if (h.checkpoint_kind == SparseKind::sparse24)
+            to.positions[row * ((groups + 1) / 2) + column / 8] |=
+                static_cast<uint8_t>(column % 4 << (4 * (column / 4 % 2) + 2 * (place % 2)));
+          else
+            put_kept(to, row, column, place);
+          ++place;
+        }
+      }
+    }
+  });
+}
+
+// --- 2:4 -------------------------------------------------------------------------------------------------------------
+
+template <class Byte, class Visit>  // visit(row, group, the cell, row of the strip, group of the cell)
+void for_each_group(const SparseHeader& h, Byte* base, int64_t strip, Visit&& visit) {
+  const int64_t cell_groups = cell_columns(h.kind, h.bits) / 4;
+  for (int64_t row = strip * kStripRows; row < std::min(h.rows, (strip + 1) * kStripRows); ++row)
+    for (int64_t group = 0; group < sparse_groups(h.columns); ++group)
+      visit(row, group, cell_of(base, h, strip, group / cell_groups), static_cast<int>(row % kStripRows), group % cell_groups);
+}
+
+uint32_t* positions_in(uint8_t* cell, const SparseHeader& h) {
+  const int64_t before = h.kind == SparseKind::codes ? 512 : values24_bytes(h.values) - kPositionBytes;
+  return at<uint32_t>(cell, before);
+}
+const uint32_t* positions_in(const uint8_t* cell, const SparseHeader& h) {
+  return positions_in(const_cast<uint8_t*>(cell), h);
+}
+bool one_step(const SparseHeader& h) { return h.kind == SparseKind::codes && h.bits > 2; }
+
+void put_positions(uint8_t* cell, const SparseHeader& h, int row, int64_t group, uint32_t positions) {
+  const PositionPlace p = position_place(row, group, one_step(h));
+  uint32_t& word = positions_in(cell, h)[p.word];
+  word = (word & ~(15u << p.shift)) | positions << p.shift;
+}
+int get_positions(const uint8_t* cell, const SparseHeader& h, int row, int64_t group) {
+  const PositionPlace p = position_place(row, group, one_step(h));
+  return static_cast<int>(positions_in(cell, h)[p.word] >> p.shift & 15);
+}
+
+// Every group is a valid one for mma.sp, also those beyond the weight.
+void fill_positions(const SparseHeader& h, uint8_t* base, int64_t strip) {
+  const int words = one_step(h) ? kPositionBytes / 8 : kPositionBytes / 4;
+  for (int64_t cell = 0; cell < h.cells; ++cell)
+    std::fill_n(positions_in(cell_of(base, h, strip, cell), h), words, kFirstTwo * 0x11111111u);
+}
+
+template <class Byte>
+Byte* value_in(Byte* cell, ValueType type, int row, int64_t group, int which) {
+  const Place p = place_of_group(row, group);
+  return cell + ((((p.step * kStripTiles + p.tile) * kLanes + p.lane) * 4 + p.r) * 2 + which) * value_bytes(type);
+}
+
+void pack_24_strip(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base, int64_t strip) {
+  const int64_t groups = sparse_groups(h.columns), size = value_bytes(h.values);
+  fill_positions(h, base, strip);
+  for_each_group(h, base, strip, [&](int64_t row, int64_t group, uint8_t* cell, int in_strip, int64_t in_cell) {
+    put_positions(cell, h, in_strip, in_cell, read_nibble(c.positions + row * ((groups + 1) / 2), group));
+    for (int which = 0; which < 2; ++which)
+      std::memcpy(value_in(cell, h.values, in_strip, in_cell, which), c.values + ((row * groups + group) * 2 + which) * size,
+                  size);
+  });
+}
+
+void unpack_24_strip(const uint8_t* base, const SparseHeader& h, const SparseCheckpoint& to, int64_t strip) {
+  const int64_t groups = sparse_groups(h.columns), size = value_bytes(h.values);
+  for_each_group(h, base, strip, [&](int64_t row, int64_t group, const uint8_t* cell, int in_strip, int64_t in_cell) {
+    const int positions = get_positions(cell, h, in_strip, in_cell);
+    to.positions[row * ((groups + 1) / 2) + group / 2] |= static_cast<uint8_t>(positions << (4 * (group % 2)));
+    for (int which = 0; which < 2; ++which)
+      std::memcpy(to.values + ((row * groups + group) * 2 + which) * size, value_in(cell, h.values, in_strip, in_cell, which),
+                  size);
+  });
+}
+
+// --- codes -----------------------------------------------------------------------------------------------------------
+
+struct CodePlace {
+  int64_t word;
+  int shift;
+};
+CodePlace code_place(const SparseHeader& h, int row, int64_t group, int which) {
+  const Place p = place_of_group(row, group);
+  const int nibble = 4 * (2 * p.r + which);
+  return {p.tile * kLanes + p.lane, h.bits == 2 ? nibble + 2 * static_cast<int>(p.step) : nibble};
+}
+
+void pack_codes_strip(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base, int64_t strip) {
+  const int64_t groups = sparse_groups(h.columns), code_bytes = (2 * groups * h.bits + 7) / 8;
+  fill_positions(h, base, strip);
+  for_each_group(h, base, strip, [&](int64_t row, int64_t group, uint8_t* cell, int in_strip, int64_t in_cell) {
+    put_positions(cell, h, in_strip, in_cell, read_nibble(c.positions + row * ((groups + 1) / 2), group));
+    for (int which = 0; which < 2; ++which) {
+      const CodePlace p = code_place(h, in_strip, in_cell, which);
+      at<uint32_t>(cell, 0)[p.word] |= code_at(c.codes + row * code_bytes, 2 * group + which, h.bits) << p.shift;
+    }
+  });
+}
+
+void unpack_codes_strip(const uint8_t* base, const SparseHeader& h, const SparseCheckpoint& to, int64_t strip) {
+  const int64_t groups = sparse_groups(h.columns), code_bytes = (2 * groups * h.bits + 7) / 8;
+  for_each_group(h, base, strip, [&](int64_t row, int64_t group, const uint8_t* cell, int in_strip, int64_t in_cell) {
+    const int positions = get_positions(cell, h, in_strip, in_cell);
+    to.positions[row * ((groups + 1) / 2) + group / 2] |= static_cast<uint8_t>(positions << (4 * (group % 2)));
+    for (int which = 0; which < 2; ++which) {
+      const CodePlace p = code_place(h, in_strip, in_cell, which);
+      const uint32_t code = at<uint32_t>(cell, 0)[p.word] >> p.shift & ((1u << h.bits) - 1);
+      write_code(to.codes + row * code_bytes, 2 * group + which, h.bits, code);
+    }
+  });
+}
+
+template <class Visit>  // visit(entry of the checkpoint's codebook, byte of its low half, byte of its high half)
+void for_each_entry_of_codebook(const SparseHeader& h, Visit&& visit) {
+  const int width = cell_columns(h.kind, h.bits);
+  for (int64_t column = 0; column < h.columns; ++column) {
+    const int64_t table = h.codebook_offset + column / width * cell_table_bytes(h.bits);
+    for (int64_t code = 0; code < 1 << h.bits; ++code) {
+      const int64_t entry = (column << h.bits) + code;
+      if (h.bits == 2) {
+        const int64_t low = table + column % width / 4 * 32 + code + 4 * (column % 4);
+        visit(entry, low, low + 16);
+      } else {
+        const int64_t low = table + (column % width * 16 + code) * 2;
+        visit(entry, low, low + 1);
+      }
+    }
+  }
+}
+
+// What a checkpoint's codes say at a column; 0 where they keep nothing.
+float decoded(const SparseCheckpoint& c, int64_t row, int64_t column) {
+  const int64_t groups = sparse_groups(c.columns), group = column / 4;
+  const int positions = read_nibble(c.positions + row * ((groups + 1) / 2), group);
+  for (int which = 0; which < 2; ++which)
+    if ((positions >> (2 * which) & 3) == column % 4) {
+      const uint8_t* codes = c.codes + row * ((2 * groups * c.bits + 7) / 8);
+      return cpu::fp16_to_fp32(c.codebook[(column << c.bits) + code_at(codes, 2 * group + which, c.bits)]);
+    }
+  return 0.0f;
+}
+
+void pack_outliers(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base) {
+  std::memcpy(base + h.outlier_row_offsets_offset, c.outlier_row_offsets, (h.rows + 1) * 4);
+  std::memcpy(base + h.outlier_values_offset, c.outlier_values, h.outliers * 2);
+  for (int64_t row = 0; row < h.rows; ++row)
+    for (int64_t i = c.outlier_row_offsets[row]; i < c.outlier_row_offsets[row + 1]; ++i) {
+      const uint32_t column = column_at(c.outlier_columns, c.column_bytes, i);
+      at<uint32_t>(base, h.outlier_columns_offset)[i] = column;
+      at<float>(base, h.outlier_deltas_offset)[i] = cpu::fp16_to_fp32(c.outlier_values[i]) - decoded(c, row, column);
+    }
+}
+
+}  // namespace
+
+const SparseHeader& checked_sparse_header(const void* layout, int64_t layout_bytes) {
+  if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % 8 != 0 ||
+      layout_bytes < static_cast<int64_t>(sizeof(SparseHeader)))
+    refuse("needs a blob of at least " + std::to_string(sizeof(SparseHeader)) + " bytes, aligned to 8, given: " +
+           std::to_string(layout_bytes));
+  const auto& h = *static_cast<const SparseHeader*>(layout);
+  if (h.magic != kSparseMagic || h.version != kSparseVersion)
+    refuse("the blob was not made by this version of pyllmq, or is damaged; pack the weight again");
+  if (h.bytes != layout_bytes)
+    refuse("the header says " + std::to_string(h.bytes) + " bytes, given: " + std::to_string(layout_bytes) +
+           "; the blob was cut or padded");
+  return h;
+}
+
+int64_t sparse_layout_bytes(const SparseCheckpoint& checkpoint, double sparse_columns) {
+  return make_plan(checkpoint, sparse_columns).header.bytes;
+}
+
+void sparse_layout_pack(void* layout, int64_t layout_bytes, const SparseCheckpoint& c, double sparse_columns) {
+  const Plan plan = make_plan(c, sparse_columns);
+  const SparseHeader& h = plan.header;
+  if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % 16 != 0 || layout_bytes != h.bytes)
+    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes; this weight needs " + std::to_string(h.bytes) +
+           ", aligned to 16");
+  auto* base = static_cast<uint8_t*>(layout);
+  std::memset(base, 0, layout_bytes);
+  std::memcpy(base, &h, sizeof h);
+  if (!plan.begin.empty()) std::memcpy(base + h.begin_offset, plan.begin.data(), plan.begin.size() * 4);
+  if (c.row_offsets != nullptr) std::memcpy(base + h.row_offsets_offset, c.row_offsets, (h.rows + 1) * 4);
+  if (h.scale_offset != 0) std::memcpy(base + h.scale_offset, c.scale, h.rows * 4);
+  if (h.kind == SparseKind::codes)
+    for_each_entry_of_codebook(h, [&](int64_t entry, int64_t low, int64_t high) {
+      base[low] = static_cast<uint8_t>(c.codebook[entry]);
+      base[high] = static_cast<uint8_t>(c.codebook[entry] >> 8);
+    });
+  if (h.outliers > 0) pack_outliers(c, h, base);
+  if (h.kind == SparseKind::columns) return pack_columns(c, plan, base);
+  for_each_part(h, h.strips, [&](int64_t first, int64_t last) {
+    for (int64_t strip = first; strip < last; ++strip) {
+      if (h.kind == SparseKind::bitmap) pack_bitmap_strip(c, h, base, strip);
+      if (h.kind == SparseKind::sparse24) pack_24_strip(c, h, base, strip);
+      if (h.kind == SparseKind::codes) pack_codes_strip(c, h, base, strip);
+    }
+  });
+}
+
+void sparse_layout_unpack(const void* layout, int64_t layout_bytes, const SparseCheckpoint& to) {
+  const SparseHeader& h = checked_sparse_header(layout, layout_bytes);
+  const auto* base = static_cast<const uint8_t*>(layout);
+  const bool as_columns = to.kind == SparseKind::bitmap && to.mask == nullptr;
+  if (to.kind != h.checkpoint_kind || to.value_type != h.values || to.rows != h.rows || to.columns != h.columns ||
+      to.kept != h.kept || to.bits != h.bits || to.outliers != h.outliers || as_columns != (h.checkpoint_columns != 0) ||
+      (to.scale != nullptr) != (h.scale_offset != 0))
+    refuse("the tensors to unpack into are not those of the weight that was packed");
+  const int64_t groups = sparse_groups(h.columns);
+  if (to.mask != nullptr) std::memset(to.mask, 0, h.rows * ((h.columns + 7) / 8));
+  if (to.positions != nullptr) std::memset(to.positions, 0, h.rows * ((groups + 1) / 2));
+  if (to.codes != nullptr) std::memset(to.codes, 0, h.rows * ((2 * groups * h.bits + 7) / 8));
+  if (to.scale != nullptr) std::memcpy(to.scale, base + h.scale_offset, h.rows * 4);
+  if (to.codebook != nullptr)
+    for_each_entry_of_codebook(h, [&](int64_t entry, int64_t low, int64_t high) {
+      to.codebook[entry] = static_cast<uint16_t>(base[low] | base[high] << 8);
+    });
+  if (h.outliers > 0) {
+    std::memcpy(to.outlier_row_offsets, base + h.outlier_row_offsets_offset, (h.rows + 1) * 4);
+    std::memcpy(to.outlier_values, base + h.outlier_values_offset, h.outliers * 2);
+    for (int64_t i = 0; i < h.outliers; ++i)
+      put_column(to.outlier_columns, to.column_bytes, i, at<uint32_t>(base, h.outlier_columns_offset)[i]);
+  }
+  if (to.row_offsets != nullptr) std::memcpy(to.row_offsets, base + h.row_offsets_offset, (h.rows + 1) * 4);
+  if (h.kind == SparseKind::columns) return unpack_columns(base, h, to);
+  for_each_part(h, h.strips, [&](int64_t first, int64_t last) {
+    for (int64_t strip = first; strip < last; ++strip) {
+      if (h.kind == SparseKind::bitmap) unpack_bitmap_strip(base, h, to, strip);
+      if (h.kind == SparseKind::sparse24) unpack_24_strip(base, h, to, strip);
+      if (h.kind == SparseKind::codes) unpack_codes_strip(base, h, to, strip);
+    }
+  });
+}
+
+}  // namespace pyllmq::cuda

@@ -199,21 +199,30 @@ def test_what_random_values_do_not_reach_keeps_a_module_unfused():
     model = packed(tiny("olmo", clip_qkv=50.0))
     assert "clamp" in pyllmq.fuse(model)["model.layers.0.self_attn"]
 
+
+@pytest.mark.parametrize(
+    "factor", [lambda p: (p // 8192).float().log1p() + 1, lambda p: p * 1e-9 + 1], ids=["log", "linear"]
+)
+def test_a_factor_that_depends_on_the_position_keeps_a_module_unfused(monkeypatch, factor):
+    """It is 1 at the first positions."""
+    from transformers.models.llama import modeling_llama
+
+    rotate, plain = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaAttention.forward
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+        scale = factor(kwargs["position_ids"])[:, None, :, None]
+
+        def scaled(q, k, *tables):
+            q, k = rotate(q, k, *tables)
+            return scale * q, k
+
+        with monkeypatch.context() as inner:
+            inner.setattr(modeling_llama, "apply_rotary_pos_emb", scaled)
+            return plain(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+
     model = packed(tiny("llama"))
-    attention = type(model.model.layers[0].self_attn)
-    plain = attention.forward
-
-    def scaled(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
-        factor = torch.log1p(kwargs["position_ids"] // 8192) + 1
-        return plain(
-            self, hidden_states * factor[..., None], position_embeddings, attention_mask, past_key_values, **kwargs
-        )
-
-    attention.forward = scaled
-    try:
-        assert "do not take its argument" in pyllmq.fuse(model)["model.layers.0.self_attn"]
-    finally:
-        attention.forward = plain
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
+    assert "more than x" in pyllmq.fuse(model)["model.layers.0.self_attn"]
 
 
 def test_soft_cap_follows_the_attention_implementation():
@@ -254,6 +263,12 @@ def test_a_model_that_takes_no_token_ids_says_so():
                                         bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)  # fmt: skip
     model = packed(transformers.WhisperForConditionalGeneration(config).eval())
     assert pyllmq.fuse(model) == {"": "its input is input_features, not input_ids"}
+
+
+def test_a_model_without_weights_says_so():
+    with torch.device("meta"):
+        model = tiny_llama()
+    assert pyllmq.fuse(model) == {"": "it is on meta; steps run on the CPU"} == report(model)
 
 
 # ---- formats and dtypes ---------------------------------------------------------------------------------------------

@@ -195,8 +195,10 @@ def _attention(record: Record, call: Call, marker: Call) -> Fitting:
 def _rows(outputs: list[Tensor], count: int, size: int) -> Iterator[Rows]:
     """Where `count` heads can lie: behind one another from the start of a Linear's output, behind the heads of one or two
     others, or each beside its key and value."""
-    for linear, output in enumerate(outputs):
-        rows = output.shape[-1]
+    for linear in sorted(
+        range(len(outputs)), key=lambda i: outputs[i].shape[-1] != count * size
+    ):  # the likely ones first
+        rows = outputs[linear].shape[-1]
         for first in range(0, rows - count * size + 1, size):
             yield Rows(linear, first, size)
         if rows == 3 * count * size:

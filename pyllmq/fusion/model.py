@@ -41,6 +41,9 @@ def _fused_or_why_not(model: nn.Module) -> dict[str, str]:
     usable, why = cpu.available()
     if not usable:
         return {"": why}
+    elsewhere = {t.device.type for t in (*model.parameters(), *model.buffers())} - {cpu.DEVICE}
+    if elsewhere:
+        return {"": f"it is on {', '.join(sorted(elsewhere))}; steps run on the CPU"}
     try:
         fitting, reasons = fit(record_model(model))
     except NotRecordedError as error:

@@ -97,7 +97,7 @@ class FusedModule:
         names = self.arguments
         layer: Any = None if names.cache is None else growing_layer(given.get(names.cache), names.cache_layer)
         x: Any = given.get(names.x)
-        if type(x) is not Tensor or x.dtype not in native.DTYPE_CODES or not x.is_cpu:
+        if type(x) is not Tensor or x.dtype not in cpu.DTYPE_CODE or not x.is_cpu:
             return None
         shape = x.shape
         if len(shape) != 3 or not 0 < shape[0] <= MOST_SEQUENCES or not 0 < shape[1] <= MOST_QUERIES:
@@ -192,7 +192,7 @@ def _reaches(layer: GrowingLayer, shape: torch.Size, mask: Any, cos: Any) -> boo
     buffer = keys.buffer
     if buffer is None or keys.length == 0 or values.length != keys.length:
         return False
-    if buffer.shape[0] != batch or buffer.dtype not in native.DTYPE_CODES or not buffer.is_cpu:
+    if buffer.shape[0] != batch or buffer.dtype not in cpu.DTYPE_CODE or not buffer.is_cpu:
         return False
     if cos is not None and (cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != queries):
         return False

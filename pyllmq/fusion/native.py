@@ -16,8 +16,6 @@ from ..nn import PackedLinear
 from .cache import GrowingLayer
 from .steps import NONE, AttentionForm, MlpForm, Norm, Rotary, Rows
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 
 class NotBoundError(Exception):
     """A weight that the native steps cannot read; the message says which."""
@@ -51,7 +49,7 @@ def make_tokens(x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor 
         keep.append(mask[:, 0].float().contiguous())
         strides = (0 if mask.shape[0] == 1 else keep[-1].stride(0), keep[-1].stride(1))
         given |= {"mask": keep[-1].data_ptr(), "mask_strides": strides}
-    native = cpu.kernels().StepTokens(batch=batch, queries=queries, dtype=DTYPE_CODES[x.dtype], **given)
+    native = cpu.kernels().StepTokens(batch=batch, queries=queries, dtype=cpu.DTYPE_CODE[x.dtype], **given)
     return Tokens(batch, queries, native, tuple(keep), None if mask is None else mask.shape[-1])
 
 
@@ -105,7 +103,7 @@ class Attention:
         return cpu.kernels().KeyValueCache(
             keys=keys.data_ptr(),
             values=values.data_ptr(),
-            dtype=DTYPE_CODES[keys.dtype],
+            dtype=cpu.DTYPE_CODE[keys.dtype],
             batch=batch,
             kv_heads=heads,
             capacity=capacity,
@@ -144,13 +142,12 @@ def _operand(linear: nn.Module) -> Any:
     if isinstance(linear, PackedLinear):
         operand = linear.operand()
         if operand.layout == cpu.LAYOUT or operand.layout in cpu_sparse.LAYOUTS.values():
-            (blob,) = operand.tensors
             kind = "CodebookOperand" if operand.layout == cpu.LAYOUT else "SparseOperand"
-            return getattr(cpu.kernels(), kind)(blob.data_ptr(), blob.numel())
+            return cpu.bound(kind, operand.tensors[0], operand.out_features, operand.in_features)
         raise NotBoundError(f"a weight is laid out as {operand.layout!r}, not for the CPU's kernels")
     weight = dense_weight(linear)
-    if weight.is_contiguous() and weight.dtype in DTYPE_CODES and weight.is_cpu:
-        return cpu.kernels().DenseOperand(weight.data_ptr(), DTYPE_CODES[weight.dtype], *weight.shape)
+    if weight.is_contiguous() and weight.dtype in cpu.DTYPE_CODE and weight.is_cpu:
+        return cpu.kernels().DenseOperand(weight.data_ptr(), cpu.DTYPE_CODE[weight.dtype], *weight.shape)
     raise NotBoundError(
         f"a {type(linear).__name__} is dense, {weight.dtype} on {weight.device}, strides {weight.stride()}"
     )

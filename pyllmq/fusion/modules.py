@@ -15,7 +15,7 @@ from . import native
 from .cache import GrowingLayer, growing_layer
 from .grammar import Arguments, Fitting
 from .steps import Rotary
-from .transformers_names import attention_implementation, collects
+from .transformers_names import attention_implementation, collects, implementation_of
 
 MOST_QUERIES, MOST_SEQUENCES = 8, 8
 """Of a call that is made as native steps. More tokens are a prompt: there torch's attention and the packed layers' own calls
@@ -59,7 +59,7 @@ class FusedModule:
         self.wrap = _WRAPS[fitting.wraps]
         self.shared = shared
         self.implementation = attention_implementation(fitting.asks)
-        self.config = getattr(fitting.asks, "config", None)
+        self.config = {} if fitting.asks is None else vars(fitting.asks.config)
         self.known = fitting.arguments.known
         modules = list(fitting.module.modules())
         self.inner = modules[1:]
@@ -130,7 +130,7 @@ class FusedModule:
         """Nobody watches what happens inside, asks for gradients or for anything that was not recorded."""
         if torch.is_grad_enabled() or self.module.training or torch.is_autocast_enabled("cpu"):
             return False
-        if self.config is not None and self.config._attn_implementation != self.implementation:
+        if implementation_of(self.config) != self.implementation:
             return False
         for name in given:
             if name not in self.known:

@@ -55,6 +55,11 @@ def attention_implementation(module: nn.Module | None) -> str | None:
     return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
+def implementation_of(state: dict[str, Any]) -> str | None:
+    """The same of a configuration's `__dict__`: asking the configuration itself goes through 4 us of Python."""
+    return state.get("_attn_implementation_internal")
+
+
 def as_implemented(form: AttentionForm, implementation: str | None) -> AttentionForm | None:
     """What an attention function makes of the form, None if that is not known."""
     if implementation == "eager":

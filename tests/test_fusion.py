@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import pyllmq
-from pyllmq.fusion import native, report
+from pyllmq.fusion import native, report, steps
+from pyllmq.fusion.cache import filled_cache, growing_layer
+from pyllmq.fusion.grammar import fit
+from pyllmq.fusion.record import record_model
 from pyllmq.nn import PackedLinear
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
@@ -269,6 +273,37 @@ def test_a_model_without_weights_says_so():
     with torch.device("meta"):
         model = tiny_llama()
     assert pyllmq.fuse(model) == {"": "it is on meta; steps run on the CPU"} == report(model)
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3", "gemma2", "glm4", "olmo2", "gpt_neox", "gpt_oss", "hunyuan_v1_dense", "granite"]
+)
+@torch.no_grad()
+def test_steps_are_as_their_reference(family):
+    """A step of three tokens behind five, with a mask, against the form in plain torch and fp64."""
+    fitting = fit(record_model(tiny(family)))[0][0]
+    form = fitting.attention
+    x, mask = torch.randn(2, 3, 64), torch.rand(2, 1, 3, 8).log()
+    mask[1, :, :, :2] = -torch.inf
+    angles = torch.rand(2, 3, form.rotary.size // 2) * 6
+    cos, sin = (t.repeat_interleave(form.rotary.step, -1) for t in (angles.cos(), angles.sin()))
+    past = [torch.randn(2, form.kv_heads, 5, size) for size in (form.head_size, form.value_size)]
+
+    def in_fp64(form):
+        linears = tuple(copy.deepcopy(linear).double() for linear in (*form.linears, form.output.linear))
+        return replace(form, linears=linears[:-1], output=replace(form.output, linear=linears[-1]))
+
+    wide = [t.double() for t in (x, *past, cos, sin, mask)]
+    expected, keys, values = steps.attention(in_fp64(form), *wide, residual=wide[0])
+    layer = growing_layer(filled_cache(0, *past), 0)
+    y = torch.empty_like(x)
+    native.Attention(form)(x, y, native.make_tokens(x, cos, sin, mask, form.rotary), layer, residual=True)
+    for ours, exact in ((y, expected), (layer.keys, keys), (layer.values, values)):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    if fitting.mlp is not None:
+        expected = steps.mlp(in_fp64(fitting.mlp), wide[0], y.double())
+        native.Mlp(fitting.mlp)(x, y, native.make_tokens(x, None, None, None, form.rotary), residual=True)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- formats and dtypes ---------------------------------------------------------------------------------------------

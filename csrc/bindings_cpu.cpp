@@ -3,11 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <stdexcept>
 #include <thread>
@@ -25,6 +28,9 @@
 #include "sparse/cpu/layout.h"
 #include "sparse/cpu/operand.h"
 #include "runtime/thread_pool.h"
+#include "decode_step/attention_step.h"
+#include "decode_step/cpu/dense_operand.h"
+#include "decode_step/mlp_step.h"
 
 namespace py = pybind11;
 
@@ -100,6 +106,10 @@ void bind_runtime(py::module_& m) {
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("threads"), NoGil());
+  m.def("worker_sleep", [] {
+    const WorkerSleep state = worker_sleep();
+    return py::make_tuple(state.wakeups, state.asleep);
+  });
   m.def("parallel_probe", &parallel_probe, py::arg("tasks"), py::arg("task_us") = 0.0, py::arg("failing_task") = -1,
         py::arg("nested_tasks") = 0);
   m.def(
@@ -475,6 +485,197 @@ void bind_softmax_cdist_l1(py::module_& m) {
       py::arg("x_gradient"), NoGil());
 }
 
+// --- decode steps --------------------------------------------------------------------------------------------------
+
+// The keyword arguments of a constructor: each is taken once, by name.
+class Arguments {
+ public:
+  explicit Arguments(const py::kwargs& given) : left_(given.attr("copy")()) {}
+
+  template <class T>
+  T take(const char* name) {
+    if (!left_.contains(name)) throw py::type_error(std::string("missing keyword argument '") + name + "'");
+    try {
+      return left_.attr("pop")(name).template cast<T>();
+    } catch (const py::cast_error&) {
+      throw py::type_error(std::string("keyword argument '") + name + "' is of another type than the stub file says");
+    }
+  }
+  template <class T>
+  T take(const char* name, T otherwise) {
+    return left_.contains(name) ? take<T>(name) : otherwise;
+  }
+  Norm norm(const char* name) {
+    const auto* given = take<const Norm*>(name, nullptr);
+    return given == nullptr ? Norm{} : *given;
+  }
+  // One of the allowed names -> the enumerator at its place.
+  template <class Enum>
+  Enum choice(const char* name, const std::string& given, const std::vector<std::string>& allowed) {
+    const auto found = std::find(allowed.begin(), allowed.end(), given);
+    if (found != allowed.end()) return static_cast<Enum>(found - allowed.begin());
+    std::string list;
+    for (const std::string& one : allowed) list += (list.empty() ? "" : ", ") + one;
+    throw std::invalid_argument(std::string(name) + " '" + given + "' is not known; allowed: " + list);
+  }
+  void finish() const {
+    for (const auto& [name, value] : left_)
+      throw py::type_error("unknown keyword argument '" + name.cast<std::string>() + "'");
+  }
+
+ private:
+  py::dict left_;
+};
+
+template <class Step>
+struct Bound {
+  Step step;
+  py::tuple operands;  // keeps them alive
+};
+
+struct TypedTokens {
+  StepTokens tokens;
+  DType dtype;
+
+  StepCall call(Pointer x, Pointer residual, Pointer y) const {
+    return {elements(x, dtype), elements(residual, dtype), elements(y, dtype), dtype, tokens.batch * tokens.queries};
+  }
+};
+
+template <class Rows>
+Rows rows_of(const std::array<int64_t, 3>& rows) {
+  return {rows[0], rows[1], rows[2]};
+}
+
+using Three = std::array<int64_t, 3>;
+using Floats = std::vector<float>;
+
+InputLinears input_of(Arguments& arguments, const py::tuple& inputs) {
+  return {inputs.cast<std::vector<const LinearOperand*>>(), arguments.take<Floats>("input_bias", {})};
+}
+
+OutputLinear output_of(Arguments& arguments, const py::object& output) {
+  return {output.cast<const LinearOperand*>(), arguments.take<Floats>("output_bias", {}), arguments.norm("output_norm"),
+          arguments.take<float>("multiplier", 1)};
+}
+
+Bound<AttentionStep> bound_attention_step(const py::kwargs& given) {
+  Arguments arguments(given);
+  const auto inputs = arguments.take<py::tuple>("inputs");
+  const auto output = arguments.take<py::object>("output");
+  AttentionStep step{
+      .norm = arguments.norm("norm"),
+      .input = input_of(arguments, inputs),
+      .q_rows = rows_of<HeadRows>(arguments.take<Three>("q_rows")),
+      .k_rows = rows_of<HeadRows>(arguments.take<Three>("k_rows")),
+      .v_rows = rows_of<HeadRows>(arguments.take<Three>("v_rows")),
+      .heads = arguments.take<int64_t>("heads"),
+      .kv_heads = arguments.take<int64_t>("kv_heads"),
+      .head_size = arguments.take<int64_t>("head_size"),
+      .value_size = arguments.take<int64_t>("value_size"),
+      .q_norm = arguments.norm("q_norm"),
+      .k_norm = arguments.norm("k_norm"),
+      .v_norm = arguments.norm("v_norm"),
+      .norms_span_heads = arguments.take<bool>("norms_span_heads", false),
+      .norms_after_rotary = arguments.take<bool>("norms_after_rotary", false),
+      .rotary = arguments.choice<Rotary>("rotary", arguments.take<std::string>("rotary", "none"),
+                                         {"none", "halves", "interleaved"}),
+      .rotary_size = arguments.take<int64_t>("rotary_size", 0),
+      .scale = arguments.take<float>("scale"),
+      .soft_cap = arguments.take<float>("soft_cap", 0),
+      .window = arguments.take<int64_t>("window", 0),
+      .causal = arguments.take<bool>("causal", true),
+      .sinks = arguments.take<Floats>("sinks", {}),
+      .output = output_of(arguments, output),
+      .precision = precision_of(arguments.take<int>("precision", 1))};
+  arguments.finish();
+  check_attention_step(step);
+  return {std::move(step), py::make_tuple(inputs, output)};
+}
+
+Bound<MlpStep> bound_mlp_step(const py::kwargs& given) {
+  Arguments arguments(given);
+  const auto inputs = arguments.take<py::tuple>("inputs");
+  const auto output = arguments.take<py::object>("output");
+  const auto gate = arguments.take<Three>("gate_rows");
+  const auto up = arguments.take<std::optional<Three>>("up_rows", std::nullopt);
+  MlpStep step{.norm = arguments.norm("norm"),
+               .input = input_of(arguments, inputs),
+               .units = arguments.take<int64_t>("units"),
+               .gate_rows = rows_of<UnitRows>(gate),
+               .up_rows = rows_of<UnitRows>(up.value_or(gate)),
+               .gated = up.has_value(),
+               .activation = arguments.choice<Activation>("activation", arguments.take<std::string>("activation"),
+                                                          {"silu", "gelu", "gelu_tanh", "relu", "relu_squared"}),
+               .output = output_of(arguments, output),
+               .precision = precision_of(arguments.take<int>("precision", 1))};
+  arguments.finish();
+  check_mlp_step(step);
+  return {std::move(step), py::make_tuple(inputs, output)};
+}
+
+Norm norm_of(const std::string& kind, float eps, Floats weight, Floats bias) {
+  if (kind != "rms" && kind != "layer")
+    throw std::invalid_argument("norm '" + kind + "' is not known; allowed: rms, layer");
+  return {kind == "rms" ? NormKind::rms : NormKind::layer, eps, std::move(weight), std::move(bias)};
+}
+
+KeyValueCache cache_of(Pointer keys, Pointer values, int dtype, int64_t batch, int64_t kv_heads, int64_t capacity,
+                       int64_t head_size, int64_t value_size, const Three& key_strides, const Three& value_strides) {
+  const DType type = dtype_of(dtype);
+  return {elements(keys, type), elements(values, type), type,        batch,        kv_heads, capacity, head_size,
+          value_size,           key_strides,            value_strides};
+}
+
+TypedTokens tokens_of(int64_t batch, int64_t queries, int dtype, Pointer cos, Pointer sin, std::vector<int64_t> starts,
+                      Pointer mask, const std::array<int64_t, 2>& mask_strides) {
+  return {{batch, queries, as<float>(cos), as<float>(sin), std::move(starts), as<float>(mask), mask_strides[0],
+           mask_strides[1]},
+          dtype_of(dtype)};
+}
+
+template <class Step>
+py::class_<Bound<Step>> bind_step(py::module_& m, const char* name, Bound<Step> (*make)(const py::kwargs&)) {
+  return py::class_<Bound<Step>>(m, name)
+      .def(py::init(make))
+      .def_property(
+          "precision", [](const Bound<Step>& bound) { return static_cast<int>(bound.step.precision); },
+          [](Bound<Step>& bound, int code) { bound.step.precision = precision_of(code); });
+}
+
+void bind_decode_step(py::module_& m) {
+  using py::arg;
+  py::class_<DenseOperand, LinearOperand>(m, "DenseOperand")
+      .def(py::init([](Pointer weight, int dtype, int64_t rows, int64_t columns) {
+             const DType type = dtype_of(dtype);
+             return std::make_unique<DenseOperand>(elements(weight, type), type, rows, columns);
+           }),
+           arg("weight"), arg("dtype"), arg("rows"), arg("columns"));
+  py::class_<Norm>(m, "Norm").def(py::init(&norm_of), arg("kind"), arg("eps"), arg("weight") = Floats{},
+                                  arg("bias") = Floats{});
+  py::class_<KeyValueCache>(m, "KeyValueCache")
+      .def(py::init(&cache_of), py::kw_only(), arg("keys"), arg("values"), arg("dtype"), arg("batch"), arg("kv_heads"),
+           arg("capacity"), arg("head_size"), arg("value_size"), arg("key_strides"), arg("value_strides"));
+  py::class_<TypedTokens>(m, "StepTokens")
+      .def(py::init(&tokens_of), py::kw_only(), arg("batch"), arg("queries"), arg("dtype"), arg("cos") = 0, arg("sin") = 0,
+           arg("starts") = std::vector<int64_t>{}, arg("mask") = 0, arg("mask_strides") = std::array<int64_t, 2>{});
+  bind_step(m, "AttentionStep", &bound_attention_step)
+      .def(
+          "__call__",
+          [](const Bound<AttentionStep>& bound, Pointer x, Pointer y, const TypedTokens& tokens, const KeyValueCache& cache,
+             int64_t past, Pointer residual) {
+            attention_step(bound.step, tokens.call(x, residual, y), tokens.tokens, cache, past);
+          },
+          arg("x"), arg("y"), arg("tokens"), arg("cache"), arg("past"), arg("residual") = 0, NoGil());
+  bind_step(m, "MlpStep", &bound_mlp_step)
+      .def(
+          "__call__",
+          [](const Bound<MlpStep>& bound, Pointer x, Pointer y, const TypedTokens& tokens, Pointer residual) {
+            mlp_step(bound.step, tokens.call(x, residual, y));
+          },
+          arg("x"), arg("y"), arg("tokens"), arg("residual") = 0, NoGil());
+}
+
 }  // namespace
 }  // namespace pyllmq::cpu
 
@@ -491,4 +692,5 @@ PYBIND11_MODULE(_cpu, m) {
   pyllmq::cpu::bind_sinkhorn(m);
   pyllmq::cpu::bind_doubly_stochastic(m);
   pyllmq::cpu::bind_softmax_cdist_l1(m);
+  pyllmq::cpu::bind_decode_step(m);
 }

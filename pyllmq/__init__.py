@@ -30,6 +30,7 @@ from .formats import (
     Sparse24CodebookWeight,
     Sparse24Weight,
 )
+from .fusion import fuse, unfuse
 from .integrations.transformers import from_pretrained, on_import, save_pretrained
 from .kmeans import kmeans_1d, kmeans_1d_errors
 from .nn import CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseLinear, set_precision
@@ -64,6 +65,7 @@ __all__ = [
     "doubly_stochastic",
     "from_pretrained",
     "functional",
+    "fuse",
     "kmeans_1d",
     "kmeans_1d_errors",
     "losses",
@@ -76,6 +78,7 @@ __all__ = [
     "swap_linear",
     "tune_blocks",
     "tune_codebooks",
+    "unfuse",
     "use_backend",
 ]
 

@@ -14,6 +14,9 @@ def num_threads() -> int: ...
 def set_num_threads(threads: int) -> None:
     """Size of the thread pool, the calling thread included: 1..1024. Waits for a running kernel."""
 
+def worker_sleep() -> tuple[int, int]:
+    """How often threads of the pool woke from sleep so far, and how many sleep now."""
+
 def parallel_probe(
     tasks: int, task_us: float = 0.0, failing_task: int = -1, nested_tasks: int = 0
 ) -> tuple[list[int], int]:
@@ -275,3 +278,135 @@ def sparse_layout_bytes(checkpoint: SparseCheckpoint, sparse_columns: float) -> 
     """Size of a layout. A bitmap that keeps a smaller share than sparse_columns is laid out as column numbers."""
 
 def sparse_layout_pack(layout: int, layout_bytes: int, checkpoint: SparseCheckpoint, sparse_columns: float) -> None: ...
+
+# --- decode steps: csrc/decode_step ---------------------------------------------------------------------------------
+
+class DenseOperand(LinearOperand):
+    def __init__(self, weight: int, dtype: int, rows: int, columns: int) -> None:
+        """weight: the address of [rows, columns], contiguous."""
+
+class Norm:
+    """kind "rms" or "layer". weight and bias are copied; without a weight it is ones, without a bias zeros. A weight that
+    stands for 1 + w is given as 1 + w."""
+
+    def __init__(self, kind: str, eps: float, weight: list[float] = ..., bias: list[float] = ...) -> None: ...
+
+class KeyValueCache:
+    """keys [batch, kv_heads, capacity, head_size] and values [batch, kv_heads, capacity, value_size] of one dtype, as addresses;
+    strides of batch, head and position in elements, elements of a head side by side. Owned by the caller, who must keep
+    them as long as this."""
+
+    def __init__(
+        self,
+        *,
+        keys: int,
+        values: int,
+        dtype: int,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_size: int,
+        value_size: int,
+        key_strides: tuple[int, int, int],
+        value_strides: tuple[int, int, int],
+    ) -> None: ...
+
+class StepTokens:
+    """The tokens of one call, the same for all blocks: [batch, queries] of them.
+
+    dtype: of x, y and residual. cos, sin: the addresses of fp32 [batch * queries, rotary_size / 2], one number for each
+    rotated pair, or 0. starts: for each sequence the first key that is no padding; empty: 0. mask: 0, or the address of fp32
+    [batch, queries, past + queries] with mask_strides of batch and query in elements, added to the scores; it alone then
+    says which key a query sees: window, causality and starts of the step do not apply. -inf hides a key; a query that sees
+    no key gets 0. The memory must outlive this.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        queries: int,
+        dtype: int,
+        cos: int = 0,
+        sin: int = 0,
+        starts: list[int] = ...,
+        mask: int = 0,
+        mask_strides: tuple[int, int] = ...,
+    ) -> None: ...
+
+class AttentionStep:
+    """y = residual + multiplier * output_norm(attention(norm(x)) W_out^T + output_bias); csrc/decode_step/attention_step.h.
+
+    inputs: Linears of one input with rows for q, k and v; input_bias of all their rows, one after the other. q_rows, k_rows,
+    v_rows: (operand, first row, rows from one head to the next). q_norm, k_norm, v_norm: over each head (weight of one
+    head, or of all heads), or with norms_span_heads over all heads of a token. rotary: "none", "halves", "interleaved".
+    scale: of q k^T; a factor of q behind its Linear goes in here, too. window: keys that a query sees, its own included;
+    0: all. sinks: for each head the logit of a key without value. precision: 0 exact, 1 high, 2 fast; may be set later.
+    Sizes that do not fit raise ValueError.
+    """
+
+    precision: int
+    def __init__(
+        self,
+        *,
+        inputs: tuple[LinearOperand, ...],
+        q_rows: tuple[int, int, int],
+        k_rows: tuple[int, int, int],
+        v_rows: tuple[int, int, int],
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        value_size: int,
+        scale: float,
+        output: LinearOperand,
+        norm: Norm | None = None,
+        input_bias: list[float] = ...,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+        v_norm: Norm | None = None,
+        norms_span_heads: bool = False,
+        norms_after_rotary: bool = False,
+        rotary: str = "none",
+        rotary_size: int = 0,
+        soft_cap: float = 0.0,
+        window: int = 0,
+        causal: bool = True,
+        sinks: list[float] = ...,
+        output_bias: list[float] = ...,
+        output_norm: Norm | None = None,
+        multiplier: float = 1.0,
+        precision: int = 1,
+    ) -> None: ...
+    def __call__(
+        self, x: int, y: int, tokens: StepTokens, cache: KeyValueCache, past: int, residual: int = 0
+    ) -> None:
+        """x, y, residual: the addresses of [batch, queries, hidden], contiguous, of the dtype of `tokens`; y may be x or the
+        residual, 0 is no residual. Writes keys and values at positions past..past + queries of the cache and attends
+        over the cache up to there."""
+
+class MlpStep:
+    """y = residual + multiplier * output_norm((activation(gate) * up) W_down^T + output_bias), gate and up of norm(x).
+
+    inputs, input_bias, output_...: as for AttentionStep. gate_rows, up_rows: (operand, first row, rows from one unit to the
+    next); without up_rows the activation of the gate rows alone. activation: "silu", "gelu", "gelu_tanh", "relu" or
+    "relu_squared". units: the width between the Linears.
+    """
+
+    precision: int
+    def __init__(
+        self,
+        *,
+        inputs: tuple[LinearOperand, ...],
+        units: int,
+        gate_rows: tuple[int, int, int],
+        activation: str,
+        output: LinearOperand,
+        up_rows: tuple[int, int, int] | None = None,
+        norm: Norm | None = None,
+        input_bias: list[float] = ...,
+        output_bias: list[float] = ...,
+        output_norm: Norm | None = None,
+        multiplier: float = 1.0,
+        precision: int = 1,
+    ) -> None: ...
+    def __call__(self, x: int, y: int, tokens: StepTokens, residual: int = 0) -> None: ...

@@ -24,9 +24,16 @@ namespace {
 
 constexpr int kSpinPauses = 64;
 constexpr auto kIdleBeforeSleep = std::chrono::microseconds(150);
+constexpr auto kHotAfterwards = std::chrono::milliseconds(2);
 constexpr int kMaxThreads = 1024;
 
 thread_local bool inside_task = false;
+std::atomic<int> hot_regions{0};
+std::atomic<int64_t> hot_until{0};  // ticks of the steady clock
+
+bool is_hot() {
+  return hot_regions.load() > 0 || std::chrono::steady_clock::now().time_since_epoch().count() < hot_until.load();
+}
 
 void pause_cpu() {
 #if defined(__x86_64__)
@@ -34,7 +41,8 @@ void pause_cpu() {
 #endif
 }
 
-// Spins on `ready` for a little, then gives the core away between looks; returns false if `patience` ran out first.
+// Spins on `ready` for a little, then gives the core away between looks; returns false if `patience` ran out first and
+// the threads are not hot.
 template <class Ready>
 bool spin_until(Ready ready, std::chrono::steady_clock::duration patience) {
   const auto start = std::chrono::steady_clock::now();
@@ -44,7 +52,7 @@ bool spin_until(Ready ready, std::chrono::steady_clock::duration patience) {
       pause_cpu();
     }
     sched_yield();
-    if (std::chrono::steady_clock::now() - start > patience) return ready();
+    if (std::chrono::steady_clock::now() - start > patience && !is_hot()) return ready();
   }
 }
 
@@ -87,6 +95,16 @@ class ThreadPool {
     if (static_cast<int>(workers_.size()) != threads - 1) resize(threads);
   }
 
+  WorkerSleep worker_sleep() const { return {wakeups_.load(), sleepers_.load()}; }
+
+  void wake_sleepers() {
+    if (sleepers_.load() == 0) return;
+    {
+      std::lock_guard<std::mutex> lock(sleep_mutex_);
+    }  // a worker between its last look and its wait holds this
+    wake_.notify_all();
+  }
+
  private:
   static constexpr int64_t kOpen = int64_t{1} << 32;  // gate_ = kOpen while a job may be entered + workers inside
 
@@ -101,14 +119,6 @@ class ThreadPool {
     for (int i = 1; i < threads; ++i) workers_.emplace_back([this, seen] { worker_loop(seen); });
   }
 
-  void wake_sleepers() {
-    if (sleepers_.load() == 0) return;
-    {
-      std::lock_guard<std::mutex> lock(sleep_mutex_);
-    }  // a worker between its last look and its wait holds this
-    wake_.notify_all();
-  }
-
   void worker_loop(uint64_t seen) {
     inside_task = true;
     for (;;) {
@@ -116,8 +126,10 @@ class ThreadPool {
       if (!spin_until(changed, kIdleBeforeSleep)) {
         std::unique_lock<std::mutex> lock(sleep_mutex_);
         sleepers_.fetch_add(1);
-        wake_.wait(lock, [this, seen] { return generation_.load() != seen; });
+        wake_.wait(lock, [this, seen] { return generation_.load() != seen || hot_regions.load() > 0; });
         sleepers_.fetch_sub(1);
+        wakeups_.fetch_add(1);
+        if (generation_.load() == seen) continue;
       }
       seen = generation_.load();
       if (stop_.load()) return;
@@ -152,6 +164,7 @@ class ThreadPool {
   alignas(64) std::atomic<int64_t> gate_{0};
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<int> sleepers_{0};
+  std::atomic<int64_t> wakeups_{0};
   std::mutex sleep_mutex_;
   std::condition_variable wake_;
 };
@@ -178,6 +191,7 @@ void forget_pool_after_fork() {
   live_pool.store(nullptr);
   new (&creation_mutex) std::mutex;
   inside_task = false;
+  hot_regions = 0;
 }
 
 ThreadPool& pool() {
@@ -201,13 +215,25 @@ void set_num_threads(int threads) {
   if (live_pool.load() != nullptr) pool().resize_when_idle(threads);
 }
 
+WorkerSleep worker_sleep() { return pool().worker_sleep(); }
+
+HotThreads::HotThreads() {
+  if (hot_regions.fetch_add(1) == 0 && num_threads() > 1) pool().wake_sleepers();
+}
+
+HotThreads::~HotThreads() {
+  hot_until.store((std::chrono::steady_clock::now() + kHotAfterwards).time_since_epoch().count());
+  hot_regions.fetch_sub(1);
+}
+
 namespace detail {
 
 void run_chunks(int64_t count, int64_t grain, double cost_ns, ChunkFunction function, void* context) {
   if (count <= 0) return;
   const Job job{function, context, count, std::max<int64_t>(grain, 1)};
   const int threads = num_threads();
-  if (threads == 1 || inside_task || cost_ns < kParallelThresholdNs || count <= job.grain) return run_inline(job);
+  const double threshold = hot_regions.load(std::memory_order_relaxed) > 0 ? kHotThresholdNs : kParallelThresholdNs;
+  if (threads == 1 || inside_task || cost_ns < threshold || count <= job.grain) return run_inline(job);
   pool().run(job, threads);
 }
 

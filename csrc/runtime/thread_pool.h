@@ -7,11 +7,27 @@
 
 namespace pyllmq::cpu {
 
-// Work below this single-thread cost runs on the calling thread: waking another one costs 5-50 us.
-constexpr double kParallelThresholdNs = 30e3;
+// Work below this single-thread cost runs on the calling thread: waking another one costs 5-50 us, and 1-2 where it spins.
+constexpr double kParallelThresholdNs = 30e3, kHotThresholdNs = 5e3;
 
 int num_threads();
 void set_num_threads(int threads);  // 1..1024; waits for a running parallel_for; throws inside a task
+
+// While one exists, and 2 ms beyond, the workers spin for work: one wake-up for all calls of a token, sleep between
+// generations.
+class HotThreads {
+ public:
+  HotThreads();
+  ~HotThreads();
+  HotThreads(const HotThreads&) = delete;
+  HotThreads& operator=(const HotThreads&) = delete;
+};
+
+struct WorkerSleep {
+  int64_t wakeups;  // so far
+  int asleep;
+};
+WorkerSleep worker_sleep();
 
 namespace detail {
 using ChunkFunction = void (*)(void* context, int64_t begin, int64_t end);

@@ -1,0 +1,303 @@
+#include "decode_step/attention_step.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "codebook/cpu/linear.h"
+#include "runtime/thread_pool.h"
+#include "decode_step/cpu/step_parts.h"
+
+namespace pyllmq::cpu {
+namespace {
+
+// The context is cut at multiples of 128 positions, or of more where there are heads and sequences enough, but whatever the
+// number of threads, and the parts are joined in order: the same bits for any number of threads. What a part of 128 hands
+// over is 1/32 of what it reads with 8 rows.
+constexpr int64_t kPartKeys = 128, kMostParts = 1024;
+constexpr int64_t kChunksPerThread = 4;
+constexpr int64_t kMostPositions = 1 << 24;  // fp32 holds every position up to there
+constexpr double kNsPerProduct = 0.03, kNsPerPreparedElement = 1.5;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// --- q, k and v ----------------------------------------------------------------------------------------------------
+
+void rotate(Rotary rotary, int64_t size, const float* cos, const float* sin, float* head) {
+  const int64_t pairs = size / 2, apart = rotary == Rotary::halves ? pairs : 1, step = rotary == Rotary::halves ? 1 : 2;
+  for (int64_t i = 0; i < pairs; ++i) {
+    float &p = head[i * step], &q = head[i * step + apart];
+    const float rotated = p * cos[i] - q * sin[i];
+    q = q * cos[i] + p * sin[i];
+    p = rotated;
+  }
+}
+
+// Heads of one token, `stride` apart: norm and rotary positions in their order.
+void prepare_heads(const AttentionStep& step, const Norm& norm, Rotary rotary, int64_t heads, int64_t size, int64_t stride,
+                   const float* cos, const float* sin, float* first) {
+  const auto normalize_heads = [&] {
+    if (norm.kind == NormKind::none) return;
+    if (step.norms_span_heads) return normalize(norm, first, heads * size, 0, first);
+    for (int64_t h = 0; h < heads; ++h) normalize(norm, first + h * stride, size, h, first + h * stride);
+  };
+  if (!step.norms_after_rotary) normalize_heads();
+  if (rotary != Rotary::none)
+    for (int64_t h = 0; h < heads; ++h) rotate(rotary, step.rotary_size, cos, sin, first + h * stride);
+  if (step.norms_after_rotary) normalize_heads();
+}
+
+// --- attention -----------------------------------------------------------------------------------------------------
+
+struct Sizes {
+  const StepKernels& kernels;
+  int64_t batch, queries, past, length;  // length: positions with the new ones
+  int64_t lanes, group;
+  int64_t rows, padded_rows;  // that share a head of keys: queries * group
+  int64_t value_size;         // padded to whole registers
+  int64_t units;              // heads of keys of all sequences
+  int64_t part_keys;
+
+  Sizes(const AttentionStep& step, const StepTokens& tokens, int64_t past_positions)
+      : kernels(step_kernels()),
+        batch(tokens.batch),
+        queries(tokens.queries),
+        past(past_positions),
+        length(past_positions + tokens.queries),
+        lanes(kernels.lanes),
+        group(step.heads / step.kv_heads),
+        rows(queries * group),
+        padded_rows(divide_up(rows, lanes) * lanes),
+        value_size(divide_up(step.value_size, lanes) * lanes),
+        units(batch * step.kv_heads),
+        part_keys(kPartKeys * divide_up(units * divide_up(length, kPartKeys), kMostParts)) {}
+};
+
+// Which positions the rows of a sequence see.
+struct Sight {
+  std::vector<float> first, last;  // [padded_rows]
+  float earliest_first, latest_first, earliest_last, latest_last;
+};
+
+Sight sight_of(const AttentionStep& step, const StepTokens& tokens, const Sizes& sizes, int64_t sequence) {
+  Sight sight{std::vector<float>(sizes.padded_rows, 0.0f), std::vector<float>(sizes.padded_rows, kInfinity), kInfinity, 0,
+              kInfinity, 0};
+  const int64_t start = tokens.starts.empty() ? 0 : tokens.starts[sequence];
+  for (int64_t r = 0; r < sizes.rows; ++r) {
+    const int64_t position = sizes.past + r / sizes.group;
+    const bool limited = tokens.mask == nullptr;
+    const int64_t first = limited && step.window > 0 ? position + 1 - step.window : 0;
+    sight.first[r] = static_cast<float>(std::max(first, limited ? start : 0));
+    sight.last[r] = static_cast<float>(limited && step.causal ? position + 1 : sizes.length);
+    sight.earliest_first = std::min(sight.earliest_first, sight.first[r]);
+    sight.latest_first = std::max(sight.latest_first, sight.first[r]);
+    sight.earliest_last = std::min(sight.earliest_last, sight.last[r]);
+    sight.latest_last = std::max(sight.latest_last, sight.last[r]);
+  }
+  return sight;
+}
+
+// What the parts of one head of keys leave, in one row of memory: largest and sums [padded_rows], weighted [rows, values].
+struct PartResult {
+  float *largest, *sums, *weighted;
+
+  PartResult(const Sizes& sizes, float* memory)
+      : largest(memory), sums(memory + sizes.padded_rows), weighted(memory + 2 * sizes.padded_rows) {}
+  static int64_t floats(const Sizes& sizes) { return 2 * sizes.padded_rows + sizes.rows * sizes.value_size; }
+};
+
+// out [value_size] of one row. A sink is a further key with this logit and without a value.
+void join_parts(const AttentionStep& step, const Sizes& sizes, float* memory, int64_t parts, int64_t row, float* out) {
+  const int64_t floats = PartResult::floats(sizes);
+  const float sink =
+      step.sinks.empty() ? -kInfinity : step.sinks[row / sizes.rows * sizes.group + row % sizes.rows % sizes.group];
+  const int64_t r = row % sizes.rows;
+  float largest = sink;
+  for (int64_t p = 0; p < parts; ++p) {
+    const float of_part = PartResult(sizes, memory + p * floats).largest[r];
+    largest = of_part > largest || of_part != of_part ? of_part : largest;
+  }
+  float sum = sink == -kInfinity ? 0 : std::exp(sink - largest);
+  std::fill_n(out, step.value_size, 0.0f);
+  for (int64_t p = 0; p < parts; ++p) {
+    const PartResult part(sizes, memory + p * floats);
+    if (part.largest[r] == -kInfinity) continue;
+    const float weight = std::exp(part.largest[r] - largest);
+    sum += part.sums[r] * weight;
+    const float* weighted = part.weighted + r * sizes.value_size;
+    for (int64_t d = 0; d < step.value_size; ++d) out[d] += weighted[d] * weight;
+  }
+  const float inverse = sum == 0 ? 0 : 1 / sum;
+  for (int64_t d = 0; d < step.value_size; ++d) out[d] *= inverse;
+}
+
+// q: [batch, kv_heads, rows / lanes, head_size, lanes]; context [token, heads, value_size].
+void attend(const AttentionStep& step, const StepTokens& tokens, const KeyValueCache& cache, const Sizes& sizes,
+            const float* q, float* context, Scratch& scratch) {
+  std::vector<Sight> sights;
+  for (int64_t b = 0; b < sizes.batch; ++b) sights.push_back(sight_of(step, tokens, sizes, b));
+  int64_t first_part = sizes.length / sizes.part_keys;
+  double seen = 0;
+  for (const Sight& sight : sights) {
+    first_part = std::min(first_part, static_cast<int64_t>(sight.earliest_first) / sizes.part_keys);
+    seen += sight.latest_last - sight.earliest_first;
+  }
+  const int64_t parts = divide_up(sizes.length, sizes.part_keys) - first_part;
+  const int64_t units = sizes.units, floats = PartResult::floats(sizes);
+  float* results = scratch.take(units * parts * floats);
+  const double products = seen * static_cast<double>(step.kv_heads * sizes.padded_rows * (step.head_size + sizes.value_size));
+
+  // Some parts in a row for a thread, which can then ask for the next one's memory.
+  const int64_t grain = std::max<int64_t>(1, units * parts / (kChunksPerThread * num_threads()));
+  parallel_for(units * parts, grain, kNsPerProduct * products, [&](int64_t task_begin, int64_t task_end) {
+    for (int64_t task = task_begin; task < task_end; ++task) {
+      const int64_t unit = task / parts, b = unit / step.kv_heads, head = unit % step.kv_heads;
+      const Sight& sight = sights[b];
+      const int64_t part_begin = (first_part + task % parts) * sizes.part_keys;
+      const PartResult result(sizes, results + task * floats);
+      const auto* keys = static_cast<const uint8_t*>(cache.keys);
+      const auto* values = static_cast<const uint8_t*>(cache.values);
+      const int64_t bytes = element_bytes(cache.dtype);
+      sizes.kernels.attend(
+          {.rows = sizes.rows,
+           .group = sizes.group,
+           .head_size = step.head_size,
+           .value_size = step.value_size,
+           .q = q + unit * sizes.padded_rows * step.head_size,
+           .first = sight.first.data(),
+           .last = sight.last.data(),
+           .latest_first = sight.latest_first,
+           .earliest_last = sight.earliest_last,
+           .soft_cap = step.soft_cap,
+           .mask = tokens.mask == nullptr ? nullptr : tokens.mask + b * tokens.mask_batch_stride,
+           .mask_query_stride = tokens.mask_query_stride,
+           .begin = std::max(part_begin, static_cast<int64_t>(sight.earliest_first)),
+           .end = std::min(part_begin + sizes.part_keys, static_cast<int64_t>(sight.latest_last)),
+           .ahead_end = std::min(part_begin + (task_end - task) * sizes.part_keys, static_cast<int64_t>(sight.latest_last)),
+           .keys = keys + (b * cache.key_strides[0] + head * cache.key_strides[1]) * bytes,
+           .values = values + (b * cache.value_strides[0] + head * cache.value_strides[1]) * bytes,
+           .dtype = cache.dtype,
+           .key_stride = cache.key_strides[2],
+           .value_stride = cache.value_strides[2],
+           .to_fp32 = row_kernels().to_fp32[static_cast<int>(cache.dtype)],
+           .largest = result.largest,
+           .sums = result.sums,
+           .weighted = result.weighted});
+    }
+  });
+
+  const double joined = static_cast<double>(units * parts * sizes.rows * step.value_size);
+  parallel_for(units * sizes.rows, 1, joined, [&](int64_t row_begin, int64_t row_end) {
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      const int64_t unit = row / sizes.rows, b = unit / step.kv_heads, head = unit % step.kv_heads, r = row % sizes.rows;
+      const int64_t token = b * sizes.queries + r / sizes.group;
+      const int64_t query_head = head * sizes.group + r % sizes.group;
+      join_parts(step, sizes, results + unit * parts * floats, parts, head * sizes.rows + r,
+                 context + (token * step.heads + query_head) * step.value_size);
+    }
+  });
+}
+
+void check_attention_call(const AttentionStep& step, const StepCall& call, const StepTokens& tokens,
+                          const KeyValueCache& cache, int64_t past) {
+  check_call(call);
+  require(tokens.batch == cache.batch && step.kv_heads == cache.kv_heads && step.head_size == cache.head_size &&
+              step.value_size == cache.value_size,
+          "batch, kv_heads, head_size and value_size of the cache are " +
+              list_of({cache.batch, cache.kv_heads, cache.head_size, cache.value_size}) + "; needed: " +
+              list_of({tokens.batch, step.kv_heads, step.head_size, step.value_size}));
+  require(cache.keys != nullptr && cache.values != nullptr, "keys and values of the cache must not be null");
+  require(past >= 0 && past + tokens.queries <= std::min(cache.capacity, kMostPositions),
+          "past = " + std::to_string(past) + " and " + std::to_string(tokens.queries) +
+              " queries; the cache has room for " + std::to_string(std::min(cache.capacity, kMostPositions)) + " positions");
+  require(step.rotary == Rotary::none || (tokens.cos != nullptr && tokens.sin != nullptr),
+          "this step rotates q and k; it needs cos and sin");
+  require(tokens.starts.empty() || static_cast<int64_t>(tokens.starts.size()) == tokens.batch,
+          "starts has " + std::to_string(tokens.starts.size()) + " elements; the batch is " + std::to_string(tokens.batch));
+  for (const int64_t start : tokens.starts)
+    require(start >= 0 && start <= past + tokens.queries,
+            "a sequence starts at " + std::to_string(start) + "; allowed: 0.." + std::to_string(past + tokens.queries));
+}
+
+}  // namespace
+
+void check_attention_step(const AttentionStep& step) {
+  require(step.kv_heads > 0 && step.heads > 0 && step.heads % step.kv_heads == 0,
+          "heads and kv_heads are " + list_of({step.heads, step.kv_heads}) + "; heads must be a multiple of kv_heads");
+  for (const int64_t size : {step.head_size, step.value_size})
+    require(size > 0 && size <= kLargestHead,
+            "a head has " + std::to_string(size) + " elements; allowed: 1.." + std::to_string(kLargestHead));
+  check_input(step.input, step.norm);
+  const auto check = [&](const std::string& name, const HeadRows& rows, const Norm& norm, int64_t heads, int64_t size) {
+    check_rows(name + "_rows", step.input, rows.operand, rows.first_row, rows.head_stride, heads, size);
+    check_norm(name + "_norm", norm, {step.norms_span_heads ? heads * size : size, heads * size});
+    require(norm.kind == NormKind::none || !step.norms_span_heads || heads == 1 || rows.head_stride == size,
+            name + "_norm is over all heads, which must lie side by side");
+  };
+  check("q", step.q_rows, step.q_norm, step.heads, step.head_size);
+  check("k", step.k_rows, step.k_norm, step.kv_heads, step.head_size);
+  check("v", step.v_rows, step.v_norm, step.kv_heads, step.value_size);
+  require(step.rotary == Rotary::none ||
+              (step.rotary_size > 0 && step.rotary_size % 2 == 0 && step.rotary_size <= step.head_size),
+          "rotary_size = " + std::to_string(step.rotary_size) + "; allowed: even numbers up to the head size " +
+              std::to_string(step.head_size));
+  require(step.soft_cap >= 0, "soft_cap must be > 0, or 0 for none");
+  require(step.window >= 0 && (step.window == 0 || step.causal),
+          "window = " + std::to_string(step.window) + "; allowed: 0 (all), or more in a causal step");
+  require(step.sinks.empty() || static_cast<int64_t>(step.sinks.size()) == step.heads,
+          "sinks has " + std::to_string(step.sinks.size()) + " elements; there are " + std::to_string(step.heads) + " heads");
+  check_output(step.output, step.heads * step.value_size);
+}
+
+void attention_step(const AttentionStep& step, const StepCall& call, const StepTokens& tokens, const KeyValueCache& cache,
+                    int64_t past) {
+  check_attention_call(step, call, tokens, cache, past);
+  const HotThreads hot;
+  thread_local Scratch scratch;
+  scratch.clear();
+  const Sizes sizes(step, tokens, past);
+  const std::vector<float*> outputs = project(step.input, step.norm, call, step.precision, scratch);
+
+  const int64_t size = step.head_size, lanes = sizes.lanes;
+  float* q = scratch.take(sizes.units * sizes.padded_rows * size);
+  if (sizes.padded_rows > sizes.rows) std::fill_n(q, sizes.units * sizes.padded_rows * size, 0.0f);
+  const auto prepare_token = [&](int64_t token) {
+    const auto heads_of = [&](const HeadRows& rows) {
+      return outputs[rows.operand] + token * step.input.operands[rows.operand]->rows() + rows.first_row;
+    };
+    float *q_heads = heads_of(step.q_rows), *k_heads = heads_of(step.k_rows), *v_heads = heads_of(step.v_rows);
+    const float *cos = tokens.cos + token * step.rotary_size / 2, *sin = tokens.sin + token * step.rotary_size / 2;
+    prepare_heads(step, step.q_norm, step.rotary, step.heads, size, step.q_rows.head_stride, cos, sin, q_heads);
+    prepare_heads(step, step.k_norm, step.rotary, step.kv_heads, size, step.k_rows.head_stride, cos, sin, k_heads);
+    prepare_heads(step, step.v_norm, Rotary::none, step.kv_heads, step.value_size, step.v_rows.head_stride, cos, sin, v_heads);
+
+    const int64_t b = token / sizes.queries, query = token % sizes.queries;
+    for (int64_t h = 0; h < step.heads; ++h) {
+      const int64_t row = query * sizes.group + h % sizes.group;
+      float* to = q + (b * step.kv_heads + h / sizes.group) * sizes.padded_rows * size + row / lanes * lanes * size + row % lanes;
+      for (int64_t d = 0; d < size; ++d) to[d * lanes] = q_heads[h * step.q_rows.head_stride + d] * step.scale;
+    }
+    const auto store = [&](const float* heads, int64_t stride, void* memory, const std::array<int64_t, 3>& strides,
+                           int64_t count) {
+      for (int64_t h = 0; h < step.kv_heads; ++h)
+        row_kernels().from_fp32[static_cast<int>(cache.dtype)](
+            heads + h * stride,
+            static_cast<uint8_t*>(memory) +
+                (b * strides[0] + h * strides[1] + (past + query) * strides[2]) * element_bytes(cache.dtype),
+            count);
+    };
+    store(k_heads, step.k_rows.head_stride, cache.keys, cache.key_strides, size);
+    store(v_heads, step.v_rows.head_stride, cache.values, cache.value_strides, step.value_size);
+  };
+  const double prepared = kNsPerPreparedElement * static_cast<double>(call.tokens * (step.heads + 2 * step.kv_heads) * size);
+  parallel_for(call.tokens, 1, prepared, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) prepare_token(token);
+  });
+
+  float* context = scratch.take(call.tokens * step.heads * step.value_size);
+  attend(step, tokens, cache, sizes, q, context, scratch);
+  finish(step.output, context, call, step.precision, scratch);
+}
+
+}  // namespace pyllmq::cpu

@@ -1,0 +1,53 @@
+#include "decode_step/mlp_step.h"
+
+#include "runtime/thread_pool.h"
+#include "decode_step/cpu/step_parts.h"
+
+namespace pyllmq::cpu {
+namespace {
+
+constexpr double kNsPerUnit = 1.0;
+
+// Elements first, first + stride, ... side by side.
+const float* side_by_side(const float* from, int64_t stride, int64_t count, float* room) {
+  if (stride == 1) return from;
+  for (int64_t i = 0; i < count; ++i) room[i] = from[i * stride];
+  return room;
+}
+
+}  // namespace
+
+void check_mlp_step(const MlpStep& step) {
+  require(step.units > 0, "units = " + std::to_string(step.units) + "; must be > 0");
+  check_input(step.input, step.norm);
+  const auto check = [&](const char* name, const UnitRows& rows) {
+    check_rows(name, step.input, rows.operand, rows.first_row, rows.stride, step.units, 1);
+  };
+  check("gate_rows", step.gate_rows);
+  if (step.gated) check("up_rows", step.up_rows);
+  check_output(step.output, step.units);
+}
+
+void mlp_step(const MlpStep& step, const StepCall& call) {
+  check_call(call);
+  const HotThreads hot;
+  thread_local Scratch scratch;
+  scratch.clear();
+  const std::vector<float*> outputs = project(step.input, step.norm, call, step.precision, scratch);
+  const int64_t units = step.units;
+  float* activated = scratch.take(call.tokens * units);
+  float* gates = scratch.take(call.tokens * units);
+  float* ups = scratch.take(call.tokens * units);
+  parallel_for(call.tokens, 1, kNsPerUnit * static_cast<double>(call.tokens * units), [&](int64_t begin, int64_t end) {
+    const auto rows_of = [&](const UnitRows& rows, int64_t t, float* room) {
+      const float* all = outputs[rows.operand] + t * step.input.operands[rows.operand]->rows();
+      return side_by_side(all + rows.first_row, rows.stride, units, room + t * units);
+    };
+    for (int64_t t = begin; t < end; ++t)
+      step_kernels().activate(step.activation, rows_of(step.gate_rows, t, gates),
+                              step.gated ? rows_of(step.up_rows, t, ups) : nullptr, units, activated + t * units);
+  });
+  finish(step.output, activated, call, step.precision, scratch);
+}
+
+}  // namespace pyllmq::cpu

@@ -1,0 +1,174 @@
+#include "decode_step/cpu/step_parts.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <numeric>
+#include <new>
+#include <stdexcept>
+
+#include "codebook/cpu/linear.h"
+#include "runtime/isa.h"
+#include "runtime/thread_pool.h"
+
+namespace pyllmq::cpu {
+namespace {
+
+constexpr double kNsPerElement = 0.3;  // of a norm, a residual or a conversion, on one thread
+
+double elements_cost(int64_t tokens, int64_t size) { return kNsPerElement * static_cast<double>(tokens * size); }
+
+}  // namespace
+
+const StepKernels& step_kernels() {
+#if defined(__x86_64__)
+  if (active_isa() >= Isa::avx512) return kStepAvx512;
+  if (active_isa() == Isa::avx2) return kStepAvx2;
+#endif
+  return kStepScalar;
+}
+
+void Scratch::Free::operator()(void* memory) const { std::free(memory); }
+
+void Scratch::clear() {
+  if (blocks_.size() > 1) {
+    blocks_.clear();
+    size_ = 0;
+    const int64_t all = taken_;
+    taken_ = used_ = 0;
+    take(all);
+  }
+  used_ = taken_ = 0;
+}
+
+float* Scratch::take(int64_t count) {
+  const int64_t padded = (count + 15) / 16 * 16;
+  if (used_ + padded > size_) {
+    auto* memory = static_cast<float*>(std::aligned_alloc(64, padded * sizeof(float)));
+    if (memory == nullptr) throw std::bad_alloc();
+    blocks_.emplace_back(memory);
+    size_ = padded;
+    used_ = 0;
+  }
+  float* begin = blocks_.back().get() + used_;
+  used_ += padded;
+  taken_ += padded;
+  return begin;
+}
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+std::string list_of(std::initializer_list<int64_t> numbers) {
+  std::string list;
+  for (const int64_t number : numbers) list += (list.empty() ? "" : ", ") + std::to_string(number);
+  return list;
+}
+
+void check_norm(const std::string& name, const Norm& norm, std::initializer_list<int64_t> allowed_sizes) {
+  const auto check = [&](const char* part, const std::vector<float>& given) {
+    const auto size = static_cast<int64_t>(given.size());
+    require(given.empty() || std::find(allowed_sizes.begin(), allowed_sizes.end(), size) != allowed_sizes.end(),
+            name + " has a " + part + " of " + std::to_string(size) + " elements; allowed: none or " + list_of(allowed_sizes));
+  };
+  check("weight", norm.weight);
+  check("bias", norm.bias);
+  require(norm.weight.empty() || norm.bias.empty() || norm.weight.size() == norm.bias.size(),
+          name + " has a weight and a bias of different sizes");
+}
+
+void check_input(const InputLinears& input, const Norm& norm) {
+  require(!input.operands.empty(), "there is no input Linear");
+  int64_t rows = 0;
+  for (const LinearOperand* operand : input.operands) {
+    require(operand->columns() == input.operands[0]->columns(),
+            "the input Linears read " + list_of({input.operands[0]->columns(), operand->columns()}) +
+                " columns; all read the same x");
+    rows += operand->rows();
+  }
+  require(input.bias.empty() || static_cast<int64_t>(input.bias.size()) == rows,
+          "input_bias has " + std::to_string(input.bias.size()) + " elements; the input Linears have " +
+              std::to_string(rows) + " rows");
+  check_norm("norm", norm, {input.operands[0]->columns()});
+}
+
+void check_rows(const std::string& name, const InputLinears& input, int64_t operand, int64_t first, int64_t stride,
+                int64_t count, int64_t width) {
+  require(operand >= 0 && operand < static_cast<int64_t>(input.operands.size()),
+          name + " are of operand " + std::to_string(operand) + " of " + std::to_string(input.operands.size()));
+  const int64_t rows = input.operands[operand]->rows();
+  require(first >= 0 && (count == 1 || stride >= width) && first + (count - 1) * stride + width <= rows,
+          name + " begin at " + std::to_string(first) + ", " + std::to_string(count) + " times " + std::to_string(width) +
+              " rows that are " + std::to_string(stride) + " apart; the operand has " + std::to_string(rows) + " rows");
+}
+
+void check_output(const OutputLinear& output, int64_t columns) {
+  const int64_t rows = output.operand->rows();
+  require(output.operand->columns() == columns, "the output Linear reads " + std::to_string(output.operand->columns()) +
+                                                    " columns, but is given " + std::to_string(columns));
+  require(output.bias.empty() || static_cast<int64_t>(output.bias.size()) == rows,
+          "output_bias has " + std::to_string(output.bias.size()) + " elements; the output Linear has " +
+              std::to_string(rows) + " rows");
+  check_norm("output_norm", output.norm, {rows});
+}
+
+void check_call(const StepCall& call) {
+  require(call.x != nullptr && call.y != nullptr, "x and y must not be null");
+  require(call.tokens > 0, "there are " + std::to_string(call.tokens) + " tokens; at least one is needed");
+}
+
+void normalize(const Norm& norm, const float* x, int64_t size, int64_t part, float* y) {
+  const auto part_of = [&](const std::vector<float>& all) {
+    if (all.empty()) return static_cast<const float*>(nullptr);
+    return all.data() + (static_cast<int64_t>(all.size()) == size ? 0 : part * size);
+  };
+  step_kernels().norm(norm.kind, norm.eps, part_of(norm.weight), part_of(norm.bias), x, size, y);
+}
+
+std::vector<float*> project(const InputLinears& input, const Norm& norm, const StepCall& call, Precision precision,
+                            Scratch& scratch) {
+  const int64_t columns = input.operands[0]->columns();
+  const float* h = static_cast<const float*>(call.x);
+  if (call.dtype != DType::fp32 || norm.kind != NormKind::none) {
+    float* own = scratch.take(call.tokens * columns);
+    parallel_for(call.tokens, 1, elements_cost(call.tokens, columns), [&](int64_t begin, int64_t end) {
+      const float* x = rows_in_fp32(row_kernels(), call.x, call.dtype, begin, end - begin, columns, own + begin * columns);
+      if (norm.kind == NormKind::none) return;
+      for (int64_t t = begin; t < end; ++t) normalize(norm, x + (t - begin) * columns, columns, 0, own + t * columns);
+    });
+    h = own;
+  }
+  std::vector<float*> outputs;
+  const float* bias = input.bias.empty() ? nullptr : input.bias.data();
+  for (const LinearOperand* operand : input.operands) {
+    outputs.push_back(scratch.take(call.tokens * operand->rows()));
+    operand->linear(h, DType::fp32, call.tokens, bias, DType::fp32, outputs.back(), precision);
+    if (bias != nullptr) bias += operand->rows();
+  }
+  return outputs;
+}
+
+void finish(const OutputLinear& output, const float* x, const StepCall& call, Precision precision, Scratch& scratch) {
+  const int64_t rows = output.operand->rows();
+  float* out = scratch.take(call.tokens * rows);
+  float* converted = scratch.take(call.tokens * rows);
+  output.operand->linear(x, DType::fp32, call.tokens, output.bias.empty() ? nullptr : output.bias.data(), DType::fp32, out,
+                         precision);
+  const RowKernels& conversions = row_kernels();
+  parallel_for(call.tokens, 1, elements_cost(call.tokens, rows), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      float* y = out + t * rows;
+      if (output.norm.kind != NormKind::none) normalize(output.norm, y, rows, 0, y);
+      if (output.multiplier != 1)
+        for (int64_t i = 0; i < rows; ++i) y[i] *= output.multiplier;
+      if (call.residual != nullptr) {
+        const float* residual = rows_in_fp32(conversions, call.residual, call.dtype, t, 1, rows, converted + t * rows);
+        for (int64_t i = 0; i < rows; ++i) y[i] += residual[i];
+      }
+      conversions.from_fp32[static_cast<int>(call.dtype)](
+          y, static_cast<uint8_t*>(call.y) + t * rows * element_bytes(call.dtype), rows);
+    }
+  });
+}
+
+}  // namespace pyllmq::cpu

@@ -1,0 +1,202 @@
+"""A fused module: its `forward` for a few tokens is one or two native steps, for everything else what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..backends import cpu
+from ..nn import PackedLinear
+from . import native
+from .cache import GrowingLayer, growing_layer
+from .grammar import Arguments, Fitting
+from .steps import Rotary
+from .transformers_names import attention_implementation, collects, implementation_of
+
+MOST_QUERIES, MOST_SEQUENCES = 8, 8
+"""Of a call that is made as native steps. More tokens are a prompt: there torch's attention and the packed layers' own calls
+for many tokens are faster."""
+
+_WRAPS: dict[str, Callable[[Tensor], Any]] = {
+    "y": lambda y: y,
+    "(y,)": lambda y: (y,),
+    "(y, None)": lambda y: (y, None),
+}
+_SAME_TOKENS = 4
+"""Kinds of layers in a model at most, by their rotary positions and masks (two in Gemma 3); each prepares its own at a token."""
+
+
+class Shared:
+    """What the fused modules of one model prepare once for each token."""
+
+    def __init__(self, fuse_again: Callable[[], None]) -> None:
+        self.fuse_again = fuse_again
+        self.rotaries: dict[Rotary, Rotary] = {}
+        self.tokens: list[tuple[Any, ...]] = []
+
+    def tokens_of(self, x: Tensor, shape: torch.Size, cos: Any, sin: Any, mask: Any, rotary: Rotary) -> native.Tokens:
+        """`rotary` is one of `rotaries`."""
+        for a, b, c, d, e, f, made in self.tokens:
+            if a is cos and b is sin and c is mask and d is rotary and e == shape and f is x.dtype:
+                return made
+        made = native.make_tokens(x, cos, sin, mask, rotary)
+        # The entry holds the tensors: no other tensor can have their identity.
+        self.tokens = [(cos, sin, mask, rotary, shape, x.dtype, made), *self.tokens[: _SAME_TOKENS - 1]]
+        return made
+
+
+class FusedModule:
+    """Stands in a module's place as its `forward`. The module itself, its parameters and its inner modules stay as they are."""
+
+    def __init__(self, fitting: Fitting, shared: Shared) -> None:
+        self.module = fitting.module
+        self.own_forward = fitting.module.forward
+        self.arguments: Arguments = fitting.arguments
+        self.wrap = _WRAPS[fitting.wraps]
+        self.shared = shared
+        self.implementation = attention_implementation(fitting.asks)
+        self.config = {} if fitting.asks is None else vars(fitting.asks.config)
+        self.known = fitting.arguments.known
+        modules = list(fitting.module.modules())
+        self.inner = modules[1:]
+        self.calls = [(m.__dict__, m._forward_pre_hooks, m._forward_hooks) for m in self.inner]
+        self.places = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        self.packed = [(m, m.operand(), m.precision) for m in self.inner if isinstance(m, PackedLinear)]
+        self.attention = None if fitting.attention is None else native.Attention(fitting.attention)
+        self.mlp = None if fitting.mlp is None else native.Mlp(fitting.mlp)
+        rotary = Rotary() if fitting.attention is None else fitting.attention.rotary
+        self.rotary = shared.rotaries.setdefault(rotary, rotary)
+        self.residual = fitting.attention is not None and fitting.mlp is not None
+        self.in_sequence = self.residual and not fitting.parallel
+        self.weights = self._weights()
+
+    def install(self) -> None:
+        self.module.forward = self
+
+    def remove(self) -> None:
+        if self.module.__dict__.get("forward") is self:
+            del self.module.forward
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles of a model are not fused."""
+        return _NotFused, (self.module,)
+
+    # ---- a call -----------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs if not args else dict(zip(self.arguments.order, args, strict=False)) | kwargs
+        y = None if torch.compiler.is_compiling() else self.served(**given)
+        return self.own_forward(*args, **kwargs) if y is None else y
+
+    def served(self, **given: Any) -> Any:
+        """The module's output, or None where its own forward has to make it."""
+        names = self.arguments
+        layer: Any = None if names.cache is None else growing_layer(given.get(names.cache), names.cache_layer)
+        x: Any = given.get(names.x)
+        if type(x) is not Tensor or x.dtype not in cpu.DTYPE_CODE or not x.is_cpu:
+            return None
+        shape = x.shape
+        if len(shape) != 3 or not 0 < shape[0] <= MOST_SEQUENCES or not 0 < shape[1] <= MOST_QUERIES:
+            return None
+        cos = sin = mask = None
+        if self.attention is not None:
+            mask = given.get(names.mask or "")
+            if names.positions is not None:
+                cos, sin = given.get(names.positions) or (None, None)
+                if not isinstance(cos, Tensor):
+                    return None
+            if layer is None or not _reaches(layer, shape, mask, cos):
+                return None
+        if not self._is_usual(given):
+            return None
+        if not self._is_current():
+            self.shared.fuse_again()
+            return None
+        tokens = self.shared.tokens_of(x, shape, cos, sin, mask, self.rotary)
+        cpu.kernels()  # as many threads as torch has
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        if self.attention is not None:
+            self.attention(x, y, tokens, layer, self.residual)
+        if self.mlp is not None:
+            self.mlp(y if self.in_sequence else x, y, tokens, self.residual)
+        return self.wrap(y)
+
+    def _is_usual(self, given: dict[str, Any]) -> bool:
+        """Nobody watches what happens inside, asks for gradients or for anything that was not recorded."""
+        if torch.is_grad_enabled() or self.module.training or torch.is_autocast_enabled("cpu"):
+            return False
+        if implementation_of(self.config) != self.implementation:
+            return False
+        for name in given:
+            if name not in self.known:
+                value, recorded = given[name], self.arguments.flags.get(name)
+                if value is not recorded and (isinstance(value, Tensor) or value or recorded):
+                    return False
+        for modules, name, child in self.places:
+            if modules.get(name) is not child:
+                return False
+        return not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks or self.watched())
+
+    def watched(self) -> str:
+        """The kind of the first inner module whose call somebody sees or replaces: a step makes no such call."""
+        for place, (state, before, behind) in enumerate(self.calls):
+            if before or "forward" in state or (behind and collects(behind)):
+                return type(self.inner[place]).__name__
+        return ""
+
+    def _weights(self) -> list[tuple[Any, ...]]:
+        """Of each tensor: where it stands, and what changes with it. Operands change where packed tensors do."""
+        owned = [
+            (m._parameters, n, p) for m in self.module.modules() for n, p in m._parameters.items() if p is not None
+        ]
+        return [(*place, place[2].data_ptr(), _version(place[2])) for place in owned]
+
+    def _is_current(self) -> bool:
+        """Are the weights those that the steps were made for?"""
+        for layer, operand, precision in self.packed:
+            if layer.operand() is not operand or layer.precision is not precision:
+                return False
+        for parameters, name, parameter, pointer, version in self.weights:
+            if (
+                parameters.get(name) is not parameter
+                or parameter.data_ptr() != pointer
+                or _version(parameter) != version
+            ):
+                return False
+        return True
+
+
+class _NotFused:
+    """What a copy of a fused module has as `forward`: that of its class."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
+
+
+def _reaches(layer: GrowingLayer, shape: torch.Size, mask: Any, cos: Any) -> bool:
+    """Can a step attend to this layer, for x of this shape, where mask and positions are these?"""
+    keys, values = layer.grown
+    batch, queries, _ = shape
+    buffer = keys.buffer
+    if buffer is None or keys.length == 0 or values.length != keys.length:
+        return False
+    if buffer.shape[0] != batch or buffer.dtype not in cpu.DTYPE_CODE or not buffer.is_cpu:
+        return False
+    if cos is not None and (cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != queries):
+        return False
+    if mask is None:
+        return queries == 1
+    sizes = mask.shape if isinstance(mask, Tensor) else ()
+    return len(sizes) == 4 and sizes[0] in (1, batch) and sizes[1:] == (1, queries, keys.length + queries)

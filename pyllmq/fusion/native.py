@@ -1,0 +1,189 @@
+"""Forms bound to the native steps (csrc/decode_step): weights as operands, tensors as addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import cpu, cpu_sparse
+from ..dispatch import PRECISIONS
+from ..linears import dense_weight
+from ..nn import PackedLinear
+from .cache import GrowingLayer
+from .steps import NONE, AttentionForm, MlpForm, Norm, Rotary, Rows
+
+
+class NotBoundError(Exception):
+    """A weight that the native steps cannot read; the message says which."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What all blocks share at one call, made once: `native` reads memory that `keep` holds."""
+
+    batch: int
+    queries: int
+    native: Any
+    keep: tuple[Tensor, ...]
+    keys: int | None
+    """How many keys the mask covers; None: no mask, all are seen."""
+
+
+def make_tokens(x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, rotary: Rotary) -> Tokens:
+    """x [batch, queries, hidden]; cos and sin as the model has them, [batch or 1, queries, width]; mask [batch or 1, 1, queries,
+    keys], bool (True: seen) or added to the scores."""
+    batch, queries, _ = x.shape
+    given: dict[str, Any] = {}
+    keep: list[Tensor] = []
+    if cos is not None and sin is not None and rotary.size:
+        for name, table in (("cos", cos), ("sin", sin)):
+            keep.append(rotary.table(table).float().expand(batch, queries, -1).contiguous())
+            given[name] = keep[-1].data_ptr()
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = mask.new_zeros(mask.shape, dtype=torch.float32).masked_fill_(mask.logical_not(), -torch.inf)
+        keep.append(mask[:, 0].float().contiguous())
+        strides = (0 if mask.shape[0] == 1 else keep[-1].stride(0), keep[-1].stride(1))
+        given |= {"mask": keep[-1].data_ptr(), "mask_strides": strides}
+    native = cpu.kernels().StepTokens(batch=batch, queries=queries, dtype=cpu.DTYPE_CODE[x.dtype], **given)
+    return Tokens(batch, queries, native, tuple(keep), None if mask is None else mask.shape[-1])
+
+
+class Attention:
+    """One attention module, or its part of a block."""
+
+    def __init__(self, form: AttentionForm) -> None:
+        self.form = form
+        self.operands = [_operand(linear) for linear in (*form.linears, form.output.linear)]
+        self.step = cpu.kernels().AttentionStep(
+            inputs=tuple(self.operands[:-1]),
+            input_bias=_biases(form.linears, self.operands[:-1]),
+            q_rows=_rows(form.q_rows),
+            k_rows=_rows(form.k_rows),
+            v_rows=_rows(form.v_rows),
+            heads=form.heads,
+            kv_heads=form.kv_heads,
+            head_size=form.head_size,
+            value_size=form.value_size,
+            scale=form.scale,
+            norm=_norm(form.norm),
+            q_norm=_norm(form.q_norm),
+            k_norm=_norm(form.k_norm),
+            norms_span_heads=form.norms_span_heads,
+            norms_after_rotary=form.norms_after_rotary,
+            rotary=form.rotary.style,
+            rotary_size=form.rotary.size,
+            soft_cap=form.soft_cap,
+            sinks=[] if form.sinks is None else form.sinks.tolist(),
+            precision=_precision((*form.linears, form.output.linear)),
+            **_output(form, self.operands),
+        )
+        self.cache: tuple[Any, Any] = (None, None)
+
+    def __call__(self, x: Tensor, y: Tensor, tokens: Tokens, layer: GrowingLayer, residual: bool) -> None:
+        """y = x or nothing, and attention of x; the layer holds the tokens' keys and values afterwards."""
+        layer.reserve(tokens.queries)
+        keys, values = layer.grown
+        buffer: Any = keys.buffer
+        # Another cache may come to lie at the address of one that is gone.
+        place = (keys.pointer(), values.pointer(), keys.start, buffer.shape, buffer.dtype)
+        if self.cache[0] != place:
+            self.cache = (place, self._bound(layer))
+        pointer = x.data_ptr()
+        self.step(pointer, y.data_ptr(), tokens.native, self.cache[1], keys.length, pointer if residual else 0)
+        layer.committed(tokens.queries)
+
+    def _bound(self, layer: GrowingLayer) -> Any:
+        keys, values = (grown.memory() for grown in layer.grown)
+        batch, heads, capacity, size = keys.shape
+        return cpu.kernels().KeyValueCache(
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+            dtype=cpu.DTYPE_CODE[keys.dtype],
+            batch=batch,
+            kv_heads=heads,
+            capacity=capacity,
+            head_size=size,
+            value_size=values.shape[3],
+            key_strides=keys.stride()[:3],
+            value_strides=values.stride()[:3],
+        )
+
+
+class Mlp:
+    """One MLP module, or its part of a block."""
+
+    def __init__(self, form: MlpForm) -> None:
+        self.form = form
+        self.operands = [_operand(linear) for linear in (*form.linears, form.output.linear)]
+        self.step = cpu.kernels().MlpStep(
+            inputs=tuple(self.operands[:-1]),
+            input_bias=_biases(form.linears, self.operands[:-1]),
+            units=form.units,
+            gate_rows=_rows(form.gate_rows),
+            up_rows=None if form.up_rows is None else _rows(form.up_rows),
+            activation=form.activation,
+            norm=_norm(form.norm),
+            precision=_precision((*form.linears, form.output.linear)),
+            **_output(form, self.operands),
+        )
+
+    def __call__(self, x: Tensor, y: Tensor, tokens: Tokens, residual: bool) -> None:
+        """y = MLP of x, added to y or not."""
+        pointer = y.data_ptr()
+        self.step(x.data_ptr(), pointer, tokens.native, pointer if residual else 0)
+
+
+def _operand(linear: nn.Module) -> Any:
+    if isinstance(linear, PackedLinear):
+        operand = linear.operand()
+        if operand.layout == cpu.LAYOUT or operand.layout in cpu_sparse.LAYOUTS.values():
+            kind = "CodebookOperand" if operand.layout == cpu.LAYOUT else "SparseOperand"
+            return cpu.bound(kind, operand.tensors[0], operand.out_features, operand.in_features)
+        raise NotBoundError(f"a weight is laid out as {operand.layout!r}, not for the CPU's kernels")
+    weight = dense_weight(linear)
+    if weight.is_contiguous() and weight.dtype in cpu.DTYPE_CODE and weight.is_cpu:
+        return cpu.kernels().DenseOperand(weight.data_ptr(), cpu.DTYPE_CODE[weight.dtype], *weight.shape)
+    raise NotBoundError(
+        f"a {type(linear).__name__} is dense, {weight.dtype} on {weight.device}, strides {weight.stride()}"
+    )
+
+
+def _biases(linears: Sequence[nn.Module], operands: Sequence[Any]) -> list[float]:
+    biases: list[Any] = [linear.bias for linear in linears]
+    if all(bias is None for bias in biases):
+        return []
+    rows = zip(biases, operands, strict=True)
+    parts = [torch.zeros(operand.rows) if bias is None else bias.detach().float() for bias, operand in rows]
+    return torch.cat(parts).tolist()
+
+
+def _output(form: AttentionForm | MlpForm, operands: list[Any]) -> dict[str, Any]:
+    output = form.output
+    return {
+        "output": operands[-1],
+        "output_bias": _biases([output.linear], operands[-1:]),
+        "output_norm": _norm(output.norm),
+        "multiplier": output.multiplier,
+    }
+
+
+def _norm(norm: Norm) -> Any:
+    if norm.kind == NONE:
+        return None
+    numbers = [[] if t is None else t.flatten().tolist() for t in (norm.weight, norm.bias)]
+    return cpu.kernels().Norm(norm.kind, norm.eps, *numbers)
+
+
+def _rows(rows: Rows) -> tuple[int, int, int]:
+    return rows.linear, rows.first, rows.stride
+
+
+def _precision(linears: Sequence[nn.Module]) -> int:
+    """The most exact that one of the layers asks for; dense weights have nothing to ask."""
+    codes = [PRECISIONS.index(linear.precision) for linear in linears if isinstance(linear, PackedLinear)]
+    return min(codes, default=0)

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #include "codebook/cpu/linear.h"
 #include "runtime/thread_pool.h"
@@ -80,20 +82,34 @@ struct Sight {
   float earliest_first, latest_first, earliest_last, latest_last;
 };
 
+// [first, last) of one query.
+std::pair<int64_t, int64_t> seen_positions(const AttentionStep& step, const StepTokens& tokens, const Sizes& sizes,
+                                           int64_t sequence, int64_t query) {
+  if (tokens.mask == nullptr) {
+    const int64_t position = sizes.past + query, start = tokens.starts.empty() ? 0 : tokens.starts[sequence];
+    return {std::max(step.window > 0 ? position + 1 - step.window : 0, start), step.causal ? position + 1 : sizes.length};
+  }
+  // What a mask hides at both ends is not read: padding, and what lies before a window.
+  const float* mask = tokens.mask + sequence * tokens.mask_batch_stride + query * tokens.mask_query_stride;
+  const auto is_seen = [](float added) { return added != -kInfinity; };
+  const int64_t first = std::find_if(mask, mask + sizes.length, is_seen) - mask;
+  int64_t last = sizes.length;
+  while (last > first && !is_seen(mask[last - 1])) --last;
+  return {first, last};
+}
+
 Sight sight_of(const AttentionStep& step, const StepTokens& tokens, const Sizes& sizes, int64_t sequence) {
   Sight sight{std::vector<float>(sizes.padded_rows, 0.0f), std::vector<float>(sizes.padded_rows, kInfinity), kInfinity, 0,
               kInfinity, 0};
-  const int64_t start = tokens.starts.empty() ? 0 : tokens.starts[sequence];
-  for (int64_t r = 0; r < sizes.rows; ++r) {
-    const int64_t position = sizes.past + r / sizes.group;
-    const bool limited = tokens.mask == nullptr;
-    const int64_t first = limited && step.window > 0 ? position + 1 - step.window : 0;
-    sight.first[r] = static_cast<float>(std::max(first, limited ? start : 0));
-    sight.last[r] = static_cast<float>(limited && step.causal ? position + 1 : sizes.length);
-    sight.earliest_first = std::min(sight.earliest_first, sight.first[r]);
-    sight.latest_first = std::max(sight.latest_first, sight.first[r]);
-    sight.earliest_last = std::min(sight.earliest_last, sight.last[r]);
-    sight.latest_last = std::max(sight.latest_last, sight.last[r]);
+  for (int64_t query = 0; query < sizes.queries; ++query) {
+    const auto seen = seen_positions(step, tokens, sizes, sequence, query);
+    const auto first = static_cast<float>(seen.first), last = static_cast<float>(seen.second);
+    std::fill_n(sight.first.begin() + query * sizes.group, sizes.group, first);
+    std::fill_n(sight.last.begin() + query * sizes.group, sizes.group, last);
+    sight.earliest_first = std::min(sight.earliest_first, first);
+    sight.latest_first = std::max(sight.latest_first, first);
+    sight.earliest_last = std::min(sight.earliest_last, last);
+    sight.latest_last = std::max(sight.latest_last, last);
   }
   return sight;
 }

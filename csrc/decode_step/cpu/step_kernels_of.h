@@ -287,18 +287,22 @@ void dot(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int
     for (int r = 0; r < kRows; ++r) sums[t * kDotRows + r] += V::total(chains[r][t]);
 }
 
+// Sums of 64 registers are joined: one long chain would lose a digit.
 template <class V>
 void dot_rows(const float* w, int64_t w_stride, int64_t rows, const float* x, int64_t x_stride, int64_t tokens,
               int64_t columns, float* sums) {
-  for (int64_t t = 0; t < tokens; t += 2) {
-    const float* x_t = x + t * x_stride;
-    float* sums_t = sums + t * kDotRows;
-    if (rows == kDotRows) {
-      (t + 1 < tokens ? dot<V, kDotRows, 2> : dot<V, kDotRows, 1>)(w, w_stride, x_t, x_stride, columns, sums_t);
-      continue;
+  for (int64_t c = 0; c < columns; c += 64 * V::width) {
+    const int64_t width = std::min<int64_t>(64 * V::width, columns - c);
+    for (int64_t t = 0; t < tokens; t += 2) {
+      const float* x_t = x + t * x_stride + c;
+      float* sums_t = sums + t * kDotRows;
+      if (rows == kDotRows) {
+        (t + 1 < tokens ? dot<V, kDotRows, 2> : dot<V, kDotRows, 1>)(w + c, w_stride, x_t, x_stride, width, sums_t);
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        (t + 1 < tokens ? dot<V, 1, 2> : dot<V, 1, 1>)(w + r * w_stride + c, w_stride, x_t, x_stride, width, sums_t + r);
     }
-    for (int64_t r = 0; r < rows; ++r)
-      (t + 1 < tokens ? dot<V, 1, 2> : dot<V, 1, 1>)(w + r * w_stride, w_stride, x_t, x_stride, columns, sums_t + r);
   }
 }
 

@@ -25,7 +25,7 @@ DEBUG = os.environ.get("PYLLMQ_DEBUG", "0") == "1"
 # -ffp-contract=off keeps the scalar and the AVX2 files comparable: no fused multiply-add that the source did not write.
 CXX_FLAGS = [
     "-O3",
-    "-std=c++17",
+    "-std=c++20",
     "-fPIC",
     "-fvisibility=hidden",
     "-ffp-contract=off",

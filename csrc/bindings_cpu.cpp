@@ -165,10 +165,9 @@ int64_t layout_bytes(int64_t rows, int64_t columns, Pointer column_bits, Pointer
   return codebook_layout_bytes(rows, columns, as<uint8_t>(column_bits), as<int32_t>(segment_rows), segments, outliers);
 }
 
-void layout_pack(Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer column_bits,
-                 Pointer segment_rows, int64_t segments, const std::vector<Pointer>& codes, Pointer codebook,
-                 Pointer row_scale, Pointer outlier_row_offsets, Pointer outlier_columns, int outlier_columns_bytes,
-                 Pointer outlier_values) {
+void layout_pack(Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows,
+                 int64_t segments, const std::vector<Pointer>& codes, Pointer codebook, Pointer row_scale,
+                 Pointer outlier_row_offsets, Pointer outlier_columns, int outlier_columns_bytes, Pointer outlier_values) {
   if (codes.size() != 8)
     throw std::invalid_argument("codes has " + std::to_string(codes.size()) + " pointers; needs 8, one per width 1..8");
   CodebookCheckpoint checkpoint{};
@@ -190,18 +189,17 @@ void layout_pack(Pointer layout, int64_t bytes, int64_t rows, int64_t columns, P
 
 LinearPath path_of(int code) {
   if (code < 0 || code > 2)
-    throw std::invalid_argument("path " + std::to_string(code) +
-                                "; allowed: 0 (tables), 1 (decode), 2 (automatic)");
+    throw std::invalid_argument("path " + std::to_string(code) + "; allowed: 0 (tables), 1 (decode), 2 (automatic)");
   return static_cast<LinearPath>(code);
 }
 
 void bind_codebook(py::module_& m) {
   m.def("codebook_layout_bytes", &layout_bytes, py::arg("rows"), py::arg("columns"), py::arg("column_bits"),
         py::arg("segment_rows"), py::arg("segments"), py::arg("outliers"), NoGil());
-  m.def("codebook_layout_pack", &layout_pack, py::arg("layout"), py::arg("layout_bytes"), py::arg("rows"),
-        py::arg("columns"), py::arg("column_bits"), py::arg("segment_rows"), py::arg("segments"), py::arg("codes"),
-        py::arg("codebook"), py::arg("row_scale"), py::arg("outlier_row_offsets"), py::arg("outlier_columns"),
-        py::arg("outlier_columns_bytes"), py::arg("outlier_values"), NoGil());
+  m.def("codebook_layout_pack", &layout_pack, py::arg("layout"), py::arg("layout_bytes"), py::arg("rows"), py::arg("columns"),
+        py::arg("column_bits"), py::arg("segment_rows"), py::arg("segments"), py::arg("codes"), py::arg("codebook"),
+        py::arg("row_scale"), py::arg("outlier_row_offsets"), py::arg("outlier_columns"), py::arg("outlier_columns_bytes"),
+        py::arg("outlier_values"), NoGil());
   py::class_<CodebookOperand, LinearOperand>(m, "CodebookOperand")
       .def(py::init(&bind_layout<CodebookOperand>), py::arg("layout"), py::arg("layout_bytes"))
       .def(
@@ -233,12 +231,11 @@ void bind_codebook(py::module_& m) {
           py::arg("codes_out"), NoGil());
 }
 
-CodebookTensors codebook_tensors(int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows,
-                                 int64_t segments, const std::vector<Pointer>& codes, Pointer row_scale) {
+CodebookTensors codebook_tensors(int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows, int64_t segments,
+                                 const std::vector<Pointer>& codes, Pointer row_scale) {
   if (codes.size() != 8)
     throw std::invalid_argument("codes has " + std::to_string(codes.size()) + " pointers; needs 8, one per width 1..8");
-  CodebookTensors tensors{rows, columns, segments, as<uint8_t>(column_bits), as<int32_t>(segment_rows), {},
-                          as<float>(row_scale)};
+  CodebookTensors tensors{rows, columns, segments, as<uint8_t>(column_bits), as<int32_t>(segment_rows), {}, as<float>(row_scale)};
   for (int width = 1; width <= 8; ++width) tensors.codes[width] = as<uint8_t>(codes[width - 1]);
   return tensors;
 }
@@ -251,8 +248,8 @@ void bind_codebook_checkpoint(py::module_& m) {
         codebook_decode(codebook_tensors(rows, columns, column_bits, segment_rows, segments, codes, row_scale),
                         as<float>(codebook), as<float>(weight));
       },
-      py::arg("rows"), py::arg("columns"), py::arg("column_bits"), py::arg("segment_rows"), py::arg("segments"),
-      py::arg("codes"), py::arg("row_scale"), py::arg("codebook"), py::arg("weight"), NoGil());
+      py::arg("rows"), py::arg("columns"), py::arg("column_bits"), py::arg("segment_rows"), py::arg("segments"), py::arg("codes"),
+      py::arg("row_scale"), py::arg("codebook"), py::arg("weight"), NoGil());
   m.def(
       "codebook_gradient",
       [](int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows, int64_t segments,
@@ -260,8 +257,8 @@ void bind_codebook_checkpoint(py::module_& m) {
         codebook_gradient(codebook_tensors(rows, columns, column_bits, segment_rows, segments, codes, row_scale),
                           as<float>(weight_gradient), as<float>(gradient));
       },
-      py::arg("rows"), py::arg("columns"), py::arg("column_bits"), py::arg("segment_rows"), py::arg("segments"),
-      py::arg("codes"), py::arg("row_scale"), py::arg("weight_gradient"), py::arg("gradient"), NoGil());
+      py::arg("rows"), py::arg("columns"), py::arg("column_bits"), py::arg("segment_rows"), py::arg("segments"), py::arg("codes"),
+      py::arg("row_scale"), py::arg("weight_gradient"), py::arg("gradient"), NoGil());
 }
 
 // --- the sparse formats ----------------------------------------------------------------------------------------------
@@ -291,28 +288,44 @@ void bind_sparse(py::module_& m) {
 
 // --- k-means -------------------------------------------------------------------------------------------------------
 
+KMeans1dMethod kmeans_method_of(int code) {
+  if (code < 0 || code > 2)
+    throw std::invalid_argument("method " + std::to_string(code) + "; allowed: 0 (exact), 1 (windowed), 2 (lloyd)");
+  return static_cast<KMeans1dMethod>(code);
+}
+
 // centroids and codes: one pointer per k, or none at all; errors: 0 if they are not wanted.
-void kmeans(Pointer values, Pointer weights, int64_t weights_stride, int64_t problems, int64_t n,
-            const std::vector<int>& ks, int method, uint64_t seed, bool half_centroids, bool packed,
-            const std::vector<Pointer>& centroids, const std::vector<Pointer>& codes, Pointer errors) {
+void kmeans(Pointer values, Pointer weights, int64_t weights_stride, int64_t problems, int64_t n, const std::vector<int>& ks,
+            int method, uint64_t seed, bool half_centroids, bool packed, const std::vector<Pointer>& centroids,
+            const std::vector<Pointer>& codes, Pointer errors) {
   if (ks.empty() || centroids.size() != codes.size() || (!codes.empty() && codes.size() != ks.size()))
     throw std::invalid_argument("kmeans_1d takes at least one k, and no or one pointer to centroids and codes for each");
-  if (method < 0 || method > 2)
-    throw std::invalid_argument("method " + std::to_string(method) + "; allowed: 0 (exact), 1 (windowed), 2 (lloyd)");
   std::vector<float*> centroids_out;
   std::vector<uint8_t*> codes_out;
   for (const Pointer pointer : centroids) centroids_out.push_back(as<float>(pointer));
   for (const Pointer pointer : codes) codes_out.push_back(as<uint8_t>(pointer));
-  kmeans_1d({as<float>(values), as<float>(weights), weights_stride, problems, n, static_cast<int>(ks.size()), ks.data(),
-             static_cast<KMeans1dMethod>(method), seed, half_centroids, packed,
-             centroids.empty() ? nullptr : centroids_out.data(), codes.empty() ? nullptr : codes_out.data(),
-             as<double>(errors)});
+  kmeans_1d({
+      .values = as<float>(values),
+      .weights = as<float>(weights),
+      .weights_stride = weights_stride,
+      .problems = problems,
+      .n = n,
+      .counts = static_cast<int>(ks.size()),
+      .ks = ks.data(),
+      .method = kmeans_method_of(method),
+      .seed = seed,
+      .half_centroids = half_centroids,
+      .packed = packed,
+      .centroids = centroids.empty() ? nullptr : centroids_out.data(),
+      .codes = codes.empty() ? nullptr : codes_out.data(),
+      .errors = as<double>(errors),
+  });
 }
 
 void bind_kmeans_1d(py::module_& m) {
-  m.def("kmeans_1d", &kmeans, py::arg("values"), py::arg("weights"), py::arg("weights_stride"), py::arg("problems"),
-        py::arg("n"), py::arg("ks"), py::arg("method"), py::arg("seed"), py::arg("half_centroids"), py::arg("packed"),
-        py::arg("centroids"), py::arg("codes"), py::arg("errors"), NoGil());
+  m.def("kmeans_1d", &kmeans, py::arg("values"), py::arg("weights"), py::arg("weights_stride"), py::arg("problems"), py::arg("n"),
+        py::arg("ks"), py::arg("method"), py::arg("seed"), py::arg("half_centroids"), py::arg("packed"), py::arg("centroids"),
+        py::arg("codes"), py::arg("errors"), NoGil());
 }
 
 // --- compression ---------------------------------------------------------------------------------------------------
@@ -320,52 +333,75 @@ void bind_kmeans_1d(py::module_& m) {
 void bind_fit_columns(py::module_& m) {
   m.def(
       "fit_columns",
-      [](int64_t columns, int64_t rows, bool descend, int method, Pointer block, Pointer coupling,
-         int64_t coupling_stride, Pointer pivot, Pointer row_weights, Pointer row_scale, Pointer bits, Pointer kept,
-         Pointer stored, Pointer codes, Pointer kept_mask, Pointer centroids, Pointer moves) {
-        return fit_columns({columns, rows, descend, static_cast<KMeans1dMethod>(method), as<float>(block),
-                            as<float>(coupling), coupling_stride, as<float>(pivot), as<float>(row_weights),
-                            as<float>(row_scale), as<uint8_t>(bits), as<int32_t>(kept), as<float>(stored),
-                            as<uint8_t>(codes), as<uint8_t>(kept_mask), as<float>(centroids), as<float>(moves)});
+      [](int64_t columns, int64_t rows, bool descend, int method, Pointer block, Pointer coupling, int64_t coupling_stride,
+         Pointer pivot, Pointer row_weights, Pointer row_scale, Pointer bits, Pointer kept, Pointer stored, Pointer codes,
+         Pointer kept_mask, Pointer centroids, Pointer moves) {
+        return fit_columns({
+            .columns = columns,
+            .rows = rows,
+            .descend = descend,
+            .method = kmeans_method_of(method),
+            .block = as<float>(block),
+            .coupling = as<float>(coupling),
+            .coupling_stride = coupling_stride,
+            .pivot = as<float>(pivot),
+            .row_weights = as<float>(row_weights),
+            .row_scale = as<float>(row_scale),
+            .bits = as<uint8_t>(bits),
+            .kept = as<int32_t>(kept),
+            .stored = as<float>(stored),
+            .codes = as<uint8_t>(codes),
+            .kept_mask = as<uint8_t>(kept_mask),
+            .centroids = as<float>(centroids),
+            .moves = as<float>(moves),
+        });
       },
       py::arg("columns"), py::arg("rows"), py::arg("descend"), py::arg("method"), py::arg("block"), py::arg("coupling"),
       py::arg("coupling_stride"), py::arg("pivot"), py::arg("row_weights"), py::arg("row_scale"), py::arg("bits"),
-      py::arg("kept"), py::arg("stored"), py::arg("codes"), py::arg("kept_mask"), py::arg("centroids"),
-      py::arg("moves"), NoGil());
+      py::arg("kept"), py::arg("stored"), py::arg("codes"), py::arg("kept_mask"), py::arg("centroids"), py::arg("moves"),
+      NoGil());
 }
 
 // --- sinkhorn ------------------------------------------------------------------------------------------------------
 
-SinkhornProblem sinkhorn_problem(const std::vector<Pointer>& inputs, const std::vector<int64_t>& strides,
-                                 int64_t problems, int64_t n, int64_t m, int64_t iterations, double rho_a,
-                                 double rho_b) {
+SinkhornProblem sinkhorn_problem(const std::vector<Pointer>& inputs, const std::vector<int64_t>& strides, int64_t problems,
+                                 int64_t n, int64_t m, int64_t iterations, double rho_a, double rho_b) {
   if (inputs.size() != 4)
-    throw std::invalid_argument("inputs has " + std::to_string(inputs.size()) +
-                                " pointers; needs 4: cost, a, b, epsilon");
+    throw std::invalid_argument("inputs has " + std::to_string(inputs.size()) + " pointers; needs 4: cost, a, b, epsilon");
   if (problems < 0 || n < 1 || m < 1 || iterations < 1 || !(rho_a > 0 && rho_b > 0))
     throw std::invalid_argument("problems must be >= 0, n, m and iterations >= 1, prices > 0");
   const int64_t sizes[3] = {n * m, n, m};
   for (size_t i = 0; i < 3; ++i)
     if (strides.size() != 3 || (strides[i] != 0 && strides[i] != sizes[i]))
       throw std::invalid_argument("strides are those of cost, a and b between problems: each its size, or 0 if shared");
-  return {as<float>(inputs[0]), strides[0],           as<float>(inputs[1]), strides[1], as<float>(inputs[2]),
-          strides[2],           as<float>(inputs[3]), problems,             n,          m,
-          rho_a,                rho_b};
+  return {
+      .cost = as<float>(inputs[0]),
+      .cost_stride = strides[0],
+      .a = as<float>(inputs[1]),
+      .a_stride = strides[1],
+      .b = as<float>(inputs[2]),
+      .b_stride = strides[2],
+      .epsilon = as<float>(inputs[3]),
+      .problems = problems,
+      .n = n,
+      .m = m,
+      .rho_a = rho_a,
+      .rho_b = rho_b,
+  };
 }
 
 void bind_sinkhorn(py::module_& m) {
   m.def(
       "sinkhorn",
       [](const std::vector<Pointer>& inputs, const std::vector<int64_t>& strides, int64_t problems, int64_t n, int64_t m,
-         int64_t iterations, double tolerance, double rho_a, double rho_b, Pointer plan, Pointer u, Pointer v,
-         Pointer tape, Pointer count) {
+         int64_t iterations, double tolerance, double rho_a, double rho_b, Pointer plan, Pointer u, Pointer v, Pointer tape,
+         Pointer count) {
         sinkhorn(sinkhorn_problem(inputs, strides, problems, n, m, iterations, rho_a, rho_b),
-                 {iterations, tolerance, as<float>(plan), as<float>(u), as<float>(v), as<float>(tape),
-                  as<int32_t>(count)});
+                 {iterations, tolerance, as<float>(plan), as<float>(u), as<float>(v), as<float>(tape), as<int32_t>(count)});
       },
-      py::arg("inputs"), py::arg("strides"), py::arg("problems"), py::arg("n"), py::arg("m"),
-      py::arg("iterations"), py::arg("tolerance"), py::arg("rho_a"), py::arg("rho_b"), py::arg("plan"), py::arg("u"),
-      py::arg("v"), py::arg("tape"), py::arg("count"), NoGil());
+      py::arg("inputs"), py::arg("strides"), py::arg("problems"), py::arg("n"), py::arg("m"), py::arg("iterations"),
+      py::arg("tolerance"), py::arg("rho_a"), py::arg("rho_b"), py::arg("plan"), py::arg("u"), py::arg("v"), py::arg("tape"),
+      py::arg("count"), NoGil());
   m.def(
       "sinkhorn_backward",
       [](const std::vector<Pointer>& inputs, const std::vector<int64_t>& strides, int64_t problems, int64_t n, int64_t m,
@@ -375,10 +411,9 @@ void bind_sinkhorn(py::module_& m) {
                           {iterations, as<float>(tape), as<int32_t>(count), as<float>(grad_plan), as<float>(grad_u),
                            as<float>(grad_v), as<float>(grad_cost), as<float>(grad_a), as<float>(grad_b)});
       },
-      py::arg("inputs"), py::arg("strides"), py::arg("problems"), py::arg("n"), py::arg("m"),
-      py::arg("iterations"), py::arg("rho_a"), py::arg("rho_b"), py::arg("tape"), py::arg("count"),
-      py::arg("grad_plan"), py::arg("grad_u"), py::arg("grad_v"), py::arg("grad_cost"), py::arg("grad_a"),
-      py::arg("grad_b"), NoGil());
+      py::arg("inputs"), py::arg("strides"), py::arg("problems"), py::arg("n"), py::arg("m"), py::arg("iterations"),
+      py::arg("rho_a"), py::arg("rho_b"), py::arg("tape"), py::arg("count"), py::arg("grad_plan"), py::arg("grad_u"),
+      py::arg("grad_v"), py::arg("grad_cost"), py::arg("grad_a"), py::arg("grad_b"), NoGil());
 }
 
 // --- doubly_stochastic ---------------------------------------------------------------------------------------------
@@ -389,7 +424,7 @@ DoublyStochastic doubly_stochastic_call(Pointer logits, int64_t problems, int64_
   if (problems < 0 || n < 1 || m < 1 || n * m > kSmallEntries || iterations < 1 || shift < 0 || shift > 2)
     throw std::invalid_argument("problems must be >= 0, n, m and iterations >= 1, n * m at most " +
                                 std::to_string(kSmallEntries) + ", shift 0 (none), 1 (line) or 2 (matrix)");
-  return {as<float>(logits), problems,      n, m, iterations, columns_first, softmax_start, static_cast<Shift>(shift),
+  return {as<float>(logits), problems,        n, m, iterations, columns_first, softmax_start, static_cast<Shift>(shift),
           matrix_epsilon,    division_epsilon};
 }
 
@@ -411,13 +446,12 @@ void bind_doubly_stochastic(py::module_& m) {
 
 // --- distances of distributions --------------------------------------------------------------------------------------
 
-SoftmaxCdistProblem cdist_problem(Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows,
-                                  int64_t y_rows, int64_t columns, float inverse_temperature, Pointer x_statistics,
-                                  Pointer y_statistics) {
+SoftmaxCdistProblem cdist_problem(Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows, int64_t y_rows,
+                                  int64_t columns, float inverse_temperature, Pointer x_statistics, Pointer y_statistics) {
   if (batch < 0 || x_rows < 0 || y_rows < 0 || columns < 1)
-    throw std::invalid_argument("batch, rows and columns are " + std::to_string(batch) + ", " +
-                                std::to_string(x_rows) + " and " + std::to_string(y_rows) + ", " +
-                                std::to_string(columns) + "; none may be negative, and columns not 0");
+    throw std::invalid_argument("batch, rows and columns are " + std::to_string(batch) + ", " + std::to_string(x_rows) + " and " +
+                                std::to_string(y_rows) + ", " + std::to_string(columns) +
+                                "; none may be negative, and columns not 0");
   const DType x_type = dtype_of(x_dtype), y_type = dtype_of(y_dtype);
   return {{elements(x, x_type), x_type, x_rows, as<RowStatistics>(x_statistics)},
           {elements(y, y_type), y_type, y_rows, as<RowStatistics>(y_statistics)},
@@ -429,27 +463,26 @@ SoftmaxCdistProblem cdist_problem(Pointer x, int x_dtype, Pointer y, int y_dtype
 void bind_softmax_cdist_l1(py::module_& m) {
   m.def(
       "softmax_cdist_l1",
-      [](Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows, int64_t y_rows,
-         int64_t columns, float inverse_temperature, Pointer x_statistics, Pointer y_statistics, Pointer distances) {
-        softmax_cdist_l1(cdist_problem(x, x_dtype, y, y_dtype, batch, x_rows, y_rows, columns, inverse_temperature,
-                                       x_statistics, y_statistics),
+      [](Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows, int64_t y_rows, int64_t columns,
+         float inverse_temperature, Pointer x_statistics, Pointer y_statistics, Pointer distances) {
+        softmax_cdist_l1(cdist_problem(x, x_dtype, y, y_dtype, batch, x_rows, y_rows, columns, inverse_temperature, x_statistics,
+                                       y_statistics),
                          as<float>(distances));
       },
-      py::arg("x"), py::arg("x_dtype"), py::arg("y"), py::arg("y_dtype"), py::arg("batch"), py::arg("x_rows"),
-      py::arg("y_rows"), py::arg("columns"), py::arg("inverse_temperature"), py::arg("x_statistics"),
-      py::arg("y_statistics"), py::arg("distances"), NoGil());
+      py::arg("x"), py::arg("x_dtype"), py::arg("y"), py::arg("y_dtype"), py::arg("batch"), py::arg("x_rows"), py::arg("y_rows"),
+      py::arg("columns"), py::arg("inverse_temperature"), py::arg("x_statistics"), py::arg("y_statistics"), py::arg("distances"),
+      NoGil());
   m.def(
       "softmax_cdist_l1_backward",
-      [](Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows, int64_t y_rows,
-         int64_t columns, float inverse_temperature, Pointer x_statistics, Pointer y_statistics, Pointer gradient,
-         Pointer x_gradient) {
-        softmax_cdist_l1_backward(cdist_problem(x, x_dtype, y, y_dtype, batch, x_rows, y_rows, columns,
-                                                inverse_temperature, x_statistics, y_statistics),
+      [](Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows, int64_t y_rows, int64_t columns,
+         float inverse_temperature, Pointer x_statistics, Pointer y_statistics, Pointer gradient, Pointer x_gradient) {
+        softmax_cdist_l1_backward(cdist_problem(x, x_dtype, y, y_dtype, batch, x_rows, y_rows, columns, inverse_temperature,
+                                                x_statistics, y_statistics),
                                   as<float>(gradient), elements(x_gradient, dtype_of(x_dtype)));
       },
-      py::arg("x"), py::arg("x_dtype"), py::arg("y"), py::arg("y_dtype"), py::arg("batch"), py::arg("x_rows"),
-      py::arg("y_rows"), py::arg("columns"), py::arg("inverse_temperature"), py::arg("x_statistics"),
-      py::arg("y_statistics"), py::arg("gradient"), py::arg("x_gradient"), NoGil());
+      py::arg("x"), py::arg("x_dtype"), py::arg("y"), py::arg("y_dtype"), py::arg("batch"), py::arg("x_rows"), py::arg("y_rows"),
+      py::arg("columns"), py::arg("inverse_temperature"), py::arg("x_statistics"), py::arg("y_statistics"), py::arg("gradient"),
+      py::arg("x_gradient"), NoGil());
 }
 
 // --- decode steps --------------------------------------------------------------------------------------------------

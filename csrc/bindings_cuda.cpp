@@ -37,14 +37,14 @@ T* pointer(uintptr_t address) {
 
 int64_t layout_bytes(int64_t rows, int64_t columns, uintptr_t column_bits, uintptr_t segment_rows, int64_t segments,
                      int64_t outliers, bool row_scale) {
-  return cuda::codebook_layout_bytes(rows, columns, pointer<uint8_t>(column_bits), pointer<int32_t>(segment_rows),
-                                     segments, outliers, row_scale);
+  return cuda::codebook_layout_bytes(rows, columns, pointer<uint8_t>(column_bits), pointer<int32_t>(segment_rows), segments,
+                                     outliers, row_scale);
 }
 
 void layout_pack(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t column_bits,
                  uintptr_t segment_rows, int64_t segments, const std::array<uintptr_t, 8>& codes, uintptr_t codebook,
-                 uintptr_t row_scale, uintptr_t outlier_row_offsets, uintptr_t outlier_columns,
-                 int outlier_columns_bytes, uintptr_t outlier_values) {
+                 uintptr_t row_scale, uintptr_t outlier_row_offsets, uintptr_t outlier_columns, int outlier_columns_bytes,
+                 uintptr_t outlier_values) {
   pyllmq::CodebookCheckpoint c{};
   c.rows = rows;
   c.columns = columns;
@@ -82,8 +82,8 @@ py::tuple linear_tables_workspace(int64_t rows, int64_t columns) {
   return py::make_tuple(plan.partials, plan.counters);
 }
 
-cuda::LinearCall linear_call(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t x,
-                             int dtype, int64_t tokens, uintptr_t bias, int bias_dtype, uintptr_t y, uintptr_t partials,
+cuda::LinearCall linear_call(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t x, int dtype,
+                             int64_t tokens, uintptr_t bias, int bias_dtype, uintptr_t y, uintptr_t partials,
                              uintptr_t counters) {
   cuda::LinearCall call{};
   call.layout = pointer<uint8_t>(layout);
@@ -102,23 +102,21 @@ cuda::LinearCall linear_call(uintptr_t layout, int64_t layout_bytes, int64_t row
 }
 
 void codebook_linear(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t x, int dtype,
-                     int64_t tokens, uintptr_t bias, int bias_dtype, uintptr_t y, uintptr_t partials,
-                     uintptr_t counters, uintptr_t stream) {
-  cuda::codebook_linear(linear_call(layout, layout_bytes, rows, columns, x, dtype, tokens, bias, bias_dtype, y, partials,
-                                    counters),
-                        stream);
+                     int64_t tokens, uintptr_t bias, int bias_dtype, uintptr_t y, uintptr_t partials, uintptr_t counters,
+                     uintptr_t stream) {
+  cuda::codebook_linear(
+      linear_call(layout, layout_bytes, rows, columns, x, dtype, tokens, bias, bias_dtype, y, partials, counters), stream);
 }
 
-void codebook_linear_tables(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t x,
-                            int dtype, uintptr_t bias, int bias_dtype, uintptr_t y, uintptr_t partials,
-                            uintptr_t counters, uintptr_t stream) {
-  cuda::codebook_linear_tables(linear_call(layout, layout_bytes, rows, columns, x, dtype, 1, bias, bias_dtype, y,
-                                           partials, counters),
-                               stream);
+void codebook_linear_tables(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t x, int dtype,
+                            uintptr_t bias, int bias_dtype, uintptr_t y, uintptr_t partials, uintptr_t counters,
+                            uintptr_t stream) {
+  cuda::codebook_linear_tables(
+      linear_call(layout, layout_bytes, rows, columns, x, dtype, 1, bias, bias_dtype, y, partials, counters), stream);
 }
 
-void codebook_dequantize(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t weight,
-                         int dtype, uintptr_t stream) {
+void codebook_dequantize(uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns, uintptr_t weight, int dtype,
+                         uintptr_t stream) {
   cuda::codebook_dequantize(pointer<uint8_t>(layout), layout_bytes, rows, columns, pointer<void>(weight), dtype, stream);
 }
 
@@ -130,14 +128,22 @@ void unpack_codes(uintptr_t packed, uintptr_t codes, int64_t rows, int64_t colum
   cuda::unpack_codes(pointer<uint8_t>(packed), pointer<uint8_t>(codes), rows, columns, bits, stream);
 }
 
-cuda::GradientCall gradient_call(int64_t rows, int64_t columns, int64_t segments, int64_t entries,
-                                 uintptr_t segment_starts, uintptr_t sorted_columns, uintptr_t width_starts,
-                                 uintptr_t first_entry, const std::array<uintptr_t, 8>& codes,
-                                 const std::array<int64_t, 8>& code_bytes, uintptr_t row_scale, int row_scale_dtype,
-                                 uintptr_t weight_gradient) {
-  cuda::GradientCall call{rows, columns, segments, entries, pointer<int64_t>(segment_starts),
-                          pointer<int64_t>(sorted_columns), pointer<int64_t>(width_starts),
-                          pointer<int64_t>(first_entry), {}, {}, pointer<void>(row_scale), row_scale_dtype,
+cuda::GradientCall gradient_call(int64_t rows, int64_t columns, int64_t segments, int64_t entries, uintptr_t segment_starts,
+                                 uintptr_t sorted_columns, uintptr_t width_starts, uintptr_t first_entry,
+                                 const std::array<uintptr_t, 8>& codes, const std::array<int64_t, 8>& code_bytes,
+                                 uintptr_t row_scale, int row_scale_dtype, uintptr_t weight_gradient) {
+  cuda::GradientCall call{rows,
+                          columns,
+                          segments,
+                          entries,
+                          pointer<int64_t>(segment_starts),
+                          pointer<int64_t>(sorted_columns),
+                          pointer<int64_t>(width_starts),
+                          pointer<int64_t>(first_entry),
+                          {},
+                          {},
+                          pointer<void>(row_scale),
+                          row_scale_dtype,
                           pointer<float>(weight_gradient)};
   for (int bits = 1; bits <= 8; ++bits) {
     call.codes[bits] = pointer<uint8_t>(codes[bits - 1]);
@@ -149,9 +155,9 @@ cuda::GradientCall gradient_call(int64_t rows, int64_t columns, int64_t segments
 void bind_codebook_gradient(py::module_& m) {
   using py::arg;
   py::class_<cuda::GradientCall>(m, "GradientCall", py::module_local())
-      .def(py::init(&gradient_call), arg("rows"), arg("columns"), arg("segments"), arg("entries"),
-           arg("segment_starts"), arg("sorted_columns"), arg("width_starts"), arg("first_entry"), arg("codes"),
-           arg("code_bytes"), arg("row_scale"), arg("row_scale_dtype"), arg("weight_gradient"));
+      .def(py::init(&gradient_call), arg("rows"), arg("columns"), arg("segments"), arg("entries"), arg("segment_starts"),
+           arg("sorted_columns"), arg("width_starts"), arg("first_entry"), arg("codes"), arg("code_bytes"), arg("row_scale"),
+           arg("row_scale_dtype"), arg("weight_gradient"));
   m.def("codebook_gradient_workspace", &cuda::codebook_gradient_workspace, arg("call"), "-> fp32 elements");
   m.def(
       "codebook_gradient",
@@ -161,18 +167,26 @@ void bind_codebook_gradient(py::module_& m) {
       arg("call"), arg("gradient"), arg("workspace"), arg("stream"));
 }
 
-cuda::CdistCall cdist_call(uintptr_t x, int x_dtype, uintptr_t y, int y_dtype, int64_t batch, int64_t x_rows,
-                           int64_t y_rows, int64_t columns, float scale, uintptr_t x_statistics,
-                           uintptr_t y_statistics) {
-  return {pointer<void>(x), pointer<void>(y), x_dtype, y_dtype, batch, x_rows, y_rows, columns, scale,
-          pointer<float>(x_statistics), pointer<float>(y_statistics)};
+cuda::CdistCall cdist_call(uintptr_t x, int x_dtype, uintptr_t y, int y_dtype, int64_t batch, int64_t x_rows, int64_t y_rows,
+                           int64_t columns, float scale, uintptr_t x_statistics, uintptr_t y_statistics) {
+  return {pointer<void>(x),
+          pointer<void>(y),
+          x_dtype,
+          y_dtype,
+          batch,
+          x_rows,
+          y_rows,
+          columns,
+          scale,
+          pointer<float>(x_statistics),
+          pointer<float>(y_statistics)};
 }
 
 void bind_softmax_cdist_l1(py::module_& m) {
   using py::arg;
   py::class_<cuda::CdistCall>(m, "CdistCall", py::module_local())  // the emulated module has it as well
-      .def(py::init(&cdist_call), arg("x"), arg("x_dtype"), arg("y"), arg("y_dtype"), arg("batch"), arg("x_rows"),
-           arg("y_rows"), arg("columns"), arg("scale"), arg("x_statistics"), arg("y_statistics"));
+      .def(py::init(&cdist_call), arg("x"), arg("x_dtype"), arg("y"), arg("y_dtype"), arg("batch"), arg("x_rows"), arg("y_rows"),
+           arg("columns"), arg("scale"), arg("x_statistics"), arg("y_statistics"));
   m.def("softmax_cdist_l1_workspace", &cuda::softmax_cdist_l1_workspace, arg("call"), "-> fp32 elements");
   m.def("softmax_cdist_l1_backward_workspace", &cuda::softmax_cdist_l1_backward_workspace, arg("call"));
   m.def(
@@ -183,33 +197,48 @@ void bind_softmax_cdist_l1(py::module_& m) {
       arg("call"), arg("distances"), arg("workspace"), arg("stream"));
   m.def(
       "softmax_cdist_l1_backward",
-      [](const cuda::CdistCall& call, uintptr_t gradient, uintptr_t x_gradient, uintptr_t workspace,
-         uintptr_t stream) {
-        cuda::softmax_cdist_l1_backward(call, pointer<float>(gradient), pointer<void>(x_gradient),
-                                        pointer<float>(workspace), stream);
+      [](const cuda::CdistCall& call, uintptr_t gradient, uintptr_t x_gradient, uintptr_t workspace, uintptr_t stream) {
+        cuda::softmax_cdist_l1_backward(call, pointer<float>(gradient), pointer<void>(x_gradient), pointer<float>(workspace),
+                                        stream);
       },
       arg("call"), arg("gradient"), arg("x_gradient"), arg("workspace"), arg("stream"));
 }
 
-cuda::SinkhornCall sinkhorn_call(const std::array<uintptr_t, 4>& inputs, const std::array<int64_t, 4>& strides,
-                                 int64_t problems, int64_t n, int64_t m, double rho_a, double rho_b) {
-  return {pointer<float>(inputs[0]), strides[0], pointer<float>(inputs[1]), strides[1], pointer<float>(inputs[2]),
-          strides[2], pointer<float>(inputs[3]), strides[3], problems, n, m, rho_a, rho_b};
+cuda::SinkhornCall sinkhorn_call(const std::array<uintptr_t, 4>& inputs, const std::array<int64_t, 4>& strides, int64_t problems,
+                                 int64_t n, int64_t m, double rho_a, double rho_b) {
+  return {pointer<float>(inputs[0]),
+          strides[0],
+          pointer<float>(inputs[1]),
+          strides[1],
+          pointer<float>(inputs[2]),
+          strides[2],
+          pointer<float>(inputs[3]),
+          strides[3],
+          problems,
+          n,
+          m,
+          rho_a,
+          rho_b};
 }
 
-void sinkhorn(const cuda::SinkhornCall& call, int64_t iterations, float tolerance, uintptr_t plan, uintptr_t u,
-              uintptr_t v, uintptr_t tape, uintptr_t count, uintptr_t workspace, uintptr_t counters, uintptr_t stream) {
-  const cuda::SinkhornForward out{iterations,        tolerance,           pointer<float>(plan),  pointer<float>(u),
-                                  pointer<float>(v), pointer<float>(tape), pointer<int32_t>(count)};
+void sinkhorn(const cuda::SinkhornCall& call, int64_t iterations, float tolerance, uintptr_t plan, uintptr_t u, uintptr_t v,
+              uintptr_t tape, uintptr_t count, uintptr_t workspace, uintptr_t counters, uintptr_t stream) {
+  const cuda::SinkhornForward out{iterations,
+                                  tolerance,
+                                  pointer<float>(plan),
+                                  pointer<float>(u),
+                                  pointer<float>(v),
+                                  pointer<float>(tape),
+                                  pointer<int32_t>(count)};
   if (cuda::sinkhorn_is_small(call))
     cuda::sinkhorn_small(call, out, stream);
   else
     cuda::sinkhorn(call, out, pointer<float>(workspace), pointer<uint32_t>(counters), stream);
 }
 
-void sinkhorn_backward(const cuda::SinkhornCall& call, int64_t iterations, uintptr_t tape, uintptr_t count,
-                       uintptr_t grad_plan, uintptr_t grad_u, uintptr_t grad_v, uintptr_t grad_cost, uintptr_t grad_a,
-                       uintptr_t grad_b, uintptr_t workspace, uintptr_t counters, uintptr_t stream) {
+void sinkhorn_backward(const cuda::SinkhornCall& call, int64_t iterations, uintptr_t tape, uintptr_t count, uintptr_t grad_plan,
+                       uintptr_t grad_u, uintptr_t grad_v, uintptr_t grad_cost, uintptr_t grad_a, uintptr_t grad_b,
+                       uintptr_t workspace, uintptr_t counters, uintptr_t stream) {
   const cuda::SinkhornBackward out{iterations,
                                    pointer<float>(tape),
                                    pointer<int32_t>(count),
@@ -238,11 +267,11 @@ void bind_sinkhorn(py::module_& m) {
         return py::make_tuple(room.floats, room.counters);
       },
       arg("call"), arg("backward_iterations"), "-> (fp32 elements, uint32 counters that are zero before the first call)");
-  m.def("sinkhorn", &sinkhorn, arg("call"), arg("iterations"), arg("tolerance"), arg("plan"), arg("u"), arg("v"),
-        arg("tape"), arg("count"), arg("workspace"), arg("counters"), arg("stream"));
-  m.def("sinkhorn_backward", &sinkhorn_backward, arg("call"), arg("iterations"), arg("tape"), arg("count"),
-        arg("grad_plan"), arg("grad_u"), arg("grad_v"), arg("grad_cost"), arg("grad_a"), arg("grad_b"),
-        arg("workspace"), arg("counters"), arg("stream"));
+  m.def("sinkhorn", &sinkhorn, arg("call"), arg("iterations"), arg("tolerance"), arg("plan"), arg("u"), arg("v"), arg("tape"),
+        arg("count"), arg("workspace"), arg("counters"), arg("stream"));
+  m.def("sinkhorn_backward", &sinkhorn_backward, arg("call"), arg("iterations"), arg("tape"), arg("count"), arg("grad_plan"),
+        arg("grad_u"), arg("grad_v"), arg("grad_cost"), arg("grad_a"), arg("grad_b"), arg("workspace"), arg("counters"),
+        arg("stream"));
 }
 
 // --- the sparse formats ----------------------------------------------------------------------------------------------
@@ -272,8 +301,7 @@ py::tuple sparse_layout_describe(uintptr_t layout, int64_t layout_bytes, int64_t
   return py::make_tuple(kind, static_cast<int>(h.values), h.bits, h.stage_bytes, h.data_offset);
 }
 
-py::tuple sparse_linear_workspace(const cuda::SparseOperand& operand, int64_t rows, int64_t columns, int64_t tokens,
-                                  int dtype) {
+py::tuple sparse_linear_workspace(const cuda::SparseOperand& operand, int64_t rows, int64_t columns, int64_t tokens, int dtype) {
   const cuda::SparsePlan plan =
       operand.kind == pyllmq::SparseKind::columns
           ? cuda::plan_sparse_columns_linear(rows, columns, tokens, cuda::multiprocessors())
@@ -281,9 +309,9 @@ py::tuple sparse_linear_workspace(const cuda::SparseOperand& operand, int64_t ro
   return py::make_tuple(plan.partials, plan.counters);
 }
 
-void sparse_linear(const cuda::SparseOperand& operand, uintptr_t layout, int64_t layout_bytes, int64_t rows,
-                   int64_t columns, uintptr_t x, int dtype, int64_t tokens, uintptr_t bias, int bias_dtype, uintptr_t y,
-                   uintptr_t partials, uintptr_t counters, uintptr_t stream) {
+void sparse_linear(const cuda::SparseOperand& operand, uintptr_t layout, int64_t layout_bytes, int64_t rows, int64_t columns,
+                   uintptr_t x, int dtype, int64_t tokens, uintptr_t bias, int bias_dtype, uintptr_t y, uintptr_t partials,
+                   uintptr_t counters, uintptr_t stream) {
   const cuda::LinearCall call =
       linear_call(layout, layout_bytes, rows, columns, x, dtype, tokens, bias, bias_dtype, y, partials, counters);
   if (operand.kind == pyllmq::SparseKind::columns)
@@ -333,10 +361,10 @@ void bind_sparse(py::module_& m) {
       arg("stream"));
 }
 
-void kmeans_1d_layers(uintptr_t sums, uintptr_t masses, uintptr_t gains, uintptr_t best, int64_t problems, int64_t n,
-                      int k_max, uintptr_t stream) {
-  cuda::kmeans_1d_layers(pointer<double>(sums), pointer<double>(masses), pointer<double>(gains), pointer<int32_t>(best),
-                         problems, n, k_max, stream);
+void kmeans_1d_layers(uintptr_t sums, uintptr_t masses, uintptr_t gains, uintptr_t best, int64_t problems, int64_t n, int k_max,
+                      uintptr_t stream) {
+  cuda::kmeans_1d_layers(pointer<double>(sums), pointer<double>(masses), pointer<double>(gains), pointer<int32_t>(best), problems,
+                         n, k_max, stream);
 }
 
 }  // namespace
@@ -349,9 +377,9 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def("codebook_layout_bytes", &layout_bytes, arg("rows"), arg("columns"), arg("column_bits"), arg("segment_rows"),
         arg("segments"), arg("outliers"), arg("row_scale"));
-  m.def("codebook_layout_pack", &layout_pack, arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"),
-        arg("column_bits"), arg("segment_rows"), arg("segments"), arg("codes"), arg("codebook"), arg("row_scale"),
-        arg("outlier_row_offsets"), arg("outlier_columns"), arg("outlier_columns_bytes"), arg("outlier_values"),
+  m.def("codebook_layout_pack", &layout_pack, arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("column_bits"),
+        arg("segment_rows"), arg("segments"), arg("codes"), arg("codebook"), arg("row_scale"), arg("outlier_row_offsets"),
+        arg("outlier_columns"), arg("outlier_columns_bytes"), arg("outlier_values"),
         "on the host; codes: 8 addresses of codes_b1..codes_b8, 0 where absent");
   m.def("codebook_layout_shape", &layout_shape, arg("layout"), arg("layout_bytes"));
   m.def("codebook_layout_codes", &layout_codes, arg("layout"), arg("layout_bytes"), arg("codes_out"));
@@ -363,21 +391,19 @@ PYBIND11_MODULE(_cuda, m) {
         "dtype: 0 fp32, 1 bf16, 2 fp16");
   m.def("linear_tables_fit", &cuda::linear_tables_fit, "whether the current device's blocks get the shared memory for tables");
   m.def("codebook_linear_tables_workspace", &linear_tables_workspace, arg("rows"), arg("columns"), "as above");
-  m.def("codebook_linear_tables", &codebook_linear_tables, arg("layout"), arg("layout_bytes"), arg("rows"),
-        arg("columns"), arg("x"), arg("dtype"), arg("bias"), arg("bias_dtype"), arg("y"), arg("partials"),
-        arg("counters"), arg("stream"), "of one token");
+  m.def("codebook_linear_tables", &codebook_linear_tables, arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"),
+        arg("x"), arg("dtype"), arg("bias"), arg("bias_dtype"), arg("y"), arg("partials"), arg("counters"), arg("stream"),
+        "of one token");
   m.def("codebook_dequantize", &codebook_dequantize, arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"),
         arg("weight"), arg("dtype"), arg("stream"));
-  m.def("pack_codes", &pack_codes, arg("codes"), arg("packed"), arg("rows"), arg("columns"), arg("bits"),
-        arg("stream"));
-  m.def("unpack_codes", &unpack_codes, arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"),
-        arg("stream"));
+  m.def("pack_codes", &pack_codes, arg("codes"), arg("packed"), arg("rows"), arg("columns"), arg("bits"), arg("stream"));
+  m.def("unpack_codes", &unpack_codes, arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"), arg("stream"));
   bind_codebook_gradient(m);
   bind_softmax_cdist_l1(m);
   bind_sinkhorn(m);
   bind_sparse(m);
-  m.def("kmeans_1d_layers", &kmeans_1d_layers, arg("sums"), arg("masses"), arg("gains"), arg("best"), arg("problems"),
-        arg("n"), arg("k_max"), arg("stream"));
+  m.def("kmeans_1d_layers", &kmeans_1d_layers, arg("sums"), arg("masses"), arg("gains"), arg("best"), arg("problems"), arg("n"),
+        arg("k_max"), arg("stream"));
 #ifdef PYLLMQ_CUDA_EMULATED
   cuda::emulator::add_bindings(m);
 #endif

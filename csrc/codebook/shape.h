@@ -19,12 +19,16 @@ struct CodebookCheckpoint {
   const void* outlier_columns;         // uint16 or int32, ascending within a row
   int outlier_columns_bytes;
   const uint16_t* outlier_values;  // fp16
+
+  int64_t outlier_column(int64_t i) const {
+    return outlier_columns_bytes == 2 ? static_cast<const uint16_t*>(outlier_columns)[i]
+                                      : static_cast<const int32_t*>(outlier_columns)[i];
+  }
 };
 
 // Calls refuse(why), which throws, unless rows, columns, widths and segments are ones that a format can have.
 inline void check_codebook_shape(void (*refuse)(const std::string& why), int64_t rows, int64_t columns,
-                                 const uint8_t* column_bits, const int32_t* segment_rows, int64_t segments,
-                                 int64_t outliers) {
+                                 const uint8_t* column_bits, const int32_t* segment_rows, int64_t segments, int64_t outliers) {
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
   if (rows < 1 || rows > most || columns < 1 || columns > most)
     refuse("the weight has shape [" + std::to_string(rows) + ", " + std::to_string(columns) + "]; allowed: 1.." +
@@ -39,8 +43,7 @@ inline void check_codebook_shape(void (*refuse)(const std::string& why), int64_t
     if (segment_rows[s] < 1) refuse("segment_rows[" + std::to_string(s) + "] must be at least 1");
     sum += segment_rows[s];
   }
-  if (sum != rows)
-    refuse("segment_rows sum to " + std::to_string(sum) + ", not to the " + std::to_string(rows) + " rows");
+  if (sum != rows) refuse("segment_rows sum to " + std::to_string(sum) + ", not to the " + std::to_string(rows) + " rows");
   for (int64_t k = 0; k < columns; ++k)
     if (column_bits[k] < 1 || column_bits[k] > 8)
       refuse("column_bits[" + std::to_string(k) + "] = " + std::to_string(column_bits[k]) + "; allowed: 1..8");

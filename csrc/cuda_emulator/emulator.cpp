@@ -42,7 +42,7 @@ constexpr size_t kStackBytes = 64 << 10;
 constexpr int kWarp = 32;
 constexpr size_t kGuardBytes = 64;
 constexpr size_t kMostSharedBytes = 163 << 10;  // what a block gets on compute capability 8.0
-constexpr uint8_t kPoison = 0xFF;  // fp16, bf16 and fp32 of these bytes are NaN
+constexpr uint8_t kPoison = 0xFF;               // fp16, bf16 and fp32 of these bytes are NaN
 constexpr int kMostYields = 1 << 22;
 
 struct Copy {
@@ -158,8 +158,8 @@ void run_blocks(int64_t first) {
   for (const Block& block : m.running)
     for (size_t i = 0; i < kGuardBytes; ++i)
       if (block.shared[i] != kPoison || block.shared[kGuardBytes + m.shared_bytes + i] != kPoison)
-        throw std::runtime_error("emulator: shared memory was written outside of the " +
-                                 std::to_string(m.shared_bytes) + " bytes of the launch");
+        throw std::runtime_error("emulator: shared memory was written outside of the " + std::to_string(m.shared_bytes) +
+                                 " bytes of the launch");
   for (int i = 0; i < m.count(); ++i)
     for (const auto& group : m.fibers[i].copies)
       if (!group.empty()) throw std::runtime_error("emulator: a thread left before its asynchronous copies landed");
@@ -168,9 +168,8 @@ void run_blocks(int64_t first) {
 void begin_launch(int64_t blocks, int64_t at_once, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
   Machine& m = machine;
   if (blocks < 1 || blocks > 0x7FFFFFFF || threads < 1 || threads > 1024 || threads % kWarp || shared_bytes > kMostSharedBytes)
-    throw std::runtime_error("emulator: a launch of " + std::to_string(blocks) + " blocks of " +
-                             std::to_string(threads) + " threads with " + std::to_string(shared_bytes) +
-                             " bytes of shared memory");
+    throw std::runtime_error("emulator: a launch of " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
+                             " threads with " + std::to_string(shared_bytes) + " bytes of shared memory");
   ++launch_count;
   m.failure.clear();
   m.kernel = &kernel;
@@ -304,8 +303,7 @@ void multiply(void* const* brought) {
       for (int j = 0; j < 8; ++j)
         if (read[i][k]) c[i][j] += a[i][k] * b[k][j];
   for (int lane = 0; lane < kWarp; ++lane)
-    for (int e = 0; e < 4; ++e)
-      static_cast<Mma*>(brought[lane])->c[e] = c[lane / 4 + 8 * (e >> 1)][2 * (lane % 4) + (e & 1)];
+    for (int e = 0; e < 4; ++e) static_cast<Mma*>(brought[lane])->c[e] = c[lane / 4 + 8 * (e >> 1)][2 * (lane % 4) + (e & 1)];
 }
 
 struct Shuffle {
@@ -322,9 +320,7 @@ void exchange(void* const* brought) {
 
 }  // namespace
 
-void mma(Meeting meeting, Mma held) {
-  meet_warp(meeting, &held, meeting == Meeting::mma ? multiply<false> : multiply<true>);
-}
+void mma(Meeting meeting, Mma held) { meet_warp(meeting, &held, meeting == Meeting::mma ? multiply<false> : multiply<true>); }
 
 }  // namespace pyllmq::cuda::emulator
 

@@ -21,7 +21,8 @@
 #define PYLLMQ_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
   (static_cast<void>(stream), ::pyllmq::cuda::emulator::launch(blocks, threads, shared_bytes, [=] { (kernel)(__VA_ARGS__); }))
 #define PYLLMQ_LAUNCH_TOGETHER(kernel, blocks, threads, shared_bytes, stream, argument) \
-  (static_cast<void>(stream), ::pyllmq::cuda::emulator::launch_together(blocks, threads, shared_bytes, [=] { (kernel)(argument); }))
+  (static_cast<void>(stream),                                                           \
+   ::pyllmq::cuda::emulator::launch_together(blocks, threads, shared_bytes, [=] { (kernel)(argument); }))
 
 namespace pyllmq::cuda::emulator {
 
@@ -94,8 +95,7 @@ uint32_t shuffle(uint32_t value, int lane);
 uint32_t shuffle_up(uint32_t value, int distance);
 
 template <bool kBf16 = false>
-static inline void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                uint32_t b1) {
+static inline void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
   emulator::mma(emulator::Meeting::mma, {c, a, b, kBf16, 0, 0});
 }

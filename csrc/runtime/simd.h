@@ -66,8 +66,7 @@ struct Avx2 {
   static void split(R x, R& n, R& m) {
     const __m256i bits = _mm256_castps_si256(x), shifted = _mm256_sub_epi32(bits, _mm256_set1_epi32(0x3F3504F3));
     n = _mm256_cvtepi32_ps(_mm256_srai_epi32(shifted, 23));  // m in [sqrt 1/2, sqrt 2)
-    m = _mm256_castsi256_ps(
-        _mm256_sub_epi32(bits, _mm256_and_si256(shifted, _mm256_set1_epi32(static_cast<int>(0xFF800000)))));
+    m = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_and_si256(shifted, _mm256_set1_epi32(static_cast<int>(0xFF800000)))));
   }
   static R scale2(R x, R n) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
@@ -121,9 +120,15 @@ struct Avx2 {
     r[2] = _mm256_permute2f128_ps(q0, q1, 0x31);
     r[3] = _mm256_permute2f128_ps(q2, q3, 0x31);
   }
-  static float total(R x) { return fold(x, [](__m128 p, __m128 q) { return _mm_add_ps(p, q); }); }
-  static float least(R x) { return fold(x, [](__m128 p, __m128 q) { return _mm_min_ps(p, q); }); }
-  static float most(R x) { return fold(x, [](__m128 p, __m128 q) { return _mm_max_ps(p, q); }); }
+  static float total(R x) {
+    return fold(x, [](__m128 p, __m128 q) { return _mm_add_ps(p, q); });
+  }
+  static float least(R x) {
+    return fold(x, [](__m128 p, __m128 q) { return _mm_min_ps(p, q); });
+  }
+  static float most(R x) {
+    return fold(x, [](__m128 p, __m128 q) { return _mm_max_ps(p, q); });
+  }
 
   static Flag no_flag() { return _mm256_setzero_ps(); }
   static Flag is_nan(R x) { return _mm256_cmp_ps(x, x, _CMP_UNORD_Q); }
@@ -174,7 +179,9 @@ struct Avx512 {
 
   static R set(float x) { return _mm512_set1_ps(x); }
   static R load(const float* from) { return _mm512_loadu_ps(from); }
-  static __mmask16 first(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xFFFF : count > 0 ? (1 << count) - 1 : 0); }
+  static __mmask16 first(int64_t count) {
+    return static_cast<__mmask16>(count >= 16 ? 0xFFFF : count > 0 ? (1 << count) - 1 : 0);
+  }
   static R load_part(const float* from, int64_t left, float missing) {
     return _mm512_mask_loadu_ps(set(missing), first(left), from);
   }
@@ -199,14 +206,12 @@ struct Avx512 {
   static void split(R x, R& n, R& m) {
     const __m512i bits = _mm512_castps_si512(x), shifted = _mm512_sub_epi32(bits, _mm512_set1_epi32(0x3F3504F3));
     n = _mm512_cvtepi32_ps(_mm512_srai_epi32(shifted, 23));  // m in [sqrt 1/2, sqrt 2)
-    m = _mm512_castsi512_ps(
-        _mm512_sub_epi32(bits, _mm512_and_si512(shifted, _mm512_set1_epi32(static_cast<int>(0xFF800000)))));
+    m = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_and_si512(shifted, _mm512_set1_epi32(static_cast<int>(0xFF800000)))));
   }
   static R scale2(R x, R n) { return _mm512_scalef_ps(x, n); }
   static R exponent(R cost, double u, const double* v, double inverse) {
     const __m512d row = _mm512_set1_pd(u), scale = _mm512_set1_pd(inverse);
-    const __m512d low =
-        _mm512_sub_pd(_mm512_add_pd(row, _mm512_loadu_pd(v)), _mm512_cvtps_pd(_mm512_castps512_ps256(cost)));
+    const __m512d low = _mm512_sub_pd(_mm512_add_pd(row, _mm512_loadu_pd(v)), _mm512_cvtps_pd(_mm512_castps512_ps256(cost)));
     const __m512d high =
         _mm512_sub_pd(_mm512_add_pd(row, _mm512_loadu_pd(v + 8)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(cost, 1)));
     return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_mul_pd(low, scale))),
@@ -215,8 +220,8 @@ struct Avx512 {
   static Four sums(R s0, R s1, R s2, R s3) {
     const __m512d low = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(s0, s1), _mm512_unpackhi_ps(s0, s1)));
     const __m512d high = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(s2, s3), _mm512_unpackhi_ps(s2, s3)));
-    const R four_times = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
-                                       _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+    const R four_times =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
     const __m256 twice = _mm256_add_ps(_mm512_castps512_ps256(four_times), _mm512_extractf32x8_ps(four_times, 1));
     return _mm_add_ps(_mm256_castps256_ps128(twice), _mm256_extractf128_ps(twice, 1));
   }

@@ -209,8 +209,7 @@ int num_threads() { return wanted_threads().load(); }
 
 void set_num_threads(int threads) {
   if (threads < 1 || threads > kMaxThreads)
-    throw std::invalid_argument("num_threads = " + std::to_string(threads) + "; allowed: 1.." +
-                                std::to_string(kMaxThreads));
+    throw std::invalid_argument("num_threads = " + std::to_string(threads) + "; allowed: 1.." + std::to_string(kMaxThreads));
   if (inside_task) throw std::runtime_error("set_num_threads was called inside a parallel task; call it outside");
   wanted_threads().store(threads);
   if (live_pool.load() != nullptr) pool().resize_when_idle(threads);

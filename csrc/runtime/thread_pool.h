@@ -41,8 +41,7 @@ template <class Body>
 void parallel_for(int64_t count, int64_t grain, double cost_ns, Body&& body) {
   using Plain = std::remove_reference_t<Body>;
   detail::run_chunks(
-      count, grain, cost_ns,
-      [](void* context, int64_t begin, int64_t end) { (*static_cast<Plain*>(context))(begin, end); },
+      count, grain, cost_ns, [](void* context, int64_t begin, int64_t end) { (*static_cast<Plain*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(std::addressof(body))));
 }
 

@@ -33,8 +33,8 @@ struct SparseCheckpoint {
 };
 
 // Pointers by the name of the checkpoint's tensor; absent ones are 0.
-inline SparseCheckpoint sparse_checkpoint(const std::string& kind, int value_type, int64_t rows, int64_t columns,
-                                          int64_t kept, int64_t bits, int64_t outliers, int column_bytes,
+inline SparseCheckpoint sparse_checkpoint(const std::string& kind, int value_type, int64_t rows, int64_t columns, int64_t kept,
+                                          int64_t bits, int64_t outliers, int column_bytes,
                                           const std::map<std::string, uintptr_t>& tensors) {
   const std::map<std::string, SparseKind> kinds = {
       {"bitmap", SparseKind::bitmap}, {"sparse24", SparseKind::sparse24}, {"sparse24_codebook", SparseKind::codes}};

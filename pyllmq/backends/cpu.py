@@ -33,7 +33,7 @@ def available() -> tuple[bool, str]:
     try:
         from .. import _cpu
     except ImportError as error:
-        return False, f"pyllmq._cpu could not be imported ({error}); reinstall pyllmq-kernels with a C++17 compiler"
+        return False, f"pyllmq._cpu could not be imported ({error}); reinstall pyllmq-kernels with a C++20 compiler"
     return True, f"{_cpu.isa()} kernels, {torch.get_num_threads()} threads"
 
 

@@ -1,8 +1,9 @@
-// Tokens times 32 decoded rows in integers, in chains over kFlushColumns columns: 12 tokens in 24 registers. `static` because only
-// files compiled for AVX-512 may hold this code.
+// Tokens times 32 decoded rows in integers, in chains over kFlushColumns columns: 12 tokens in 24 registers. `static` because
+// only files compiled for AVX-512 may hold this code.
 //
-// A Dot says which instruction: kColumns of a row in a dword lane; `group` finds the packed x of some tokens, of which x [dword, token]
-// and units [chain, token] are read here; a chain's sum begins at `start` of its place in [chain, token], and `add` multiplies.
+// A Dot says which instruction: kColumns of a row in a dword lane; `group` finds the packed x of some tokens, of which x [dword,
+// token] and units [chain, token] are read here; a chain's sum begins at `start` of its place in [chain, token], and `add`
+// multiplies.
 #pragma once
 #include <immintrin.h>
 
@@ -48,17 +49,26 @@ static void multiply_group(const uint8_t* weights, const typename Dot::Group& gr
 
 template <class Dot>
 constexpr void (*kGroup[kChainTokens + 1])(const uint8_t* weights, const typename Dot::Group& group, int64_t slots,
-                                           float* sums) = {
-    nullptr,                 multiply_group<Dot, 1>, multiply_group<Dot, 2>, multiply_group<Dot, 3>,  multiply_group<Dot, 4>,
-    multiply_group<Dot, 5>,  multiply_group<Dot, 6>, multiply_group<Dot, 7>, multiply_group<Dot, 8>,  multiply_group<Dot, 9>,
-    multiply_group<Dot, 10>, multiply_group<Dot, 11>, multiply_group<Dot, 12>};
+                                           float* sums) = {nullptr,
+                                                           multiply_group<Dot, 1>,
+                                                           multiply_group<Dot, 2>,
+                                                           multiply_group<Dot, 3>,
+                                                           multiply_group<Dot, 4>,
+                                                           multiply_group<Dot, 5>,
+                                                           multiply_group<Dot, 6>,
+                                                           multiply_group<Dot, 7>,
+                                                           multiply_group<Dot, 8>,
+                                                           multiply_group<Dot, 9>,
+                                                           multiply_group<Dot, 10>,
+                                                           multiply_group<Dot, 11>,
+                                                           multiply_group<Dot, 12>};
 
 template <class Dot>
 static void multiply_chains(const uint8_t* weights, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums) {
   const TokenGroups groups{tokens, kChainTokens};
   for (int64_t g = 0; g < groups.count(); ++g) {
     const int64_t begin = groups.begin(g), count = groups.size(g);
-    kGroup<Dot>[count](weights, Dot::group(packed, slots, begin, count), slots, sums + begin * kTileRows);
+    kGroup<Dot>[count](weights, Dot::group(packed, slots, begin, count), slots, sums + begin* kTileRows);
   }
 }
 

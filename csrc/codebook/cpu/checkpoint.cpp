@@ -18,7 +18,7 @@ constexpr int64_t kTaskColumns = 64;  // a multiple of 8: its codes begin on a b
 // Columns of one width that one task takes, and where they lie.
 struct Task {
   int bits;
-  int64_t first;               // their place among the columns of that width, a multiple of kTaskColumns
+  int64_t first;  // their place among the columns of that width, a multiple of kTaskColumns
   std::vector<int32_t> column;
   std::vector<int32_t> entry;  // of the column's first centroid within a segment's codebook
 };

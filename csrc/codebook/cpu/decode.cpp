@@ -9,6 +9,7 @@
 
 #include "codebook/cpu/linear.h"
 #include "codebook/cpu/decode_int16.h"
+#include "runtime/counting.h"
 #include "runtime/isa.h"
 #include "runtime/thread_pool.h"
 #include "runtime/workspace.h"
@@ -42,8 +43,7 @@ bool weights_fit(const LayoutView& view, const DecodeKernels& kernels) {
       if (!std::all_of(magnitude, magnitude + view.panel(p).columns, finite)) return false;
     }
   if (view.row_scale() == nullptr || header.outliers == 0) return true;
-  return std::all_of(view.row_scale(), view.row_scale() + header.rows,
-                     [&](float scale) { return finite(scale) && scale != 0; });
+  return std::all_of(view.row_scale(), view.row_scale() + header.rows, [&](float scale) { return finite(scale) && scale != 0; });
 }
 
 // The part of a panel that lies in a block of 256 slots; widths 5..8 have panels of 32 columns.
@@ -76,21 +76,19 @@ struct Problem {
   std::vector<Block> blocks;
   std::vector<uint32_t> slot_of;  // by column; empty without outliers
   std::vector<TileChunk> chunks;
-  const float* bias;  // [rows] or null
+  const float* bias = nullptr;  // [rows] or null
 
-  int64_t tokens;
-  const float* x;    // [tokens, columns]
-  uint8_t* packed;   // [block], each as `pack` writes it
-  float* outlier_x;  // [group of kOutlierTokens, column, token]
-  uint8_t* y;        // [tokens, rows]
+  int64_t tokens = 0;
+  const float* x = nullptr;    // [tokens, columns]
+  uint8_t* packed = nullptr;   // [block], each as `pack` writes it
+  float* outlier_x = nullptr;  // [group of kOutlierTokens, column, token]
+  uint8_t* y = nullptr;        // [tokens, rows]
 
   TokenGroups groups() const { return {tokens, kernels->token_group}; }
   uint8_t* packed_block(int64_t b) const { return packed + b * kernels->packed_bytes(tokens); }
   bool adds_outliers() const { return !slot_of.empty() && kernels->put_outlier == nullptr; }
   bool scales_weights() const { return view.row_scale() != nullptr && !kernels->scale_in_sums; }
 };
-
-int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 std::vector<Block> make_blocks(const LayoutView& view) {
   std::vector<Block> blocks;
@@ -103,8 +101,7 @@ std::vector<Block> make_blocks(const LayoutView& view) {
       const int64_t slots = std::min(panel.slots - done, kDecodedColumns - block.slots);
       block.pieces.push_back({&panel, done, block.slots, slots});
       for (int64_t i = 0; i < slots && view.header().order == StepOrder::fours; ++i)
-        block.order[block.slots + quad_place(static_cast<int>(panel.width), i)] =
-            static_cast<uint8_t>((block.slots + i) % 64);
+        block.order[block.slots + quad_place(static_cast<int>(panel.width), i)] = static_cast<uint8_t>((block.slots + i) % 64);
       block.slots += slots;
       done += slots;
     }
@@ -116,8 +113,7 @@ std::vector<uint32_t> slots_by_column(const LayoutView& view) {
   std::vector<uint32_t> slot_of(view.header().columns);
   for (int64_t p = 0; p < view.header().panels; ++p) {
     const PanelRecord& panel = view.panel(p);
-    for (int64_t i = 0; i < panel.columns; ++i)
-      slot_of[view.columns(panel)[i]] = static_cast<uint32_t>(panel.first_slot + i);
+    for (int64_t i = 0; i < panel.columns; ++i) slot_of[view.columns(panel)[i]] = static_cast<uint32_t>(panel.first_slot + i);
   }
   return slot_of;
 }
@@ -125,8 +121,7 @@ std::vector<uint32_t> slots_by_column(const LayoutView& view) {
 // --- phase 1: x in the order in which the multiply reads it ---------------------------------------------------------
 
 // x [count, 256] of the tokens from `begin` on: the columns of a block in the order of its slots, the rest zero.
-void pick_block(const Problem& problem, const Block& block, int64_t segment, int64_t begin, int64_t count,
-                float* picked) {
+void pick_block(const Problem& problem, const Block& block, int64_t segment, int64_t begin, int64_t count, float* picked) {
   const LayoutView& view = problem.view;
   for (int64_t t = 0; t < count; ++t) {
     const float* x = problem.x + (begin + t) * view.header().columns;
@@ -171,7 +166,7 @@ bool pack_tokens(const Problem& problem, int64_t segment) {
 
 void transpose_for_outliers(const Problem& problem) {
   const int64_t columns = problem.view.header().columns;
-  const int64_t groups = rounded_up(problem.tokens, kOutlierTokens) / kOutlierTokens;
+  const int64_t groups = ceil_div(problem.tokens, kOutlierTokens);
   const double elements = static_cast<double>(problem.tokens * columns);
   parallel_for(groups, 1, kNsPerPackedElement * elements, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
@@ -265,9 +260,8 @@ void multiply_block(const Problem& problem, int64_t b, const TileChunk& chunk, c
   for (int64_t tile = 0; tile < chunk.tiles; ++tile) {
     split = memory.split;
     for (const Piece& piece : block.pieces) {
-      kernels.decode(piece.width(), view.header().order, view.codes(*piece.panel, chunk.tile_begin + tile),
-                     piece.panel_slot, split, piece.slots,
-                     problem.scales_weights() ? memory.scale + tile * kTileRows : nullptr,
+      kernels.decode(piece.width(), view.header().order, view.codes(*piece.panel, chunk.tile_begin + tile), piece.panel_slot,
+                     split, piece.slots, problem.scales_weights() ? memory.scale + tile * kTileRows : nullptr,
                      memory.weights + piece.block_slot * kHalfRows * kernels.weight_bytes);
       split += piece.slots * split_bytes(piece.width());
     }
@@ -306,8 +300,8 @@ void store_token(const Problem& problem, int64_t token, const TileChunk& chunk, 
   if (problem.bias != nullptr)
     for (int64_t r = 0; r < chunk.rows; ++r) memory.row[r] += problem.bias[chunk.row_begin + r];
   const int64_t first = token * problem.view.header().rows + chunk.row_begin;
-  problem.conversions.from_fp32[static_cast<int>(problem.dtype)](
-      memory.row, problem.y + first * element_bytes(problem.dtype), chunk.rows);
+  problem.conversions.from_fp32[static_cast<int>(problem.dtype)](memory.row, problem.y + first * element_bytes(problem.dtype),
+                                                                 chunk.rows);
 }
 
 void run_chunk(const Problem& problem, const TileChunk& chunk) {
@@ -339,8 +333,7 @@ void run_chunk(const Problem& problem, const TileChunk& chunk) {
   }
   outliers.gather(problem, chunk);
   if (kernels.begin_chunk != nullptr) kernels.begin_chunk(problem.tokens);
-  for (size_t b = 0; b < problem.blocks.size(); ++b)
-    multiply_block(problem, static_cast<int64_t>(b), chunk, outliers, memory);
+  for (size_t b = 0; b < problem.blocks.size(); ++b) multiply_block(problem, static_cast<int64_t>(b), chunk, outliers, memory);
   if (kernels.end_chunk != nullptr) kernels.end_chunk();
   if (problem.view.row_scale() != nullptr && kernels.scale_in_sums) scale_sums(problem, chunk, memory);
   if (problem.adds_outliers()) add_outliers(problem, chunk, memory);
@@ -398,8 +391,7 @@ const DecodeKernels& decode_kernels(StepOrder order, Precision precision) {
   return kDecodeScalar;  // int16 was slower than fp32 there at every width
 }
 
-bool pack_fp32(const float* x, int64_t slots, const uint8_t*, const TokenGroups& groups, int64_t group,
-               uint8_t* packed) {
+bool pack_fp32(const float* x, int64_t slots, const uint8_t*, const TokenGroups& groups, int64_t group, uint8_t* packed) {
   const int64_t count = groups.size(group);
   float* to = reinterpret_cast<float*>(packed) + groups.begin(group) * slots;
   for (int64_t slot = 0; slot < slots; ++slot)
@@ -417,29 +409,25 @@ void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype
   const DecodeKernels& exact = decode_kernels(header.order, Precision::exact);
   const DecodeKernels& fastest = decode_kernels(header.order, precision);
   const DecodeKernels& permitted = weights_fit(view, fastest) ? fastest : exact;
-  Problem problem{view,
-                  &permitted,
-                  row_kernels(),
-                  x_dtype,
-                  make_blocks(view),
-                  header.outliers > 0 ? slots_by_column(view) : std::vector<uint32_t>(),
-                  tile_chunks(view, std::clamp<int64_t>(header.tiles / (4 * num_threads()), 1, kChunkTiles)),
-                  nullptr,
-                  0,
-                  nullptr,
-                  nullptr,
-                  nullptr,
-                  nullptr};
+  Problem problem{
+      .view = view,
+      .kernels = &permitted,
+      .conversions = row_kernels(),
+      .dtype = x_dtype,
+      .blocks = make_blocks(view),
+      .slot_of = header.outliers > 0 ? slots_by_column(view) : std::vector<uint32_t>(),
+      .chunks = tile_chunks(view, std::clamp<int64_t>(header.tiles / (4 * num_threads()), 1, kChunkTiles)),
+  };
   const int64_t most = tokens_of_pass(problem, tokens);
-  const int64_t passes = (tokens + most - 1) / most, block = (tokens + passes - 1) / passes;
+  const int64_t passes = ceil_div(tokens, most), block = ceil_div(tokens, passes);
   const int64_t converted = x_dtype == DType::fp32 ? 0 : block * header.columns;
   const int64_t outlier_x = problem.adds_outliers() ? rounded_up(block, kOutlierTokens) * header.columns : 0;
-  const int64_t packed = static_cast<int64_t>(problem.blocks.size()) *
-                         std::max(permitted.packed_bytes(block), exact.packed_bytes(block));
+  const int64_t packed =
+      static_cast<int64_t>(problem.blocks.size()) * std::max(permitted.packed_bytes(block), exact.packed_bytes(block));
 
   thread_local Workspace workspace;
-  workspace.reserve(Workspace::need<uint8_t>(packed) + Workspace::need<float>(header.rows) +
-                    Workspace::need<float>(converted) + Workspace::need<float>(outlier_x));
+  workspace.reserve(Workspace::need<uint8_t>(packed) + Workspace::need<float>(header.rows) + Workspace::need<float>(converted) +
+                    Workspace::need<float>(outlier_x));
   problem.packed = workspace.take<uint8_t>(packed);
   auto* bias_fp32 = workspace.take<float>(header.rows);
   auto* x_fp32 = workspace.take<float>(converted);

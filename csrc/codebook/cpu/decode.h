@@ -21,6 +21,7 @@
 
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/linear.h"
+#include "runtime/counting.h"
 #include "runtime/half.h"
 
 namespace pyllmq::cpu {
@@ -42,7 +43,7 @@ static constexpr int64_t split_bytes(int width) { return width <= 4 ? 64 : int64
 struct TokenGroups {
   int64_t tokens, most;
 
-  int64_t count() const { return (tokens + most - 1) / most; }
+  int64_t count() const { return ceil_div(tokens, most); }
   int64_t begin(int64_t group) const {
     const int64_t groups = count(), larger = tokens % groups;
     return group * (tokens / groups) + (group < larger ? group : larger);
@@ -88,38 +89,36 @@ static inline void add_outliers_loop(const RowOutliers& outliers, const float* x
 
 // One row per ISA and kind of weight.
 struct DecodeKernels {
-  int64_t token_group;   // most tokens that are packed side by side
-  int64_t weight_bytes;  // of one element of [2, columns, 16]
-  int64_t planes;        // arrays of weights, one after the other
-  int64_t slot_unit;     // multiply reads the slots of a block in units of this many; the driver fills up with zeros
-  bool relative;         // weights are relative to their column's largest magnitude, which x is multiplied by
-  bool scale_in_sums;    // the row scale multiplies sums, not weights
+  int64_t token_group;         // most tokens that are packed side by side
+  int64_t weight_bytes;        // of one element of [2, columns, 16]
+  int64_t planes;              // arrays of weights, one after the other
+  int64_t slot_unit;           // multiply reads the slots of a block in units of this many; the driver fills up with zeros
+  bool relative = false;       // weights are relative to their column's largest magnitude, which x is multiplied by
+  bool scale_in_sums = false;  // the row scale multiplies sums, not weights
 
   // Of one block of 256 slots.
   int64_t (*packed_bytes)(int64_t tokens);
   // x of one group of tokens, [group size, 256]; order: for each place of a quad the slot that stands there, counted
   // within its 64. False: x is outside of what this arithmetic can hold.
-  bool (*pack)(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group,
-               uint8_t* packed);
-  void (*split_codebook)(int width, const uint16_t* codebook, const float* max_magnitude, int64_t slots,
-                         uint8_t* split);
+  bool (*pack)(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group, uint8_t* packed);
+  void (*split_codebook)(int width, const uint16_t* codebook, const float* max_magnitude, int64_t slots, uint8_t* split);
   // Columns [slot, slot + slots) of a panel (multiples of 8) in one tile; row_scale [32] or null; weights: of half 0.
-  void (*decode)(int width, StepOrder order, const uint8_t* tile_codes, int64_t slot, const uint8_t* split,
-                 int64_t slots, const float* row_scale, uint8_t* weights);
+  void (*decode)(int width, StepOrder order, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots,
+                 const float* row_scale, uint8_t* weights);
   // An outlier replaces the decoded weight. Null: it is added to the sums.
-  void (*put_outlier)(uint8_t* weights, int64_t slot, int row, float value);
+  void (*put_outlier)(uint8_t* weights, int64_t slot, int row, float value) = nullptr;
   // sums [tokens, 32] += x @ weights, x packed as above. May write one token more than there are, unchanged.
   void (*multiply)(const uint8_t* weights, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums);
   // sums [count, 32] += the differences of the outliers of 32 rows; x [columns, kOutlierTokens]. Null: they are put.
-  void (*add_outliers)(const RowOutliers& outliers, const float* x, int64_t count, float* sums);
+  void (*add_outliers)(const RowOutliers& outliers, const float* x, int64_t count, float* sums) = nullptr;
   // Around all multiplications of a chunk; null where there is nothing to set up.
-  void (*begin_chunk)(int64_t tokens);
-  void (*end_chunk)();
+  void (*begin_chunk)(int64_t tokens) = nullptr;
+  void (*end_chunk)() = nullptr;
 };
 
-extern const DecodeKernels kDecodeScalar;  // reads both orders of steps
-extern const DecodeKernels kDecodeAvx2;    // rows
-extern const DecodeKernels kDecodeAvx512;  // fours
+extern const DecodeKernels kDecodeScalar;      // reads both orders of steps
+extern const DecodeKernels kDecodeAvx2;        // rows
+extern const DecodeKernels kDecodeAvx512;      // fours
 extern const DecodeKernels kDecodeAmx;         // fours; `high` and `fast`
 extern const DecodeKernels kDecodeInt8Avx512;  // fours; `fast`
 
@@ -128,8 +127,7 @@ const DecodeKernels& decode_kernels(StepOrder order, Precision precision);
 
 // fp32: [group of tokens, slot, token].
 static inline int64_t packed_fp32_bytes(int64_t tokens) { return kDecodedColumns * tokens * 4; }
-bool pack_fp32(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group,
-               uint8_t* packed);
+bool pack_fp32(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group, uint8_t* packed);
 void put_fp32(uint8_t* weights, int64_t slot, int row, float value);
 
 // As codebook_linear, tokens > 0.

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kTileTokens = 16, kTileColumns = 64, kTileBytes = kTileTokens * kTileColumns;
 
-struct TwoBytes {  // of 16 numbers
+struct TwoBytes {                    // of 16 numbers
   static constexpr int kPlanes = 2;  // high and low bytes of weights and of x
   static constexpr float kLargest = 127 * 256;
 
@@ -42,8 +42,7 @@ constexpr int64_t kGroupX = kPlanes * kPlaneX + kTileTokens * static_cast<int64_
 
 int64_t packed_bytes(int64_t tokens) { return TokenGroups{tokens, kTileTokens}.count() * kGroupX; }
 
-bool pack(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group,
-          uint8_t* packed) {
+bool pack(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group, uint8_t* packed) {
   uint8_t* to = packed + group * kGroupX;
   auto* units = reinterpret_cast<float*>(to + kPlanes * kPlaneX);
   const int64_t rows = groups.largest(), count = groups.size(group);
@@ -146,7 +145,19 @@ void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, fl
 
 }  // namespace
 
-const DecodeKernels kDecodeAmx = {kTileTokens, 1,       kPlanes,  kTileColumns, true,        true,     packed_bytes, pack, split_any_quads<TwoBytes>,
-                                  decode_any_quads<TwoBytes>, nullptr, multiply, add_outliers, begin_chunk, end_chunk};
+const DecodeKernels kDecodeAmx = {.token_group = kTileTokens,
+                                  .weight_bytes = 1,
+                                  .planes = kPlanes,
+                                  .slot_unit = kTileColumns,
+                                  .relative = true,
+                                  .scale_in_sums = true,
+                                  .packed_bytes = packed_bytes,
+                                  .pack = pack,
+                                  .split_codebook = split_any_quads<TwoBytes>,
+                                  .decode = decode_any_quads<TwoBytes>,
+                                  .multiply = multiply,
+                                  .add_outliers = add_outliers,
+                                  .begin_chunk = begin_chunk,
+                                  .end_chunk = end_chunk};
 
 }  // namespace pyllmq::cpu

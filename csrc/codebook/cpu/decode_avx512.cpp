@@ -6,12 +6,10 @@
 
 #include "codebook/cpu/fours_avx512.h"
 #include "codebook/cpu/decode.h"
+#include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
 namespace {
-
-// The same block of the next tile in a panel of 256 lookups, as in the AVX2 row.
-constexpr int kPrefetchBytes = 4096;
 
 // --- decode --------------------------------------------------------------------------------------------------------
 
@@ -37,10 +35,9 @@ template <int Width, bool Scaled>
 void decode_columns(const uint8_t* codes, const uint8_t* split, int64_t slots, const __m512 scale[2], float* weights) {
   constexpr int columns = group_columns(Width);
   constexpr int64_t half_weights = kDecodedColumns * kHalfRows;
-  for (; slots > 0; slots -= columns, codes += group_bytes(Width), split += columns * split_bytes(Width),
-                    weights += columns * kHalfRows) {
-    for (int64_t line = 0; line < group_bytes(Width); line += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes + line, _MM_HINT_T0);
+  for (; slots > 0;
+       slots -= columns, codes += group_bytes(Width), split += columns * split_bytes(Width), weights += columns * kHalfRows) {
+    for (int64_t line = 0; line < group_bytes(Width); line += 64) prefetch(codes + line, kDecoded);
     __m512i low[4], high[4];
     load_fours<Width>(codes, 0, low);
     load_fours<Width>(codes, 1, high);
@@ -127,10 +124,10 @@ void multiply_group(const float* weights, const float* x, int64_t slots, float* 
 
 constexpr int64_t kTokenGroup = 12;
 using GroupKernel = void (*)(const float* weights, const float* x, int64_t slots, float* sums);
-constexpr GroupKernel kGroup[kTokenGroup + 1] = {
-    nullptr,           multiply_group<1>, multiply_group<2>, multiply_group<3>,  multiply_group<4>,
-    multiply_group<5>, multiply_group<6>, multiply_group<7>, multiply_group<8>,  multiply_group<9>,
-    multiply_group<10>, multiply_group<11>, multiply_group<12>};
+constexpr GroupKernel kGroup[kTokenGroup + 1] = {nullptr,           multiply_group<1>, multiply_group<2>,  multiply_group<3>,
+                                                 multiply_group<4>, multiply_group<5>, multiply_group<6>,  multiply_group<7>,
+                                                 multiply_group<8>, multiply_group<9>, multiply_group<10>, multiply_group<11>,
+                                                 multiply_group<12>};
 
 void multiply(const uint8_t* weights, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums) {
   const TokenGroups groups{tokens, kTokenGroup};
@@ -142,7 +139,15 @@ void multiply(const uint8_t* weights, const uint8_t* packed, int64_t slots, int6
 
 }  // namespace
 
-const DecodeKernels kDecodeAvx512 = {kTokenGroup, 4,          1,        8,        false,   false,  packed_fp32_bytes, pack_fp32,
-                                     split_any,   decode_any, put_fp32, multiply, nullptr, nullptr, nullptr};
+const DecodeKernels kDecodeAvx512 = {.token_group = kTokenGroup,
+                                     .weight_bytes = 4,
+                                     .planes = 1,
+                                     .slot_unit = 8,
+                                     .packed_bytes = packed_fp32_bytes,
+                                     .pack = pack_fp32,
+                                     .split_codebook = split_any,
+                                     .decode = decode_any,
+                                     .put_outlier = put_fp32,
+                                     .multiply = multiply};
 
 }  // namespace pyllmq::cpu

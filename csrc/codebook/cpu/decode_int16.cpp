@@ -37,8 +37,7 @@ Range range_of(const float* x) {
 
 }  // namespace
 
-bool pack_int16(const float* x, int64_t slots, const uint8_t*, const TokenGroups& groups, int64_t group,
-                uint8_t* packed) {
+bool pack_int16(const float* x, int64_t slots, const uint8_t*, const TokenGroups& groups, int64_t group, uint8_t* packed) {
   const int64_t begin = groups.begin(group), count = groups.size(group);
   const PackedGroup to = packed_group(packed, slots, begin, count);
   auto* pairs = const_cast<int32_t*>(to.x);

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "codebook/cpu/decode.h"
+#include "runtime/counting.h"
 
 namespace pyllmq::cpu {
 
@@ -23,11 +24,10 @@ extern const DecodeKernels kDecodeInt16Avx2;    // rows
 extern const DecodeKernels kDecodeInt16Avx512;  // fours
 
 // Of a group of tokens: int16 [pair of slots, token, 2], then fp32 units [kFlushColumns, token].
-static constexpr int64_t flushes(int64_t slots) { return (slots + kFlushColumns - 1) / kFlushColumns; }
+static constexpr int64_t flushes(int64_t slots) { return ceil_div(slots, kFlushColumns); }
 static inline int64_t packed_token_bytes(int64_t slots) { return slots * 2 + flushes(slots) * 4; }
 static inline int64_t packed_int16_bytes(int64_t tokens) { return packed_token_bytes(kDecodedColumns) * tokens; }
-bool pack_int16(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group,
-                uint8_t* packed);
+bool pack_int16(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group, uint8_t* packed);
 
 struct PackedGroup {
   const int32_t* x;

@@ -3,12 +3,10 @@
 #include "codebook/cpu/decode_int16.h"
 #include "codebook/cpu/nibble_avx2.h"
 #include "codebook/cpu/wide_avx2.h"
+#include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
 namespace {
-
-// The same block of the next tile in a panel of 256 lookups, as in the fp32 row.
-constexpr int kPrefetchBytes = 4096;
 
 // --- decode --------------------------------------------------------------------------------------------------------
 
@@ -40,8 +38,7 @@ void split_columns(const uint16_t* codebook, const float* max_magnitude, int64_t
         split_codebook(entries + (column << Width), Width, split);
       } else {
         const BytePlanes planes = column_planes<Width>(entries, column);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(split),
-                            _mm256_permute2x128_si256(planes.low, planes.high, 0x20));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(split), _mm256_permute2x128_si256(planes.low, planes.high, 0x20));
       }
     }
   }
@@ -74,8 +71,7 @@ void decode_columns(const uint8_t* codes, const uint8_t* split, int64_t slots, i
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   };
   for (; slots > 0; slots -= kBlockColumns, codes += block_bytes(Width), split += kBlockColumns * split_bytes(Width)) {
-    for (int64_t line = 0; line < block_bytes(Width); line += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + kPrefetchBytes + line, _MM_HINT_T0);
+    for (int64_t line = 0; line < block_bytes(Width); line += 64) prefetch(codes + line, kDecoded);
     __m256i steps[4];
     if constexpr (Width <= 4) {
       load_steps<Width>(codes, steps);
@@ -115,8 +111,8 @@ void split_any(int width, const uint16_t* codebook, const float* max_magnitude, 
   kByWidth[width - 1].split(codebook, max_magnitude, slots, split);
 }
 
-void decode_any(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots,
-                const float*, uint8_t* weights) {
+void decode_any(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots, const float*,
+                uint8_t* weights) {
   kByWidth[width - 1].decode(tile_codes + slot / kBlockColumns * block_bytes(width), split, slots,
                              reinterpret_cast<int16_t*>(weights));
 }
@@ -165,8 +161,7 @@ void multiply_group(const int16_t* weights, const PackedGroup& group, int64_t sl
 using GroupKernel = void (*)(const int16_t* weights, const PackedGroup& group, int64_t slots, float* sums);
 constexpr int64_t kTokenGroup = 6;  // 6 tokens x 16 rows: 12 of 16 registers hold sums
 constexpr int64_t kFewTokens = 3;
-constexpr GroupKernel kBoth[kFewTokens + 1] = {nullptr, multiply_group<1, 2>, multiply_group<2, 2>,
-                                               multiply_group<3, 2>};
+constexpr GroupKernel kBoth[kFewTokens + 1] = {nullptr, multiply_group<1, 2>, multiply_group<2, 2>, multiply_group<3, 2>};
 constexpr GroupKernel kHalf[kTokenGroup + 1] = {
     nullptr, nullptr, nullptr, nullptr, multiply_group<4, 1>, multiply_group<5, 1>, multiply_group<6, 1>};
 
@@ -191,7 +186,17 @@ void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, fl
 
 }  // namespace
 
-const DecodeKernels kDecodeInt16Avx2 = {kTokenGroup, 2,       1,        8,       true, true, packed_int16_bytes, pack_int16, split_any,
-                                        decode_any,  nullptr, multiply, add_outliers, nullptr, nullptr};
+const DecodeKernels kDecodeInt16Avx2 = {.token_group = kTokenGroup,
+                                        .weight_bytes = 2,
+                                        .planes = 1,
+                                        .slot_unit = 8,
+                                        .relative = true,
+                                        .scale_in_sums = true,
+                                        .packed_bytes = packed_int16_bytes,
+                                        .pack = pack_int16,
+                                        .split_codebook = split_any,
+                                        .decode = decode_any,
+                                        .multiply = multiply,
+                                        .add_outliers = add_outliers};
 
 }  // namespace pyllmq::cpu

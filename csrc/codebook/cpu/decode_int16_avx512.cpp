@@ -51,8 +51,8 @@ void split_any(int width, const uint16_t* codebook, const float* max_magnitude, 
   kByWidth[width - 1].split(codebook, max_magnitude, slots, split);
 }
 
-void decode_any(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots,
-                const float*, uint8_t* weights) {
+void decode_any(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots, const float*,
+                uint8_t* weights) {
   kByWidth[width - 1].decode(tile_codes + slot / group_columns(width) * group_bytes(width), split, slots,
                              reinterpret_cast<uint16_t*>(weights));
 }
@@ -76,7 +76,17 @@ void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, fl
 
 }  // namespace
 
-const DecodeKernels kDecodeInt16Avx512 = {kChainTokens, 2,       1,        8,       true, true, packed_int16_bytes, pack_int16, split_any,
-                                          decode_any,  nullptr, multiply_chains<Int16Dot>, add_outliers, nullptr, nullptr};
+const DecodeKernels kDecodeInt16Avx512 = {.token_group = kChainTokens,
+                                          .weight_bytes = 2,
+                                          .planes = 1,
+                                          .slot_unit = 8,
+                                          .relative = true,
+                                          .scale_in_sums = true,
+                                          .packed_bytes = packed_int16_bytes,
+                                          .pack = pack_int16,
+                                          .split_codebook = split_any,
+                                          .decode = decode_any,
+                                          .multiply = multiply_chains<Int16Dot>,
+                                          .add_outliers = add_outliers};
 
 }  // namespace pyllmq::cpu

@@ -48,8 +48,7 @@ ByteGroup byte_group(uint8_t* packed, int64_t slots, int64_t begin, int64_t coun
           reinterpret_cast<int32_t*>(units + count * flushes(slots) * 4)};
 }
 
-bool pack(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group,
-          uint8_t* packed) {
+bool pack(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group, uint8_t* packed) {
   const int64_t count = groups.size(group);
   const ByteGroup to = byte_group(packed, slots, groups.begin(group), count);
   for (int64_t t = 0; t < count; ++t)
@@ -70,8 +69,7 @@ bool pack(const float* x, int64_t slots, const uint8_t* order, const TokenGroups
       to.starts[flush] = -kBias * _mm512_reduce_add_epi32(sum);
       alignas(64) int32_t quads[kFlushColumns / 4];
       _mm512_store_si512(quads, _mm512_permutexvar_epi8(load_64(order + first), load_64(bytes)));
-      for (int64_t q = 0; q < std::min(slots - first, kFlushColumns) / 4; ++q)
-        to.x[(first / 4 + q) * count + t] = quads[q];
+      for (int64_t q = 0; q < std::min(slots - first, kFlushColumns) / 4; ++q) to.x[(first / 4 + q) * count + t] = quads[q];
     }
   return true;
 }
@@ -95,8 +93,17 @@ void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, fl
 
 }  // namespace
 
-const DecodeKernels kDecodeInt8Avx512 = {
-    kChainTokens, 1, BiasedByte::kPlanes, 8, true, true, packed_bytes, pack, split_any_quads<BiasedByte>,
-    decode_any_quads<BiasedByte>, nullptr, multiply_chains<ByteDot>, add_outliers, nullptr, nullptr};
+const DecodeKernels kDecodeInt8Avx512 = {.token_group = kChainTokens,
+                                         .weight_bytes = 1,
+                                         .planes = BiasedByte::kPlanes,
+                                         .slot_unit = 8,
+                                         .relative = true,
+                                         .scale_in_sums = true,
+                                         .packed_bytes = packed_bytes,
+                                         .pack = pack,
+                                         .split_codebook = split_any_quads<BiasedByte>,
+                                         .decode = decode_any_quads<BiasedByte>,
+                                         .multiply = multiply_chains<ByteDot>,
+                                         .add_outliers = add_outliers};
 
 }  // namespace pyllmq::cpu

@@ -27,8 +27,7 @@ void store_columns(const LayoutView& view, const PanelRecord& panel, int64_t slo
   const auto* convert = row_kernels().from_fp32;
   const int64_t element = element_bytes(dtype);
   if (panel.first_column >= 0) {
-    convert[static_cast<int>(dtype)](staged, static_cast<uint8_t*>(out_row) + (panel.first_column + slot) * element,
-                                     columns);
+    convert[static_cast<int>(dtype)](staged, static_cast<uint8_t*>(out_row) + (panel.first_column + slot) * element, columns);
     return;
   }
   const uint32_t* to = view.columns(panel) + slot;
@@ -71,11 +70,11 @@ void dequantize_tile(const LayoutView& view, const RowRange& range, uint8_t* out
       const int64_t slots = std::min(kStagedColumns, panel.slots - slot);
       kernels.split_codebook(width, view.codebook(panel, range.segment) + slot * entries,
                              view.max_magnitude(panel, range.segment) + slot, slots, split);
-      kernels.decode(width, header.order, view.codes(panel, range.tile), slot, split, slots,
-                     view.row_scale() ? scale : nullptr, reinterpret_cast<uint8_t*>(weights));
+      kernels.decode(width, header.order, view.codes(panel, range.tile), slot, split, slots, view.row_scale() ? scale : nullptr,
+                     reinterpret_cast<uint8_t*>(weights));
       for (int half = 0; half < 2; ++half)
-        row_kernels().transpose(weights + half * kDecodedColumns * kHalfRows, slots,
-                                staged + half * kHalfRows * kStagedColumns, kStagedColumns);
+        row_kernels().transpose(weights + half * kDecodedColumns * kHalfRows, slots, staged + half * kHalfRows * kStagedColumns,
+                                kStagedColumns);
       for (int64_t r = range.row_begin; r < range.row_end; ++r)
         store_columns(view, panel, slot, std::min(kStagedColumns, panel.columns - slot),
                       staged + (r - range.tile_row) * kStagedColumns, out + (r - range.row_begin) * row_bytes, dtype);
@@ -93,8 +92,7 @@ RowRange tile_at(const LayoutView& view, int64_t row, int64_t row_end) {
                            1;
   const int64_t tile = (row - s->row_begin) / kTileRows;
   const int64_t tile_row = s->row_begin + tile * kTileRows;
-  return {s - first, s->tile_begin + tile, tile_row, row,
-          std::min({row_end, tile_row + kTileRows, s->row_begin + s->rows})};
+  return {s - first, s->tile_begin + tile, tile_row, row, std::min({row_end, tile_row + kTileRows, s->row_begin + s->rows})};
 }
 
 }  // namespace
@@ -108,14 +106,12 @@ void codebook_dequantize(const LayoutView& view, int64_t row_begin, int64_t row_
   if (out == nullptr) throw std::invalid_argument("out must not be null");
 
   std::vector<RowRange> ranges;
-  for (int64_t row = row_begin; row < row_end; row = ranges.back().row_end)
-    ranges.push_back(tile_at(view, row, row_end));
+  for (int64_t row = row_begin; row < row_end; row = ranges.back().row_end) ranges.push_back(tile_at(view, row, row_end));
   const int64_t row_bytes = header.columns * element_bytes(out_dtype);
   const int64_t tiles = static_cast<int64_t>(ranges.size());
   parallel_for(tiles, 1, kNsPerWeight * tiles * kTileRows * header.columns, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      dequantize_tile(view, ranges[i],
-                      static_cast<uint8_t*>(out) + (ranges[i].row_begin - row_begin) * row_bytes, out_dtype);
+      dequantize_tile(view, ranges[i], static_cast<uint8_t*>(out) + (ranges[i].row_begin - row_begin) * row_bytes, out_dtype);
   });
 }
 

@@ -46,9 +46,7 @@ static constexpr CodePlace code_place(int column) {
 // 2^Width 16-bit entries by the low bits of the words of `index`.
 template <int Width>
 static inline __m512i lookup_words(const uint16_t* entries, __m512i index) {
-  const auto of_64 = [&](const uint16_t* from) {
-    return _mm512_permutex2var_epi16(load_64(from), index, load_64(from + 32));
-  };
+  const auto of_64 = [&](const uint16_t* from) { return _mm512_permutex2var_epi16(load_64(from), index, load_64(from + 32)); };
   if constexpr (Width == 5) return _mm512_permutexvar_epi16(index, load_64(entries));
   if constexpr (Width == 6) return of_64(entries);
   const __mmask32 second = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
@@ -63,24 +61,21 @@ struct ColumnWeights {
   __m512 rows[2];
 };
 template <int Width>
-static inline ColumnWeights decode_byte_column(__m512i low_rows, __m512i high_rows, int column,
-                                               const uint16_t* entries) {
+static inline ColumnWeights decode_byte_column(__m512i low_rows, __m512i high_rows, int column, const uint16_t* entries) {
   const __m512i low = _mm512_srl_epi32(low_rows, _mm_cvtsi32_si128(8 * column));
   const __m512i high = _mm512_slli_epi32(_mm512_srl_epi32(high_rows, _mm_cvtsi32_si128(8 * column)), 16);
   const __m512i halves = lookup_words<Width>(entries, _mm512_mask_blend_epi16(0xAAAAAAAA, low, high));
-  return {{_mm512_cvtph_ps(_mm512_cvtepi32_epi16(halves)),
-           _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(halves, 16)))}};
+  return {
+      {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(halves)), _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(halves, 16)))}};
 }
 
 // The 16 fp32 entries of the nibble that holds a column's code; `codebook`: of the lookup that the column belongs to.
 template <int Width>
 static inline __m512 nibble_entries(const uint16_t* codebook, int column_of_lookup) {
-  if constexpr (Width == 4)
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codebook)));
+  if constexpr (Width == 4) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codebook)));
   const __m512i nibble = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i code =
-      _mm512_and_si512(_mm512_srl_epi32(nibble, _mm_cvtsi32_si128(Width * column_of_lookup)),
-                       _mm512_set1_epi32((1 << Width) - 1));
+  const __m512i code = _mm512_and_si512(_mm512_srl_epi32(nibble, _mm_cvtsi32_si128(Width * column_of_lookup)),
+                                        _mm512_set1_epi32((1 << Width) - 1));
   const __m512i pick = _mm512_add_epi32(code, _mm512_set1_epi32(column_of_lookup << Width));
   const __m256 entries = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
   return _mm512_permutexvar_ps(pick, _mm512_castps256_ps512(entries));

@@ -10,6 +10,7 @@
 #include <string>
 #include <utility>
 
+#include "runtime/counting.h"
 #include "runtime/half.h"
 #include "runtime/isa.h"
 #include "codebook/cpu/pack_codes.h"
@@ -24,8 +25,6 @@ constexpr int64_t kAlignment = 64;
 constexpr double kPackNsPerWeight = 0.3;  // 0.1 at 2 and 4 bits, 1 at 5 to 7
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("codebook layout: " + why); }
-
-int64_t aligned(int64_t offset) { return (offset + kAlignment - 1) / kAlignment * kAlignment; }
 
 uint64_t mix(uint64_t hash, const void* data, int64_t bytes) {  // FNV-1a over 8-byte words
   for (const uint8_t* at = static_cast<const uint8_t*>(data); bytes >= 8; bytes -= 8, at += 8) {
@@ -75,7 +74,7 @@ void plan_panels(LayoutPlan& plan, int64_t columns, const uint8_t* column_bits) 
       panel.width = width;
       panel.columns = std::min<int64_t>(widest, all.size() - first);
       const int64_t unit = padding_unit(plan.header.order, width);
-      panel.slots = (panel.columns + unit - 1) / unit * unit;
+      panel.slots = rounded_up(panel.columns, unit);
       panel.first_slot = plan.header.slots;
       panel.first_entry = plan.header.entries;
       panel.tile_bytes = panel.slots / kBlockColumns * block_bytes(width);
@@ -92,8 +91,8 @@ void plan_panels(LayoutPlan& plan, int64_t columns, const uint8_t* column_bits) 
   }
 }
 
-LayoutPlan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,
-                     int64_t segments, int64_t outliers, bool has_row_scale) {
+LayoutPlan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows, int64_t segments,
+                     int64_t outliers, bool has_row_scale) {
   LayoutPlan plan;
   LayoutHeader& h = plan.header;
   h.order = active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows;
@@ -108,12 +107,7 @@ LayoutPlan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, 
   h.outliers = outliers;
   h.has_row_scale = has_row_scale;
 
-  int64_t end = sizeof(LayoutHeader);
-  const auto section = [&end](int64_t bytes) {
-    const int64_t begin = aligned(end);
-    end = begin + bytes;
-    return begin;
-  };
+  Sections section{sizeof(LayoutHeader), kAlignment};
   h.segments_offset = section(segments * sizeof(SegmentRecord));
   h.panels_offset = section(h.panels * sizeof(PanelRecord));
   h.columns_offset = section(h.slots * sizeof(uint32_t));
@@ -125,14 +119,9 @@ LayoutPlan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, 
   h.outlier_deltas_offset = section(outliers * sizeof(float));
   h.outlier_values_offset = section(outliers * sizeof(uint16_t));
   h.codes_offset = section(h.tiles * h.tile_bytes);
-  h.bytes = aligned(end);
+  h.bytes = section(0);
   h.checksum = checksum(h, plan.segments.data(), plan.panels.data());
   return plan;
-}
-
-int64_t outlier_column(const CodebookCheckpoint& c, int64_t i) {
-  return c.outlier_columns_bytes == 2 ? static_cast<const uint16_t*>(c.outlier_columns)[i]
-                                      : static_cast<const int32_t*>(c.outlier_columns)[i];
 }
 
 void check_outliers(const CodebookCheckpoint& c) {
@@ -147,10 +136,10 @@ void check_outliers(const CodebookCheckpoint& c) {
     refuse("outlier_columns and outlier_values must not be null when there are outliers");
   for (int64_t r = 0; r < c.rows; ++r) {
     int64_t previous = -1;
-    for (int64_t i = offsets[r]; i < offsets[r + 1]; previous = outlier_column(c, i++))
-      if (outlier_column(c, i) <= previous || outlier_column(c, i) >= c.columns)
+    for (int64_t i = offsets[r]; i < offsets[r + 1]; previous = c.outlier_column(i++))
+      if (c.outlier_column(i) <= previous || c.outlier_column(i) >= c.columns)
         refuse("outlier_columns of row " + std::to_string(r) + " must ascend without repeats within 0.." +
-               std::to_string(c.columns - 1) + "; found " + std::to_string(outlier_column(c, i)) + " after " +
+               std::to_string(c.columns - 1) + "; found " + std::to_string(c.outlier_column(i)) + " after " +
                std::to_string(previous));
   }
 }
@@ -171,7 +160,7 @@ using TileSteps = uint8_t[kTileRows][kMaxSteps];
 // The three bytes of a block of 8 columns (see StepOrder) from its 24 bits in the checkpoint.
 uint32_t block_of_3bit(uint32_t v) {
   constexpr uint32_t one_a_byte = 1 << 17 | 1 << 10 | 1 << 3;  // times 3 bits, masked: bit i at place 3 of byte i
-  const uint32_t nines = (v & 0x1FF) | (v & 0x3FE00) << 3;    // columns 0..2 and 3..5
+  const uint32_t nines = (v & 0x1FF) | (v & 0x3FE00) << 3;     // columns 0..2 and 3..5
   const uint32_t nibbles = (nines & 0x7007) | (nines & 0x38038) << 1 | (nines & 0x1C01C0) << 2;
   return nibbles | ((v >> 18 & 7) * one_a_byte & 0x080808) | ((v >> 21) * one_a_byte & 0x080808) << 4;
 }
@@ -211,8 +200,7 @@ void transpose_8x8(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_
 void write_steps(const TileSteps& rows, StepOrder order, int64_t steps, uint8_t* tile_codes) {
   if (order == StepOrder::fours) {
     for (int64_t step = 0; step < steps; step += 4)
-      for (int row = 0; row < kTileRows; ++row)
-        std::memcpy(tile_codes + step_place(order, step, row), &rows[row][step], 4);
+      for (int row = 0; row < kTileRows; ++row) std::memcpy(tile_codes + step_place(order, step, row), &rows[row][step], 4);
     return;
   }
   int64_t step = 0;
@@ -310,15 +298,14 @@ class TileWriter {
       make_steps(stream, plan_.header.order, width, panel.slots, steps[r]);
     }
     for (int64_t r = rows; r < kTileRows; ++r) std::memset(steps[r], 0, kMaxSteps);
-    write_steps(steps, plan_.header.order, panel.tile_bytes / kTileRows,
-                const_cast<uint8_t*>(view_.codes(panel, tile)));
+    write_steps(steps, plan_.header.order, panel.tile_bytes / kTileRows, const_cast<uint8_t*>(view_.codes(panel, tile)));
   }
 
   // The kernel adds x * (value - what the code stands for), so the code under an outlier stays as it was.
   void write_outliers(int64_t segment, int64_t tile, int row_in_tile, int64_t row) const {
     const float scale = c_.row_scale ? fp16_to_fp32(c_.row_scale[row]) : 1.0f;
     for (int64_t i = c_.outlier_row_offsets[row]; i < c_.outlier_row_offsets[row + 1]; ++i) {
-      const int64_t column = outlier_column(c_, i);
+      const int64_t column = c_.outlier_column(i);
       const PanelRecord& panel = plan_.panels[panel_of_[column]];
       const int width = static_cast<int>(panel.width);
       const int64_t slot = slot_of_[column];
@@ -371,8 +358,7 @@ LayoutView::LayoutView(const void* layout, int64_t layout_bytes) : base_(static_
   const auto fits = [&](int64_t offset, int64_t count, int64_t size) {
     return offset >= 0 && count >= 0 && offset <= layout_bytes && count <= (layout_bytes - offset) / size;
   };
-  if (!fits(h.segments_offset, h.segments, sizeof(SegmentRecord)) ||
-      !fits(h.panels_offset, h.panels, sizeof(PanelRecord)) ||
+  if (!fits(h.segments_offset, h.segments, sizeof(SegmentRecord)) || !fits(h.panels_offset, h.panels, sizeof(PanelRecord)) ||
       h.checksum != checksum(h, base_ + h.segments_offset, base_ + h.panels_offset))
     refuse("the header is damaged (checksum); pack the checkpoint again");
 }
@@ -384,8 +370,8 @@ std::vector<TileChunk> tile_chunks(const LayoutView& view, int64_t most_tiles) {
     for (int64_t done = 0, tiles; done < segment.tiles; done += tiles) {
       const int64_t in_strip = kStripTiles - (segment.tile_begin + done) % kStripTiles, row = done * kTileRows;
       tiles = std::min({most_tiles, segment.tiles - done, in_strip});
-      chunks.push_back({s, segment.tile_begin + done, tiles, segment.row_begin + row,
-                        std::min(tiles * kTileRows, segment.rows - row)});
+      chunks.push_back(
+          {s, segment.tile_begin + done, tiles, segment.row_begin + row, std::min(tiles * kTileRows, segment.rows - row)});
     }
   }
   return chunks;
@@ -406,8 +392,8 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
       make_plan(c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers, c.row_scale != nullptr);
   const LayoutHeader& h = plan.header;
   if (layout_bytes != h.bytes)
-    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes but this weight needs " +
-           std::to_string(h.bytes) + "; ask codebook_layout_bytes with " + std::to_string(outliers) + " outliers");
+    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes but this weight needs " + std::to_string(h.bytes) +
+           "; ask codebook_layout_bytes with " + std::to_string(outliers) + " outliers");
   if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % kAlignment != 0)
     refuse("the buffer must not be null and must be aligned to 64 bytes");
 
@@ -427,8 +413,7 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
               reinterpret_cast<uint32_t*>(base + h.outlier_row_offsets_offset));
 
   const TileWriter writer(plan, c, base);
-  for_each_tile(h, plan.segments.data(), kPackNsPerWeight,
-                [&](int64_t segment, int64_t tile) { writer.write(segment, tile); });
+  for_each_tile(h, plan.segments.data(), kPackNsPerWeight, [&](int64_t segment, int64_t tile) { writer.write(segment, tile); });
 }
 
 void codebook_layout_codes(const LayoutView& view, uint8_t* codes_out) {

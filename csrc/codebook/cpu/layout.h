@@ -38,7 +38,7 @@ enum class StepOrder : int64_t { rows = 1, fours = 4 };
 
 static constexpr int columns_per_lookup(int width) { return width == 1 ? 4 : width == 2 ? 2 : 1; }
 static constexpr int entries_per_lookup(int width) { return width <= 3 ? 8 : 1 << width; }  // fp16 entries kept per lookup
-static constexpr int64_t block_bytes(int width) {  // one tile x 8 columns
+static constexpr int64_t block_bytes(int width) {                                           // one tile x 8 columns
   return width <= 4 ? int64_t{width} * kBlockColumns * kTileRows / 8 : kBlockColumns * kTileRows;
 }
 

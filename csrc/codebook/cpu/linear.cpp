@@ -5,6 +5,7 @@
 
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/decode.h"
+#include "runtime/counting.h"
 #include "runtime/isa.h"
 #include "codebook/cpu/path_cost.h"
 #include "runtime/thread_pool.h"
@@ -40,18 +41,18 @@ struct Problem {
   const RowKernels& rows;
   TableKind kind;
   DType dtype;
-  int64_t block;           // tokens that share one pass over the codes
-  int64_t lookup_panels;   // the first panels, those of widths 1..4
-  int64_t decoded_columns; // of widths 5..8
-  std::vector<PanelGroup> groups;  // at least one, which may be empty
+  int64_t block;                // tokens that share one pass over the codes
+  int64_t lookup_panels = 0;    // the first panels, those of widths 1..4
+  int64_t decoded_columns = 0;  // of widths 5..8
   std::vector<TileChunk> chunks;
+  std::vector<PanelGroup> groups = {};  // at least one, which may be empty
 
-  const float* x;      // [tokens, columns]
-  const float* bias;   // [rows] or null
-  uint8_t* tables;     // [tokens, segments, lookups of a group, planes, 16]
-  PanelScale* scales;  // [tokens, segments, lookup_panels]
-  float* sums;         // [tokens, tiles * 32] between groups; null where one group holds all panels
-  int64_t tokens;
+  const float* x = nullptr;      // [tokens, columns]
+  const float* bias = nullptr;   // [rows] or null
+  uint8_t* tables = nullptr;     // [tokens, segments, lookups of a group, planes, 16]
+  PanelScale* scales = nullptr;  // [tokens, segments, lookup_panels]
+  float* sums = nullptr;         // [tokens, tiles * 32] between groups; null where one group holds all panels
+  int64_t tokens = 0;
 
   const TableKernels& table_kernels() const { return kernels.tables[static_cast<int>(kind)]; }
   int64_t table_bytes(const PanelGroup& group) const { return group.lookups * table_planes(kind) * kTableEntries; }
@@ -99,8 +100,7 @@ void build_panel_tables(const Problem& problem, const PanelGroup& group, int64_t
   pick_columns(view, panel, problem.x + token * view.header().columns, x);
 
   PanelScale& scale = problem.scale(token, segment, p);
-  const float bound = problem.rows.panel_bound(x, view.max_magnitude(panel, segment), panel.lookups(),
-                                               columns_per_lookup(width));
+  const float bound = problem.rows.panel_bound(x, view.max_magnitude(panel, segment), panel.lookups(), columns_per_lookup(width));
   if (bound == 0) {
     scale = {Path::nothing, 0};
   } else if (bound >= kSmallestBound && bound <= kLargestBound) {
@@ -128,16 +128,15 @@ void add_exact(const Problem& problem, const PanelRecord& panel, const TileChunk
     for (int row = 0; row < kTileRows; ++row) {
       double sum = 0;
       for (int64_t slot = 0; slot < panel.columns; ++slot)
-        sum += static_cast<double>(x[slot]) *
-               static_cast<double>(
-                   fp16_to_fp32(codebook[slot * entries + read_code(codes, view.header().order, width, slot, row)]));
+        sum +=
+            static_cast<double>(x[slot]) *
+            static_cast<double>(fp16_to_fp32(codebook[slot * entries + read_code(codes, view.header().order, width, slot, row)]));
       y[tile * kTileRows + row] += static_cast<float>(sum);
     }
   }
 }
 
-void add_lookups(const Problem& problem, const PanelGroup& group, int64_t p, const TileChunk& chunk, float* y,
-                 int64_t y_stride) {
+void add_lookups(const Problem& problem, const PanelGroup& group, int64_t p, const TileChunk& chunk, float* y, int64_t y_stride) {
   const PanelRecord& panel = problem.view.panel(p);
   TokenTables tokens[kMaxTokenBlock];
   int64_t count = 0;
@@ -150,8 +149,7 @@ void add_lookups(const Problem& problem, const PanelGroup& group, int64_t p, con
   }
   const TableKernels& kernels = problem.table_kernels();
   (panel.width == 3 ? kernels.lookup_3bit : kernels.lookup_nibbles)(
-      {problem.view.codes(panel, chunk.tile_begin), problem.view.header().order, chunk.tiles, panel.lookups(), tokens,
-       count});
+      {problem.view.codes(panel, chunk.tile_begin), problem.view.header().order, chunk.tiles, panel.lookups(), tokens, count});
 }
 
 void add_decoded(const Problem& problem, int64_t p, const TileChunk& chunk, float* y, int64_t y_stride) {
@@ -160,9 +158,9 @@ void add_decoded(const Problem& problem, int64_t p, const TileChunk& chunk, floa
   alignas(64) float x[kMaxTokenBlock * kBytePanelColumns];
   for (int64_t t = 0; t < problem.tokens; ++t)
     pick_columns(view, panel, problem.x + t * view.header().columns, x + t * kBytePanelColumns);
-  problem.kernels.decode_multiply[panel.width - 5](view.codes(panel, chunk.tile_begin), view.header().order,
-                                                   chunk.tiles, panel.tile_bytes, panel.columns,
-                                                   view.codebook(panel, chunk.segment), x, problem.tokens, y, y_stride);
+  problem.kernels.decode_multiply[panel.width - 5](view.codes(panel, chunk.tile_begin), view.header().order, chunk.tiles,
+                                                   panel.tile_bytes, panel.columns, view.codebook(panel, chunk.segment), x,
+                                                   problem.tokens, y, y_stride);
 }
 
 // --- the end of a row: scale, outliers, bias, dtype ----------------------------------------------------------------
@@ -219,8 +217,8 @@ void run_chunk(const Problem& problem, const PanelGroup& group, const TileChunk&
   for (int64_t t = 0; t < problem.tokens; ++t) {
     finish_rows(problem, t, chunk.row_begin, chunk.rows, sums + t * stride);
     problem.rows.from_fp32[static_cast<int>(problem.dtype)](
-        sums + t * stride,
-        static_cast<uint8_t*>(y) + (t * header.rows + chunk.row_begin) * element_bytes(problem.dtype), chunk.rows);
+        sums + t * stride, static_cast<uint8_t*>(y) + (t * header.rows + chunk.row_begin) * element_bytes(problem.dtype),
+        chunk.rows);
   }
 }
 
@@ -263,7 +261,7 @@ std::vector<PanelGroup> panel_groups(const Problem& problem) {
 }  // namespace
 
 LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Precision precision) {
-  const double passes = static_cast<double>((tokens + kMaxTokenBlock - 1) / kMaxTokenBlock);
+  const double passes = static_cast<double>(ceil_div(tokens, kMaxTokenBlock));
   // Costs were measured with fp32 x; tables of other types may have fewer planes.
   const double planes = static_cast<double>(table_planes(table_kind(precision, dtype, view.header().order))) /
                         table_planes(table_kind(precision, DType::fp32, view.header().order));
@@ -286,37 +284,29 @@ const RowKernels& row_kernels() {
   return kRowScalar;
 }
 
-const float* rows_in_fp32(const RowKernels& kernels, const void* x, DType dtype, int64_t begin, int64_t count,
-                          int64_t columns, float* converted) {
+const float* rows_in_fp32(const RowKernels& kernels, const void* x, DType dtype, int64_t begin, int64_t count, int64_t columns,
+                          float* converted) {
   const void* first = static_cast<const uint8_t*>(x) + begin * columns * element_bytes(dtype);
   if (dtype == DType::fp32) return static_cast<const float*>(first);
   kernels.to_fp32[static_cast<int>(dtype)](first, converted, count * columns);
   return converted;
 }
 
-void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
-                     DType bias_dtype, void* y, LinearPath path, Precision precision) {
+void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias, DType bias_dtype,
+                     void* y, LinearPath path, Precision precision) {
   const LayoutHeader& header = view.header();
   if (path == LinearPath::automatic) path = cheaper_path(view, x_dtype, tokens, precision);
-  if (path == LinearPath::decode)
-    return codebook_linear_decode(view, x, x_dtype, tokens, bias, bias_dtype, y, precision);
+  if (path == LinearPath::decode) return codebook_linear_decode(view, x, x_dtype, tokens, bias, bias_dtype, y, precision);
 
-  Problem problem{view,
-                  linear_kernels(header.order),
-                  row_kernels(),
-                  table_kind(precision, x_dtype, header.order),
-                  x_dtype,
-                  std::min(tokens, kMaxTokenBlock),
-                  0,
-                  0,
-                  {},
-                  tile_chunks(view, std::clamp<int64_t>(header.tiles / (4 * num_threads()), 4, kChunkTiles)),
-                  nullptr,
-                  nullptr,
-                  nullptr,
-                  nullptr,
-                  nullptr,
-                  0};
+  Problem problem{
+      .view = view,
+      .kernels = linear_kernels(header.order),
+      .rows = row_kernels(),
+      .kind = table_kind(precision, x_dtype, header.order),
+      .dtype = x_dtype,
+      .block = std::min(tokens, kMaxTokenBlock),
+      .chunks = tile_chunks(view, std::clamp<int64_t>(header.tiles / (4 * num_threads()), 4, kChunkTiles)),
+  };
   while (problem.lookup_panels < header.panels && view.panel(problem.lookup_panels).width <= 4) ++problem.lookup_panels;
   for (int64_t p = problem.lookup_panels; p < header.panels; ++p) problem.decoded_columns += view.panel(p).columns;
   problem.groups = panel_groups(problem);
@@ -328,9 +318,8 @@ void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64
   const int64_t converted = x_dtype == DType::fp32 ? 0 : problem.block * header.columns;
   const int64_t sums = problem.groups.size() == 1 ? 0 : problem.block * header.tiles * kTileRows;
   thread_local Workspace workspace;
-  workspace.reserve(Workspace::need<float>(converted) + Workspace::need<float>(header.rows) +
-                    Workspace::need<uint8_t>(tables) + Workspace::need<PanelScale>(scales) +
-                    Workspace::need<float>(sums));
+  workspace.reserve(Workspace::need<float>(converted) + Workspace::need<float>(header.rows) + Workspace::need<uint8_t>(tables) +
+                    Workspace::need<PanelScale>(scales) + Workspace::need<float>(sums));
   auto* x_block = workspace.take<float>(converted);
   auto* bias_fp32 = workspace.take<float>(header.rows);
   problem.tables = workspace.take<uint8_t>(tables);

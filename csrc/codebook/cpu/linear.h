@@ -50,8 +50,7 @@ constexpr float kLargestBound = 0x1p100f;
 // One part in 4096 less than fits: room for the rounding of the products and of the fixed point.
 static inline float fixed_point_scale(TableKind kind, float bound) {
   const float room = bound * (1 + 0x1p-12f);
-  if (kind == TableKind::bits28 || kind == TableKind::bits21)
-    return std::ldexp(1.0f, table_bits(kind) - 2 - std::ilogb(room));
+  if (kind == TableKind::bits28 || kind == TableKind::bits21) return std::ldexp(1.0f, table_bits(kind) - 2 - std::ilogb(room));
   return static_cast<float>((1 << (table_bits(kind) - 1)) - 1) / room;
 }
 
@@ -122,8 +121,8 @@ extern const RowKernels kRowAvx2;
 const RowKernels& row_kernels();  // of the active ISA
 
 // Rows [begin, begin + count) of x [., columns] in fp32: x itself where it is fp32, else converted into `converted`.
-const float* rows_in_fp32(const RowKernels& kernels, const void* x, DType dtype, int64_t begin, int64_t count,
-                          int64_t columns, float* converted);
+const float* rows_in_fp32(const RowKernels& kernels, const void* x, DType dtype, int64_t begin, int64_t count, int64_t columns,
+                          float* converted);
 
 // tables: what stands above, the same cost for each token; decode: decode.h, the decoding is paid once;
 // automatic: the one of the two that costs less for the weight's widths.
@@ -133,7 +132,7 @@ enum class LinearPath { tables = 0, decode = 1, automatic = 2 };
 LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Precision precision);
 
 // x and y [tokens, columns] and [tokens, rows], both of x_dtype; bias [rows] or null; tokens > 0.
-void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
-                     DType bias_dtype, void* y, LinearPath path, Precision precision);
+void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias, DType bias_dtype,
+                     void* y, LinearPath path, Precision precision);
 
 }  // namespace pyllmq::cpu

@@ -6,21 +6,17 @@
 #include "codebook/cpu/linear.h"
 #include "codebook/cpu/planes_avx2.h"
 #include "codebook/cpu/wide_avx2.h"
+#include "runtime/prefetch.h"
 #include "runtime/simd.h"
 
 namespace pyllmq::cpu {
 namespace {
 
-// Two distances, as in the AVX-512 row: from the L2 to the L1 cache, and from memory to the L2 cache.
-constexpr int kNearBytes = 1024, kFarBytes = 6144;
-
 inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline __m256i broadcast16(const uint8_t* from) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
-inline __m256 load_fp16(const uint16_t* from) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
+inline __m256 load_fp16(const uint16_t* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
 
 // --- tables --------------------------------------------------------------------------------------------------------
 
@@ -110,7 +106,7 @@ void build(int width, StepOrder, const uint16_t* codebook, const float* x, int64
       const __m256 x1 = _mm256_broadcast_ss(x + 2 * l + 1);
       const __m256 first = _mm256_mul_ps(_mm256_broadcast_ss(x + 2 * l), _mm256_permute2f128_ps(both, both, 0));
       store_table<Kind>(_mm256_add_ps(first, _mm256_mul_ps(x1, _mm256_permutevar8x32_ps(both, second_low))),
-                          _mm256_add_ps(first, _mm256_mul_ps(x1, _mm256_permutevar8x32_ps(both, second_high))), tables);
+                        _mm256_add_ps(first, _mm256_mul_ps(x1, _mm256_permutevar8x32_ps(both, second_high))), tables);
     }
   } else {
     const __m256i bit0 = _mm256_setr_epi32(0, 1, 0, 1, 0, 1, 0, 1), bit1 = _mm256_setr_epi32(2, 2, 3, 3, 2, 2, 3, 3);
@@ -124,7 +120,7 @@ void build(int width, StepOrder, const uint16_t* codebook, const float* x, int64
       const __m256 low = _mm256_add_ps(product(0, bit0), product(1, bit1));
       const __m256 third = product(2, bit2);
       store_table<Kind>(_mm256_add_ps(low, _mm256_add_ps(third, product(3, bit3_low))),
-                          _mm256_add_ps(low, _mm256_add_ps(third, product(3, bit3_high))), tables);
+                        _mm256_add_ps(low, _mm256_add_ps(third, product(3, bit3_high))), tables);
     }
   }
 }
@@ -175,11 +171,6 @@ struct Accumulators : PlaneSums<Kind> {
   }
 };
 
-inline void prefetch_line(const uint8_t* codes) {
-  _mm_prefetch(reinterpret_cast<const char*>(codes) + kNearBytes, _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(codes) + kFarBytes, _MM_HINT_T1);
-}
-
 template <TableKind Kind, int Tokens>
 void nibbles_of_tokens(const LookupWork& work, const TokenTables* tokens) {
   const __m256i low_nibble = _mm256_set1_epi8(15);
@@ -205,7 +196,7 @@ void nibbles_of_tokens(const LookupWork& work, const TokenTables* tokens) {
     };
     int64_t steps = work.lookups / 2;
     for (; steps >= 2; steps -= 2) {
-      prefetch_line(codes);
+      prefetch(codes, kLookupsAvx2);
       add_step();
       add_step();
     }
@@ -229,8 +220,8 @@ void lookups_3bit_of_tokens(const LookupWork& work, const TokenTables* tokens) {
       table[t] = tokens[t].tables;
     }
     for (int64_t block = work.lookups / kBlockColumns; block > 0; --block, codes += block_bytes(3)) {
-      prefetch_line(codes);
-      prefetch_line(codes + 64);
+      prefetch(codes, kLookupsAvx2);
+      prefetch(codes + 64, kLookupsAvx2);
       const __m256i a = load(codes), b = load(codes + 32), c = load(codes + 64);
       const __m256i spare_a = _mm256_and_si256(_mm256_srli_epi16(a, 3), _mm256_set1_epi8(0x11));
       const __m256i spare_b = _mm256_and_si256(_mm256_srli_epi16(b, 2), _mm256_set1_epi8(0x22));
@@ -298,12 +289,10 @@ inline void add_block(const float* weights, const float* x, int64_t columns, flo
   for (int64_t k = 0; k < columns; ++k, weights += kTileRows) {
     const __m256 x_k = _mm256_broadcast_ss(x + k);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
-      block_sum[i] = _mm256_add_ps(block_sum[i], _mm256_mul_ps(x_k, _mm256_load_ps(weights + 8 * i)));
+    for (int i = 0; i < 4; ++i) block_sum[i] = _mm256_add_ps(block_sum[i], _mm256_mul_ps(x_k, _mm256_load_ps(weights + 8 * i)));
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    _mm256_storeu_ps(sums + 8 * i, _mm256_add_ps(_mm256_loadu_ps(sums + 8 * i), block_sum[i]));
+  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(sums + 8 * i, _mm256_add_ps(_mm256_loadu_ps(sums + 8 * i), block_sum[i]));
 }
 
 template <int Width>
@@ -319,7 +308,7 @@ void decode_multiply(const uint8_t* codes, StepOrder, int64_t tiles, int64_t til
       alignas(64) float weights[kBlockColumns * kTileRows];
       for (int64_t k = 0; k < count; ++k) {
         const uint8_t* column = codes + (begin + k) * kTileRows;
-        if (k % 2 == 0) prefetch_line(column);
+        if (k % 2 == 0) prefetch(column, kLookupsAvx2);
         decode_column<Width>(column, planes[begin + k], weights + k * kTileRows);
       }
       for (int64_t t = 0; t < tokens; ++t) add_block(weights, x + t * kBytePanelColumns + begin, count, panel_sums[t]);
@@ -358,8 +347,7 @@ void fp32_row_to_fp16(const float* from, void* to, int64_t count) {
   auto* half = static_cast<uint16_t*>(to);
   int64_t i = 0;
   for (; i + 8 <= count; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
   for (; i < count; ++i) half[i] = fp32_to_fp16(from[i]);
 }
 

@@ -8,12 +8,11 @@
 
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/linear.h"
+#include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
 namespace {
 
-constexpr int kNearBytes = 1024, kFarBytes = 4096;
-constexpr int kCodebookBytes = 2048;  // codebooks, too, are read once per call
 constexpr int64_t kGroupBytes = 4 * kTileRows;  // 4 steps of 32 rows
 constexpr int64_t kTableGroup = 4 * kTableEntries;
 
@@ -63,7 +62,7 @@ void build_width(const uint16_t* codebook, const float* x, int64_t lookups, uint
   constexpr int planes = table_planes(Kind), bits = plane_bits(Kind);
   const __m512i bias = _mm512_set1_epi32(1 << (table_bits(Kind) - 1));
   for (int64_t l = 0; l < lookups; ++l, codebook += entries_per_lookup(Width), x += columns_per_lookup(Width)) {
-    _mm_prefetch(reinterpret_cast<const char*>(codebook) + kCodebookBytes, _MM_HINT_T0);
+    prefetch(codebook, kCodebooks);
     const __m512i t = _mm512_add_epi32(_mm512_cvtps_epi32(partial_products<Width>(codebook, x)), bias);
     uint8_t* table = tables + table_place<Width>(l, planes);
 #pragma GCC unroll 4
@@ -91,15 +90,9 @@ struct Rows {  // rows 0-15 and 16-31 of a tile
   __m512i half[2];
 };
 
-// Two distances: the near one moves lines from the L2 to the L1 cache, the far one keeps more of them on their way than
-// the 16 line buffers of an L1 cache could. 4096 x 4096 at 4 bits from memory, 2 threads: 246 us; near at 2 KiB alone
-// 290, far alone 371, none 375. The far one is touchy: 6 KiB takes a fifth longer than 4 at 4 bits, 8 a sixth longer at 3.
 inline Rows load_rows(const uint8_t* codes) {
-#pragma GCC unroll 2
-  for (int line = 0; line < 2; ++line) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes) + 64 * line + kNearBytes, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(codes) + 64 * line + kFarBytes, _MM_HINT_T1);
-  }
+  prefetch(codes, kLookupsAvx512);
+  prefetch(codes + 64, kLookupsAvx512);
   return {{load(codes), load(codes + 64)}};
 }
 
@@ -120,17 +113,14 @@ struct Accumulators {
     for (int p = 0; p < kPlanes; ++p) {
       const __m512i table = load(tables + p * kTableGroup);
 #pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h)
-        sum[p][h] = _mm512_dpbusd_epi32(sum[p][h], _mm512_permutexvar_epi8(index.half[h], table), ones);
+      for (int h = 0; h < 2; ++h) sum[p][h] = _mm512_dpbusd_epi32(sum[p][h], _mm512_permutexvar_epi8(index.half[h], table), ones);
     }
   }
 
   inline __attribute__((always_inline)) void flush(int64_t lookups, float unit, float* y) {
     const __m512i bias = _mm512_set1_epi32(static_cast<int>(lookups << (2 * kBits - 1)));
     const __m512 upper_unit = _mm512_set1_ps(static_cast<float>(1 << (kBits * (kPlanes - 2))) * unit);
-    const auto join = [](__m512i low, __m512i high) {
-      return _mm512_add_epi32(low, _mm512_slli_epi32(high, kBits));
-    };
+    const auto join = [](__m512i low, __m512i high) { return _mm512_add_epi32(low, _mm512_slli_epi32(high, kBits)); };
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
       const __m512i upper = _mm512_sub_epi32(join(sum[kPlanes - 2][h], sum[kPlanes - 1][h]), bias);
@@ -146,8 +136,7 @@ struct Accumulators {
 
 // The lookups of both nibbles of a group of steps: index = 16 * (step of the group) + nibble.
 template <TableKind Kind, int Tokens>
-inline __attribute__((always_inline)) void add_nibbles(const Rows& codes, Accumulators<Kind>* sums,
-                                                       const uint8_t** tables) {
+inline __attribute__((always_inline)) void add_nibbles(const Rows& codes, Accumulators<Kind>* sums, const uint8_t** tables) {
   const __m512i nibble = _mm512_set1_epi8(15), step = _mm512_set1_epi32(0x30201000);
   const auto index = [&](__m512i bytes) { return _mm512_ternarylogic_epi64(bytes, nibble, step, 0xEA); };
   const auto high = [](__m512i bytes) { return _mm512_srli_epi16(bytes, 4); };
@@ -163,8 +152,8 @@ inline __attribute__((always_inline)) void add_nibbles(const Rows& codes, Accumu
 
 // add_group(codes of a group, sums, tables) for all groups of each tile.
 template <TableKind Kind, int Tokens, class AddGroup>
-inline __attribute__((always_inline)) void lookup_tiles(const LookupWork& work, const TokenTables* tokens,
-                                                        int64_t groups, int64_t group_bytes, AddGroup&& add_group) {
+inline __attribute__((always_inline)) void lookup_tiles(const LookupWork& work, const TokenTables* tokens, int64_t groups,
+                                                        int64_t group_bytes, AddGroup&& add_group) {
   const uint8_t* codes = work.codes;
   for (int64_t tile = 0; tile < work.tiles; ++tile) {
     Accumulators<Kind> sums[Tokens];
@@ -183,9 +172,8 @@ inline __attribute__((always_inline)) void lookup_tiles(const LookupWork& work, 
 template <TableKind Kind, int Tokens>
 void nibbles_of_tokens(const LookupWork& work, const TokenTables* tokens) {
   lookup_tiles<Kind, Tokens>(work, tokens, work.lookups / 8, kGroupBytes,
-                             [](const uint8_t* codes, auto* sums, const uint8_t** tables) __attribute__((always_inline)) {
-                               add_nibbles<Kind, Tokens>(load_rows(codes), sums, tables);
-                             });
+                             [](const uint8_t* codes, auto* sums, const uint8_t** tables)
+                                 __attribute__((always_inline)) { add_nibbles<Kind, Tokens>(load_rows(codes), sums, tables); });
 }
 
 template <TableKind Kind, int Tokens>
@@ -248,8 +236,7 @@ constexpr TableKernels table_kernels() {
 // 16 weights; `codes` may hold other bits above the width.
 template <int Width>
 inline __m512 decode_rows(__m512i codes, const float* codebook) {
-  if constexpr (Width >= 7)
-    return _mm512_i32gather_ps(_mm512_and_si512(codes, _mm512_set1_epi32((1 << Width) - 1)), codebook, 4);
+  if constexpr (Width >= 7) return _mm512_i32gather_ps(_mm512_and_si512(codes, _mm512_set1_epi32((1 << Width) - 1)), codebook, 4);
   const auto of_32 = [&](int first) {
     return _mm512_permutex2var_ps(_mm512_loadu_ps(codebook + first), codes, _mm512_loadu_ps(codebook + first + 16));
   };

@@ -26,8 +26,7 @@ float partial_product(int width, const uint16_t* codebook, const float* x, int i
   if (width == 3) return x[0] * fp16_to_fp32(codebook[index & 7]);
   if (width == 2) return x[0] * fp16_to_fp32(codebook[index & 3]) + x[1] * fp16_to_fp32(codebook[4 + (index >> 2)]);
   const float low = x[0] * fp16_to_fp32(codebook[index & 1]) + x[1] * fp16_to_fp32(codebook[2 + (index >> 1 & 1)]);
-  const float high =
-      x[2] * fp16_to_fp32(codebook[4 + (index >> 2 & 1)]) + x[3] * fp16_to_fp32(codebook[6 + (index >> 3)]);
+  const float high = x[2] * fp16_to_fp32(codebook[4 + (index >> 2 & 1)]) + x[3] * fp16_to_fp32(codebook[6 + (index >> 3)]);
   return low + high;
 }
 
@@ -67,9 +66,8 @@ void lookup_nibbles(const LookupWork& work) {
 
 template <TableKind Kind>
 void lookup_3bit(const LookupWork& work) {
-  lookup<Kind>(work, work.lookups / kBlockColumns * block_bytes(3), [&](const uint8_t* codes, int64_t l, int row) {
-    return read_code(codes, work.order, 3, l, row);
-  });
+  lookup<Kind>(work, work.lookups / kBlockColumns * block_bytes(3),
+               [&](const uint8_t* codes, int64_t l, int row) { return read_code(codes, work.order, 3, l, row); });
 }
 
 template <TableKind Kind>
@@ -80,8 +78,8 @@ constexpr TableKernels table_kernels() {
 // Sums of 8 columns, then of the panel, then of the panels: a plain chain of fp32 additions over thousands of columns
 // would have several times the error of torch's blocked sum.
 template <int Width>
-void decode_multiply(const uint8_t* codes, StepOrder order, int64_t tiles, int64_t tile_bytes, int64_t columns, const uint16_t* codebook,
-                     const float* x, int64_t tokens, float* y, int64_t y_stride) {
+void decode_multiply(const uint8_t* codes, StepOrder order, int64_t tiles, int64_t tile_bytes, int64_t columns,
+                     const uint16_t* codebook, const float* x, int64_t tokens, float* y, int64_t y_stride) {
   for (int64_t tile = 0; tile < tiles; ++tile, codes += tile_bytes, y += kTileRows)
     for (int64_t t = 0; t < tokens; ++t)
       for (int row = 0; row < kTileRows; ++row) {
@@ -112,8 +110,7 @@ void fp32_to_halves(const float* from, void* to, int64_t count) {
 
 double outlier_sum(const float* x, const uint32_t* columns, const float* deltas, int64_t count) {
   double chain[8] = {};
-  for (int64_t i = 0; i < count; ++i)
-    chain[i % 8] += static_cast<double>(x[columns[i]]) * static_cast<double>(deltas[i]);
+  for (int64_t i = 0; i < count; ++i) chain[i % 8] += static_cast<double>(x[columns[i]]) * static_cast<double>(deltas[i]);
   for (int step = 4; step >= 1; step /= 2)
     for (int c = 0; c < step; ++c) chain[c] += chain[c + step];
   return chain[0];

@@ -52,10 +52,9 @@ static inline void load_steps(const uint8_t* codes, __m256i steps[4]) {
   constexpr int loads = Width;  // block_bytes(Width) / kTileRows
   for (int i = 0; i < loads; ++i) steps[i] = load_32(codes + i * kTileRows);
   if constexpr (Width == 3)
-    steps[3] =
-        _mm256_or_si256(_mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(steps[0], 3), _mm256_set1_epi8(0x11)),
-                                        _mm256_and_si256(_mm256_srli_epi16(steps[1], 2), _mm256_set1_epi8(0x22))),
-                        _mm256_and_si256(_mm256_srli_epi16(steps[2], 1), _mm256_set1_epi8(0x44)));
+    steps[3] = _mm256_or_si256(_mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(steps[0], 3), _mm256_set1_epi8(0x11)),
+                                               _mm256_and_si256(_mm256_srli_epi16(steps[1], 2), _mm256_set1_epi8(0x22))),
+                               _mm256_and_si256(_mm256_srli_epi16(steps[2], 1), _mm256_set1_epi8(0x44)));
 }
 
 // The index of a column's 32 rows into its table.

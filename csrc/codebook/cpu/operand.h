@@ -12,8 +12,8 @@ class CodebookOperand final : public LinearOperand {
   // Throws std::invalid_argument when the header does not fit the bytes.
   CodebookOperand(const void* layout, int64_t layout_bytes) : CodebookOperand(LayoutView(layout, layout_bytes)) {}
 
-  void linear_by(LinearPath path, const void* x, DType x_dtype, int64_t tokens, const void* bias, DType bias_dtype,
-                 void* y, Precision precision) const {
+  void linear_by(LinearPath path, const void* x, DType x_dtype, int64_t tokens, const void* bias, DType bias_dtype, void* y,
+                 Precision precision) const {
     if (may_run(x, tokens, y)) codebook_linear(view_, x, x_dtype, tokens, bias, bias_dtype, y, path, precision);
   }
   // What LinearPath::automatic is for this many tokens.

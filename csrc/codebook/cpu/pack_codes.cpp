@@ -83,9 +83,8 @@ void unpack_row_bits(const uint8_t* packed, uint8_t* codes, int64_t columns) {
 
 using PackRow = bool (*)(const uint8_t*, uint8_t*, int64_t);
 using UnpackRow = void (*)(const uint8_t*, uint8_t*, int64_t);
-constexpr PackRow kPackRow[9] = {nullptr,          pack_row_bits<1>, pack_row_bits<2>,
-                                 pack_row_bits<3>, pack_row_bits<4>, pack_row_bits<5>,
-                                 pack_row_bits<6>, pack_row_bits<7>, pack_row_bits<8>};
+constexpr PackRow kPackRow[9] = {nullptr,          pack_row_bits<1>, pack_row_bits<2>, pack_row_bits<3>, pack_row_bits<4>,
+                                 pack_row_bits<5>, pack_row_bits<6>, pack_row_bits<7>, pack_row_bits<8>};
 constexpr UnpackRow kUnpackRow[9] = {nullptr,
                                      unpack_row_bits<1>,
                                      unpack_row_bits<2>,
@@ -109,13 +108,9 @@ int64_t rows_per_chunk(int64_t columns) { return std::max<int64_t>(1, (64 << 10)
 
 }  // namespace
 
-bool pack_row(const uint8_t* codes, uint8_t* packed, int64_t columns, int bits) {
-  return kPackRow[bits](codes, packed, columns);
-}
+bool pack_row(const uint8_t* codes, uint8_t* packed, int64_t columns, int bits) { return kPackRow[bits](codes, packed, columns); }
 
-void unpack_row(const uint8_t* packed, uint8_t* codes, int64_t columns, int bits) {
-  kUnpackRow[bits](packed, codes, columns);
-}
+void unpack_row(const uint8_t* packed, uint8_t* codes, int64_t columns, int bits) { kUnpackRow[bits](packed, codes, columns); }
 
 void pack_codes(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t columns, int bits) {
   check(codes, packed, rows, columns, bits);
@@ -126,8 +121,8 @@ void pack_codes(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t col
       if (!pack_row(codes + r * columns, packed + r * packed_row_bytes(columns, bits), columns, bits)) bad_row = r;
   });
   if (bad_row >= 0)
-    throw std::invalid_argument("row " + std::to_string(bad_row) + " holds a code that does not fit in " +
-                                std::to_string(bits) + " bits; codes must be below " + std::to_string(1 << bits));
+    throw std::invalid_argument("row " + std::to_string(bad_row) + " holds a code that does not fit in " + std::to_string(bits) +
+                                " bits; codes must be below " + std::to_string(1 << bits));
 }
 
 void unpack_codes(const uint8_t* packed, uint8_t* codes, int64_t rows, int64_t columns, int bits) {

@@ -10,6 +10,7 @@
 #include "codebook/cpu/fours_avx512.h"
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/decode.h"
+#include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
 
@@ -41,8 +42,7 @@ static inline void split_pairs(const BlockEntries<Width>& block, int64_t stride,
         const int bit = column % columns_per_lookup(Width) * Width;
         const __m512i low = _mm512_and_si512(_mm512_srl_epi32(dword, _mm_cvtsi32_si128(bit)), mask);
         const __m512i high = _mm512_and_si512(_mm512_srl_epi32(dword, _mm_cvtsi32_si128(bit + Width)), mask);
-        pick = _mm512_or_si512(
-            low, _mm512_slli_epi32(_mm512_add_epi32(high, _mm512_set1_epi32(1 << Width)), 16));
+        pick = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(high, _mm512_set1_epi32(1 << Width)), 16));
       }
       _mm512_storeu_si512(split + column * stride, _mm512_permutexvar_epi16(pick, entries));
     }
@@ -72,11 +72,9 @@ template <int Width, int Planes>
 static inline void decode_pairs(const uint8_t* codes, const uint8_t* split, int64_t slots, uint16_t* weights) {
   constexpr int columns = group_columns(Width);
   constexpr int64_t plane_split = split_bytes(Width) / 2, half_weights = kDecodedColumns * kHalfRows;
-  constexpr int prefetch_bytes = 4096;  // the same block of the next tile in a panel of 256 lookups
-  for (; slots > 0; slots -= columns, codes += group_bytes(Width), split += columns * split_bytes(Width),
-                    weights += columns * kHalfRows) {
-    for (int64_t line = 0; line < group_bytes(Width); line += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + prefetch_bytes + line, _MM_HINT_T0);
+  for (; slots > 0;
+       slots -= columns, codes += group_bytes(Width), split += columns * split_bytes(Width), weights += columns * kHalfRows) {
+    for (int64_t line = 0; line < group_bytes(Width); line += 64) prefetch(codes + line, kDecoded);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       __m512i steps[4];
@@ -97,9 +95,9 @@ static inline void decode_pairs(const uint8_t* codes, const uint8_t* split, int6
           for (int plane = 0; plane < Planes; ++plane) {
             const auto* entries = reinterpret_cast<const uint16_t*>(own + plane * plane_split);
             const auto* next = reinterpret_cast<const uint16_t*>(own + split_bytes(Width) + plane * plane_split);
-            _mm512_store_si512(to + plane * kDecodedWeights,
-                               _mm512_mask_blend_epi16(0xAAAAAAAA, lookup_words<Width>(entries, even),
-                                                       lookup_words<Width>(next, odd)));
+            _mm512_store_si512(
+                to + plane * kDecodedWeights,
+                _mm512_mask_blend_epi16(0xAAAAAAAA, lookup_words<Width>(entries, even), lookup_words<Width>(next, odd)));
           }
         }
       }

@@ -10,6 +10,7 @@
 #include "codebook/cpu/fours_avx512.h"
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/decode.h"
+#include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
 
@@ -68,12 +69,10 @@ template <class Form, int Width>
 static void decode_quads(const uint8_t* codes, const uint8_t* split, int64_t slots, uint8_t* weights) {
   constexpr int columns = group_columns(Width), per_lookup = Width <= 4 ? columns_per_lookup(Width) : 1;
   constexpr int64_t plane = 4 * kTable<Width>;
-  constexpr int prefetch_bytes = 4096;  // the same block of the next tile in a panel of 256 lookups
   const __m512i nibble = _mm512_set1_epi8(15), byte = _mm512_set1_epi32(0x30201000);
   for (; slots > 0; slots -= columns, codes += group_bytes(Width), split += columns / 4 * Form::kPlanes * plane,
                     weights += columns * kHalfRows) {
-    for (int64_t line = 0; line < group_bytes(Width); line += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(codes) + prefetch_bytes + line, _MM_HINT_T0);
+    for (int64_t line = 0; line < group_bytes(Width); line += 64) prefetch(codes + line, kDecoded);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       __m512i steps[4];
@@ -94,8 +93,7 @@ static void decode_quads(const uint8_t* codes, const uint8_t* split, int64_t slo
             const uint8_t* tables = split + q * Form::kPlanes * plane;
 #pragma GCC unroll 2
             for (int p = 0; p < Form::kPlanes; ++p)
-              _mm512_store_si512(to + q * 64 + p * kDecodedWeights,
-                                 _mm512_permutexvar_epi8(index, load_64(tables + p * plane)));
+              _mm512_store_si512(to + q * 64 + p * kDecodedWeights, _mm512_permutexvar_epi8(index, load_64(tables + p * plane)));
           }
         }
       }
@@ -109,21 +107,19 @@ struct QuadKernels {  // of a width
 };
 
 template <class Form>
-constexpr QuadKernels kQuads[8] = {
-    {split_quads<Form, 1>, decode_quads<Form, 1>}, {split_quads<Form, 2>, decode_quads<Form, 2>},
-    {split_quads<Form, 3>, decode_quads<Form, 3>}, {split_quads<Form, 4>, decode_quads<Form, 4>},
-    {split_quads<Form, 5>, decode_quads<Form, 5>}, {split_quads<Form, 6>, decode_quads<Form, 6>},
-    {split_quads<Form, 7>, decode_quads<Form, 7>}, {split_quads<Form, 8>, decode_quads<Form, 8>}};
+constexpr QuadKernels kQuads[8] = {{split_quads<Form, 1>, decode_quads<Form, 1>}, {split_quads<Form, 2>, decode_quads<Form, 2>},
+                                   {split_quads<Form, 3>, decode_quads<Form, 3>}, {split_quads<Form, 4>, decode_quads<Form, 4>},
+                                   {split_quads<Form, 5>, decode_quads<Form, 5>}, {split_quads<Form, 6>, decode_quads<Form, 6>},
+                                   {split_quads<Form, 7>, decode_quads<Form, 7>}, {split_quads<Form, 8>, decode_quads<Form, 8>}};
 
 template <class Form>
-static void split_any_quads(int width, const uint16_t* codebook, const float* max_magnitude, int64_t slots,
-                            uint8_t* split) {
+static void split_any_quads(int width, const uint16_t* codebook, const float* max_magnitude, int64_t slots, uint8_t* split) {
   kQuads<Form>[width - 1].split(codebook, max_magnitude, slots, split);
 }
 
 template <class Form>
-static void decode_any_quads(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, const uint8_t* split,
-                             int64_t slots, const float*, uint8_t* weights) {
+static void decode_any_quads(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots,
+                             const float*, uint8_t* weights) {
   kQuads<Form>[width - 1].decode(tile_codes + slot / group_columns(width) * group_bytes(width), split, slots, weights);
 }
 

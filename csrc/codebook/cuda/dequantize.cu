@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "codebook/cuda/decode.cuh"
+#include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 
 namespace pyllmq::cuda {
@@ -98,8 +99,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 4) codebook_dequantize_kernel(con
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const auto& h = *reinterpret_cast<const LayoutHeader*>(a.layout);
   const int lane = ptx::thread() % 32, warp = ptx::thread() / 32;
-  if (!describes(h, a.layout_bytes, a.rows, a.columns))
-    return store_nan(a.weight, a.dtype, a.rows * a.columns, kThreads);
+  if (!describes(h, a.layout_bytes, a.rows, a.columns)) return store_nan(a.weight, a.dtype, a.rows * a.columns, kThreads);
   const int64_t tile_slots = h.blocks * kBlockTiles;
   for (int64_t item = ptx::block(); item < tile_slots * h.panels; item += ptx::blocks()) {
     const int64_t panel = item / tile_slots;
@@ -111,8 +111,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 4) codebook_dequantize_kernel(con
     const int64_t row_begin = block.row_begin + first_row;
 
     ptx::sync_block();  // the item before is done with shared memory
-    if (ptx::thread() >= 1 && ptx::thread() <= 8)
-      shared.groups[ptx::thread()] = panel_groups(h, ptx::thread(), panel, panel + 1);
+    if (ptx::thread() >= 1 && ptx::thread() <= 8) shared.groups[ptx::thread()] = panel_groups(h, ptx::thread(), panel, panel + 1);
     ptx::sync_block();
     for (int width = 1; width <= 8; ++width) {
       const GroupRange range = shared.groups[width];
@@ -122,8 +121,8 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 4) codebook_dequantize_kernel(con
           decode_any(width, a.layout + codes_offset(h, width, block, group) + tile * tile_bytes(width),
                      a.layout + tables_offset(h, width, block.segment, group), lane, warp * kGroupColumns, shared.weight);
           if (lane < kGroupColumns)
-            shared.columns[warp * kGroupColumns + lane] = section<int32_t>(
-                a.layout, h.columns_offset)[h.first_slot[width] + int64_t{group} * kGroupColumns + lane];
+            shared.columns[warp * kGroupColumns + lane] =
+                section<int32_t>(a.layout, h.columns_offset)[h.first_slot[width] + int64_t{group} * kGroupColumns + lane];
         }
         ptx::sync_block();
         const int columns = (range.end - begin < kWarps ? range.end - begin : kWarps) * kGroupColumns;
@@ -140,17 +139,14 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 4) codebook_dequantize_kernel(con
       }
     }
     if (h.outliers != 0 && ptx::thread() < rows)
-      store_outliers(a, h, panel * h.tiles + block.tile_begin + tile, ptx::thread(),
-                     (row_begin + ptx::thread()) * h.columns);
+      store_outliers(a, h, panel * h.tiles + block.tile_begin + tile, ptx::thread(), (row_begin + ptx::thread()) * h.columns);
   }
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
-void codebook_dequantize(const uint8_t* layout, int64_t layout_bytes, int64_t rows, int64_t columns, void* weight,
-                         int dtype, uintptr_t stream) {
+void codebook_dequantize(const uint8_t* layout, int64_t layout_bytes, int64_t rows, int64_t columns, void* weight, int dtype,
+                         uintptr_t stream) {
   check_size(layout_bytes);
   const int64_t items = ceil_div(rows, kTileRows) * ceil_div(columns, kGroupColumns * kPanelGroups);
   const int64_t grid = std::min<int64_t>(items, int64_t{multiprocessors()} * kBlocksPerMultiprocessor);

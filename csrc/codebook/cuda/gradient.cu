@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 #include "runtime/cuda/words.cuh"
 
@@ -11,12 +12,10 @@ namespace pyllmq::cuda {
 namespace {
 
 constexpr int kLanes = 32, kWarps = 8, kThreads = kLanes * kWarps;
-constexpr int kEntries = 32;  // of a codebook at a time: 32 KiB of sums; wider codes are gone through again
+constexpr int kEntries = 32;       // of a codebook at a time: 32 KiB of sums; wider codes are gone through again
 constexpr int64_t kRunRows = 256;  // at least, before a column's rows are split between blocks
 constexpr int64_t kBlocksPerMultiprocessor = 4;
 constexpr int64_t kMostBlocks = 1 << 16;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What the bytes of a row's codes can hold; the last tile may turn out empty.
 int64_t most_tiles(const GradientCall& call, int bits) {
@@ -73,8 +72,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads)
   }
 }
 
-PYLLMQ_KERNEL void __launch_bounds__(kThreads)
-    add_runs_kernel(const float* parts, float* gradient, int64_t runs, int64_t count) {
+PYLLMQ_KERNEL void __launch_bounds__(kThreads) add_runs_kernel(const float* parts, float* gradient, int64_t runs, int64_t count) {
   for (int64_t i = ptx::block() * kThreads + ptx::thread(); i < count; i += ptx::blocks() * kThreads) {
     float sum = 0;
     for (int64_t run = 0; run < runs; ++run) sum += parts[run * count + i];

@@ -13,8 +13,8 @@ struct GradientCall {
   const int64_t* first_entry;                // [columns]
   const uint8_t* codes[9];                   // by width: [rows, code_bytes[b]]; null where there are none
   int64_t code_bytes[9];
-  const void* row_scale;  // [rows] or null
-  int row_scale_dtype;    // 0 fp32, 1 bf16, 2 fp16
+  const void* row_scale;         // [rows] or null
+  int row_scale_dtype;           // 0 fp32, 1 bf16, 2 fp16
   const float* weight_gradient;  // [rows, columns], 0 at outliers
 };
 

@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "runtime/counting.h"
 #include "runtime/half.h"
 
 namespace pyllmq::cuda {
@@ -17,8 +18,6 @@ constexpr int64_t kAlignment = 128;
 constexpr int64_t kWeightsPerThread = 1 << 20;  // below this, starting a thread costs more than it saves
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("codebook layout (cuda): " + why); }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Plan {
   LayoutHeader header{};
@@ -63,12 +62,7 @@ Plan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const 
   h.segment_table_bytes = entries;
   h.outliers = outliers;
 
-  int64_t end = sizeof(LayoutHeader);
-  const auto section = [&end](int64_t bytes) {
-    const int64_t begin = ceil_div(end, kAlignment) * kAlignment;
-    end = begin + bytes;
-    return begin;
-  };
+  Sections section{sizeof(LayoutHeader), kAlignment};
   h.blocks_offset = section(h.blocks * sizeof(RowBlock));
   h.columns_offset = section(h.slots * sizeof(int32_t));
   if (row_scale) h.row_scale_offset = section(rows * sizeof(uint16_t));
@@ -80,9 +74,8 @@ Plan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const 
     h.outlier_values_offset = section(outliers * sizeof(uint16_t));
   }
   h.tables_begin = section(segments * h.segment_table_bytes);
-  for (int width = 1; width <= 8; ++width)
-    h.codes_offset[width] = section(h.tiles * h.groups[width] * tile_bytes(width));
-  h.bytes = ceil_div(end, kAlignment) * kAlignment;
+  for (int width = 1; width <= 8; ++width) h.codes_offset[width] = section(h.tiles * h.groups[width] * tile_bytes(width));
+  h.bytes = section(0);
   return plan;
 }
 
@@ -90,10 +83,7 @@ Plan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const 
 struct Place {
   int width, lane, j, nibble;
   Place(int width, int row, int column)
-      : width(width),
-        lane(row % 16 / 2 * 4 + column % 4),
-        j(column / 4),
-        nibble(nibble_of(width, row / 16, row % 2)) {}
+      : width(width), lane(row % 16 / 2 * 4 + column % 4), j(column / 4), nibble(nibble_of(width, row / 16, row % 2)) {}
 };
 
 // A code of up to 4 bits into, or out of, the words of one part.
@@ -189,8 +179,7 @@ void write_tables(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base) 
 uint32_t* tile_words(uint8_t* base, const LayoutHeader& h, int width, const RowBlock& block, int64_t group, int row) {
   return at<uint32_t>(base, codes_offset(h, width, block, group) + row / kTileRows * tile_bytes(width));
 }
-const uint32_t* tile_words(const uint8_t* base, const LayoutHeader& h, int width, const RowBlock& block, int64_t group,
-                           int row) {
+const uint32_t* tile_words(const uint8_t* base, const LayoutHeader& h, int width, const RowBlock& block, int64_t group, int row) {
   return tile_words(const_cast<uint8_t*>(base), h, width, block, group, row);
 }
 
@@ -209,11 +198,6 @@ void write_codes(const Plan& plan, const CodebookCheckpoint& c, const RowBlock& 
   }
 }
 
-int64_t outlier_column(const CodebookCheckpoint& c, int64_t i) {
-  return c.outlier_columns_bytes == 2 ? static_cast<const uint16_t*>(c.outlier_columns)[i]
-                                      : static_cast<const int32_t*>(c.outlier_columns)[i];
-}
-
 void check_arrays(const CodebookCheckpoint& c) {
   for (int64_t k = 0; k < c.columns; ++k)
     if (c.codes[c.column_bits[k]] == nullptr)
@@ -230,8 +214,8 @@ void check_arrays(const CodebookCheckpoint& c) {
     if (c.outlier_row_offsets[r + 1] < c.outlier_row_offsets[r])
       refuse("outlier_row_offsets decrease at row " + std::to_string(r));
     int64_t previous = -1;
-    for (int64_t i = c.outlier_row_offsets[r]; i < c.outlier_row_offsets[r + 1]; previous = outlier_column(c, i++))
-      if (outlier_column(c, i) <= previous || outlier_column(c, i) >= c.columns)
+    for (int64_t i = c.outlier_row_offsets[r]; i < c.outlier_row_offsets[r + 1]; previous = c.outlier_column(i++))
+      if (c.outlier_column(i) <= previous || c.outlier_column(i) >= c.columns)
         refuse("outlier_columns of row " + std::to_string(r) + " must ascend without repeats within 0.." +
                std::to_string(c.columns - 1));
   }
@@ -251,8 +235,8 @@ std::vector<ColumnPlace> column_places(const Plan& plan) {
       const GroupRange range = panel_groups(h, width, panel, panel + 1);
       for (int64_t slot = int64_t{range.begin} * kGroupColumns; slot < int64_t{range.end} * kGroupColumns; ++slot)
         if (const int32_t column = plan.columns[h.first_slot[width] + slot]; column >= 0)
-          places[column] = {static_cast<int32_t>(panel), static_cast<int32_t>(slot / kGroupColumns),
-                            static_cast<int8_t>(width), static_cast<int8_t>(slot % kGroupColumns)};
+          places[column] = {static_cast<int32_t>(panel), static_cast<int32_t>(slot / kGroupColumns), static_cast<int8_t>(width),
+                            static_cast<int8_t>(slot % kGroupColumns)};
     }
   return places;
 }
@@ -275,10 +259,10 @@ void write_outliers(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base
   const auto for_each_outlier = [&](auto&& body) {  // body(outlier, bucket, row in its tile, block, row in the block)
     for (const RowBlock& block : plan.blocks)
       for (int row = 0; row < block.rows; ++row)
-        for (int64_t i = c.outlier_row_offsets[block.row_begin + row];
-             i < c.outlier_row_offsets[block.row_begin + row + 1]; ++i) {
+        for (int64_t i = c.outlier_row_offsets[block.row_begin + row]; i < c.outlier_row_offsets[block.row_begin + row + 1];
+             ++i) {
           const int64_t tile = block.tile_begin + row / kTileRows;
-          body(i, places[outlier_column(c, i)].panel * h.tiles + tile, row % kTileRows, block, row);
+          body(i, places[c.outlier_column(i)].panel * h.tiles + tile, row % kTileRows, block, row);
         }
   };
   for_each_outlier([&](int64_t, int64_t bucket, int row, const RowBlock&, int) { ++row_end[bucket * kTileRows + row]; });
@@ -290,12 +274,12 @@ void write_outliers(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base
   }
   std::vector<uint16_t> filled(h.panels * h.tiles, 0);
   for_each_outlier([&](int64_t i, int64_t bucket, int, const RowBlock& block, int row) {
-    const int64_t column = outlier_column(c, i);
+    const int64_t column = c.outlier_column(i);
     const ColumnPlace& place = places[column];
-    const uint32_t code = get_code(tile_words(base, h, place.width, block, place.group, row),
-                                   Place(place.width, row % kTileRows, place.in_group));
-    const uint8_t* table = base + tables_offset(h, place.width, block.segment, place.group) +
-                           (int64_t{place.in_group} * 2 << place.width);
+    const uint32_t code =
+        get_code(tile_words(base, h, place.width, block, place.group, row), Place(place.width, row % kTileRows, place.in_group));
+    const uint8_t* table =
+        base + tables_offset(h, place.width, block.segment, place.group) + (int64_t{place.in_group} * 2 << place.width);
     const float scale = c.row_scale ? cpu::fp16_to_fp32(c.row_scale[block.row_begin + row]) : 1.0f;
     const int64_t to = begin[bucket] + filled[bucket]++;
     columns[to] = static_cast<int32_t>(column);
@@ -336,8 +320,7 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
   const int64_t outliers = c.outlier_row_offsets ? c.outlier_row_offsets[c.rows] : 0;
   check_codebook_shape(refuse, c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers);
   check_arrays(c);
-  const Plan plan =
-      make_plan(c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers, c.row_scale != nullptr);
+  const Plan plan = make_plan(c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers, c.row_scale != nullptr);
   const LayoutHeader& h = plan.header;
   if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % 16 != 0 || layout_bytes != h.bytes)
     refuse("the buffer has " + std::to_string(layout_bytes) + " bytes; this weight needs " + std::to_string(h.bytes) +
@@ -359,13 +342,11 @@ void codebook_layout_codes(const void* layout, int64_t layout_bytes, uint8_t* co
   const auto* base = static_cast<const uint8_t*>(layout);
   for_each_block(h, [&](int64_t index) {
     const RowBlock& block = at<RowBlock>(base, h.blocks_offset)[index];
-    for_each_column(h, at<int32_t>(base, h.columns_offset),
-                    [&](int width, int64_t group, int in_group, int32_t column) {
-                      for (int row = 0; row < block.rows; ++row)
-                        codes_out[(block.row_begin + row) * h.columns + column] =
-                            static_cast<uint8_t>(get_code(tile_words(base, h, width, block, group, row),
-                                                          Place(width, row % kTileRows, in_group)));
-                    });
+    for_each_column(h, at<int32_t>(base, h.columns_offset), [&](int width, int64_t group, int in_group, int32_t column) {
+      for (int row = 0; row < block.rows; ++row)
+        codes_out[(block.row_begin + row) * h.columns + column] = static_cast<uint8_t>(
+            get_code(tile_words(base, h, width, block, group, row), Place(width, row % kTileRows, in_group)));
+    });
   });
 }
 

@@ -43,15 +43,15 @@ constexpr uint64_t kVersion = 1;
 struct LayoutHeader {
   uint64_t magic, version;
   int64_t bytes, rows, columns, segments, blocks, tiles, panels, slots;
-  int64_t groups[9];          // by width
-  int64_t first_slot[9];      // of a width, into columns
-  int64_t codes_offset[9];    // of a width
-  int64_t tables_offset[9];   // of a width, within one segment's tables
+  int64_t groups[9];         // by width
+  int64_t first_slot[9];     // of a width, into columns
+  int64_t codes_offset[9];   // of a width
+  int64_t tables_offset[9];  // of a width, within one segment's tables
   int64_t tables_begin, segment_table_bytes;
-  int64_t blocks_offset;      // RowBlock [blocks]
-  int64_t columns_offset;     // int32 [slots]: the column of a slot, -1 for padding
-  int64_t row_scale_offset;   // fp16 [rows]; 0: none
-  int64_t outliers;           // 0: the four arrays below do not exist
+  int64_t blocks_offset;           // RowBlock [blocks]
+  int64_t columns_offset;          // int32 [slots]: the column of a slot, -1 for padding
+  int64_t row_scale_offset;        // fp16 [rows]; 0: none
+  int64_t outliers;                // 0: the four arrays below do not exist
   int64_t outlier_begin_offset;    // uint32 [panels, tiles]: first outlier of a panel in a tile
   int64_t outlier_row_end_offset;  // uint16 [panels, tiles, 64]: end of a row's outliers, counted from outlier_begin
   int64_t outlier_columns_offset;  // int32 [outliers]
@@ -70,8 +70,7 @@ struct GroupRange {
 
 // The groups of one width in panels [panel_begin, panel_end).
 PYLLMQ_HOST_DEVICE GroupRange panel_groups(const LayoutHeader& h, int width, int64_t panel_begin, int64_t panel_end) {
-  return {static_cast<int>(panel_begin * h.groups[width] / h.panels),
-          static_cast<int>(panel_end * h.groups[width] / h.panels)};
+  return {static_cast<int>(panel_begin * h.groups[width] / h.panels), static_cast<int>(panel_end * h.groups[width] / h.panels)};
 }
 
 PYLLMQ_HOST_DEVICE int64_t tile_bytes(int width) { return int64_t{kTileRows} * kGroupColumns / 8 * width; }
@@ -92,13 +91,9 @@ PYLLMQ_HOST_DEVICE bool has_byte_planes(int width) { return width == 3 || width 
 // Widths above 4 are two parts: low nibbles, and the bits above them.
 PYLLMQ_HOST_DEVICE int low_part(int width) { return width < 4 ? width : 4; }
 // Word of a lane within one part of a tile. Three words a lane are no single load, so each is a row of 32 lanes.
-PYLLMQ_HOST_DEVICE int word_index(int part, int lane, int word) {
-  return part == 3 ? word * 32 + lane : lane * part + word;
-}
+PYLLMQ_HOST_DEVICE int word_index(int part, int lane, int word) { return part == 3 ? word * 32 + lane : lane * part + word; }
 // Nibble that holds row 16i + 2g + h. Decoding 1 and 2 bits takes every second nibble at a time.
-PYLLMQ_HOST_DEVICE int nibble_of(int width, int i, int h) {
-  return width <= 2 ? 4 * (i & 1) + 2 * h + (i >> 1) : 2 * i + h;
-}
+PYLLMQ_HOST_DEVICE int nibble_of(int width, int i, int h) { return width <= 2 ? 4 * (i & 1) + 2 * h + (i >> 1) : 2 * i + h; }
 // Its inverse: the row of a tile in nibble n of a lane 4g + t.
 PYLLMQ_HOST_DEVICE int row_of_nibble(int width, int n, int g) {
   return width <= 2 ? 16 * (n >> 2 | (n & 1) << 1) + 2 * g + (n >> 1 & 1) : 16 * (n >> 1) + 2 * g + (n & 1);

@@ -27,6 +27,7 @@
 #include "codebook/cuda/linear_outputs.cuh"
 #include "codebook/cuda/decode.cuh"
 #include "codebook/cuda/fp16_planes.cuh"
+#include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 #include "runtime/cuda/split_sums.cuh"
 
@@ -35,10 +36,10 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kMostColumns = 16;                  // of the product: tokens, or twice the tokens for fp32
-constexpr int kRingBytes = 9216;                  // of one warp: two stages of 4 bits, or the tables of an 8-bit group
-constexpr int kSums = kBlockRows * 4;             // rows x columns of a block's product, for each number of token tiles
-constexpr int64_t kMostXBytes = 24 << 10;         // one block fits on compute capability 8.6 (99 KiB), two on 9.0
+constexpr int kMostColumns = 16;           // of the product: tokens, or twice the tokens for fp32
+constexpr int kRingBytes = 9216;           // of one warp: two stages of 4 bits, or the tables of an 8-bit group
+constexpr int kSums = kBlockRows * 4;      // rows x columns of a block's product, for each number of token tiles
+constexpr int64_t kMostXBytes = 24 << 10;  // one block fits on compute capability 8.6 (99 KiB), two on 9.0
 constexpr int kBlocksPerMultiprocessor = 2;
 
 struct Arguments {
@@ -107,8 +108,7 @@ PYLLMQ_DEVICE void stage_x(const Work& w, const LinearCall& call, Shared& shared
       const int slots = (range.end - range.begin) * kGroupColumns;
       for (int slot = thread; slot < slots; slot += kThreads) {
         float x = 0.0f;
-        if (columns[slot] >= 0)
-          x = scale * load_element(call.x, dtype, (w.token_begin + token) * h.columns + columns[slot]);
+        if (columns[slot] >= 0) x = scale * load_element(call.x, dtype, (w.token_begin + token) * h.columns + columns[slot]);
         uint16_t* to = x_shared + (staged + slot) * w.columns() + token * w.planes;
         to[0] = ptx::fp32_to_fp16(x);
         if (w.planes == 2) to[1] = ptx::fp32_to_fp16((x - ptx::fp16_to_fp32(to[0])) * kLowPlane);
@@ -148,11 +148,10 @@ PYLLMQ_DEVICE void multiply(int tiles, const uint32_t (&x)[kTokenTiles][2], cons
       uint32_t pairs[2][4];
       decode(tile, pairs);
       PYLLMQ_UNROLL
-      for (int i = 0; i < 2; ++i)
-        PYLLMQ_UNROLL
-        for (int column_tile = 0; column_tile < kTokenTiles; ++column_tile)
-          ptx::mma_m16n8k16(sums[tile][i][column_tile], pairs[0][2 * i], pairs[0][2 * i + 1], pairs[1][2 * i],
-                            pairs[1][2 * i + 1], x[column_tile][0], x[column_tile][1]);
+      for (int i = 0; i < 2; ++i) PYLLMQ_UNROLL
+      for (int column_tile = 0; column_tile < kTokenTiles; ++column_tile)
+        ptx::mma_m16n8k16(sums[tile][i][column_tile], pairs[0][2 * i], pairs[0][2 * i + 1], pairs[1][2 * i], pairs[1][2 * i + 1],
+                          x[column_tile][0], x[column_tile][1]);
     }
 }
 
@@ -189,8 +188,7 @@ PYLLMQ_DEVICE void accumulate(const Work& w, uint8_t* ring, const uint16_t* x_sh
   const int first = range.begin + ptx::thread() / 32;
   const auto* base = reinterpret_cast<const uint8_t*>(&h);
   const uint8_t* next_tables = base + tables_offset(h, kWidth, w.block.segment, first);
-  const uint8_t* next_codes =
-      base + codes_offset(h, kWidth, w.block, first) + w.first_row / kTileRows * tile_bytes(kWidth);
+  const uint8_t* next_codes = base + codes_offset(h, kWidth, w.block, first) + w.first_row / kTileRows * tile_bytes(kWidth);
   const int64_t codes_step = kWarps * block_tiles(w.block) * tile_bytes(kWidth);
 
   const auto fetch = [&](int group, int stage) {
@@ -198,8 +196,7 @@ PYLLMQ_DEVICE void accumulate(const Work& w, uint8_t* ring, const uint16_t* x_sh
       uint8_t* to = ring + stage * R::kStageBytes;
       for (int at = lane * 16; at < R::kTableBytes; at += 512) ptx::copy_async_16(to + at, next_tables + at);
       const int code_bytes = tiles * static_cast<int>(tile_bytes(kWidth));
-      for (int at = lane * 16; at < code_bytes; at += 512)
-        ptx::copy_async_16(to + R::kTableBytes + at, next_codes + at);
+      for (int at = lane * 16; at < code_bytes; at += 512) ptx::copy_async_16(to + R::kTableBytes + at, next_codes + at);
       next_tables += kWarps * R::kTableBytes;
       next_codes += codes_step;
     }
@@ -221,7 +218,7 @@ PYLLMQ_DEVICE void accumulate(const Work& w, uint8_t* ring, const uint16_t* x_sh
       for (int i = 0; R::kKeepTables && i < 2; ++i) table[i].load(tables, lane % 4 + 8 * half + 4 * i);
       uint32_t x[kTokenTiles][2];
       load_x<kTokenTiles>(x_group, w.columns(), lane, half, x);
-      const auto decode = [&](int tile, uint32_t(&pairs)[2][4]) {
+      const auto decode = [&](int tile, uint32_t (&pairs)[2][4]) {
         uint32_t codes[2];
         column_codes<kWidth>(tables + R::kTableBytes + tile * tile_bytes(kWidth), lane, half, codes);
         PYLLMQ_UNROLL
@@ -264,7 +261,7 @@ PYLLMQ_DEVICE void accumulate_wide(const Work& w, uint8_t* ring, const uint16_t*
       const auto* entries = reinterpret_cast<const uint16_t*>(ring) + ((lane % 4 + 8 * half) << kWidth);
       uint32_t x[kTokenTiles][2];
       load_x<kTokenTiles>(x_group, w.columns(), lane, half, x);
-      const auto decode = [&](int tile, uint32_t(&pairs)[2][4]) {
+      const auto decode = [&](int tile, uint32_t (&pairs)[2][4]) {
         const uint8_t* at = codes + tile * tile_bytes(kWidth);
         uint32_t low[2], high[2];
         column_codes<4>(at, lane, half, low);
@@ -280,8 +277,7 @@ PYLLMQ_DEVICE void accumulate_wide(const Work& w, uint8_t* ring, const uint16_t*
 
 // The warps' sums, added in order: [column of the product, row], in place of the rings.
 template <int kTokenTiles>
-PYLLMQ_DEVICE float* add_warps(const Work& w, Shared& shared,
-                               const TileSums<kTokenTiles> (&sums)[kBlockTiles / kTokenTiles]) {
+PYLLMQ_DEVICE float* add_warps(const Work& w, Shared& shared, const TileSums<kTokenTiles> (&sums)[kBlockTiles / kTokenTiles]) {
   constexpr int kRows = kBlockRows / kTokenTiles;
   const int lane = ptx::thread() % 32, warp = ptx::thread() / 32;
   auto* total = reinterpret_cast<float*>(shared.ring);
@@ -293,14 +289,13 @@ PYLLMQ_DEVICE float* add_warps(const Work& w, Shared& shared,
       const int column = column_tile * 4 + lane % 4;
       if (column >= w.columns()) continue;
       PYLLMQ_UNROLL
-      for (int tile = 0; tile < kBlockTiles / kTokenTiles; ++tile)
-        PYLLMQ_UNROLL
-        for (int e = 0; e < 8; ++e) {
-          const int row = tile * kTileRows + e / 2 * 16 + lane / 4 * 2 + e % 2;
-          float& to = total[column * kRows + row];
-          const float sum = sums[tile][e / 4][column_tile][e % 4];
-          to = turn == 0 ? sum : to + sum;
-        }
+      for (int tile = 0; tile < kBlockTiles / kTokenTiles; ++tile) PYLLMQ_UNROLL
+      for (int e = 0; e < 8; ++e) {
+        const int row = tile * kTileRows + e / 2 * 16 + lane / 4 * 2 + e % 2;
+        float& to = total[column * kRows + row];
+        const float sum = sums[tile][e / 4][column_tile][e % 4];
+        to = turn == 0 ? sum : to + sum;
+      }
     }
   }
   ptx::sync_block();
@@ -321,12 +316,11 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, con
     float sum = total[token * w.planes * kRows + row];
     if (w.planes == 2) sum += total[(token * 2 + 1) * kRows + row] * (1.0f / kLowPlane);
     sum *= shared.unscale[token];
-    if (h.row_scale_offset != 0)
-      sum *= ptx::fp16_to_fp32(section<uint16_t>(h, h.row_scale_offset)[row_begin + row]);
+    if (h.row_scale_offset != 0) sum *= ptx::fp16_to_fp32(section<uint16_t>(h, h.row_scale_offset)[row_begin + row]);
     if (h.outliers != 0) {
       const int in_block = w.first_row + row;
-      sum += outlier_sum(h, a.call, w.token_begin + token, w.panel_begin, w.panel_end,
-                         w.block.tile_begin + in_block / kTileRows, in_block % kTileRows);
+      sum += outlier_sum(h, a.call, w.token_begin + token, w.panel_begin, w.panel_end, w.block.tile_begin + in_block / kTileRows,
+                         in_block % kTileRows);
     }
     if (a.splits == 1)
       store_y(a.call, w.token_begin + token, row_begin + row, sum);
@@ -409,8 +403,6 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) codeboo
   }
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Shared memory for x: a split of q panels has at most 16 q + 8 groups, since each of 8 widths rounds up to a group.
 int64_t staged_bytes(int64_t panels, int64_t splits, int64_t product_columns) {
   return (ceil_div(panels, splits) * kPanelGroups + 8) * kGroupColumns * product_columns * 2;
@@ -453,8 +445,8 @@ void codebook_linear(const LinearCall& call, uintptr_t stream) {
   const LinearPlan plan = plan_linear(call.rows, call.columns, call.tokens, call.dtype, multiprocessors());
   // Each item has at least one row.
   if (call.rows * plan.token_tiles * plan.token_blocks * plan.splits > std::numeric_limits<int32_t>::max())
-    throw std::invalid_argument("codebook_linear of " + std::to_string(call.tokens) + " tokens by [" +
-                                std::to_string(call.rows) + ", " + std::to_string(call.columns) +
+    throw std::invalid_argument("codebook_linear of " + std::to_string(call.tokens) + " tokens by [" + std::to_string(call.rows) +
+                                ", " + std::to_string(call.columns) +
                                 "] has more than 2^31 pieces of work; give fewer tokens at a time");
   const Arguments arguments{call, static_cast<int>(plan.tokens_per_block), static_cast<int>(plan.token_blocks),
                             static_cast<int>(plan.splits)};

@@ -6,13 +6,13 @@ namespace pyllmq::cuda {
 
 // What a call needs besides its operands, by shape alone: nothing on the device is read to make it.
 struct LinearPlan {
-  int token_tiles;         // columns of a block's product, in units of 4
+  int token_tiles;  // columns of a block's product, in units of 4
   int64_t tokens_per_block, token_blocks;
-  int64_t splits;          // of K
+  int64_t splits;  // of K
   int64_t grid;
-  int64_t x_bytes;         // of shared memory
-  int64_t partials;        // fp32 elements of workspace, all overwritten
-  int64_t counters;        // uint32 elements of workspace, zero before the first call; each call leaves zeros
+  int64_t x_bytes;   // of shared memory
+  int64_t partials;  // fp32 elements of workspace, all overwritten
+  int64_t counters;  // uint32 elements of workspace, zero before the first call; each call leaves zeros
 };
 
 LinearPlan plan_linear(int64_t rows, int64_t columns, int64_t tokens, int dtype, int multiprocessors);
@@ -22,7 +22,7 @@ struct LinearCall {
   int64_t layout_bytes;
   int64_t rows, columns, tokens;
   const void* x;
-  int dtype;  // of x and y: 0 fp32, 1 bf16, 2 fp16
+  int dtype;         // of x and y: 0 fp32, 1 bf16, 2 fp16
   const void* bias;  // or null
   int bias_dtype;
   void* y;

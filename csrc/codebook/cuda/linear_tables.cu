@@ -16,6 +16,7 @@
 #include "codebook/cuda/linear.h"
 #include "codebook/cuda/linear_outputs.cuh"
 #include "codebook/cuda/decode.cuh"
+#include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 
 namespace pyllmq::cuda {
@@ -168,8 +169,7 @@ PYLLMQ_DEVICE void add_lookups(ptx::SharedAddress bank, uint32_t low, uint32_t h
 }
 
 // x of a lane's four columns in a group.
-PYLLMQ_DEVICE void load_x(const LayoutHeader& h, const LinearCall& call, int width, int64_t group, int t,
-                          float (&x)[4]) {
+PYLLMQ_DEVICE void load_x(const LayoutHeader& h, const LinearCall& call, int width, int64_t group, int t, float (&x)[4]) {
   const int32_t* columns = section<int32_t>(h, h.columns_offset) + h.first_slot[width] + group * kGroupColumns;
   PYLLMQ_UNROLL
   for (int j = 0; j < 4; ++j) {
@@ -283,8 +283,7 @@ PYLLMQ_DEVICE void finish_step(const LayoutHeader& h, const Arguments& a, Shared
   const int tile_row = r.row_begin + (tile - r.tile_begin) * kTileRows, row = tile_row + in_tile;
   const bool here = lane % 4 < a.step_strips && row < r.row_end;
   // In a whole tile the sums of a step lie side by side; in one that is cut off, such an index could leave the tile.
-  const int64_t at =
-      tile_row + kTileRows <= r.row_end ? tile_row + strip * kStripRows + in_tile / 16 * 2 + in_tile % 2 : row;
+  const int64_t at = tile_row + kTileRows <= r.row_end ? tile_row + strip * kStripRows + in_tile / 16 * 2 + in_tile % 2 : row;
 
   if (here) {
     if (h.row_scale_offset != 0) sum *= ptx::fp16_to_fp32(section<uint16_t>(h, h.row_scale_offset)[row]);
@@ -294,8 +293,7 @@ PYLLMQ_DEVICE void finish_step(const LayoutHeader& h, const Arguments& a, Shared
   ptx::fence();
   ptx::sync_warp();
   // The first lane's row is the step's first: if it is beyond the segment, so are the others.
-  if (lane == 0)
-    shared.arrived[warp] = here ? ptx::count_to(call.counters + row, static_cast<uint32_t>(r.units - 1)) : 0;
+  if (lane == 0) shared.arrived[warp] = here ? ptx::count_to(call.counters + row, static_cast<uint32_t>(r.units - 1)) : 0;
   ptx::sync_warp();
   const bool last = shared.arrived[warp] == r.units - 1;
   ptx::sync_warp();
@@ -335,8 +333,7 @@ PYLLMQ_DEVICE void run_narrow(const LayoutHeader& h, const Arguments& a, Shared&
   const auto seek = [&](int step) {
     const int strip = (step < r.step_end ? step : r.step_end - 1) * a.step_strips;
     const TileCodes codes = tile_codes(h, r, kWidth, strip / kStrips);
-    strip_words = codes.first + int64_t{r.first_group} * codes.group_bytes +
-                  word_offset<kWidth>(strip % kStrips * 4 + lane % 4);
+    strip_words = codes.first + int64_t{r.first_group} * codes.group_bytes + word_offset<kWidth>(strip % kStrips * 4 + lane % 4);
     PYLLMQ_UNROLL
     for (int set = 0; set < kSets; ++set) {
       const int group = set * kSetGroups + lane / 4;
@@ -352,12 +349,11 @@ PYLLMQ_DEVICE void run_narrow(const LayoutHeader& h, const Arguments& a, Shared&
   load();
   ptx::sync_block();
   const ptx::SharedAddress bank = ptx::shared_address(shared.tables) + lane * 4;
-  run_steps(h, a, shared, [&](int step, int i, float(&sums)[kStripRows]) {
+  run_steps(h, a, shared, [&](int step, int i, float (&sums)[kStripRows]) {
     uint32_t words[kSets][kWidth];
     PYLLMQ_UNROLL
-    for (int set = 0; set < kSets; ++set)
-      PYLLMQ_UNROLL
-      for (int j = 0; j < kWidth; ++j) words[set][j] = next[set][j];
+    for (int set = 0; set < kSets; ++set) PYLLMQ_UNROLL
+    for (int j = 0; j < kWidth; ++j) words[set][j] = next[set][j];
     if (i + 1 < a.step_strips)
       strip_words += word_offset<kWidth>(4);
     else
@@ -379,15 +375,15 @@ template <int kWidth>
 PYLLMQ_DEVICE void run_wide(const LayoutHeader& h, const Arguments& a, Shared& shared) {
   const Run& r = shared.run;
   const int lane = ptx::thread() % 32, t = lane % 4;
-  run_steps(h, a, shared, [&](int step, int i, float(&sums)[kStripRows]) {
+  run_steps(h, a, shared, [&](int step, int i, float (&sums)[kStripRows]) {
     const int strip = step * a.step_strips + i, layout_lane = strip % kStrips * 4 + t;
     const TileCodes codes = tile_codes(h, r, kWidth, strip / kStrips);
     for (int set = 0; set < unit_sets(kWidth); ++set) {
       const int64_t group = r.first_group + set * kSetGroups + lane / 4;
       if (group >= r.group_end) continue;
       const uint8_t* words = codes.first + group * codes.group_bytes;
-      const auto* codebooks = reinterpret_cast<const uint16_t*>(reinterpret_cast<const uint8_t*>(&h) +
-                                                                tables_offset(h, kWidth, r.segment, group));
+      const auto* codebooks =
+          reinterpret_cast<const uint16_t*>(reinterpret_cast<const uint8_t*>(&h) + tables_offset(h, kWidth, r.segment, group));
       float x[4];
       load_x(h, a.call, kWidth, group, t, x);
 #pragma unroll 1
@@ -440,8 +436,6 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 1) codebook_linear_tables_kernel(
     }
   }
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 

@@ -12,8 +12,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMostBlocks = 1 << 16;
 
-PYLLMQ_KERNEL void pack_codes_kernel(const uint8_t* codes, uint8_t* packed, int64_t count, int64_t columns,
-                                     int64_t row_bytes, int bits) {
+PYLLMQ_KERNEL void pack_codes_kernel(const uint8_t* codes, uint8_t* packed, int64_t count, int64_t columns, int64_t row_bytes,
+                                     int bits) {
   for (int64_t i = ptx::block() * kThreads + ptx::thread(); i < count; i += ptx::blocks() * kThreads) {
     const uint8_t* row = codes + i / row_bytes * columns;
     const int64_t first_bit = i % row_bytes * 8;
@@ -27,8 +27,8 @@ PYLLMQ_KERNEL void pack_codes_kernel(const uint8_t* codes, uint8_t* packed, int6
   }
 }
 
-PYLLMQ_KERNEL void unpack_codes_kernel(const uint8_t* packed, uint8_t* codes, int64_t count, int64_t columns,
-                                       int64_t row_bytes, int bits) {
+PYLLMQ_KERNEL void unpack_codes_kernel(const uint8_t* packed, uint8_t* codes, int64_t count, int64_t columns, int64_t row_bytes,
+                                       int bits) {
   for (int64_t i = ptx::block() * kThreads + ptx::thread(); i < count; i += ptx::blocks() * kThreads) {
     const int64_t first_bit = i % columns * bits;
     const uint8_t* from = packed + i / columns * row_bytes + first_bit / 8;

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/counting.h"
 #include "runtime/half.h"
 #include "runtime/thread_pool.h"
 
@@ -28,9 +29,8 @@ struct Column {
 // c.kept = the `keep` weights with the largest c.lost, the first ones at a tie. Returns whether it was so before.
 bool keep_worst(const FitColumnsArguments& a, int64_t keep, Column& c) {
   std::iota(c.order.begin(), c.order.end(), 0);
-  std::nth_element(c.order.begin(), c.order.begin() + (keep - 1), c.order.end(), [&](int32_t x, int32_t y) {
-    return c.lost[x] > c.lost[y] || (c.lost[x] == c.lost[y] && x < y);
-  });
+  std::nth_element(c.order.begin(), c.order.begin() + (keep - 1), c.order.end(),
+                   [&](int32_t x, int32_t y) { return c.lost[x] > c.lost[y] || (c.lost[x] == c.lost[y] && x < y); });
   std::fill(c.chosen.begin(), c.chosen.begin() + a.rows, 0);
   for (int64_t i = 0; i < keep; ++i) c.chosen[c.order[i]] = 1;
   const bool same = c.chosen == c.kept;
@@ -99,7 +99,7 @@ void update_later(const FitColumnsArguments& a, int64_t j) {
   if (later == 0) return;
   const float* move = a.moves + j * a.rows;
   const double cost_ns = 0.2 * static_cast<double>(later) * static_cast<double>(a.rows);
-  const int64_t tasks = (a.rows + kAxpyRows - 1) / kAxpyRows;
+  const int64_t tasks = ceil_div(a.rows, kAxpyRows);
   parallel_for(tasks, 1, cost_ns, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kAxpyRows, last = std::min(end * kAxpyRows, a.rows);
     for (int64_t p = j + 1; p < a.columns; ++p) {

@@ -10,10 +10,10 @@ namespace pyllmq::cpu {
 
 struct FitColumnsArguments {
   int64_t columns, rows;
-  bool descend;              // false: sweep
+  bool descend;  // false: sweep
   KMeans1dMethod method;
-  float* block;              // in and out [columns, rows]: sweep: the values to fit; descent: the objective's gradient / 2
-  const float* coupling;     // [columns, columns] in rows of coupling_stride; only entries right of the diagonal are read
+  float* block;           // in and out [columns, rows]: sweep: the values to fit; descent: the objective's gradient / 2
+  const float* coupling;  // [columns, columns] in rows of coupling_stride; only entries right of the diagonal are read
   int64_t coupling_stride;
   const float* pivot;        // [columns]: sweep: U_jj; descent: H_jj. 0: the column stays as it is (descent only)
   const float* row_weights;  // [rows], > 0

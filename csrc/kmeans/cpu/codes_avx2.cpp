@@ -6,8 +6,7 @@
 namespace pyllmq::cpu {
 
 // Up to 4 bits every threshold is compared: 2 instructions for 8 values.
-void codes_avx2(const float* values, int64_t n, const float* thresholds, int bits, const uint8_t* code_of,
-                uint8_t* codes) {
+void codes_avx2(const float* values, int64_t n, const float* thresholds, int bits, const uint8_t* code_of, uint8_t* codes) {
   if (bits > 4) return codes_scalar(values, n, thresholds, bits, code_of, codes);
   const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(code_of));
   const int count = (1 << bits) - 1;

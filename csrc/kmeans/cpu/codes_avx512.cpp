@@ -6,8 +6,7 @@
 namespace pyllmq::cpu {
 
 // Up to 4 bits all thresholds are one register: a halving step is a permute, a compare and an addition for 16 values.
-void codes_avx512(const float* values, int64_t n, const float* thresholds, int bits, const uint8_t* code_of,
-                  uint8_t* codes) {
+void codes_avx512(const float* values, int64_t n, const float* thresholds, int bits, const uint8_t* code_of, uint8_t* codes) {
   if (bits > 4) return codes_scalar(values, n, thresholds, bits, code_of, codes);
   const __m512 table = _mm512_loadu_ps(thresholds);
   const __m128i code_table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(code_of));

@@ -15,8 +15,7 @@ void halve(const float* values, int64_t n, const float* thresholds, const uint8_
 
 }  // namespace
 
-void codes_scalar(const float* values, int64_t n, const float* thresholds, int bits, const uint8_t* code_of,
-                  uint8_t* codes) {
+void codes_scalar(const float* values, int64_t n, const float* thresholds, int bits, const uint8_t* code_of, uint8_t* codes) {
   using Halve = void (*)(const float*, int64_t, const float*, const uint8_t*, uint8_t*);
   constexpr Halve kHalve[9] = {halve<0>, halve<1>, halve<2>, halve<3>, halve<4>, halve<5>, halve<6>, halve<7>, halve<8>};
   kHalve[bits](values, n, thresholds, code_of, codes);

@@ -117,8 +117,8 @@ struct Job {
     const int64_t program = a.method == KMeans1dMethod::lloyd ? 0
                             : small()                         ? program_bytes<uint16_t>()
                                                               : program_bytes<uint32_t>();
-    return points_bytes(a.n, a.weights != nullptr) + Workspace::need<int64_t>(k_max + 1) +
-           Workspace::need<uint8_t>(a.n) + program;
+    return points_bytes(a.n, a.weights != nullptr) + Workspace::need<int64_t>(k_max + 1) + Workspace::need<uint8_t>(a.n) +
+           program;
   }
 
   void solve(int64_t problem, Workspace& workspace) const {
@@ -133,9 +133,7 @@ struct Job {
 
  private:
   bool small() const { return a.n <= std::numeric_limits<uint16_t>::max(); }
-  bool windows(int64_t count) const {
-    return a.method == KMeans1dMethod::windowed && count > 2 * cells_for(k_max);
-  }
+  bool windows(int64_t count) const { return a.method == KMeans1dMethod::windowed && count > 2 * cells_for(k_max); }
   template <typename Index>
   int64_t program_bytes() const {
     const int64_t exact = Program<Index>::bytes(a.n, k_max);

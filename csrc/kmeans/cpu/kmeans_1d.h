@@ -12,9 +12,9 @@ struct KMeans1dArguments {
   const float* weights;    // null, or [problems, n] with weights_stride = n, or [n] with weights_stride = 0
   int64_t weights_stride;  // each finite and >= 0, each problem with at least one > 0
   int64_t problems;
-  int64_t n;  // 1 .. 2^32 - 1
-  int counts;      // how many numbers of clusters
-  const int* ks;   // [counts], each 1 .. 256
+  int64_t n;      // 1 .. 2^32 - 1
+  int counts;     // how many numbers of clusters
+  const int* ks;  // [counts], each 1 .. 256
   KMeans1dMethod method;
   uint64_t seed;            // of k-means++; the other methods have no randomness
   bool half_centroids;      // round them to fp16 before codes are assigned; beyond 65504 they become infinite

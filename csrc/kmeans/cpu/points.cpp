@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "runtime/counting.h"
+
 namespace pyllmq::cpu {
 namespace {
 
@@ -26,11 +28,9 @@ float value_of(uint32_t key) {
 // The key of an entry is its upper 32 bits; an entry of 32 bits is all key.
 template <int DigitBits, typename Entry>
 Entry* radix_sort(Entry* entries, Entry* scratch, int64_t n) {
-  constexpr int kPasses = (32 + DigitBits - 1) / DigitBits, kFirst = 8 * sizeof(Entry) - 32;
+  constexpr int kPasses = ceil_div(32, DigitBits), kFirst = 8 * sizeof(Entry) - 32;
   constexpr uint32_t kMask = (1u << DigitBits) - 1;
-  const auto digit = [](Entry entry, int pass) {
-    return static_cast<uint32_t>(entry >> (kFirst + pass * DigitBits)) & kMask;
-  };
+  const auto digit = [](Entry entry, int pass) { return static_cast<uint32_t>(entry >> (kFirst + pass * DigitBits)) & kMask; };
   uint32_t counts[kPasses][kMask + 1] = {};
   for (int64_t i = 0; i < n; ++i) {
     for (int pass = 0; pass < kPasses; ++pass) ++counts[pass][digit(entries[i], pass)];
@@ -64,7 +64,7 @@ Points gather_unweighted(const uint32_t* keys, int64_t n, const Arrays& to) {
   int64_t last = -1;
   float previous = 0;
   double sum = 0;
-  for (int64_t i = 0; i < n; ++i) {  // no branch: duplicates overwrite the entry of their first
+  for (int64_t i = 0; i < n; ++i) {                // no branch: duplicates overwrite the entry of their first
     const float value = value_of(keys[i]) + 0.0f;  // -0 is 0
     last += i == 0 || value != previous;
     previous = value;
@@ -118,8 +118,8 @@ int64_t points_bytes(int64_t n, bool weighted) {
 }
 
 Points gather_points(const float* values, const float* weights, int64_t n, Workspace& workspace) {
-  const Arrays to{workspace.take<float>(n), workspace.take<double>(n + 1 + kLanes),
-                  workspace.take<double>(n + 1 + kLanes), workspace.take<double>(n + 1 + kLanes)};
+  const Arrays to{workspace.take<float>(n), workspace.take<double>(n + 1 + kLanes), workspace.take<double>(n + 1 + kLanes),
+                  workspace.take<double>(n + 1 + kLanes)};
   if (!weights) {
     auto* keys = workspace.take<uint32_t>(n);
     auto* scratch = workspace.take<uint32_t>(n);

@@ -8,7 +8,7 @@ namespace pyllmq::cpu {
 // The gain of a last cluster [at, end) is gain[at] + (sum[end] - sum[at])^2 / (mass[end] - mass[at]). With `inverse`,
 // mass[i] = i and the quotient is a product by inverse[end - at] = 1 / (end - at); `mass` is not read then.
 struct SplitTerms {
-  const double* gain;     // best gains with one cluster fewer
+  const double* gain;  // best gains with one cluster fewer
   const double* sum;
   const double* mass;
   const double* inverse;  // or null

@@ -29,20 +29,19 @@ struct Best {
     W::store(gains, gain);
     W::store(ats, at);
     for (int lane = 0; lane < W::width; ++lane)
-      if (gains[lane] > split.gain || (gains[lane] == split.gain && ats[lane] < split.at))
-        split = {gains[lane], ats[lane]};
+      if (gains[lane] > split.gain || (gains[lane] == split.gain && ats[lane] < split.at)) split = {gains[lane], ats[lane]};
     return split;
   }
 };
 
 // Candidates at .. at + width - 1 of one end.
 template <class V, bool Uniform>
-typename V::Wide::R candidates(const SplitTerms& t, typename V::Wide::R end_sum, typename V::Wide::R end_mass,
-                               int64_t end, int64_t at) {
+typename V::Wide::R candidates(const SplitTerms& t, typename V::Wide::R end_sum, typename V::Wide::R end_mass, int64_t end,
+                               int64_t at) {
   using W = typename V::Wide;
   const auto s = W::sub(end_sum, W::load(t.sum + at)), square = W::mul(s, s);
-  const auto share = Uniform ? W::mul(square, W::load_backwards(t.inverse + end - at))
-                             : W::div(square, W::sub(end_mass, W::load(t.mass + at)));
+  const auto share =
+      Uniform ? W::mul(square, W::load_backwards(t.inverse + end - at)) : W::div(square, W::sub(end_mass, W::load(t.mass + at)));
   return W::add(W::load(t.gain + at), share);
 }
 
@@ -80,8 +79,8 @@ typename V::Wide::R ends(const SplitTerms& t, typename V::Wide::R end_sum, typen
                          int64_t at) {
   using W = typename V::Wide;
   const auto s = W::sub(end_sum, W::set(t.sum[at])), square = W::mul(s, s);
-  const auto share = Uniform ? W::mul(square, W::load(t.inverse + end - at))
-                             : W::div(square, W::sub(end_mass, W::set(t.mass[at])));
+  const auto share =
+      Uniform ? W::mul(square, W::load(t.inverse + end - at)) : W::div(square, W::sub(end_mass, W::set(t.mass[at])));
   return W::add(W::set(t.gain[at]), share);
 }
 

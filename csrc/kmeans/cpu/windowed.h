@@ -28,9 +28,7 @@ inline float two_thirds_power(float x) {
   return x;
 }
 
-inline float sum_of_eight(const float* x) {
-  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
-}
+inline float sum_of_eight(const float* x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
 
 // Bounds of at most `cells` cells, from edges[0] = 0 to edges[result] = points.count. Optimal clusters lie as densely as
 // the cube root of the density of points, which is a sum of gaps^(2/3); a far outlier would get all cells by that, so
@@ -72,14 +70,14 @@ class Windowed {
  public:
   static int64_t bytes(int64_t count, int k_max) {
     const int64_t cells = cells_for(k_max);
-    return Program<uint16_t>::bytes(cells, k_max) + Program<Index>::bytes(count, k_max) +
-           Workspace::need<float>(count) + 3 * Workspace::need<int64_t>(cells + 1) + 4 * Workspace::need<int64_t>(k_max + 1) +
+    return Program<uint16_t>::bytes(cells, k_max) + Program<Index>::bytes(count, k_max) + Workspace::need<float>(count) +
+           3 * Workspace::need<int64_t>(cells + 1) + 4 * Workspace::need<int64_t>(k_max + 1) +
            2 * Workspace::need<double>(cells + 1 + kLanes);
   }
 
   // k_max at most the number of cells, and that below the number of points.
-  Windowed(const Points& points, const double* inverse, int k_max, const SplitKernels& kernels,
-           const SplitKernels& cell_kernels, Workspace& workspace)
+  Windowed(const Points& points, const double* inverse, int k_max, const SplitKernels& kernels, const SplitKernels& cell_kernels,
+           Workspace& workspace)
       : points_(points),
         edges_(workspace.take<int64_t>(cells_for(k_max) + 1)),
         low_(workspace.take<int64_t>(k_max + 1)),

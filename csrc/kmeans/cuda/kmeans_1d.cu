@@ -24,9 +24,7 @@ struct Candidate {
 };
 
 // Equal gains: the lower one, so that the number of threads in a team does not matter.
-PYLLMQ_DEVICE Candidate better(Candidate a, Candidate b) {
-  return b.gain > a.gain || (b.gain == a.gain && b.at < a.at) ? b : a;
-}
+PYLLMQ_DEVICE Candidate better(Candidate a, Candidate b) { return b.gain > a.gain || (b.gain == a.gain && b.at < a.at) ? b : a; }
 
 PYLLMQ_DEVICE double share(double sum, double mass) { return mass > 0 ? sum * sum / mass : 0; }
 
@@ -102,11 +100,11 @@ PYLLMQ_KERNEL void kmeans_1d_layers_kernel(const double* sums, const double* mas
 
 }  // namespace
 
-void kmeans_1d_layers(const double* sums, const double* masses, double* gains, int32_t* best, int64_t problems,
-                      int64_t n, int k_max, uintptr_t stream) {
+void kmeans_1d_layers(const double* sums, const double* masses, double* gains, int32_t* best, int64_t problems, int64_t n,
+                      int k_max, uintptr_t stream) {
   if (problems == 0) return;
-  PYLLMQ_LAUNCH(kmeans_1d_layers_kernel, std::min(problems, kMostBlocks), kThreads, kThreads * sizeof(Candidate), stream,
-                sums, masses, gains, best, problems, n, k_max);
+  PYLLMQ_LAUNCH(kmeans_1d_layers_kernel, std::min(problems, kMostBlocks), kThreads, kThreads * sizeof(Candidate), stream, sums,
+                masses, gains, best, problems, n, k_max);
   check_launch("kmeans_1d_layers");
 }
 

@@ -13,12 +13,12 @@
 #define PYLLMQ_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 // All blocks run at once, or the launch is refused: they may wait for each other.
-#define PYLLMQ_LAUNCH_TOGETHER(kernel, blocks, threads, shared_bytes, stream, argument)                             \
-  do {                                                                                                              \
-    auto held = argument;                                                                                           \
-    void* held_arguments[] = {&held};                                                                               \
-    cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),         \
-                                dim3(threads), held_arguments, shared_bytes, reinterpret_cast<cudaStream_t>(stream)); \
+#define PYLLMQ_LAUNCH_TOGETHER(kernel, blocks, threads, shared_bytes, stream, argument)                                    \
+  do {                                                                                                                     \
+    auto held = argument;                                                                                                  \
+    void* held_arguments[] = {&held};                                                                                      \
+    cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(threads), \
+                                held_arguments, shared_bytes, reinterpret_cast<cudaStream_t>(stream));                     \
   } while (false)
 
 namespace pyllmq::cuda::ptx {
@@ -48,18 +48,15 @@ PYLLMQ_DEVICE uint32_t shuffle_up(uint32_t value, int distance) { return __shfl_
 // c += a * b: fp16 or bf16 [16, 16] x [16, 8], summed in fp32. With g = lane / 4 and t = lane % 4, a lane holds
 // a = {A[g][2t..], A[g+8][2t..], A[g][2t+8..], A[g+8][2t+8..]}, b = {B[2t..][g], B[2t+8..][g]}, c = {C[g][2t..], C[g+8][2t..]}.
 template <bool kBf16 = false>
-PYLLMQ_DEVICE void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                uint32_t b1) {
+PYLLMQ_DEVICE void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   if constexpr (kBf16)
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   else
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 #if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
@@ -202,7 +199,9 @@ PYLLMQ_DEVICE void store_nan(void* to, DType dtype, int64_t count, int threads) 
 
 // N words at an address aligned to their size: one load instruction.
 template <int kWords>
-struct alignas(kWords % 4 == 0 ? 16 : kWords % 2 == 0 ? 8 : 4) Words {
+struct alignas(kWords % 4 == 0   ? 16
+               : kWords % 2 == 0 ? 8
+                                 : 4) Words {
   uint32_t word[kWords];
   PYLLMQ_MEMBER uint32_t operator[](int i) const { return word[i]; }
 };

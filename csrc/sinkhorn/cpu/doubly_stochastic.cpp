@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "runtime/counting.h"
 #include "sinkhorn/cpu/sinkhorn.h"
 #include "runtime/thread_pool.h"
 #include "runtime/workspace.h"
@@ -24,7 +25,8 @@ constexpr double kNsPerEntry = 0.15;
     float top = -infinity;
     for (int64_t e = 0; e < call.n * call.m; ++e) {
       if (!(logits[e] < infinity))
-        throw std::invalid_argument(where + "logits have a NaN or +inf entry; allowed: finite, or -inf where the result must be 0");
+        throw std::invalid_argument(where +
+                                    "logits have a NaN or +inf entry; allowed: finite, or -inf where the result must be 0");
       top = std::max(top, logits[e]);
     }
     bool line = false;
@@ -39,7 +41,8 @@ constexpr double kNsPerEntry = 0.15;
       line |= closed;
     }
     if (line)
-      throw std::invalid_argument(where + "a row or column of logits is -inf throughout, so it cannot sum to 1; make an entry finite");
+      throw std::invalid_argument(where +
+                                  "a row or column of logits is -inf throughout, so it cannot sum to 1; make an entry finite");
     if (!call.softmax_start && call.shift == Shift::none && top >= kLargestUnshifted)
       throw std::invalid_argument(where + "logits up to " + std::to_string(top) +
                                   " overflow in exp; use shift='line' or shift='matrix'");
@@ -49,7 +52,7 @@ constexpr double kNsPerEntry = 0.15;
 
 template <class Body>
 void for_groups(const DoublyStochastic& call, double passes, const Body& body) {
-  const int64_t width = sinkhorn_kernels().small_width, groups = (call.problems + width - 1) / width;
+  const int64_t width = sinkhorn_kernels().small_width, groups = ceil_div(call.problems, width);
   const double entries = static_cast<double>(call.problems) * static_cast<double>(call.n * call.m);
   parallel_for(groups, kGrain, kNsPerEntry * entries * passes * static_cast<double>(call.iterations + 5),
                [&](int64_t begin, int64_t end) {

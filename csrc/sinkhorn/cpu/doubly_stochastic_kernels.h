@@ -42,8 +42,7 @@ struct Lines {
       sum = V::add(sum, epsilon);
       if (sums != nullptr) V::store(sums + line * V::width, sum);
       const R inverse = V::quotient(V::set(1), sum);
-      for (int64_t e = 0; e < length<kRows>(); ++e)
-        x[entry<kRows>(line, e)] = V::mul(x[entry<kRows>(line, e)], inverse);
+      for (int64_t e = 0; e < length<kRows>(); ++e) x[entry<kRows>(line, e)] = V::mul(x[entry<kRows>(line, e)], inverse);
     }
   }
 
@@ -191,8 +190,8 @@ uint32_t normalise_group(const DoublyStochastic& call, int64_t first, int64_t la
 }
 
 template <class V, int kSize>
-void normalise_group_backward(const DoublyStochastic& call, int64_t first, int64_t lanes, float* room,
-                              const float* given, float* out) {
+void normalise_group_backward(const DoublyStochastic& call, int64_t first, int64_t lanes, float* room, const float* given,
+                              float* out) {
   const Normalising<V, kSize> group(call, first, lanes, room);
   typename V::R x[kSize ? kSize * kSize : kSmallEntries], gradient[kSize ? kSize * kSize : kSmallEntries];
   float* staged = group.exponentials + group.entries() * V::width;
@@ -212,19 +211,30 @@ uint32_t normalise(const DoublyStochastic& call, int64_t first, int64_t lanes, f
 template <class V>
 void normalise_backward(const DoublyStochastic& call, int64_t first, int64_t lanes, float* room, const float* gradient,
                         float* out) {
-  (call.n == 4 && call.m == 4 ? normalise_group_backward<V, 4> : normalise_group_backward<V, 0>)(call, first, lanes,
-                                                                                                  room, gradient, out);
+  (call.n == 4 && call.m == 4 ? normalise_group_backward<V, 4> : normalise_group_backward<V, 0>)(call, first, lanes, room,
+                                                                                                 gradient, out);
 }
 
 template <class V, class Small>
 constexpr SinkhornKernels sinkhorn_kernels_of() {
-  return {Small::width,    row_floor<V>,         build_first<V>,
-          build<V>,        logarithms<V>,        pass<V>,
-          row_sums<V>,     column_sums<V>,       scale_columns<V>,
-          transpose<V>,    divide<V>,
-          plan<V>,         through_plan<V>,      outer_sums<V>,
-          small_forward<Small>, small_backward<Small>,
-          normalise<Small>,     normalise_backward<Small>};
+  return {Small::width,
+          row_floor<V>,
+          build_first<V>,
+          build<V>,
+          logarithms<V>,
+          pass<V>,
+          row_sums<V>,
+          column_sums<V>,
+          scale_columns<V>,
+          transpose<V>,
+          divide<V>,
+          plan<V>,
+          through_plan<V>,
+          outer_sums<V>,
+          small_forward<Small>,
+          small_backward<Small>,
+          normalise<Small>,
+          normalise_backward<Small>};
 }
 
 }  // namespace

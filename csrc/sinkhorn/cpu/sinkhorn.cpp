@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/counting.h"
 #include "runtime/isa.h"
 #include "runtime/thread_pool.h"
 #include "runtime/workspace.h"
@@ -19,12 +20,10 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kSameMass = 1e-3;  // reference_sinkhorn.SAME_MASS
 constexpr double kNsPerEntry = 0.15;
 
-int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+int64_t padded(int64_t count) { return rounded_up(count, kLanes); }
 
 // K^T beside K: both half steps add up whole vectors. Lines of one vector gain nothing (16x16: 0.87 times as fast).
-bool has_both_ways(int64_t n, int64_t m) {
-  return std::min(n, m) > kLanes && padded(n) * padded(m) <= kBothWays;
-}
+bool has_both_ways(int64_t n, int64_t m) { return std::min(n, m) > kLanes && padded(n) * padded(m) <= kBothWays; }
 
 [[noreturn]] void refuse(int64_t problem, const std::string& what) {
   throw std::invalid_argument("problem " + std::to_string(problem) + " of the batch: " + what);
@@ -49,8 +48,7 @@ Mass checked_mass(const float* marginal, int64_t count, const char* name, int64_
     mass.somewhere_zero |= marginal[i] == 0;
   }
   if (!fine)
-    refuse(problem, std::string("marginal ") + name +
-                        " has a negative, infinite or NaN entry; allowed: finite, at least 0");
+    refuse(problem, std::string("marginal ") + name + " has a negative, infinite or NaN entry; allowed: finite, at least 0");
   return mass;
 }
 
@@ -112,10 +110,7 @@ struct Record {
 class Loop {
  public:
   Loop(const SinkhornProblem& problem, const SinkhornKernels& kernels, Workspace& workspace)
-      : p_(problem),
-        kernels_(kernels),
-        stride_(padded(problem.m)),
-        both_ways_(has_both_ways(problem.n, problem.m)) {
+      : p_(problem), kernels_(kernels), stride_(padded(problem.m)), both_ways_(has_both_ways(problem.n, problem.m)) {
     k_ = workspace.take<float>(p_.n * stride_);
     u_ = workspace.take<double>(p_.n);
     v_ = workspace.take<double>(stride_);
@@ -266,8 +261,7 @@ class Loop {
   }
 
   bool row_step() {
-    if (balanced() && both_ways_)
-      return kernels_.scale_columns(transposed_, p_.m, padded(p_.n), g_, a_, f_) <= limit_;
+    if (balanced() && both_ways_) return kernels_.scale_columns(transposed_, p_.m, padded(p_.n), g_, a_, f_) <= limit_;
     if (balanced()) return kernels_.pass(k_, p_.n, stride_, g_, {a_, nullptr, nullptr}, f_, sums_) <= limit_;
     kernels_.row_sums(k_, p_.n, stride_, g_, f_);
     bool fine = true;
@@ -400,8 +394,7 @@ void forward_one(Loop& loop, const SinkhornProblem& p, const SinkhornForward& ou
 // the scalings,  r = g d beta / columns(P),  d alpha = [of the plan] - f (K r),  s = f d alpha / rows(P),  d beta = -g (K^T s).
 class Adjoint {
  public:
-  Adjoint(const SinkhornProblem& problem, const SinkhornBackward& out, const SinkhornKernels& kernels,
-          Workspace& workspace)
+  Adjoint(const SinkhornProblem& problem, const SinkhornBackward& out, const SinkhornKernels& kernels, Workspace& workspace)
       : p_(problem), out_(out), kernels_(kernels), loop_(problem, kernels, workspace), stride_(loop_.stride()) {
     const int64_t n = padded(p_.n), longest = out.iterations;
     record_.row_f = workspace.take<float>(longest * n);
@@ -434,13 +427,11 @@ class Adjoint {
     std::fill_n(grad_b, m, 0.0f);
 
     const int64_t last = count - 1;
-    kernels_.through_plan(loop_.k(), record_.column_f + last * n, record_.column_g + last * stride_,
-                          out_.grad_plan + q * n * m, n, m, stride_, plus_, d_beta_);
+    kernels_.through_plan(loop_.k(), record_.column_f + last * n, record_.column_g + last * stride_, out_.grad_plan + q * n * m,
+                          n, m, stride_, plus_, d_beta_);
     const auto epsilon = static_cast<float>(loop_.epsilon());
-    for (int64_t i = 0; i < n; ++i)
-      d_alpha_[i] = loop_.a()[i] > 0 ? plus_[i] + epsilon * out_.grad_u[q * n + i] : 0;
-    for (int64_t j = 0; j < m; ++j)
-      d_beta_[j] = loop_.b()[j] > 0 ? d_beta_[j] + epsilon * out_.grad_v[q * m + j] : 0;
+    for (int64_t i = 0; i < n; ++i) d_alpha_[i] = loop_.a()[i] > 0 ? plus_[i] + epsilon * out_.grad_u[q * n + i] : 0;
+    for (int64_t j = 0; j < m; ++j) d_beta_[j] = loop_.b()[j] > 0 ? d_beta_[j] + epsilon * out_.grad_v[q * m + j] : 0;
 
     std::fill(times_, times_ + rows_, 0.0f);
     std::fill(plus_, plus_ + rows_, 0.0f);
@@ -588,9 +579,7 @@ class Adjoint {
 
 // ---- batches ----------------------------------------------------------------------------------------------------------
 
-bool is_small(const SinkhornProblem& p) {
-  return p.n * p.m <= kSmallEntries && std::isinf(p.rho_a) && std::isinf(p.rho_b);
-}
+bool is_small(const SinkhornProblem& p) { return p.n * p.m <= kSmallEntries && std::isinf(p.rho_a) && std::isinf(p.rho_b); }
 
 SmallProblem group_of(const SinkhornProblem& p, int64_t first, int64_t lanes, bool full) {
   return {p.cost + first * p.cost_stride,
@@ -641,15 +630,15 @@ void sinkhorn(const SinkhornProblem& p, const SinkhornForward& out) {
     });
     return;
   }
-  const int64_t width = kernels.small_width, groups = (p.problems + width - 1) / width;
+  const int64_t width = kernels.small_width, groups = ceil_div(p.problems, width);
   const int64_t grain = 4;
   parallel_for(groups, grain, work, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * width, lanes = std::min(width, p.problems - first);
       float* room = workspace_of(4 * small_room(p.n, p.m, 0) + 64).take<float>(small_room(p.n, p.m, 0));
-      const SmallLanes found = kernels.small_forward(
-          group_of(p, first, lanes, full), out.iterations, static_cast<float>(out.tolerance), room,
-          out.plan + first * p.n * p.m, out.u + first * p.n, out.v + first * p.m, out.count + first);
+      const SmallLanes found =
+          kernels.small_forward(group_of(p, first, lanes, full), out.iterations, static_cast<float>(out.tolerance), room,
+                                out.plan + first * p.n * p.m, out.u + first * p.n, out.v + first * p.m, out.count + first);
       if (full && (found.not_finite | found.again) == 0) continue;
       for (int64_t lane = 0; lane < lanes; ++lane) {
         if (!full || found.not_finite >> lane & 1) check_possible(p, first + lane);
@@ -671,7 +660,7 @@ void sinkhorn_backward(const SinkhornProblem& p, const SinkhornBackward& out) {
     });
     return;
   }
-  const int64_t width = kernels.small_width, groups = (p.problems + width - 1) / width;
+  const int64_t width = kernels.small_width, groups = ceil_div(p.problems, width);
   const int64_t grain = 4, n = p.n, m = p.m;
   const bool full = has_no_zero(p.a, p.a_stride, p.problems, n) && has_no_zero(p.b, p.b_stride, p.problems, m);
   const int64_t floats = small_room(n, m, out.iterations);
@@ -681,10 +670,10 @@ void sinkhorn_backward(const SinkhornProblem& p, const SinkhornBackward& out) {
       int32_t count[kSmallWidth];
       for (int64_t lane = 0; lane < lanes; ++lane) count[lane] = std::abs(out.count[first + lane]);
       float* room = workspace_of(4 * floats + 64).take<float>(floats);
-      const uint32_t again = kernels.small_backward(
-          group_of(p, first, lanes, full), *std::max_element(count, count + lanes), count, out.grad_plan + first * n * m,
-          out.grad_u + first * n, out.grad_v + first * m, room, out.grad_cost + first * n * m, out.grad_a + first * n,
-          out.grad_b + first * m);
+      const uint32_t again =
+          kernels.small_backward(group_of(p, first, lanes, full), *std::max_element(count, count + lanes), count,
+                                 out.grad_plan + first * n * m, out.grad_u + first * n, out.grad_v + first * m, room,
+                                 out.grad_cost + first * n * m, out.grad_a + first * n, out.grad_b + first * m);
       for (int64_t lane = 0; lane < lanes; ++lane) {
         if (!(again >> lane & 1)) continue;
         Adjoint adjoint(p, out, kernels, workspace_of(Adjoint::bytes(p, out.iterations)));

@@ -8,9 +8,9 @@
 namespace pyllmq::cpu {
 
 struct SinkhornProblem {
-  const float* cost;     // [problems, n, m] with cost_stride = n * m, or one matrix for all with cost_stride = 0
+  const float* cost;  // [problems, n, m] with cost_stride = n * m, or one matrix for all with cost_stride = 0
   int64_t cost_stride;
-  const float* a;        // [problems, n] with a_stride = n, or one for all with a_stride = 0
+  const float* a;  // [problems, n] with a_stride = n, or one for all with a_stride = 0
   int64_t a_stride;
   const float* b;  // likewise, [problems, m]
   int64_t b_stride;
@@ -48,13 +48,13 @@ void sinkhorn_backward(const SinkhornProblem& problem, const SinkhornBackward& b
 
 // ---- what differs between instruction sets ----------------------------------------------------------------------------
 
-constexpr int64_t kSmallEntries = 64;  // up to here one lane of a vector is one problem (transport.SMALL)
-constexpr int64_t kSmallWidth = 32;     // at most so many lanes
-constexpr int64_t kBothWays = 4096;    // padded entries up to which K^T is kept beside K: 32 KB together
-constexpr int64_t kLanes = 16;         // arrays over columns are padded with zeros to a multiple of this
+constexpr int64_t kSmallEntries = 64;       // up to here one lane of a vector is one problem (transport.SMALL)
+constexpr int64_t kSmallWidth = 32;         // at most so many lanes
+constexpr int64_t kBothWays = 4096;         // padded entries up to which K^T is kept beside K: 32 KB together
+constexpr int64_t kLanes = 16;              // arrays over columns are padded with zeros to a multiple of this
 constexpr float kLargestUnshifted = 87.7f;  // a unit below the logarithm of the largest fp32 number
-constexpr float kTiny = 0x1p-126f;     // stands in for a sum of 0
-constexpr float kLargeScaling = 0x1p36f;  // of the largest mass: beyond, the offsets take the scalings up
+constexpr float kTiny = 0x1p-126f;          // stands in for a sum of 0
+constexpr float kLargeScaling = 0x1p36f;    // of the largest mass: beyond, the offsets take the scalings up
 
 // s = sum_j K_ij x_j per row i, then out_i = over_i / max(s, kTiny) (forward) or times_i * s + plus_i (adjoint). Arrays
 // over rows are padded to a multiple of 4, with zeros where they are read.
@@ -102,8 +102,8 @@ struct SinkhornKernels {
   void (*build_first)(const float* cost, const double* u, const float* block, double inverse, int64_t n, int64_t m,
                       int64_t stride, float* k);
   // K [n, stride] = exp((u_i + v_j - cost_ij) * inverse), in fp64 up to the exponential; padding 0
-  void (*build)(const float* cost, const double* u, const double* v, double inverse, int64_t n, int64_t m,
-                int64_t stride, float* k);
+  void (*build)(const float* cost, const double* u, const double* v, double inverse, int64_t n, int64_t m, int64_t stride,
+                float* k);
   // out = log x, -inf of 0
   void (*logarithms)(const float* x, int64_t count, float* out);
   // row update, and column_sums = K^T out in the same pass over K. Returns the largest out.
@@ -119,21 +119,21 @@ struct SinkhornKernels {
   float (*divide)(const float* over, const float* sums, int64_t count, float* out);
   void (*plan)(const float* k, const float* f, const float* g, int64_t n, int64_t m, int64_t stride, float* out);
   // through_plan = grad * f K g: its row sums and its column sums
-  void (*through_plan)(const float* k, const float* f, const float* g, const float* grad, int64_t n, int64_t m,
-                       int64_t stride, float* row_sums, float* column_sums);
-  void (*outer_sums)(const float* k, const OuterSums& sums, int64_t n, int64_t m, int64_t stride, float scale,
-                     bool add, float* grad_cost);
+  void (*through_plan)(const float* k, const float* f, const float* g, const float* grad, int64_t n, int64_t m, int64_t stride,
+                       float* row_sums, float* column_sums);
+  void (*outer_sums)(const float* k, const OuterSums& sums, int64_t n, int64_t m, int64_t stride, float scale, bool add,
+                     float* grad_cost);
   // One problem per lane. room: small_room floats.
   SmallLanes (*small_forward)(const SmallProblem& problem, int64_t iterations, float tolerance, float* room, float* plan,
                               float* u, float* v, int32_t* count);
   // Returns a bit per lane that must be done over by the general loop.
-  uint32_t (*small_backward)(const SmallProblem& problem, int64_t iterations, const int32_t* count,
-                             const float* grad_plan, const float* grad_u, const float* grad_v, float* room,
-                             float* grad_cost, float* grad_a, float* grad_b);
+  uint32_t (*small_backward)(const SmallProblem& problem, int64_t iterations, const int32_t* count, const float* grad_plan,
+                             const float* grad_u, const float* grad_v, float* room, float* grad_cost, float* grad_a,
+                             float* grad_b);
   // doubly_stochastic of `lanes` problems from `first` on. Returns a bit per lane that must be refused, then out is untouched.
   uint32_t (*normalise)(const DoublyStochastic& call, int64_t first, int64_t lanes, float* room, float* out);
-  void (*normalise_backward)(const DoublyStochastic& call, int64_t first, int64_t lanes, float* room,
-                             const float* gradient, float* out);
+  void (*normalise_backward)(const DoublyStochastic& call, int64_t first, int64_t lanes, float* room, const float* gradient,
+                             float* out);
 };
 
 inline int64_t small_room(int64_t n, int64_t m, int64_t iterations) {

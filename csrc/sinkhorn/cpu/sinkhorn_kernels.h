@@ -28,8 +28,8 @@ float row_floor(const float* cost, const float* block, int64_t m) {
 }
 
 template <class V>
-void build_first(const float* cost, const double* u, const float* block, double inverse, int64_t n, int64_t m,
-                 int64_t stride, float* k) {
+void build_first(const float* cost, const double* u, const float* block, double inverse, int64_t n, int64_t m, int64_t stride,
+                 float* k) {
   const auto scale = V::set(static_cast<float>(inverse));
   for (int64_t i = 0; i < n; ++i) {
     const auto low = V::set(static_cast<float>(u[i]));
@@ -44,8 +44,7 @@ void build_first(const float* cost, const double* u, const float* block, double 
 }
 
 template <class V>
-void build(const float* cost, const double* u, const double* v, double inverse, int64_t n, int64_t m, int64_t stride,
-           float* k) {
+void build(const float* cost, const double* u, const double* v, double inverse, int64_t n, int64_t m, int64_t stride, float* k) {
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < stride; j += V::width) {
       const auto c = V::load_part(cost + i * m + j, m - j, kInfinity);
@@ -56,8 +55,7 @@ void build(const float* cost, const double* u, const double* v, double inverse, 
 // Four rows at once: their sums are reduced together. With kParts vectors to a row, at most 4, the rows, x and the column
 // sums stay in registers (64x64: 380 cycles a pass in place of 900); with 0, any number, the rows come from the L1 cache again.
 template <class V, bool kColumns, int kParts, class Update>
-inline void rows_then_columns(const float* k, int64_t n, int64_t stride, const float* x, float* sums_out,
-                              const Update& update) {
+inline void rows_then_columns(const float* k, int64_t n, int64_t stride, const float* x, float* sums_out, const Update& update) {
   using R = typename V::R;
   constexpr int kHeld = kParts > 0 ? kParts : 1;
   R held_x[kHeld], held_sums[kHeld];
@@ -123,8 +121,7 @@ inline void rows_then_columns_of(const float* k, int64_t n, int64_t stride, cons
 }
 
 template <class V>
-float pass(const float* k, int64_t n, int64_t stride, const float* x, const RowUpdate& update, float* out,
-           float* column_sums) {
+float pass(const float* k, int64_t n, int64_t stride, const float* x, const RowUpdate& update, float* out, float* column_sums) {
   if (update.over == nullptr) {
     const float *times = update.times, *plus = update.plus;
     rows_then_columns_of<V, true>(k, n, stride, x, column_sums, [=](int64_t i, Four sums) {
@@ -169,8 +166,7 @@ inline void sum_part(const float* k, int64_t n, int64_t stride, const float* x, 
       for (int p = 0; p < kParts; ++p) sum[r][p] = V::fma(V::load(k + (i + r) * stride + p * V::width), factor, sum[r][p]);
     }
   for (; i < n; ++i)
-    for (int p = 0; p < kParts; ++p)
-      sum[0][p] = V::fma(V::load(k + i * stride + p * V::width), V::set(x[i]), sum[0][p]);
+    for (int p = 0; p < kParts; ++p) sum[0][p] = V::fma(V::load(k + i * stride + p * V::width), V::set(x[i]), sum[0][p]);
   for (int p = 0; p < kParts; ++p) {
     total[p] = sum[0][p];
     for (int r = 1; r < kRows; ++r) total[p] = V::add(total[p], sum[r][p]);
@@ -243,8 +239,8 @@ void plan(const float* k, const float* f, const float* g, int64_t n, int64_t m, 
 }
 
 template <class V>
-void through_plan(const float* k, const float* f, const float* g, const float* grad, int64_t n, int64_t m,
-                  int64_t stride, float* row_sums, float* column_sums) {
+void through_plan(const float* k, const float* f, const float* g, const float* grad, int64_t n, int64_t m, int64_t stride,
+                  float* row_sums, float* column_sums) {
   for (int64_t j = 0; j < stride; j += V::width) V::store(column_sums + j, V::set(0));
   for (int64_t i = 0; i < n; ++i) {
     auto sum = V::set(0);
@@ -388,11 +384,9 @@ inline void scatter(const float* from, int64_t entries, int64_t lanes, float* ou
   for (int64_t l = 0; l < lanes; l += H::width)
     for (int64_t e = 0; e < entries; e += H::width) {
       typename H::R square[H::width];
-      for (int64_t r = 0; r < H::width; ++r)
-        square[r] = e + r < entries ? H::load(from + (e + r) * V::width + l) : H::set(0);
+      for (int64_t r = 0; r < H::width; ++r) square[r] = e + r < entries ? H::load(from + (e + r) * V::width + l) : H::set(0);
       H::transpose(square);
-      for (int64_t r = 0; r < H::width && l + r < lanes; ++r)
-        H::store_part(out + (l + r) * entries + e, entries - e, square[r]);
+      for (int64_t r = 0; r < H::width && l + r < lanes; ++r) H::store_part(out + (l + r) * entries + e, entries - e, square[r]);
     }
 }
 
@@ -473,8 +467,8 @@ inline bool looks_at_scalings(int64_t t, int64_t iterations) { return t < 4 || t
 // kN = kM = 0: sizes known at run time only. f, g of iteration t go to tape + t * (n + m) lanes when kTape. kFull: all masses
 // are above 0. kStops: problems stop by themselves; without, an iteration of 4096 4x4 problems takes 3.9 us, with it 4.9.
 template <class V, int kN, int kM, bool kFull, bool kTape, bool kStops>
-typename V::Flag small_iterate(const SmallState<V>& state, int64_t n_given, int64_t m_given, int64_t iterations,
-                               float tolerance, float* f, float* g, float* tape, float* count) {
+typename V::Flag small_iterate(const SmallState<V>& state, int64_t n_given, int64_t m_given, int64_t iterations, float tolerance,
+                               float* f, float* g, float* tape, float* count) {
   using R = typename V::R;
   using S = SmallState<V>;
   const int64_t n = kN ? kN : n_given, m = kM ? kM : m_given;
@@ -530,8 +524,8 @@ typename V::Flag small_iterate(const SmallState<V>& state, int64_t n_given, int6
 }
 
 template <class V, bool kTape, bool kStops>
-typename V::Flag small_iterate_of(const SmallState<V>& state, const SmallProblem& p, int64_t iterations, float tolerance, float* f,
-                                  float* g, float* tape, float* count) {
+typename V::Flag small_iterate_of(const SmallState<V>& state, const SmallProblem& p, int64_t iterations, float tolerance,
+                                  float* f, float* g, float* tape, float* count) {
   const bool four = p.n == 4 && p.m == 4;
   const auto run = p.full ? (four ? small_iterate<V, 4, 4, true, kTape, kStops> : small_iterate<V, 0, 0, true, kTape, kStops>)
                           : (four ? small_iterate<V, 4, 4, false, kTape, kStops> : small_iterate<V, 0, 0, false, kTape, kStops>);
@@ -539,8 +533,8 @@ typename V::Flag small_iterate_of(const SmallState<V>& state, const SmallProblem
 }
 
 template <class V>
-SmallLanes small_forward(const SmallProblem& p, int64_t iterations, float tolerance, float* room, float* plan, float* u,
-                         float* v, int32_t* count) {
+SmallLanes small_forward(const SmallProblem& p, int64_t iterations, float tolerance, float* room, float* plan, float* u, float* v,
+                         int32_t* count) {
   using S = SmallState<V>;
   const S state(p, room);
   float* f = S::take(room, p.n);
@@ -552,8 +546,7 @@ SmallLanes small_forward(const SmallProblem& p, int64_t iterations, float tolera
     for (int64_t j = 0; j < p.m; ++j)
       S::put(state.k, i * p.m + j, V::mul(V::mul(S::at(f, i), S::at(state.k, i * p.m + j)), S::at(g, j)));
   scatter<V>(state.k, p.n * p.m, p.lanes, plan);
-  for (int64_t i = 0; i < p.n; ++i)
-    S::put(f, i, V::fma(logarithm<V>(S::at(f, i)), state.epsilon, S::at(state.row_floor, i)));
+  for (int64_t i = 0; i < p.n; ++i) S::put(f, i, V::fma(logarithm<V>(S::at(f, i)), state.epsilon, S::at(state.row_floor, i)));
   for (int64_t j = 0; j < p.m; ++j) S::put(g, j, V::mul(logarithm<V>(S::at(g, j)), state.epsilon));
   scatter<V>(f, p.n, p.lanes, u);
   scatter<V>(g, p.m, p.lanes, v);
@@ -645,8 +638,7 @@ void small_adjoint(const SmallAdjoint<V>& given, int64_t n_given, int64_t m_give
 
 template <class V>
 uint32_t small_backward(const SmallProblem& p, int64_t iterations, const int32_t* count, const float* grad_plan,
-                        const float* grad_u, const float* grad_v, float* room, float* grad_cost, float* grad_a,
-                        float* grad_b) {
+                        const float* grad_u, const float* grad_v, float* room, float* grad_cost, float* grad_a, float* grad_b) {
   using R = typename V::R;
   using S = SmallState<V>;
   const int64_t n = p.n, m = p.m;
@@ -670,8 +662,7 @@ uint32_t small_backward(const SmallProblem& p, int64_t iterations, const int32_t
   const SmallAdjoint<V> adjoint{state, counted, grad, through, gradient_a, gradient_b, outside_f, outside_g, tape};
   (n == 4 && m == 4 ? small_adjoint<V, 4, 4> : small_adjoint<V, 0, 0>)(adjoint, n, m, iterations);
   const R minus_inverse = V::div(V::set(-1), state.epsilon);
-  for (int64_t e = 0; e < n * m; ++e)
-    S::put(grad, e, V::mul(V::mul(S::at(through, e), S::at(state.k, e)), minus_inverse));
+  for (int64_t e = 0; e < n * m; ++e) S::put(grad, e, V::mul(V::mul(S::at(through, e), S::at(state.k, e)), minus_inverse));
   scatter<V>(grad, n * m, p.lanes, grad_cost);
   scatter<V>(gradient_a, n, p.lanes, grad_a);
   scatter<V>(gradient_b, m, p.lanes, grad_b);

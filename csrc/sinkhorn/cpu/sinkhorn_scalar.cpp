@@ -37,9 +37,7 @@ struct Scalar {
     if (m < 0.70710678f) m *= 2, n -= 1;
   }
   static R scale2(R x, R n) { return n < -126 ? 0 : x * bits_float(static_cast<uint32_t>(static_cast<int>(n) + 127) << 23); }
-  static R exponent(R cost, double u, const double* v, double inverse) {
-    return static_cast<float>((u + *v - cost) * inverse);
-  }
+  static R exponent(R cost, double u, const double* v, double inverse) { return static_cast<float>((u + *v - cost) * inverse); }
   static Four sums(R s0, R s1, R s2, R s3) { return Four{s0, s1, s2, s3}; }
   static void transpose(R*) {}
   static void transpose_fours(R*) {}

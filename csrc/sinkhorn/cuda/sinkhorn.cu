@@ -9,14 +9,15 @@
 // wait for each other, so they are launched together; there is no wait where the team is one block.
 #include <algorithm>
 
+#include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 #include "sinkhorn/cuda/sinkhorn.cuh"
 
 namespace pyllmq::cuda {
 namespace {
 
-constexpr int64_t kEntriesOfBlock = 16384;     // a team has a block for so many, if blocks are idle otherwise
-constexpr int64_t kReadByEveryBlock = 12288;   // numbers of partial sums; beyond, each block adds up a part
+constexpr int64_t kEntriesOfBlock = 16384;    // a team has a block for so many, if blocks are idle otherwise
+constexpr int64_t kReadByEveryBlock = 12288;  // numbers of partial sums; beyond, each block adds up a part
 constexpr int64_t kBlocksPerMultiprocessor = 8;
 constexpr int kFlags = 2;  // beside the column sums: scalings out of range, mass missed
 
@@ -87,8 +88,7 @@ struct Team {
       for (int64_t i = ptx::thread(); i < numbers; i += kThreads) values[i] = of_all<kMinimum>(all, i);
     } else {
       float* total = totals + buffer * numbers;
-      for (int64_t i = rank * kThreads + ptx::thread(); i < numbers; i += size * kThreads)
-        total[i] = of_all<kMinimum>(all, i);
+      for (int64_t i = rank * kThreads + ptx::thread(); i < numbers; i += size * kThreads) total[i] = of_all<kMinimum>(all, i);
       meet();
       for (int64_t i = ptx::thread(); i < numbers; i += kThreads) values[i] = ptx::load_l2(total + i);
     }
@@ -241,37 +241,30 @@ struct Part {
     // the first offsets of columns are 0
     return u[row] == -infinity() || v[j] != 0 ? 0 : ptx::exp((u[row] - cost_at(row, j)) * prices.inverse);
   }
-  PYLLMQ_MEMBER float entry(int row, int j) const {
-    return row < resident ? k[row * S::width + j] : computed_entry(row, j);
-  }
+  PYLLMQ_MEMBER float entry(int row, int j) const { return row < resident ? k[row * S::width + j] : computed_entry(row, j); }
 
   // Entries of kRows rows; 0 outside of the matrix.
   PYLLMQ_MEMBER void entries(int row, float (&e)[S::rows][S::columns]) const {
     if (row < resident) {
       PYLLMQ_UNROLL
-      for (int r = 0; r < S::rows; ++r)
-        PYLLMQ_UNROLL
-        for (int c = 0; c < S::columns; ++c) e[r][c] = k[(row + r) * S::width + column(c)];
+      for (int r = 0; r < S::rows; ++r) PYLLMQ_UNROLL
+      for (int c = 0; c < S::columns; ++c) e[r][c] = k[(row + r) * S::width + column(c)];
     } else {
       PYLLMQ_UNROLL
-      for (int r = 0; r < S::rows; ++r)
-        PYLLMQ_UNROLL
-        for (int c = 0; c < S::columns; ++c)
-          e[r][c] = row + r < rows && column(c) < m ? computed_entry(row + r, column(c)) : 0;
+      for (int r = 0; r < S::rows; ++r) PYLLMQ_UNROLL
+      for (int c = 0; c < S::columns; ++c) e[r][c] = row + r < rows && column(c) < m ? computed_entry(row + r, column(c)) : 0;
     }
   }
 
   // Sums over the threads that share a row, for all of them.
   PYLLMQ_MEMBER void add_up_rows(float (&dots)[S::rows]) {
     PYLLMQ_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2)
-      PYLLMQ_UNROLL
-      for (int r = 0; r < S::rows; ++r) dots[r] += ptx::shuffle_xor(dots[r], mask);
+    for (int mask = 16; mask > 0; mask /= 2) PYLLMQ_UNROLL
+    for (int r = 0; r < S::rows; ++r) dots[r] += ptx::shuffle_xor(dots[r], mask);
     if constexpr (S::shared_rows) {
       float* of_warps = scratch + (toggle++ & 1) * S::rows * S::warps;  // in turns: one barrier is enough
-      if (ptx::thread() % 32 == 0)
-        PYLLMQ_UNROLL
-        for (int r = 0; r < S::rows; ++r) of_warps[r * S::warps + ptx::thread() / 32] = dots[r];
+      if (ptx::thread() % 32 == 0) PYLLMQ_UNROLL
+      for (int r = 0; r < S::rows; ++r) of_warps[r * S::warps + ptx::thread() / 32] = dots[r];
       ptx::sync_block();
       PYLLMQ_UNROLL
       for (int r = 0; r < S::rows; ++r) {
@@ -365,15 +358,12 @@ struct Forward {
     out_of_range = of_leaders + 2 * S::groups;
     p.k = out_of_range + 1;
   }
-  static constexpr int64_t floats(int64_t rows_room) {
-    return Part<S>::floats(rows_room) + 2 * rows_room + 2 * S::groups + 1;
-  }
+  static constexpr int64_t floats(int64_t rows_room) { return Part<S>::floats(rows_room) + 2 * rows_room + 2 * S::groups + 1; }
 
   // sums = K^T of what update(row, K g of the row) says, over all blocks
   template <class Update>
   PYLLMQ_MEMBER void pass(const Update& update) {
-    p.template pass<false>(
-        p.g, [&](int row, auto& e, auto&) { p.entries(row, e); }, update);
+    p.template pass<false>(p.g, [&](int row, auto& e, auto&) { p.entries(row, e); }, update);
   }
   PYLLMQ_MEMBER void column_sums() {
     pass([&](int row, float) { return p.f[row]; });
@@ -478,9 +468,7 @@ struct Forward {
     p.column_offsets();
     p.build();
     column_sums();
-    p.for_columns([&](int j) {
-      set_pair(p.v[j], p.g[j], p.prices.b.moved(p.b[j], p.sums[j], p.v[j], p.prices.inverse));
-    });
+    p.for_columns([&](int j) { set_pair(p.v[j], p.g[j], p.prices.b.moved(p.b[j], p.sums[j], p.v[j], p.prices.inverse)); });
     ptx::sync_block();
     if (!p.prices.b.kept()) p.build();
   }
@@ -520,9 +508,7 @@ struct Forward {
     ptx::sync_block();
     float* plan = out.plan + (problem * n + p.first_row) * m;
     p.for_entries([&](int row, int j) { plan[row * m + j] = p.f[row] * p.entry(row, j) * p.g[j]; });
-    p.for_rows([&](int row) {
-      out.u[problem * n + p.first_row + row] = potential(p.u[row], p.f[row], p.prices.inverse);
-    });
+    p.for_rows([&](int row) { out.u[problem * n + p.first_row + row] = potential(p.u[row], p.f[row], p.prices.inverse); });
     if (p.team.rank > 0) return;
     p.for_columns([&](int j) {
       if (j < m) out.v[problem * m + j] = potential(p.v[j], p.g[j], p.prices.inverse);
@@ -542,8 +528,8 @@ PYLLMQ_KERNEL void __launch_bounds__(S::threads) forward_kernel(const Given<Sink
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-// The adjoint of the loop, half step by half step, as in csrc/sinkhorn/cpu/sinkhorn.cpp. Where offsets moved, the tape has those of
-// every iteration, and entries of K are computed in them.
+// The adjoint of the loop, half step by half step, as in csrc/sinkhorn/cpu/sinkhorn.cpp. Where offsets moved, the tape has those
+// of every iteration, and entries of K are computed in them.
 template <class S>
 struct Backward {
   Part<S> p;
@@ -569,9 +555,7 @@ struct Backward {
   // Of f and g; offsets lie n + m numbers further on.
   PYLLMQ_MEMBER const float* rows_of(int64_t t) const { return tape + t * 2 * (p.call->n + p.m) + p.first_row; }
   PYLLMQ_MEMBER const float* columns_of(int64_t t) const { return tape + t * 2 * (p.call->n + p.m) + p.call->n; }
-  PYLLMQ_MEMBER float g_before(int64_t t, int j) const {
-    return t > 0 ? columns_of(t - 1)[j] : p.b[j] > 0 ? 1.0f : 0.0f;
-  }
+  PYLLMQ_MEMBER float g_before(int64_t t, int j) const { return t > 0 ? columns_of(t - 1)[j] : p.b[j] > 0 ? 1.0f : 0.0f; }
   PYLLMQ_MEMBER float offset_before(int64_t t, int j) const {
     if (t > 0) return columns_of(t - 1)[p.call->n + p.m + j];
     return p.b[j] > 0 ? 0 : -infinity();
@@ -599,10 +583,9 @@ struct Backward {
         [&](int row, auto& e, auto&) {
           p.entries(row, e);
           PYLLMQ_UNROLL
-          for (int r = 0; r < S::rows; ++r)
-            PYLLMQ_UNROLL
-            for (int c = 0; c < S::columns; ++c)
-              e[r][c] *= row + r < p.rows && p.column(c) < m ? gradient[(row + r) * m + p.column(c)] : 0;
+          for (int r = 0; r < S::rows; ++r) PYLLMQ_UNROLL
+          for (int c = 0; c < S::columns; ++c)
+            e[r][c] *= row + r < p.rows && p.column(c) < m ? gradient[(row + r) * m + p.column(c)] : 0;
         },
         [&](int row, float sum) {
           const float f = p.f[row];
@@ -642,13 +625,11 @@ struct Backward {
           p.entries(row, e);
           if constexpr (kMoved) {
             PYLLMQ_UNROLL
-            for (int i = 0; i < S::rows; ++i)
-              PYLLMQ_UNROLL
-              for (int c = 0; c < S::columns; ++c)
-                again[i][c] = row + i < p.rows && p.column(c) < p.m
-                                  ? entry_of_k(p.u[row + i], v_before[p.column(c)],
-                                               p.cost_at(row + i, p.column(c)), p.prices.inverse)
-                                  : 0;
+            for (int i = 0; i < S::rows; ++i) PYLLMQ_UNROLL
+            for (int c = 0; c < S::columns; ++c)
+              again[i][c] = row + i < p.rows && p.column(c) < p.m ? entry_of_k(p.u[row + i], v_before[p.column(c)],
+                                                                               p.cost_at(row + i, p.column(c)), p.prices.inverse)
+                                                                  : 0;
           }
         },
         [&](int row, float sum) {
@@ -679,9 +660,8 @@ struct Backward {
       float e[S::rows][S::columns], total[S::rows][S::columns];
       if (!kMoved) p.entries(row, e);
       PYLLMQ_UNROLL
-      for (int i = 0; i < S::rows; ++i)
-        PYLLMQ_UNROLL
-        for (int c = 0; c < S::columns; ++c) total[i][c] = 0;
+      for (int i = 0; i < S::rows; ++i) PYLLMQ_UNROLL
+      for (int c = 0; c < S::columns; ++c) total[i][c] = 0;
       for (int64_t t = 0; t <= last; ++t) {
         PYLLMQ_UNROLL
         for (int c = 0; c < S::columns; ++c) {
@@ -702,18 +682,17 @@ struct Backward {
         }
       }
       PYLLMQ_UNROLL
-      for (int i = 0; i < S::rows; ++i)
-        PYLLMQ_UNROLL
-        for (int c = 0; c < S::columns; ++c) {
-          const int j = p.column(c);
-          if (row + i >= p.rows || j >= m) continue;
-          float first = rows_of(last)[row + i] * columns_of(last)[j] * gradient[(row + i) * m + j];
-          if (kMoved)
-            first *= entry_of_k(rows_of(last)[offsets + row + i], columns_of(last)[offsets + j],
-                                p.cost_at(row + i, j), p.prices.inverse);
-          const float of_log_k = kMoved ? total[i][c] - first : (total[i][c] - first) * e[i][c];
-          grad_cost[(row + i) * m + j] = of_log_k * p.prices.inverse;
-        }
+      for (int i = 0; i < S::rows; ++i) PYLLMQ_UNROLL
+      for (int c = 0; c < S::columns; ++c) {
+        const int j = p.column(c);
+        if (row + i >= p.rows || j >= m) continue;
+        float first = rows_of(last)[row + i] * columns_of(last)[j] * gradient[(row + i) * m + j];
+        if (kMoved)
+          first *= entry_of_k(rows_of(last)[offsets + row + i], columns_of(last)[offsets + j], p.cost_at(row + i, j),
+                              p.prices.inverse);
+        const float of_log_k = kMoved ? total[i][c] - first : (total[i][c] - first) * e[i][c];
+        grad_cost[(row + i) * m + j] = of_log_k * p.prices.inverse;
+      }
     }
   }
 
@@ -757,8 +736,6 @@ PYLLMQ_KERNEL void __launch_bounds__(S::threads) backward_kernel(const Given<Sin
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class Floats>
 Layout layout_of(const SinkhornCall& call, int width, int rows, const Floats& fixed) {
   const int64_t room = shared_bytes() / 4, blocks = multiprocessors();
@@ -799,8 +776,7 @@ int64_t partial_sums(const SinkhornCall& call, const Layout& layout) {
 }
 
 template <class Side, class S, class Kernel, class Out>
-void launch(Kernel* kernel, const SinkhornCall& call, const Out& out, float* workspace, uint32_t* counters,
-            uintptr_t stream) {
+void launch(Kernel* kernel, const SinkhornCall& call, const Out& out, float* workspace, uint32_t* counters, uintptr_t stream) {
   const Layout layout = layout_for<Side, S>(call);
   const size_t bytes = sizeof(float) * shared_floats<Side, S>(layout);
   Work work{call, layout, workspace, nullptr, nullptr, counters, nullptr};
@@ -842,8 +818,7 @@ SinkhornRoom sinkhorn_room(const SinkhornCall& call, int64_t backward_iterations
   return room;
 }
 
-void sinkhorn(const SinkhornCall& call, const SinkhornForward& out, float* workspace, uint32_t* counters,
-              uintptr_t stream) {
+void sinkhorn(const SinkhornCall& call, const SinkhornForward& out, float* workspace, uint32_t* counters, uintptr_t stream) {
   with_shape(call.n, call.m, [&](auto shape) {
     using S = decltype(shape);
     launch<Forward<S>, S>(forward_kernel<S>, call, out, workspace, counters, stream);

@@ -61,8 +61,7 @@ struct Price {
   PYLLMQ_MEMBER float scaling(float mass, float sum, float offset, float inverse) const {
     if (mass == 0) return 0;
     if (kept()) return ptx::quotient(mass, larger(sum, kTiny));
-    const double logarithm = ptx::log(static_cast<double>(mass)) -
-                             damp * ptx::log(static_cast<double>(larger(sum, kTiny))) +
+    const double logarithm = ptx::log(static_cast<double>(mass)) - damp * ptx::log(static_cast<double>(larger(sum, kTiny))) +
                              (damp - 1) * offset * inverse;
     if (logarithm > kLargeLogarithm || logarithm < -kLargeLogarithm) return infinity();
     return static_cast<float>(ptx::exp(logarithm));
@@ -72,8 +71,7 @@ struct Price {
   PYLLMQ_MEMBER Pair moved(float mass, float sum, float offset, float inverse) const {
     if (mass == 0) return {offset, 0};
     if (kept()) return {offset, ptx::quotient(mass, larger(sum, kTiny))};
-    const double logarithms =
-        ptx::log(static_cast<double>(mass)) - damp * ptx::log(static_cast<double>(larger(sum, kTiny)));
+    const double logarithms = ptx::log(static_cast<double>(mass)) - damp * ptx::log(static_cast<double>(larger(sum, kTiny)));
     return pair_of(damp * offset + logarithms / inverse, inverse);
   }
 
@@ -102,9 +100,7 @@ PYLLMQ_DEVICE Prices prices_of(const SinkhornCall& call, int64_t problem) {
   return {price_of(call.rho_a, epsilon), price_of(call.rho_b, epsilon), 1.0f / epsilon};
 }
 
-PYLLMQ_DEVICE float potential(float offset, float scaling, float inverse) {
-  return offset + ptx::log(scaling) / inverse;
-}
+PYLLMQ_DEVICE float potential(float offset, float scaling, float inverse) { return offset + ptx::log(scaling) / inverse; }
 
 }  // namespace
 }  // namespace pyllmq::cuda

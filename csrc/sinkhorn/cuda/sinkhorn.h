@@ -8,9 +8,9 @@ namespace pyllmq::cuda {
 constexpr int64_t kSinkhornMostRows = 1 << 16, kSinkhornMostColumns = 4096;
 
 struct SinkhornCall {
-  const float* cost;    // [problems, n, m] with cost_stride = n * m, or one matrix for all with cost_stride = 0
+  const float* cost;  // [problems, n, m] with cost_stride = n * m, or one matrix for all with cost_stride = 0
   int64_t cost_stride;
-  const float* a;       // [problems, n] with a_stride = n, or one for all with a_stride = 0
+  const float* a;  // [problems, n] with a_stride = n, or one for all with a_stride = 0
   int64_t a_stride;
   const float* b;
   int64_t b_stride;
@@ -56,8 +56,7 @@ inline int64_t sinkhorn_tape(int64_t n, int64_t m) { return 2 * (n + m); }
 SinkhornRoom sinkhorn_room(const SinkhornCall& call, int64_t backward_iterations);
 
 // Values are not looked at: what no plan exists for comes out as NaN, or as zeros in a line that may not send its mass.
-void sinkhorn(const SinkhornCall& call, const SinkhornForward& out, float* workspace, uint32_t* counters,
-              uintptr_t stream);
+void sinkhorn(const SinkhornCall& call, const SinkhornForward& out, float* workspace, uint32_t* counters, uintptr_t stream);
 void sinkhorn_backward(const SinkhornCall& call, const SinkhornBackward& out, float* workspace, uint32_t* counters,
                        uintptr_t stream);
 

@@ -39,15 +39,13 @@ PYLLMQ_DEVICE void for_each_staged(int64_t first, int64_t problems, int entries,
 }
 
 PYLLMQ_DEVICE void stage(const float* from, int64_t stride, int64_t first, int64_t problems, int entries, float* to) {
-  for_each_staged(first, problems, entries, [=](int place, int problem, int entry) {
-    to[place] = from[(first + problem) * stride + entry];
-  });
+  for_each_staged(first, problems, entries,
+                  [=](int place, int problem, int entry) { to[place] = from[(first + problem) * stride + entry]; });
 }
 
 PYLLMQ_DEVICE void unstage(const float* from, int64_t first, int64_t problems, int entries, float* to) {
-  for_each_staged(first, problems, entries, [=](int place, int problem, int entry) {
-    to[(first + problem) * entries + entry] = from[place];
-  });
+  for_each_staged(first, problems, entries,
+                  [=](int place, int problem, int entry) { to[(first + problem) * entries + entry] = from[place]; });
 }
 
 // One problem; n and m may be smaller than N, then mass, scalings and K are 0 beyond.
@@ -90,9 +88,8 @@ struct Problem {
 
   PYLLMQ_MEMBER void build(const float (&u)[N], const float (&v)[N]) {
     PYLLMQ_UNROLL
-    for (int i = 0; i < N; ++i)
-      PYLLMQ_UNROLL
-      for (int j = 0; j < N; ++j) k[i][j] = entry_of_k(u[i], v[j], cost_at(i, j), prices.inverse);
+    for (int i = 0; i < N; ++i) PYLLMQ_UNROLL
+    for (int j = 0; j < N; ++j) k[i][j] = entry_of_k(u[i], v[j], cost_at(i, j), prices.inverse);
   }
 
   // Makes the largest entry of each line of K about 1.
@@ -248,10 +245,9 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads) small_kernel(const SinkhornCall c
       p.load(call, problem, mine);
       out.count[problem] = iterate<N, kStops>(p, out, Tape{out.tape, call.n, call.m, call.problems, problem});
       PYLLMQ_UNROLL
-      for (int i = 0; i < N; ++i)
-        PYLLMQ_UNROLL
-        for (int j = 0; j < N; ++j)
-          if (i < n && j < m) mine[i * m + j] = p.a.scaling[i] * p.k[i][j] * p.b.scaling[j];
+      for (int i = 0; i < N; ++i) PYLLMQ_UNROLL
+      for (int j = 0; j < N; ++j)
+        if (i < n && j < m) mine[i * m + j] = p.a.scaling[i] * p.k[i][j] * p.b.scaling[j];
       PYLLMQ_UNROLL
       for (int i = 0; i < N; ++i)
         if (i < n) out.u[problem * n + i] = potential(p.a.offset[i], p.a.scaling[i], p.prices.inverse);
@@ -400,8 +396,8 @@ void launch(Kernel* kernel, int64_t numbers, const SinkhornCall& call, const Out
 
 void sinkhorn_small(const SinkhornCall& call, const SinkhornForward& out, uintptr_t stream) {
   const bool four = call.n <= 4 && call.m <= 4, stops = out.tolerance > 0;
-  const auto kernel = four ? (stops ? small_kernel<4, true> : small_kernel<4, false>)
-                           : (stops ? small_kernel<8, true> : small_kernel<8, false>);
+  const auto kernel =
+      four ? (stops ? small_kernel<4, true> : small_kernel<4, false>) : (stops ? small_kernel<8, true> : small_kernel<8, false>);
   launch(kernel, (call.n * call.m) | 1, call, out, stream);
 }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "codebook/cpu/linear.h"
+#include "runtime/counting.h"
 #include "runtime/isa.h"
 #include "runtime/thread_pool.h"
 #include "runtime/workspace.h"
@@ -27,14 +28,11 @@ const SoftmaxCdistKernels& cdist_kernels() {
   return kSoftmaxCdistScalar;
 }
 
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-int whole_groups(int64_t rows) { return static_cast<int>(divide_up(rows, kCdistRowGroup) * kCdistRowGroup); }
+int whole_groups(int64_t rows) { return static_cast<int>(rounded_up(rows, kCdistRowGroup)); }
 
 // Columns [begin, begin + count) of a row in fp32: where they lie, or converted into `converted`.
-const float* row_in_fp32(const Logits& logits, int64_t row, int64_t columns, int64_t begin, int64_t count,
-                         float* converted) {
-  const auto* from =
-      static_cast<const uint8_t*>(logits.values) + (row * columns + begin) * element_bytes(logits.dtype);
+const float* row_in_fp32(const Logits& logits, int64_t row, int64_t columns, int64_t begin, int64_t count, float* converted) {
+  const auto* from = static_cast<const uint8_t*>(logits.values) + (row * columns + begin) * element_bytes(logits.dtype);
   if (logits.dtype == DType::fp32) return reinterpret_cast<const float*>(from);
   row_kernels().to_fp32[static_cast<int>(logits.dtype)](from, converted, count);
   return converted;
@@ -63,8 +61,8 @@ void row_statistics(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernel
 }
 
 // Probabilities of rows [first, first + rows) of one batch, padded with zeros to whole groups and kColumns.
-void fill_tile(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& kernels, const Logits& logits,
-               int64_t first, int64_t rows, int64_t begin, int64_t count, float* tile) {
+void fill_tile(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& kernels, const Logits& logits, int64_t first,
+               int64_t rows, int64_t begin, int64_t count, float* tile) {
   for (int64_t r = 0; r < whole_groups(rows); ++r) {
     float* p = tile + r * kColumns;
     const int64_t filled = r < rows ? count : 0;
@@ -111,12 +109,12 @@ void softmax_cdist_l1(const SoftmaxCdistProblem& problem, float* distances) {
   row_statistics(problem, kernels, problem.x);
   row_statistics(problem, kernels, problem.y);
 
-  const int64_t tiles = divide_up(problem.columns, kColumns);
-  const int64_t x_blocks = divide_up(problem.x.rows, kRows), y_blocks = divide_up(problem.y.rows, kRows);
+  const int64_t tiles = ceil_div(problem.columns, kColumns);
+  const int64_t x_blocks = ceil_div(problem.x.rows, kRows), y_blocks = ceil_div(problem.y.rows, kRows);
   const int64_t blocks = problem.batch * x_blocks * y_blocks;
   if (blocks == 0) return;
-  const int64_t tiles_each = divide_up(tiles, std::clamp<int64_t>(kWantedTasks / blocks, 1, tiles));
-  const int64_t stretches = divide_up(tiles, tiles_each);
+  const int64_t tiles_each = ceil_div(tiles, std::clamp<int64_t>(kWantedTasks / blocks, 1, tiles));
+  const int64_t stretches = ceil_div(tiles, tiles_each);
   const auto task_of = [&](int64_t block, int64_t stretch) {
     return ForwardTask{block / (x_blocks * y_blocks), block / y_blocks % x_blocks * kRows, block % y_blocks * kRows,
                        stretch * tiles_each, std::min(tiles, (stretch + 1) * tiles_each)};
@@ -165,8 +163,8 @@ struct RowBlock {
 };
 
 // One tile of h, and the part of <p, h> that lies in it.
-void write_h(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& kernels, const RowBlock& block,
-             int64_t tile, const float* gradient, float* h_rows, double* dots) {
+void write_h(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& kernels, const RowBlock& block, int64_t tile,
+             const float* gradient, float* h_rows, double* dots) {
   thread_local Workspace workspace;
   workspace.reserve(3 * Workspace::need<float>(kRows * kColumns) + Workspace::need<float>(kRows * kRows));
   auto *p = workspace.take<float>(kRows * kColumns), *q = workspace.take<float>(kRows * kColumns);
@@ -190,8 +188,8 @@ void write_h(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& kern
 }
 
 // h -> gradient, one row.
-void finish_row(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& kernels, int64_t row, const float* h,
-                double dot, void* x_gradient) {
+void finish_row(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& kernels, int64_t row, const float* h, double dot,
+                void* x_gradient) {
   const DType dtype = problem.x.dtype;
   const int64_t columns = problem.columns;
   auto* to = static_cast<uint8_t*>(x_gradient) + row * columns * element_bytes(dtype);
@@ -202,8 +200,7 @@ void finish_row(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& k
     kernels.probabilities(x, count, problem.x.statistics[row], problem.inverse_temperature, p);
     float* out = dtype == DType::fp32 ? reinterpret_cast<float*>(to) + begin : staged;
     kernels.softmax_gradient(p, h + begin, count, static_cast<float>(dot), problem.inverse_temperature, out);
-    if (dtype != DType::fp32)
-      row_kernels().from_fp32[static_cast<int>(dtype)](staged, to + begin * element_bytes(dtype), count);
+    if (dtype != DType::fp32) row_kernels().from_fp32[static_cast<int>(dtype)](staged, to + begin * element_bytes(dtype), count);
   }
 }
 
@@ -212,7 +209,7 @@ void finish_row(const SoftmaxCdistProblem& problem, const SoftmaxCdistKernels& k
 void softmax_cdist_l1_backward(const SoftmaxCdistProblem& problem, const float* gradient, void* x_gradient) {
   const SoftmaxCdistKernels& kernels = cdist_kernels();
   const bool in_place = problem.x.dtype == DType::fp32;
-  const int64_t columns = problem.columns, tiles = divide_up(columns, kColumns);
+  const int64_t columns = problem.columns, tiles = ceil_div(columns, kColumns);
   const int64_t rows_each = in_place ? kRows : kStagedRows;
   std::vector<RowBlock> blocks;
   for (int64_t batch = 0; batch < problem.batch; ++batch)
@@ -244,8 +241,8 @@ void softmax_cdist_l1_backward(const SoftmaxCdistProblem& problem, const float* 
         if (r >= block.rows) continue;
         double dot = 0;
         for (int64_t tile = 0; tile < tiles; ++tile) dot += dots[(i / rows_each * tiles + tile) * rows_each + r];
-        finish_row(problem, kernels, block.batch * problem.x.rows + block.x_row + r, h_of(i / rows_each) + r * columns,
-                   dot, x_gradient);
+        finish_row(problem, kernels, block.batch * problem.x.rows + block.x_row + r, h_of(i / rows_each) + r * columns, dot,
+                   x_gradient);
       }
     });
   }

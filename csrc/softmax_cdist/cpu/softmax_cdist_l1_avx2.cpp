@@ -48,8 +48,7 @@ void add_signs(const float* p, int p_rows, const float* q, int q_rows, const flo
       for (int j = 0; j < q_rows; ++j) size += std::fabs(row[j]);
       const bool usable = size > 0 && size <= std::numeric_limits<double>::max();
       unit[r] = static_cast<float>(size / one);  // not finite where a weight is not, and then h is not
-      for (int j = 0; j < q_rows; ++j)
-        fixed[r][j] = usable ? static_cast<int32_t>(std::lrint(row[j] * (one / size))) : 1;
+      for (int j = 0; j < q_rows; ++j) fixed[r][j] = usable ? static_cast<int32_t>(std::lrint(row[j] * (one / size))) : 1;
     }
     for (int64_t v = 0; v < kStride; v += Avx2::width) {
       __m256i mine[4], sums[4];
@@ -62,8 +61,8 @@ void add_signs(const float* p, int p_rows, const float* q, int q_rows, const flo
         const __m256i other = _mm256_load_si256(reinterpret_cast<const __m256i*>(q + j * kStride + v));
 #pragma GCC unroll 4
         for (int r = 0; r < 4; ++r)
-          sums[r] = _mm256_add_epi32(
-              sums[r], _mm256_sign_epi32(_mm256_set1_epi32(fixed[r][j]), _mm256_sub_epi32(mine[r], other)));
+          sums[r] =
+              _mm256_add_epi32(sums[r], _mm256_sign_epi32(_mm256_set1_epi32(fixed[r][j]), _mm256_sub_epi32(mine[r], other)));
       }
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {

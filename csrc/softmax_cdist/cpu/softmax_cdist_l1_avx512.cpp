@@ -9,8 +9,7 @@ inline __m512 sums_of_lanes(const __m512 sums[16]) {
   __m512 pairs[8], fours[4], halves[2];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)
-    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(sums[2 * i], sums[2 * i + 1]),
-                             _mm512_unpackhi_ps(sums[2 * i], sums[2 * i + 1]));
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(sums[2 * i], sums[2 * i + 1]), _mm512_unpackhi_ps(sums[2 * i], sums[2 * i + 1]));
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
@@ -21,8 +20,7 @@ inline __m512 sums_of_lanes(const __m512 sums[16]) {
   for (int i = 0; i < 2; ++i)
     halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], even),
                               _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], odd));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], even),
-                       _mm512_shuffle_f32x4(halves[0], halves[1], odd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], even), _mm512_shuffle_f32x4(halves[0], halves[1], odd));
 }
 
 void row_sums(const float* p, int rows, float* sums) {
@@ -87,8 +85,7 @@ void add_signs(const float* p, int p_rows, const float* q, int q_rows, const flo
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r)
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half)
-          _mm512_store_ps(h + (i + r) * kStride + v + half * Avx512::width, sums[r][half]);
+        for (int half = 0; half < 2; ++half) _mm512_store_ps(h + (i + r) * kStride + v + half * Avx512::width, sums[r][half]);
     }
 }
 

@@ -55,8 +55,8 @@ void softmax_gradient(const float* p, const float* h, int64_t count, float dot, 
 // constexpr: code that made the table at load time would be of that instruction set.
 template <class V>
 constexpr SoftmaxCdistKernels softmax_cdist_kernels(decltype(SoftmaxCdistKernels::row_sums) row_sums,
-                                          decltype(SoftmaxCdistKernels::overlaps) overlaps,
-                                          decltype(SoftmaxCdistKernels::add_signs) add_signs) {
+                                                    decltype(SoftmaxCdistKernels::overlaps) overlaps,
+                                                    decltype(SoftmaxCdistKernels::add_signs) add_signs) {
   return {largest<V>, sum_of_exponentials<V>, probabilities<V>, row_sums, overlaps, add_signs, dot<V>, softmax_gradient<V>};
 }
 

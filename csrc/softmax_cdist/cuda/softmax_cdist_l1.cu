@@ -1,6 +1,7 @@
 // Distances: a block holds a tile of 64 rows of either side x 32 columns of probabilities in shared memory, a thread 4 x 4
 // pairs; two additions a pair and column. Gradient: a thread holds one column of 16 rows, one exponential serves 16 pairs.
 // Sums of blocks are added in order by one more launch: the same call gives the same bits.
+#include "runtime/counting.h"
 #include "softmax_cdist/cuda/softmax_cdist_l1.h"
 
 #include <algorithm>
@@ -57,8 +58,8 @@ PYLLMQ_DEVICE float reduce_block(float value, float* shared) {
 }
 
 // A NaN is passed over by the maximum and comes back through the sum.
-PYLLMQ_KERNEL void __launch_bounds__(kThreads) row_statistics_kernel(const Side side, int64_t rows, int64_t columns,
-                                                                     float scale) {
+PYLLMQ_KERNEL void __launch_bounds__(kThreads)
+    row_statistics_kernel(const Side side, int64_t rows, int64_t columns, float scale) {
   PYLLMQ_DYNAMIC_SHARED(memory);
   auto* shared = reinterpret_cast<float*>(memory);
   for (int64_t row = ptx::block(); row < rows; row += ptx::blocks()) {
@@ -94,8 +95,8 @@ PYLLMQ_DEVICE void fill_tile(const Side& side, int64_t batch, int64_t first_row,
   }
 }
 
-PYLLMQ_KERNEL void __launch_bounds__(kThreads, 2) distances_kernel(const Arguments a, float* parts, int64_t splits,
-                                                                   int64_t tiles_each) {
+PYLLMQ_KERNEL void __launch_bounds__(kThreads, 2)
+    distances_kernel(const Arguments a, float* parts, int64_t splits, int64_t tiles_each) {
   PYLLMQ_DYNAMIC_SHARED(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const int64_t x_blocks = (a.x.rows + kTileRows - 1) / kTileRows, y_blocks = (a.y.rows + kTileRows - 1) / kTileRows;
@@ -121,20 +122,16 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 2) distances_kernel(const Argumen
           q[i] = load_words<4>(&shared.q[other + 16 * i][v]);
         }
         PYLLMQ_UNROLL
-        for (int i = 0; i < 4; ++i)
-          PYLLMQ_UNROLL
-          for (int j = 0; j < 4; ++j)
-            PYLLMQ_UNROLL
-            for (int k = 0; k < 4; ++k) chunk[i][j] += ptx::magnitude(ptx::bits_to_fp32(p[i][k]) - ptx::bits_to_fp32(q[j][k]));
+        for (int i = 0; i < 4; ++i) PYLLMQ_UNROLL
+        for (int j = 0; j < 4; ++j) PYLLMQ_UNROLL
+        for (int k = 0; k < 4; ++k) chunk[i][j] += ptx::magnitude(ptx::bits_to_fp32(p[i][k]) - ptx::bits_to_fp32(q[j][k]));
       }
-      if (tile % kChunkTiles == kChunkTiles - 1 || tile == tile_end - 1)
-        PYLLMQ_UNROLL
-        for (int i = 0; i < 4; ++i)
-          PYLLMQ_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            total[i][j] += chunk[i][j];
-            chunk[i][j] = 0;
-          }
+      if (tile % kChunkTiles == kChunkTiles - 1 || tile == tile_end - 1) PYLLMQ_UNROLL
+      for (int i = 0; i < 4; ++i) PYLLMQ_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        total[i][j] += chunk[i][j];
+        chunk[i][j] = 0;
+      }
     }
     for (int i = 0; i < 4; ++i)
       for (int j = 0; j < 4; ++j) {
@@ -146,8 +143,8 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 2) distances_kernel(const Argumen
 }
 
 // sums[i] = parts[0][i] + parts[1][i] + ...
-PYLLMQ_KERNEL void __launch_bounds__(kThreads) add_parts_kernel(const float* parts, float* sums, int64_t parts_count,
-                                                                int64_t count) {
+PYLLMQ_KERNEL void __launch_bounds__(kThreads)
+    add_parts_kernel(const float* parts, float* sums, int64_t parts_count, int64_t count) {
   for (int64_t i = ptx::block() * kThreads + ptx::thread(); i < count; i += ptx::blocks() * kThreads) {
     float sum = 0;
     for (int64_t part = 0; part < parts_count; ++part) sum += parts[part * count + i];
@@ -174,9 +171,8 @@ struct SignShared {
   float dots[kWarps][kSignRows];
 };
 
-PYLLMQ_KERNEL void __launch_bounds__(kThreads, 3)
-    signs_kernel(const Arguments a, const float* gradient, float* h, float* dots, int64_t first_group, int64_t groups,
-                 bool in_place) {
+PYLLMQ_KERNEL void __launch_bounds__(kThreads, 3) signs_kernel(const Arguments a, const float* gradient, float* h, float* dots,
+                                                               int64_t first_group, int64_t groups, bool in_place) {
   PYLLMQ_DYNAMIC_SHARED(memory);
   SignShared& shared = *reinterpret_cast<SignShared*>(memory);
   const int64_t column_blocks = (a.columns + kThreads - 1) / kThreads;
@@ -207,8 +203,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 3)
       ptx::sync_block();
       if (column >= a.columns) continue;
       for (int j = 0; j < others; ++j) {
-        const float q =
-            probability(a.y, y_row + j, column, a.columns, a.scale, shared.top[j], shared.inverse_sum[j]);
+        const float q = probability(a.y, y_row + j, column, a.columns, a.scale, shared.top[j], shared.inverse_sum[j]);
         PYLLMQ_UNROLL
         for (int r = 0; r < kSignRows; ++r) {
           const float difference = p[r] - q;
@@ -237,8 +232,8 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 3)
 }
 
 PYLLMQ_KERNEL void __launch_bounds__(kThreads)
-    softmax_gradient_kernel(const Arguments a, const float* h, const float* dots, void* out, int64_t first_group,
-                            int64_t groups, bool in_place) {
+    softmax_gradient_kernel(const Arguments a, const float* h, const float* dots, void* out, int64_t first_group, int64_t groups,
+                            bool in_place) {
   const int64_t column_blocks = (a.columns + kThreads - 1) / kThreads;
   for (int64_t item = ptx::block(); item < groups * column_blocks; item += ptx::blocks()) {
     const RowGroup group = row_group(a, first_group, item / column_blocks, in_place);
@@ -246,15 +241,12 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads)
     if (column >= a.columns) continue;
     for (int r = 0; r < group.rows; ++r) {
       const int64_t row = group.batch * a.x.rows + group.first_row + r;
-      const float p = probability(a.x, row, column, a.columns, a.scale, a.x.statistics[2 * row],
-                                  a.x.statistics[2 * row + 1]);
+      const float p = probability(a.x, row, column, a.columns, a.scale, a.x.statistics[2 * row], a.x.statistics[2 * row + 1]);
       store_element(out, a.x.dtype, row * a.columns + column,
                     p * (h[(group.held + r) * a.columns + column] - dots[row]) * a.scale);
     }
   }
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Arguments arguments(const CdistCall& call) {
   return {{call.x, static_cast<DType>(call.x_dtype), call.x_rows, call.x_statistics},
@@ -289,8 +281,8 @@ BackwardPlan plan_backward(const CdistCall& call) {
 }
 
 void add_parts(const float* parts, float* sums, int64_t parts_count, int64_t count, uintptr_t stream) {
-  PYLLMQ_LAUNCH(add_parts_kernel, std::min(ceil_div(count, kThreads), kMostBlocks), kThreads, 0, stream, parts, sums,
-                parts_count, count);
+  PYLLMQ_LAUNCH(add_parts_kernel, std::min(ceil_div(count, kThreads), kMostBlocks), kThreads, 0, stream, parts, sums, parts_count,
+                count);
 }
 
 }  // namespace
@@ -309,8 +301,8 @@ void softmax_cdist_l1(const CdistCall& call, float* distances, float* workspace,
   const Arguments a = arguments(call);
   for (const Side& side : {a.x, a.y}) {
     const int64_t rows = a.batch * side.rows;
-    PYLLMQ_LAUNCH(row_statistics_kernel, std::min(rows, kMostBlocks), kThreads, kWarps * sizeof(float), stream, side,
-                  rows, a.columns, a.scale);
+    PYLLMQ_LAUNCH(row_statistics_kernel, std::min(rows, kMostBlocks), kThreads, kWarps * sizeof(float), stream, side, rows,
+                  a.columns, a.scale);
   }
   const ForwardPlan plan = plan_forward(call);
   PYLLMQ_LAUNCH(distances_kernel, std::min(plan.blocks * plan.splits, kMostBlocks), kThreads, sizeof(Shared), stream, a,
@@ -333,8 +325,7 @@ void softmax_cdist_l1_backward(const CdistCall& call, const float* gradient, voi
     PYLLMQ_LAUNCH(signs_kernel, grid, kThreads, sizeof(SignShared), stream, a, gradient, h, dot_parts, first, groups,
                   plan.in_place);
     add_parts(dot_parts, dots, plan.column_blocks, rows, stream);  // of rows not yet done, too: they are written again
-    PYLLMQ_LAUNCH(softmax_gradient_kernel, grid, kThreads, 0, stream, a, h, dots, x_gradient, first, groups,
-                  plan.in_place);
+    PYLLMQ_LAUNCH(softmax_gradient_kernel, grid, kThreads, 0, stream, a, h, dots, x_gradient, first, groups, plan.in_place);
   }
   check_launch("softmax_cdist_l1_backward");
 }

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/counting.h"
 #include "runtime/half.h"
 #include "runtime/isa.h"
 #include "runtime/thread_pool.h"
@@ -21,8 +22,6 @@ constexpr double kPackNsPerWeight = 1.5;
 constexpr int kMaskBytes = kCellColumns / 8;
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("sparse layout: " + why); }
-
-int64_t aligned(int64_t offset) { return (offset + kAlignment - 1) / kAlignment * kAlignment; }
 
 uint64_t checksum(SparseHeader header) {
   header.checksum = 0;
@@ -108,31 +107,27 @@ Plan make_plan(const SparseCheckpoint& from, double sparse_columns) {
   h.order = active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows;
   h.outliers = from.outliers;
   h.has_scale = from.scale != nullptr;
-  h.tiles = (from.rows + kTileRows - 1) / kTileRows;
-  h.blocks = (from.columns + kCellColumns - 1) / kCellColumns;
+  h.tiles = ceil_div(from.rows, kTileRows);
+  h.blocks = ceil_div(from.columns, kCellColumns);
   if (from.kind == SparseKind::bitmap) {
     h.checkpoint_columns = from.mask == nullptr ? from.column_bytes : 0;
     if (static_cast<double>(from.kept) < sparse_columns * static_cast<double>(from.rows) * static_cast<double>(from.columns))
       h.kind = SparseKind::columns;
   }
-  int64_t offset = aligned(sizeof(SparseHeader));
-  const auto take = [&](int64_t bytes) {
-    const int64_t begin = offset;
-    offset = aligned(offset + bytes);
-    return begin;
-  };
+  Sections section{sizeof(SparseHeader), kAlignment};
   const int64_t cells = h.kind == SparseKind::columns ? 0 : h.tiles * h.blocks * 2;
-  h.cells_offset = take(cells * 8);
-  h.row_offsets_offset = take(from.kind == SparseKind::bitmap ? (h.rows + 1) * 4 : 0);
-  h.scale_offset = take(h.has_scale ? h.rows * 4 : 0);
+  h.cells_offset = section(cells * 8);
+  h.row_offsets_offset = section(from.kind == SparseKind::bitmap ? (h.rows + 1) * 4 : 0);
+  h.scale_offset = section(h.has_scale ? h.rows * 4 : 0);
   const int64_t slots = h.blocks * kCellColumns;
-  h.codebook_offset = take(from.kind == SparseKind::codes ? slots << (h.bits + 1) : 0);
-  h.outlier_row_offsets_offset = take(h.outliers ? (h.rows + 1) * 4 : 0);
-  h.outlier_columns_offset = take(h.outliers * 4);
-  h.outlier_values_offset = take(h.outliers * 2);
-  h.outlier_deltas_offset = take(h.outliers * 4);
-  h.columns_offset = take(h.kind == SparseKind::columns ? h.kept * (h.columns <= 65536 ? 2 : 4) : 0);
-  h.data_offset = offset;
+  h.codebook_offset = section(from.kind == SparseKind::codes ? slots << (h.bits + 1) : 0);
+  h.outlier_row_offsets_offset = section(h.outliers ? (h.rows + 1) * 4 : 0);
+  h.outlier_columns_offset = section(h.outliers * 4);
+  h.outlier_values_offset = section(h.outliers * 2);
+  h.outlier_deltas_offset = section(h.outliers * 4);
+  h.columns_offset = section(h.kind == SparseKind::columns ? h.kept * (h.columns <= 65536 ? 2 : 4) : 0);
+  h.data_offset = section(0);
+  int64_t offset = h.data_offset;
   if (h.kind == SparseKind::columns) {
     offset += h.kept * value_bytes(h.values);
   } else {
@@ -141,8 +136,7 @@ Plan make_plan(const SparseCheckpoint& from, double sparse_columns) {
     plan.cells.resize(cells);
     for (int64_t strip = 0; strip < h.tiles; strip += kSparseStripTiles)
       for (int64_t block = 0; block < h.blocks; ++block) {
-        const int64_t batches =
-            (std::min(h.columns - block * kCellColumns, kCellColumns) + kBatchColumns - 1) / kBatchColumns;
+        const int64_t batches = (std::min(h.columns - block * kCellColumns, kCellColumns) + kBatchColumns - 1) / kBatchColumns;
         for (int64_t tile = strip; tile < std::min(h.tiles, strip + kSparseStripTiles); ++tile)
           for (int half = 0; half < 2; ++half) {
             const int64_t cell = (tile * h.blocks + block) * 2 + half;
@@ -156,7 +150,7 @@ Plan make_plan(const SparseCheckpoint& from, double sparse_columns) {
           }
       }
   }
-  h.bytes = aligned(offset + kReadAhead);
+  h.bytes = rounded_up(offset + kReadAhead, kAlignment);
   h.checksum = checksum(h);
   return plan;
 }
@@ -191,7 +185,7 @@ void pack_bitmap_tile(const SparseCheckpoint& from, const Plan& plan, int64_t ti
       uint8_t bits[kCellRows][kMaskBytes] = {};
       for (size_t r = 0; r < masks.size(); ++r) masks[r].take(block, bits[r]);
       const int64_t columns = std::min(h.columns - block * kCellColumns, kCellColumns);
-      const int64_t slots = (columns + kBatchColumns - 1) / kBatchColumns * kBatchColumns;
+      const int64_t slots = rounded_up(columns, kBatchColumns);
       uint8_t* cell = layout + plan.cells[(tile * h.blocks + block) * 2 + half];
       uint8_t* value = cell + slots * 2;
       std::memset(cell, 0, slots * 2);
@@ -265,9 +259,7 @@ void unpack_columns(const SparseView& view, const SparseCheckpoint& to) {
 // --- 2:4 -----------------------------------------------------------------------------------------------------------
 
 // Place of value `which` of a row in the values of a group, in elements.
-int64_t value_place(ValueType type, int row, int which) {
-  return by_pairs(type) ? row * 2 + which : which * kCellRows + row;
-}
+int64_t value_place(ValueType type, int row, int which) { return by_pairs(type) ? row * 2 + which : which * kCellRows + row; }
 
 void pack_24_tile(const SparseCheckpoint& from, const Plan& plan, int64_t tile, uint8_t* layout) {
   const SparseHeader& h = plan.header;
@@ -281,8 +273,8 @@ void pack_24_tile(const SparseCheckpoint& from, const Plan& plan, int64_t tile, 
       reinterpret_cast<uint32_t*>(at)[r] |= positions << (4 * (group % 8));
       uint8_t* values = at + 4 * kCellRows + group % 8 * 2 * kCellRows * size;
       for (int which = 0; which < 2; ++which)
-        std::memcpy(values + value_place(h.values, r, which) * size,
-                    from.values + (row * groups * 2 + group * 2 + which) * size, size);
+        std::memcpy(values + value_place(h.values, r, which) * size, from.values + (row * groups * 2 + group * 2 + which) * size,
+                    size);
     }
   }
 }
@@ -299,8 +291,8 @@ void unpack_24_tile(const SparseView& view, const SparseCheckpoint& to, int64_t 
       to.positions[row * row_bytes + group / 2] |= static_cast<uint8_t>(positions << (4 * (group % 2)));
       const uint8_t* values = at + 4 * kCellRows + group % 8 * 2 * kCellRows * size;
       for (int which = 0; which < 2; ++which)
-        std::memcpy(to.values + (row * groups * 2 + group * 2 + which) * size,
-                    values + value_place(h.values, r, which) * size, size);
+        std::memcpy(to.values + (row * groups * 2 + group * 2 + which) * size, values + value_place(h.values, r, which) * size,
+                    size);
     }
   }
 }
@@ -417,13 +409,12 @@ void sparse_layout_pack(void* to, int64_t layout_bytes, const SparseCheckpoint& 
         }
         for (int64_t cell = tile * h.blocks * 2; cell < (tile + 1) * h.blocks * 2; ++cell) {
           const int64_t block = cell / 2 % h.blocks, columns = std::min(h.columns - block * kCellColumns, kCellColumns);
-          const int64_t batches = (columns + kBatchColumns - 1) / kBatchColumns;
-          std::memset(layout + plan.cells[cell], 0,
-                      batches * (h.kind == SparseKind::sparse24 ? batch_bytes(h.values)
-                                                                : code_batch_bytes(static_cast<int>(h.bits))));
+          const int64_t batches = ceil_div(columns, kBatchColumns);
+          std::memset(
+              layout + plan.cells[cell], 0,
+              batches * (h.kind == SparseKind::sparse24 ? batch_bytes(h.values) : code_batch_bytes(static_cast<int>(h.bits))));
         }
-        h.kind == SparseKind::sparse24 ? pack_24_tile(from, plan, tile, layout)
-                                       : pack_codes_tile(from, plan, tile, layout);
+        h.kind == SparseKind::sparse24 ? pack_24_tile(from, plan, tile, layout) : pack_codes_tile(from, plan, tile, layout);
       }
     });
   }

@@ -30,9 +30,9 @@ namespace pyllmq::cpu {
 
 constexpr int kCellRows = 16;
 constexpr int64_t kCellColumns = 256;
-constexpr int64_t kBatchColumns = 32;   // 8 groups of four
+constexpr int64_t kBatchColumns = 32;  // 8 groups of four
 constexpr int64_t kSparseStripTiles = 4;
-constexpr int64_t kReadAhead = 128;     // bytes behind the last value that kernels may read
+constexpr int64_t kReadAhead = 128;  // bytes behind the last value that kernels may read
 
 static constexpr int64_t batch_bytes(ValueType type) { return 4 * kCellRows + kBatchColumns / 2 * kCellRows * value_bytes(type); }
 static constexpr int64_t code_batch_bytes(int bits) { return (bits == 2 ? 2 : 3) * 4 * kCellRows; }
@@ -42,9 +42,9 @@ struct SparseHeader {
   int64_t bytes, rows, columns, kept;
   SparseKind kind;
   ValueType values;
-  int64_t bits;                  // of codes
-  StepOrder order;               // of the bytes of codes: that of the instruction set that packs the layout
-  int64_t checkpoint_columns;    // bytes of a column number where the checkpoint holds those, else 0
+  int64_t bits;                // of codes
+  StepOrder order;             // of the bytes of codes: that of the instruction set that packs the layout
+  int64_t checkpoint_columns;  // bytes of a column number where the checkpoint holds those, else 0
   int64_t has_scale, outliers, tiles, blocks;
   int64_t cells_offset, row_offsets_offset, scale_offset, codebook_offset;
   int64_t outlier_row_offsets_offset, outlier_columns_offset, outlier_values_offset, outlier_deltas_offset;

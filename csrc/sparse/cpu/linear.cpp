@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "runtime/counting.h"
 #include "runtime/isa.h"
 #include "runtime/thread_pool.h"
 #include "runtime/workspace.h"
@@ -44,12 +45,12 @@ struct Problem {
   const SparseKernels& kernels;
   const RowKernels& conversions;
   DType dtype;
-  const float* bias;  // [rows] or null
+  const float* bias = nullptr;  // [rows] or null
 
-  int64_t tokens;
-  const float* x;        // [tokens, columns]
-  const uint16_t* bf16;  // the same, where tiles read it
-  uint8_t* y;            // [tokens, rows]
+  int64_t tokens = 0;
+  const float* x = nullptr;        // [tokens, columns]
+  const uint16_t* bf16 = nullptr;  // the same, where tiles read it
+  uint8_t* y = nullptr;            // [tokens, rows]
 
   const SparseHeader& header() const { return view.header(); }
 };
@@ -59,15 +60,13 @@ struct Chunk {
 };
 
 // Chunks of at most a strip, at least four for each thread where there are tiles enough.
-int64_t chunk_tiles(int64_t tiles) {
-  return std::clamp<int64_t>(tiles / (4 * num_threads()), 1, kSparseStripTiles);
-}
+int64_t chunk_tiles(int64_t tiles) { return std::clamp<int64_t>(tiles / (4 * num_threads()), 1, kSparseStripTiles); }
 
 template <class Run>
 void for_chunks(const Problem& problem, double cost_ns, Run&& run) {
   const SparseHeader& h = problem.header();
-  const int64_t most = chunk_tiles(h.tiles), per_strip = (kSparseStripTiles + most - 1) / most;
-  const int64_t strips = (h.tiles + kSparseStripTiles - 1) / kSparseStripTiles;
+  const int64_t most = chunk_tiles(h.tiles), per_strip = ceil_div(kSparseStripTiles, most);
+  const int64_t strips = ceil_div(h.tiles, kSparseStripTiles);
   parallel_for(strips * per_strip, 1, cost_ns, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t strip = i / per_strip * kSparseStripTiles, tile = strip + i % per_strip * most;
@@ -209,8 +208,14 @@ void run_few_codes(const Problem& problem, Precision precision, uint8_t* workspa
   auto* units = reinterpret_cast<float*>(workspace + h.blocks * problem.tokens * bytes);
   if (!build_code_tables(problem, kind, workspace, units)) {
     for (int64_t t = 0; t < problem.tokens; ++t)
-      run_few({problem.view, kSparseScalar, problem.conversions, problem.dtype, problem.bias, 1, problem.x + t * h.columns,
-               nullptr, problem.y + t * h.rows * element_bytes(problem.dtype)},
+      run_few({.view = problem.view,
+               .kernels = kSparseScalar,
+               .conversions = problem.conversions,
+               .dtype = problem.dtype,
+               .bias = problem.bias,
+               .tokens = 1,
+               .x = problem.x + t * h.columns,
+               .y = problem.y + t * h.rows * element_bytes(problem.dtype)},
               reinterpret_cast<float*>(workspace));
     return;
   }
@@ -311,8 +316,8 @@ void run_more(const Problem& problem, const DecodeKernels& product, const BFloat
           tiles->multiply(pairs, reinterpret_cast<const uint16_t*>(packed + block * tiles->packed_bytes(tokens)), slots, tokens,
                           sums + tile * tile_sums);
         else
-          product.multiply(reinterpret_cast<uint8_t*>(expanded), packed + block * product.packed_bytes(tokens), slots,
-                           tokens, sums + tile * tile_sums);
+          product.multiply(reinterpret_cast<uint8_t*>(expanded), packed + block * product.packed_bytes(tokens), slots, tokens,
+                           sums + tile * tile_sums);
       }
     if (tiles != nullptr) tiles->end_chunk();
     for (int64_t t = 0; t < tokens; ++t) {
@@ -328,7 +333,7 @@ void run_more(const Problem& problem, const DecodeKernels& product, const BFloat
 
 // x [tokens, columns] -> [group of kColumnTokens, columns, token], filled up with zeros.
 void transpose_tokens(const Problem& problem, float* to) {
-  const int64_t columns = problem.header().columns, groups = (problem.tokens + kColumnTokens - 1) / kColumnTokens;
+  const int64_t columns = problem.header().columns, groups = ceil_div(problem.tokens, kColumnTokens);
   const double cost = kNsPerPackedElement * static_cast<double>(problem.tokens * columns);
   parallel_for(groups, 1, cost, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
@@ -365,40 +370,38 @@ void run_columns(const Problem& problem, const float* transposed) {
           for (int64_t t = 0; t < kColumnTokens; ++t) sums[t][r] = of_tokens[t];
         }
       }
-      for (int64_t t = 0; t < std::min(group, problem.tokens - begin); ++t)
-        store_rows(problem, begin + t, chunk, sums[t], false);
+      for (int64_t t = 0; t < std::min(group, problem.tokens - begin); ++t) store_rows(problem, begin + t, chunk, sums[t], false);
     }
   });
 }
 
 }  // namespace
 
-void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
-                   DType bias_dtype, void* y, Precision precision) {
+void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias, DType bias_dtype,
+                   void* y, Precision precision) {
   const SparseHeader& h = view.header();
-  Problem problem{view, sparse_kernels(h), row_kernels(), x_dtype, nullptr, 0, nullptr, nullptr, nullptr};
+  Problem problem{.view = view, .kernels = sparse_kernels(h), .conversions = row_kernels(), .dtype = x_dtype};
   const DecodeKernels& product =
       decode_kernels(active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows, Precision::exact);
   const int64_t few = h.kind == SparseKind::codes ? problem.kernels.few_code_tokens : problem.kernels.few_tokens;
   const bool is_few = tokens <= few;
   const bool in_tables = is_few && h.kind == SparseKind::codes && problem.kernels.code_tables != nullptr;
   const BFloat16Tiles* tiles = is_few || h.kind == SparseKind::columns ? nullptr : bfloat16_tiles(view, x_dtype);
-  const int64_t passes = (tokens + kMostTokens - 1) / kMostTokens, most = (tokens + passes - 1) / passes;
+  const int64_t passes = ceil_div(tokens, kMostTokens), most = ceil_div(tokens, passes);
   int64_t packed = 0;
   const bool transposes = h.kind == SparseKind::columns && tokens >= kFewestTransposed;
   if (transposes)
-    packed = (most + kColumnTokens - 1) / kColumnTokens * kColumnTokens * h.columns * 4;
+    packed = rounded_up(most, kColumnTokens) * h.columns * 4;
   else if (in_tables)
     packed = few_code_bytes(h, table_kind(precision, x_dtype, h.order), tokens);
   else if (h.kind != SparseKind::columns)
-    packed = h.blocks * (is_few              ? kCellColumns * tokens * x_floats(h) * 4
+    packed = h.blocks * (is_few             ? kCellColumns * tokens * x_floats(h) * 4
                          : tiles != nullptr ? tiles->packed_bytes(most)
                                             : product.packed_bytes(most));
   const int64_t converted = x_dtype == DType::fp32 || tiles != nullptr ? 0 : most * h.columns;
 
   thread_local Workspace workspace;
-  workspace.reserve(Workspace::need<uint8_t>(packed) + Workspace::need<float>(h.rows) +
-                    Workspace::need<float>(converted));
+  workspace.reserve(Workspace::need<uint8_t>(packed) + Workspace::need<float>(h.rows) + Workspace::need<float>(converted));
   auto* packed_x = workspace.take<uint8_t>(packed);
   auto* bias_fp32 = workspace.take<float>(h.rows);
   auto* x_fp32 = workspace.take<float>(converted);
@@ -460,8 +463,8 @@ void sparse_dequantize(const SparseView& view, void* out, DType dtype) {
         // A dot product with x = 1: the value, whatever its type.
         const float one = 1.0f;
         const uint32_t zero = 0;
-        float value = kSparseScalar.dot_columns[static_cast<int>(h.values)](
-            view.values() + i * value_bytes(h.values), reinterpret_cast<const uint8_t*>(&zero), 4, 1, &one);
+        float value = kSparseScalar.dot_columns[static_cast<int>(h.values)](view.values() + i * value_bytes(h.values),
+                                                                            reinterpret_cast<const uint8_t*>(&zero), 4, 1, &one);
         if (view.scale() != nullptr) value *= view.scale()[r];
         conversions.from_fp32[static_cast<int>(dtype)](&value, bytes + (r * h.columns + column) * element, 1);
       }

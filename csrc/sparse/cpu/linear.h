@@ -28,10 +28,10 @@ constexpr int64_t kColumnTokens = 16;  // side by side where each kept weight is
 //   codes      [group of four, token, 4 << bits]: the partial products
 struct CellWork {
   const uint8_t* cell;
-  StepOrder order;       // of codes
+  StepOrder order;  // of codes
   int64_t slots;
   const float* x;
-  float* sums;           // [token, kTileRows]; of the cell's half
+  float* sums;  // [token, kTileRows]; of the cell's half
 };
 
 // Codes in tables of fixed point.
@@ -54,20 +54,20 @@ static constexpr int64_t code_table_bytes(TableKind kind, int64_t bits) {
 
 // One row per ISA.
 struct SparseKernels {
-  int64_t few_tokens, few_code_tokens;  // at most so many share a pass
-  const CodeTableKernels* code_tables;  // [TableKind]; null: `codes` looks up products in fp32
+  int64_t few_tokens, few_code_tokens;            // at most so many share a pass
+  const CodeTableKernels* code_tables = nullptr;  // [TableKind]; null: `codes` looks up products in fp32
   // Index [tokens - 1]; null: not instantiated.
   using Multiply = void (*)(const CellWork& work);
-  Multiply bitmap[4][kMostFewTokens];    // [ValueType]
-  Multiply sparse24[4][kMostFewTokens];  // [ValueType]
-  Multiply codes[3][kMostFewTokens];     // [bits - 2]; where there are code_tables, null
+  Multiply bitmap[4][kMostFewTokens];      // [ValueType]
+  Multiply sparse24[4][kMostFewTokens];    // [ValueType]
+  Multiply codes[3][kMostFewTokens] = {};  // [bits - 2]; where there are code_tables, null
   // Weights [slots, 16] in fp32.
   void (*expand_bitmap[4])(const uint8_t* cell, int64_t slots, float* weights);
   void (*expand_24[4])(const uint8_t* cell, int64_t slots, float* weights);
   // Index [bits - 2]; codebook fp16 of the cell's first column on.
   void (*expand_codes[3])(const uint8_t* cell, StepOrder order, int64_t slots, const uint16_t* codebook, float* weights);
   // products[4 << bits] of a group; where there are code_tables, null.
-  void (*build_products)(const uint16_t* codebook, int bits, const float* x, float* products);
+  void (*build_products)(const uint16_t* codebook, int bits, const float* x, float* products) = nullptr;
   // Sum over the kept weights of one row, by ValueType; columns uint16 or uint32.
   float (*dot_columns[4])(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x);
   // The same for kColumnTokens tokens at once: x [columns, kColumnTokens], sums [kColumnTokens].
@@ -97,8 +97,8 @@ struct BFloat16Tiles {
 extern const BFloat16Tiles kBFloat16TilesAmx;
 
 // x and y [tokens, columns] and [tokens, rows], both of x_dtype; bias [rows] or null; tokens > 0.
-void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
-                   DType bias_dtype, void* y, Precision precision);
+void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias, DType bias_dtype,
+                   void* y, Precision precision);
 
 // W [rows, columns] in `dtype`.
 void sparse_dequantize(const SparseView& view, void* out, DType dtype);

@@ -4,6 +4,8 @@
 
 #include <cstring>
 
+#include "runtime/counting.h"
+#include "runtime/prefetch.h"
 #include "sparse/cpu/linear.h"
 
 namespace pyllmq::cpu {
@@ -13,10 +15,7 @@ constexpr int64_t kTileTokens = 16, kTileColumns = 32, kTileElements = kTileToke
 constexpr int64_t kHalfWeights = kCellColumns * kCellRows;
 constexpr int64_t kSumsStride = kTileRows * 4;
 
-inline void prefetch(const uint8_t* at) {  // the distances of the AVX-512 row
-  _mm_prefetch(reinterpret_cast<const char*>(at) + 2048, _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(at) + 4096, _MM_HINT_T1);
-}
+inline void prefetch(const uint8_t* at) { cpu::prefetch(at, kCellsAvx512); }
 
 void pack_weights(const float* weights, int64_t slots, uint16_t* pairs) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
@@ -75,9 +74,7 @@ void expand_24(const uint8_t* cell, int64_t slots, uint16_t* pairs) {
   }
 }
 
-int64_t packed_bytes(int64_t tokens) {
-  return (tokens + kTileTokens - 1) / kTileTokens * kTileTokens * kCellColumns * 2;
-}
+int64_t packed_bytes(int64_t tokens) { return rounded_up(tokens, kTileTokens) * kCellColumns * 2; }
 
 void pack_x(const uint16_t* x, int64_t stride, int64_t tokens, int64_t columns, int64_t slots, uint16_t* packed) {
   for (int64_t group = 0; group < tokens; group += kTileTokens)
@@ -142,13 +139,12 @@ void multiply(const uint16_t* pairs, const uint16_t* packed, int64_t slots, int6
   int64_t group = 0;
   for (; group + kTileTokens < tokens; group += 2 * kTileTokens)
     multiply_groups<2>(pairs, packed + group * slots, slots, sums + group * kTileRows);
-  for (; group < tokens; group += kTileTokens)
-    multiply_groups<1>(pairs, packed + group * slots, slots, sums + group * kTileRows);
+  for (; group < tokens; group += kTileTokens) multiply_groups<1>(pairs, packed + group * slots, slots, sums + group * kTileRows);
 }
 
 }  // namespace
 
-const BFloat16Tiles kBFloat16TilesAmx = {pack_weights, expand_bitmap, expand_24, packed_bytes,
+const BFloat16Tiles kBFloat16TilesAmx = {pack_weights, expand_bitmap, expand_24,   packed_bytes,
                                          pack_x,       multiply,      begin_chunk, end_chunk};
 
 }  // namespace pyllmq::cpu

@@ -5,18 +5,13 @@
 #include <cstring>
 
 #include "sparse/cpu/linear.h"
+#include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
 namespace {
 
-// From L2 to L1 and from memory to L2. 2 and 16 KiB: 2:4 takes 6 % longer.
-constexpr int kNearBytes = 1024, kFarBytes = 4096;
-
 // Relative to where a kernel reads; what it steps over (masks, positions) is fetched with a call of its own.
-inline void prefetch(const void* at) {
-  _mm_prefetch(static_cast<const char*>(at) + kNearBytes, _MM_HINT_T0);
-  _mm_prefetch(static_cast<const char*>(at) + kFarBytes, _MM_HINT_T1);
-}
+inline void prefetch(const void* at) { cpu::prefetch(at, kCellsAvx2); }
 
 // Where bit i of the byte is set: which value goes there; else zero (the top bit).
 struct ExpandTables {
@@ -322,7 +317,8 @@ float dot_columns(const uint8_t* values, const uint8_t* columns, int column_byte
     std::memcpy(rest_columns, columns, count * column_bytes);
     __m256 last = _mm256_setzero_ps();
     add(rest_values, rest_columns, last);
-    const __m256 used = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+    const __m256 used = _mm256_castsi256_ps(
+        _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
     sum[which] = _mm256_add_ps(sum[which], _mm256_and_ps(last, used));  // 0 * x[0] may not be 0
   }
   const __m256 total = _mm256_add_ps(sum[0], sum[1]);
@@ -362,31 +358,27 @@ void dot_tokens(const uint8_t* values, const uint8_t* columns, int column_bytes,
   _mm256_storeu_ps(sums + 8, _mm256_add_ps(sum[0][1], sum[1][1]));
 }
 
-#define PYLLMQ_FOUR(kernel, type) \
-  { kernel<type, 1>, kernel<type, 2>, kernel<type, 3>, kernel<type, 4> }
-#define PYLLMQ_TYPES(kernel)                                                           \
-  {                                                                                    \
-    PYLLMQ_FOUR(kernel, ValueType::fp32), PYLLMQ_FOUR(kernel, ValueType::bf16),        \
-        PYLLMQ_FOUR(kernel, ValueType::fp16), PYLLMQ_FOUR(kernel, ValueType::int8)     \
-  }
+#define PYLLMQ_FOUR(kernel, type) {kernel<type, 1>, kernel<type, 2>, kernel<type, 3>, kernel<type, 4>}
+#define PYLLMQ_TYPES(kernel)                                                                                         \
+  {PYLLMQ_FOUR(kernel, ValueType::fp32), PYLLMQ_FOUR(kernel, ValueType::bf16), PYLLMQ_FOUR(kernel, ValueType::fp16), \
+   PYLLMQ_FOUR(kernel, ValueType::int8)}
 
 }  // namespace
 
 const SparseKernels kSparseAvx2 = {
-    4,
-    8,
-    kCodeTablesAvx2,
-    PYLLMQ_TYPES(multiply_bitmap),
-    PYLLMQ_TYPES(multiply_24),
-    {},
-    {expand_bitmap<ValueType::fp32>, expand_bitmap<ValueType::bf16>, expand_bitmap<ValueType::fp16>,
-     expand_bitmap<ValueType::int8>},
-    {expand_24<ValueType::fp32>, expand_24<ValueType::bf16>, expand_24<ValueType::fp16>, expand_24<ValueType::int8>},
-    {expand_codes<2>, expand_codes<3>, expand_codes<4>},
-    nullptr,
-    {dot_columns<ValueType::fp32>, dot_columns<ValueType::bf16>, dot_columns<ValueType::fp16>,
-     dot_columns<ValueType::int8>},
-    {dot_tokens<ValueType::fp32>, dot_tokens<ValueType::bf16>, dot_tokens<ValueType::fp16>, dot_tokens<ValueType::int8>},
+    .few_tokens = 4,
+    .few_code_tokens = 8,
+    .code_tables = kCodeTablesAvx2,
+    .bitmap = PYLLMQ_TYPES(multiply_bitmap),
+    .sparse24 = PYLLMQ_TYPES(multiply_24),
+    .expand_bitmap = {expand_bitmap<ValueType::fp32>, expand_bitmap<ValueType::bf16>, expand_bitmap<ValueType::fp16>,
+                      expand_bitmap<ValueType::int8>},
+    .expand_24 = {expand_24<ValueType::fp32>, expand_24<ValueType::bf16>, expand_24<ValueType::fp16>, expand_24<ValueType::int8>},
+    .expand_codes = {expand_codes<2>, expand_codes<3>, expand_codes<4>},
+    .dot_columns = {dot_columns<ValueType::fp32>, dot_columns<ValueType::bf16>, dot_columns<ValueType::fp16>,
+                    dot_columns<ValueType::int8>},
+    .dot_tokens = {dot_tokens<ValueType::fp32>, dot_tokens<ValueType::bf16>, dot_tokens<ValueType::fp16>,
+                   dot_tokens<ValueType::int8>},
 };
 
 }  // namespace pyllmq::cpu

@@ -3,19 +3,13 @@
 #include <immintrin.h>
 
 #include "sparse/cpu/linear.h"
+#include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
 namespace {
 
-// From L2 to L1 and from memory to L2. 4096 x 4096, 2 threads, 2:4 in bf16 and fp32: 690 and 1154 us, 718 and 1280 where
-// the second is 16 KiB; bitmaps take as long with either. One distance alone: 1.3 to 1.6 times as long.
-constexpr int kNearBytes = 2048, kFarBytes = 4096;
-
 // Relative to where a kernel reads; what it steps over (masks, positions) is fetched with a call of its own.
-inline void prefetch(const void* at) {
-  _mm_prefetch(static_cast<const char*>(at) + kNearBytes, _MM_HINT_T0);
-  _mm_prefetch(static_cast<const char*>(at) + kFarBytes, _MM_HINT_T1);
-}
+inline void prefetch(const void* at) { cpu::prefetch(at, kCellsAvx512); }
 
 inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }
 // Of what an expansion reads: the pin keeps gcc from folding the load into it.
@@ -332,36 +326,31 @@ void dot_tokens(const uint8_t* values, const uint8_t* columns, int column_bytes,
   _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
 }
 
-#define PYLLMQ_EIGHT(kernel, type)                                                                             \
-  {                                                                                                            \
-    kernel<type, 1>, kernel<type, 2>, kernel<type, 3>, kernel<type, 4>, kernel<type, 5>, kernel<type, 6>,      \
-        kernel<type, 7>, kernel<type, 8>                                                                       \
-  }
-#define PYLLMQ_TYPES(kernel)                                                                 \
-  {                                                                                          \
-    PYLLMQ_EIGHT(kernel, ValueType::fp32), PYLLMQ_EIGHT(kernel, ValueType::bf16),            \
-        PYLLMQ_EIGHT(kernel, ValueType::fp16), PYLLMQ_EIGHT(kernel, ValueType::int8)         \
-  }
-#define PYLLMQ_FOUR(kernel, type) \
-  { kernel<type, 1>, kernel<type, 2>, kernel<type, 3>, kernel<type, 4> }
+#define PYLLMQ_EIGHT(kernel, type)                                     \
+  {kernel<type, 1>, kernel<type, 2>, kernel<type, 3>, kernel<type, 4>, \
+   kernel<type, 5>, kernel<type, 6>, kernel<type, 7>, kernel<type, 8>}
+#define PYLLMQ_TYPES(kernel)                                                                                            \
+  {PYLLMQ_EIGHT(kernel, ValueType::fp32), PYLLMQ_EIGHT(kernel, ValueType::bf16), PYLLMQ_EIGHT(kernel, ValueType::fp16), \
+   PYLLMQ_EIGHT(kernel, ValueType::int8)}
+#define PYLLMQ_FOUR(kernel, type) {kernel<type, 1>, kernel<type, 2>, kernel<type, 3>, kernel<type, 4>}
 
 }  // namespace
 
 const SparseKernels kSparseAvx512 = {
-    8,
-    4,
-    nullptr,
-    PYLLMQ_TYPES(multiply_bitmap),
-    PYLLMQ_TYPES(multiply_24),
-    {PYLLMQ_FOUR(multiply_codes, 2), PYLLMQ_FOUR(multiply_codes, 3), PYLLMQ_FOUR(multiply_codes, 4)},
-    {expand_bitmap<ValueType::fp32>, expand_bitmap<ValueType::bf16>, expand_bitmap<ValueType::fp16>,
-     expand_bitmap<ValueType::int8>},
-    {expand_24<ValueType::fp32>, expand_24<ValueType::bf16>, expand_24<ValueType::fp16>, expand_24<ValueType::int8>},
-    {expand_codes<2>, expand_codes<3>, expand_codes<4>},
-    build_products,
-    {dot_columns<ValueType::fp32>, dot_columns<ValueType::bf16>, dot_columns<ValueType::fp16>,
-     dot_columns<ValueType::int8>},
-    {dot_tokens<ValueType::fp32>, dot_tokens<ValueType::bf16>, dot_tokens<ValueType::fp16>, dot_tokens<ValueType::int8>},
+    .few_tokens = 8,
+    .few_code_tokens = 4,
+    .bitmap = PYLLMQ_TYPES(multiply_bitmap),
+    .sparse24 = PYLLMQ_TYPES(multiply_24),
+    .codes = {PYLLMQ_FOUR(multiply_codes, 2), PYLLMQ_FOUR(multiply_codes, 3), PYLLMQ_FOUR(multiply_codes, 4)},
+    .expand_bitmap = {expand_bitmap<ValueType::fp32>, expand_bitmap<ValueType::bf16>, expand_bitmap<ValueType::fp16>,
+                      expand_bitmap<ValueType::int8>},
+    .expand_24 = {expand_24<ValueType::fp32>, expand_24<ValueType::bf16>, expand_24<ValueType::fp16>, expand_24<ValueType::int8>},
+    .expand_codes = {expand_codes<2>, expand_codes<3>, expand_codes<4>},
+    .build_products = build_products,
+    .dot_columns = {dot_columns<ValueType::fp32>, dot_columns<ValueType::bf16>, dot_columns<ValueType::fp16>,
+                    dot_columns<ValueType::int8>},
+    .dot_tokens = {dot_tokens<ValueType::fp32>, dot_tokens<ValueType::bf16>, dot_tokens<ValueType::fp16>,
+                   dot_tokens<ValueType::int8>},
 };
 
 }  // namespace pyllmq::cpu

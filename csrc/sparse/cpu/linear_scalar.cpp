@@ -100,8 +100,7 @@ void build_products(const uint16_t* codebook, int bits, const float* x, float* p
 }
 
 uint32_t read_column(const uint8_t* columns, int column_bytes, int64_t i) {
-  return column_bytes == 2 ? reinterpret_cast<const uint16_t*>(columns)[i]
-                           : reinterpret_cast<const uint32_t*>(columns)[i];
+  return column_bytes == 2 ? reinterpret_cast<const uint16_t*>(columns)[i] : reinterpret_cast<const uint32_t*>(columns)[i];
 }
 
 template <ValueType Type>
@@ -123,18 +122,26 @@ void dot_tokens(const uint8_t* values, const uint8_t* columns, int column_bytes,
 }  // namespace
 
 const SparseKernels kSparseScalar = {
-    1,
-    1,
-    nullptr,
-    {{multiply_bitmap<ValueType::fp32>}, {multiply_bitmap<ValueType::bf16>}, {multiply_bitmap<ValueType::fp16>}, {multiply_bitmap<ValueType::int8>}},
-    {{multiply_24<ValueType::fp32>}, {multiply_24<ValueType::bf16>}, {multiply_24<ValueType::fp16>}, {multiply_24<ValueType::int8>}},
-    {{multiply_codes<2>}, {multiply_codes<3>}, {multiply_codes<4>}},
-    {expand_bitmap<ValueType::fp32>, expand_bitmap<ValueType::bf16>, expand_bitmap<ValueType::fp16>, expand_bitmap<ValueType::int8>},
-    {expand_24<ValueType::fp32>, expand_24<ValueType::bf16>, expand_24<ValueType::fp16>, expand_24<ValueType::int8>},
-    {expand_codes<2>, expand_codes<3>, expand_codes<4>},
-    build_products,
-    {dot_columns<ValueType::fp32>, dot_columns<ValueType::bf16>, dot_columns<ValueType::fp16>, dot_columns<ValueType::int8>},
-    {dot_tokens<ValueType::fp32>, dot_tokens<ValueType::bf16>, dot_tokens<ValueType::fp16>, dot_tokens<ValueType::int8>},
+    .few_tokens = 1,
+    .few_code_tokens = 1,
+    .bitmap = {{multiply_bitmap<ValueType::fp32>},
+               {multiply_bitmap<ValueType::bf16>},
+               {multiply_bitmap<ValueType::fp16>},
+               {multiply_bitmap<ValueType::int8>}},
+    .sparse24 = {{multiply_24<ValueType::fp32>},
+                 {multiply_24<ValueType::bf16>},
+                 {multiply_24<ValueType::fp16>},
+                 {multiply_24<ValueType::int8>}},
+    .codes = {{multiply_codes<2>}, {multiply_codes<3>}, {multiply_codes<4>}},
+    .expand_bitmap = {expand_bitmap<ValueType::fp32>, expand_bitmap<ValueType::bf16>, expand_bitmap<ValueType::fp16>,
+                      expand_bitmap<ValueType::int8>},
+    .expand_24 = {expand_24<ValueType::fp32>, expand_24<ValueType::bf16>, expand_24<ValueType::fp16>, expand_24<ValueType::int8>},
+    .expand_codes = {expand_codes<2>, expand_codes<3>, expand_codes<4>},
+    .build_products = build_products,
+    .dot_columns = {dot_columns<ValueType::fp32>, dot_columns<ValueType::bf16>, dot_columns<ValueType::fp16>,
+                    dot_columns<ValueType::int8>},
+    .dot_tokens = {dot_tokens<ValueType::fp32>, dot_tokens<ValueType::bf16>, dot_tokens<ValueType::fp16>,
+                   dot_tokens<ValueType::int8>},
 };
 
 }  // namespace pyllmq::cpu

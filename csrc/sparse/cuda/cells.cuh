@@ -86,8 +86,8 @@ struct Values24Cells {
   }
 
   template <int kStep, int kTokenTiles, class X>
-  PYLLMQ_MEMBER static void multiply_step(const uint8_t* cell, int lane, const uint32_t (&positions)[kStripTiles],
-                                          const X& x, float (&sums)[kStripTiles][kTokenTiles][4]) {
+  PYLLMQ_MEMBER static void multiply_step(const uint8_t* cell, int lane, const uint32_t (&positions)[kStripTiles], const X& x,
+                                          float (&sums)[kStripTiles][kTokenTiles][4]) {
     StepX<kTokenTiles> fragments;
     x(kStep, fragments);
     PYLLMQ_UNROLL
@@ -164,8 +164,7 @@ struct Codes2Cells {
       far.decode_four(kept, 16, pairs[2], pairs[3]);
       const uint32_t positions = reinterpret_cast<const uint32_t*>(cell)[128 + tile * 32 + lane];
       PYLLMQ_UNROLL
-      for (int i = 0; i < kTokenTiles; ++i)
-        ptx::mma_sp_m16n8k32<kBf16, kStep>(sums[tile][i], pairs, fragments[i], positions);
+      for (int i = 0; i < kTokenTiles; ++i) ptx::mma_sp_m16n8k32<kBf16, kStep>(sums[tile][i], pairs, fragments[i], positions);
     }
   }
 };
@@ -209,8 +208,7 @@ struct Codes4Cells {
         pairs[r] = ptx::permute(look_up(entries, indices[0], r), look_up(entries, indices[1], r), r < 2 ? 0x5410 : 0x7632);
       const uint32_t positions = lane % 2 == 0 ? quad[0] : quad[1];
       PYLLMQ_UNROLL
-      for (int i = 0; i < kTokenTiles; ++i)
-        ptx::mma_sp_m16n8k32<kBf16, 0>(sums[tile][i], pairs, fragments[i], positions);
+      for (int i = 0; i < kTokenTiles; ++i) ptx::mma_sp_m16n8k32<kBf16, 0>(sums[tile][i], pairs, fragments[i], positions);
     }
   }
 
@@ -236,8 +234,7 @@ struct Codes4Cells {
   }
 
   // Byte r of the first and of the second: code + 16 position.
-  PYLLMQ_MEMBER static void both_indices(const uint8_t* cell, const Words<2>& quad, int tile, int lane,
-                                         uint32_t (&indices)[2]) {
+  PYLLMQ_MEMBER static void both_indices(const uint8_t* cell, const Words<2>& quad, int tile, int lane, uint32_t (&indices)[2]) {
     const uint32_t codes = reinterpret_cast<const uint32_t*>(cell)[tile * 32 + lane];
     const uint32_t kept = kept_of_lane(quad, lane);
     indices[0] = (codes & 0x0F0F0F0Fu) | (kept << 4 & 0x30303030u);

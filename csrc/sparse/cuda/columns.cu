@@ -10,6 +10,7 @@
 #include <string>
 
 #include "codebook/cuda/linear_outputs.cuh"
+#include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 #include "sparse/cuda/layout.h"
 #include "sparse/cuda/linear.h"
@@ -57,7 +58,8 @@ struct Entries {
   PYLLMQ_MEMBER int step(int i) const { return static_cast<int>(steps[i / 4] >> (8 * (i % 4)) & 255); }
   PYLLMQ_MEMBER float value(int i) const {
     if constexpr (kType == ValueType::fp32) return ptx::bits_to_fp32(values[i]);
-    if constexpr (kType == ValueType::bf16) return ptx::bits_to_fp32(i % 2 == 0 ? values[i / 2] << 16 : values[i / 2] & 0xFFFF0000u);
+    if constexpr (kType == ValueType::bf16)
+      return ptx::bits_to_fp32(i % 2 == 0 ? values[i / 2] << 16 : values[i / 2] & 0xFFFF0000u);
     if constexpr (kType == ValueType::fp16) return ptx::fp16_to_fp32(static_cast<uint16_t>(values[i / 2] >> (i % 2 * 16)));
     return static_cast<float>(static_cast<int8_t>(values[i / 4] >> (i % 4 * 8)));
   }
@@ -167,8 +169,6 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     });
   }
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <ValueType kType, int kTokens>
 void run(const SparsePlan& plan, const LinearCall& call, uintptr_t stream) {

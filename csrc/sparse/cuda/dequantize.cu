@@ -1,5 +1,5 @@
-// A sparse layout -> dense matrix. A warp spreads one step of 32 columns of a strip at a time, or one row of a panel of `columns`,
-// over zeros in shared memory, and stores rows from there.
+// A sparse layout -> dense matrix. A warp spreads one step of 32 columns of a strip at a time, or one row of a panel of
+// `columns`, over zeros in shared memory, and stores rows from there.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -61,9 +61,8 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) sparse_
     for (int step = 0; step < Cells::kColumns / kStepColumns; ++step) {
       for (int i = lane; i < kStripRows * kRowPitch / 2; i += 32) reinterpret_cast<uint32_t*>(staged)[i] = 0;
       ptx::sync_warp();
-      Cells::spread_step(at, tables, step, lane, next, [&](int row, int column, uint16_t weight) {
-        staged[row * kRowPitch + column % kStepColumns] = weight;
-      });
+      Cells::spread_step(at, tables, step, lane, next,
+                         [&](int row, int column, uint16_t weight) { staged[row * kRowPitch + column % kStepColumns] = weight; });
       ptx::sync_warp();
       const int64_t column = cell * Cells::kColumns + step * kStepColumns + lane;
       for (int row = 0; column < h.columns && row < rows; ++row) {
@@ -126,8 +125,8 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 3) sparse_columns_dequantize_kern
 
 }  // namespace
 
-void sparse_dequantize(const SparseOperand& operand, const uint8_t* layout, int64_t layout_bytes, int64_t rows,
-                       int64_t columns, void* weight, int dtype, uintptr_t stream) {
+void sparse_dequantize(const SparseOperand& operand, const uint8_t* layout, int64_t layout_bytes, int64_t rows, int64_t columns,
+                       void* weight, int dtype, uintptr_t stream) {
   if (layout_bytes < static_cast<int64_t>(sizeof(SparseHeader)))
     throw std::invalid_argument("the layout has " + std::to_string(layout_bytes) + " bytes, less than its header");
   const Arguments arguments{layout, layout_bytes, rows, columns, weight, static_cast<DType>(dtype)};

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "runtime/counting.h"
 #include "runtime/half.h"
 
 namespace pyllmq::cuda {
@@ -20,8 +21,6 @@ constexpr int kLanes = 32;
 constexpr uint32_t kFirstTwo = 4;  // positions 0 and 1: of a group that is only there to fill up
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("sparse layout (cuda): " + why); }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
 T* at(uint8_t* base, int64_t offset) {
@@ -67,8 +66,7 @@ struct PositionPlace {
 PositionPlace position_place(int row, int64_t group, bool one_step) {
   const Place p = place_of_group(row, group);
   const int c = static_cast<int>(group % 8 / 4), lane = row % 8 * 4 + static_cast<int>(2 * p.step) + c;
-  return {one_step ? p.tile * 16 + row % 8 * 2 + c : p.tile * kLanes + lane,
-          static_cast<int>(group % 4 * 4) + row % 16 / 8 * 16};
+  return {one_step ? p.tile * 16 + row % 8 * 2 + c : p.tile * kLanes + lane, static_cast<int>(group % 4 * 4) + row % 16 / 8 * 16};
 }
 
 // --- kept columns ----------------------------------------------------------------------------------------------------
@@ -204,12 +202,7 @@ Plan make_plan(const SparseCheckpoint& c, double sparse_columns) {
   if (h.kind == SparseKind::sparse24) h.stage_bytes = values24_bytes(h.values);
   if (h.kind == SparseKind::codes) h.stage_bytes = codes24_bytes(h.bits);
 
-  int64_t end = sizeof(SparseHeader);
-  const auto section = [&end](int64_t bytes) {
-    const int64_t begin = ceil_div(end, kAlignment) * kAlignment;
-    end = begin + bytes;
-    return begin;
-  };
+  Sections section{sizeof(SparseHeader), kAlignment};
   h.begin_offset = section(static_cast<int64_t>(plan.begin.size()) * 4);
   if (c.kind == SparseKind::bitmap) h.row_offsets_offset = section((h.rows + 1) * 4);
   if (c.scale != nullptr) h.scale_offset = section(h.rows * 4);
@@ -227,7 +220,7 @@ Plan make_plan(const SparseCheckpoint& c, double sparse_columns) {
   } else {
     h.data_offset = section(h.kind == SparseKind::bitmap ? int64_t{plan.begin.back()} * 16 : h.strips * h.cells * h.stage_bytes);
   }
-  h.bytes = ceil_div(end, kAlignment) * kAlignment;
+  h.bytes = section(0);
   return plan;
 }
 
@@ -265,8 +258,8 @@ void pack_bitmap_strip(const SparseCheckpoint& c, const SparseHeader& h, uint8_t
   const auto for_each = [&](auto&& body) {  // body(cell, place in it, place among the values)
     for (int64_t row = strip * kStripRows; row < std::min(h.rows, (strip + 1) * kStripRows); ++row)
       for_each_kept(c, row, [&](int64_t column, int64_t place) {
-        body(bitmap_cell(base, h, strip, column / width),
-             place_of_column(static_cast<int>(row % kStripRows), column % width), place);
+        body(bitmap_cell(base, h, strip, column / width), place_of_column(static_cast<int>(row % kStripRows), column % width),
+             place);
       });
   };
   for_each([](uint8_t* cell, const Place& p, int64_t) { at<uint32_t>(cell, 0)[p.step * kLanes + p.lane] |= 1u << mask_bit(p); });
@@ -358,9 +351,7 @@ uint32_t* positions_in(uint8_t* cell, const SparseHeader& h) {
   const int64_t before = h.kind == SparseKind::codes ? 512 : values24_bytes(h.values) - kPositionBytes;
   return at<uint32_t>(cell, before);
 }
-const uint32_t* positions_in(const uint8_t* cell, const SparseHeader& h) {
-  return positions_in(const_cast<uint8_t*>(cell), h);
-}
+const uint32_t* positions_in(const uint8_t* cell, const SparseHeader& h) { return positions_in(const_cast<uint8_t*>(cell), h); }
 bool one_step(const SparseHeader& h) { return h.kind == SparseKind::codes && h.bits > 2; }
 
 void put_positions(uint8_t* cell, const SparseHeader& h, int row, int64_t group, uint32_t positions) {
@@ -491,8 +482,8 @@ void pack_outliers(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* ba
 const SparseHeader& checked_sparse_header(const void* layout, int64_t layout_bytes) {
   if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % 8 != 0 ||
       layout_bytes < static_cast<int64_t>(sizeof(SparseHeader)))
-    refuse("needs a blob of at least " + std::to_string(sizeof(SparseHeader)) + " bytes, aligned to 8, given: " +
-           std::to_string(layout_bytes));
+    refuse("needs a blob of at least " + std::to_string(sizeof(SparseHeader)) +
+           " bytes, aligned to 8, given: " + std::to_string(layout_bytes));
   const auto& h = *static_cast<const SparseHeader*>(layout);
   if (h.magic != kSparseMagic || h.version != kSparseVersion)
     refuse("the blob was not made by this version of pyllmq, or is damaged; pack the weight again");

@@ -54,7 +54,7 @@ struct SparseHeader {
   int64_t checkpoint_columns;  // bytes of a column number where the checkpoint holds those, else 0
   int64_t strips, cells;       // cells of a strip; in `columns` panels
   int64_t stage_bytes;         // of the largest cell of a strip; in `columns` 0
-  int64_t begin_offset;        // bitmap: uint32 [strips, cells + 1] in units of 16 bytes; columns: [panels, rows + 1] in units of 8
+  int64_t begin_offset;  // bitmap: uint32 [strips, cells + 1] in units of 16 bytes; columns: [panels, rows + 1] in units of 8
   int64_t row_offsets_offset;  // int32 [rows + 1], of a bitmap's checkpoint
   int64_t scale_offset;        // fp32 [rows]; 0: none
   int64_t codebook_offset;
@@ -63,7 +63,7 @@ struct SparseHeader {
   int64_t outlier_values_offset;       // fp16 [outliers]
   int64_t outlier_deltas_offset;       // fp32 [outliers]: value - what the code under it stands for
   int64_t data_offset;
-  int64_t steps_offset;        // columns: uint8 [entries]
+  int64_t steps_offset;  // columns: uint8 [entries]
 };
 
 PYLLMQ_HOST_DEVICE bool describes(const SparseHeader& h, SparseKind kind, int64_t bytes, int64_t rows, int64_t columns) {
@@ -74,8 +74,8 @@ PYLLMQ_HOST_DEVICE bool describes(const SparseHeader& h, SparseKind kind, int64_
 PYLLMQ_HOST_DEVICE int cell_columns(SparseKind kind, int64_t bits) {
   return kStepColumns * (kind == SparseKind::bitmap ? 4 : kind == SparseKind::codes && bits > 2 ? 1 : 2);
 }
-constexpr int kMaskBytes = 8 * 32 * 4;     // of a cell of a bitmap
-constexpr int kPositionBytes = 4 * 32 * 4; // of two steps
+constexpr int kMaskBytes = 8 * 32 * 4;      // of a cell of a bitmap
+constexpr int kPositionBytes = 4 * 32 * 4;  // of two steps
 static inline int64_t values24_bytes(ValueType type) { return kStripRows * 32 * value_bytes(type) + kPositionBytes; }
 PYLLMQ_HOST_DEVICE int64_t codes24_bytes(int64_t bits) { return bits == 2 ? 512 + kPositionBytes : 512 + kPositionBytes / 2; }
 PYLLMQ_HOST_DEVICE int64_t cell_table_bytes(int64_t bits) { return bits == 2 ? 16 * 32 : 32 * 32; }

@@ -1,13 +1,14 @@
 // bitmap_linear, sparse24_linear and sparse24_codebook_linear for few tokens: W is the first operand of tensor core instructions,
 // spread or looked up in registers, or 2:4 sparse as it is (mma.sp); x is the second.
 //
-// A block takes up to 256 rows (four strips) and a range of cells of K; each of its warps takes every fourth cell, streams it strip
-// by strip through a ring in shared memory of its own, and keeps the sums of all rows in registers. Then the warps' sums are
-// added in order, outliers and scale applied; blocks that share rows leave their sums in a workspace (split_sums.cuh).
+// A block takes up to 256 rows (four strips) and a range of cells of K; each of its warps takes every fourth cell, streams it
+// strip by strip through a ring in shared memory of its own, and keeps the sums of all rows in registers. Then the warps' sums
+// are added in order, outliers and scale applied; blocks that share rows leave their sums in a workspace (split_sums.cuh).
 //
 // The columns of a block's product are tokens, or planes of tokens: values in fp16 and codes meet x in fp16 as in
 // codebook_linear (fp16_planes.cuh); values in bf16 meet fp16 x as the sum of two, fp32 x as the sum of three bf16 numbers,
 // exactly. int8 values become fp16.
+#include "runtime/counting.h"
 #include "sparse/cuda/linear.h"
 
 #include <algorithm>
@@ -25,11 +26,11 @@ namespace pyllmq::cuda {
 namespace {
 
 constexpr int kMostWarps = 4;
-constexpr int kBlockStrips = 4;                // with one tile of tokens, two with two
+constexpr int kBlockStrips = 4;  // with one tile of tokens, two with two
 constexpr int kSums = kBlockStrips * kStripRows * 8;
-constexpr int kMostTokens = 16;                // columns of the product
+constexpr int kMostTokens = 16;  // columns of the product
 constexpr int64_t kMostXBytes = 24 << 10;
-constexpr int kItemCost = 8;                   // what starts and ends an item, in cells of a strip (predicted)
+constexpr int kItemCost = 8;  // what starts and ends an item, in cells of a strip (predicted)
 
 struct Arguments {
   LinearCall call;
@@ -201,18 +202,15 @@ PYLLMQ_DEVICE void add_warps(const Work& w, const Arguments& a, float* total,
     ptx::sync_block();  // before the first turn: every warp is done with its ring
     if (turn != warp) continue;
     PYLLMQ_UNROLL
-    for (int strip = 0; strip < kBlockStrips / kTokenTiles; ++strip)
-      PYLLMQ_UNROLL
-      for (int tile = 0; tile < kStripTiles; ++tile)
-        PYLLMQ_UNROLL
-        for (int i = 0; i < kTokenTiles; ++i)
-          PYLLMQ_UNROLL
-          for (int e = 0; e < 4; ++e) {
-            const int column = i * 8 + lane % 4 * 2 + e % 2;
-            if (column >= w.columns()) continue;
-            float& to = total[column * kRows + strip * kStripRows + tile * 16 + lane / 4 + e / 2 * 8];
-            to = turn == 0 ? sums[strip][tile][i][e] : to + sums[strip][tile][i][e];
-          }
+    for (int strip = 0; strip < kBlockStrips / kTokenTiles; ++strip) PYLLMQ_UNROLL
+    for (int tile = 0; tile < kStripTiles; ++tile) PYLLMQ_UNROLL
+    for (int i = 0; i < kTokenTiles; ++i) PYLLMQ_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const int column = i * 8 + lane % 4 * 2 + e % 2;
+      if (column >= w.columns()) continue;
+      float& to = total[column * kRows + strip * kStripRows + tile * 16 + lane / 4 + e / 2 * 8];
+      to = turn == 0 ? sums[strip][tile][i][e] : to + sums[strip][tile][i][e];
+    }
   }
   ptx::sync_block();
 }
@@ -325,20 +323,16 @@ PYLLMQ_KERNEL void __launch_bounds__(kMostWarps * 32, Cells::kBlocks)
   }
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class Cells>
 int64_t warp_bytes(int64_t stage_bytes) {
   return Cells::kStages * (stage_bytes + Cells::kTableBytes) + Cells::kOwnBytes;
 }
 
-int64_t row_blocks_of(int64_t rows, int token_tiles) {
-  return ceil_div(ceil_div(rows, kStripRows), kBlockStrips / token_tiles);
-}
+int64_t row_blocks_of(int64_t rows, int token_tiles) { return ceil_div(ceil_div(rows, kStripRows), kBlockStrips / token_tiles); }
 
 template <class Cells>
-SparsePlan plan_for(const SparseOperand& operand, int64_t rows, int64_t columns, int64_t tokens, int dtype,
-                    int multiprocessors, int64_t shared_limit) {
+SparsePlan plan_for(const SparseOperand& operand, int64_t rows, int64_t columns, int64_t tokens, int dtype, int multiprocessors,
+                    int64_t shared_limit) {
   SparsePlan plan{};
   const int64_t planes = planes_of(Cells::kBf16, static_cast<DType>(dtype));
   plan.token_tiles = tokens * planes <= 8 ? 1 : 2;
@@ -355,8 +349,7 @@ SparsePlan plan_for(const SparseOperand& operand, int64_t rows, int64_t columns,
   plan.warps = kMostWarps;
   while (plan.warps > 1 && bytes(plan.warps, most_x) > shared_limit) plan.warps /= 2;
   // 1 KiB of every block, and of the device's limit, is the driver's.
-  const int64_t resident = std::clamp<int64_t>((shared_limit + 1024) / (bytes(plan.warps, most_x) + 1024), 1,
-                                               Cells::kBlocks);
+  const int64_t resident = std::clamp<int64_t>((shared_limit + 1024) / (bytes(plan.warps, most_x) + 1024), 1, Cells::kBlocks);
   const int64_t slots = multiprocessors * resident;
 
   int64_t least = std::numeric_limits<int64_t>::max();
@@ -383,8 +376,8 @@ template <class Cells, int kTokenTiles>
 void run(const SparseOperand& operand, const SparsePlan& plan, const LinearCall& call, uintptr_t stream) {
   const int64_t items = row_blocks_of(call.rows, kTokenTiles) * plan.token_blocks * plan.splits;
   if (items > std::numeric_limits<int32_t>::max())
-    throw std::invalid_argument("sparse_linear of " + std::to_string(call.tokens) + " tokens by [" +
-                                std::to_string(call.rows) + ", " + std::to_string(call.columns) +
+    throw std::invalid_argument("sparse_linear of " + std::to_string(call.tokens) + " tokens by [" + std::to_string(call.rows) +
+                                ", " + std::to_string(call.columns) +
                                 "] has more than 2^31 pieces of work; give fewer tokens at a time");
   const Arguments arguments{call,
                             static_cast<int>(operand.stage_bytes),

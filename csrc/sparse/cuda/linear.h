@@ -34,7 +34,7 @@ SparsePlan plan_sparse_columns_linear(int64_t rows, int64_t columns, int64_t tok
 void sparse_columns_linear(ValueType values, const LinearCall& call, uintptr_t stream);
 
 // weight [rows, columns] of dtype 0 fp32, 1 bf16, 2 fp16, from any sparse layout.
-void sparse_dequantize(const SparseOperand& operand, const uint8_t* layout, int64_t layout_bytes, int64_t rows,
-                       int64_t columns, void* weight, int dtype, uintptr_t stream);
+void sparse_dequantize(const SparseOperand& operand, const uint8_t* layout, int64_t layout_bytes, int64_t rows, int64_t columns,
+                       void* weight, int dtype, uintptr_t stream);
 
 }  // namespace pyllmq::cuda

@@ -519,8 +519,7 @@ class Arguments {
     throw std::invalid_argument(std::string(name) + " '" + given + "' is not known; allowed: " + list);
   }
   void finish() const {
-    for (const auto& [name, value] : left_)
-      throw py::type_error("unknown keyword argument '" + name.cast<std::string>() + "'");
+    for (const auto& [name, value] : left_) throw py::type_error("unknown keyword argument '" + name.cast<std::string>() + "'");
   }
 
  private:
@@ -563,31 +562,30 @@ Bound<AttentionStep> bound_attention_step(const py::kwargs& given) {
   Arguments arguments(given);
   const auto inputs = arguments.take<py::tuple>("inputs");
   const auto output = arguments.take<py::object>("output");
-  AttentionStep step{
-      .norm = arguments.norm("norm"),
-      .input = input_of(arguments, inputs),
-      .q_rows = rows_of<HeadRows>(arguments.take<Three>("q_rows")),
-      .k_rows = rows_of<HeadRows>(arguments.take<Three>("k_rows")),
-      .v_rows = rows_of<HeadRows>(arguments.take<Three>("v_rows")),
-      .heads = arguments.take<int64_t>("heads"),
-      .kv_heads = arguments.take<int64_t>("kv_heads"),
-      .head_size = arguments.take<int64_t>("head_size"),
-      .value_size = arguments.take<int64_t>("value_size"),
-      .q_norm = arguments.norm("q_norm"),
-      .k_norm = arguments.norm("k_norm"),
-      .v_norm = arguments.norm("v_norm"),
-      .norms_span_heads = arguments.take<bool>("norms_span_heads", false),
-      .norms_after_rotary = arguments.take<bool>("norms_after_rotary", false),
-      .rotary = arguments.choice<Rotary>("rotary", arguments.take<std::string>("rotary", "none"),
-                                         {"none", "halves", "interleaved"}),
-      .rotary_size = arguments.take<int64_t>("rotary_size", 0),
-      .scale = arguments.take<float>("scale"),
-      .soft_cap = arguments.take<float>("soft_cap", 0),
-      .window = arguments.take<int64_t>("window", 0),
-      .causal = arguments.take<bool>("causal", true),
-      .sinks = arguments.take<Floats>("sinks", {}),
-      .output = output_of(arguments, output),
-      .precision = precision_of(arguments.take<int>("precision", 1))};
+  AttentionStep step{.norm = arguments.norm("norm"),
+                     .input = input_of(arguments, inputs),
+                     .q_rows = rows_of<HeadRows>(arguments.take<Three>("q_rows")),
+                     .k_rows = rows_of<HeadRows>(arguments.take<Three>("k_rows")),
+                     .v_rows = rows_of<HeadRows>(arguments.take<Three>("v_rows")),
+                     .heads = arguments.take<int64_t>("heads"),
+                     .kv_heads = arguments.take<int64_t>("kv_heads"),
+                     .head_size = arguments.take<int64_t>("head_size"),
+                     .value_size = arguments.take<int64_t>("value_size"),
+                     .q_norm = arguments.norm("q_norm"),
+                     .k_norm = arguments.norm("k_norm"),
+                     .v_norm = arguments.norm("v_norm"),
+                     .norms_span_heads = arguments.take<bool>("norms_span_heads", false),
+                     .norms_after_rotary = arguments.take<bool>("norms_after_rotary", false),
+                     .rotary = arguments.choice<Rotary>("rotary", arguments.take<std::string>("rotary", "none"),
+                                                        {"none", "halves", "interleaved"}),
+                     .rotary_size = arguments.take<int64_t>("rotary_size", 0),
+                     .scale = arguments.take<float>("scale"),
+                     .soft_cap = arguments.take<float>("soft_cap", 0),
+                     .window = arguments.take<int64_t>("window", 0),
+                     .causal = arguments.take<bool>("causal", true),
+                     .sinks = arguments.take<Floats>("sinks", {}),
+                     .output = output_of(arguments, output),
+                     .precision = precision_of(arguments.take<int>("precision", 1))};
   arguments.finish();
   check_attention_step(step);
   return {std::move(step), py::make_tuple(inputs, output)};
@@ -615,22 +613,20 @@ Bound<MlpStep> bound_mlp_step(const py::kwargs& given) {
 }
 
 Norm norm_of(const std::string& kind, float eps, Floats weight, Floats bias) {
-  if (kind != "rms" && kind != "layer")
-    throw std::invalid_argument("norm '" + kind + "' is not known; allowed: rms, layer");
+  if (kind != "rms" && kind != "layer") throw std::invalid_argument("norm '" + kind + "' is not known; allowed: rms, layer");
   return {kind == "rms" ? NormKind::rms : NormKind::layer, eps, std::move(weight), std::move(bias)};
 }
 
 KeyValueCache cache_of(Pointer keys, Pointer values, int dtype, int64_t batch, int64_t kv_heads, int64_t capacity,
                        int64_t head_size, int64_t value_size, const Three& key_strides, const Three& value_strides) {
   const DType type = dtype_of(dtype);
-  return {elements(keys, type), elements(values, type), type,        batch,        kv_heads, capacity, head_size,
-          value_size,           key_strides,            value_strides};
+  return {elements(keys, type), elements(values, type), type, batch, kv_heads, capacity, head_size, value_size,
+          key_strides,          value_strides};
 }
 
 TypedTokens tokens_of(int64_t batch, int64_t queries, int dtype, Pointer cos, Pointer sin, std::vector<int64_t> starts,
                       Pointer mask, const std::array<int64_t, 2>& mask_strides) {
-  return {{batch, queries, as<float>(cos), as<float>(sin), std::move(starts), as<float>(mask), mask_strides[0],
-           mask_strides[1]},
+  return {{batch, queries, as<float>(cos), as<float>(sin), std::move(starts), as<float>(mask), mask_strides[0], mask_strides[1]},
           dtype_of(dtype)};
 }
 
@@ -651,8 +647,7 @@ void bind_decode_step(py::module_& m) {
              return std::make_unique<DenseOperand>(elements(weight, type), type, rows, columns);
            }),
            arg("weight"), arg("dtype"), arg("rows"), arg("columns"));
-  py::class_<Norm>(m, "Norm").def(py::init(&norm_of), arg("kind"), arg("eps"), arg("weight") = Floats{},
-                                  arg("bias") = Floats{});
+  py::class_<Norm>(m, "Norm").def(py::init(&norm_of), arg("kind"), arg("eps"), arg("weight") = Floats{}, arg("bias") = Floats{});
   py::class_<KeyValueCache>(m, "KeyValueCache")
       .def(py::init(&cache_of), py::kw_only(), arg("keys"), arg("values"), arg("dtype"), arg("batch"), arg("kv_heads"),
            arg("capacity"), arg("head_size"), arg("value_size"), arg("key_strides"), arg("value_strides"));
@@ -663,9 +658,8 @@ void bind_decode_step(py::module_& m) {
       .def(
           "__call__",
           [](const Bound<AttentionStep>& bound, Pointer x, Pointer y, const TypedTokens& tokens, const KeyValueCache& cache,
-             int64_t past, Pointer residual) {
-            attention_step(bound.step, tokens.call(x, residual, y), tokens.tokens, cache, past);
-          },
+             int64_t past,
+             Pointer residual) { attention_step(bound.step, tokens.call(x, residual, y), tokens.tokens, cache, past); },
           arg("x"), arg("y"), arg("tokens"), arg("cache"), arg("past"), arg("residual") = 0, NoGil());
   bind_step(m, "MlpStep", &bound_mlp_step)
       .def(

@@ -377,9 +377,7 @@ class AttentionStep:
         multiplier: float = 1.0,
         precision: int = 1,
     ) -> None: ...
-    def __call__(
-        self, x: int, y: int, tokens: StepTokens, cache: KeyValueCache, past: int, residual: int = 0
-    ) -> None:
+    def __call__(self, x: int, y: int, tokens: StepTokens, cache: KeyValueCache, past: int, residual: int = 0) -> None:
         """x, y, residual: the addresses of [batch, queries, hidden], contiguous, of the dtype of `tokens`; y may be x or the
         residual, 0 is no residual. Writes keys and values at positions past..past + queries of the cache and attends
         over the cache up to there."""

@@ -441,9 +441,11 @@ def test_left_padding(form):
     call.check(call.run())
 
 
-def test_positions_that_are_padding_are_never_read():
+@pytest.mark.parametrize("masked", [False, True])
+def test_positions_that_are_padding_are_never_read(masked):
     """One query: not even as a product with 0."""
-    call = Call(Attention(), batch=2, past=150, starts=[140, 3])
+    call = Call(Attention(), batch=2, past=150, starts=[140, 3], masked=masked)
+    call.mask = call.form.sight(2, 1, 151, call.starts).float()
     for sequence, start in enumerate(call.starts):
         for cached in (call.cache.keys, call.cache.values):
             cached[sequence, :, :start] = math.nan
@@ -691,12 +693,12 @@ def test_mlp_bits_do_not_depend_on_threads():
 # --- weights -------------------------------------------------------------------------------------------------------------
 
 
-def packed(kind: str, rows: int, columns: int) -> tuple[object, Tensor]:
-    """(operand object, the matrix that it stands for, fp32 and exact)."""
+def packed(kind: str, rows: int, columns: int) -> tuple[object, Tensor, Tensor]:
+    """(operand object, the matrix that it stands for, fp32 and exact, the memory that the object reads)."""
     if kind == "codebook":
         case = random_case(rows, columns, (2, 3, 4, 8), segments=2, outliers=0.01)
-        operand = cpu.prepack(case.weight.checkpoint_operand())
-        return cpu.bound("CodebookOperand", operand.tensors[0], rows, columns), case.dense.float()
+        (layout,) = cpu.prepack(case.weight.checkpoint_operand()).tensors
+        return cpu.bound("CodebookOperand", layout, rows, columns), case.dense.float(), layout
     weight = torch.randn(rows, columns).bfloat16()
     if kind == "bitmap":
         mask = unstructured_mask(weight, 0.5)
@@ -706,12 +708,8 @@ def packed(kind: str, rows: int, columns: int) -> tuple[object, Tensor]:
         weight, dense = Sparse24Weight.pack(weight, mask, torch.bfloat16), weight.float() * mask
     else:
         weight, dense = random_codes(rows, columns, 3)
-    operand = cpu_sparse.prepack(weight.checkpoint_operand())
-    LAYOUTS.append(operand)
-    return cpu.bound("SparseOperand", operand.tensors[0], rows, columns), dense.float()
-
-
-LAYOUTS: list[object] = []  # operand objects read their memory
+    (layout,) = cpu_sparse.prepack(weight.checkpoint_operand()).tensors
+    return cpu.bound("SparseOperand", layout, rows, columns), dense.float(), layout
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -720,15 +718,15 @@ def test_packed_weights_and_dense_siblings(kind, isa):
     """One operand packed, one dense, in both steps; precision "exact"."""
     with running(isa):
         form = Attention(bias=True, head_size=32)
-        first, form.weights[0] = packed(kind, *form.weights[0].shape)
-        out, form.out = packed(kind, *form.out.shape)
+        first, form.weights[0], _first = packed(kind, *form.weights[0].shape)
+        out, form.out, _out = packed(kind, *form.out.shape)
         step = form.native(inputs=(first, *(dense(w) for w in form.weights[1:])), output=out)
         call = Call(form, batch=2, queries=2, past=70)
         call.check(call.run(step))
 
         mlp = Mlp(bias=True, units=52)
-        up, mlp.weights[1] = packed(kind, *mlp.weights[1].shape)
-        down, mlp.down = packed(kind, *mlp.down.shape)
+        up, mlp.weights[1], _up = packed(kind, *mlp.weights[1].shape)
+        down, mlp.down, _down = packed(kind, *mlp.down.shape)
         step = mlp.native(inputs=(dense(mlp.weights[0]), up), output=down)
         x = torch.randn(2, 2, HIDDEN)
         exact = mlp.reference(x.double(), x.double())
@@ -738,8 +736,8 @@ def test_packed_weights_and_dense_siblings(kind, isa):
 def test_precision_may_be_set_later():
     form = Attention(residual=False)
     operands = [packed("codebook", *w.shape) for w in form.weights]
-    form.weights = [w for _, w in operands]
-    step = form.native(inputs=tuple(operand for operand, _ in operands))
+    form.weights = [w for _, w, _ in operands]
+    step = form.native(inputs=tuple(operand for operand, _, _ in operands))
     call = Call(form)
     exact, errors = call.run(step), []
     reference = call.reference(torch.float64)

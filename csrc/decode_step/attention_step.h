@@ -37,11 +37,11 @@ struct AttentionStep {
   bool norms_after_rotary = false;
   Rotary rotary = Rotary::none;
   int64_t rotary_size = 0;
-  float scale;              // of q k^T; a factor of q behind its Linear goes in here
-  float soft_cap = 0;       // s becomes cap * tanh(s / cap); 0: none
-  int64_t window = 0;       // a query sees so many keys, its own included; 0: all
-  bool causal = true;       // a query sees no key behind its own position
-  std::vector<float> sinks; // [heads]: logits of a key without value; empty: none
+  float scale;               // of q k^T; a factor of q behind its Linear goes in here
+  float soft_cap = 0;        // s becomes cap * tanh(s / cap); 0: none
+  int64_t window = 0;        // a query sees so many keys, its own included; 0: all
+  bool causal = true;        // a query sees no key behind its own position
+  std::vector<float> sinks;  // [heads]: logits of a key without value; empty: none
   OutputLinear output;
   Precision precision = Precision::high;
 };
@@ -56,9 +56,9 @@ struct KeyValueCache {
 
 // What is the same for all blocks at one token: who sees what, and the rotary positions.
 struct StepTokens {
-  int64_t batch, queries;            // tokens = batch * queries
-  const float *cos, *sin;            // [batch * queries, rotary_size / 2], null without rotary
-  std::vector<int64_t> starts;       // [batch]: first key that is no padding; empty: 0
+  int64_t batch, queries;       // tokens = batch * queries
+  const float *cos, *sin;       // [batch * queries, rotary_size / 2], null without rotary
+  std::vector<int64_t> starts;  // [batch]: first key that is no padding; empty: 0
   // Added to the scores, [batch, queries, past + queries]; it alone then says who sees what: no window, no causality, no
   // starts. -inf hides a key; a query that sees no key gets 0. Null: none.
   const float* mask;

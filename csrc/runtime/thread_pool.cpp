@@ -31,9 +31,7 @@ thread_local bool inside_task = false;
 std::atomic<int> hot_regions{0};
 std::atomic<int64_t> hot_until{0};  // ticks of the steady clock
 
-bool is_hot() {
-  return hot_regions.load() > 0 || std::chrono::steady_clock::now().time_since_epoch().count() < hot_until.load();
-}
+bool is_hot() { return hot_regions.load() > 0 || std::chrono::steady_clock::now().time_since_epoch().count() < hot_until.load(); }
 
 void pause_cpu() {
 #if defined(__x86_64__)

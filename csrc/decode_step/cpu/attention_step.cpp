@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #include "codebook/cpu/linear.h"
+#include "runtime/counting.h"
 #include "runtime/thread_pool.h"
 #include "decode_step/cpu/step_parts.h"
 
@@ -19,8 +22,6 @@ constexpr int64_t kChunksPerThread = 4;
 constexpr int64_t kMostPositions = 1 << 24;  // fp32 holds every position up to there
 constexpr double kNsPerProduct = 0.03, kNsPerPreparedElement = 1.5;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // --- q, k and v ----------------------------------------------------------------------------------------------------
 
@@ -68,10 +69,10 @@ struct Sizes {
         lanes(kernels.lanes),
         group(step.heads / step.kv_heads),
         rows(queries * group),
-        padded_rows(divide_up(rows, lanes) * lanes),
-        value_size(divide_up(step.value_size, lanes) * lanes),
+        padded_rows(rounded_up(rows, lanes)),
+        value_size(rounded_up(step.value_size, lanes)),
         units(batch * step.kv_heads),
-        part_keys(kPartKeys * divide_up(units * divide_up(length, kPartKeys), kMostParts)) {}
+        part_keys(kPartKeys * ceil_div(units * ceil_div(length, kPartKeys), kMostParts)) {}
 };
 
 // Which positions the rows of a sequence see.
@@ -80,20 +81,34 @@ struct Sight {
   float earliest_first, latest_first, earliest_last, latest_last;
 };
 
+// [first, last) of one query.
+std::pair<int64_t, int64_t> seen_positions(const AttentionStep& step, const StepTokens& tokens, const Sizes& sizes,
+                                           int64_t sequence, int64_t query) {
+  if (tokens.mask == nullptr) {
+    const int64_t position = sizes.past + query, start = tokens.starts.empty() ? 0 : tokens.starts[sequence];
+    return {std::max(step.window > 0 ? position + 1 - step.window : 0, start), step.causal ? position + 1 : sizes.length};
+  }
+  // What a mask hides at both ends is not read: padding, and what lies before a window.
+  const float* mask = tokens.mask + sequence * tokens.mask_batch_stride + query * tokens.mask_query_stride;
+  const auto is_seen = [](float added) { return added != -kInfinity; };
+  const int64_t first = std::find_if(mask, mask + sizes.length, is_seen) - mask;
+  int64_t last = sizes.length;
+  while (last > first && !is_seen(mask[last - 1])) --last;
+  return {first, last};
+}
+
 Sight sight_of(const AttentionStep& step, const StepTokens& tokens, const Sizes& sizes, int64_t sequence) {
-  Sight sight{std::vector<float>(sizes.padded_rows, 0.0f), std::vector<float>(sizes.padded_rows, kInfinity), kInfinity, 0,
-              kInfinity, 0};
-  const int64_t start = tokens.starts.empty() ? 0 : tokens.starts[sequence];
-  for (int64_t r = 0; r < sizes.rows; ++r) {
-    const int64_t position = sizes.past + r / sizes.group;
-    const bool limited = tokens.mask == nullptr;
-    const int64_t first = limited && step.window > 0 ? position + 1 - step.window : 0;
-    sight.first[r] = static_cast<float>(std::max(first, limited ? start : 0));
-    sight.last[r] = static_cast<float>(limited && step.causal ? position + 1 : sizes.length);
-    sight.earliest_first = std::min(sight.earliest_first, sight.first[r]);
-    sight.latest_first = std::max(sight.latest_first, sight.first[r]);
-    sight.earliest_last = std::min(sight.earliest_last, sight.last[r]);
-    sight.latest_last = std::max(sight.latest_last, sight.last[r]);
+  Sight sight{
+      std::vector<float>(sizes.padded_rows, 0.0f), std::vector<float>(sizes.padded_rows, kInfinity), kInfinity, 0, kInfinity, 0};
+  for (int64_t query = 0; query < sizes.queries; ++query) {
+    const auto seen = seen_positions(step, tokens, sizes, sequence, query);
+    const auto first = static_cast<float>(seen.first), last = static_cast<float>(seen.second);
+    std::fill_n(sight.first.begin() + query * sizes.group, sizes.group, first);
+    std::fill_n(sight.last.begin() + query * sizes.group, sizes.group, last);
+    sight.earliest_first = std::min(sight.earliest_first, first);
+    sight.latest_first = std::max(sight.latest_first, first);
+    sight.earliest_last = std::min(sight.earliest_last, last);
+    sight.latest_last = std::max(sight.latest_last, last);
   }
   return sight;
 }
@@ -133,8 +148,8 @@ void join_parts(const AttentionStep& step, const Sizes& sizes, float* memory, in
 }
 
 // q: [batch, kv_heads, rows / lanes, head_size, lanes]; context [token, heads, value_size].
-void attend(const AttentionStep& step, const StepTokens& tokens, const KeyValueCache& cache, const Sizes& sizes,
-            const float* q, float* context, Scratch& scratch) {
+void attend(const AttentionStep& step, const StepTokens& tokens, const KeyValueCache& cache, const Sizes& sizes, const float* q,
+            float* context, Scratch& scratch) {
   std::vector<Sight> sights;
   for (int64_t b = 0; b < sizes.batch; ++b) sights.push_back(sight_of(step, tokens, sizes, b));
   int64_t first_part = sizes.length / sizes.part_keys;
@@ -143,7 +158,7 @@ void attend(const AttentionStep& step, const StepTokens& tokens, const KeyValueC
     first_part = std::min(first_part, static_cast<int64_t>(sight.earliest_first) / sizes.part_keys);
     seen += sight.latest_last - sight.earliest_first;
   }
-  const int64_t parts = divide_up(sizes.length, sizes.part_keys) - first_part;
+  const int64_t parts = ceil_div(sizes.length, sizes.part_keys) - first_part;
   const int64_t units = sizes.units, floats = PartResult::floats(sizes);
   float* results = scratch.take(units * parts * floats);
   const double products = seen * static_cast<double>(step.kv_heads * sizes.padded_rows * (step.head_size + sizes.value_size));
@@ -199,18 +214,18 @@ void attend(const AttentionStep& step, const StepTokens& tokens, const KeyValueC
   });
 }
 
-void check_attention_call(const AttentionStep& step, const StepCall& call, const StepTokens& tokens,
-                          const KeyValueCache& cache, int64_t past) {
+void check_attention_call(const AttentionStep& step, const StepCall& call, const StepTokens& tokens, const KeyValueCache& cache,
+                          int64_t past) {
   check_call(call);
   require(tokens.batch == cache.batch && step.kv_heads == cache.kv_heads && step.head_size == cache.head_size &&
               step.value_size == cache.value_size,
           "batch, kv_heads, head_size and value_size of the cache are " +
-              list_of({cache.batch, cache.kv_heads, cache.head_size, cache.value_size}) + "; needed: " +
-              list_of({tokens.batch, step.kv_heads, step.head_size, step.value_size}));
+              list_of({cache.batch, cache.kv_heads, cache.head_size, cache.value_size}) +
+              "; needed: " + list_of({tokens.batch, step.kv_heads, step.head_size, step.value_size}));
   require(cache.keys != nullptr && cache.values != nullptr, "keys and values of the cache must not be null");
   require(past >= 0 && past + tokens.queries <= std::min(cache.capacity, kMostPositions),
-          "past = " + std::to_string(past) + " and " + std::to_string(tokens.queries) +
-              " queries; the cache has room for " + std::to_string(std::min(cache.capacity, kMostPositions)) + " positions");
+          "past = " + std::to_string(past) + " and " + std::to_string(tokens.queries) + " queries; the cache has room for " +
+              std::to_string(std::min(cache.capacity, kMostPositions)) + " positions");
   require(step.rotary == Rotary::none || (tokens.cos != nullptr && tokens.sin != nullptr),
           "this step rotates q and k; it needs cos and sin");
   require(tokens.starts.empty() || static_cast<int64_t>(tokens.starts.size()) == tokens.batch,
@@ -238,10 +253,10 @@ void check_attention_step(const AttentionStep& step) {
   check("q", step.q_rows, step.q_norm, step.heads, step.head_size);
   check("k", step.k_rows, step.k_norm, step.kv_heads, step.head_size);
   check("v", step.v_rows, step.v_norm, step.kv_heads, step.value_size);
-  require(step.rotary == Rotary::none ||
-              (step.rotary_size > 0 && step.rotary_size % 2 == 0 && step.rotary_size <= step.head_size),
-          "rotary_size = " + std::to_string(step.rotary_size) + "; allowed: even numbers up to the head size " +
-              std::to_string(step.head_size));
+  require(
+      step.rotary == Rotary::none || (step.rotary_size > 0 && step.rotary_size % 2 == 0 && step.rotary_size <= step.head_size),
+      "rotary_size = " + std::to_string(step.rotary_size) + "; allowed: even numbers up to the head size " +
+          std::to_string(step.head_size));
   require(step.soft_cap >= 0, "soft_cap must be > 0, or 0 for none");
   require(step.window >= 0 && (step.window == 0 || step.causal),
           "window = " + std::to_string(step.window) + "; allowed: 0 (all), or more in a causal step");

@@ -5,6 +5,7 @@
 
 #include "codebook/cpu/linear.h"
 #include "decode_step/cpu/step_kernels.h"
+#include "runtime/counting.h"
 #include "runtime/thread_pool.h"
 
 namespace pyllmq::cpu {
@@ -31,8 +32,8 @@ void DenseOperand::run(const void* x, DType x_dtype, int64_t tokens, const void*
   const float* x_fp32 = rows_in_fp32(conversions, x, x_dtype, 0, tokens, columns(), x_room.data());
   const float* bias_fp32 =
       bias == nullptr ? nullptr : rows_in_fp32(conversions, bias, bias_dtype, 0, 1, rows(), bias_room.data());
-  const int64_t chunks = (rows() + kChunkRows - 1) / kChunkRows;
-  const int64_t blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
+  const int64_t chunks = ceil_div(rows(), kChunkRows);
+  const int64_t blocks = ceil_div(tokens, kTokenBlock);
   const double cost = kNsPerByte * static_cast<double>(rows() * columns() * element_bytes(dtype_) * blocks);
   parallel_for(chunks, 1, cost, [&](int64_t chunk_begin, int64_t chunk_end) {
     alignas(64) float tile[kDotRows * kTileColumns];
@@ -47,8 +48,8 @@ void DenseOperand::run(const void* x, DType x_dtype, int64_t tokens, const void*
           int64_t stride = columns();
           if (dtype_ != DType::fp32) {
             for (int64_t r = 0; r < count; ++r)
-              conversions.to_fp32[static_cast<int>(dtype_)](from + r * columns() * element_bytes(dtype_),
-                                                            tile + r * kTileColumns, width);
+              conversions.to_fp32[static_cast<int>(dtype_)](from + r * columns() * element_bytes(dtype_), tile + r * kTileColumns,
+                                                            width);
             w = tile;
             stride = kTileColumns;
           }

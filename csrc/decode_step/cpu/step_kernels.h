@@ -16,19 +16,19 @@ constexpr int64_t kBlockKeys = 64;     // keys and values of 64 elements and 64 
 struct AttentionPart {
   int64_t rows, group;
   int64_t head_size, value_size;
-  const float* q;                  // [rows / lanes, head_size, lanes], already scaled, padding 0
-  const float *first, *last;       // [padded rows]: row r sees positions first[r] <= t < last[r]; exact up to 2^24
+  const float* q;                     // [rows / lanes, head_size, lanes], already scaled, padding 0
+  const float *first, *last;          // [padded rows]: row r sees positions first[r] <= t < last[r]; exact up to 2^24
   float latest_first, earliest_last;  // of the rows that are no padding
-  float soft_cap;                  // 0: none
-  const float* mask;               // of query 0 and position 0, or null
+  float soft_cap;                     // 0: none
+  const float* mask;                  // of query 0 and position 0, or null
   int64_t mask_query_stride;
 
-  int64_t begin, end;              // positions of this part
-  int64_t ahead_end;               // up to here this thread goes on
-  const void *keys, *values;       // of position 0
+  int64_t begin, end;         // positions of this part
+  int64_t ahead_end;          // up to here this thread goes on
+  const void *keys, *values;  // of position 0
   DType dtype;
-  int64_t key_stride, value_stride;                               // of a position, in elements
-  void (*to_fp32)(const void* from, float* to, int64_t count);    // of dtype
+  int64_t key_stride, value_stride;                             // of a position, in elements
+  void (*to_fp32)(const void* from, float* to, int64_t count);  // of dtype
 
   // Out. Over the positions of this part: largest score, sum of exp(score - largest), sum of exp(score - largest) * value.
   float *largest, *sums;  // [padded rows]; -inf and 0 where a row sees nothing

@@ -5,6 +5,7 @@
 
 #include "decode_step/cpu/step_functions.h"
 #include "decode_step/cpu/step_kernels.h"
+#include "runtime/counting.h"
 
 namespace pyllmq::cpu {
 namespace {
@@ -95,8 +96,7 @@ void add_values(const float* weights, const float* v, int64_t stride, int64_t ke
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j)
-      sums[r][j] = V::mul(V::load(out + r * out_stride + j * V::width), V::set(keep[r]));
+    for (int j = 0; j < kVectors; ++j) sums[r][j] = V::mul(V::load(out + r * out_stride + j * V::width), V::set(keep[r]));
   for (int64_t i = 0; i < keys; ++i) {
     ahead.fetch(i, column);
     typename V::R value[kVectors];
@@ -116,8 +116,8 @@ void add_values(const float* weights, const float* v, int64_t stride, int64_t ke
 }
 
 template <class V, int kRows>
-void add_values_to_rows(const float* weights, const float* v, int64_t stride, int64_t keys, const float* keep,
-                        const Ahead& ahead, float* out, int64_t size) {
+void add_values_to_rows(const float* weights, const float* v, int64_t stride, int64_t keys, const float* keep, const Ahead& ahead,
+                        float* out, int64_t size) {
   int64_t d = 0;
   for (; d + 2 * V::width <= size; d += 2 * V::width)
     add_values<V, kRows, 2>(weights, v + d, stride, keys, keep, ahead, d, out + d, size);
@@ -125,8 +125,8 @@ void add_values_to_rows(const float* weights, const float* v, int64_t stride, in
 }
 
 // Positions [begin, begin + count) in fp32, rows filled up to `padded`: where they lie, or converted into `room`.
-inline const float* block_in_fp32(const AttentionPart& part, const void* memory, int64_t stride, int64_t size,
-                                  int64_t padded, int64_t begin, int64_t count, float* room, int64_t* room_stride) {
+inline const float* block_in_fp32(const AttentionPart& part, const void* memory, int64_t stride, int64_t size, int64_t padded,
+                                  int64_t begin, int64_t count, float* room, int64_t* room_stride) {
   const auto* from = static_cast<const uint8_t*>(memory) + begin * stride * element_bytes(part.dtype);
   *room_stride = stride;
   if (part.dtype == DType::fp32 && size == padded) return reinterpret_cast<const float*>(from);
@@ -188,8 +188,8 @@ void soften(int64_t keys, float* scores, float* largest, float* sums, float* kee
 template <class V>
 void attend(const AttentionPart& part) {
   constexpr int64_t width = V::width;
-  const int64_t lane_groups = (part.rows + width - 1) / width;
-  const int64_t padded = (part.value_size + width - 1) / width * width;
+  const int64_t lane_groups = ceil_div(part.rows, width);
+  const int64_t padded = rounded_up(part.value_size, width);
   std::fill_n(part.largest, lane_groups * width, -kInfinity);
   std::fill_n(part.sums, lane_groups * width, 0.0f);
   std::fill_n(part.weighted, part.rows * padded, 0.0f);
@@ -198,10 +198,10 @@ void attend(const AttentionPart& part) {
   for (int64_t begin = part.begin; begin < part.end; begin += kBlockKeys) {
     const int64_t keys = std::min(kBlockKeys, part.end - begin);
     int64_t k_stride, v_stride;
-    const float* k = block_in_fp32(part, part.keys, part.key_stride, part.head_size, part.head_size, begin, keys, key_room,
-                                   &k_stride);
-    const float* v = block_in_fp32(part, part.values, part.value_stride, part.value_size, padded, begin, keys, value_room,
-                                   &v_stride);
+    const float* k =
+        block_in_fp32(part, part.keys, part.key_stride, part.head_size, part.head_size, begin, keys, key_room, &k_stride);
+    const float* v =
+        block_in_fp32(part, part.values, part.value_stride, part.value_size, padded, begin, keys, value_room, &v_stride);
     // What is converted is read in one go, a block ahead; else the values of this block are asked for beside its keys.
     const bool converted = k == key_room || v == value_room;
     const Ahead values_ahead(part, part.values, part.value_stride, converted ? begin + kBlockKeys : begin);
@@ -211,8 +211,7 @@ void attend(const AttentionPart& part) {
       const float* q = part.q + row * part.head_size;
       const Ahead& ahead = row == 0 ? values_ahead : nothing;
       int64_t i = 0;
-      for (; i + 8 <= keys; i += 8)
-        score_keys<V, 8>(q, k + i * k_stride, k_stride, part.head_size, ahead, i, scores + i * width);
+      for (; i + 8 <= keys; i += 8) score_keys<V, 8>(q, k + i * k_stride, k_stride, part.head_size, ahead, i, scores + i * width);
       for (; i < keys; ++i) score_keys<V, 1>(q, k + i * k_stride, k_stride, part.head_size, ahead, i, scores + i * width);
       limit_scores<V>(part, begin, keys, row, scores);
       soften<V>(keys, scores, part.largest + row, part.sums + row, keep);
@@ -220,9 +219,8 @@ void attend(const AttentionPart& part) {
       for (int64_t r = 0; r < rows; r += 4) {
         constexpr decltype(&add_values_to_rows<V, 1>) add[4] = {add_values_to_rows<V, 1>, add_values_to_rows<V, 2>,
                                                                 add_values_to_rows<V, 3>, add_values_to_rows<V, 4>};
-        add[std::min<int64_t>(4, rows - r) - 1](scores + r, v, v_stride, keys, keep + r,
-                                                row + r == 0 ? keys_ahead : nothing, part.weighted + (row + r) * padded,
-                                                padded);
+        add[std::min<int64_t>(4, rows - r) - 1](scores + r, v, v_stride, keys, keep + r, row + r == 0 ? keys_ahead : nothing,
+                                                part.weighted + (row + r) * padded, padded);
       }
     }
   }
@@ -242,10 +240,8 @@ template <class V>
 void activate(Activation activation, const float* gate, const float* up, int64_t count, float* y) {
   using R = typename V::R;
   switch (activation) {
-    case Activation::silu:
-      return activate_by<V>([](R x) { return V::mul(x, sigmoid<V>(x)); }, gate, up, count, y);
-    case Activation::gelu:
-      return activate_by<V>([](R x) { return V::mul(x, normal_distribution<V>(x)); }, gate, up, count, y);
+    case Activation::silu: return activate_by<V>([](R x) { return V::mul(x, sigmoid<V>(x)); }, gate, up, count, y);
+    case Activation::gelu: return activate_by<V>([](R x) { return V::mul(x, normal_distribution<V>(x)); }, gate, up, count, y);
     case Activation::gelu_tanh:  // (1 + tanh z) / 2 = sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
       return activate_by<V>(
           [](R x) {
@@ -256,8 +252,7 @@ void activate(Activation activation, const float* gate, const float* up, int64_t
     case Activation::relu:
       return activate_by<V>([](R x) { return V::select(V::above(V::set(0), x), V::set(0), x); }, gate, up, count, y);
     case Activation::relu_squared:
-      return activate_by<V>([](R x) { return V::select(V::above(V::set(0), x), V::set(0), V::mul(x, x)); }, gate, up,
-                            count, y);
+      return activate_by<V>([](R x) { return V::select(V::above(V::set(0), x), V::set(0), V::mul(x, x)); }, gate, up, count, y);
   }
 }
 
@@ -287,18 +282,22 @@ void dot(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int
     for (int r = 0; r < kRows; ++r) sums[t * kDotRows + r] += V::total(chains[r][t]);
 }
 
+// Sums of 64 registers are joined: one long chain would lose a digit.
 template <class V>
-void dot_rows(const float* w, int64_t w_stride, int64_t rows, const float* x, int64_t x_stride, int64_t tokens,
-              int64_t columns, float* sums) {
-  for (int64_t t = 0; t < tokens; t += 2) {
-    const float* x_t = x + t * x_stride;
-    float* sums_t = sums + t * kDotRows;
-    if (rows == kDotRows) {
-      (t + 1 < tokens ? dot<V, kDotRows, 2> : dot<V, kDotRows, 1>)(w, w_stride, x_t, x_stride, columns, sums_t);
-      continue;
+void dot_rows(const float* w, int64_t w_stride, int64_t rows, const float* x, int64_t x_stride, int64_t tokens, int64_t columns,
+              float* sums) {
+  for (int64_t c = 0; c < columns; c += 64 * V::width) {
+    const int64_t width = std::min<int64_t>(64 * V::width, columns - c);
+    for (int64_t t = 0; t < tokens; t += 2) {
+      const float* x_t = x + t * x_stride + c;
+      float* sums_t = sums + t * kDotRows;
+      if (rows == kDotRows) {
+        (t + 1 < tokens ? dot<V, kDotRows, 2> : dot<V, kDotRows, 1>)(w + c, w_stride, x_t, x_stride, width, sums_t);
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        (t + 1 < tokens ? dot<V, 1, 2> : dot<V, 1, 1>)(w + r * w_stride + c, w_stride, x_t, x_stride, width, sums_t + r);
     }
-    for (int64_t r = 0; r < rows; ++r)
-      (t + 1 < tokens ? dot<V, 1, 2> : dot<V, 1, 1>)(w + r * w_stride, w_stride, x_t, x_stride, columns, sums_t + r);
   }
 }
 

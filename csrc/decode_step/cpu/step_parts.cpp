@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "codebook/cpu/linear.h"
+#include "runtime/counting.h"
 #include "runtime/isa.h"
 #include "runtime/thread_pool.h"
 
@@ -41,7 +42,7 @@ void Scratch::clear() {
 }
 
 float* Scratch::take(int64_t count) {
-  const int64_t padded = (count + 15) / 16 * 16;
+  const int64_t padded = rounded_up(count, 16);
   if (used_ + padded > size_) {
     auto* memory = static_cast<float*>(std::aligned_alloc(64, padded * sizeof(float)));
     if (memory == nullptr) throw std::bad_alloc();
@@ -81,19 +82,19 @@ void check_input(const InputLinears& input, const Norm& norm) {
   require(!input.operands.empty(), "there is no input Linear");
   int64_t rows = 0;
   for (const LinearOperand* operand : input.operands) {
-    require(operand->columns() == input.operands[0]->columns(),
-            "the input Linears read " + list_of({input.operands[0]->columns(), operand->columns()}) +
-                " columns; all read the same x");
+    require(operand->columns() == input.operands[0]->columns(), "the input Linears read " +
+                                                                    list_of({input.operands[0]->columns(), operand->columns()}) +
+                                                                    " columns; all read the same x");
     rows += operand->rows();
   }
   require(input.bias.empty() || static_cast<int64_t>(input.bias.size()) == rows,
-          "input_bias has " + std::to_string(input.bias.size()) + " elements; the input Linears have " +
-              std::to_string(rows) + " rows");
+          "input_bias has " + std::to_string(input.bias.size()) + " elements; the input Linears have " + std::to_string(rows) +
+              " rows");
   check_norm("norm", norm, {input.operands[0]->columns()});
 }
 
-void check_rows(const std::string& name, const InputLinears& input, int64_t operand, int64_t first, int64_t stride,
-                int64_t count, int64_t width) {
+void check_rows(const std::string& name, const InputLinears& input, int64_t operand, int64_t first, int64_t stride, int64_t count,
+                int64_t width) {
   require(operand >= 0 && operand < static_cast<int64_t>(input.operands.size()),
           name + " are of operand " + std::to_string(operand) + " of " + std::to_string(input.operands.size()));
   const int64_t rows = input.operands[operand]->rows();
@@ -107,8 +108,8 @@ void check_output(const OutputLinear& output, int64_t columns) {
   require(output.operand->columns() == columns, "the output Linear reads " + std::to_string(output.operand->columns()) +
                                                     " columns, but is given " + std::to_string(columns));
   require(output.bias.empty() || static_cast<int64_t>(output.bias.size()) == rows,
-          "output_bias has " + std::to_string(output.bias.size()) + " elements; the output Linear has " +
-              std::to_string(rows) + " rows");
+          "output_bias has " + std::to_string(output.bias.size()) + " elements; the output Linear has " + std::to_string(rows) +
+              " rows");
   check_norm("output_norm", output.norm, {rows});
 }
 
@@ -165,8 +166,8 @@ void finish(const OutputLinear& output, const float* x, const StepCall& call, Pr
         const float* residual = rows_in_fp32(conversions, call.residual, call.dtype, t, 1, rows, converted + t * rows);
         for (int64_t i = 0; i < rows; ++i) y[i] += residual[i];
       }
-      conversions.from_fp32[static_cast<int>(call.dtype)](
-          y, static_cast<uint8_t*>(call.y) + t * rows * element_bytes(call.dtype), rows);
+      conversions.from_fp32[static_cast<int>(call.dtype)](y, static_cast<uint8_t*>(call.y) + t * rows * element_bytes(call.dtype),
+                                                          rows);
     }
   });
 }

@@ -32,8 +32,8 @@ std::string list_of(std::initializer_list<int64_t> numbers);
 void check_norm(const std::string& name, const Norm& norm, std::initializer_list<int64_t> allowed_sizes);
 void check_input(const InputLinears& input, const Norm& norm);
 // Of `count` groups of `width` rows, `stride` apart, all are rows of the operand.
-void check_rows(const std::string& name, const InputLinears& input, int64_t operand, int64_t first, int64_t stride,
-                int64_t count, int64_t width);
+void check_rows(const std::string& name, const InputLinears& input, int64_t operand, int64_t first, int64_t stride, int64_t count,
+                int64_t width);
 void check_output(const OutputLinear& output, int64_t columns);
 void check_call(const StepCall& call);
 

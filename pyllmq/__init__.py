@@ -37,8 +37,7 @@ from .nn import CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseLi
 from .ops import softmax_cdist_l1
 from .swap import swap_linear
 from .transport import doubly_stochastic, sinkhorn
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "BitmapWeight",

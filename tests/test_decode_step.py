@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyllmq import BitmapWeight, Sparse24Weight, _cpu
-from pyllmq.backends import cpu, cpu_sparse
+from pyllmq.backends.cpu import runtime as cpu
 from pyllmq.compression.magnitude import mask_24, unstructured_mask
 
 from .oracle import assert_as_good_as_torch, random_case
@@ -697,8 +697,8 @@ def packed(kind: str, rows: int, columns: int) -> tuple[object, Tensor, Tensor]:
     """(operand object, the matrix that it stands for, fp32 and exact, the memory that the object reads)."""
     if kind == "codebook":
         case = random_case(rows, columns, (2, 3, 4, 8), segments=2, outliers=0.01)
-        (layout,) = cpu.prepack(case.weight.checkpoint_operand()).tensors
-        return cpu.bound("CodebookOperand", layout, rows, columns), case.dense.float(), layout
+        operand = case.weight.operand()
+        return cpu.bound(operand, "CodebookOperand"), case.dense.float(), operand.tensors[0]
     weight = torch.randn(rows, columns).bfloat16()
     if kind == "bitmap":
         mask = unstructured_mask(weight, 0.5)
@@ -708,8 +708,8 @@ def packed(kind: str, rows: int, columns: int) -> tuple[object, Tensor, Tensor]:
         weight, dense = Sparse24Weight.pack(weight, mask, torch.bfloat16), weight.float() * mask
     else:
         weight, dense = random_codes(rows, columns, 3)
-    (layout,) = cpu_sparse.prepack(weight.checkpoint_operand()).tensors
-    return cpu.bound("SparseOperand", layout, rows, columns), dense.float(), layout
+    operand = weight.operand()
+    return cpu.bound(operand, "SparseOperand"), dense.float(), operand.tensors[0]
 
 
 @pytest.mark.parametrize("isa", ISAS)

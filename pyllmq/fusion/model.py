@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import cpu
-from ..nn import PackedLinear
+from ..backends.cpu import runtime as cpu
+from ..layers.linear import PackedLinear
+from .attention_functions import as_implemented, attention_implementation, mask_as_implemented
 from .cache import filled_cache
 from .grammar import Fitting, fit
 from .modules import FusedModule, Shared
 from .native import NotBoundError
 from .record import PROMPT, NotRecordedError, record_model
-from .transformers_names import as_implemented, attention_implementation, mask_as_implemented
 
 FUSED = "fused"
 

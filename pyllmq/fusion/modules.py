@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..backends import cpu
-from ..nn import PackedLinear
+from ..backends.cpu import runtime as cpu
+from ..integrations._transformers_internals import collects, implementation_of
+from ..layers.linear import PackedLinear
 from . import native
+from .attention_functions import attention_implementation
 from .cache import GrowingLayer, growing_layer
 from .grammar import Arguments, Fitting
 from .steps import Rotary
-from .transformers_names import attention_implementation, collects, implementation_of
 
 MOST_QUERIES, MOST_SEQUENCES = 8, 8
 """Of a call that is made as native steps. More tokens are a prompt: there torch's attention and the packed layers' own calls

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import cpu, cpu_sparse
-from ..dispatch import PRECISIONS
+from ..backends.cpu import runtime as cpu
+from ..layers.linear import PackedLinear
 from ..linears import dense_weight
-from ..nn import PackedLinear
+from ..operations import PRECISIONS
 from .cache import GrowingLayer
 from .steps import NONE, AttentionForm, MlpForm, Norm, Rotary, Rows
 
@@ -141,9 +141,8 @@ class Mlp:
 def _operand(linear: nn.Module) -> Any:
     if isinstance(linear, PackedLinear):
         operand = linear.operand()
-        if operand.layout == cpu.LAYOUT or operand.layout in cpu_sparse.LAYOUTS.values():
-            kind = "CodebookOperand" if operand.layout == cpu.LAYOUT else "SparseOperand"
-            return cpu.bound(kind, operand.tensors[0], operand.out_features, operand.in_features)
+        if operand.layout.startswith("cpu."):
+            return cpu.bound(operand, "CodebookOperand" if operand.kind == "codebook" else "SparseOperand")
         raise NotBoundError(f"a weight is laid out as {operand.layout!r}, not for the CPU's kernels")
     weight = dense_weight(linear)
     if weight.is_contiguous() and weight.dtype in cpu.DTYPE_CODE and weight.is_cpu:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..integrations._transformers_internals import MARKER, attention_marker
+from ..layers.linear import PackedLinear
 from ..linears import dense_weight, is_transposed_linear
-from ..nn import PackedLinear
-from .transformers_names import MARKER, attention_marker, recording_cache
+from .attention_functions import recording_cache
 
 SEQUENCES, PROMPT, TOKENS = 2, 5, 2
 _LARGE = 1 << 16

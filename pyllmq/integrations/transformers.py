@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .. import fusion
 from ..folders import METHOD, Description, Header, PackedFolder, copy_others, new_folder, read_config
 from ..formats import FormatError, Structure
 from ..layers.linear import packed_modules
@@ -77,12 +78,15 @@ def on_import() -> None:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def from_pretrained(folder: str | os.PathLike[str], *, auto_class: Any = None, **kwargs: Any) -> PreTrainedModel:
+def from_pretrained(
+    folder: str | os.PathLike[str], *, auto_class: Any = None, fuse: bool = False, **kwargs: Any
+) -> PreTrainedModel:
     """Load a packed model from a folder (or hub id), whatever kind of model it is.
 
     Args:
         folder: as written by `save_pretrained`.
         auto_class: for example `transformers.AutoModelForCausalLM`; None takes the class that config.json names.
+        fuse: let blocks run a few tokens as two native calls, see `pyllmq.fuse`; for generation on a CPU.
         kwargs: passed on to transformers.
 
     Raises FormatError for a folder that is damaged, incomplete, of an unknown version, or not packed at all. Tensors that only an
@@ -95,9 +99,14 @@ def from_pretrained(folder: str | os.PathLike[str], *, auto_class: Any = None, *
     arguments = {"trust_remote_code": False, **kwargs}
     with nullcontext() if opened is None else opened.description.handed_on():
         if auto_class is not None or kwargs.get("output_loading_info"):
-            return model_class.from_pretrained(folder, **arguments)
+            loaded = model_class.from_pretrained(folder, **arguments)
+            if fuse:
+                fusion.fuse(loaded[0] if isinstance(loaded, tuple) else loaded)
+            return loaded
         model, info = model_class.from_pretrained(folder, **{**arguments, "output_loading_info": True})
     expect_complete(folder, model, info)
+    if fuse:
+        fusion.fuse(model)
     return model
 
 

@@ -161,7 +161,7 @@ def versions() -> dict[str, str]:
     import safetensors
     import transformers
 
-    from ... import __version__
+    from ...version import __version__
 
     return {
         "pyllmq": __version__,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyllmq import BitmapWeight, Sparse24Weight, _cpu
 from pyllmq.backends.cpu import runtime as cpu
-from pyllmq.compression.magnitude import mask_24, unstructured_mask
+from pyllmq.packing import mask_24, unstructured_mask
 
 from .oracle import assert_as_good_as_torch, random_case
 from .test_sparse_formats import random_codes

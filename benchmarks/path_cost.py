@@ -42,11 +42,10 @@ def packed(shape: tuple[int, int], bits: str) -> WeightOperand:
 
 
 def call(operand: WeightOperand, x: torch.Tensor, y: torch.Tensor, path: str, precision: str) -> None:
-    (blob,) = operand.tensors
-    backends.cpu.runtime.kernels().codebook_linear(
-        blob.data_ptr(), blob.numel(), *operand.shape, x.data_ptr(), 0, x.shape[0], 0, 0,
-        y.data_ptr(), PATHS.index(path), PRECISIONS.index(precision),
-    )  # fmt: skip
+    backends.cpu.runtime.kernels()
+    bound = backends.cpu.runtime.bound(operand, "CodebookOperand")
+    precision_code = PRECISIONS.index(precision)
+    bound.linear_by(PATHS.index(path), x.data_ptr(), 0, x.shape[0], 0, 0, y.data_ptr(), precision_code)
 
 
 def both_paths_us(operand: WeightOperand, tokens: int, precision: str) -> dict[str, float]:

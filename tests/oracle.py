@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyllmq import CodebookWeight
+from pyllmq import CodebookWeight, formats
 
 
 @dataclass
@@ -87,3 +87,8 @@ def assert_as_good_as_torch(
     assert ours <= max(factor * theirs, roundings * one_rounding), (
         f"error {ours:.3e}, torch's own {theirs:.3e}, one rounding {one_rounding:.3e}"
     )
+
+
+def built_in_kinds() -> list[str]:
+    """The formats of the package: tests register others, for the whole process."""
+    return [kind for kind in formats.kinds() if formats.layer_type(kind).__module__.startswith("pyllmq.")]

@@ -132,8 +132,8 @@ def test_eval_works_on_a_dense_folder_too(source, capsys):
 
 def test_precision_reaches_the_packed_layers(source, packed, capsys, monkeypatch):
     asked = []
-    run = pyllmq.ops.codebook_linear
-    monkeypatch.setattr(pyllmq.ops, "codebook_linear", lambda *args: asked.append(args[3]) or run(*args))
+    run = pyllmq.ops.packed_linear
+    monkeypatch.setattr(pyllmq.ops, "packed_linear", lambda *args: asked.append(args[3]) or run(*args))
     assert main(["generate", str(packed), "--prompt", "The", "--max-new-tokens", "2", "--precision", "exact"]) == 0
     assert main(["eval", str(packed), "--seqlen", "16", "--max-tokens", "32", "--precision", "fast"]) == 0
     assert set(asked) == {"exact", "fast"}
@@ -153,9 +153,10 @@ def test_generate(packed, capsys):
 def test_inspect(packed, capsys):
     assert main(["inspect", str(packed)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 14 + 1 and "14 packed Linears" in lines[-1]
+    assert len(lines) == 1 + 14 + 2 and "14 packed Linears" in lines[-2]
+    assert lines[-1].startswith("other files: ") and "tokenizer.json" in lines[-1]
     structures = PackedFolder.open(packed).structures
-    assert f"{sum(s.nbytes for s in structures.values()) / 1e6:.2f} MB" in lines[-1]
+    assert f"{sum(s.nbytes for s in structures.values()) / 1e6:.2f} MB" in lines[-2]
 
 
 def test_doctor(capsys):
@@ -167,8 +168,8 @@ def test_doctor(capsys):
         "cpu        works",
         "cuda       missing",
         "reference  works",
-        "cpu        layout cpu\n             cpu.codebook_linear for 1, 2, 16, 64, 65, 512: tables of partial products",
-        "cuda       layout checkpoint\n             reference.codebook_linear for 1, 2, 16, 64, 65, 512: last row",
+        "cpu        layout cpu.codebook\n             cpu.codebook_linear for 1, 2, 16, 64, 65, 512: tables of partial products",
+        "cuda       layout checkpoint.codebook\n             reference.packed_linear for 1, 2, 16, 64, 65, 512: last row",
     ):
         assert expected in printed
 
@@ -201,7 +202,7 @@ def test_errors_are_one_line_on_stderr(source, packed, tmp_path, capsys):
         (["compress", str(source), out, "--calibration", str(tmp_path / "binary"), *small], "not UTF-8"),
         (["compress", str(source), out, "--calibration", str(tmp_path / "none"), *small], "No such file"),
         (["compress", str(source), out, "--include", "nothing", *small], "fits no Linear"),
-        (["inspect", str(source)], "not a packed folder"),
+        (["inspect", str(source)], "is not a pyllmq folder"),
         (["eval", str(tmp_path)], "no config.json"),
         (["bench", "--shapes", "gpt-17"], "gpt-17"),
         (["bench", "--m", "1,x"], "--m is"),

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import pyllmq
-from pyllmq import dispatch, formats, layouts
+from pyllmq import dispatch, layouts
 from pyllmq.backends import cuda
 from pyllmq.backends.cuda import runtime
 from pyllmq.operations import WeightProblem
+
+from .oracle import built_in_kinds
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
@@ -64,7 +66,7 @@ def test_available(extension, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert cuda.available() == (True, "a GPU, compute capability 9.0, built with CUDA 13.0")
-    assert all(layouts.layout_for(kind, "cuda").name == f"cuda.{kind}" for kind in formats.kinds())
+    assert all(layouts.layout_for(kind, "cuda").name == f"cuda.{kind}" for kind in built_in_kinds())
     with pyllmq.use_backend("reference"):
         assert layouts.layout_for("codebook", "cuda") is None
 

@@ -140,5 +140,5 @@ def test_every_order_of_threads_and_blocks_gives_the_same_bits(emulated, n, m): 
 
 
 def test_too_large_matrices_say_so():
-    with pytest.raises(pyllmq.NoKernelError, match="up to 65536 x 4096.*here 2x4097"):
+    with pytest.raises(pyllmq.NoKernelError, match="up to 65536 x 4096.*here 2 x 4097"):
         sinkhorn(torch.rand(2, 4097))

@@ -213,7 +213,7 @@ DAMAGE = {
     "unknown version": (lambda f: edit_config(f, lambda q: q.update(format_version=2)), "reads version 1"),
     "unknown key": (lambda f: edit_config(f, lambda q: q.update(run="import os")), "unknown keys"),
     "no modules": (lambda f: edit_config(f, lambda q: q.update(modules={})), "packed modules"),
-    "unknown kind": (lambda f: edit_config(f, lambda q: first_module(q).update(kind="x")), "reads: 'codebook'"),
+    "unknown kind": (lambda f: edit_config(f, lambda q: first_module(q).update(kind="x")), "reads: .*'codebook'"),
     "widths": (lambda f: edit_config(f, lambda q: first_module(q).update(columns={"3": 63})), "sum to in_features"),
     "shape": (lambda f: edit_config(f, lambda q: first_module(q).update(out_features=65)), r"\[65, 64\]|asks for"),
     "other module": (lambda f: edit_config(f, lambda q: q["modules"].update({"no.such": first_module(q)})), "no.such"),

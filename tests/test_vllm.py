@@ -7,7 +7,8 @@ import torch
 
 import pyllmq
 from pyllmq import CodebookLinear, FormatError, Sparse24Linear, SparseLinear
-from pyllmq.integrations import vllm as plugin
+from pyllmq.integrations import vllm_parts as plugin
+from pyllmq.integrations.vllm import register
 
 from . import models
 from .test_parallel import mixed_widths
@@ -126,8 +127,8 @@ def vllm_environment(tmp_path_factory):
     with set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
         init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
         initialize_model_parallel(1)
-        plugin.register()
-        plugin.register()
+        register()
+        register()
         yield
     torch.distributed.destroy_process_group()
 

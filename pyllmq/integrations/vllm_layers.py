@@ -16,7 +16,7 @@ from .. import ops
 from ..folders import METHOD, Description
 from ..formats import Structure, layer_type
 from ..layers.linear import PackedLinear
-from .vllm import Arrivals, modules_of_prefix, pieces_of_layer
+from .vllm_parts import Arrivals, modules_of_prefix, pieces_of_layer
 
 
 class PyllmqVllmConfig(QuantizationConfig):

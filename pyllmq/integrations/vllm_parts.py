@@ -1,0 +1,121 @@
+"""Which parts of which packed modules a vLLM layer holds: gathered while its tensors arrive. Needs no vLLM.
+
+The tensors of a packed module come as they stand in the checkpoint; as soon as a module's are complete, this rank's rows or
+columns are cut out. After loading, codebooks of the same widths become segments of one weight, one call; others stay side by
+side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import CodebookWeight, FormatError, PackedWeight, Structure, weight_type
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One packed module of the checkpoint and the part of it that one output partition of a vLLM layer needs."""
+
+    name: str
+    structure: Structure
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+    def cut(self, weight: PackedWeight) -> PackedWeight:
+        if self.rows != (0, self.structure.out_features):
+            weight = weight.cut_rows(*self.rows)
+        if self.columns != (0, self.structure.in_features):
+            weight = weight.cut_columns(*self.columns)
+        return weight
+
+
+@dataclass
+class Arrivals:
+    """The tensors of a layer's modules as the loader brings them, until a module is complete and its pieces are cut."""
+
+    pieces: Sequence[Piece]
+    waiting: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    parts: dict[int, PackedWeight] = field(default_factory=dict)
+
+    def add(self, name: str, key: str, tensor: Tensor) -> None:
+        structure = next(piece.structure for piece in self.pieces if piece.name == name)
+        tensors = self.waiting.setdefault(name, {})
+        tensors[key] = tensor
+        if set(tensors) < set(structure.tensors()):
+            return
+        try:
+            weight = weight_type(structure.kind).from_tensors(tensors, structure.out_features, structure.in_features)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from error
+        self.parts |= {i: piece.cut(weight) for i, piece in enumerate(self.pieces) if piece.name == name}
+        self.waiting[name] = {}
+
+    def weights(self) -> list[PackedWeight]:
+        """The parts in the order of the layer's outputs; neighbours that can share a call are one weight."""
+        missing = [piece.name for i, piece in enumerate(self.pieces) if i not in self.parts]
+        if missing:
+            raise FormatError(
+                f"the folder lacks tensors of {', '.join(missing)}; it is incomplete, copy or compress it again"
+            )
+        parts = [self.parts[i] for i in range(len(self.pieces))]
+        books = [part for part in parts if isinstance(part, CodebookWeight)]
+        if len(books) == len(parts) and all(torch.equal(book.column_bits, books[0].column_bits) for book in books):
+            return [CodebookWeight.concatenate(books)]
+        return parts
+
+
+def pieces_of_layer(
+    layer: Any, names: Sequence[str], structures: Mapping[str, Structure], outputs: Sequence[int], inputs: int
+) -> list[Piece]:
+    """What this rank's layer, with partitions of `outputs` rows and `inputs` columns, takes from its modules.
+
+    `names` is one module for each partition (q, k, v), or one for all of them where the checkpoint holds them as one.
+    """
+    if len(names) not in (1, len(outputs)):
+        raise ValueError(f"{', '.join(names)} cannot fill {len(outputs)} partitions")
+    rank, ranks = int(getattr(layer, "tp_rank", 0)), int(getattr(layer, "tp_size", 1))
+    replicas = [1, *[getattr(layer, "num_kv_head_replicas", 1)] * (len(outputs) - 1)]
+    pieces, first = [], 0
+    for i, size in enumerate(outputs):
+        name = names[i if len(names) > 1 else 0]
+        structure = structures[name]
+        start = 0 if len(names) > 1 else first
+        # A column-parallel layer has fewer rows than the checkpoint, a replicated or row-parallel one has all of them.
+        if (size if len(names) > 1 else sum(outputs)) < structure.out_features:
+            start += size * (rank // replicas[i])
+            size_of_all = size * ranks // replicas[i]
+        else:
+            size_of_all = size
+        first += size_of_all
+        column = 0 if inputs == structure.in_features else inputs * rank
+        piece = Piece(name, structure, (start, start + size), (column, column + inputs))
+        if piece.rows[1] > structure.out_features or piece.columns[1] > structure.in_features:
+            raise ValueError(
+                f"{name} is [{structure.out_features}, {structure.in_features}], too small for rows {piece.rows[0]} to "
+                f"{piece.rows[1]} and columns {piece.columns[0]} to {piece.columns[1]}, which rank {rank} of {ranks} needs"
+            )
+        pieces.append(piece)
+    return pieces
+
+
+def modules_of_prefix(
+    prefix: str, structures: Mapping[str, Structure], fused: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Packed modules of the checkpoint behind the vLLM layer `prefix`; none if it is dense."""
+    if prefix in structures:
+        return [prefix]
+    parent, _, leaf = prefix.rpartition(".")
+    names = [f"{parent}.{part}" if parent else part for part in fused.get(leaf, ())]
+    packed = [name for name in names if name in structures]
+    if packed and len(packed) < len(names):
+        dense = [name for name in names if name not in structures]
+        raise ValueError(
+            f"vLLM runs {', '.join(names)} as one layer, but {', '.join(dense)} {'is' if len(dense) == 1 else 'are'} dense; "
+            "compress all of them or none"
+        )
+    return packed

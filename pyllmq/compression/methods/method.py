@@ -153,8 +153,8 @@ class Method(Generic[Settings]):
             raise ValueError(f"{name}.weight: {bad} values are not finite; repair the model before packing it")
         try:
             packed = self.pack(weight)
-        except ValueError as error:
-            raise ValueError(f"{name}.weight: {error}") from error
+        except ValueError as refusal:
+            raise ValueError(f"{name}.weight: {refusal}") from refusal
         found = packed.dequantize()
         # Codebooks have a value at 0 by chance.
         pruned = float((found == 0).double().mean()) if packed.structure.kind != "codebook" else 0.0

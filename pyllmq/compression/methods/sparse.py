@@ -167,7 +167,8 @@ class Sparse(Method[SparseConfig]):
         return SparseConfig(**settings, quantize=quantize)
 
     def without_effect(self) -> dict[str, str]:
-        config, found = self.config, {}
+        config = self.config
+        found: dict[str, str] = {}
         if config.allocation == "uniform":
             found |= dict.fromkeys(("level", "spread"), "all matrices are pruned alike, allocation is 'uniform'")
         if config.allocation == "owl":

@@ -29,6 +29,8 @@ from .operations import (
     check_precision,
 )
 
+_Gradients = tuple[Tensor | None, ...]
+
 _library = torch.library.Library("pyllmq", "FRAGMENT")
 
 
@@ -42,6 +44,45 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> No
 
 def define_gradient(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
     torch.library.register_autograd(f"pyllmq::{name}", backward, setup_context=setup, lib=_library)
+
+
+class _Refusal(torch.autograd.Function):
+    """0 in front, an error behind: what an operation's second derivative depends on ends here."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, *inputs: Tensor) -> Tensor:
+        return torch.zeros((), dtype=inputs[0].dtype, device=inputs[0].device)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise second_derivative(ctx.name)
+
+
+def second_derivative(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"a second derivative of {name} was asked for (create_graph=True, a Hessian, a gradient penalty); it is differentiable "
+        "once. Detach its gradient, or write the operation in plain torch where second derivatives are needed"
+    )
+
+
+def differentiable_once(name: str, gradient: Callable[[], _Gradients], inputs: Sequence[Tensor]) -> _Gradients:
+    """The gradients that `gradient` computes, None among them. Their own derivative in any of `inputs` is an error.
+
+    torch's `once_differentiable` is not enough: `autograd.grad(..., allow_unused=True)`, and with it every Hessian of torch,
+    does not visit its error and answers 0.
+    """
+    with torch.no_grad():
+        found = gradient()
+    if not torch.is_grad_enabled():
+        return found
+    zero = _Refusal.apply(name, *inputs)  # type: ignore[no-untyped-call]
+    return tuple(None if each is None else each + zero.to(each.dtype) for each in found)
 
 
 class PackedWeight(Protocol):
@@ -169,20 +210,34 @@ def _packed_linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     operand = ctx.operand
     grad_x = grad_bias = None
     grad_weight: list[Tensor | None] = [None] * len(operand.tensors)
+    trained = [tensor for tensor in operand.tensors if ctx.trains and tensor.requires_grad]
+    name = "packed_linear with a trained weight"
     if ctx.needs_input_grad[0]:
-        dense = torch.ops.pyllmq.packed_dequantize(
-            operand.tensors, operand.kind, operand.layout, operand.meta, operand.shape, torch.float32
-        )
-        grad_x = (grad.float() @ dense).to(grad.dtype)
+        with torch.no_grad():
+            dense = torch.ops.pyllmq.packed_dequantize(
+                operand.tensors, operand.kind, operand.layout, operand.meta, operand.shape, torch.float32
+            )
+        grad_x = (grad.float() @ dense).to(grad.dtype)  # its derivative in dL/dy is torch's own
+        if trained:
+            of_x = grad_x
+            (grad_x,) = differentiable_once(name, lambda: (of_x,), trained)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[6]:
         grad_bias = grad.float().reshape(-1, operand.shape[0]).sum(0).to(ctx.bias_dtype)
     if ctx.trains:
         (x,) = ctx.saved_tensors
-        of_weight = grad.float().reshape(-1, operand.shape[0]).T @ x.float().reshape(-1, operand.shape[1])
         fields, gradients = _GRADIENTS[operand.kind]
-        for name, found in gradients(of_weight, operand).items():
-            place = fields.index(name)
-            grad_weight[place] = found.to(operand.tensors[place].dtype)
+        places: list[int] = []
+
+        def of_tensors() -> _Gradients:
+            of_weight = grad.float().reshape(-1, operand.shape[0]).T @ x.float().reshape(-1, operand.shape[1])
+            found = gradients(of_weight, operand)
+            places.extend(map(fields.index, found))
+            return tuple(
+                each.to(operand.tensors[place].dtype) for each, place in zip(found.values(), places, strict=True)
+            )
+
+        for place, found in zip(places, differentiable_once(name, of_tensors, (grad, x, *trained)), strict=True):
+            grad_weight[place] = found
     # torch takes a list of no numbers for one of tensors
     return grad_x, grad_weight, None, None, None if operand.meta else [], None, grad_bias, None
 
@@ -347,7 +402,7 @@ def softmax_cdist_l1(student_logits: Tensor, teacher_logits: Tensor, temperature
     """D[..., i, j] = sum over v of |softmax(student_logits / T)[..., i, v] - softmax(teacher_logits / T)[..., j, v]|.
 
     Neither side's probabilities are ever in memory as a whole; only two numbers per row are kept for the backward pass.
-    Differentiable once in both sides; where two probabilities are equal the derivative of their distance is 0.
+    Differentiable once in both sides (a second derivative is an error); where two probabilities are equal the derivative of their distance is 0.
 
     Args:
         student_logits: [..., B, V], float32, bfloat16, float16, or float64.
@@ -432,15 +487,19 @@ def _softmax_cdist_l1_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.save_for_backward(student, teacher, *statistics)
 
 
-def _softmax_cdist_l1_gradients(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, Tensor | None, None]:
+def _softmax_cdist_l1_gradients(ctx: Any, grad: Tensor, *_: object) -> _Gradients:
     student, teacher, statistics, teacher_statistics = ctx.saved_tensors
     backward = torch.ops.pyllmq.softmax_cdist_l1_backward
-    student_grad = teacher_grad = None
-    if ctx.needs_input_grad[0]:
-        student_grad = backward(grad, student, teacher, statistics, teacher_statistics, ctx.temperature)
-    if ctx.needs_input_grad[1]:
-        teacher_grad = backward(grad.mT, teacher, student, teacher_statistics, statistics, ctx.temperature)
-    return student_grad, teacher_grad, None
+
+    def gradients() -> _Gradients:
+        student_grad = teacher_grad = None
+        if ctx.needs_input_grad[0]:
+            student_grad = backward(grad, student, teacher, statistics, teacher_statistics, ctx.temperature)
+        if ctx.needs_input_grad[1]:
+            teacher_grad = backward(grad.mT, teacher, student, teacher_statistics, statistics, ctx.temperature)
+        return student_grad, teacher_grad, None
+
+    return differentiable_once("softmax_cdist_l1", gradients, (grad, student, teacher))
 
 
 def _softmax_cdist_l1_backward(

@@ -19,7 +19,7 @@ from .operations import (
     Normalisation,
     Transport,
 )
-from .ops import define, define_gradient
+from .ops import define, define_gradient, differentiable_once
 
 COST_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GRADIENTS = ("unroll", "implicit", "envelope")
@@ -101,7 +101,10 @@ def sinkhorn(
         return u.view(*batch, n), v.view(*batch, m)
     value = _dual_value(plan, u, v, followed, rho_a, rho_b)
     if grad == "envelope" and torch.is_grad_enabled():
-        value = value + _without_value(_value_at_fixed_potentials(plan, u, v, arguments, rho_a, rho_b))
+        slope = _value_at_fixed_potentials(plan, u, v, arguments, rho_a, rho_b)
+        if slope.requires_grad:  # fixed potentials have no second derivative
+            slope.register_hook(lambda grad: differentiable_once("sinkhorn", lambda: (grad,), (grad, *arguments))[0])
+        value = value + _without_value(slope)
     return value.view(batch)
 
 
@@ -262,12 +265,16 @@ def _sinkhorn_backward_of(
     ctx: Any, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor, *_: object
 ) -> tuple[Tensor | None, ...]:
     cost, a, b, epsilon, tape, count, *plan = ctx.saved_tensors
-    if ctx.grad == "implicit":
-        grads = _implicit_gradients(plan[0], a, b, epsilon, grad_plan, grad_u, grad_v, ctx.rho_a, ctx.rho_b)
-    else:
+    arriving = grad_plan, grad_u, grad_v
+
+    def gradients() -> tuple[Tensor, Tensor, Tensor]:
+        if ctx.grad == "implicit":
+            return _implicit_gradients(plan[0], a, b, epsilon, *arriving, ctx.rho_a, ctx.rho_b)
         backward = _sinkhorn_backward if _is_eager(grad_plan) else torch.ops.pyllmq.sinkhorn_backward
-        grads = backward(cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_v, ctx.rho_a, ctx.rho_b)
-    return *grads, None, None, None, None, None, None
+        return backward(cost, a, b, epsilon, tape, count, *arriving, ctx.rho_a, ctx.rho_b)
+
+    found = differentiable_once("sinkhorn", gradients, (cost, a, b, epsilon, *arriving))
+    return *found, None, None, None, None, None, None
 
 
 class _Sinkhorn(torch.autograd.Function):
@@ -277,7 +284,6 @@ class _Sinkhorn(torch.autograd.Function):
     setup_context = staticmethod(_sinkhorn_setup)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return _sinkhorn_backward_of(ctx, *grads)
 
@@ -474,7 +480,8 @@ def _doubly_stochastic_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 def _doubly_stochastic_backward_of(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (logits,) = ctx.saved_tensors
     backward = _doubly_stochastic_backward if _is_eager(grad) else torch.ops.pyllmq.doubly_stochastic_backward
-    return backward(logits, grad, *ctx.how), *[None] * len(ctx.how)
+    found = differentiable_once("doubly_stochastic", lambda: (backward(logits, grad, *ctx.how),), (logits, grad))
+    return *found, *[None] * len(ctx.how)
 
 
 class _DoublyStochastic(torch.autograd.Function):
@@ -484,7 +491,6 @@ class _DoublyStochastic(torch.autograd.Function):
     setup_context = staticmethod(_doubly_stochastic_setup)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return _doubly_stochastic_backward_of(ctx, *grads)
 

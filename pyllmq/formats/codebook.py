@@ -457,6 +457,13 @@ ops.define(
 )
 
 
+def _no_second_derivative(*_: object) -> None:
+    raise ops.second_derivative("codebook_gradient")
+
+
+ops.define_gradient("codebook_gradient", _no_second_derivative, lambda ctx, inputs, output: None)
+
+
 class CodebookLinear(PackedLinear):
     """y = x W^T + bias with W packed as codes and one codebook per input column (format `codebook`).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def kmeans_1d(
     weights: Tensor | None = None,
     method: str = "exact",
     seed: int = 0,
-    centroid_dtype: torch.dtype = torch.float32,
+    centroid_dtype: torch.dtype | None = None,
     packed: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -32,7 +32,7 @@ def kmeans_1d(
     weights: Tensor | None = None,
     method: str = "exact",
     seed: int = 0,
-    centroid_dtype: torch.dtype = torch.float32,
+    centroid_dtype: torch.dtype | None = None,
     packed: bool = False,
 ) -> list[tuple[Tensor, Tensor]]: ...
 def kmeans_1d(
@@ -41,7 +41,7 @@ def kmeans_1d(
     weights: Tensor | None = None,
     method: str = "exact",
     seed: int = 0,
-    centroid_dtype: torch.dtype = torch.float32,
+    centroid_dtype: torch.dtype | None = None,
     packed: bool = False,
 ) -> tuple[Tensor, Tensor] | list[tuple[Tensor, Tensor]]:
     """Cluster each row of `values` into k groups of the least (weighted) sum of squared distances to their centroids.
@@ -53,12 +53,14 @@ def kmeans_1d(
     not depend on the number of threads. See docs/kernels-kmeans.md.
 
     Args:
-        values: float [C, n], n >= 1; C problems. Worked on as float32; the results lie where `values` lies.
+        values: float [C, n], n >= 1; C problems. Worked on as float32, float64 values after their median is taken away and they
+            are scaled, so that an offset costs no precision; the results lie where `values` lies.
         k: number of centroids, 1 to 256; or several numbers, which then share one sort and one dynamic program.
         weights: float [C, n] or [n] >= 0, each problem with one > 0. A point of weight 0 has a code, moves no centroid.
         method: "exact", "windowed" or "lloyd".
         seed: of k-means++ (each problem starts from the same one); unused by the other methods.
-        centroid_dtype: torch.float32, or torch.float16: centroids are rounded to it before the codes are assigned.
+        centroid_dtype: torch.float64, torch.float32 or torch.float16; None is float64 for float64 values, float32 for others.
+            fp16 centroids are rounded before the codes are assigned; with float32 or fp16, float64 values are rounded first.
         packed: codes as `pack_codes` packs them, with ceil(log2 k) bits (at least 1).
 
     Returns:
@@ -74,16 +76,25 @@ def kmeans_1d(
     _check_method(method)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed!r}; allowed: an integer from 0 to 2**64 - 1")
-    if centroid_dtype not in (torch.float32, torch.float16):
-        raise ValueError(f"centroid_dtype is {centroid_dtype}; allowed: torch.float32, torch.float16")
+    if centroid_dtype not in (None, torch.float64, torch.float32, torch.float16):
+        raise ValueError(
+            f"centroid_dtype is {centroid_dtype}; allowed: None, torch.float64, torch.float32, torch.float16"
+        )
     points, weights = _checked_points(values, weights)
+    if centroid_dtype is None:
+        centroid_dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    frame = _frame(values, points) if centroid_dtype == torch.float64 else None
+    if frame is not None:
+        points = frame.points
 
     half = centroid_dtype == torch.float16
     kernel = KMEANS_1D.kernel_for(points.device.type, points.dtype, method)
     found = kernel(points, weights, ks, method, seed, half, packed)
     if half:
         _check_fits_half([centroids for centroids, _ in found], points)
-        found = [(centroids.half(), codes) for centroids, codes in found]
+    found = [(centroids.to(centroid_dtype), codes) for centroids, codes in found]
+    if frame is not None:
+        found = [(torch.ldexp(centroids, frame.exponent) + frame.centre, codes) for centroids, codes in found]
     return found[0] if isinstance(k, int) else found
 
 
@@ -101,7 +112,11 @@ def kmeans_1d_errors(values: Tensor, k: Sequence[int], weights: Tensor | None = 
         raise ValueError("method is 'lloyd'; allowed: 'exact', 'windowed': one run gives the errors of every k")
     _check_method(method)
     points, weights = _checked_points(values, weights)
-    return KMEANS_1D_ERRORS.kernel_for(points.device.type, points.dtype, method)(points, weights, ks, method)
+    frame = _frame(values, points)
+    if frame is not None:
+        points = frame.points
+    errors = KMEANS_1D_ERRORS.kernel_for(points.device.type, points.dtype, method)(points, weights, ks, method)
+    return errors if frame is None else torch.ldexp(errors, 2 * frame.exponent)
 
 
 def fit_columns(
@@ -228,6 +243,25 @@ def _checked_points(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Ten
             where = f"[{int((largest == 0).nonzero()[0])}]" if weights.dim() == 2 else ""
             raise ValueError(f"weights{where} are all 0; each problem needs at least one weight > 0")
     return points, weights
+
+
+class _Frame(NamedTuple):
+    """Float64 values as points * 2**exponent + centre, points in float32 [C, n] and at most 1; the others [C, 1]."""
+
+    points: Tensor
+    exponent: Tensor
+    centre: Tensor
+
+
+def _frame(values: Tensor, points: Tensor) -> _Frame | None:
+    """None where float32 holds every value: 1.7e9 seconds lie 128 apart there, and 1e-50 is 0."""
+    values = values.detach()
+    if values.dtype != torch.float64 or not values.numel() or torch.equal(points.double(), values):
+        return None
+    centre = values.median(-1, keepdim=True).values  # not the mean, which one far value moves away from all others
+    moved = values - centre
+    exponent = torch.frexp(moved.abs().amax(-1, keepdim=True)).exponent
+    return _Frame(torch.ldexp(moved, -exponent).float().contiguous(), exponent, centre)
 
 
 def _require_range(tensor: Tensor, name: str, allowed: str, least: float) -> None:

@@ -244,11 +244,39 @@ def test_dtypes_layouts_and_no_problem_at_all() -> None:
     values = torch.randn(64, 5).t()
     expected = kmeans_1d(values.contiguous(), 4)
     for given_values in (values, values.double()):
-        assert torch.equal(kmeans_1d(given_values, 4)[0], expected[0])
+        centroids, _ = kmeans_1d(given_values, 4)
+        assert centroids.dtype == given_values.dtype and torch.equal(centroids.float(), expected[0])
     half = values.bfloat16()
     assert torch.equal(kmeans_1d(half, 4)[0], kmeans_1d(half.float(), 4)[0])
     centroids, codes = kmeans_1d(torch.empty(0, 5), 4)
     assert centroids.shape == (0, 4) and codes.shape == (0, 5)
+
+
+@pytest.mark.parametrize("method", ["exact", "windowed", "lloyd"])
+@pytest.mark.parametrize(("offset", "unit"), [(1.7e9, 1.0), (-3e15, 1.0), (1.0, 1e-12), (0.0, 1e-60), (1e30, 1e18)])
+def test_float64_values_far_from_zero_or_tiny(method: str, offset: float, unit: float) -> None:
+    """Three clear groups whose distances float32 does not see, as well told apart as without offset and unit."""
+    groups = torch.cat([start + torch.arange(20.0, dtype=torch.float64) for start in (0, 60, 120)])
+    values = torch.stack([groups, groups.flip(0) * 2]) * unit + offset
+    centroids, codes = kmeans_1d(values, 3, method=method)
+    assert centroids.dtype == torch.float64
+    assert all(row.bincount(minlength=3).tolist() == [20, 20, 20] for row in codes)
+    best = 3 * 665.0 * unit**2 * torch.tensor([1.0, 4.0], dtype=torch.float64)  # sum (0 .. 19 - 9.5)^2 = 665
+    torch.testing.assert_close(error_of(values, centroids, codes), best, rtol=1e-2, atol=0)
+    if method != "lloyd":
+        errors = kmeans_1d_errors(values, [1, 3], method=method)
+        torch.testing.assert_close(errors[:, 1], best, rtol=1e-2, atol=0)
+        alone = (values - values.mean(1, keepdim=True)).square().sum(1)
+        torch.testing.assert_close(errors[:, 0], alone, rtol=1e-2, atol=0)
+
+
+def test_float64_values_with_one_far_off() -> None:
+    values = 1.7e9 + torch.tensor([[0.0, 1, 60, 61, 120, 121, -1.7e9]], dtype=torch.float64)
+    centroids, codes = kmeans_1d(values, 4, torch.ones(7))
+    assert sorted(codes[0].bincount(minlength=4).tolist()) == [1, 2, 2, 2]
+    assert torch.equal(kmeans_1d(values, 4, centroid_dtype=torch.float32)[0], kmeans_1d(values.float(), 4)[0])
+    of_floats = kmeans_1d(values.float(), 4, centroid_dtype=torch.float64)[0]
+    assert of_floats.dtype == torch.float64 and torch.equal(of_floats.float(), kmeans_1d(values.float(), 4)[0])
 
 
 @settings(max_examples=60, deadline=None)

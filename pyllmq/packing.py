@@ -5,12 +5,14 @@ What comes out are the arguments of the formats' `pack`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .kmeans import kmeans_1d
+from .structure import FP16_LEAST, lost_in_fp16
 
 MAX_OUTLIER_FRACTION = 0.5
 
@@ -72,7 +74,7 @@ def column_codes(weight: Tensor, column_bits: Tensor, outlier_fraction: float, r
     Least squared error for the widths asked for. Outliers are the round(N * outlier_fraction) weights of each column that lie
     farthest out, half of them at either end; codebooks are fitted to the others. With `row_scale` each row is divided by the
     root mean square of its other weights, and k-means weights the rows by its square, so that the squared error of W itself
-    stays what is minimised.
+    stays what is minimised. Where fp16 cannot hold a codebook without it, all rows get one power of two as their scale.
     """
     n, k = weight.shape
     _check(weight, outlier_fraction)
@@ -90,26 +92,35 @@ def column_codes(weight: Tensor, column_bits: Tensor, outlier_fraction: float, r
     scale = None
     if row_scale:
         inliers = importance.sum(0).clamp_min(1.0)
-        # Rounded to fp16 first: what is fitted is what is stored. A row of zeros, or one below fp16, keeps scale 1.
-        scale = ((columns * importance).square().sum(0) / inliers).sqrt().half().float()
-        scale[scale == 0] = 1.0
+        # Rounded to fp16 first: what is fitted is what is stored. A row of zeros keeps scale 1.
+        rms = ((columns * importance).square().sum(0) / inliers).sqrt()
+        scale = torch.where(rms > 0, rms.half().float().clamp_min(FP16_LEAST), 1.0)
         importance *= scale.square()
 
-    codes = torch.empty(k, n, dtype=torch.uint8, device="cpu")
-    centroids: dict[int, Tensor] = {}
-    scaled = columns if scale is None else columns / scale
-    for bits in column_bits.unique().tolist():
-        members = torch.nonzero(column_bits == bits).flatten()
-        fitted, codes[members] = kmeans_1d(scaled[members], 1 << bits, weights=importance[members])
-        centroids |= dict(zip(members.tolist(), fitted, strict=True))
+    centroids, codes = _fit(columns if scale is None else columns / scale, column_bits, importance)
+    reach = float(columns.abs().max()) if n and k else 0.0
+    if scale is None and reach < 1 and any(bool(lost_in_fp16(book[None])) for book in centroids):
+        scale = torch.full((n,), max(FP16_LEAST, math.ldexp(1.0, math.frexp(reach)[1])))
+        centroids, codes = _fit(columns / scale, column_bits, importance)
     return {
         "codes": codes.T.contiguous(),
-        "codebook": torch.cat([centroids[column] for column in range(k)]),
+        "codebook": torch.cat(centroids),
         "column_bits": column_bits,
         "outlier_mask": kept.T if outlier_fraction else None,
         "outlier_weight": columns.T if outlier_fraction else None,
         "row_scale": scale,
     }
+
+
+def _fit(columns: Tensor, column_bits: Tensor, importance: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Centroids of each column, and codes uint8 [K, n]."""
+    codes = torch.empty(columns.shape, dtype=torch.uint8, device="cpu")
+    centroids: dict[int, Tensor] = {}
+    for bits in column_bits.unique().tolist():
+        members = torch.nonzero(column_bits == bits).flatten()
+        fitted, codes[members] = kmeans_1d(columns[members], 1 << bits, weights=importance[members])
+        centroids |= dict(zip(members.tolist(), fitted, strict=True))
+    return [centroids[column] for column in range(len(columns))], codes
 
 
 def column_codes_24(weight: Tensor, mask: Tensor, bits: int, outlier_fraction: float) -> dict[str, Any]:

@@ -341,6 +341,34 @@ def finite_fp16(name: str, values: Tensor) -> Tensor:
     return half
 
 
+FP16_LEAST = 2.0**-24
+FP16_LOSS = 0.01
+"""Most that storing may take from the largest value of a row or codebook, as a share of it."""
+NEGLIGIBLE = 2.0**-11
+"""Rows below this share of the largest value are smaller than the fp16 rounding of that value."""
+
+
+def lost_in_fp16(values: Tensor) -> Tensor:
+    """Bool [rows]: rows of `values` [rows, n] that fp16 would distort by more than FP16_LOSS of their largest value."""
+    return (values - values.half().float()).abs().amax(-1) > FP16_LOSS * values.abs().amax(-1)
+
+
+def require_fp16(name: str, values: Tensor, advice: str) -> None:
+    """FormatError if fp16 distorts rows of `values` [rows, n]: it ends at 6e-8, below half of which there is 0."""
+    if values.dtype == torch.float16 or not values.numel():
+        return
+    parts = [part.float() for part in values.split(1024)]
+    largest = torch.cat([part.abs().amax(-1) for part in parts])
+    bad = torch.cat([lost_in_fp16(part) for part in parts]) & (largest > NEGLIGIBLE * largest.max())
+    if bool(bad.any()):
+        zeros = sum(int(((part != 0) & (part.half() == 0)).sum()) for part in parts)
+        raise FormatError(
+            f"{name} reaches {float(largest.max()):g}, too small for fp16: in {int(bad.sum())} of {len(bad)} rows it is off by more "
+            f"than {FP16_LOSS:.0%} of the largest value, and {zeros / max(int((values != 0).sum()), 1):.1%} of the values that are "
+            f"not 0 would become 0; {advice}"
+        )
+
+
 def expect_row_offsets(key: str, offsets: Tensor, count: int) -> None:
     if int(offsets[0]) != 0 or int(offsets[-1]) != count or bool((offsets.diff() < 0).any()):
         raise FormatError(f"{key} must rise from 0 to {count}, the number of values")

@@ -42,6 +42,7 @@ from ..structure import (
     outliers_of_columns,
     outliers_of_rows,
     register_format,
+    require_fp16,
 )
 from .codes import cut_codes, unpack_codes
 
@@ -202,6 +203,7 @@ class CodebookWeight(PackedWeight):
             "segment_rows": segment_rows.to(device, torch.int32),
         }
         if row_scale is not None:
+            require_fp16("row_scale", row_scale[:, None], "rescale the weight")
             tensors["row_scale"] = finite_fp16("row_scale", row_scale.to(device))
         if outlier_mask is not None and bool(outlier_mask.any()):
             if outlier_mask.shape != codes.shape or outlier_weight is None or outlier_weight.shape != codes.shape:
@@ -214,7 +216,9 @@ class CodebookWeight(PackedWeight):
             offsets[1:] = torch.cumsum(torch.bincount(row, minlength=n), 0)
             tensors["outlier_row_offsets"] = offsets.to(torch.int32)
             tensors["outlier_columns"] = column.to(column_dtype(k))
-            tensors["outlier_values"] = finite_fp16("outlier_weight", outlier_weight.to(device)[row, column])
+            outlier_values = outlier_weight.to(device)[row, column]
+            require_fp16("outlier_weight", outlier_values[None], "rescale the weight, or keep no outliers")
+            tensors["outlier_values"] = finite_fp16("outlier_weight", outlier_values)
         for bits in column_bits.unique().tolist():
             try:
                 tensors[f"codes_b{bits}"] = ops.pack_codes(codes[:, column_bits == bits].contiguous(), bits)

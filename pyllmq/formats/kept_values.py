@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..structure import FormatError
+from ..structure import FormatError, require_fp16
 
 VALUE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 
@@ -51,6 +51,8 @@ def stored_values(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | 
     if not bool(torch.isfinite(values).all()):
         reached = float(weight.float().abs().max())
         raise FormatError(f"the weight reaches {reached:g}, beyond {dtype}; choose torch.bfloat16 or torch.float32")
+    if dtype == torch.float16:
+        require_fp16("the weight", weight, "give value_dtype=torch.bfloat16, torch.float32 or torch.int8, or rescale it")
     return values, None
 
 

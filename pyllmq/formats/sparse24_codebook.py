@@ -37,6 +37,7 @@ from ..structure import (
     outliers_of_columns,
     outliers_of_rows,
     register_format,
+    require_fp16,
 )
 from .codes import cut_codes, unpack_codes
 from .kept_values import checked_weight
@@ -135,11 +136,15 @@ class Sparse24CodebookWeight(PackedWeight):
             packed = ops.pack_codes(kept.reshape(n, -1), bits)
         except (ValueError, RuntimeError) as error:
             raise FormatError(f"the codes do not fit the codebook's {bits} bits: {error}") from error
+        codebook = codebook.to(codes.device)
         tensors = {
             "codes": packed,
             "positions": ops.pack_codes(position_codes(places), GROUP),
-            "codebook": finite_fp16("codebook", codebook.to(codes.device)),
+            "codebook": finite_fp16("codebook", codebook),
         }
+        require_fp16(
+            "the codebook", codebook, "this format has no scale: rescale the weight, or use sparse24 with value_dtype=torch.int8"
+        )
         if outlier_mask is not None and bool(outlier_mask.any()):
             if outlier_mask.shape != codes.shape or outlier_weight is None or outlier_weight.shape != codes.shape:
                 given = None if outlier_weight is None else tuple(outlier_weight.shape)
@@ -151,7 +156,9 @@ class Sparse24CodebookWeight(PackedWeight):
             offsets[1:] = torch.bincount(row_of, minlength=n).cumsum(0)
             tensors["outlier_row_offsets"] = offsets.to(torch.int32)
             tensors["outlier_columns"] = column.to(column_dtype(k))
-            tensors["outlier_values"] = finite_fp16("outlier_weight", outlier_weight.to(codes.device)[row_of, column])
+            outlier_values = outlier_weight.to(codes.device)[row_of, column]
+            require_fp16("outlier_weight", outlier_values[None], "rescale the weight, or keep no outliers")
+            tensors["outlier_values"] = finite_fp16("outlier_weight", outlier_values)
         return cls.from_tensors(tensors, n, k)
 
     @classmethod

@@ -402,7 +402,8 @@ def softmax_cdist_l1(student_logits: Tensor, teacher_logits: Tensor, temperature
     """D[..., i, j] = sum over v of |softmax(student_logits / T)[..., i, v] - softmax(teacher_logits / T)[..., j, v]|.
 
     Neither side's probabilities are ever in memory as a whole; only two numbers per row are kept for the backward pass.
-    Differentiable once in both sides (a second derivative is an error); where two probabilities are equal the derivative of their distance is 0.
+    Differentiable once in both sides (a second derivative is an error); where two probabilities are equal the derivative of
+    their distance is 0.
 
     Args:
         student_logits: [..., B, V], float32, bfloat16, float16, or float64.

@@ -361,10 +361,10 @@ def require_fp16(name: str, values: Tensor, advice: str) -> None:
     largest = torch.cat([part.abs().amax(-1) for part in parts])
     bad = torch.cat([lost_in_fp16(part) for part in parts]) & (largest > NEGLIGIBLE * largest.max())
     if bool(bad.any()):
-        zeros = sum(int(((part != 0) & (part.half() == 0)).sum()) for part in parts)
+        zeros = sum(int(((part != 0) & (part.half() == 0)).sum()) for part in parts) / int((values != 0).sum())
         raise FormatError(
-            f"{name} reaches {float(largest.max()):g}, too small for fp16: in {int(bad.sum())} of {len(bad)} rows it is off by more "
-            f"than {FP16_LOSS:.0%} of the largest value, and {zeros / max(int((values != 0).sum()), 1):.1%} of the values that are "
+            f"{name} reaches {float(largest.max()):g}, too small for fp16: in {int(bad.sum())} of {len(bad)} rows it is off by "
+            f"more than {FP16_LOSS:.0%} of the largest value, and {zeros:.1%} of the values that are "
             f"not 0 would become 0; {advice}"
         )
 

@@ -52,7 +52,9 @@ def stored_values(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | 
         reached = float(weight.float().abs().max())
         raise FormatError(f"the weight reaches {reached:g}, beyond {dtype}; choose torch.bfloat16 or torch.float32")
     if dtype == torch.float16:
-        require_fp16("the weight", weight, "give value_dtype=torch.bfloat16, torch.float32 or torch.int8, or rescale it")
+        require_fp16(
+            "the weight", weight, "give value_dtype=torch.bfloat16, torch.float32 or torch.int8, or rescale it"
+        )
     return values, None
 
 

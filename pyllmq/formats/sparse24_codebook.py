@@ -143,7 +143,9 @@ class Sparse24CodebookWeight(PackedWeight):
             "codebook": finite_fp16("codebook", codebook),
         }
         require_fp16(
-            "the codebook", codebook, "this format has no scale: rescale the weight, or use sparse24 with value_dtype=torch.int8"
+            "the codebook",
+            codebook,
+            "this format has no scale: rescale the weight, or use sparse24 with value_dtype=torch.int8",
         )
         if outlier_mask is not None and bool(outlier_mask.any()):
             if outlier_mask.shape != codes.shape or outlier_weight is None or outlier_weight.shape != codes.shape:

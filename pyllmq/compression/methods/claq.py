@@ -20,6 +20,7 @@ from ...config import Between, MethodConfig
 from ...formats import CodebookWeight
 from ...kmeans import kmeans_1d
 from ...packing import count_not_finite
+from ...structure import FP16_LEAST, FP16_LOSS, NEGLIGIBLE
 from ..ranks import ALONE, Ranks
 from ..solver import bits as allocation
 from ..solver.hessian import PANEL, factor_hessian, output_error
@@ -34,10 +35,8 @@ NAMED_OUTLIERS = {2.12: 0.005, 2.24: 0.01, 3.12: 0.005, 3.23: 0.01}
 """The fusion points: at these bits the paper keeps this share of the weights in fp16, and so does the command line."""
 
 FP16_MAX = 65504.0
-FP16_TINY = 2.0**-25 / 0.01
+FP16_TINY = 2.0**-25 / FP16_LOSS
 """Where half the spacing of fp16's subnormals, 2^-25, is 1 % of the value."""
-FP16_NEGLIGIBLE = 2.0**-11
-"""A column below this share of the largest weight is smaller than the fp16 rounding of that weight."""
 
 
 @dataclass(frozen=True)
@@ -337,8 +336,8 @@ def outgrown(name: str, column: int, values: Tensor) -> ValueError:
     )
 
 
-def check_weight(name: str, weight: Tensor, hessian: Tensor) -> None:
-    """`check_matrix`, and that fp16 codebooks can hold the weight."""
+def check_weight(name: str, weight: Tensor, hessian: Tensor, row_scale: bool = False) -> None:
+    """`check_matrix`, and that fp16 codebooks can hold the weight, each row divided by a scale in fp16 if there are such."""
     check_matrix(name, weight, hessian)
     by_column = torch.stack([part.detach().abs().amax(0) for part in weight.split(PANEL)]).amax(0).float()
     largest = float(by_column.max())
@@ -347,12 +346,14 @@ def check_weight(name: str, weight: Tensor, hessian: Tensor) -> None:
             f"{name!r} holds a weight of magnitude {largest:g}; codebooks are fp16, which ends at {FP16_MAX:g}. "
             "Rescale the weight first"
         )
-    tiny = (by_column > 0) & (by_column < FP16_TINY) & (by_column > FP16_NEGLIGIBLE * largest)
+    limit = FP16_TINY * (FP16_LEAST if row_scale else 1)
+    tiny = (by_column > 0) & (by_column < limit) & (by_column > NEGLIGIBLE * largest)
     if bool(tiny.any()):
         column = int(tiny.nonzero()[0])
         raise ValueError(
             f"{int(tiny.sum())} columns of {name!r} are so small that fp16 codebooks lose more than 1 % of them "
-            f"(column {column}: at most {float(by_column[column]):g}, limit {FP16_TINY:.2g}). Rescale the weight first"
+            f"(column {column}: at most {float(by_column[column]):g}, limit {limit:.2g}). Rescale the weight, or take "
+            "a method that scales rows: ColumnCodebookConfig, or KMeansConfig"
         )
 
 

@@ -21,6 +21,7 @@ from ...config import Between, MethodConfig, Option, Word
 from ...formats import CodebookWeight
 from ...kmeans import fit_columns, kmeans_1d
 from ...linears import dense_weight
+from ...structure import FP16_LEAST
 from ..ranks import ALONE, Ranks
 from ..solver import bits as allocation
 from ..solver.hessian import (
@@ -38,7 +39,7 @@ from ..statistics.blocks import Chain
 from ..statistics.inputs import InputStatistics
 from ..statistics.run import CalibrationRun
 from ..tune import tune_codebooks
-from .claq import check_weight, outgrown
+from .claq import FP16_TINY, check_weight, outgrown
 from .method import CompressedLinear, Method, Needs
 
 MAX_OUTLIERS = 0.02
@@ -206,7 +207,7 @@ def compress_linears(
         raise ValueError("weights is empty; it must map at least one name to a tensor [N, K]")
     hessian = inputs.take_hessian()
     for name, weight in weights.items():
-        check_weight(name, weight, hessian)
+        check_weight(name, weight, hessian, config.row_scale)
     # k-means runs on the CPU, whatever device the model is on.
     dense = {name: weight.detach().cpu() for name, weight in weights.items()}
     hessian, mean = hessian.cpu(), inputs.mean.cpu() if inputs.mean is not None and config.correct_bias else None
@@ -222,7 +223,10 @@ def compress_linears(
     for name, weight in dense.items():
         target = _target(weight, inputs.targets.get(name), mean, factor, config.propagation)
         fits[name] = ColumnFits(name, target, (row_weights or {}).get(name), config.row_scale, config.kmeans)
-    plans = _plan(fits, factor, nbytes, config, ranks)
+    # Outliers have no scale: those of a Linear below fp16 would become 0.
+    reaches = (float(weight.abs().max()) for weight in dense.values())
+    outliers = config.outliers and not any(0 < reach < FP16_TINY for reach in reaches)
+    plans = _plan(fits, factor, nbytes, config, outliers, ranks)
     shared_seconds = (time.perf_counter() - started) / len(weights)
 
     compressed = {}
@@ -293,6 +297,7 @@ def _plan(
     factor: HessianFactor,
     nbytes: float,
     config: ColumnCodebookConfig,
+    outliers: bool,
     ranks: Ranks,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """name -> (column bits uint8 [K], how many outliers each column has, int64 [K])."""
@@ -305,12 +310,12 @@ def _plan(
     outputs = ranks.merge(
         {name: float((fits[name].squared_outputs(factor) * fits[name].row_weights).sum()) for name in owned}, names
     )
-    mine = [fits[n].errors(config.allowed_widths, cost, outputs[n], config.outliers, part) for n in names]
+    mine = [fits[n].errors(config.allowed_widths, cost, outputs[n], outliers, part) for n in names]
     errors = [allocation.ColumnErrors.joined(parts) for parts in zip(*ranks.gather(mine), strict=True)]
     # Back from processing order.
     place = factor.order.argsort()
     plans = ranks.from_first(lambda: _spend(names, errors, nbytes, config))
-    return {name: (bits[place], outliers[place]) for name, (bits, outliers) in plans.items()}
+    return {name: (bits[place], counts[place]) for name, (bits, counts) in plans.items()}
 
 
 def _spend(
@@ -339,8 +344,7 @@ class ColumnFits(ColumnQuantizer):
         if row_scale:
             rms = torch.linalg.vector_norm(target, dim=0) / size**0.5
             # Rounded to fp16 first: what is fitted is what is stored. A row of zeros keeps scale 1.
-            self.scale = rms.half().float()
-            self.scale[self.scale == 0] = 1.0
+            self.scale = torch.where(rms > 0, rms.half().float().clamp_min(FP16_LEAST), 1.0)
         self.row_scale = self.scale if row_scale else None
         self.importance = self.row_weights * self.scale.square()
         self.codes = torch.zeros(size, rows, dtype=torch.uint8)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ...config import Between, MethodConfig, Option, options_of
 from ...formats import BitmapWeight, CodebookWeight, PackedWeight, Sparse24CodebookWeight, Sparse24Weight
 from ...linears import dense_weight
+from ...structure import require_fp16
 from ..ranks import ALONE, Ranks
 from ..solver import sparsity as allocation
 from ..solver.hessian import HessianFactor, factor_hessian, output_error
@@ -284,8 +285,11 @@ def prune_linears(
     """
     if not weights:
         raise ValueError("weights is empty; it must map at least one name to a tensor [N, K]")
+    value_dtype = dtype if config.values is None else getattr(torch, config.values)
     for name, weight in weights.items():
         (check_matrix if config.quantize is None else check_weight)(name, weight, hessian)
+        if config.quantize is None and value_dtype == torch.float16:  # before a sweep rounds to it
+            require_fp16(f"the weight of {name!r}", weight, "set values to 'bfloat16', 'float32' or 'int8'")
     started = time.perf_counter()
     factor, plans = None, {}
     if config.sweeps:
@@ -294,7 +298,6 @@ def prune_linears(
             plans = column_plans(weights, factor.order, config.quantize)
     shared_seconds = (time.perf_counter() - started) / len(weights)
 
-    value_dtype = dtype if config.values is None else getattr(torch, config.values)
     compressed = {}
     for name, weight in ranks.mine(weights).items():
         started = time.perf_counter()

@@ -81,7 +81,7 @@ def differentiable_once(name: str, gradient: Callable[[], _Gradients], inputs: S
         found = gradient()
     if not torch.is_grad_enabled():
         return found
-    zero = _Refusal.apply(name, *inputs)  # type: ignore[no-untyped-call]
+    zero = _Refusal.apply(name, *inputs)
     return tuple(None if each is None else each + zero.to(each.dtype) for each in found)
 
 

@@ -261,7 +261,14 @@ def _methods(plugins: Sequence[str]) -> dict[str, Any]:
     from .compression.methods import METHODS
 
     for entry in entry_points(group="pyllmq.methods"):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:  # whatever it is, the methods of others work
+            package = entry.dist.name if entry.dist else "an installed package"
+            warnings.warn(
+                f"the method {entry.name} = {entry.value} of {package} cannot be imported: {error!r}; it is left out",
+                stacklevel=2,
+            )
     for module in plugins:
         import_module(module)
     return METHODS

@@ -76,10 +76,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "MarianMTModel": PAIR | {"pad_token_id": 0, "decoder_start_token_id": 0},
 }
 
+REFUSED = {("MarianMTModel", "blocks"): "does not hold model.encoder.embed_positions.weight"}
+"""(architecture, job) -> what is said, before anything is written."""
+
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def architecture(request, tmp_path_factory):
-    """(folder of the dense model, a batch)."""
+    """(name, folder of the dense model, a batch)."""
     import transformers
 
     torch.manual_seed(0)
@@ -90,13 +93,13 @@ def architecture(request, tmp_path_factory):
     batch = {"input_ids": torch.randint(3, 512, (2, 24))}
     if config.is_encoder_decoder:
         batch["decoder_input_ids"] = torch.randint(3, 512, (2, 12))
-    return folder, batch
+    return request.param, folder, batch
 
 
 @pytest.mark.parametrize("job", ["files", "blocks"])
 def test_packed_and_read_back_or_refused(architecture, tmp_path, job) -> None:
     """The oracle is the dense model with each packed weight decoded into it."""
-    source, batch = architecture
+    name, source, batch = architecture
     packed = tmp_path / "packed"
     try:
         if job == "files":
@@ -104,15 +107,17 @@ def test_packed_and_read_back_or_refused(architecture, tmp_path, job) -> None:
         else:
             pyllmq.compress_folder(source, packed, ColumnCodebookConfig.preset("fast", 4.0), [batch], progress=False)
     except ValueError as refused:
-        assert not list(tmp_path.iterdir()), "refused after work was done"
-        pytest.skip(f"refused: {refused}")
+        assert (name, job) in REFUSED, refused
+        assert REFUSED[name, job] in str(refused) and not list(tmp_path.iterdir())
+        return
+    assert (name, job) not in REFUSED
     model = pyllmq.from_pretrained(packed)
     pyllmq.nn.set_precision(model, "exact")
     decoded = load_model(source)
     layers = packed_modules(model)
     assert len(layers) >= 2
-    for name, layer in layers:
-        linear = decoded.get_submodule(name)
+    for path, layer in layers:
+        linear = decoded.get_submodule(path)
         weight = layer.dequantize()
         with torch.no_grad():
             linear.weight.copy_(weight.T if is_transposed_linear(linear) else weight)

@@ -111,7 +111,7 @@ class StreamedModel(Weights):
         )
 
     def expect_runnable(self) -> None:
-        """Raises ValueError for a model with parameters that it computes by itself and no file holds, such as Marian's positions."""
+        """Raises ValueError for parameters that no file holds and the model computes by itself, such as the positions of Marian."""
         known = self.model.state_dict(keep_vars=True)
         held = {id(known[target]) for target in self._targets.values()}
         tied = internals.ties(self.model)

@@ -261,7 +261,14 @@ def _methods(plugins: Sequence[str]) -> dict[str, Any]:
     from .compression.methods import METHODS
 
     for entry in entry_points(group="pyllmq.methods"):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:  # whatever it is, the methods of others work
+            package = entry.dist.name if entry.dist else "an installed package"
+            warnings.warn(
+                f"the method {entry.name} = {entry.value} of {package} cannot be imported: {error!r}; it is left out",
+                stacklevel=2,
+            )
     for module in plugins:
         import_module(module)
     return METHODS
@@ -304,12 +311,14 @@ def run_compress(given: argparse.Namespace) -> int:
     needs = method_of(config).needs
     read_config(given.source)
     output = Path(given.output)
+    if output.resolve() == Path(given.source).resolve():
+        raise ValueError(f"SRC and OUT are the same folder, {output}; give another OUT")
     if output.exists() and not (output.is_dir() and (is_packed(output) or not any(output.iterdir()))):
         raise FileExistsError(
             f"{output} exists and is no packed folder; give a new name, so that nothing of yours is replaced"
         )
-    if output.resolve() == Path(given.source).resolve():
-        raise ValueError(f"SRC and OUT are the same folder, {output}; give another OUT")
+    if given.report and not (folder := Path(given.report).parent).is_dir():
+        raise FileNotFoundError(f"--report is {given.report}, and there is no folder {folder}; make it first")
     if is_packed(given.source):
         raise ValueError(f"{given.source} is already packed; compress the dense model that it was made from")
     if needs.calibration and given.workers is not None:
@@ -382,7 +391,7 @@ def _compress_files(given: argparse.Namespace, config: MethodConfig, size: str |
             streamed,
             given.output,
             config,
-            workers=given.workers or 1,
+            workers=1 if given.workers is None else given.workers,
             resume=given.resume,
             progress=not given.quiet,
             **_names(given),
@@ -582,18 +591,23 @@ def _run_tasks(model: Any, tokenizer: Any, given: argparse.Namespace) -> int:
 def run_generate(given: argparse.Namespace) -> int:
     import torch
 
+    from .evaluate import within_positions
     from .loading import load_causal_model
 
     tokenizer, model = _tokenizer(given.folder), load_causal_model(given.folder)
     _apply_precision(model, given.precision)
     torch.manual_seed(given.seed)
     inputs = tokenizer(given.prompt, return_tensors="pt")
-    ids = model.generate(
-        inputs["input_ids"],
-        attention_mask=inputs.get("attention_mask"),
-        max_new_tokens=given.max_new_tokens,
-        do_sample=given.sample,
-    )
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise ValueError(f"--prompt is {given.prompt!r}, which has no tokens; give at least one")
+    with within_positions(model, length + given.max_new_tokens):
+        ids = model.generate(
+            inputs["input_ids"],
+            attention_mask=inputs.get("attention_mask"),
+            max_new_tokens=given.max_new_tokens,
+            do_sample=given.sample,
+        )
     print(tokenizer.decode(ids[0], skip_special_tokens=True))
     return 0
 

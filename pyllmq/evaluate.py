@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .compression.calibration import Batch
+
+
+@contextmanager
+def within_positions(model: Any, tokens: int) -> Iterator[None]:
+    """Says which limit a model of learned positions was asked to exceed, which torch reports as a bare IndexError."""
+    try:
+        yield
+    except IndexError as error:
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is None or tokens <= limit:
+            raise
+        raise ValueError(
+            f"{tokens} tokens were asked for, and the model has {limit} positions; ask for fewer"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ def perplexity(
     """exp(mean negative log-likelihood) of `text`, cut into windows of `seqlen` tokens without overlap.
 
     The first token of each window is not predicted; a last window of one token is dropped. Raises ValueError for a text of
-    fewer than two tokens.
+    fewer than two tokens, or windows longer than the model's learned positions.
     """
     if seqlen < 2:
         raise ValueError(f"seqlen is {seqlen}; at least 2 tokens are needed to predict one")
@@ -51,7 +66,8 @@ def perplexity(
     for window in tqdm(windows, disable=not progress, unit="window"):
         ids = window.unsqueeze(0).to(device)
         started = time.perf_counter()
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        with within_positions(model, len(window)):
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
         seconds += time.perf_counter() - started
         loss += float(nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum"))
         predicted += len(window) - 1
@@ -69,9 +85,10 @@ class Decoding:
 @torch.inference_mode()
 def decoding_speed(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 32) -> Decoding:
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(next(model.parameters()).device)
-    model.generate(ids, max_new_tokens=2, do_sample=False)
-    started = time.perf_counter()
-    out = model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+    with within_positions(model, ids.shape[1] + new_tokens):
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+        started = time.perf_counter()
+        out = model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
     made = out.shape[1] - ids.shape[1]
     return Decoding(made, made / (time.perf_counter() - started))
 

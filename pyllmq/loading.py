@@ -40,9 +40,9 @@ def load_causal_model(folder: Folder) -> Any:
 
 
 def is_causal(model: Any) -> bool:
-    return bool(getattr(model, "can_generate", lambda: False)()) and not getattr(
-        model.config, "is_encoder_decoder", False
-    )
+    """Does the model predict the next token of its only text?"""
+    generates = bool(getattr(model, "can_generate", lambda: False)())
+    return generates and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def load_tokenizer(folder: Folder) -> Any:

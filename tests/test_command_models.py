@@ -235,3 +235,24 @@ def test_importing_needs_no_module_of_unix() -> None:
     code = "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None; import pyllmq"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_more_tokens_than_positions(tmp_path, capsys) -> None:
+    """Learned positions end: the command says where, instead of an IndexError."""
+    folder = str(saved(models.tiny_gpt2(), tmp_path / "source"))
+    assert main(["eval", folder, "--seqlen", "300", "--max-tokens", "600"]) == 1
+    assert "300 tokens were asked for, and the model has 256 positions" in capsys.readouterr().err
+    assert main(["generate", folder, "--prompt", "a" * 600, "--max-new-tokens", "2"]) == 1
+    assert "and the model has 256 positions" in capsys.readouterr().err
+    assert main(["generate", folder, "--prompt", ""]) == 1
+    assert "--prompt is '', which has no tokens; give at least one" in capsys.readouterr().err
+
+
+def test_what_cannot_work_is_refused_before_the_work(llama, tmp_path, capsys) -> None:
+    assert main(["compress", str(llama), str(llama), "--method", "kmeans"]) == 1
+    assert "SRC and OUT are the same folder" in capsys.readouterr().err
+    assert main(["compress", str(llama), str(tmp_path / "out"), "--method", "kmeans", "--workers", "0"]) == 1
+    assert "workers is 0; it must be an integer >= 1" in capsys.readouterr().err
+    report = ["--report", str(tmp_path / "no folder" / "report.json")]
+    assert main(["compress", str(llama), str(tmp_path / "out"), "--method", "kmeans", *report]) == 1
+    assert "there is no folder" in capsys.readouterr().err and not list(tmp_path.iterdir())

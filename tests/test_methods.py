@@ -103,6 +103,24 @@ def test_a_method_of_others_is_listed(capsys, plugins) -> None:
         register("kmeans", METHODS["grid"].method)
 
 
+def test_a_method_of_an_installed_package(source, tmp_path, monkeypatch, plugins, capsys) -> None:
+    """The entry points of the group `pyllmq.methods`, without --plugin."""
+    package = tmp_path / "grid_package-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: grid-package\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[pyllmq.methods]\ngrid = plugin_method\n")
+    command = ["compress", str(source), str(tmp_path / "out"), "--method", "grid", "--quiet"]
+    assert main(command) == 1 and "--method is 'grid'; allowed: column-codebook, claq" in capsys.readouterr().err
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(command) == 0
+    layers = [m for m in pyllmq.from_pretrained(tmp_path / "out").modules() if isinstance(m, pyllmq.CodebookLinear)]
+    assert len(layers) == 14
+    # One that cannot be imported does not stop the methods of others, and is named.
+    (package / "entry_points.txt").write_text("[pyllmq.methods]\nbroken = no_such_module_at_all\n")
+    assert main(["compress", str(source), str(tmp_path / "more"), "--method", "kmeans", "--quiet"]) == 0
+    assert "broken = no_such_module_at_all" in (said := capsys.readouterr().err) and "grid-package" in said
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -105,6 +105,36 @@ def test_the_same_as_in_memory(tmp_path, make, config, more):
     torch.testing.assert_close(loaded(**batch)[0], model(**batch)[0])
 
 
+def tiny_falcon_h1():
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    mamba = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return FalconH1ForCausalLM(
+        FalconH1Config(**sizes, **mamba, num_key_value_heads=2, ssm_multipliers=[0.5] * 5)
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    "make", [models.tiny_llama, models.tiny_gpt2, models.tiny_gemma3, models.tiny_t5, tiny_falcon_h1]
+)
+def test_what_no_file_holds_is_computed(tmp_path, make):
+    """The model computes some buffers by itself, in Falcon-H1 those of the modules below the one that computes."""
+    model = make()
+    model.save_pretrained(tmp_path)
+    found = dict(StreamedModel(tmp_path).model.named_buffers())
+    for name, buffer in model.named_buffers():
+        if not found[name].is_meta:  # in the files
+            assert torch.equal(found.pop(name), buffer), name
+    assert all(buffer.is_meta for buffer in found.values())
+
+
 def test_one_block_at_a_time(tmp_path, monkeypatch):
     source = saved(small_llama(num_hidden_layers=4), tmp_path / "source")
     there: list[set[str]] = []

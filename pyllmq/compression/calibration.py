@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..loading import is_causal
+
 Batch = dict[str, Tensor]
 
 
@@ -77,12 +79,6 @@ def check_takes_text(model: Any) -> None:
             f"{type(model).__name__} takes {taken}, and the command calibrates with text; take a method without calibration, or "
             "give pyllmq.compress or pyllmq.compress_folder batches of your own"
         )
-
-
-def is_causal(model: Any) -> bool:
-    """Does the model predict the next token of its only text?"""
-    generates = bool(getattr(model, "can_generate", lambda: False)())
-    return generates and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def batches_of_text(model: Any, tokenizer: Any, text: str | None, samples: int, seqlen: int) -> list[Batch]:

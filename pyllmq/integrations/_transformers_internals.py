@@ -162,12 +162,17 @@ def generation_config(folder: Path) -> GenerationConfig:
 
 def fill_computed_buffers(model: Any, device: torch.device) -> None:
     """Rotary angles and the like are in no checkpoint: the model computes them."""
-    for module in model.modules():
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers.get(name)
             if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.empty_like(buffer, device=device)
-                module._is_hf_initialized = False
+                # One that no `_init_weights` fills is to be seen in what the model computes.
+                unknown = float("nan") if buffer.is_floating_point() else 0
+                module._buffers[name] = torch.full_like(buffer, unknown, device=device)
+                parts = path.split(".")
+                for end in range(len(parts) + 1):  # a module above may be the one that fills it, as in Falcon-H1
+                    modules[".".join(parts[:end])]._is_hf_initialized = False
     model.initialize_weights()
 
 

@@ -110,6 +110,17 @@ class StreamedModel(Weights):
             f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
         )
 
+    def expect_runnable(self) -> None:
+        """Raises ValueError for parameters that no file holds and the model computes by itself, such as the positions of Marian."""
+        known = self.model.state_dict(keep_vars=True)
+        held = {id(known[target]) for target in self._targets.values()}
+        tied = internals.ties(self.model)
+        if lost := [name for name, tensor in known.items() if id(tensor) not in held and name not in tied]:
+            raise ValueError(
+                f"{self.folder} does not hold {', '.join(lost[:4])}, which {type(self.model).__name__} computes when it is loaded "
+                "whole; use pyllmq.compress (in the command: --in-memory), or a method without calibration"
+            )
+
     def weight_keys(self, linears: Mapping[str, nn.Module]) -> dict[str, str]:
         """Name of each Linear -> key of its weight in the checkpoint. Raises ValueError if that is no tensor of its own there."""
         keys: dict[str, list[str]] = {}

@@ -94,6 +94,7 @@ def compress_folder(
         )
     target = Path(output).resolve()
     streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
+    streamed.expect_runnable()
     model = streamed.model
     task = Task.of(model, method, include, exclude)
     names = streamed.names_in_file(task.linears)

@@ -50,7 +50,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 SANITIZED = ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=16384 PYTHONPATH=build/sanitize/lib \
   LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" PYLLMQ_SANITIZED=1
 sanitize: sanitized-build
-	$(SANITIZED) $(PYTEST) $(PARALLEL) -m "kernels and not slow" -p no:cacheprovider
+	$(SANITIZED) $(RUN)/pytest $(PARALLEL) -m "kernels and not slow" -p no:cacheprovider  # not python -m: that puts this folder first
 
 fuzz: sanitized-build
 	$(SANITIZED) $(RUN)/python tests/fuzz_folders.py --folders $(FOLDERS)

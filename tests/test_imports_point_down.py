@@ -45,10 +45,12 @@ Arrow = tuple[str, str]
 
 def modules() -> dict[str, Path]:
     """Dotted name without `pyllmq.` -> file; the package itself is "". Folders at the top that install under pyllmq included."""
-    files = [path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts]
-    for folder in ("triton_kernels", "benchmarks"):
-        files += [PACKAGE / path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")]
-    named = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in files}
+    named = {}
+    for top in (PACKAGE, ROOT / "triton_kernels", ROOT / "benchmarks"):
+        base = PACKAGE if top == PACKAGE else ROOT
+        for path in top.rglob("*.py"):
+            if "__pycache__" not in path.parts:
+                named[".".join(path.relative_to(base).with_suffix("").parts)] = path
     return {"" if n == "__init__" else n.removesuffix(".__init__"): path for n, path in named.items()}
 
 

@@ -11,6 +11,9 @@ from ...formats.codes import pack_codes
 from ...operations import KMEANS_1D, KMEANS_1D_ERRORS, anything, finds_optimum
 from .rows import BECAUSE, ORDER
 
+SPLIT_BYTES = 1 << 22
+"""The gains of all splits of some ends, fp64, that are tried at once: they should stay in cache."""
+
 Layers = Callable[[Tensor, Tensor, int], Tensor]
 """Prefix sums and masses, fp64 [C, n + 1], and k_max -> best splits, integers [C, k_max + 1, n + 1].
 
@@ -20,15 +23,17 @@ Entry [:, l, end] is where the last of l clusters of the first `end` points begi
 
 def layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
     """Every split of every end is tried: k_max n^2 steps. docs/kernels-kmeans.md has the formula."""
-    problems, points = sums.shape[0], sums.shape[1] - 1
-    best = torch.zeros(problems, k_max + 1, points + 1, dtype=torch.int64, device=sums.device)
-    gain = _share(sums, masses)
+    problems, ends = sums.shape
+    best = torch.zeros(problems, k_max + 1, ends, dtype=torch.int64, device=sums.device)
+    gain, place = _share(sums, masses), torch.arange(ends, device=sums.device)
+    step = max(1, SPLIT_BYTES // (8 * problems * ends))
     for clusters in range(2, k_max + 1):
         next_gain = torch.zeros_like(gain)
-        for end in range(clusters, points + 1):
-            at = slice(clusters - 1, end)
-            share = _share(sums[:, end, None] - sums[:, at], masses[:, end, None] - masses[:, at])
-            next_gain[:, end], split = (gain[:, at] + share).max(1)
+        for begin in range(clusters, ends, step):
+            end, at = slice(begin, begin + step), slice(clusters - 1, min(begin + step, ends) - 1)
+            share = _share(sums[:, end, None] - sums[:, None, at], masses[:, end, None] - masses[:, None, at])
+            total = (gain[:, None, at] + share).masked_fill(place[at] >= place[end, None], -torch.inf)
+            next_gain[:, end], split = total.max(2)
             best[:, clusters, end] = split + clusters - 1
         gain = next_gain
     return best

@@ -51,6 +51,14 @@ def quantization_method(config: Mapping[str, Any]) -> Any:
     return described.get("quant_method") if isinstance(described, Mapping) else described
 
 
+def expect_packed(folder: Folder, config: Mapping[str, Any]) -> None:
+    if (method := quantization_method(config)) != METHOD:
+        raise FormatError(
+            f"{folder} is not a pyllmq folder (quant_method is {method!r}); compress it first with `pyllmq compress`, or load it "
+            "with transformers"
+        )
+
+
 def is_packed(folder: Folder) -> bool:
     """Is this a folder that pyllmq wrote?"""
     return (Path(folder) / "config.json").is_file() and quantization_method(read_config(folder)) == METHOD
@@ -249,12 +257,7 @@ class PackedFolder:
     def open(cls, folder: Folder) -> PackedFolder:
         """Raises FormatError for a folder that is damaged, incomplete, of an unknown version, or not packed at all."""
         config = read_config(folder)
-        method = quantization_method(config)
-        if method != METHOD:
-            raise FormatError(
-                f"{folder} is not a pyllmq folder (quant_method is {method!r}); compress it first with `pyllmq compress`, or load "
-                "it with transformers"
-            )
+        expect_packed(folder, config)
         description = Description.parse(config["quantization_config"])
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:

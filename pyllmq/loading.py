@@ -42,7 +42,7 @@ def load_causal_model(folder: Folder) -> Any:
 def is_causal(model: Any) -> bool:
     """Does the model predict the next token of its only text?"""
     generates = bool(getattr(model, "can_generate", lambda: False)())
-    return generates and not getattr(model.config, "is_encoder_decoder", False)
+    return generates and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def load_tokenizer(folder: Folder) -> Any:

@@ -38,7 +38,7 @@ def from_pretrained(
 
     Raises FormatError for a folder that is damaged or not packed, ValueError where there is no plan.
     """
-    from ._transformers_internals import skeleton
+    from .transformers_internals import skeleton
 
     ranks, rank = ranks_of(group)
     packed = PackedFolder.open(folder)

@@ -80,7 +80,7 @@ class PyllmqQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from . import _transformers_internals as internals
+        from . import transformers_internals as internals
 
         for name, module in packed_modules(model):
             absent = [key for key, buffer in module.named_buffers() if not internals.was_loaded(buffer)]
@@ -129,7 +129,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def asked_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     """Of the parameters of a skeleton, but for those that the architecture keeps in fp32 whatever is asked for."""
-    from ._transformers_internals import kept_in_fp32
+    from .transformers_internals import kept_in_fp32
 
     patterns = kept_in_fp32(model)
     return {
@@ -144,7 +144,7 @@ def take_over_linears(model: Any) -> dict[str, str] | None:
 
     Its sharded parameters are equal slices of dense tensors; `pyllmq.parallel` cuts packed and dense Linears at the same places.
     """
-    from . import _transformers_internals as internals
+    from . import transformers_internals as internals
 
     styles = internals.asked_plan(model)
     if styles is None:

@@ -19,10 +19,11 @@ from ...config import MethodConfig
 from ...linears import DEFAULT_EXCLUDE, dense_weight
 from ..calibration import as_batches
 from ..methods import StaysDenseError, method_of
+from ..model_state import quiet_eval
 from ..statistics.blocks import BlockLoop, Stage
 from ..statistics.inputs import Group, InputStatistics, visit_groups
 from .in_memory import DESCRIPTION_BYTES, INDEX_BYTES
-from .job import Job, Task, quiet_eval
+from .job import Job, Task
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ from ...memory import peak_memory
 from ...weights import OUTSIDE
 from ..calibration import Batch, as_batches
 from ..methods import method_of
+from ..model_state import quiet_eval
 from ..ranks import ALONE, Ranks
 from ..report import CompressionReport, LayerReport
 from ..statistics.blocks import BlockLoop, Chain, Stage
 from ..statistics.loss_gradients import LossGradients, NoLossError, output_gradients_by_block
 from .in_memory import without_gradients
-from .job import Job, Task, check_finite, quiet_eval, warn
+from .job import Job, Task, check_finite, warn
 from .manifest import (
     Manifest,
     batches_digest,
@@ -82,6 +83,7 @@ def compress_folder(
         OSError: files that cannot be read or written; what is finished stays.
     """
     from ...integrations.checkpoint import StreamedModel
+    from ...integrations.transformers import expect_own_names
 
     started = time.perf_counter()
     method = method_of(config)
@@ -97,7 +99,7 @@ def compress_folder(
     streamed.expect_runnable()
     model = streamed.model
     task = Task.of(model, method, include, exclude)
-    names = streamed.names_in_file(task.linears)
+    names = expect_own_names(model, task.linears)
     streamed.split(stage.name for stage in task.stages if stage.block is not None)
 
     def signature() -> dict[str, Any]:
@@ -190,7 +192,7 @@ class FolderJob:
 
     def __init__(self, job: Job, streamed: StreamedModel, manifest: Manifest, started: float) -> None:
         self.job, self.streamed, self.manifest, self.started = job, streamed, manifest, started
-        self.method, self.report, self.loop, self.ranks = job.method, job.report, job.run.loop, job.run.ranks
+        self.method, self.report, self.loop, self.ranks = job.task.method, job.task.report, job.run.loop, job.run.ranks
         self.earlier = manifest.finished[-1]["seconds"] if manifest.finished else 0.0
         self.chain, self.hand_on = Chain([]), False
         """The chain in hand."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...linears import dense_weight
 from ...memory import return_freed
 from ..calibration import Batch
+from ..model_state import hooked
 from .asymmetric import AsymmetricTarget, Enough, watch
 from .blocks import Stage
 from .run import CalibrationRun
@@ -76,13 +77,9 @@ def visit_groups(
             visit({name: module}, InputStatistics(identity, reached=False))
 
 
-@contextmanager
-def _hooked(linears: Mapping[str, nn.Module], hook: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+def _hooked(linears: Mapping[str, nn.Module], hook: Callable[[str], Callable[..., None]]) -> ExitStack:
     """`hook(name)` is called with the module and its arguments before each of these Linears runs."""
-    with ExitStack() as handles:
-        for name, module in linears.items():
-            handles.callback(module.register_forward_pre_hook(hook(name)).remove)
-        yield
+    return hooked(module.register_forward_pre_hook(hook(name)) for name, module in linears.items())
 
 
 def group_by_input(run: CalibrationRun, stage: Stage, forward: Callable[[int], Any]) -> tuple[list[Group], set[str]]:

@@ -13,14 +13,15 @@ Source: Hutchinson 1989; Shao et al. 2023 (arXiv 2310.09499), eq. 5 and 6, for t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ...loading import is_causal
 from ..calibration import Batch
+from ..model_state import gradients_for
 
 
 def trace_per_weight(
@@ -48,7 +49,7 @@ def trace_per_weight(
     sums = [0.0] * len(weights)
     estimate = _gauss_newton if method == "fisher" else _hutchinson
     generator = torch.Generator(weights[0].device).manual_seed(seed)
-    with _only_these_need_gradients(model, weights), torch.enable_grad():
+    with gradients_for(model, weights):
         for batch in batches:
             for _ in range(draws):
                 for i, value in enumerate(estimate(model, weights, batch, generator)):
@@ -111,10 +112,7 @@ def _of_real_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | No
     found = model(**batch)
     logits, hidden = getattr(found, "logits", None), getattr(found, "last_hidden_state", None)
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    causal = getattr(model, "can_generate", lambda: False)() and not getattr(
-        getattr(model, "config", None), "is_encoder_decoder", False
-    )
-    if causal and isinstance(logits, Tensor) and ids is not None:
+    if is_causal(model) and isinstance(logits, Tensor) and ids is not None:
         real = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:].bool()
         return logits[:, :-1][real], ids[:, 1:][real]
     output = hidden if isinstance(hidden, Tensor) else logits if isinstance(logits, Tensor) else found
@@ -137,18 +135,3 @@ def _weight(module: nn.Module) -> Tensor:
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(0, 2, like.shape, generator=generator, device=like.device).to(like.dtype) * 2 - 1
-
-
-@contextmanager
-def _only_these_need_gradients(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
-    parameters = list(model.parameters())
-    before = [p.requires_grad for p in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for parameter, needed in zip(parameters, before, strict=True):
-            parameter.requires_grad_(needed)

@@ -47,15 +47,15 @@ class Structure:
     def from_dict(cls, values: Mapping[str, Any]) -> Any:
         """The inverse of `to_dict`, checked."""
         given = {f.name: getattr(f.type, "__name__", f.type) for f in fields(cls)}
-        if set(values) != {"kind", *given} or values["kind"] != cls.kind:
+        if values.get("kind") != cls.kind:
+            raise FormatError(f"kind is {values.get('kind')!r}; this structure reads: {cls.kind!r}")
+        if set(values) != {"kind", *given}:
             raise FormatError(
-                f"a {cls.kind} is described by the keys {sorted(('kind', *given))}, given: {sorted(values)}, "
-                f"kind {values.get('kind')!r}"
+                f"a {cls.kind} is described by the keys {sorted(('kind', *given))}, given: {sorted(values)}"
             )
         for name, kind in given.items():
             if kind in ("int", "bool") and type(values[name]).__name__ != kind:
-                what = "an integer" if kind == "int" else "true or false"
-                raise FormatError(f"{name} is {values[name]!r}; it must be {what}")
+                raise FormatError(f"{name} is {values[name]!r}; sizes must be integers, and switches true or false")
         return cls(**{name: values[name] for name in given})
 
     def tensors(self) -> Shapes:

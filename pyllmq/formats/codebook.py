@@ -72,14 +72,15 @@ class CodebookStructure(Structure):
             raise FormatError(f"{self.segments} segments; allowed: 1 to out_features = {self.out_features}")
         outlier_shapes(self.out_features, self.in_features, self.outliers)
 
-    @classmethod
+    @staticmethod
     def bytes_of(
-        cls, rows: int, columns: int, counts: Mapping[int, float], outliers: float = 0, row_scale: bool = False
+        rows: int, columns: int, counts: Mapping[float, float], outliers: int | None = None, row_scale: bool = False
     ) -> float:
         """Bytes of a weight [rows, columns] of one segment with so many columns of each width; whole bytes of codes where eight
-        divides each count. What a column of b bits, or an outlier, adds is the difference of two calls."""
-        codes = sum(count * (rows * bits / 8 + 2 * (1 << bits)) for bits, count in counts.items())
-        kept = outliers * (2 + column_dtype(columns).itemsize) + 4 * (rows + 1) * (outliers > 0)
+        divides each count. With outliers (None: without) it has their row offsets. What a column of b bits, or an outlier, adds
+        is the difference of two calls."""
+        codes = sum(count * (rows * bits / 8 + 2 * 2**bits) for bits, count in counts.items())
+        kept = 0 if outliers is None else outliers * (2 + column_dtype(columns).itemsize) + 4 * (rows + 1)
         return columns + 4 + 2 * rows * row_scale + codes + kept
 
     def tensors(self) -> Shapes:
@@ -115,7 +116,7 @@ class CodebookStructure(Structure):
             raise FormatError(f"columns is {widths!r}; it must map widths '1' to '8' to counts")
         counts = tuple(widths.get(str(bits), 0) for bits in WIDTHS)
         if any(type(count) is not int for count in counts):
-            raise FormatError(f"columns is {dict(widths)}; its counts must be integers")
+            raise FormatError(f"columns is {dict(widths)}; counts must be integers")
         return super().from_dict({**values, "columns": counts})
 
 
@@ -178,11 +179,7 @@ class CodebookWeight(PackedWeight):
             require_fp16("row_scale", row_scale[:, None], "rescale the weight")
             tensors["row_scale"] = finite_fp16("row_scale", row_scale.to(device))
         tensors |= packed_outliers(outlier_mask, outlier_weight, codes)
-        try:
-            tensors |= pack_widths(codes, column_bits)
-        except (ValueError, RuntimeError) as error:
-            raise FormatError(f"the codes do not fit the widths of their columns: {error}") from error
-        return cls.from_tensors(tensors, n, k)
+        return cls.from_tensors(tensors | pack_widths(codes, column_bits), n, k)
 
     @classmethod
     def from_dense(
@@ -343,8 +340,13 @@ def _expect_widths(column_bits: Tensor) -> None:
 
 def pack_widths(codes: Tensor, column_bits: Tensor) -> dict[str, Tensor]:
     """Codes uint8 [N, K] -> the `codes_b*` tensors of a checkpoint."""
-    widths = column_bits.unique().tolist()
-    return {f"codes_b{bits}": ops.pack_codes(codes[:, column_bits == bits].contiguous(), bits) for bits in widths}
+    found = {}
+    for bits in column_bits.unique().tolist():
+        try:
+            found[f"codes_b{bits}"] = ops.pack_codes(codes[:, column_bits == bits].contiguous(), bits)
+        except (ValueError, RuntimeError) as error:
+            raise FormatError(f"the codes of the {bits}-bit columns do not fit: {error}") from error
+    return found
 
 
 def _codebook_fp16(codebook: Tensor, column_bits: Tensor, segments: int) -> Tensor:
@@ -400,22 +402,19 @@ def _codebook_gradient(weight_gradient: Tensor, weight: list[Tensor], layout: st
     return CODEBOOK_GRADIENT.kernel_for(weight_gradient.device.type, torch.float32, layout)(weight_gradient, operand)
 
 
-def _codebook_gradient_fake(weight_gradient: Tensor, weight: list[Tensor], layout: str) -> Tensor:
-    return torch.empty_like(weight[CodebookWeight.fields.index("codebook")], dtype=torch.float32)
+def _no_second_derivative(*_: object) -> None:
+    raise ops.second_derivative("codebook_gradient")
 
 
 ops.define(
     "codebook_gradient(Tensor weight_gradient, Tensor[] weight, str layout) -> Tensor",
     _codebook_gradient,
-    _codebook_gradient_fake,
+    lambda gradient, weight, layout: torch.empty_like(
+        weight[CodebookWeight.fields.index("codebook")], dtype=torch.float32
+    ),
+    _no_second_derivative,
+    lambda ctx, inputs, output: None,
 )
-
-
-def _no_second_derivative(*_: object) -> None:
-    raise ops.second_derivative("codebook_gradient")
-
-
-ops.define_gradient("codebook_gradient", _no_second_derivative, lambda ctx, inputs, output: None)
 
 
 class CodebookLinear(PackedLinear):

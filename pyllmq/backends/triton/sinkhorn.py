@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
 
 from torch import Tensor
 
@@ -30,7 +28,8 @@ class TritonSinkhorn:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cost, a, b, epsilon, rho_a, rho_b = _contiguous(transport)
         with runtime.on_device_of(cost):
-            return _module(self.kernels).sinkhorn(cost, a, b, epsilon, iterations, tolerance, rho_a, rho_b, tape)
+            run = runtime.kernel(f"{self.kernels}.sinkhorn")
+            return run(cost, a, b, epsilon, iterations, tolerance, rho_a, rho_b, tape)
 
 
 @dataclass(frozen=True)
@@ -42,18 +41,13 @@ class TritonSinkhornBackward:
     ) -> tuple[Tensor, Tensor, Tensor]:
         cost, a, b, epsilon, rho_a, rho_b = _contiguous(transport)
         with runtime.on_device_of(cost):
-            return _module(self.kernels).sinkhorn_backward(
-                cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_v, rho_a, rho_b
-            )
+            run = runtime.kernel(f"{self.kernels}.sinkhorn_backward")
+            return run(cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_v, rho_a, rho_b)
 
 
 def _contiguous(transport: Transport) -> Transport:
     cost, a, b, epsilon, rho_a, rho_b = transport
     return Transport(cost.contiguous(), a.contiguous(), b.contiguous(), epsilon.contiguous(), rho_a, rho_b)
-
-
-def _module(kernels: str) -> ModuleType:
-    return import_module(f"...triton_kernels.{kernels}", __package__)
 
 
 def _in_registers(problem: SinkhornProblem) -> Support:

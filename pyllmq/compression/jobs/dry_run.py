@@ -50,15 +50,12 @@ class FolderPlan:
         out = "not known before" if self.output_bytes is None else _size(self.output_bytes)
         minutes = (self.seconds_run + self.seconds_compress) / 60
         about = f"{minutes:.2g} minutes" if minutes < 100 else f"{minutes / 60:.2g} hours"
-        return "\n".join(
-            [
-                f"{self.linears} Linears in {self.blocks} blocks, {self.weights / 1e6:.2f} M weights: {self.target}",
-                f"read {_size(self.source_bytes)}, write {out}; {_size(self.free_bytes)} are free there",
-                f"largest block in float32 {_size(self.block_bytes)}, hidden states {_size(self.hidden_bytes)}",
-                f"about {about}: {self.seconds_run:.0f} s to run the blocks, "
-                f"{self.seconds_compress:.0f} s to compress; from one batch and one group of Linears timed now, in one process. "
-                "Nothing was written",
-            ]
+        return (
+            f"{self.linears} Linears in {self.blocks} blocks, {self.weights / 1e6:.2f} M weights: {self.target}\n"
+            f"read {_size(self.source_bytes)}, write {out}; {_size(self.free_bytes)} are free there\n"
+            f"largest block in float32 {_size(self.block_bytes)}, hidden states {_size(self.hidden_bytes)}\n"
+            f"about {about}: {self.seconds_run:.0f} s to run the blocks, {self.seconds_compress:.0f} s to compress; from one batch "
+            "and one group of Linears timed now, in one process. Nothing was written"
         )
 
 

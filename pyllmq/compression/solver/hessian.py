@@ -242,6 +242,11 @@ def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
         lost = stored.to(hessian.dtype) - dense
         error += float(((lost @ hessian) * lost).sum(1).double().sum())
         output += float(((dense @ hessian) * dense).sum(1).double().sum())
+    return relative_error(error, output)
+
+
+def relative_error(error: float, output: float) -> float:
+    """Of squares; 0 where both are 0, inf where only the output is."""
     if output <= 0:
         return 0.0 if error <= 0 else float("inf")
     return max(0.0, error) / output

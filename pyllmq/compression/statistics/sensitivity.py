@@ -13,7 +13,7 @@ Source: Hutchinson 1989; Shao et al. 2023 (arXiv 2310.09499), eq. 5 and 6, for t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def trace_per_weight(
     """
     if method not in ("fisher", "hutchinson"):
         raise ValueError(f"method is {method!r}; allowed: 'fisher', 'hutchinson'")
-    weights = [_weight(module) for module in linears.values()]
+    weights = [cast(Tensor, module.weight) for module in linears.values()]
     sums = [0.0] * len(weights)
     estimate = _gauss_newton if method == "fisher" else _hutchinson
     generator = torch.Generator(weights[0].device).manual_seed(seed)
@@ -59,8 +59,7 @@ def trace_per_weight(
 
 
 def _gauss_newton(model: nn.Module, weights: list[Tensor], batch: Batch, generator: torch.Generator) -> Iterator[float]:
-    output, tokens = _output(model, batch)
-    count = output.numel() // output.shape[-1]
+    output, tokens, count = _output(model, batch)
     if not count:  # a text of one token has no next one
         return iter(0.0 for _ in weights)
     if tokens is None:
@@ -77,8 +76,7 @@ def _gauss_newton(model: nn.Module, weights: list[Tensor], batch: Batch, generat
 def _hutchinson(model: nn.Module, weights: list[Tensor], batch: Batch, generator: torch.Generator) -> Iterator[float]:
     # The fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
-        output, tokens = _output(model, batch)
-        count = output.numel() // output.shape[-1]
+        output, tokens, count = _output(model, batch)
         if not count:
             return iter(0.0 for _ in weights)
         if tokens is None:
@@ -96,15 +94,15 @@ def _hutchinson(model: nn.Module, weights: list[Tensor], batch: Batch, generator
     return (0.0 if s is None else float((s.double() * z).sum()) / count for s, z in zip(seconds, signs, strict=True))
 
 
-def _output(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """As `_of_real_tokens`. Raises ValueError where it is not finite."""
+def _output(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, int]:
+    """As `_of_real_tokens`, and the number of tokens. Raises ValueError where it is not finite."""
     output, tokens = _of_real_tokens(model, batch)
     if bad := int((~torch.isfinite(output)).sum()):
         raise ValueError(
             f"{type(model).__name__} gives {bad} of {output.numel()} values that are not finite on the calibration data; look at "
             "its norms and at overflows of its dtype"
         )
-    return output, tokens
+    return output, tokens, output.numel() // output.shape[-1]
 
 
 def _of_real_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -126,11 +124,6 @@ def _of_real_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | No
     if mask is not None and output.dim() == 3 and mask.shape == output.shape[:2]:
         output = output[mask.bool()]
     return output.reshape(-1, output.shape[-1]), None
-
-
-def _weight(module: nn.Module) -> Tensor:
-    assert isinstance(module.weight, Tensor)
-    return module.weight
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -446,54 +446,20 @@ def _bytes(name: str, text: str) -> int:
 
 def _calibration_batches(model: Any, given: argparse.Namespace) -> list[dict[str, Any]]:
     from .compression import calibration
+    from .loading import load_tokenizer
 
     calibration.check_takes_text(model)
-    tokenizer = _tokenizer(given.source)
+    try:
+        tokenizer = load_tokenizer(given.source)
+    except ValueError as error:
+        other = f"--method {_words(calibration=False)}"
+        raise ValueError(f"{error}. Methods without calibration need no tokenizer: {other}") from error
     samples = 128 if given.samples is None else given.samples
     seqlen = 512 if given.seqlen is None else given.seqlen
     if given.calibration == "self":
         return calibration.self_written(model, tokenizer, samples, seqlen, progress=not given.quiet)
     text = None if given.calibration is None else _text(given.calibration)
     return calibration.batches_of_text(model, tokenizer, text, samples, seqlen)
-
-
-def _tokenizer(folder: str) -> Any:
-    from .loading import load_tokenizer
-
-    try:
-        return load_tokenizer(folder)
-    except (ValueError, ImportError) as error:
-        raise ValueError(_why_no_tokenizer(Path(folder), error)) from error
-
-
-TOKENIZER_FILES = {
-    "tokenizer.json": "tokenizers",
-    "tokenizer.model": "sentencepiece",
-    "spiece.model": "sentencepiece",
-    "sentencepiece.bpe.model": "sentencepiece",
-    "tiktoken.model": "tiktoken",
-    "vocab.json": "",
-    "vocab.txt": "",
-}
-"""What a tokenizer is made of -> the package that reads it, where that is no part of transformers."""
-
-
-def _why_no_tokenizer(folder: Path, error: Exception) -> str:
-    from importlib.util import find_spec
-
-    there = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    packages = dict.fromkeys(TOKENIZER_FILES[name] for name in there)
-    missing = [package for package in packages if package and find_spec(package) is None]
-    if missing:
-        do = f"{', '.join(there)} needs a package that is not installed: pip install {' '.join(missing)}"
-    elif there:
-        do = f"there is {', '.join(there)}, but: {str(error).strip().splitlines()[0]}"
-    else:
-        do = "there is none of them; copy the tokenizer's files into the folder"
-    return (
-        f"{folder} has no tokenizer that transformers can load (looked for {', '.join(TOKENIZER_FILES)}): {do}. Methods without "
-        f"calibration need no tokenizer: --method {_words(calibration=False)}"
-    )
 
 
 def _text(file: str | None) -> str:
@@ -512,10 +478,10 @@ def _text(file: str | None) -> str:
 
 def _load_causal(given: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer). A dense model has no packed layer to set: asking for a precision there is an error."""
-    from .loading import load_causal_model
+    from .loading import load_causal_model, load_tokenizer
     from .nn import set_precision
 
-    tokenizer, model = _tokenizer(given.folder), load_causal_model(given.folder)
+    tokenizer, model = load_tokenizer(given.folder), load_causal_model(given.folder)
     if given.precision is not None:
         set_precision(model, given.precision)
     return model, tokenizer

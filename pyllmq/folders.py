@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .formats import FORMAT_VERSION, FormatError, Structure, structure_from_dict
+from .structure import of_module
 
 METHOD = "pyllmq"
 """`quant_method` in config.json."""
@@ -110,10 +111,8 @@ class Description(dict[str, Any]):
         for name, values in modules.items():
             if not isinstance(values, Mapping):
                 raise FormatError(f"quantization_config of module {name} is {values!r}; it must be an object")
-            try:
+            with of_module(f"quantization_config of module {name}"):
                 structures[name] = structure_from_dict(values)
-            except FormatError as error:
-                raise FormatError(f"quantization_config of module {name}: {error}") from error
         return cls.of(structures)
 
     @contextmanager

@@ -7,7 +7,8 @@ makes them known to loading, saving and the reference back end.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,6 +23,15 @@ MAX_UINT16_COLUMNS = 1 << 16
 
 class FormatError(ValueError):
     """Tensors or a description that are not a valid packed weight; the message says what was found and what is allowed."""
+
+
+@contextmanager
+def of_module(name: str) -> Iterator[None]:
+    """Within it a FormatError begins with the name of the module that it is about."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from error
 
 
 # ---- structures -----------------------------------------------------------------------------------------------------
@@ -286,6 +296,11 @@ def weight_type(kind: str) -> type[PackedWeight]:
     if found is None:
         raise FormatError(f"a {kind} is made of several packed weights, and is none itself")
     return found
+
+
+def weight_of(structure: Structure, tensors: Fields) -> Any:
+    """The packed weight that these tensors of a checkpoint hold, checked as `PackedWeight.from_tensors` does."""
+    return weight_type(structure.kind).from_tensors(tensors, structure.out_features, structure.in_features)
 
 
 def structure_from_dict(values: Mapping[str, Any]) -> Structure:

@@ -333,26 +333,20 @@ def ranks_of(group: dist.ProcessGroup | None) -> tuple[int, int]:
 def take_part(
     model: nn.Module, found: Plan, rank: int, group: dist.ProcessGroup | None, done: Collection[str] = ()
 ) -> None:
-    """Cut the Linears of the plan, but for those that are `done`, and connect all of them. In place."""
-    _cut_modules(model, {name: split for name, split in found.splits.items() if name not in done}, rank)
-    _connect(model, found, rank, group)
+    """Cut the Linears of the plan, but for those that are `done`, and let all parts exchange their activations. In place.
 
-
-def _cut_modules(model: nn.Module, splits: Mapping[str, Split], rank: int) -> None:
+    The model remembers its plan, which is why it cannot be saved.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for name, split in splits.items():
-        module = model.get_submodule(name)
-        if isinstance(module, PackedLinear):
-            replace_module(model, name, _packed_part(module, split, rank))
-        else:
-            tied = id(module.weight) in embeddings
-            replace_module(model, name, _dense_part(as_linear(module), split, rank, tied))
-
-
-def _connect(model: nn.Module, found: Plan, rank: int, group: dist.ProcessGroup | None) -> None:
-    """Let the parts exchange their activations; the model remembers its plan, which is why it cannot be saved."""
     for name, split in found.splits.items():
         module = model.get_submodule(name)
+        if name not in done:
+            if isinstance(module, PackedLinear):
+                part: nn.Module = _packed_part(module, split, rank)
+            else:
+                part = _dense_part(as_linear(module), split, rank, tied=id(module.weight) in embeddings)
+            replace_module(model, name, part)
+            module = part
         if split.by == COLUMNS:
             if split.whole_outside:
                 module.register_forward_pre_hook(partial(_take_part, split.ranges[rank]))

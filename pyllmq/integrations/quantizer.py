@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..folders import METHOD, Description
 from ..formats import FormatError
 from ..layers.linear import packed_modules
+from ..structure import of_module
 from ..tensor_parallel import parallelize, planned_linears
 from .skeletons import put_skeletons
 
@@ -107,10 +108,8 @@ class PyllmqQuantizer(HfQuantizer):
             parallelize(model, internals.group_of(model), self.styles)
         for name, module in packed_modules(model):
             if not any(buffer.is_meta for buffer in module.buffers()):
-                try:
+                with of_module(name):
                     module.prepare()
-                except FormatError as error:
-                    raise FormatError(f"{name}: {error}") from error
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -75,8 +75,8 @@ class CodebookLayout:
         return self.row_scale.shape[0] > 0
 
 
-def _sections(rows: int, columns: int, words: list[int]) -> list[Section]:
-    segments, outliers, row_scale, wide, *counts = words
+def _sections(rows: int, columns: int, header: list[int]) -> list[Section]:
+    segments, outliers, row_scale, wide, *counts = header
     sections: list[Section] = [
         ((rows,), torch.int32),
         ((rows * row_scale,), torch.float16),
@@ -102,8 +102,8 @@ def prepack(field: Fields, shape: Shape) -> WeightOperand:
     counts = torch.bincount(column_bits, minlength=9)[1:9].tolist()
     outliers = field["outlier_values"].numel() if "outlier_values" in field else 0
     wide = bool(outliers) and field["outlier_columns"].dtype == torch.int32
-    words = [len(segment_rows), outliers, int("row_scale" in field), int(wide), *counts]
-    packed = _BLOB.make(shape, words, column_bits.device)
+    header = [len(segment_rows), outliers, int("row_scale" in field), int(wide), *counts]
+    packed = _BLOB.make(shape, header, column_bits.device)
     layout = CodebookLayout.of(packed)
 
     layout.row_segment.copy_(torch.repeat_interleave(segment_rows))

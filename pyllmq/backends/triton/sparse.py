@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ class SparseLayout:
 
     @classmethod
     def of(cls, weight: WeightOperand) -> SparseLayout:
-        return cls(*weight.tensors, *weight.shape)
+        tensors: Any = weight.tensors
+        return cls(*tensors, *weight.shape)
 
     @property
     def is_24(self) -> bool:
@@ -70,8 +72,8 @@ class SparseLayout:
         return self.outlier_values.shape[0]
 
 
-def _sections(rows: int, columns: int, words: list[int]) -> list[Section]:
-    is_24, kept, value_type, has_scale, bits, outliers, wide = words
+def _sections(rows: int, columns: int, header: list[int]) -> list[Section]:
+    is_24, kept, value_type, has_scale, bits, outliers, wide = header
     groups, words, dtype = -(-columns // 4), -(-columns // 32), _VALUE_TYPES[value_type]
     scale = ((rows * has_scale,), torch.float32)
     none, none_int, none_half = ((0,), torch.uint8), ((0,), torch.int32), ((0,), torch.float16)
@@ -92,11 +94,11 @@ def _sections(rows: int, columns: int, words: list[int]) -> list[Section]:
 def prepack(blob: Blob, field: Fields, shape: Shape) -> WeightOperand:
     codes, scale = "codes" in field, field.get("scale")
     values = field["codes" if codes else "values"]
-    words = [int(blob.kind != "bitmap"), values.numel(), _VALUE_TYPES.index(values.dtype), int(scale is not None)]
+    header = [int(blob.kind != "bitmap"), values.numel(), _VALUE_TYPES.index(values.dtype), int(scale is not None)]
     outliers = field["outlier_values"].numel() if "outlier_values" in field else 0
     wide = bool(outliers) and field["outlier_columns"].dtype == torch.int32
-    words += [field["codebook"].shape[1].bit_length() - 1 if codes else 0, outliers, int(wide)]
-    packed = blob.make(shape, words, values.device)
+    header += [field["codebook"].shape[1].bit_length() - 1 if codes else 0, outliers, int(wide)]
+    packed = blob.make(shape, header, values.device)
     layout = SparseLayout.of(packed)
     if scale is not None:
         layout.scale.copy_(scale)

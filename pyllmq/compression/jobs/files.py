@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -111,7 +111,7 @@ def _work(
     linears: Mapping[str, tuple[str, bool]],
     keys: set[str],
     workers: int,
-) -> Iterator[tuple[Path, FileResult]]:
+) -> Generator[tuple[Path, FileResult]]:
     """(file, result) of every file as it is finished; in this process if there is nothing to share out."""
     tasks = {file: (file, manifest.folder / _packed_name(file), config, linears, keys) for file in files}
     workers = min(workers, len(files))

@@ -469,8 +469,8 @@ def _softmax_cdist_l1(
 def _softmax_cdist_l1_fake(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(student.dtype, torch.float32)
     distance = student.new_empty(*student.shape[:-1], teacher.shape[-2], dtype=dtype)
-    statistics = (each.new_empty(*each.shape[:-1], 2, dtype=dtype) for each in (student, teacher))
-    return distance, *statistics
+    of_student, of_teacher = (each.new_empty(*each.shape[:-1], 2, dtype=dtype) for each in (student, teacher))
+    return distance, of_student, of_teacher
 
 
 def _softmax_cdist_l1_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -67,8 +67,8 @@ def other_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator
     try:
         yield
     finally:
-        for module, forward in before.items():
-            if forward is None:
+        for module, own in before.items():
+            if own is None:
                 del module.forward
             else:
-                module.forward = forward
+                module.forward = own

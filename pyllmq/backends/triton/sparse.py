@@ -51,8 +51,8 @@ class SparseLayout:
 
     @classmethod
     def of(cls, weight: WeightOperand) -> SparseLayout:
-        tensors: Any = weight.tensors
-        return cls(*tensors, *weight.shape)
+        parts: Any = (*weight.tensors, *weight.shape)
+        return cls(*parts)
 
     @property
     def is_24(self) -> bool:

@@ -183,18 +183,18 @@ class _Watched:
 
     def result(self, batches: int, ranks: Ranks = ALONE) -> LossGradients:
         """Of all processes, each of which has run `batches` batches."""
-        squares: dict[str, Tensor] = {}
-        tokens: dict[str, list[Tensor]] = {}
         complete = {name: known for name, known in self.tokens.items() if len(known) == batches}
         shares = ranks.gather((self.squares, complete))
+        found = LossGradients()
         for name in self.linears:
-            parts = [part[name] for part, _ in shares if name in part]
-            if parts:
-                squares[name] = torch.stack(parts).sum(0)
+            if parts := [squares[name] for squares, _ in shares if name in squares]:
+                found.row_weights[name] = _limited(torch.stack(parts).sum(0))
             if all(name in known for _, known in shares):
-                tokens[name] = ranks.interleaved([known[name] for _, known in shares])
-        rows = {name: _limited(total) for name, total in squares.items()}
-        return LossGradients(rows, {name: _limited_list(known) for name, known in tokens.items()})
+                tokens = ranks.interleaved([known[name] for _, known in shares])
+                limited = _limited(torch.cat([of_batch.flatten() for of_batch in tokens]))
+                parts = limited.split([of_batch.numel() for of_batch in tokens])
+                found.token_weights[name] = [part.view_as(like) for part, like in zip(parts, tokens, strict=True)]
+        return found
 
 
 def _losses(output: Any, batch: Batch, generator: torch.Generator, before: Sequence[int] = ()) -> list[Tensor]:
@@ -231,9 +231,3 @@ def _limited(values: Tensor) -> Tensor:
         return torch.ones_like(values)
     limited = (values / mean).clamp(1 / LIMIT, LIMIT)
     return limited / limited.mean()
-
-
-def _limited_list(values: list[Tensor]) -> list[Tensor]:
-    sizes = [v.numel() for v in values]
-    limited = _limited(torch.cat([v.flatten() for v in values]))
-    return [part.view(v.shape) for part, v in zip(limited.split(sizes), values, strict=True)]

@@ -153,11 +153,7 @@ class BitmapWeight(PackedWeight):
     @staticmethod
     def decode(field: Fields, shape: Shape) -> Tensor:
         weight = field["values"].new_zeros(shape, dtype=torch.float32)
-        if field["mask"].numel():
-            weight[unpack_codes(field["mask"], 1, shape[1]).bool()] = field["values"].float()
-        else:
-            row = torch.repeat_interleave(field["row_offsets"].long().diff())
-            weight[row, field["columns"].long()] = field["values"].float()
+        weight[_places(field, shape)] = field["values"].float()
         return scaled(weight, field)
 
     def tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
@@ -187,12 +183,15 @@ class BitmapWeight(PackedWeight):
 
     def mask(self) -> Tensor:
         """bool [N, K]: the places of the stored values."""
-        if "mask" in self.tensors:
-            return ops.unpack_codes(self.tensors["mask"], 1, self.in_features).bool()
-        offsets = self.tensors["row_offsets"].long()
-        mask = torch.zeros(self.out_features, self.in_features, dtype=torch.bool, device=self.device)
-        mask[torch.repeat_interleave(offsets.diff()), self.tensors["columns"].long()] = True
-        return mask
+        return _places(self.tensors, (self.out_features, self.in_features))
+
+
+def _places(field: Fields, shape: Shape) -> Tensor:
+    if "mask" in field and field["mask"].numel():
+        return unpack_codes(field["mask"], 1, shape[1]).bool()
+    places = field["values"].new_zeros(shape, dtype=torch.bool)
+    places[torch.repeat_interleave(field["row_offsets"].long().diff()), field["columns"].long()] = True
+    return places
 
 
 def _with_a_value(tensors: dict[str, Tensor], in_features: int) -> dict[str, Tensor]:

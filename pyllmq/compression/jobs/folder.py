@@ -235,10 +235,6 @@ class FolderJob:
         names = [stage.name for stage in chain.stages]
         finished = {entry["unit"] for entry in self.manifest.finished}
         begin = sum(name in finished for name in names)
-        if chain.stages[0].block is None:
-            if OUTSIDE not in finished:
-                self.loop.walk(chain, self.job.compress_stage, hand_on=False, done=self.finish)
-            return
         hidden = dense = None
         if begin and (hand_on or begin < len(names)):
             hidden = self._hidden(names[begin - 1]).read()
@@ -270,13 +266,7 @@ class FolderJob:
         self.ranks.gather(None)  # all of them are written
         layers = report.layers[sum(len(entry["layers"]) for entry in self.manifest.finished) :]
         packed: dict[str, Any] = {name: job.task.model.get_submodule(name) for name in job.replaced}
-        entry = {
-            "layers": [asdict(layer) for layer in layers],
-            "structures": {name: layer.structure.to_dict() for name, layer in packed.items()},
-            "warnings": list(report.warnings),
-            "carried": self.method.carried,
-            "seconds": self.seconds(),
-        }
+        entry = self._entry(layers, {name: layer.structure.to_dict() for name, layer in packed.items()})
         self.ranks.from_first(lambda: self._write(unit, entry))
         if not self.ranks.first:
             self.manifest.finished.append(entry | {"unit": unit})
@@ -293,19 +283,24 @@ class FolderJob:
         for unit in (OUTSIDE, *self.streamed.blocks):
             if unit not in known and self.ranks.first:
                 with self.streamed.loaded(unit):
-                    nothing = {"layers": [], "structures": {}, "warnings": self.report.warnings}
-                    self._write(unit, {**nothing, "carried": self.method.carried, "seconds": self.seconds()})
+                    self._write(unit, self._entry([], {}))
+
+    def _entry(self, layers: Sequence[LayerReport], structures: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the manifest: what a unit came to, and the state behind it."""
+        return {
+            "layers": [asdict(layer) for layer in layers],
+            "structures": dict(structures),
+            "warnings": list(self.report.warnings),
+            "carried": self.method.carried,
+            "seconds": self.seconds(),
+        }
 
     def _write(self, unit: str, entry: Mapping[str, Any]) -> None:
-        file = self._file(unit)
+        units = (OUTSIDE, *self.streamed.blocks)
+        part = f"model-{units.index(unit) + 1:05d}-of-{len(units):05d}.safetensors"
+        file = SINGLE if len(units) == 1 else part
         write_tensors(self.manifest.folder / file, self.streamed.checkpoint_tensors(unit))
         self.manifest.add(unit, file, entry)
-
-    def _file(self, unit: str) -> str:
-        units = (OUTSIDE, *self.streamed.blocks)
-        if len(units) == 1:
-            return "model.safetensors"
-        return f"model-{units.index(unit) + 1:05d}-of-{len(units):05d}.safetensors"
 
     def _hidden(self, unit: str, kind: str = "hidden") -> HiddenStates:
         """`kind` "dense": what the dense blocks give out."""

@@ -6,7 +6,6 @@ import math
 import os
 import zlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -58,15 +57,15 @@ takes_activations = takes(ACTIVATION_DTYPES, on_device)
 takes_fp32 = takes((torch.float32,), on_device)
 
 
-def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever its arguments say."""
-    return torch.cuda.device_of(tensor)
+def launch(name: str, device_of: Tensor, *arguments: Any) -> Any:
+    """module.function of triton_kernels with these arguments, tensors contiguous; imported at the first call.
 
-
-def kernel(name: str) -> Callable[..., Any]:
-    """module.function of triton_kernels."""
+    Triton launches on the current device, whatever its arguments say: that of `device_of` is made the current one.
+    """
     module, _, function = name.rpartition(".")
-    return getattr(import_module(f"...triton_kernels.{module}", __package__), function)
+    run = getattr(import_module(f"...triton_kernels.{module}", __package__), function)
+    with torch.cuda.device_of(device_of):
+        return run(*(each.contiguous() if isinstance(each, Tensor) else each for each in arguments))
 
 
 # ---- machine layouts --------------------------------------------------------------------------------------------------
@@ -143,12 +142,10 @@ class LayoutKernels:
         """Sums in fp32 whatever `precision` says: a GPU gains nothing from coarser tables."""
         if not x.shape[0]:
             return x.new_empty(0, weight.shape[0])
-        with on_device_of(x):
-            return kernel(self.linear)(x.contiguous(), self.read(weight), bias)
+        return launch(self.linear, x, x, self.read(weight), bias)
 
     def packed_dequantize(self, weight: WeightOperand, dtype: torch.dtype) -> Tensor:
-        with on_device_of(weight.tensors[0]):
-            return kernel(self.dequantize)(self.read(weight), dtype)
+        return launch(self.dequantize, weight.tensors[0], self.read(weight), dtype)
 
     def decode_and_matmul(self, x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
         """The weight decoded to x's dtype, then torch's matmul. Where that dtype cannot hold a decoded weight it is rounded."""

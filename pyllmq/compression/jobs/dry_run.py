@@ -23,7 +23,7 @@ from ..model_state import quiet_eval
 from ..statistics.blocks import BlockLoop, Stage
 from ..statistics.inputs import Group, InputStatistics, visit_groups
 from .in_memory import DESCRIPTION_BYTES, INDEX_BYTES
-from .job import Job, Task
+from .job import Job, Task, open_task
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,8 @@ def plan_folder(
 
     Times one batch in one block, and one group of its Linears; without calibration one Linear.
     """
-    from ...integrations.checkpoint import StreamedModel
-
-    streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
-    task = Task.of(streamed.model, method_of(config), include, exclude)
-    method = task.method
-    streamed.split(stage.name for stage in task.stages if stage.block is not None)
+    method = method_of(config)
+    streamed, task = open_task(source, method, include, exclude)
     method.plan = method.make_plan(task.linears)
     weights = sum(dense_weight(module).numel() for module in task.linears.values())
     blocks = [stage for stage in task.stages if stage.linears]

@@ -23,7 +23,7 @@ from ...memory import peak_memory
 from ..methods import StaysDenseError, method_of
 from ..report import CompressionReport, LayerReport
 from .folder import job_signature, open_manifest, put_finished
-from .job import Task, layer_report, warn
+from .job import layer_report, open_task, warn
 from .manifest import Manifest, write_tensors
 
 
@@ -62,16 +62,13 @@ def compress_files(
     Raises:
         ValueError: a method that needs data, and as `compress_folder`.
     """
-    from ...integrations.checkpoint import StreamedModel
-
     started = time.perf_counter()
     method = method_of(config)
     if method.needs.calibration:
         raise ValueError(f"{method.name!r} with these settings needs calibration data; use pyllmq.compress_folder")
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ValueError(f"workers is {workers!r}; it must be an integer >= 1")
-    streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
-    task = Task.of(streamed.model, method, include, exclude)
+    streamed, task = open_task(source, method, include, exclude)
     report, planned = task.report, task.linears
     if streamed.without_place:
         warn(report, streamed.copied_as_they_are())

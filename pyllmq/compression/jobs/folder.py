@@ -29,7 +29,7 @@ from ..report import CompressionReport, LayerReport
 from ..statistics.blocks import BlockLoop, Chain, Stage
 from ..statistics.loss_gradients import LossGradients, NoLossError, output_gradients_by_block
 from .in_memory import without_gradients
-from .job import Job, Task, check_finite, warn
+from .job import Job, check_finite, open_task, warn
 from .manifest import (
     Manifest,
     batches_digest,
@@ -81,7 +81,6 @@ def compress_folder(
         FileExistsError: an unfinished job is in the way.
         OSError: files that cannot be read or written; what is finished stays.
     """
-    from ...integrations.checkpoint import StreamedModel
     from ...integrations.transformers import expect_own_names
 
     started = time.perf_counter()
@@ -94,12 +93,9 @@ def compress_folder(
             f"{len(all_batches)} calibration batches are too few for {ranks.size} processes; give each at least one"
         )
     target = Path(output).resolve()
-    streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
-    streamed.expect_runnable()
+    streamed, task = open_task(source, method, include, exclude)
     model = streamed.model
-    task = Task.of(model, method, include, exclude)
     names = expect_own_names(model, task.linears)
-    streamed.split(stage.name for stage in task.stages if stage.block is not None)
 
     def signature() -> dict[str, Any]:
         data = {"calibration": batches_digest(all_batches), "processes": ranks.size, "threads": torch.get_num_threads()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -29,6 +29,9 @@ from ..report import CompressionReport, LayerReport, summary
 from ..statistics.blocks import BlockLoop, Stage, find_stages
 from ..statistics.inputs import Group, InputStatistics, visit_groups
 from ..statistics.run import CalibrationRun
+
+if TYPE_CHECKING:
+    from ...integrations.checkpoint import StreamedModel
 
 SILENT_SHARE = 0.01
 """Linear-like parameters left dense without being asked for are reported loudly above this share."""
@@ -84,6 +87,20 @@ class Task:
     def nothing_packed(self) -> ValueError:
         first = next(((item.name, item.why) for item in self.report.left_dense if item.name in self.linears), None)
         return ValueError(f"none of {len(self.linears)} Linears {self.method.nothing_packed} ({first})")
+
+
+def open_task(
+    source: Any, method: Method[Any], include: Sequence[str] | None, exclude: Sequence[str]
+) -> tuple[StreamedModel, Task]:
+    """A folder, or a `StreamedModel` of one, each block a unit of its own; and what is to be done to it."""
+    from ...integrations.checkpoint import StreamedModel
+
+    streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
+    if method.needs.calibration:
+        streamed.expect_runnable()
+    task = Task.of(streamed.model, method, include, exclude)
+    streamed.split(stage.name for stage in task.stages if stage.block is not None)
+    return streamed, task
 
 
 def not_included(include: Sequence[str] | None, exclude: Sequence[str]) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -129,7 +130,6 @@ class PackedWeight:
 
     structure: Any
     tensors: dict[str, Tensor]
-    _cache: dict[str, WeightOperand] = field(default_factory=dict, repr=False)
 
     structure_type: ClassVar[type[Structure]]
     fields: ClassVar[tuple[str, ...]]
@@ -244,9 +244,11 @@ class PackedWeight:
 
     def operand(self) -> WeightOperand:
         """`prepack()`, made at the first call and kept."""
-        if "operand" not in self._cache:
-            self._cache["operand"] = self.prepack()
-        return self._cache["operand"]
+        return self._operand
+
+    @cached_property
+    def _operand(self) -> WeightOperand:
+        return self.prepack()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense matrix [N, K], in float32, bfloat16 or float16."""

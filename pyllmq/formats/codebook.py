@@ -30,6 +30,7 @@ from ..layouts import Fields, Shape, Shapes, WeightOperand
 from ..operations import CODEBOOK_GRADIENT
 from ..packing import column_codes
 from ..structure import (
+    FP16_LOSS,
     FormatError,
     PackedWeight,
     Structure,
@@ -37,6 +38,7 @@ from ..structure import (
     column_dtype,
     expect,
     finite_fp16,
+    lost_in_fp16,
     outlier_places,
     outlier_shapes,
     outliers_of_columns,
@@ -363,12 +365,13 @@ def _codebook_fp16(codebook: Tensor, column_bits: Tensor, segments: int) -> Tens
     for entries in width.unique().tolist():
         columns = torch.nonzero(width == entries).flatten()
         place = first_entry[columns, None] + torch.arange(entries, device=codebook.device)
-        lost, largest = ((book[:, place]).abs().amax(-1) for book in (codebook - half.float(), codebook))
-        if bool((lost > 0.01 * largest).any()):
-            worst = int((lost - 0.01 * largest).amax(0).argmax())
+        lost = lost_in_fp16(codebook[:, place])
+        if bool(lost.any()):
+            segment, column = lost.nonzero()[0].tolist()
+            reach = float(codebook[segment, place[column]].abs().max())
             raise FormatError(
-                f"the codebook of column {int(columns[worst])} reaches only to {float(largest[:, worst].min()):g}, where fp16 is "
-                "off by more than 1 %; rescale the weight, or give row_scale"
+                f"the codebook of column {int(columns[column])} reaches only to {reach:g}, where fp16 is off by more than "
+                f"{FP16_LOSS:.0%}; rescale the weight, or give row_scale"
             )
     return half
 

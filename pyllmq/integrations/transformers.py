@@ -24,7 +24,7 @@ from .. import fusion
 from ..folders import METHOD, Description, Header, PackedFolder, copy_others, expect_packed, new_folder, read_config
 from ..formats import FormatError, Structure
 from ..layers.linear import packed_modules
-from .skeletons import names_in_file
+from .skeletons import modules_of_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -250,13 +250,17 @@ def mark_packed(model: nn.Module) -> None:
 
 def expect_own_names(model: nn.Module, linears: Iterable[str]) -> dict[str, str]:
     """Linear -> what its tensors are called in a saved folder. Raises ValueError where those cannot have names of their own."""
-    names = names_in_file(model, linears)
-    if merged := [name for name, found in names.items() if found is None]:
+    from .transformers_internals import names_of_file
+
+    written = names_of_file(model, linears)
+    read = modules_of_names(model, [found for found in written.values() if found is not None])
+    names = {name: found for name, found in written.items() if found is not None and read[found] == name}
+    if merged := [name for name in written if name not in names]:
         raise ValueError(
             f"{', '.join(merged)} cannot be packed: files of {type(model).__name__} hold the weight merged with others, or under a "
             "name that leads to another module; add it to exclude"
         )
-    return {name: str(found) for name, found in names.items()}
+    return names
 
 
 def is_transformers_model(model: object) -> bool:

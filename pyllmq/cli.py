@@ -10,7 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -225,23 +225,20 @@ def _add_method_options(c: argparse.ArgumentParser, arguments: Sequence[str]) ->
     if word not in methods:
         raise ValueError(f"--method is {word!r}; allowed: {', '.join(methods)}, and those of a --plugin")
     group = c.add_argument_group(f"options of --method {word}")
-    own = _options(methods[word])
-    shown: dict[str, Any]
-    for option in own:
-        shown = {"help": option.help.replace("%", "%%"), "dest": f"option {option.field}", "default": None}
-        if option.values is bool:
-            group.add_argument(option.word, action="store_const", const=option.switch_to, **shown)
-        else:
-            group.add_argument(option.word, metavar=option.metavar, **shown)
+    own = {option.word: option for option in _options(methods[word])}
     # Those of other methods are known, so that they are refused with a word on whose they are.
     others = {option.word: option for method in methods.values() for option in _options(method)}
-    for option in others.values():
-        if option.word not in {mine.word for mine in own}:
-            shown = {"help": argparse.SUPPRESS, "dest": f"other {option.word}", "default": None}
-            if option.values is bool:
-                c.add_argument(option.word, action="store_const", const="", **shown)
-            else:
-                c.add_argument(option.word, **shown)
+    for option in (*own.values(), *(option for other, option in others.items() if other not in own)):
+        mine = option.word in own
+        shown: dict[str, Any] = {
+            "help": option.help.replace("%", "%%") if mine else argparse.SUPPRESS,
+            "dest": f"option {option.field}" if mine else f"other {option.word}",
+        }
+        if option.values is bool:
+            shown |= {"action": "store_const", "const": option.switch_to if mine else ""}
+        else:
+            shown["metavar"] = option.metavar
+        (group if mine else c).add_argument(option.word, **shown)
 
 
 def _listed(methods: Mapping[str, Any]) -> str:
@@ -340,7 +337,7 @@ def run_compress(given: argparse.Namespace) -> int:
     if given.calibration == "self":
         reason = reason or "--calibration self lets the model write text"
     if not reason:
-        return (_compress_folder if needs.calibration else _compress_files)(given, config, size)
+        return _compress_streamed(given, config, size, needs.calibration)
     for option, value in (("--resume", given.resume), ("--dry-run", given.dry_run), ("--workers", given.workers)):
         if value:
             raise ValueError(f"{option} goes block by block, which is not possible here: {reason}")
@@ -376,53 +373,25 @@ def _compress_in_memory(given: argparse.Namespace, config: MethodConfig, size: s
     return 0
 
 
-def _compress_files(given: argparse.Namespace, config: MethodConfig, size: str | None) -> int:
+def _compress_streamed(given: argparse.Namespace, config: MethodConfig, size: str | None, calibrated: bool) -> int:
     from .compression.jobs.dry_run import plan_folder
     from .compression.jobs.files import compress_files
-    from .integrations.checkpoint import StreamedModel
-
-    streamed = StreamedModel(given.source, architecture=given.architecture)
-    config = _with_size(streamed.model, given, config, size)
-    if given.dry_run:
-        print(plan_folder(streamed, given.output, config, **_names(given)))
-        return 0
-    with _ended_by_signal():
-        report = compress_files(
-            streamed,
-            given.output,
-            config,
-            workers=1 if given.workers is None else given.workers,
-            resume=given.resume,
-            progress=not given.quiet,
-            **_names(given),
-        )
-    _print_report(report, given)
-    return 0
-
-
-def _compress_folder(given: argparse.Namespace, config: MethodConfig, size: str | None) -> int:
-    from .compression.jobs.dry_run import plan_folder
     from .compression.jobs.folder import compress_folder
-    from .compression.ranks import joined
+    from .compression.ranks import ALONE, joined
     from .integrations.checkpoint import StreamedModel
 
-    with _ended_by_signal(), joined() as ranks:
+    with _ended_by_signal(), joined() if calibrated else nullcontext(ALONE) as ranks:
         streamed = StreamedModel(given.source, architecture=given.architecture)
-        config = _with_size(streamed.model, given, config, size)
-        batches = _calibration_batches(streamed.model, given)
+        job = (streamed, given.output, _with_size(streamed.model, given, config, size))
+        batches = _calibration_batches(streamed.model, given) if calibrated else []
         if given.dry_run:
-            print(plan_folder(streamed, given.output, config, batches, **_names(given)))
+            print(plan_folder(*job, batches, **_names(given)))
             return 0
-        report = compress_folder(
-            streamed,
-            given.output,
-            config,
-            batches,
-            resume=given.resume,
-            progress=not given.quiet,
-            ranks=ranks,
-            **_names(given),
-        )
+        how: dict[str, Any] = {"resume": given.resume, "progress": not given.quiet, **_names(given)}
+        if calibrated:
+            report = compress_folder(*job, batches, ranks=ranks, **how)
+        else:
+            report = compress_files(*job, workers=1 if given.workers is None else given.workers, **how)
         if ranks.first:
             _print_report(report, given)
     return 0
@@ -477,54 +446,20 @@ def _bytes(name: str, text: str) -> int:
 
 def _calibration_batches(model: Any, given: argparse.Namespace) -> list[dict[str, Any]]:
     from .compression import calibration
+    from .loading import load_tokenizer
 
     calibration.check_takes_text(model)
-    tokenizer = _tokenizer(given.source)
+    try:
+        tokenizer = load_tokenizer(given.source)
+    except ValueError as error:
+        other = f"--method {_words(calibration=False)}"
+        raise ValueError(f"{error}. Methods without calibration need no tokenizer: {other}") from error
     samples = 128 if given.samples is None else given.samples
     seqlen = 512 if given.seqlen is None else given.seqlen
     if given.calibration == "self":
         return calibration.self_written(model, tokenizer, samples, seqlen, progress=not given.quiet)
     text = None if given.calibration is None else _text(given.calibration)
     return calibration.batches_of_text(model, tokenizer, text, samples, seqlen)
-
-
-def _tokenizer(folder: str) -> Any:
-    from .loading import load_tokenizer
-
-    try:
-        return load_tokenizer(folder)
-    except (ValueError, ImportError) as error:
-        raise ValueError(_why_no_tokenizer(Path(folder), error)) from error
-
-
-TOKENIZER_FILES = {
-    "tokenizer.json": "tokenizers",
-    "tokenizer.model": "sentencepiece",
-    "spiece.model": "sentencepiece",
-    "sentencepiece.bpe.model": "sentencepiece",
-    "tiktoken.model": "tiktoken",
-    "vocab.json": "",
-    "vocab.txt": "",
-}
-"""What a tokenizer is made of -> the package that reads it, where that is no part of transformers."""
-
-
-def _why_no_tokenizer(folder: Path, error: Exception) -> str:
-    from importlib.util import find_spec
-
-    there = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    packages = dict.fromkeys(TOKENIZER_FILES[name] for name in there)
-    missing = [package for package in packages if package and find_spec(package) is None]
-    if missing:
-        do = f"{', '.join(there)} needs a package that is not installed: pip install {' '.join(missing)}"
-    elif there:
-        do = f"there is {', '.join(there)}, but: {str(error).strip().splitlines()[0]}"
-    else:
-        do = "there is none of them; copy the tokenizer's files into the folder"
-    return (
-        f"{folder} has no tokenizer that transformers can load (looked for {', '.join(TOKENIZER_FILES)}): {do}. Methods without "
-        f"calibration need no tokenizer: --method {_words(calibration=False)}"
-    )
 
 
 def _text(file: str | None) -> str:
@@ -541,12 +476,21 @@ def _text(file: str | None) -> str:
 # ---- eval, generate, inspect ----------------------------------------------------------------------------------------
 
 
+def _load_causal(given: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer). A dense model has no packed layer to set: asking for a precision there is an error."""
+    from .loading import load_causal_model, load_tokenizer
+    from .nn import set_precision
+
+    tokenizer, model = load_tokenizer(given.folder), load_causal_model(given.folder)
+    if given.precision is not None:
+        set_precision(model, given.precision)
+    return model, tokenizer
+
+
 def run_eval(given: argparse.Namespace) -> int:
     from .evaluate import decoding_speed, perplexity
-    from .loading import load_causal_model
 
-    tokenizer, model = _tokenizer(given.folder), load_causal_model(given.folder)
-    _apply_precision(model, given.precision)
+    model, tokenizer = _load_causal(given)
     if given.tasks is not None:
         return _run_tasks(model, tokenizer, given)
     text = _text(given.text)
@@ -592,10 +536,8 @@ def run_generate(given: argparse.Namespace) -> int:
     import torch
 
     from .evaluate import within_positions
-    from .loading import load_causal_model
 
-    tokenizer, model = _tokenizer(given.folder), load_causal_model(given.folder)
-    _apply_precision(model, given.precision)
+    model, tokenizer = _load_causal(given)
     torch.manual_seed(given.seed)
     inputs = tokenizer(given.prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
@@ -610,14 +552,6 @@ def run_generate(given: argparse.Namespace) -> int:
         )
     print(tokenizer.decode(ids[0], skip_special_tokens=True))
     return 0
-
-
-def _apply_precision(model: Any, precision: str | None) -> None:
-    """A dense model has no packed layer to set: asking for a precision there is an error."""
-    from .nn import set_precision
-
-    if precision is not None:
-        set_precision(model, precision)
 
 
 def run_inspect(given: argparse.Namespace) -> int:

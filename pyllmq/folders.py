@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .formats import FORMAT_VERSION, FormatError, Structure, structure_from_dict
+from .structure import of_module
 
 METHOD = "pyllmq"
 """`quant_method` in config.json."""
@@ -49,6 +50,14 @@ def quantization_method(config: Mapping[str, Any]) -> Any:
     """`quant_method` of a config.json; None for a dense model."""
     described = config.get("quantization_config")
     return described.get("quant_method") if isinstance(described, Mapping) else described
+
+
+def expect_packed(folder: Folder, config: Mapping[str, Any]) -> None:
+    if (method := quantization_method(config)) != METHOD:
+        raise FormatError(
+            f"{folder} is not a pyllmq folder (quant_method is {method!r}); compress it first with `pyllmq compress`, or load it "
+            "with transformers"
+        )
 
 
 def is_packed(folder: Folder) -> bool:
@@ -102,10 +111,8 @@ class Description(dict[str, Any]):
         for name, values in modules.items():
             if not isinstance(values, Mapping):
                 raise FormatError(f"quantization_config of module {name} is {values!r}; it must be an object")
-            try:
+            with of_module(f"quantization_config of module {name}"):
                 structures[name] = structure_from_dict(values)
-            except FormatError as error:
-                raise FormatError(f"quantization_config of module {name}: {error}") from error
         return cls.of(structures)
 
     @contextmanager
@@ -149,21 +156,10 @@ def _text(dtype: torch.dtype | str) -> str:
 # ---- files of tensors -----------------------------------------------------------------------------------------------
 
 _DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)},
+    **{"BOOL": torch.bool, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
 
 
@@ -249,12 +245,7 @@ class PackedFolder:
     def open(cls, folder: Folder) -> PackedFolder:
         """Raises FormatError for a folder that is damaged, incomplete, of an unknown version, or not packed at all."""
         config = read_config(folder)
-        method = quantization_method(config)
-        if method != METHOD:
-            raise FormatError(
-                f"{folder} is not a pyllmq folder (quant_method is {method!r}); compress it first with `pyllmq compress`, or load "
-                "it with transformers"
-            )
+        expect_packed(folder, config)
         description = Description.parse(config["quantization_config"])
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:

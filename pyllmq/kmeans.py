@@ -71,8 +71,7 @@ def kmeans_1d(
     Raises:
         TypeError, ValueError: with what was given and what is allowed; for values and weights the first bad index.
     """
-    ks = (k,) if isinstance(k, int) else _checked_list(k)
-    _check_clusters(ks)
+    ks = _clusters([k] if isinstance(k, int) else k)
     _check_method(method)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed!r}; allowed: an integer from 0 to 2**64 - 1")
@@ -106,8 +105,7 @@ def kmeans_1d_errors(values: Tensor, k: Sequence[int], weights: Tensor | None = 
     """
     if isinstance(k, int):
         raise TypeError(f"k is {k}; it must be a sequence of numbers, such as range(1, {k} + 1) or [{k}]")
-    ks = _checked_list(k)
-    _check_clusters(ks)
+    ks = _clusters(k)
     if method == "lloyd":
         raise ValueError("method is 'lloyd'; allowed: 'exact', 'windowed': one run gives the errors of every k")
     _check_method(method)
@@ -195,18 +193,14 @@ def fit_columns(
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
 
-def _checked_list(k: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(k, (str, bytes)) or not isinstance(k, Sequence):
-        raise ValueError(f"k is {k!r}; allowed: an integer from 1 to {MAX_CLUSTERS}, or a sequence of such")
-    if not k:
-        raise ValueError("k is empty; it needs at least one number of centroids")
-    return tuple(k)
-
-
-def _check_clusters(ks: tuple[int, ...]) -> None:
-    for k in ks:
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MAX_CLUSTERS:
+def _clusters(ks: Sequence[int]) -> tuple[int, ...]:
+    several = isinstance(ks, Sequence) and not isinstance(ks, str | bytes)
+    for k in ks if several else [ks]:
+        if type(k) is not int or not 1 <= k <= MAX_CLUSTERS:
             raise ValueError(f"k is {k!r}; allowed: an integer from 1 to {MAX_CLUSTERS}, or a sequence of such")
+    if not ks:
+        raise ValueError("k is empty; it needs at least one number of centroids")
+    return tuple(ks)
 
 
 def _check_method(method: str) -> None:

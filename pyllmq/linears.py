@@ -127,26 +127,27 @@ def left_dense(
     What `exclude` names, and what an `include` does not name, was asked for. Besides Linears these are 3-D parameters
     (stacked experts) and torch's fused attention weights, which a search for `nn.Linear` would silently miss.
     """
+    outside, experts, fused = (
+        "outside the repeated blocks",
+        "a 3-D tensor (stacked experts?), which this version does not compress",
+        "fused attention weights of nn.MultiheadAttention, which is no Linear",
+    )
+    found = [(name, dense_weight(module), outside) for name, module in linear_modules(model)]
+    found += [(name, parameter, experts) for name, parameter in stacked_parameters(model)]
+    found += [(name, parameter, fused) for name, parameter in fused_attention_parameters(model)]
+    asked = output_layers(model, include) if OUTPUT_LAYERS in exclude else {}
+    for name, _, _ in found:
+        if name not in asked and matches(name, exclude):
+            asked[name] = "excluded"
+        elif name not in asked and include is not None and not matches(name, include):
+            asked[name] = "not included"
     chosen = set(chosen)
-    dense, total = [], 0
-    outputs = output_layers(model, include) if OUTPUT_LAYERS in exclude else {}
-    for name, module in linear_modules(model):
-        size = int(dense_weight(module).numel())
-        total += size
-        if name not in chosen:
-            if name in outputs:
-                asked, why = True, outputs[name]
-            else:
-                asked, why = _why_dense(name, include, exclude, "outside the repeated blocks")
-            dense.append(LeftDense(name, size, why, asked))
-    experts = "a 3-D tensor (stacked experts?), which this version does not compress"
-    fused = "fused attention weights of nn.MultiheadAttention, which is no Linear"
-    for parameters, otherwise in ((stacked_parameters, experts), (fused_attention_parameters, fused)):
-        for name, parameter in parameters(model):
-            asked, why = _why_dense(name, include, exclude, otherwise)
-            dense.append(LeftDense(name, parameter.numel(), why, asked))
-            total += parameter.numel()
-    return dense, total
+    dense = [
+        LeftDense(name, weight.numel(), asked.get(name, otherwise), name in asked)
+        for name, weight, otherwise in found
+        if name not in chosen
+    ]
+    return dense, sum(weight.numel() for _, weight, _ in found)
 
 
 def stacked_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -168,17 +169,9 @@ def fused_attention_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Param
                     yield f"{name}.{parameter_name}".lstrip("."), parameter
 
 
-def _why_dense(name: str, include: Sequence[str] | None, exclude: Sequence[str], otherwise: str) -> tuple[bool, str]:
-    if matches(name, exclude):
-        return True, "excluded"
-    if include is not None and not matches(name, include):
-        return True, "not included"
-    return False, otherwise
-
-
-def _some(names: Iterable[str], count: int = 5) -> str:
+def _some(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")
+    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
 
 
 def tied_weights(model: nn.Module, chosen: Iterable[str]) -> dict[str, str]:

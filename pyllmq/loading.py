@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
+from pathlib import Path
 from typing import Any
 
 from .folders import Folder, is_packed, read_config
@@ -42,14 +44,36 @@ def load_causal_model(folder: Folder) -> Any:
 def is_causal(model: Any) -> bool:
     """Does the model predict the next token of its only text?"""
     generates = bool(getattr(model, "can_generate", lambda: False)())
-    return generates and not getattr(model.config, "is_encoder_decoder", False)
+    return generates and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+TOKENIZER_FILES = {
+    "tokenizer.json": "tokenizers",
+    "tokenizer.model": "sentencepiece",
+    "spiece.model": "sentencepiece",
+    "sentencepiece.bpe.model": "sentencepiece",
+    "tiktoken.model": "tiktoken",
+    "vocab.json": "",
+    "vocab.txt": "",
+}
+"""What a tokenizer is made of -> the package that reads it, where that is no part of transformers."""
 
 
 def load_tokenizer(folder: Folder) -> Any:
+    """Raises ValueError, with what is missing, where there is none."""
     from transformers import AutoTokenizer
 
     read_config(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{folder} has no tokenizer that transformers can load ({error})") from error
+    except (ValueError, OSError, ImportError) as error:
+        there = [name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
+        packages = dict.fromkeys(TOKENIZER_FILES[name] for name in there)
+        do = "there is none of them; copy the tokenizer's files into the folder"
+        if missing := [package for package in packages if package and importlib.util.find_spec(package) is None]:
+            do = f"{', '.join(there)} needs a package that is not installed: pip install {' '.join(missing)}"
+        elif there:
+            do = f"there is {', '.join(there)}, but: {str(error).strip().splitlines()[0]}"
+        raise ValueError(
+            f"{folder} has no tokenizer that transformers can load (looked for {', '.join(TOKENIZER_FILES)}): {do}"
+        ) from error

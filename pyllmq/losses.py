@@ -58,18 +58,12 @@ class SinkhornDistillationLoss(nn.Module):
         if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
             raise ValueError(f"iterations is {iterations!r}; allowed: an integer of at least 1")
         self.kl_temperature = temperature if kl_temperature is None else kl_temperature
-        for name, number in (
-            ("temperature", temperature),
-            ("epsilon", epsilon),
-            ("kl_temperature", self.kl_temperature),
-        ):
+        positive = {"temperature": temperature, "epsilon": epsilon, "kl_temperature": self.kl_temperature}
+        for name, number in positive.items():
             if not 0 < number < math.inf:
                 raise ValueError(f"{name} is {number!r}; it must be positive and finite")
-        for name, number in (
-            ("weight", weight),
-            ("cross_entropy_weight", cross_entropy_weight),
-            ("kl_weight", kl_weight),
-        ):
+        weights = {"weight": weight, "cross_entropy_weight": cross_entropy_weight, "kl_weight": kl_weight}
+        for name, number in weights.items():
             if not 0 <= number < math.inf:
                 raise ValueError(f"{name} is {number!r}; allowed: a number of at least 0")
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
@@ -77,19 +71,8 @@ class SinkhornDistillationLoss(nn.Module):
         self.over, self.group = over, group
 
     def extra_repr(self) -> str:
-        return ", ".join(
-            f"{name}={getattr(self, name)!r}"
-            for name in (
-                "temperature",
-                "epsilon",
-                "iterations",
-                "weight",
-                "cross_entropy_weight",
-                "kl_weight",
-                "over",
-                "group",
-            )
-        )
+        names = ["temperature", "epsilon", "iterations", "weight", "cross_entropy_weight", "kl_weight", "over", "group"]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, mask: Tensor | None = None

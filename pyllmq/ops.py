@@ -34,16 +34,26 @@ _Gradients = tuple[Tensor | None, ...]
 _library = torch.library.Library("pyllmq", "FRAGMENT")
 
 
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """An operation of the library `pyllmq`, on every device."""
+def define(
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup: Callable[..., None] | None = None,
+) -> None:
+    """An operation of the library `pyllmq`, on every device; with `backward`, a differentiable one."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyllmq::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"pyllmq::{name}", backward, setup_context=setup, lib=_library)
 
 
-def define_gradient(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
-    torch.library.register_autograd(f"pyllmq::{name}", backward, setup_context=setup, lib=_library)
+def eager_function(run: Callable[..., Any], backward: Callable[..., Any], setup: Callable[..., None]) -> Any:
+    """`run` with its gradient, for eager calls: the autograd of torch.library costs 200 us."""
+    parts = {"forward": staticmethod(run), "backward": staticmethod(backward), "setup_context": staticmethod(setup)}
+    return type(run.__name__, (torch.autograd.Function,), parts).apply  # type: ignore[attr-defined]
 
 
 class _Refusal(torch.autograd.Function):
@@ -169,17 +179,9 @@ def _run_linear(x: Tensor, operand: WeightOperand, bias: Tensor | None, precisio
     return y if x.dim() == 2 else y.view(*x.shape[:-1], operand.shape[0])
 
 
-def _packed_linear(
-    x: Tensor,
-    weight: list[Tensor],
-    kind: str,
-    layout: str,
-    meta: Sequence[int],
-    shape: Sequence[int],
-    bias: Tensor | None,
-    precision: str,
-) -> Tensor:
-    y = _run_linear(x, operand_of(weight, kind, layout, meta, shape), bias, precision)
+def _packed_linear(x: Tensor, *arguments: Any) -> Tensor:
+    *weight, bias, precision = arguments
+    y = _run_linear(x, operand_of(*weight), bias, precision)
     # What autograd sees must be no view, or nothing could be added to it in place.
     return torch.ops.aten._unsafe_view(y, list(y.shape))
 
@@ -191,15 +193,9 @@ def operand_of(
     return WeightOperand(kind, layout, tuple(tensors), tuple(meta), (shape[0], shape[1]))
 
 
-def _packed_linear_fake(
-    x: Tensor, weight: list[Tensor], kind: str, layout: str, meta: list[int], shape: list[int], *_: object
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], shape[0])
-
-
 def _packed_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, kind, layout, meta, shape, bias, _ = inputs
-    ctx.operand = operand_of(weight, kind, layout, meta, shape)
+    x, *weight, bias, _ = inputs
+    ctx.operand = operand_of(*weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.trains = _trains(ctx.operand)
     ctx.save_for_backward(*([x] if ctx.trains else []))
@@ -255,26 +251,26 @@ def packed_dequantize(weight: PackedWeight | WeightOperand, dtype: torch.dtype =
     )
 
 
-def _packed_dequantize(
-    weight: list[Tensor], kind: str, layout: str, meta: list[int], shape: list[int], dtype: torch.dtype
-) -> Tensor:
-    operand = operand_of(weight, kind, layout, meta, shape)
-    kernel = PACKED_DEQUANTIZE.kernel_for(weight[0].device.type, dtype, layout, 0, operand.meta)
+def _packed_dequantize(*arguments: Any) -> Tensor:
+    *weight, dtype = arguments
+    operand = operand_of(*weight)
+    kernel = PACKED_DEQUANTIZE.kernel_for(operand.tensors[0].device.type, dtype, operand.layout, 0, operand.meta)
     return kernel(operand, dtype)
-
-
-def _packed_dequantize_fake(
-    weight: list[Tensor], kind: str, layout: str, meta: list[int], shape: list[int], dtype: torch.dtype
-) -> Tensor:
-    return weight[0].new_empty(shape[0], shape[1], dtype=dtype)
 
 
 _WEIGHT = "Tensor[] weight, str kind, str layout, int[] meta, int[] shape"
 define(
-    f"packed_linear(Tensor x, {_WEIGHT}, Tensor? bias, str precision) -> Tensor", _packed_linear, _packed_linear_fake
+    f"packed_linear(Tensor x, {_WEIGHT}, Tensor? bias, str precision) -> Tensor",
+    _packed_linear,
+    lambda x, weight, kind, layout, meta, shape, *_: x.new_empty(*x.shape[:-1], shape[0]),
+    _packed_linear_backward,
+    _packed_linear_setup,
 )
-define_gradient("packed_linear", _packed_linear_backward, _packed_linear_setup)
-define(f"packed_dequantize({_WEIGHT}, ScalarType dtype) -> Tensor", _packed_dequantize, _packed_dequantize_fake)
+define(
+    f"packed_dequantize({_WEIGHT}, ScalarType dtype) -> Tensor",
+    _packed_dequantize,
+    lambda weight, kind, layout, meta, shape, dtype: weight[0].new_empty(*shape, dtype=dtype),
+)
 
 
 # ---- the same of one format -------------------------------------------------------------------------------------------
@@ -470,15 +466,11 @@ def _softmax_cdist_l1(
     return distance.view(*leading, *distance.shape[1:]), student_statistics, teacher_statistics
 
 
-def _softmax_cdist_l1_fake(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    return (
-        student_logits.new_empty(*student_logits.shape[:-1], teacher_logits.shape[-2], dtype=dtype),
-        student_logits.new_empty(*student_logits.shape[:-1], 2, dtype=dtype),
-        teacher_logits.new_empty(*teacher_logits.shape[:-1], 2, dtype=dtype),
-    )
+def _softmax_cdist_l1_fake(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    distance = student.new_empty(*student.shape[:-1], teacher.shape[-2], dtype=dtype)
+    of_student, of_teacher = (each.new_empty(*each.shape[:-1], 2, dtype=dtype) for each in (student, teacher))
+    return distance, of_student, of_teacher
 
 
 def _softmax_cdist_l1_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -503,27 +495,20 @@ def _softmax_cdist_l1_gradients(ctx: Any, grad: Tensor, *_: object) -> _Gradient
     return differentiable_once("softmax_cdist_l1", gradients, (grad, student, teacher))
 
 
-def _softmax_cdist_l1_backward(
-    grad: Tensor,
-    logits: Tensor,
-    other_logits: Tensor,
-    statistics: Tensor,
-    other_statistics: Tensor,
-    temperature: float,
-) -> Tensor:
+def _softmax_cdist_l1_backward(grad: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
+    *others, temperature = arguments
     kernel = SOFTMAX_CDIST_L1_BACKWARD.kernel_for(logits.device.type, logits.dtype)
-    grad, mine, other, statistics, other_statistics = (
-        _as_batch(each) for each in (grad, logits, other_logits, statistics, other_statistics)
-    )
-    return kernel(grad, mine, other, statistics, other_statistics, temperature).view(logits.shape)
+    grad, mine, other, *statistics = (_as_batch(each) for each in (grad, logits, *others))
+    return kernel(grad, mine, other, statistics[0], statistics[1], temperature).view(logits.shape)
 
 
 define(
     "softmax_cdist_l1(Tensor student_logits, Tensor teacher_logits, float temperature) -> (Tensor, Tensor, Tensor)",
     _softmax_cdist_l1,
     _softmax_cdist_l1_fake,
+    _softmax_cdist_l1_gradients,
+    _softmax_cdist_l1_setup,
 )
-define_gradient("softmax_cdist_l1", _softmax_cdist_l1_gradients, _softmax_cdist_l1_setup)
 define(
     "softmax_cdist_l1_backward(Tensor grad, Tensor logits, Tensor other_logits, Tensor statistics, Tensor other_statistics, "
     "float temperature) -> Tensor",

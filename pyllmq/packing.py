@@ -46,13 +46,18 @@ def unstructured_mask(weight: Tensor, sparsity: float) -> Tensor:
     return mask
 
 
+def largest_of_groups(scores: Tensor, kept: int, group: int) -> Tensor:
+    """bool [N, K]: the `kept` largest scores (>= 0) of every `group` neighbours in a row, the earlier ones at a tie."""
+    n, k = scores.shape
+    groups = torch.nn.functional.pad(scores, (0, -k % group), value=-1.0).reshape(n, -1, group)
+    order = groups.argsort(stable=True, dim=-1, descending=True)
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, order[..., :kept], True)
+    return mask.view(n, -1)[:, :k].contiguous()
+
+
 def mask_24(weight: Tensor) -> Tensor:
     """bool [N, K]: the two largest magnitudes of every four neighbours in a row, the earlier ones at a tie."""
-    n, k = weight.shape
-    groups = torch.nn.functional.pad(weight.abs(), (0, -k % GROUP), value=-1.0).view(n, -1, GROUP)
-    order = groups.argsort(stable=True, dim=-1, descending=True)
-    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, order[..., :KEPT], True)
-    return mask.view(n, -1)[:, :k].contiguous()
+    return largest_of_groups(weight.abs(), KEPT, GROUP)
 
 
 def outlier_mask(columns: Tensor, fraction: float) -> Tensor:

@@ -7,8 +7,10 @@ makes them known to loading, saving and the reference back end.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -22,6 +24,15 @@ MAX_UINT16_COLUMNS = 1 << 16
 
 class FormatError(ValueError):
     """Tensors or a description that are not a valid packed weight; the message says what was found and what is allowed."""
+
+
+@contextmanager
+def of_module(name: str) -> Iterator[None]:
+    """Within it a FormatError begins with the name of the module that it is about."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from error
 
 
 # ---- structures -----------------------------------------------------------------------------------------------------
@@ -46,10 +57,17 @@ class Structure:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Any:
         """The inverse of `to_dict`, checked."""
-        names = [f.name for f in fields(cls)]
-        expect_keys(cls.kind, values, names)
-        expect_integers(values, [f.name for f in fields(cls) if f.type == "int"])
-        return cls(*(values[name] for name in names))
+        given = {f.name: getattr(f.type, "__name__", f.type) for f in fields(cls)}
+        if values.get("kind") != cls.kind:
+            raise FormatError(f"kind is {values.get('kind')!r}; this structure reads: {cls.kind!r}")
+        if set(values) != {"kind", *given}:
+            raise FormatError(
+                f"a {cls.kind} is described by the keys {sorted(('kind', *given))}, given: {sorted(values)}"
+            )
+        for name, kind in given.items():
+            if kind in ("int", "bool") and type(values[name]).__name__ != kind:
+                raise FormatError(f"{name} is {values[name]!r}; sizes must be integers, and switches true or false")
+        return cls(**{name: values[name] for name in given})
 
     def tensors(self) -> Shapes:
         """Key -> (shape, dtype) of every tensor that a checkpoint holds for this weight."""
@@ -87,13 +105,11 @@ class CompositeStructure(Structure):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Any:
-        expect_keys(cls.kind, values, [f.name for f in fields(cls)])
-        expect_integers(values, [f.name for f in fields(cls) if f.type == "int"])
-        described = values["children"]
+        described = values.get("children")
         if not isinstance(described, Mapping) or not all(isinstance(child, Mapping) for child in described.values()):
             raise FormatError(f"children is {described!r}; it must map names to descriptions")
         children = {name: structure_from_dict(child) for name, child in described.items()}
-        return cls(**{**{name: values[name] for name in values if name != "kind"}, "children": children})
+        return super().from_dict({**values, "children": children})
 
     def tensors(self) -> Shapes:
         return {f"{name}.{key}": spec for name, child in self.children.items() for key, spec in child.tensors().items()}
@@ -114,7 +130,6 @@ class PackedWeight:
 
     structure: Any
     tensors: dict[str, Tensor]
-    _cache: dict[str, WeightOperand] = field(default_factory=dict, repr=False)
 
     structure_type: ClassVar[type[Structure]]
     fields: ClassVar[tuple[str, ...]]
@@ -229,9 +244,11 @@ class PackedWeight:
 
     def operand(self) -> WeightOperand:
         """`prepack()`, made at the first call and kept."""
-        if "operand" not in self._cache:
-            self._cache["operand"] = self.prepack()
-        return self._cache["operand"]
+        return self._operand
+
+    @cached_property
+    def _operand(self) -> WeightOperand:
+        return self.prepack()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense matrix [N, K], in float32, bfloat16 or float16."""
@@ -283,6 +300,11 @@ def weight_type(kind: str) -> type[PackedWeight]:
     return found
 
 
+def weight_of(structure: Structure, tensors: Fields) -> Any:
+    """The packed weight that these tensors of a checkpoint hold, checked as `PackedWeight.from_tensors` does."""
+    return weight_type(structure.kind).from_tensors(tensors, structure.out_features, structure.in_features)
+
+
 def structure_from_dict(values: Mapping[str, Any]) -> Structure:
     """The structure that `to_dict` described. Raises FormatError for anything else."""
     return format_of(values.get("kind")).structure.from_dict(values)
@@ -312,18 +334,6 @@ def for_kernels(tensor: Tensor) -> Tensor:
     """Contiguous, at an address that its dtype asks for: a file of another writer may hold tensors at any offset."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
-
-
-def expect_integers(values: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Of a description in config.json."""
-    for name in names:
-        if isinstance(values[name], bool) or not isinstance(values[name], int):
-            raise FormatError(f"{name} is {values[name]!r}; it must be an integer")
-
-
-def expect_keys(kind: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
-    if set(values) != {"kind", *known}:
-        raise FormatError(f"a {kind} is described by the keys {sorted(('kind', *known))}, given: {sorted(values)}")
 
 
 def column_dtype(in_features: int) -> torch.dtype:
@@ -398,6 +408,11 @@ def expect_cut(what: str, start: int, stop: int, size: int, unit: int = 1) -> No
         )
 
 
+def row_offsets(counts: Tensor) -> Tensor:
+    """Number of values in each row [N] -> int32 [N + 1]: where each row's values start."""
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
 def sparse_rows(offsets: Tensor, start: int, stop: int) -> tuple[Tensor, slice]:
     """(row offsets of the rows start..stop-1, the place of their values among those of all rows)."""
     part = offsets[start : stop + 1].long()
@@ -409,12 +424,46 @@ def sparse_columns(offsets: Tensor, columns: Tensor, start: int, stop: int) -> t
     column = columns.long()
     inside = (column >= start) & (column < stop)
     row = torch.repeat_interleave(offsets.long().diff())
-    counts = torch.bincount(row[inside], minlength=offsets.numel() - 1)
-    part = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(offsets.dtype)
+    part = row_offsets(torch.bincount(row[inside], minlength=offsets.numel() - 1))
     return part, (column[inside] - start).to(column_dtype(stop - start)), inside
 
 
+# ---- outliers: weights kept in fp16 beside codes -----------------------------------------------------------------------
+
 OUTLIER_KEYS = ("outlier_row_offsets", "outlier_columns", "outlier_values")
+"""They stand together or not at all."""
+
+
+def outlier_shapes(out_features: int, in_features: int, count: int) -> Shapes:
+    if not 0 <= count <= out_features * in_features:
+        raise FormatError(f"{count} outliers in a weight of {out_features * in_features} elements")
+    specs = ((out_features + 1,), torch.int32), ((count,), column_dtype(in_features)), ((count,), torch.float16)
+    return dict(zip(OUTLIER_KEYS, specs, strict=True)) if count else {}
+
+
+def packed_outliers(mask: Tensor | None, weight: Tensor | None, like: Tensor) -> dict[str, Tensor]:
+    """The outlier tensors of the weights [N, K] that `mask` names, beside codes `like` [N, K]; none where it names none."""
+    if mask is None or not bool(mask.any()):
+        return {}
+    if mask.shape != like.shape or weight is None or weight.shape != like.shape:
+        given = None if weight is None else tuple(weight.shape)
+        raise FormatError(
+            f"outlier_mask {tuple(mask.shape)} and outlier_weight {given} must both be [N, K] = {list(like.shape)}"
+        )
+    mask = mask.to(like.device)
+    row, column = torch.nonzero(mask, as_tuple=True)
+    values = weight.to(like.device)[row, column]
+    require_fp16("outlier_weight", values[None], "rescale the weight, or keep no outliers")
+    parts = row_offsets(mask.sum(1)), column.to(column_dtype(like.shape[1])), finite_fp16("outlier_weight", values)
+    return dict(zip(OUTLIER_KEYS, parts, strict=True))
+
+
+def check_outliers(tensors: Fields, in_features: int) -> None:
+    """Raises FormatError for outliers that lie outside of the weight, or not in order."""
+    if "outlier_values" in tensors:
+        offsets, columns, values = (tensors[key].long() for key in OUTLIER_KEYS)
+        expect_row_offsets(OUTLIER_KEYS[0], offsets, values.numel())
+        expect_ascending_columns(OUTLIER_KEYS[1], columns, offsets, in_features)
 
 
 def outliers_of_rows(tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:

@@ -97,12 +97,11 @@ def plan(model: nn.Module, ranks: int, styles: Mapping[str, str] | None = None) 
     splits: dict[str, Split] = {}
     shared: dict[str, int] = {}
     for by, whole_outside, block in _blocks(model, {name: s for name, s in planned.items() if s in STYLES}):
-        found = _uncut(block) or (_alone(block, by, ranks) if whole_outside else _block(model, block, ranks))
-        if isinstance(found, str):
-            whole |= dict.fromkeys(block, found)
-        else:
-            splits |= dict(zip(block, found.splits, strict=True))
-            shared |= found.key_value_groups
+        try:
+            found = _alone(block, by, ranks) if whole_outside else _block(model, block, ranks, shared)
+            splits |= dict(zip(block, found, strict=True))
+        except _Whole as why:
+            whole |= dict.fromkeys(block, str(why))
     return Plan(ranks, splits, whole | _experts(model, ranks), shared)
 
 
@@ -116,10 +115,8 @@ def _experts(model: nn.Module, ranks: int) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True)
-class _Shares:
-    splits: list[Split]
-    key_value_groups: dict[str, int]
+class _Whole(Exception):
+    """Why each rank has to hold all of some Linears."""
 
 
 def _planned(model: nn.Module, styles: Mapping[str, str] | None) -> dict[str, str]:
@@ -182,15 +179,9 @@ def _fits(pattern: str, name: str) -> bool:
     return re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) is not None
 
 
-def _uncut(block: Mapping[str, nn.Module]) -> str | None:
-    """Why none of these modules can be cut."""
-    for name, module in block.items():
-        if isinstance(module, PackedModule) and not isinstance(module, PackedLinear):
-            return f"{name} is made of several packed weights ({module.structure.kind}), which are not cut"
-    return None
-
-
-def _size(module: nn.Module, by: str) -> int:
+def _size(name: str, module: nn.Module, by: str) -> int:
+    if isinstance(module, PackedModule) and not isinstance(module, PackedLinear):
+        raise _Whole(f"{name} is made of several packed weights ({module.structure.kind}), which are not cut")
     if isinstance(module, PackedLinear):
         return module.out_features if by == ROWS else module.in_features
     n, k = dense_weight(module).shape
@@ -201,73 +192,71 @@ def _column_unit(module: nn.Module) -> int:
     return module.weight_type.column_unit if isinstance(module, PackedLinear) else 1
 
 
-def _even(size: int, ranks: int, unit: int) -> tuple[tuple[int, int], ...] | str:
-    """`size` in parts that differ by one unit at most, or why that cannot be."""
+def _even(size: int, ranks: int, unit: int) -> tuple[tuple[int, int], ...]:
+    """`size` in parts that differ by one unit at most."""
     if size >= WHOLE_BYTES * ranks:
         unit = WHOLE_BYTES
     units = -(-size // unit)
     if units < ranks:
-        return f"{size} features in units of {unit} are fewer than {ranks} ranks"
+        raise _Whole(f"{size} features in units of {unit} are fewer than {ranks} ranks")
     places = [min(unit * (units * rank // ranks), size) for rank in range(ranks + 1)]
     return tuple(zip(places, places[1:], strict=False))
 
 
-def _alone(block: Mapping[str, nn.Module], by: str, ranks: int) -> _Shares | str:
+def _alone(block: Mapping[str, nn.Module], by: str, ranks: int) -> list[Split]:
     """Shares of a Linear whose activations outside are whole: it may be cut anywhere."""
-    (module,) = block.values()
-    ranges = _even(_size(module, by), ranks, _column_unit(module) if by == COLUMNS else 1)
-    return ranges if isinstance(ranges, str) else _Shares([Split(by, ranges, whole_outside=True)], {})
+    ((name, module),) = block.items()
+    ranges = _even(_size(name, module, by), ranks, _column_unit(module) if by == COLUMNS else 1)
+    return [Split(by, ranges, whole_outside=True)]
 
 
-def _block(model: nn.Module, block: Mapping[str, nn.Module], ranks: int) -> _Shares | str:
-    """Shares of Linears whose outputs go into the last of them, or why each rank has to hold all of them."""
-    *producers, consumer = block.values()
+def _block(model: nn.Module, block: Mapping[str, nn.Module], ranks: int, shared: dict[str, int]) -> list[Split]:
+    """Shares of Linears whose outputs go into the last of them; notes in `shared` what becomes of shared key/value heads."""
+    *producers, (last, consumer) = block.items()
     if not producers:
-        return "no 'colwise' Linear comes before it"
-    rows, size = [_size(module, ROWS) for module in producers], _size(consumer, COLUMNS)
+        raise _Whole("no 'colwise' Linear comes before it")
+    rows, size = [_size(name, module, ROWS) for name, module in producers], _size(last, consumer, COLUMNS)
     parent = os.path.commonprefix([f"{name}." for name in block]).rpartition(".")[0]
     if re.search("attn|attention", parent, re.IGNORECASE):
-        return _attention(model.get_submodule(parent), parent, model, rows, consumer, ranks)
-    if any(n != size for n in rows):
-        return f"{rows} outputs do not match {size} inputs"
-    ranges = _even(size, ranks, _column_unit(consumer))
-    if isinstance(ranges, str):
-        return ranges
-    return _Shares([*(Split(ROWS, ranges) for _ in rows), Split(COLUMNS, ranges)], {})
+        ranges = _heads(model, parent, rows, size, _column_unit(consumer), ranks, shared)
+    elif any(n != size for n in rows):
+        raise _Whole(f"{rows} outputs do not match {size} inputs")
+    else:
+        ranges = [_even(size, ranks, _column_unit(consumer))] * len(block)
+    return [*(Split(ROWS, of_rows) for of_rows in ranges[:-1]), Split(COLUMNS, ranges[-1])]
 
 
-def _attention(
-    module: nn.Module, name: str, model: nn.Module, rows: Sequence[int], consumer: nn.Module, ranks: int
-) -> _Shares | str:
+def _heads(
+    model: nn.Module, name: str, rows: Sequence[int], size: int, unit: int, ranks: int, shared: dict[str, int]
+) -> list[tuple[tuple[int, int], ...]]:
     """Whole heads for each rank: a key/value head with its query heads, or query heads that share one with other ranks."""
+    module = model.get_submodule(name)
     config = getattr(module, "config", None) or model.config.get_text_config()  # type: ignore[operator, union-attr]
     heads = int(config.num_attention_heads)
     groups = int(getattr(config, "num_key_value_heads", None) or heads)
-    size, unit = _size(consumer, COLUMNS), _column_unit(consumer)
     if any(n % groups for n in (*rows, size)) or heads % groups:
-        return f"{list(rows)} outputs and {size} inputs are not {groups} groups of heads"
+        raise _Whole(f"{list(rows)} outputs and {size} inputs are not {groups} groups of heads")
     if groups >= ranks:
         places = [groups * rank // ranks for rank in range(ranks + 1)]
         starts = list(zip(places, places[1:], strict=False))
         cut = [tuple((n // groups * a, n // groups * b) for a, b in starts) for n in (*rows, size)]
-        local = None
     else:
         sharing = ranks // groups
         if ranks % groups or heads // groups % sharing or not hasattr(module, "num_key_value_groups"):
-            return f"{heads} query and {groups} key/value heads cannot be shared out among {ranks} ranks"
+            raise _Whole(f"{heads} query and {groups} key/value heads cannot be shared out among {ranks} ranks")
         cut = [
             tuple((n // ranks * r, n // ranks * (r + 1)) for r in range(ranks))
             if n == size
             else tuple((n // groups * (r // sharing), n // groups * (r // sharing + 1)) for r in range(ranks))
             for n in (*rows, size)
         ]
-        local = heads // groups // sharing
     if any(start % unit for start, _ in cut[-1]):
-        return (
+        raise _Whole(
             f"heads of {size // heads} columns cannot be cut at multiples of {unit}, as the format of the weight asks"
         )
-    splits = [*(Split(ROWS, ranges) for ranges in cut[:-1]), Split(COLUMNS, cut[-1])]
-    return _Shares(splits, {} if local is None else {name: local})
+    if groups < ranks:
+        shared[name] = heads // groups // sharing
+    return cut
 
 
 # ---- cutting --------------------------------------------------------------------------------------------------------
@@ -344,26 +333,20 @@ def ranks_of(group: dist.ProcessGroup | None) -> tuple[int, int]:
 def take_part(
     model: nn.Module, found: Plan, rank: int, group: dist.ProcessGroup | None, done: Collection[str] = ()
 ) -> None:
-    """Cut the Linears of the plan, but for those that are `done`, and connect all of them. In place."""
-    _cut_modules(model, {name: split for name, split in found.splits.items() if name not in done}, rank)
-    _connect(model, found, rank, group)
+    """Cut the Linears of the plan, but for those that are `done`, and let all parts exchange their activations. In place.
 
-
-def _cut_modules(model: nn.Module, splits: Mapping[str, Split], rank: int) -> None:
+    The model remembers its plan, which is why it cannot be saved.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for name, split in splits.items():
-        module = model.get_submodule(name)
-        if isinstance(module, PackedLinear):
-            replace_module(model, name, _packed_part(module, split, rank))
-        else:
-            tied = id(module.weight) in embeddings
-            replace_module(model, name, _dense_part(as_linear(module), split, rank, tied))
-
-
-def _connect(model: nn.Module, found: Plan, rank: int, group: dist.ProcessGroup | None) -> None:
-    """Let the parts exchange their activations; the model remembers its plan, which is why it cannot be saved."""
     for name, split in found.splits.items():
         module = model.get_submodule(name)
+        if name not in done:
+            if isinstance(module, PackedLinear):
+                part: nn.Module = _packed_part(module, split, rank)
+            else:
+                part = _dense_part(as_linear(module), split, rank, tied=id(module.weight) in embeddings)
+            replace_module(model, name, part)
+            module = part
         if split.by == COLUMNS:
             if split.whole_outside:
                 module.register_forward_pre_hook(partial(_take_part, split.ranges[rank]))

@@ -19,7 +19,7 @@ from .operations import (
     Normalisation,
     Transport,
 )
-from .ops import define, define_gradient, differentiable_once
+from .ops import define, differentiable_once, eager_function
 
 COST_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GRADIENTS = ("unroll", "implicit", "envelope")
@@ -94,7 +94,14 @@ def sinkhorn(
         else torch.full((problems,), epsilon, dtype=work, device=cost.device),
     )
     followed = tuple(tensor.detach() for tensor in arguments) if grad == "envelope" else arguments
-    plan, u, v = _run(followed, iterations, tolerance, rho_a, rho_b, grad)
+    wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in followed)
+    operation: Any = _sinkhorn
+    if not _is_eager(followed[0]):
+        operation = torch.ops.pyllmq.sinkhorn
+    elif wants_grad:
+        operation = _EAGER_SINKHORN
+    how = (iterations, float(tolerance or 0), rho_a, rho_b, grad if wants_grad else "none")
+    plan, u, v, *_ = operation(*followed, *how)
     if output == "plan":
         return (plan if len(batch) == 1 else plan.view(*batch, n, m)).to(cost.dtype)
     if output == "potentials":
@@ -190,44 +197,16 @@ def _batch_shape(cost: Tensor, a: Tensor, b: Tensor, epsilon: float | Tensor) ->
         ) from None
 
 
-def _run(
-    arguments: tuple[Tensor, ...],
-    iterations: int,
-    tolerance: float | None,
-    rho_a: float,
-    rho_b: float,
-    grad: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
-    operation: Any = _sinkhorn
-    if not _is_eager(arguments[0]):
-        operation = torch.ops.pyllmq.sinkhorn
-    elif wants_grad:
-        operation = _Sinkhorn.apply
-    stop = 0.0 if tolerance is None else float(tolerance)
-    return operation(*arguments, iterations, stop, rho_a, rho_b, grad if wants_grad else "none")[:3]
-
-
 def _is_eager(tensor: Tensor) -> bool:
     """Not being traced: then a call need not go through torch.library, whose autograd costs 200 us."""
     return type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
-def _sinkhorn(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    epsilon: Tensor,
-    iterations: int,
-    tolerance: float,
-    rho_a: float,
-    rho_b: float,
-    grad: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _sinkhorn(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    cost, a, b, epsilon, iterations, tolerance, rho_a, rho_b, grad = arguments
     tape = _tape(cost, iterations, grad)
-    transport = Transport(cost, a, b, epsilon, rho_a, rho_b)
     kernel = SINKHORN.kernel_for(cost.device.type, cost.dtype, *cost.shape[1:])
-    plan, u, v, count = kernel(transport, iterations, tolerance, tape)
+    plan, u, v, count = kernel(Transport(cost, a, b, epsilon, rho_a, rho_b), iterations, tolerance, tape)
     return plan, u, v, tape, count
 
 
@@ -238,17 +217,8 @@ def _tape(cost: Tensor, iterations: int, grad: str) -> Tensor:
     return cost.new_empty((problems, iterations, row) if row else (0,))
 
 
-def _sinkhorn_fake(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    epsilon: Tensor,
-    iterations: int,
-    tolerance: float,
-    rho_a: float,
-    rho_b: float,
-    grad: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _sinkhorn_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    cost, a, b, _, iterations, *_, grad = arguments
     tape = _tape(cost, iterations, grad)
     count = cost.new_empty(cost.shape[0], dtype=torch.int32)
     return cost.new_empty(cost.shape), torch.empty_like(a), torch.empty_like(b), tape, count
@@ -269,7 +239,7 @@ def _sinkhorn_backward_of(
 
     def gradients() -> tuple[Tensor, Tensor, Tensor]:
         if ctx.grad == "implicit":
-            return _implicit_gradients(plan[0], a, b, epsilon, *arriving, ctx.rho_a, ctx.rho_b)
+            return _implicit_gradients(plan[0], Transport(cost, a, b, epsilon, ctx.rho_a, ctx.rho_b), *arriving)
         backward = _sinkhorn_backward if _is_eager(grad_plan) else torch.ops.pyllmq.sinkhorn_backward
         return backward(cost, a, b, epsilon, tape, count, *arriving, ctx.rho_a, ctx.rho_b)
 
@@ -277,33 +247,14 @@ def _sinkhorn_backward_of(
     return *found, None, None, None, None, None, None
 
 
-class _Sinkhorn(torch.autograd.Function):
-    """The operation with its gradient for eager calls."""
-
-    forward = staticmethod(_sinkhorn)
-    setup_context = staticmethod(_sinkhorn_setup)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _sinkhorn_backward_of(ctx, *grads)
+_EAGER_SINKHORN = eager_function(_sinkhorn, _sinkhorn_backward_of, _sinkhorn_setup)
 
 
-def _sinkhorn_backward(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    epsilon: Tensor,
-    tape: Tensor,
-    count: Tensor,
-    grad_plan: Tensor,
-    grad_u: Tensor,
-    grad_v: Tensor,
-    rho_a: float,
-    rho_b: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sinkhorn_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    cost, a, b, epsilon, tape, count, *arriving, rho_a, rho_b = arguments
     kernel = SINKHORN_BACKWARD.kernel_for(cost.device.type, cost.dtype, *cost.shape[1:])
-    transport = Transport(cost, a, b, epsilon, rho_a, rho_b)
-    return kernel(transport, tape, count, grad_plan.contiguous(), grad_u.contiguous(), grad_v.contiguous())
+    grad_plan, grad_u, grad_v = (grad.contiguous() for grad in arriving)
+    return kernel(Transport(cost, a, b, epsilon, rho_a, rho_b), tape, count, grad_plan, grad_u, grad_v)
 
 
 def _sinkhorn_backward_fake(cost: Tensor, a: Tensor, b: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,8 +266,9 @@ define(
     "str grad) -> (Tensor plan, Tensor u, Tensor v, Tensor tape, Tensor count)",
     _sinkhorn,
     _sinkhorn_fake,
+    _sinkhorn_backward_of,
+    _sinkhorn_setup,
 )
-define_gradient("sinkhorn", _sinkhorn_backward_of, _sinkhorn_setup)
 define(
     "sinkhorn_backward(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor tape, Tensor count, Tensor grad_plan, "
     "Tensor grad_u, Tensor grad_v, float rho_a, float rho_b) -> (Tensor, Tensor, Tensor)",
@@ -326,15 +278,7 @@ define(
 
 
 def _implicit_gradients(
-    plan: Tensor,
-    a: Tensor,
-    b: Tensor,
-    epsilon: Tensor,
-    grad_plan: Tensor,
-    grad_u: Tensor,
-    grad_v: Tensor,
-    rho_a: float,
-    rho_b: float,
+    plan: Tensor, transport: Transport, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implicit function theorem at the plan, with the sums r, c that it has (not those it should have):
 
@@ -343,6 +287,7 @@ def _implicit_gradients(
 
     in fp64 whatever the plan's dtype, x eliminated. Balanced, (1, -1) is in the null space; it changes x + y nowhere.
     """
+    _, a, b, epsilon, rho_a, rho_b = transport
     work = plan.double()
     scale = epsilon.double().unsqueeze(-1)
     rows, columns = work.sum(-1), work.sum(-2)
@@ -463,7 +408,7 @@ def doubly_stochastic(
     if not _is_eager(logits):
         operation = torch.ops.pyllmq.doubly_stochastic
     elif torch.is_grad_enabled() and logits.requires_grad:
-        operation = _DoublyStochastic.apply
+        operation = _EAGER_DOUBLY_STOCHASTIC
     return operation(matrices, *how).view(logits.shape).to(logits.dtype)
 
 
@@ -484,15 +429,7 @@ def _doubly_stochastic_backward_of(ctx: Any, grad: Tensor) -> tuple[Tensor | Non
     return *found, *[None] * len(ctx.how)
 
 
-class _DoublyStochastic(torch.autograd.Function):
-    """The operation with its gradient for eager calls."""
-
-    forward = staticmethod(_doubly_stochastic)
-    setup_context = staticmethod(_doubly_stochastic_setup)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _doubly_stochastic_backward_of(ctx, *grads)
+_EAGER_DOUBLY_STOCHASTIC = eager_function(_doubly_stochastic, _doubly_stochastic_backward_of, _doubly_stochastic_setup)
 
 
 def _doubly_stochastic_backward(logits: Tensor, grad: Tensor, *how: Any) -> Tensor:
@@ -505,8 +442,9 @@ define(
     f"doubly_stochastic(Tensor logits, {_HOW}) -> Tensor",
     _doubly_stochastic,
     lambda logits, *_: logits.new_empty(logits.shape),
+    _doubly_stochastic_backward_of,
+    _doubly_stochastic_setup,
 )
-define_gradient("doubly_stochastic", _doubly_stochastic_backward_of, _doubly_stochastic_setup)
 define(
     f"doubly_stochastic_backward(Tensor logits, Tensor grad, {_HOW}) -> Tensor",
     _doubly_stochastic_backward,

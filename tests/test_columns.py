@@ -123,8 +123,8 @@ def used_bytes(found: allocate.Allocation, rows: list[int], size: int, row_scale
 def test_the_budget_is_kept_and_used(rows: list[int], size: int, most: int) -> None:
     widths = (1, 2, 3, 4)
     groups = [errors_of(n, size, widths, min(most, n // 4), seed=n) for n in rows]
-    low = sum(allocate.bytes_at(1, n, size, True) for n in rows)
-    high = sum(allocate.bytes_at(4, n, size, True) for n in rows)
+    low = sum(pyllmq.CodebookStructure.bytes_of(n, size, {1: size}, row_scale=True) for n in rows)
+    high = sum(pyllmq.CodebookStructure.bytes_of(n, size, {4: size}, row_scale=True) for n in rows)
     for share in (0.05, 0.3, 0.7, 1.1):
         budget = low + sum(rows) * 2 + share * (high - low)
         found = allocate.spend(groups, budget, row_scale=True)
@@ -141,7 +141,7 @@ def test_no_other_widths_predict_much_less_for_the_same_bytes(share: float) -> N
     widths, rows, size = (1, 2, 3), 40, 400
     group = errors_of(rows, size, widths, 0, seed=3)
     cost = torch.tensor([rows * b / 8 + 2 * 2**b for b in widths], dtype=torch.float64)
-    budget = allocate.bytes_at(1 + 2 * share, rows, size, False)
+    budget = pyllmq.CodebookStructure.bytes_of(rows, size, {1 + 2 * share: size})
     found = allocate.spend([group], budget, row_scale=False)
 
     def bound(nbytes: float) -> float:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pyllmq"
 
 FLOORS = (
-    ("dispatch", "linears", "memory", "version", "weights", "integrations._transformers_internals", "_cpu", "_cuda"),
+    ("dispatch", "linears", "memory", "version", "weights", "integrations.transformers_internals", "_cpu", "_cuda"),
     ("layouts",),
     ("operations",),
     ("ops",),

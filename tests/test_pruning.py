@@ -9,6 +9,7 @@ from pyllmq import CLAQConfig, SparseConfig
 from pyllmq.compression.methods import sparse as pruning
 from pyllmq.compression.solver import sparsity as densities
 from pyllmq.compression.solver.hessian import output_error
+from pyllmq.packing import largest_of_groups
 
 
 def problem(rows: int, size: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,7 @@ def test_least_is_exact_and_takes_the_first_of_equals(shape) -> None:
 def test_groups_keep_their_largest(kept: int, group: int, columns: int) -> None:
     torch.manual_seed(columns)
     scores = torch.rand(5, columns)
-    mask = pruning.least_of_groups(scores, kept, group)
+    mask = ~largest_of_groups(scores, kept, group)
     for row in range(5):
         for begin in range(0, columns, group):
             part = scores[row, begin : begin + group]

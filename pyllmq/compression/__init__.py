@@ -1,4 +1,5 @@
 """Compressors: calibration text in, packed weights out. They know formats and layers, never kernels.
 
-Floors, upper ones import lower ones: jobs, methods, tune, statistics, solver; calibration, ranks and report are the ground.
+Floors, upper ones import lower ones: jobs, methods, tune, statistics, solver; calibration, ranks, report and model_state are the
+ground.
 """

@@ -43,18 +43,9 @@ def sentence_batches(
     tokenizer: Any, sentences: Sequence[str], batch_size: int = 16, max_length: int = 128
 ) -> list[Batch]:
     """Batches with an attention mask, for encoders; padded, if there is more than one sentence in each."""
-    return [
-        dict(
-            tokenizer(
-                list(sentences[i : i + batch_size]),
-                padding=batch_size > 1,
-                truncation=True,
-                max_length=max_length,
-                return_tensors="pt",
-            )
-        )
-        for i in range(0, len(sentences), batch_size)
-    ]
+    how = {"padding": batch_size > 1, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+    begins = range(0, len(sentences), batch_size)
+    return [dict(tokenizer(list(sentences[begin : begin + batch_size]), **how)) for begin in begins]
 
 
 def token_windows(tokenizer: Any, text: str, samples: int, seqlen: int, seed: int = 0) -> list[Batch]:
@@ -210,17 +201,9 @@ def _continued(
     ends = torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(ends[0]) if len(ends) else 0
     given = starts.shape[1]
-    ids = model.generate(
-        starts,
-        attention_mask=torch.ones_like(starts),
-        max_new_tokens=seqlen - given,
-        do_sample=True,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        repetition_penalty=sampling.repetition_penalty,
-        pad_token_id=pad,
-    )
+    how = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
+    how |= {"do_sample": True, "max_new_tokens": seqlen - given, "pad_token_id": pad}
+    ids = model.generate(starts, attention_mask=torch.ones_like(starts), **how)
     ended = torch.isin(ids[:, given:], ends.to(ids.device)).int()
     real = torch.cat([torch.ones_like(starts), (ended.cumsum(1) - ended == 0).to(starts)], 1)
     logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits

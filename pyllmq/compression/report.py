@@ -64,23 +64,16 @@ class CompressionReport:
 
     @property
     def paper_bits(self) -> float:
-        return sum(layer.paper_bits * layer.out_features * layer.in_features for layer in self.layers) / max(
-            self.weights, 1
-        )
+        total = sum(layer.paper_bits * layer.out_features * layer.in_features for layer in self.layers)
+        return total / max(self.weights, 1)
 
     @property
     def mean_error(self) -> float:
         return sum(layer.error for layer in self.layers) / max(len(self.layers), 1)
 
     def to_dict(self) -> dict[str, Any]:
-        totals = {
-            "bits_per_weight": self.bits_per_weight,
-            "paper_bits": self.paper_bits,
-            "mean_error": self.mean_error,
-            "nbytes": self.nbytes,
-            "dense_nbytes": self.dense_nbytes,
-        }
-        return {**asdict(self), "totals": totals}
+        names = ("bits_per_weight", "paper_bits", "mean_error", "nbytes", "dense_nbytes")
+        return {**asdict(self), "totals": {name: getattr(self, name) for name in names}}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON; the file is whole or not there."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,6 +23,7 @@ from ..formats import CodebookWeight
 from ..linears import replace_module
 from ..nn import CodebookLinear
 from .calibration import Batch, as_batches
+from .model_state import gradients_for, other_forwards, quiet_eval
 from .statistics.blocks import BlockLoop, Call, Chain, find_stages
 
 LEARNING_RATE = 0.003
@@ -73,11 +73,14 @@ def tune_codebooks(
     def loss() -> Tensor:
         return _mismatch(model, dense, {key: value.to(device) for key, value in batches[next(order)].items()})
 
-    blocks = [stage.block for stage in find_stages(model, dict(layers), outside=False) if stage.block is not None]
+    # transformers' own switch for this works in training mode only.
+    again = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    stages = find_stages(model, dict(layers), outside=False) if checkpoint else []
+    forwards = {stage.block: partial(again, stage.block.forward) for stage in stages if stage.block is not None}
     with (
         tqdm(total=steps, disable=not progress, unit="step") as bar,
-        _eval(model, dense),
-        _run_again(blocks if checkpoint else []),
+        quiet_eval(model, dense),
+        other_forwards(forwards),
     ):
         return _train(model, model, layers, loss, steps, learning_rate, bar)
 
@@ -111,7 +114,7 @@ def tune_blocks(
     stages = find_stages(model, dict(layers), outside=False)
     total = steps * sum(bool(stage.linears) for stage in stages)
     found: dict[str, list[float]] = {}
-    with _eval(model, dense), tqdm(total=total, disable=not progress, unit="step") as bar, torch.no_grad():
+    with quiet_eval(model, dense), tqdm(total=total, disable=not progress, unit="step") as bar, torch.no_grad():
         loop, dense_loop = (BlockLoop(of, batches[0], batches) for of in (model, dense))
         chains = loop.find_chains(stages)
         dense_loop.find_chains(find_stages(dense, {name: dense.get_submodule(name) for name in layers}, outside=False))
@@ -181,7 +184,7 @@ def _train(
         biases = [module.bias for module in trained.values() if module.bias is not None]
         groups: list[dict[str, Any]] = [{"params": moves}, {"params": [*others, *biases], "scale": OTHERS}]
         optimizer = torch.optim.Adam(groups, lr=learning_rate, betas=(0.9, 0.95))
-        with _gradients_for(model, [*moves, *others, *biases]):
+        with gradients_for(model, [*moves, *others, *biases]):
             for step in range(steps):
                 rate = learning_rate * _schedule(step, steps)
                 for group in optimizer.param_groups:
@@ -276,51 +279,6 @@ def _schedule(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-@contextmanager
-def _eval(*models: nn.Module) -> Iterator[None]:
-    """No dropout; every module's mode as before afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _run_again(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """The blocks keep no activations for the backward pass. transformers' own switch works in training mode only."""
-    # accelerate's hooks stand in the same place: an instance attribute `forward`.
-    before = [(block, vars(block).get("forward")) for block in blocks]
-    for block in blocks:
-        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block, forward in before:
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
-
-
-@contextmanager
-def _gradients_for(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients for `trained` alone; every parameter as before afterwards."""
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
-    chosen = {id(p) for p in trained}
-    for parameter, _ in wanted:
-        parameter.requires_grad_(id(parameter) in chosen)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, want in wanted:
-            parameter.requires_grad_(want)
 
 
 def _mismatch(model: nn.Module, dense: nn.Module, batch: Batch) -> Tensor:

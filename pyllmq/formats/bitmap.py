@@ -31,10 +31,11 @@ from ..structure import (
     expect_ascending_columns,
     expect_row_offsets,
     register_format,
+    row_offsets,
     sparse_columns,
     sparse_rows,
 )
-from .codes import unpack_codes
+from .codes import cut_codes, unpack_codes
 from .kept_values import checked_weight, scaled, stored_values, value_dtype, value_name
 
 MOST_KEPT = 2**31 - 1
@@ -121,7 +122,7 @@ class BitmapWeight(PackedWeight):
             positions = "columns" if kept * column_dtype(k).itemsize < n * -(-k // 8) else "mask"
         structure = BitmapStructure(n, k, kept, value_name(dtype), positions)
         values, scale = stored_values(weight * mask, dtype)
-        tensors = {"values": values[mask], "row_offsets": _offsets(mask.sum(1))}
+        tensors = {"values": values[mask], "row_offsets": row_offsets(mask.sum(1))}
         if positions == "mask":
             tensors["mask"] = ops.pack_codes(mask.to(torch.uint8), 1)
         else:
@@ -152,11 +153,7 @@ class BitmapWeight(PackedWeight):
     @staticmethod
     def decode(field: Fields, shape: Shape) -> Tensor:
         weight = field["values"].new_zeros(shape, dtype=torch.float32)
-        if field["mask"].numel():
-            weight[unpack_codes(field["mask"], 1, shape[1]).bool()] = field["values"].float()
-        else:
-            row = torch.repeat_interleave(field["row_offsets"].long().diff())
-            weight[row, field["columns"].long()] = field["values"].float()
+        weight[_places(field, shape)] = field["values"].float()
         return scaled(weight, field)
 
     def tensors_of_rows(self, start: int, stop: int) -> dict[str, Tensor]:
@@ -177,9 +174,7 @@ class BitmapWeight(PackedWeight):
         offsets, column, inside = sparse_columns(self.tensors["row_offsets"], columns, start, stop)
         tensors = {"row_offsets": offsets, "values": self.tensors["values"][inside]}
         if "mask" in self.tensors:
-            whole = start - start % 8
-            mask = ops.unpack_codes(self.tensors["mask"][:, whole // 8 : -(-stop // 8)].contiguous(), 1, stop - whole)
-            tensors["mask"] = ops.pack_codes(mask[:, start - whole :].contiguous(), 1)
+            tensors["mask"] = cut_codes(self.tensors["mask"], 1, start, stop)
         else:
             tensors["columns"] = column
         if "scale" in self.tensors:
@@ -188,12 +183,15 @@ class BitmapWeight(PackedWeight):
 
     def mask(self) -> Tensor:
         """bool [N, K]: the places of the stored values."""
-        if "mask" in self.tensors:
-            return ops.unpack_codes(self.tensors["mask"], 1, self.in_features).bool()
-        offsets = self.tensors["row_offsets"].long()
-        mask = torch.zeros(self.out_features, self.in_features, dtype=torch.bool, device=self.device)
-        mask[torch.repeat_interleave(offsets.diff()), self.tensors["columns"].long()] = True
-        return mask
+        return _places(self.tensors, (self.out_features, self.in_features))
+
+
+def _places(field: Fields, shape: Shape) -> Tensor:
+    if "mask" in field and field["mask"].numel():
+        return unpack_codes(field["mask"], 1, shape[1]).bool()
+    places = field["values"].new_zeros(shape, dtype=torch.bool)
+    places[torch.repeat_interleave(field["row_offsets"].long().diff()), field["columns"].long()] = True
+    return places
 
 
 def _with_a_value(tensors: dict[str, Tensor], in_features: int) -> dict[str, Tensor]:
@@ -209,13 +207,6 @@ def _with_a_value(tensors: dict[str, Tensor], in_features: int) -> dict[str, Ten
     else:
         first["columns"] = torch.zeros(1, dtype=column_dtype(in_features), device=offsets.device)
     return tensors | first
-
-
-def _offsets(counts: Tensor) -> Tensor:
-    """int32 [rows + 1]."""
-    offsets = counts.new_zeros(counts.numel() + 1, dtype=torch.int64)
-    offsets[1:] = counts.cumsum(0)
-    return offsets.to(torch.int32)
 
 
 class SparseLinear(PackedLinear):

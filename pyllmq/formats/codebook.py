@@ -30,21 +30,25 @@ from ..layouts import Fields, Shape, Shapes, WeightOperand
 from ..operations import CODEBOOK_GRADIENT
 from ..packing import column_codes
 from ..structure import (
+    FP16_LOSS,
     FormatError,
     PackedWeight,
     Structure,
+    check_outliers,
     column_dtype,
     expect,
-    expect_ascending_columns,
-    expect_row_offsets,
     finite_fp16,
+    lost_in_fp16,
     outlier_places,
+    outlier_shapes,
     outliers_of_columns,
     outliers_of_rows,
+    packed_outliers,
     register_format,
     require_fp16,
+    row_offsets,
 )
-from .codes import cut_codes, unpack_codes
+from .codes import cut_codes, expect_codes, unpack_codes
 
 WIDTHS = range(1, 9)
 CODES = tuple(f"codes_b{bits}" for bits in WIDTHS)
@@ -68,79 +72,54 @@ class CodebookStructure(Structure):
             )
         if not 1 <= self.segments <= self.out_features:
             raise FormatError(f"{self.segments} segments; allowed: 1 to out_features = {self.out_features}")
-        if not 0 <= self.outliers <= self.out_features * self.in_features:
-            raise FormatError(
-                f"{self.outliers} outliers in a weight of {self.out_features * self.in_features} elements"
-            )
+        outlier_shapes(self.out_features, self.in_features, self.outliers)
 
-    @classmethod
+    @staticmethod
     def bytes_of(
-        cls, rows: int, columns: int, counts: Mapping[int, float], outliers: float = 0, row_scale: bool = False
+        rows: int, columns: int, counts: Mapping[float, float], outliers: int | None = None, row_scale: bool = False
     ) -> float:
         """Bytes of a weight [rows, columns] of one segment with so many columns of each width; whole bytes of codes where eight
-        divides each count. What a column of b bits, or an outlier, adds is the difference of two calls."""
-        codes = sum(count * (rows * bits / 8 + 2 * (1 << bits)) for bits, count in counts.items())
-        kept = outliers * (2 + column_dtype(columns).itemsize) + 4 * (rows + 1) * (outliers > 0)
+        divides each count. With outliers (None: without) it has their row offsets. What a column of b bits, or an outlier, adds
+        is the difference of two calls."""
+        codes = sum(count * (rows * bits / 8 + 2 * 2**bits) for bits, count in counts.items())
+        kept = 0 if outliers is None else outliers * (2 + column_dtype(columns).itemsize) + 4 * (rows + 1)
         return columns + 4 + 2 * rows * row_scale + codes + kept
 
     def tensors(self) -> Shapes:
         n, k = self.out_features, self.in_features
-        entries = sum(count << bits for bits, count in enumerate(self.columns, 1))
+        entries = sum(count << bits for bits, count in self.counts.items())
         shapes: Shapes = {
             "column_bits": ((k,), torch.uint8),
             "codebook": ((self.segments, entries), torch.float16),
             "segment_rows": ((self.segments,), torch.int32),
         }
-        if self.outliers:
-            shapes["outlier_row_offsets"] = ((n + 1,), torch.int32)
-            shapes["outlier_columns"] = ((self.outliers,), column_dtype(k))
-            shapes["outlier_values"] = ((self.outliers,), torch.float16)
+        shapes |= outlier_shapes(n, k, self.outliers)
         if self.row_scale:
             shapes["row_scale"] = ((n,), torch.float16)
-        for bits, count in enumerate(self.columns, 1):
-            if count:
-                shapes[f"codes_b{bits}"] = ((n, -(-count * bits // 8)), torch.uint8)
-        return shapes
+        return shapes | {
+            f"codes_b{bits}": ((n, -(-count * bits // 8)), torch.uint8) for bits, count in self.counts.items()
+        }
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """Width -> number of columns, of those that occur."""
+        return {bits: count for bits, count in enumerate(self.columns, 1) if count}
 
     def describe(self) -> str:
-        widths = {bits: count for bits, count in enumerate(self.columns, 1) if count}
-        return f"columns_per_width={widths}, outliers={self.outliers}"
+        return f"columns_per_width={self.counts}, outliers={self.outliers}"
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "columns": {str(bits): count for bits, count in enumerate(self.columns, 1) if count},
-            "segments": self.segments,
-            "outliers": self.outliers,
-            "row_scale": self.row_scale,
-        }
+        return super().to_dict() | {"columns": {str(bits): count for bits, count in self.counts.items()}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CodebookStructure:
-        known = {"kind", "out_features", "in_features", "columns", "segments", "outliers", "row_scale"}
-        if values.get("kind") != cls.kind:
-            raise FormatError(f"kind is {values.get('kind')!r}; this structure reads: {cls.kind!r}")
-        if set(values) != known:
-            raise FormatError(f"a codebook is described by the keys {sorted(known)}, given: {sorted(values)}")
-        widths = values["columns"]
+        widths = values.get("columns")
         if not isinstance(widths, Mapping) or not set(widths) <= set("12345678"):
             raise FormatError(f"columns is {widths!r}; it must map widths '1' to '8' to counts")
-        counts = tuple(widths.get(str(bits), 0) for bits in range(1, 9))
-        numbers = (values["out_features"], values["in_features"], values["segments"], values["outliers"], *counts)
-        if any(isinstance(v, bool) or not isinstance(v, int) for v in numbers) or not isinstance(
-            values["row_scale"], bool
-        ):
-            raise FormatError(f"sizes must be integers and row_scale true or false, given: {dict(values)}")
-        return cls(
-            values["out_features"],
-            values["in_features"],
-            counts,
-            segments=values["segments"],
-            outliers=values["outliers"],
-            row_scale=values["row_scale"],
-        )
+        counts = tuple(widths.get(str(bits), 0) for bits in WIDTHS)
+        if any(type(count) is not int for count in counts):
+            raise FormatError(f"columns is {dict(widths)}; counts must be integers")
+        return super().from_dict({**values, "columns": counts})
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,15 +163,11 @@ class CodebookWeight(PackedWeight):
         Raises:
             FormatError: shapes or dtypes do not fit, a code does not fit its width, a value is not finite in fp16.
         """
-        if codes.dtype != torch.uint8 or codes.dim() != 2 or not codes.numel():
-            raise FormatError(
-                f"codes is {codes.dtype} {tuple(codes.shape)}; it must be a non-empty torch.uint8 matrix [N, K]"
-            )
+        expect_codes(codes)
         n, k = codes.shape
         if tuple(column_bits.shape) != (k,) or column_bits.is_floating_point():
             raise FormatError(f"column_bits is {column_bits.dtype} {tuple(column_bits.shape)}; it must be {k} integers")
-        if int(column_bits.min()) < 1 or int(column_bits.max()) > 8:
-            raise FormatError(f"column_bits holds {int(column_bits.min())}..{int(column_bits.max())}; allowed: 1 to 8")
+        _expect_widths(column_bits)
         device = codes.device
         column_bits = column_bits.to(device, torch.uint8)
         if segment_rows is None:
@@ -205,26 +180,8 @@ class CodebookWeight(PackedWeight):
         if row_scale is not None:
             require_fp16("row_scale", row_scale[:, None], "rescale the weight")
             tensors["row_scale"] = finite_fp16("row_scale", row_scale.to(device))
-        if outlier_mask is not None and bool(outlier_mask.any()):
-            if outlier_mask.shape != codes.shape or outlier_weight is None or outlier_weight.shape != codes.shape:
-                given = None if outlier_weight is None else tuple(outlier_weight.shape)
-                raise FormatError(
-                    f"outlier_mask {tuple(outlier_mask.shape)} and outlier_weight {given} must both be [N, K] = [{n}, {k}]"
-                )
-            row, column = torch.nonzero(outlier_mask.to(device), as_tuple=True)
-            offsets = torch.zeros(n + 1, dtype=torch.int64, device=device)
-            offsets[1:] = torch.cumsum(torch.bincount(row, minlength=n), 0)
-            tensors["outlier_row_offsets"] = offsets.to(torch.int32)
-            tensors["outlier_columns"] = column.to(column_dtype(k))
-            outlier_values = outlier_weight.to(device)[row, column]
-            require_fp16("outlier_weight", outlier_values[None], "rescale the weight, or keep no outliers")
-            tensors["outlier_values"] = finite_fp16("outlier_weight", outlier_values)
-        for bits in column_bits.unique().tolist():
-            try:
-                tensors[f"codes_b{bits}"] = ops.pack_codes(codes[:, column_bits == bits].contiguous(), bits)
-            except (ValueError, RuntimeError) as error:
-                raise FormatError(f"the codes of the {bits}-bit columns do not fit: {error}") from error
-        return cls.from_tensors(tensors, n, k)
+        tensors |= packed_outliers(outlier_mask, outlier_weight, codes)
+        return cls.from_tensors(tensors | pack_widths(codes, column_bits), n, k)
 
     @classmethod
     def from_dense(
@@ -240,8 +197,7 @@ class CodebookWeight(PackedWeight):
                 raise FormatError(f"the key {key!r} is missing; found: {sorted(tensors)}")
         bits = tensors["column_bits"]
         expect("column_bits", bits, (in_features,), torch.uint8)
-        if int(bits.min()) < 1 or int(bits.max()) > 8:
-            raise FormatError(f"column_bits holds {int(bits.min())}..{int(bits.max())}; allowed: 1 to 8")
+        _expect_widths(bits)
         return CodebookStructure(
             out_features,
             in_features,
@@ -258,11 +214,7 @@ class CodebookWeight(PackedWeight):
             raise FormatError(
                 f"segment_rows is {rows.tolist()}; each must be positive, and their sum out_features = {structure.out_features}"
             )
-        if structure.outliers:
-            offsets = tensors["outlier_row_offsets"].long()
-            expect_row_offsets("outlier_row_offsets", offsets, structure.outliers)
-            columns = tensors["outlier_columns"].long()
-            expect_ascending_columns("outlier_columns", columns, offsets, structure.in_features)
+        check_outliers(tensors, structure.in_features)
 
     @staticmethod
     def decode(field: Fields, shape: Shape) -> Tensor:
@@ -332,9 +284,10 @@ class CodebookWeight(PackedWeight):
             one = first.column_bits.new_ones(1, dtype=torch.float16)
             tensors["row_scale"] = torch.cat([w.tensors.get("row_scale", one.expand(w.out_features)) for w in weights])
         if any(weight.structure.outliers for weight in weights):
-            counts = [_outliers_per_row(weight) for weight in weights]
-            offsets = torch.cat([first.column_bits.new_zeros(1, dtype=torch.int32), *counts]).cumsum(0)
-            tensors["outlier_row_offsets"] = offsets.to(torch.int32)
+            none = first.column_bits.new_zeros(1, dtype=torch.int32)
+            offsets = [w.tensors.get("outlier_row_offsets", none.expand(w.out_features + 1)) for w in weights]
+            counts = [of_rows.diff() for of_rows in offsets]
+            tensors["outlier_row_offsets"] = row_offsets(torch.cat(counts))
             for key in ("outlier_columns", "outlier_values"):
                 tensors[key] = torch.cat([part[key] for part in parts if key in part])
         return cls.from_tensors(tensors, sum(weight.out_features for weight in weights), first.in_features)
@@ -377,24 +330,25 @@ class CodebookWeight(PackedWeight):
     def unpack(self) -> Tensor:
         """The codes, uint8 [N, K], those under outliers too."""
         codes = self.column_bits.new_empty(self.out_features, self.in_features)
-        for bits, count in enumerate(self.structure.columns, 1):
-            if count:
-                codes[:, self.column_bits == bits] = ops.unpack_codes(self.tensors[f"codes_b{bits}"], bits, count)
+        for bits, count in self.structure.counts.items():
+            codes[:, self.column_bits == bits] = ops.unpack_codes(self.tensors[f"codes_b{bits}"], bits, count)
         return codes
 
 
-def _outliers_per_row(weight: CodebookWeight) -> Tensor:
-    """int32 [N]."""
-    offsets = weight.tensors.get("outlier_row_offsets")
-    if offsets is None:
-        return weight.column_bits.new_zeros(weight.out_features, dtype=torch.int32)
-    return offsets.diff()
+def _expect_widths(column_bits: Tensor) -> None:
+    if int(column_bits.min()) < 1 or int(column_bits.max()) > 8:
+        raise FormatError(f"column_bits holds {int(column_bits.min())}..{int(column_bits.max())}; allowed: 1 to 8")
 
 
 def pack_widths(codes: Tensor, column_bits: Tensor) -> dict[str, Tensor]:
     """Codes uint8 [N, K] -> the `codes_b*` tensors of a checkpoint."""
-    widths = column_bits.unique().tolist()
-    return {f"codes_b{bits}": ops.pack_codes(codes[:, column_bits == bits].contiguous(), bits) for bits in widths}
+    found = {}
+    for bits in column_bits.unique().tolist():
+        try:
+            found[f"codes_b{bits}"] = ops.pack_codes(codes[:, column_bits == bits].contiguous(), bits)
+        except (ValueError, RuntimeError) as error:
+            raise FormatError(f"the codes of the {bits}-bit columns do not fit: {error}") from error
+    return found
 
 
 def _codebook_fp16(codebook: Tensor, column_bits: Tensor, segments: int) -> Tensor:
@@ -411,12 +365,13 @@ def _codebook_fp16(codebook: Tensor, column_bits: Tensor, segments: int) -> Tens
     for entries in width.unique().tolist():
         columns = torch.nonzero(width == entries).flatten()
         place = first_entry[columns, None] + torch.arange(entries, device=codebook.device)
-        lost, largest = ((book[:, place]).abs().amax(-1) for book in (codebook - half.float(), codebook))
-        if bool((lost > 0.01 * largest).any()):
-            worst = int((lost - 0.01 * largest).amax(0).argmax())
+        lost = lost_in_fp16(codebook[:, place])
+        if bool(lost.any()):
+            segment, column = lost.nonzero()[0].tolist()
+            reach = float(codebook[segment, place[column]].abs().max())
             raise FormatError(
-                f"the codebook of column {int(columns[worst])} reaches only to {float(largest[:, worst].min()):g}, where fp16 is "
-                "off by more than 1 %; rescale the weight, or give row_scale"
+                f"the codebook of column {int(columns[column])} reaches only to {reach:g}, where fp16 is off by more than "
+                f"{FP16_LOSS:.0%}; rescale the weight, or give row_scale"
             )
     return half
 
@@ -450,22 +405,19 @@ def _codebook_gradient(weight_gradient: Tensor, weight: list[Tensor], layout: st
     return CODEBOOK_GRADIENT.kernel_for(weight_gradient.device.type, torch.float32, layout)(weight_gradient, operand)
 
 
-def _codebook_gradient_fake(weight_gradient: Tensor, weight: list[Tensor], layout: str) -> Tensor:
-    return torch.empty_like(weight[CodebookWeight.fields.index("codebook")], dtype=torch.float32)
+def _no_second_derivative(*_: object) -> None:
+    raise ops.second_derivative("codebook_gradient")
 
 
 ops.define(
     "codebook_gradient(Tensor weight_gradient, Tensor[] weight, str layout) -> Tensor",
     _codebook_gradient,
-    _codebook_gradient_fake,
+    lambda gradient, weight, layout: torch.empty_like(
+        weight[CodebookWeight.fields.index("codebook")], dtype=torch.float32
+    ),
+    _no_second_derivative,
+    lambda ctx, inputs, output: None,
 )
-
-
-def _no_second_derivative(*_: object) -> None:
-    raise ops.second_derivative("codebook_gradient")
-
-
-ops.define_gradient("codebook_gradient", _no_second_derivative, lambda ctx, inputs, output: None)
 
 
 class CodebookLinear(PackedLinear):

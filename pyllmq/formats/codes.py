@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..structure import FormatError
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -27,6 +28,13 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     stream = torch.nn.functional.pad(stream, (0, -columns * bits % 8)).view(rows, -(-columns * bits // 8), 8)
     weight = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
     return (stream * weight).sum(-1, dtype=torch.uint8)
+
+
+def expect_codes(codes: Tensor) -> None:
+    if codes.dtype != torch.uint8 or codes.dim() != 2 or not codes.numel():
+        raise FormatError(
+            f"codes is {codes.dtype} {tuple(codes.shape)}; it must be a non-empty torch.uint8 matrix [N, K]"
+        )
 
 
 def cut_codes(packed: Tensor, bits: int, start: int, stop: int) -> Tensor:

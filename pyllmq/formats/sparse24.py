@@ -84,7 +84,7 @@ class Sparse24Weight(PackedWeight):
         places = kept_places(mask)
         values, scale = stored_values(weight * mask, dtype)
         tensors = {
-            "values": _groups_of_four(values).gather(2, places).reshape(n, -1),
+            "values": groups_of_four(values).gather(2, places).reshape(n, -1),
             "positions": ops.pack_codes(position_codes(places), GROUP),
         }
         if scale is not None:
@@ -122,7 +122,7 @@ class Sparse24Weight(PackedWeight):
 
 def kept_places(mask: Tensor) -> Tensor:
     """mask [N, K] -> int64 [N, G, 2]: the places of the kept weights in each group, ascending, filled up with others."""
-    groups = _groups_of_four(mask)
+    groups = groups_of_four(mask)
     kept = groups.sum(-1)
     if int(kept.max()) > KEPT:
         row, group = (int(i) for i in torch.nonzero(kept > KEPT)[0])
@@ -148,10 +148,8 @@ def check_positions(positions: Tensor, groups: int) -> None:
 
 def stored_places(positions: Tensor, out_features: int, in_features: int) -> Tensor:
     """bool [N, K]."""
-    codes = ops.unpack_codes(positions, GROUP, -(-in_features // GROUP)).long()
-    mask = torch.zeros(*codes.shape, GROUP, dtype=torch.bool, device=codes.device)
-    mask.scatter_(2, torch.stack([codes & 3, codes >> 2], 2), True)
-    return mask.view(out_features, -1)[:, :in_features]
+    kept = positions.new_ones(out_features, KEPT * -(-in_features // GROUP), dtype=torch.bool)
+    return spread_24(kept, positions, in_features)
 
 
 def spread_24(kept: Tensor, positions: Tensor, in_features: int) -> Tensor:
@@ -163,7 +161,7 @@ def spread_24(kept: Tensor, positions: Tensor, in_features: int) -> Tensor:
     return spread.view(kept.shape[0], -1)[:, :in_features]
 
 
-def _groups_of_four(matrix: Tensor) -> Tensor:
+def groups_of_four(matrix: Tensor) -> Tensor:
     """[N, K] -> [N, G, 4], filled up with zeros."""
     n, k = matrix.shape
     return torch.nn.functional.pad(matrix, (0, -k % GROUP)).view(n, -1, GROUP)

@@ -29,19 +29,19 @@ from ..structure import (
     FormatError,
     PackedWeight,
     Structure,
-    column_dtype,
-    expect_ascending_columns,
-    expect_row_offsets,
+    check_outliers,
     finite_fp16,
     outlier_places,
+    outlier_shapes,
     outliers_of_columns,
     outliers_of_rows,
+    packed_outliers,
     register_format,
     require_fp16,
 )
-from .codes import cut_codes, unpack_codes
+from .codes import cut_codes, expect_codes, unpack_codes
 from .kept_values import checked_weight
-from .sparse24 import check_positions, kept_places, position_codes, spread_24, stored_places
+from .sparse24 import check_positions, groups_of_four, kept_places, position_codes, spread_24, stored_places
 
 BITS = (2, 3, 4)
 
@@ -57,8 +57,7 @@ class Sparse24CodebookStructure(Structure):
         super().__post_init__()
         if self.bits not in BITS:
             raise FormatError(f"bits is {self.bits}; allowed: {', '.join(map(str, BITS))}")
-        if not 0 <= self.outliers <= self.out_features * self.in_features:
-            raise FormatError(f"{self.outliers} outliers in [{self.out_features}, {self.in_features}]")
+        outlier_shapes(self.out_features, self.in_features, self.outliers)
 
     @property
     def groups(self) -> int:
@@ -67,16 +66,11 @@ class Sparse24CodebookStructure(Structure):
 
     def tensors(self) -> Shapes:
         n, k = self.out_features, self.in_features
-        shapes: Shapes = {
+        return {
             "codes": ((n, -(-KEPT * self.groups * self.bits // 8)), torch.uint8),
             "positions": ((n, -(-self.groups // 2)), torch.uint8),
             "codebook": ((k, 1 << self.bits), torch.float16),
-        }
-        if self.outliers:
-            shapes["outlier_row_offsets"] = ((n + 1,), torch.int32)
-            shapes["outlier_columns"] = ((self.outliers,), column_dtype(k))
-            shapes["outlier_values"] = ((self.outliers,), torch.float16)
-        return shapes
+        } | outlier_shapes(n, k, self.outliers)
 
     def describe(self) -> str:
         return f"bits={self.bits}, outliers={self.outliers}"
@@ -112,10 +106,7 @@ class Sparse24CodebookWeight(PackedWeight):
         Raises:
             FormatError: shapes or dtypes do not fit, a code does not fit its width, a value is not finite in fp16.
         """
-        if codes.dtype != torch.uint8 or codes.dim() != 2 or not codes.numel():
-            raise FormatError(
-                f"codes is {codes.dtype} {tuple(codes.shape)}; it must be a non-empty torch.uint8 matrix [N, K]"
-            )
+        expect_codes(codes)
         n, k = codes.shape
         if tuple(codebook.shape) not in [(k, 1 << bits) for bits in BITS]:
             raise FormatError(f"codebook is {tuple(codebook.shape)}; it must be [K, 4, 8 or 16] = [{k}, 4, 8 or 16]")
@@ -124,14 +115,14 @@ class Sparse24CodebookWeight(PackedWeight):
         places = kept_places(mask)
         wanted = torch.full((places.shape[1],), KEPT, device=mask.device)
         wanted[-1] = min(KEPT, k - GROUP * (len(wanted) - 1))
-        missing = torch.nonzero(torch.nn.functional.pad(mask, (0, -k % GROUP)).view(n, -1, GROUP).sum(-1) < wanted)
+        missing = torch.nonzero(groups_of_four(mask).sum(-1) < wanted)
         if len(missing):
             row, group = (int(i) for i in missing[0])
             raise FormatError(
                 f"row {row} keeps fewer than two of the weights {GROUP * group}..{GROUP * group + GROUP - 1}; a code cannot "
                 "say zero: keep two of each four, the largest ones if need be"
             )
-        kept = torch.nn.functional.pad(codes * mask, (0, -k % GROUP)).view(n, -1, GROUP).gather(2, places)
+        kept = groups_of_four(codes * mask).gather(2, places)
         try:
             packed = ops.pack_codes(kept.reshape(n, -1), bits)
         except (ValueError, RuntimeError) as error:
@@ -147,21 +138,7 @@ class Sparse24CodebookWeight(PackedWeight):
             codebook,
             "this format has no scale: rescale the weight, or use sparse24 with value_dtype=torch.int8",
         )
-        if outlier_mask is not None and bool(outlier_mask.any()):
-            if outlier_mask.shape != codes.shape or outlier_weight is None or outlier_weight.shape != codes.shape:
-                given = None if outlier_weight is None else tuple(outlier_weight.shape)
-                raise FormatError(
-                    f"outlier_mask {tuple(outlier_mask.shape)} and outlier_weight {given} must both be [N, K] = [{n}, {k}]"
-                )
-            row_of, column = torch.nonzero(outlier_mask.to(codes.device), as_tuple=True)
-            offsets = torch.zeros(n + 1, dtype=torch.int64, device=codes.device)
-            offsets[1:] = torch.bincount(row_of, minlength=n).cumsum(0)
-            tensors["outlier_row_offsets"] = offsets.to(torch.int32)
-            tensors["outlier_columns"] = column.to(column_dtype(k))
-            outlier_values = outlier_weight.to(codes.device)[row_of, column]
-            require_fp16("outlier_weight", outlier_values[None], "rescale the weight, or keep no outliers")
-            tensors["outlier_values"] = finite_fp16("outlier_weight", outlier_values)
-        return cls.from_tensors(tensors, n, k)
+        return cls.from_tensors(tensors | packed_outliers(outlier_mask, outlier_weight, codes), n, k)
 
     @classmethod
     def from_dense(
@@ -184,11 +161,7 @@ class Sparse24CodebookWeight(PackedWeight):
     @staticmethod
     def check(structure: Sparse24CodebookStructure, tensors: Fields) -> None:
         check_positions(tensors["positions"], structure.groups)
-        if structure.outliers:
-            offsets = tensors["outlier_row_offsets"].long()
-            expect_row_offsets("outlier_row_offsets", offsets, structure.outliers)
-            columns = tensors["outlier_columns"].long()
-            expect_ascending_columns("outlier_columns", columns, offsets, structure.in_features)
+        check_outliers(tensors, structure.in_features)
 
     @staticmethod
     def decode(field: Fields, shape: Shape) -> Tensor:
@@ -222,12 +195,8 @@ class Sparse24CodebookWeight(PackedWeight):
 
     def unpack(self) -> Tensor:
         """The codes of the kept weights, uint8 [N, K]; 0 elsewhere."""
-        n, k, groups = self.out_features, self.in_features, self.structure.groups
-        codes = ops.unpack_codes(self.tensors["codes"], self.structure.bits, KEPT * groups).view(n, groups, KEPT)
-        position = ops.unpack_codes(self.tensors["positions"], GROUP, groups).long()
-        spread = codes.new_zeros(n, groups, GROUP)
-        spread.scatter_(2, torch.stack([position & 3, position >> 2], 2), codes)
-        return spread.view(n, -1)[:, :k].contiguous()
+        codes = ops.unpack_codes(self.tensors["codes"], self.structure.bits, KEPT * self.structure.groups)
+        return spread_24(codes, self.tensors["positions"], self.in_features).contiguous()
 
 
 class Sparse24CodebookLinear(PackedLinear):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..backends.cpu import runtime as cpu
-from ..integrations._transformers_internals import collects, implementation_of
+from ..integrations.transformers_internals import collects, implementation_of
 from ..layers.linear import PackedLinear
 from . import native
 from .attention_functions import attention_implementation

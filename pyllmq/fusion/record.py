@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..integrations._transformers_internals import MARKER, attention_marker
+from ..integrations.transformers_internals import MARKER, attention_marker
 from ..layers.linear import PackedLinear
 from ..linears import dense_weight, is_transposed_linear
 from .attention_functions import recording_cache

@@ -30,35 +30,27 @@ from ..formats import FormatError
 from ..linears import is_transposed_linear
 from ..memory import page_out
 from ..weights import OUTSIDE, Weights
-from . import _transformers_internals as internals
-from .transformers import (
-    dense_class,
-    expect_complete,
-    expect_own_names,
-    load_on_meta,
-    quiet_transformers,
-)
+from . import transformers_internals as internals
+from .transformers import dense_class, expect_complete, load_on_meta, quiet_transformers
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """The weight files of a dense model, as its index lists them. Raises FileNotFoundError if they are not there."""
-    for index, single in ((INDEX, SINGLE), (PICKLED_INDEX, PICKLED_SINGLE)):
-        if (folder / index).is_file():
-            try:
-                names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise FormatError(f"{folder / index} cannot be read ({error!r}); the folder is damaged") from error
-            files = [folder / name for name in names]
-            break
-        if (folder / single).is_file():
-            return [folder / single]
-    else:
+    there = [name for name in (INDEX, SINGLE, PICKLED_INDEX, PICKLED_SINGLE) if (folder / name).is_file()]
+    if not there:
         raise FileNotFoundError(
             f"{folder} has no weights: none of {SINGLE}, {INDEX}, {PICKLED_SINGLE}, {PICKLED_INDEX} is there"
         )
+    first = folder / there[0]
+    if there[0] not in (INDEX, PICKLED_INDEX):
+        return [first]
+    try:
+        files = [folder / name for name in sorted(set(json.loads(first.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise FormatError(f"{first} cannot be read ({error!r}); the folder is damaged") from error
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing, which {folder / index} names; copy it again")
+            raise FileNotFoundError(f"{file} is missing, which {first} names; copy it again")
     return files
 
 
@@ -98,10 +90,6 @@ class StreamedModel(Weights):
                 if torch.equal(pair[keys[target]], pair[keys[source]]):
                     del self._targets[keys[target]], self.headers[keys[target]]
                     internals.retie(self.model, {target})
-
-    def names_in_file(self, linears: Iterable[str]) -> dict[str, str]:
-        """Linear -> what its tensors are called by `checkpoint_tensors`. Raises ValueError for one that cannot be packed."""
-        return expect_own_names(self.model, linears)
 
     def copied_as_they_are(self) -> str:
         names = self.without_place

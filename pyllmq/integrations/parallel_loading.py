@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..folders import Description, PackedFolder, opened
-from ..formats import FormatError, Structure, weight_type
+from ..structure import Structure, of_module, weight_of
 from ..tensor_parallel import Plan, bias_of_part, cut, plan, ranks_of, take_part
 from .skeletons import put_skeletons
 from .transformers import model_class_and_config
@@ -38,7 +38,7 @@ def from_pretrained(
 
     Raises FormatError for a folder that is damaged or not packed, ValueError where there is no plan.
     """
-    from ._transformers_internals import skeleton
+    from .transformers_internals import skeleton
 
     ranks, rank = ranks_of(group)
     packed = PackedFolder.open(folder)
@@ -70,11 +70,8 @@ def _read_part(
             continue
         keys = {key: f"{name}.{key}" for key in structure.tensors()}
         stored = {key: holder[full].get_tensor(full) for key, full in keys.items()}
-        try:
-            weight = weight_type(structure.kind).from_tensors(stored, structure.out_features, structure.in_features)
-        except FormatError as error:
-            raise FormatError(f"{name}: {error}") from error
-        part = cut(weight, split, rank)
+        with of_module(name):
+            part = cut(weight_of(structure, stored), split, rank)
         for key in keys.values():
             del tensors[key]
         tensors |= {f"{name}.{key}": tensor for key, tensor in part.tensors.items()}

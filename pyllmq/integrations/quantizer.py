@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..folders import METHOD, Description
 from ..formats import FormatError
 from ..layers.linear import packed_modules
+from ..structure import of_module
 from ..tensor_parallel import parallelize, planned_linears
 from .skeletons import put_skeletons
 
@@ -52,7 +53,7 @@ class PyllmqQuantizer(HfQuantizer):
     shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     """Of all the model's tensors: transformers compares them with the files' only where there is no quantizer."""
     dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
-    """Asked for, of the dense parameters: with a quantizer, transformers leaves renamed ones in the file's."""
+    """Asked for, of dense parameters that need not be fp32: with a quantizer, transformers leaves renamed ones in the file's."""
 
     @property
     def description(self) -> Description:
@@ -70,17 +71,24 @@ class PyllmqQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
+        from . import transformers_internals as internals
+
         files = [str(file) for file in checkpoint_files or ()]
         if not self.description.checked.issuperset(files):
             self.description.check(files)
         put_skeletons(model, self.description.structures, self.description.part_of_ranks > 0)
         self.shapes = {key: tuple(tensor.shape) for key, tensor in _tensors(model).items()}
-        self.dtypes = asked_dtypes(model)
+        in_fp32 = internals.kept_in_fp32(model)
+        self.dtypes = {
+            name: parameter.dtype
+            for name, parameter in model.named_parameters()
+            if not any(re.search(pattern, name) for pattern in in_fp32)
+        }
         self.styles = take_over_linears(model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from . import _transformers_internals as internals
+        from . import transformers_internals as internals
 
         for name, module in packed_modules(model):
             absent = [key for key, buffer in module.named_buffers() if not internals.was_loaded(buffer)]
@@ -100,10 +108,8 @@ class PyllmqQuantizer(HfQuantizer):
             parallelize(model, internals.group_of(model), self.styles)
         for name, module in packed_modules(model):
             if not any(buffer.is_meta for buffer in module.buffers()):
-                try:
+                with of_module(name):
                     module.prepare()
-                except FormatError as error:
-                    raise FormatError(f"{name}: {error}") from error
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -127,24 +133,12 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def asked_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """Of the parameters of a skeleton, but for those that the architecture keeps in fp32 whatever is asked for."""
-    from ._transformers_internals import kept_in_fp32
-
-    patterns = kept_in_fp32(model)
-    return {
-        name: parameter.dtype
-        for name, parameter in model.named_parameters()
-        if not any(re.search(pattern, name) for pattern in patterns)
-    }
-
-
 def take_over_linears(model: Any) -> dict[str, str] | None:
     """Where transformers' tensor parallelism is on: the plan, of which transformers itself keeps all but the Linears.
 
     Its sharded parameters are equal slices of dense tensors; `pyllmq.parallel` cuts packed and dense Linears at the same places.
     """
-    from . import _transformers_internals as internals
+    from . import transformers_internals as internals
 
     styles = internals.asked_plan(model)
     if styles is None:

@@ -11,18 +11,9 @@ from ..layers.linear import packed_modules
 from ..linears import as_linear, linear_modules, replace_module
 
 
-def names_in_file(model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
-    """Module -> what its tensors are called in a saved folder; None where they cannot have names of their own there."""
-    from ._transformers_internals import names_of_file
-
-    written = names_of_file(model, names)
-    read = modules_of_names(model, [name for name in written.values() if name is not None])
-    return {name: found if found is not None and read[found] == name else None for name, found in written.items()}
-
-
 def modules_of_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Name in a file -> the Linear-like or packed module that gets those tensors; none may have that name."""
-    from ._transformers_internals import ANY, keys_of_model
+    from .transformers_internals import ANY, keys_of_model
 
     modules = (*linear_modules(model), *packed_modules(model))
     known = dict.fromkeys((f"{module}{ANY}" for module, _ in modules), True)
@@ -35,7 +26,7 @@ def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: b
 
     Structures of one rank's `part` are smaller than the model's Linears.
     """
-    from ._transformers_internals import forget_ties
+    from .transformers_internals import forget_ties
 
     linears = dict(linear_modules(model))
     targets = modules_of_names(model, structures)

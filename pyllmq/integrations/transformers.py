@@ -21,15 +21,18 @@ import torch
 from torch import nn
 
 from .. import fusion
-from ..folders import METHOD, Description, Header, PackedFolder, copy_others, new_folder, read_config
+from ..folders import METHOD, Description, Header, PackedFolder, copy_others, expect_packed, new_folder, read_config
 from ..formats import FormatError, Structure
 from ..layers.linear import packed_modules
-from .skeletons import names_in_file
+from .skeletons import modules_of_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _TRIGGER = "transformers.quantizers"
+
+CONFIG_ARGUMENTS = {"revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder"}
+"""Of `from_pretrained`, those that say where the config is."""
 
 
 # ---- registration ---------------------------------------------------------------------------------------------------
@@ -96,18 +99,15 @@ def from_pretrained(
     if Path(folder).is_dir() and not {"subfolder", "variant"} & kwargs.keys():
         opened = PackedFolder.open(folder)  # before transformers builds a model of sizes that no file has
     model_class, _ = model_class_and_config(folder, auto_class, opened, **kwargs)
-    arguments = {"trust_remote_code": False, **kwargs}
+    info_wanted = kwargs.pop("output_loading_info", False)
+    arguments = {"trust_remote_code": False, **kwargs, "output_loading_info": True}
     with nullcontext() if opened is None else opened.description.handed_on():
-        if auto_class is not None or kwargs.get("output_loading_info"):
-            loaded = model_class.from_pretrained(folder, **arguments)
-            if fuse:
-                fusion.fuse(loaded[0] if isinstance(loaded, tuple) else loaded)
-            return loaded
-        model, info = model_class.from_pretrained(folder, **{**arguments, "output_loading_info": True})
-    expect_complete(folder, model, info)
+        model, info = model_class.from_pretrained(folder, **arguments)
+    if auto_class is None and not info_wanted:
+        expect_complete(folder, model, info)
     if fuse:
         fusion.fuse(model)
-    return model
+    return (model, info) if info_wanted else model  # type: ignore[return-value]
 
 
 def expect_complete(folder: str | os.PathLike[str], model: Any, info: Mapping[str, Any]) -> None:
@@ -126,15 +126,9 @@ def model_class_and_config(
     import transformers
 
     register()
-    config = open_config(folder, **_config_arguments(kwargs))
+    config = open_config(folder, **{key: kwargs[key] for key in CONFIG_ARGUMENTS & kwargs.keys()})
     if opened is None:
-        described = getattr(config, "quantization_config", None)
-        method = described.get("quant_method") if isinstance(described, Mapping) else None
-        if method != METHOD:
-            raise FormatError(
-                f"{folder} is not a pyllmq folder (quant_method is {method!r}); compress it first with `pyllmq compress`, or load "
-                "it with transformers"
-            )
+        expect_packed(folder, {"quantization_config": getattr(config, "quantization_config", None)})
     else:
         config.quantization_config = opened.description
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
@@ -157,15 +151,13 @@ def model_class_and_config(
 
 def open_config(folder: str | os.PathLike[str], **arguments: Any) -> Any:
     """The transformers config of a folder (or hub id). Code that a folder brings is never executed."""
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
     if (Path(folder) / "config.json").is_file() and not arguments.get("trust_remote_code"):
         said = read_config(folder)
         if str(said.get("model_type")) not in CONFIG_MAPPING:
             own = "; the code that the folder brings (auto_map) is never executed" if "auto_map" in said else ""
-            raise ValueError(
-                f"{folder}: transformers {transformers_version()} has no model_type {said.get('model_type')!r}{own}"
-            )
+            raise ValueError(f"{folder}: transformers {__version__} has no model_type {said.get('model_type')!r}{own}")
     return AutoConfig.from_pretrained(folder, **{"trust_remote_code": False, **arguments})
 
 
@@ -183,40 +175,32 @@ def dense_class(folder: str | os.PathLike[str], config: Mapping[str, Any], archi
 
     Raises ValueError if there is no such class: another one would leave out its head, or fill it with random numbers.
     """
-    from ._transformers_internals import classes_for
+    from transformers import __version__
+
+    from .transformers_internals import classes_for
 
     names = config.get("architectures")
     found = class_of(names if architecture is None else [architecture])
     if found is not None:
         return found
+    what = f"config.json of {folder} names as architectures {names!r}"
     if architecture is not None:
         what = f"architecture is {architecture!r}"
-    else:
-        what = f"config.json of {folder} names as architectures {names!r}"
     likely = ", ".join(classes_for(config.get("model_type"))[:4])
     own = ". The code that the folder brings (auto_map) is never executed" if "auto_map" in config else ""
     raise ValueError(
-        f"{what}, which is no model class of transformers {transformers_version()}{own}. Name the class of this model "
+        f"{what}, which is no model class of transformers {__version__}{own}. Name the class of this model "
         f"(--architecture, in Python architecture=){f'; for this model_type: {likely}' if likely else ''}"
     )
 
 
-def transformers_version() -> str:
-    import transformers
-
-    return transformers.__version__
-
-
 def load_on_meta(model_class: Any, config: Any, headers: Mapping[str, Header], folder: Path) -> tuple[Any, Any]:
     """(model of nothing but shapes, what transformers says of its loading): all of `from_pretrained` but the weights."""
-    from ._transformers_internals import generation_config
+    from .transformers_internals import generation_config
 
-    tensors = {
-        key: torch.empty(
-            header.shape, dtype=header.dtype if isinstance(header.dtype, torch.dtype) else torch.uint8, device="meta"
-        )
-        for key, header in headers.items()
-    }
+    tensors = {}
+    for key, (_, shape, dtype) in headers.items():
+        tensors[key] = torch.empty(shape, dtype=dtype if isinstance(dtype, torch.dtype) else torch.uint8, device="meta")
     with quiet_transformers():
         return model_class.from_pretrained(
             None,
@@ -250,23 +234,13 @@ def check_written(folder: Path, model_class: Any) -> None:
     expect_complete(folder, *load_on_meta(model_class, config, opened.headers, folder))
 
 
-def _config_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        k: v
-        for k, v in kwargs.items()
-        if k in ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
-    }
-
-
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
 
 def mark_packed(model: nn.Module) -> None:
     """Let a transformers model know that it holds packed layers, so that `save_pretrained` writes what loading needs."""
-    if not is_transformers_model(model):
-        return
     found = packed_modules(model)
-    if not found:
+    if not found or not is_transformers_model(model):
         return
     names = expect_own_names(model, [name for name, _ in found])
     quantizer = describe_packed(model, {names[name]: module.structure for name, module in found})
@@ -276,19 +250,17 @@ def mark_packed(model: nn.Module) -> None:
 
 def expect_own_names(model: nn.Module, linears: Iterable[str]) -> dict[str, str]:
     """Linear -> what its tensors are called in a saved folder. Raises ValueError where those cannot have names of their own."""
-    names = names_in_file(model, linears)
-    if merged := [name for name, found in names.items() if found is None]:
+    from .transformers_internals import names_of_file
+
+    written = names_of_file(model, linears)
+    read = modules_of_names(model, [found for found in written.values() if found is not None])
+    names = {name: found for name, found in written.items() if found is not None and read[found] == name}
+    if merged := [name for name in written if name not in names]:
         raise ValueError(
             f"{', '.join(merged)} cannot be packed: files of {type(model).__name__} hold the weight merged with others, or under a "
             "name that leads to another module; add it to exclude"
         )
-    return {name: str(found) for name, found in names.items()}
-
-
-def expect_packable(model: nn.Module, linears: Iterable[str]) -> None:
-    """Before a job: of what `mark_packed` would raise after it."""
-    if is_transformers_model(model):
-        expect_own_names(model, linears)
+    return names
 
 
 def is_transformers_model(model: object) -> bool:
@@ -302,7 +274,7 @@ def is_transformers_model(model: object) -> bool:
 def describe_packed(model: Any, structures: Mapping[str, Structure]) -> Any:
     """Put into the model's config what loading needs to know of its packed layers; returns its quantizer."""
     from . import quantizer
-    from ._transformers_internals import forget_ties
+    from .transformers_internals import forget_ties
 
     config = quantizer.PyllmqConfig.from_dict(Description.of(structures))
     model.config.quantization_config = config

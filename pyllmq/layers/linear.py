@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..layouts import CHECKPOINT, WeightOperand, machine_layout
 from ..operations import ACTIVATION_DTYPES, DEFAULT_PRECISION, check_precision
-from ..structure import CompositeStructure, FormatError, PackedWeight, Structure, for_kernels, format_of
+from ..structure import CompositeStructure, FormatError, PackedWeight, Structure, for_kernels, format_of, of_module
 from .lazy_weight import LazyWeight
 
 if TYPE_CHECKING:
@@ -81,10 +81,8 @@ class PackedComposite(PackedModule):
 
     def prepare(self) -> None:
         for name in self._structure.children:
-            try:
+            with of_module(name):
                 self.get_submodule(name).prepare()  # type: ignore[operator]
-            except FormatError as error:
-                raise FormatError(f"{name}: {error}") from error
 
 
 class PackedLinear(PackedModule):

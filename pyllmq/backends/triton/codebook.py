@@ -3,7 +3,6 @@ width a table of its columns."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +11,9 @@ from torch import Tensor
 from ...formats.codebook import CODES, WIDTHS
 from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
 from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, reads
+from ...structure import OUTLIER_KEYS
 from . import runtime
-from .runtime import ORDER
-
-LAYOUT = "triton.codebook"
-_MAGIC, _VERSION = 0x54524C50, 1
-_HEADER = ("magic", "version", "rows", "columns", "segments", "outliers", "row_scale", "wide_outlier_columns")
-
-Section = tuple[tuple[int, ...], torch.dtype]
-
+from .runtime import ORDER, Blob, LayoutKernels, Section
 
 # ---- the layout -----------------------------------------------------------------------------------------------------
 
@@ -82,9 +75,8 @@ class CodebookLayout:
         return self.row_scale.shape[0] > 0
 
 
-def _sections(header: list[int]) -> list[Section]:
-    """(shape, dtype) of every tensor in the blob, in order, behind the header."""
-    _, _, rows, columns, segments, outliers, row_scale, wide, *counts = header
+def _sections(rows: int, columns: int, header: list[int]) -> list[Section]:
+    segments, outliers, row_scale, wide, *counts = header
     sections: list[Section] = [
         ((rows,), torch.int32),
         ((rows * row_scale,), torch.float16),
@@ -101,24 +93,8 @@ def _sections(header: list[int]) -> list[Section]:
     return sections
 
 
-def _header_bytes() -> int:
-    return runtime.aligned(8 * (len(_HEADER) + len(WIDTHS)))
-
-
-def from_blob(blob: Tensor, shape: Shape) -> WeightOperand:
-    """Raises ValueError if the blob is no such layout, is cut off, or holds a weight of another shape."""
-    words = len(_HEADER) + len(WIDTHS)
-    if blob.dtype != torch.uint8 or blob.dim() != 1 or blob.numel() < _header_bytes():
-        raise ValueError(
-            f"a layout {LAYOUT!r} is a uint8 vector of at least {_header_bytes()} bytes, given: {blob.dtype} {tuple(blob.shape)}"
-        )
-    header = blob[: 8 * words].view(torch.int64).tolist()
-    if header[:2] != [_MAGIC, _VERSION]:
-        raise ValueError(f"this blob is no layout {LAYOUT!r} of version {_VERSION}: it begins with {header[:2]}")
-    if header[2:4] != list(shape):
-        raise ValueError(f"the layout holds a weight of shape {header[2:4]}, but was given as {list(shape)}")
-    views = runtime.blob_views(blob, _header_bytes(), _sections(header))
-    return WeightOperand("codebook", LAYOUT, (blob, *views), (), shape)
+_BLOB = Blob("codebook", 4 + len(WIDTHS), _sections)
+from_blob = _BLOB.open
 
 
 def prepack(field: Fields, shape: Shape) -> WeightOperand:
@@ -126,12 +102,8 @@ def prepack(field: Fields, shape: Shape) -> WeightOperand:
     counts = torch.bincount(column_bits, minlength=9)[1:9].tolist()
     outliers = field["outlier_values"].numel() if "outlier_values" in field else 0
     wide = bool(outliers) and field["outlier_columns"].dtype == torch.int32
-    header = [_MAGIC, _VERSION, *shape, len(segment_rows), outliers, int("row_scale" in field), int(wide), *counts]
-    sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in _sections(header))
-    nbytes = _header_bytes() + sum(runtime.aligned(size) for size in sizes)
-    blob = torch.zeros(nbytes, dtype=torch.uint8, device=column_bits.device)
-    runtime.write_header(blob, header)
-    packed = from_blob(blob, shape)
+    header = [len(segment_rows), outliers, int("row_scale" in field), int(wide), *counts]
+    packed = _BLOB.make(shape, header, column_bits.device)
     layout = CodebookLayout.of(packed)
 
     layout.row_segment.copy_(torch.repeat_interleave(segment_rows))
@@ -142,12 +114,11 @@ def prepack(field: Fields, shape: Shape) -> WeightOperand:
         columns_of = torch.nonzero(column_bits == group.bits).flatten()
         group.codes.copy_(field[f"codes_b{group.bits}"].T)
         group.columns.copy_(columns_of)
-        entry = first_entry[columns_of, None] + torch.arange(1 << group.bits, device=blob.device)
+        entry = first_entry[columns_of, None] + torch.arange(1 << group.bits, device=layout.blob.device)
         group.codebook.copy_(field["codebook"][:, entry])
     if outliers:
-        layout.outlier_row_offsets.copy_(field["outlier_row_offsets"])
-        layout.outlier_columns.copy_(field["outlier_columns"])
-        layout.outlier_values.copy_(field["outlier_values"])
+        for name in OUTLIER_KEYS:
+            getattr(layout, name).copy_(field[name])
         layout.outlier_replaced.copy_(_centroids_under_outliers(layout))
     return packed
 
@@ -174,36 +145,16 @@ def unpack(weight: WeightOperand, shapes: Shapes, beside: Fields) -> dict[str, T
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
-def packed_linear(x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
-    """Sums in fp32 whatever `precision` says: a GPU gains nothing from coarser tables."""
-    from ...triton_kernels.codebook_linear import codebook_linear as run
-
-    if not x.shape[0]:
-        return x.new_empty(0, weight.shape[0])
-    with runtime.on_device_of(x):
-        return run(x.contiguous(), CodebookLayout.of(weight), bias)
-
-
-def packed_dequantize(weight: WeightOperand, dtype: torch.dtype) -> Tensor:
-    from ...triton_kernels.codebook_dequantize import codebook_dequantize as run
-
-    with runtime.on_device_of(weight.tensors[0]):
-        return run(CodebookLayout.of(weight), dtype)
-
-
-def decode_and_matmul(x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
-    """The weight decoded to x's dtype, then torch's matmul. Where that dtype cannot hold a decoded weight it is rounded."""
-    dense = packed_dequantize(weight, x.dtype)
-    return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+KERNELS = LayoutKernels(CodebookLayout.of, "codebook_linear.codebook_linear", "codebook_dequantize.codebook_dequantize")
 
 
 def register_kernels() -> None:
     register_layout(Layout("triton", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
     because = "decodes on the way to the multiplication (limit predicted, not measured)"
-    few = reads(LAYOUT, runtime.on_device, runtime.MAX_FUSED_TOKENS)
-    PACKED_LINEAR.register("triton.fused", ORDER, few, packed_linear, because)
-    any_number = reads(LAYOUT, runtime.on_device)
+    few = reads(_BLOB.name, runtime.on_device, runtime.MAX_FUSED_TOKENS)
+    PACKED_LINEAR.register("triton.fused", ORDER, few, KERNELS.packed_linear, because)
+    any_number = reads(_BLOB.name, runtime.on_device)
     because = "decoding is paid once for all tokens"
-    PACKED_LINEAR.register("triton.decode_and_matmul", ORDER + 1, any_number, decode_and_matmul, because)
+    PACKED_LINEAR.register("triton.decode_and_matmul", ORDER + 1, any_number, KERNELS.decode_and_matmul, because)
     because = "one pass over the codes, on any GPU that Triton knows"
-    PACKED_DEQUANTIZE.register("triton.dequantize", ORDER, any_number, packed_dequantize, because)
+    PACKED_DEQUANTIZE.register("triton.dequantize", ORDER, any_number, KERNELS.packed_dequantize, because)

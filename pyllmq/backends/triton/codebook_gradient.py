@@ -13,14 +13,11 @@ from .runtime import ORDER
 
 
 def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
-    from ...triton_kernels.codebook_gradient import codebook_gradient as run
-
     field = CodebookWeight.named(weight)
     if field["outlier_values"].numel():
         weight_gradient = weight_gradient.clone()
         weight_gradient[outlier_places(field)] = 0
-    with runtime.on_device_of(weight_gradient):
-        return run(weight_gradient.contiguous(), field)
+    return runtime.launch("codebook_gradient.codebook_gradient", weight_gradient, weight_gradient, field)
 
 
 def register_kernels() -> None:

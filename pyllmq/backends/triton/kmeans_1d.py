@@ -14,10 +14,7 @@ from .runtime import ORDER
 
 def kmeans_1d_layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
     """The dynamic program, a launch per level; see `reference.kmeans_1d.Layers`."""
-    from ...triton_kernels.kmeans_1d import kmeans_1d_layers as run
-
-    with runtime.on_device_of(sums):
-        return run(sums, masses, k_max)
+    return runtime.launch("kmeans_1d.kmeans_1d_layers", sums, sums, masses, k_max)
 
 
 def register_kernels() -> None:

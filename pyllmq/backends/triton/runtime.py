@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...dispatch import Problem, Support
+from ...layouts import Shape, WeightOperand
 from ...operations import ACTIVATION_DTYPES, takes
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -53,28 +57,97 @@ takes_activations = takes(ACTIVATION_DTYPES, on_device)
 takes_fp32 = takes((torch.float32,), on_device)
 
 
-def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever its arguments say."""
-    return torch.cuda.device_of(tensor)
+def launch(name: str, device_of: Tensor, *arguments: Any) -> Any:
+    """module.function of triton_kernels with these arguments, tensors contiguous; imported at the first call.
+
+    Triton launches on the current device, whatever its arguments say: that of `device_of` is made the current one.
+    """
+    module, _, function = name.rpartition(".")
+    run = getattr(import_module(f"...triton_kernels.{module}", __package__), function)
+    with torch.cuda.device_of(device_of):
+        return run(*(each.contiguous() if isinstance(each, Tensor) else each for each in arguments))
 
 
-def aligned(nbytes: int) -> int:
+# ---- machine layouts --------------------------------------------------------------------------------------------------
+
+Section = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A machine layout of weights of one kind: a uint8 vector that begins with a header of int64, and holds tensors behind it."""
+
+    kind: str
+    words: int
+    """Of the header, behind a number that tells the kinds apart and the weight's shape."""
+    sections: Callable[[int, int, list[int]], list[Section]]
+    """Rows, columns and those words -> shape and dtype of every tensor, in order."""
+
+    @property
+    def name(self) -> str:
+        return f"triton.{self.kind}"
+
+    @property
+    def magic(self) -> int:
+        return zlib.crc32(f"{self.name} 1".encode())
+
+    @property
+    def begin(self) -> int:
+        """Of the first tensor."""
+        return _aligned(8 * (3 + self.words))
+
+    def open(self, blob: Tensor, shape: Shape) -> WeightOperand:
+        """Raises ValueError if the blob is no such layout, is cut off, or holds a weight of another shape."""
+        if blob.dtype != torch.uint8 or blob.dim() != 1 or blob.numel() < self.begin:
+            raise ValueError(
+                f"a layout {self.name!r} is a uint8 vector of at least {self.begin} bytes, given: {blob.dtype} {tuple(blob.shape)}"
+            )
+        magic, *sizes = blob[: 8 * (3 + self.words)].view(torch.int64).tolist()
+        if magic != self.magic:
+            raise ValueError(f"this blob is no layout {self.name!r}: it begins with {magic}, not with {self.magic}")
+        if sizes[:2] != list(shape):
+            raise ValueError(f"the layout holds a weight of shape {sizes[:2]}, but was given as {list(shape)}")
+        views, begin = [], self.begin
+        for part, dtype in self.sections(*shape, sizes[2:]):
+            nbytes = math.prod(part) * dtype.itemsize
+            if begin + nbytes > blob.numel():
+                raise ValueError(f"the layout is cut off: {blob.numel()} bytes, and a tensor ends at {begin + nbytes}")
+            views.append(blob[begin : begin + nbytes].view(dtype).view(part))
+            begin += _aligned(nbytes)
+        return WeightOperand(self.kind, self.name, (blob, *views), (), shape)
+
+    def make(self, shape: Shape, words: list[int], device: torch.device) -> WeightOperand:
+        """Of zeros behind the header."""
+        sizes = (math.prod(part) * dtype.itemsize for part, dtype in self.sections(*shape, words))
+        blob = torch.zeros(self.begin + sum(map(_aligned, sizes)), dtype=torch.uint8, device=device)
+        header = torch.tensor([self.magic, *shape, *words], dtype=torch.int64, device="cpu").view(torch.uint8)
+        blob[: len(header)] = header.to(device)
+        return self.open(blob, shape)
+
+
+def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def blob_views(blob: Tensor, begin: int, sections: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
-    """Views of what lies in a blob from `begin` on, aligned; ValueError if it is cut off."""
-    views = []
-    for shape, dtype in sections:
-        nbytes = math.prod(shape) * dtype.itemsize
-        if begin + nbytes > blob.numel():
-            raise ValueError(f"the layout is cut off: {blob.numel()} bytes, and a tensor ends at {begin + nbytes}")
-        views.append(blob[begin : begin + nbytes].view(dtype).view(shape))
-        begin += aligned(nbytes)
-    return views
+@dataclass(frozen=True)
+class LayoutKernels:
+    """The kernels that read one layout, by their names in triton_kernels."""
 
+    read: Callable[[WeightOperand], Any]
+    """An operand's tensors by name, as the kernels take them."""
+    linear: str
+    dequantize: str
 
-def write_header(blob: Tensor, header: list[int]) -> None:
-    """As int64, at the beginning of a blob."""
-    words = torch.tensor(header, dtype=torch.int64, device="cpu")
-    blob[: 8 * len(header)] = words.view(torch.uint8).to(blob.device)
+    def packed_linear(self, x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
+        """Sums in fp32 whatever `precision` says: a GPU gains nothing from coarser tables."""
+        if not x.shape[0]:
+            return x.new_empty(0, weight.shape[0])
+        return launch(self.linear, x, x, self.read(weight), bias)
+
+    def packed_dequantize(self, weight: WeightOperand, dtype: torch.dtype) -> Tensor:
+        return launch(self.dequantize, weight.tensors[0], self.read(weight), dtype)
+
+    def decode_and_matmul(self, x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
+        """The weight decoded to x's dtype, then torch's matmul. Where that dtype cannot hold a decoded weight it is rounded."""
+        dense = self.packed_dequantize(weight, x.dtype)
+        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))

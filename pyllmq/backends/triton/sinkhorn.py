@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
 
 from torch import Tensor
 
@@ -28,9 +26,8 @@ class TritonSinkhorn:
     def __call__(
         self, transport: Transport, iterations: int, tolerance: float, tape: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        cost, a, b, epsilon, rho_a, rho_b = _contiguous(transport)
-        with runtime.on_device_of(cost):
-            return _module(self.kernels).sinkhorn(cost, a, b, epsilon, iterations, tolerance, rho_a, rho_b, tape)
+        given = (*transport[:4], iterations, tolerance, *transport[4:], tape)
+        return runtime.launch(f"{self.kernels}.sinkhorn", tape, *given)
 
 
 @dataclass(frozen=True)
@@ -40,20 +37,8 @@ class TritonSinkhornBackward:
     def __call__(
         self, transport: Transport, tape: Tensor, count: Tensor, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        cost, a, b, epsilon, rho_a, rho_b = _contiguous(transport)
-        with runtime.on_device_of(cost):
-            return _module(self.kernels).sinkhorn_backward(
-                cost, a, b, epsilon, tape, count, grad_plan, grad_u, grad_v, rho_a, rho_b
-            )
-
-
-def _contiguous(transport: Transport) -> Transport:
-    cost, a, b, epsilon, rho_a, rho_b = transport
-    return Transport(cost.contiguous(), a.contiguous(), b.contiguous(), epsilon.contiguous(), rho_a, rho_b)
-
-
-def _module(kernels: str) -> ModuleType:
-    return import_module(f"...triton_kernels.{kernels}", __package__)
+        given = (*transport[:4], tape, count, grad_plan, grad_u, grad_v, *transport[4:])
+        return runtime.launch(f"{self.kernels}.sinkhorn_backward", tape, *given)
 
 
 def _in_registers(problem: SinkhornProblem) -> Support:

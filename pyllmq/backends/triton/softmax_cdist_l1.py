@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ...operations import SOFTMAX_CDIST_L1, SOFTMAX_CDIST_L1_BACKWARD
@@ -12,25 +14,12 @@ from .runtime import ORDER
 def softmax_cdist_l1(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from ...triton_kernels.softmax_cdist_l1 import softmax_cdist_l1 as run
-
-    with runtime.on_device_of(student_logits):
-        return run(student_logits.contiguous(), teacher_logits.contiguous(), temperature)
+    given = (student_logits, teacher_logits, temperature)
+    return runtime.launch("softmax_cdist_l1.softmax_cdist_l1", student_logits, *given)
 
 
-def softmax_cdist_l1_backward(
-    grad: Tensor,
-    logits: Tensor,
-    other_logits: Tensor,
-    statistics: Tensor,
-    other_statistics: Tensor,
-    temperature: float,
-) -> Tensor:
-    from ...triton_kernels.softmax_cdist_l1 import softmax_cdist_l1_backward as run
-
-    grad, logits, other_logits = grad.contiguous(), logits.contiguous(), other_logits.contiguous()
-    with runtime.on_device_of(logits):
-        return run(grad, logits, other_logits, statistics.contiguous(), other_statistics.contiguous(), temperature)
+def softmax_cdist_l1_backward(grad: Tensor, *given: Any) -> Tensor:
+    return runtime.launch("softmax_cdist_l1.softmax_cdist_l1_backward", grad, grad, *given)
 
 
 def register_kernels() -> None:

@@ -11,10 +11,9 @@ The views of a layout's blob:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,27 +21,20 @@ from torch import Tensor
 from ...formats.codes import pack_codes, unpack_codes
 from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
 from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, reads
-from ...structure import weight_type
+from ...structure import OUTLIER_KEYS, weight_type
 from . import runtime
-from .runtime import ORDER
+from .runtime import ORDER, Blob, LayoutKernels, Section
 
 KINDS = ("bitmap", "sparse24", "sparse24_codebook")
 
-_MAGIC, _VERSION, _HEADER_BYTES = 0x53545250, 1, 256
-_HEADER = (
-    *("magic", "version", "is_24", "rows", "columns", "kept", "value_type", "has_scale"),
-    *("bits", "outliers", "wide_outlier_columns"),
-)
 _VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
-
-Section = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True, eq=False)
 class SparseLayout:
-    """The tensors of an operand by name; those that the format lacks are empty."""
+    """The tensors of an operand by name, in their order; those that the format lacks are empty."""
 
-    is_24: bool
+    blob: Tensor
     values: Tensor
     positions: Tensor
     masks: Tensor
@@ -59,14 +51,12 @@ class SparseLayout:
 
     @classmethod
     def of(cls, weight: WeightOperand) -> SparseLayout:
-        (
-            _, values, positions, masks, ranks, row_offsets, scale,
-            codebook, offsets, outlier_columns, outliers, replaced,
-        ) = weight.tensors  # fmt: skip
-        return cls(
-            positions.numel() > 0, values, positions, masks, ranks, row_offsets, scale, codebook,
-            offsets, outlier_columns, outliers, replaced, *weight.shape,
-        )  # fmt: skip
+        parts: Any = (*weight.tensors, *weight.shape)
+        return cls(*parts)
+
+    @property
+    def is_24(self) -> bool:
+        return self.positions.numel() > 0
 
     @property
     def has_scale(self) -> bool:
@@ -82,14 +72,8 @@ class SparseLayout:
         return self.outlier_values.shape[0]
 
 
-def _kind(header: Sequence[int]) -> str:
-    is_24, bits = header[2], header[8]
-    return "sparse24_codebook" if bits else "sparse24" if is_24 else "bitmap"
-
-
-def _sections(header: Sequence[int]) -> list[Section]:
-    """(shape, dtype) of every tensor in the blob, in the order of `Layout`."""
-    _, _, is_24, rows, columns, kept, value_type, has_scale, bits, outliers, wide = header
+def _sections(rows: int, columns: int, header: list[int]) -> list[Section]:
+    is_24, kept, value_type, has_scale, bits, outliers, wide = header
     groups, words, dtype = -(-columns // 4), -(-columns // 32), _VALUE_TYPES[value_type]
     scale = ((rows * has_scale,), torch.float32)
     none, none_int, none_half = ((0,), torch.uint8), ((0,), torch.int32), ((0,), torch.float16)
@@ -107,37 +91,14 @@ def _sections(header: Sequence[int]) -> list[Section]:
     return [((kept,), dtype), none, ((words, rows), torch.int32), ranks, ((rows + 1,), torch.int32), scale, *coded]
 
 
-def from_blob(kind: str, blob: Tensor, shape: Shape) -> WeightOperand:
-    """Raises ValueError if the blob is no such layout, is cut off, or holds a weight of another shape."""
-    name = f"triton.{kind}"
-    if blob.dtype != torch.uint8 or blob.dim() != 1 or blob.numel() < _HEADER_BYTES:
-        raise ValueError(f"a layout {name!r} is a uint8 vector of at least {_HEADER_BYTES} bytes, given: {blob.dtype}")
-    header = blob[: 8 * len(_HEADER)].view(torch.int64).tolist()
-    if header[:2] != [_MAGIC, _VERSION] or _kind(header) != kind:
-        raise ValueError(f"this blob is no layout {name!r} of version {_VERSION}: it begins with {header[:3]}")
-    if header[3:5] != list(shape):
-        raise ValueError(f"the layout holds a weight {header[3:5]}, but was given as {list(shape)}")
-    views = runtime.blob_views(blob, _HEADER_BYTES, _sections(header))
-    return WeightOperand(kind, name, (blob, *views), (), shape)
-
-
-def prepack(kind: str, field: Fields, shape: Shape) -> WeightOperand:
-    rows, columns = shape
-    codes, scale = kind == "sparse24_codebook", field.get("scale")
+def prepack(blob: Blob, field: Fields, shape: Shape) -> WeightOperand:
+    codes, scale = "codes" in field, field.get("scale")
     values = field["codes" if codes else "values"]
-    header = [_MAGIC, _VERSION, int(kind != "bitmap"), rows, columns, values.numel()]
-    header += [_VALUE_TYPES.index(values.dtype), int(scale is not None)]
-    if codes:
-        outliers = field["outlier_values"].numel() if "outlier_values" in field else 0
-        wide = bool(outliers) and field["outlier_columns"].dtype == torch.int32
-        header += [field["codebook"].shape[1].bit_length() - 1, outliers, int(wide)]
-    else:
-        header += [0, 0, 0]
-    sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in _sections(header))
-    nbytes = _HEADER_BYTES + sum(runtime.aligned(size) for size in sizes)
-    blob = torch.zeros(nbytes, dtype=torch.uint8, device=values.device)
-    runtime.write_header(blob, header)
-    packed = from_blob(kind, blob, shape)
+    header = [int(blob.kind != "bitmap"), values.numel(), _VALUE_TYPES.index(values.dtype), int(scale is not None)]
+    outliers = field["outlier_values"].numel() if "outlier_values" in field else 0
+    wide = bool(outliers) and field["outlier_columns"].dtype == torch.int32
+    header += [field["codebook"].shape[1].bit_length() - 1 if codes else 0, outliers, int(wide)]
+    packed = blob.make(shape, header, values.device)
     layout = SparseLayout.of(packed)
     if scale is not None:
         layout.scale.copy_(scale)
@@ -147,7 +108,7 @@ def prepack(kind: str, field: Fields, shape: Shape) -> WeightOperand:
         _copy_codes(layout, field)
         return packed
     if layout.is_24:
-        layout.values.copy_(values.view(rows, -1, 2).permute(2, 1, 0))
+        layout.values.copy_(values.view(shape[0], -1, 2).permute(2, 1, 0))
         return packed
     layout.values.copy_(values)
     layout.row_offsets.copy_(field["row_offsets"])
@@ -166,7 +127,7 @@ def _copy_codes(layout: SparseLayout, field: Fields) -> None:
     layout.codebook.copy_(field["codebook"])
     if not layout.outliers:
         return
-    for name in ("outlier_row_offsets", "outlier_columns", "outlier_values"):
+    for name in OUTLIER_KEYS:
         getattr(layout, name).copy_(field[name])
     row = torch.repeat_interleave(field["outlier_row_offsets"].long().diff())
     column = field["outlier_columns"].long()
@@ -220,38 +181,18 @@ def _checkpoint_of_codes(layout: SparseLayout, shapes: Shapes) -> dict[str, Tens
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
-def packed_linear(x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
-    """Sums in fp32 whatever `precision` says."""
-    from ...triton_kernels.sparse_linear import sparse_linear as run
-
-    if not x.shape[0]:
-        return x.new_empty(0, weight.shape[0])
-    with runtime.on_device_of(x):
-        return run(x.contiguous(), SparseLayout.of(weight), bias)
-
-
-def packed_dequantize(weight: WeightOperand, dtype: torch.dtype) -> Tensor:
-    from ...triton_kernels.sparse_linear import sparse_dequantize as run
-
-    with runtime.on_device_of(weight.tensors[0]):
-        return run(SparseLayout.of(weight), dtype)
-
-
-def spread_and_matmul(x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
-    """The dense weight in x's dtype, then torch's matmul."""
-    dense = packed_dequantize(weight, x.dtype)
-    return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+KERNELS = LayoutKernels(SparseLayout.of, "sparse_linear.sparse_linear", "sparse_linear.sparse_dequantize")
 
 
 def register_kernels() -> None:
     for kind in KINDS:
-        make, back = partial(prepack, kind), partial(from_blob, kind)
-        register_layout(Layout("triton", kind, ORDER, weight_type(kind).fields, runtime.serves, make, unpack, back))
-        layout = f"triton.{kind}"
+        blob = Blob(kind, 7, _sections)
+        holds, make, layout = weight_type(kind).fields, partial(prepack, blob), blob.name
+        register_layout(Layout("triton", kind, ORDER, holds, runtime.serves, make, unpack, blob.open))
         few, any_number = reads(layout, runtime.on_device, runtime.MAX_FUSED_TOKENS), reads(layout, runtime.on_device)
         because = "spreads on the way to the multiplication (limit predicted, not measured)"
-        PACKED_LINEAR.register(f"{layout}_fused", ORDER, few, packed_linear, because)
+        PACKED_LINEAR.register(f"{layout}_fused", ORDER, few, KERNELS.packed_linear, because)
         because = "spreading is paid once for all tokens"
-        PACKED_LINEAR.register(f"{layout}_matmul", ORDER + 1, any_number, spread_and_matmul, because)
+        PACKED_LINEAR.register(f"{layout}_matmul", ORDER + 1, any_number, KERNELS.decode_and_matmul, because)
         because = "one pass over the packed weight"
-        PACKED_DEQUANTIZE.register(f"{layout}_dequantize", ORDER, any_number, packed_dequantize, because)
+        PACKED_DEQUANTIZE.register(f"{layout}_dequantize", ORDER, any_number, KERNELS.packed_dequantize, because)

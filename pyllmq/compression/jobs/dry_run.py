@@ -19,10 +19,11 @@ from ...config import MethodConfig
 from ...linears import DEFAULT_EXCLUDE, dense_weight
 from ..calibration import as_batches
 from ..methods import StaysDenseError, method_of
+from ..model_state import quiet_eval
 from ..statistics.blocks import BlockLoop, Stage
 from ..statistics.inputs import Group, InputStatistics, visit_groups
 from .in_memory import DESCRIPTION_BYTES, INDEX_BYTES
-from .job import Job, Task, quiet_eval
+from .job import Job, Task, open_task
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,12 @@ class FolderPlan:
         out = "not known before" if self.output_bytes is None else _size(self.output_bytes)
         minutes = (self.seconds_run + self.seconds_compress) / 60
         about = f"{minutes:.2g} minutes" if minutes < 100 else f"{minutes / 60:.2g} hours"
-        return "\n".join(
-            [
-                f"{self.linears} Linears in {self.blocks} blocks, {self.weights / 1e6:.2f} M weights: {self.target}",
-                f"read {_size(self.source_bytes)}, write {out}; {_size(self.free_bytes)} are free there",
-                f"largest block in float32 {_size(self.block_bytes)}, hidden states {_size(self.hidden_bytes)}",
-                f"about {about}: {self.seconds_run:.0f} s to run the blocks, "
-                f"{self.seconds_compress:.0f} s to compress; from one batch and one group of Linears timed now, in one process. "
-                "Nothing was written",
-            ]
+        return (
+            f"{self.linears} Linears in {self.blocks} blocks, {self.weights / 1e6:.2f} M weights: {self.target}\n"
+            f"read {_size(self.source_bytes)}, write {out}; {_size(self.free_bytes)} are free there\n"
+            f"largest block in float32 {_size(self.block_bytes)}, hidden states {_size(self.hidden_bytes)}\n"
+            f"about {about}: {self.seconds_run:.0f} s to run the blocks, {self.seconds_compress:.0f} s to compress; from one batch "
+            "and one group of Linears timed now, in one process. Nothing was written"
         )
 
 
@@ -82,12 +80,8 @@ def plan_folder(
 
     Times one batch in one block, and one group of its Linears; without calibration one Linear.
     """
-    from ...integrations.checkpoint import StreamedModel
-
-    streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
-    task = Task.of(streamed.model, method_of(config), include, exclude)
-    method = task.method
-    streamed.split(stage.name for stage in task.stages if stage.block is not None)
+    method = method_of(config)
+    streamed, task = open_task(source, method, include, exclude)
     method.plan = method.make_plan(task.linears)
     weights = sum(dense_weight(module).numel() for module in task.linears.values())
     blocks = [stage for stage in task.stages if stage.linears]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,7 +23,7 @@ from ...memory import peak_memory
 from ..methods import StaysDenseError, method_of
 from ..report import CompressionReport, LayerReport
 from .folder import job_signature, open_manifest, put_finished
-from .job import Task, layer_report, warn
+from .job import layer_report, open_task, warn
 from .manifest import Manifest, write_tensors
 
 
@@ -62,16 +62,13 @@ def compress_files(
     Raises:
         ValueError: a method that needs data, and as `compress_folder`.
     """
-    from ...integrations.checkpoint import StreamedModel
-
     started = time.perf_counter()
     method = method_of(config)
     if method.needs.calibration:
         raise ValueError(f"{method.name!r} with these settings needs calibration data; use pyllmq.compress_folder")
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ValueError(f"workers is {workers!r}; it must be an integer >= 1")
-    streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
-    task = Task.of(streamed.model, method, include, exclude)
+    streamed, task = open_task(source, method, include, exclude)
     report, planned = task.report, task.linears
     if streamed.without_place:
         warn(report, streamed.copied_as_they_are())
@@ -86,7 +83,7 @@ def compress_files(
     with (
         manifest.locked(),
         tqdm(total=len(planned), initial=done, disable=not progress, unit="layer") as bar,
-        _work(todo, manifest, config, linears, set(streamed.headers), workers) as results,
+        closing(_work(todo, manifest, config, linears, set(streamed.headers), workers)) as results,
     ):
         for file, found in results:
             report.peak_memory = max(report.peak_memory, found.peak_memory)
@@ -104,7 +101,6 @@ def compress_files(
     return report
 
 
-@contextmanager
 def _work(
     files: Sequence[Path],
     manifest: Manifest,
@@ -112,22 +108,18 @@ def _work(
     linears: Mapping[str, tuple[str, bool]],
     keys: set[str],
     workers: int,
-) -> Iterator[Iterator[tuple[Path, FileResult]]]:
+) -> Generator[tuple[Path, FileResult]]:
     """(file, result) of every file as it is finished; in this process if there is nothing to share out."""
+    tasks = {file: (file, manifest.folder / _packed_name(file), config, linears, keys) for file in files}
     workers = min(workers, len(files))
     if workers <= 1:
-        yield (
-            (file, compress_file(file, manifest.folder / _packed_name(file), config, linears, keys)) for file in files
-        )
+        yield from ((file, compress_file(*task)) for file, task in tasks.items())
         return
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        tasks = {
-            pool.submit(compress_file, file, manifest.folder / _packed_name(file), config, linears, keys): file
-            for file in files
-        }
+        running = {pool.submit(compress_file, *task): file for file, task in tasks.items()}
         try:
-            yield ((tasks[task], task.result()) for task in as_completed(tasks))
+            yield from ((running[done], done.result()) for done in as_completed(running))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

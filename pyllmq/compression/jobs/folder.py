@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +16,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...config import MethodConfig
-from ...folders import INDEX, SINGLE, copy_others, opened, put_folder
+from ...folders import INDEX, SINGLE, copy_others, opened, put_folder, read_headers
 from ...formats import structure_from_dict
-from ...layers.linear import PackedLinear
 from ...linears import DEFAULT_EXCLUDE
 from ...memory import peak_memory
 from ...weights import OUTSIDE
 from ..calibration import Batch, as_batches
 from ..methods import method_of
+from ..model_state import quiet_eval
 from ..ranks import ALONE, Ranks
 from ..report import CompressionReport, LayerReport
 from ..statistics.blocks import BlockLoop, Chain, Stage
 from ..statistics.loss_gradients import LossGradients, NoLossError, output_gradients_by_block
 from .in_memory import without_gradients
-from .job import Job, Task, check_finite, quiet_eval, warn
+from .job import Job, check_finite, open_task, warn
 from .manifest import (
     Manifest,
     batches_digest,
@@ -81,7 +81,7 @@ def compress_folder(
         FileExistsError: an unfinished job is in the way.
         OSError: files that cannot be read or written; what is finished stays.
     """
-    from ...integrations.checkpoint import StreamedModel
+    from ...integrations.transformers import expect_own_names
 
     started = time.perf_counter()
     method = method_of(config)
@@ -93,20 +93,13 @@ def compress_folder(
             f"{len(all_batches)} calibration batches are too few for {ranks.size} processes; give each at least one"
         )
     target = Path(output).resolve()
-    streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
-    streamed.expect_runnable()
+    streamed, task = open_task(source, method, include, exclude)
     model = streamed.model
-    task = Task.of(model, method, include, exclude)
-    names = streamed.names_in_file(task.linears)
-    streamed.split(stage.name for stage in task.stages if stage.block is not None)
+    names = expect_own_names(model, task.linears)
 
     def signature() -> dict[str, Any]:
-        return {
-            **job_signature(streamed.folder, config, list(task.linears)),
-            "calibration": batches_digest(all_batches),
-            "processes": ranks.size,
-            "threads": torch.get_num_threads(),
-        }
+        data = {"calibration": batches_digest(all_batches), "processes": ranks.size, "threads": torch.get_num_threads()}
+        return job_signature(streamed.folder, config, list(task.linears)) | data
 
     if streamed.without_place:
         warn(task.report, streamed.copied_as_they_are())
@@ -176,9 +169,7 @@ def open_manifest(target: Path, signature: Mapping[str, Any], resume: bool) -> M
     """The job that writes `target`: a new one, or the one to go on with."""
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; give the name of a folder")
-    if resume:
-        return Manifest.resume(target, signature)
-    return Manifest.begin(target, signature)
+    return (Manifest.resume if resume else Manifest.begin)(target, signature)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
@@ -190,7 +181,7 @@ class FolderJob:
 
     def __init__(self, job: Job, streamed: StreamedModel, manifest: Manifest, started: float) -> None:
         self.job, self.streamed, self.manifest, self.started = job, streamed, manifest, started
-        self.method, self.report, self.loop, self.ranks = job.method, job.report, job.run.loop, job.run.ranks
+        self.method, self.report, self.loop, self.ranks = job.task.method, job.task.report, job.run.loop, job.run.ranks
         self.earlier = manifest.finished[-1]["seconds"] if manifest.finished else 0.0
         self.chain, self.hand_on = Chain([]), False
         """The chain in hand."""
@@ -237,13 +228,9 @@ class FolderJob:
             self.method.carried = entry["carried"]
 
     def compress_chain(self, chain: Chain, hand_on: bool) -> None:
-        names = [self._unit(stage) for stage in chain.stages]
+        names = [stage.name for stage in chain.stages]
         finished = {entry["unit"] for entry in self.manifest.finished}
         begin = sum(name in finished for name in names)
-        if chain.stages[0].block is None:
-            if OUTSIDE not in finished:
-                self.loop.walk(chain, self.job.compress_stage, hand_on=False, done=self.finish)
-            return
         hidden = dense = None
         if begin and (hand_on or begin < len(names)):
             hidden = self._hidden(names[begin - 1]).read()
@@ -266,7 +253,7 @@ class FolderJob:
 
     def finish(self, stage: Stage, hidden: list[Tensor], dense: list[Tensor]) -> None:
         """Write a unit, then the hidden states behind it, then its entry in the manifest."""
-        unit, job, report = self._unit(stage), self.job, self.report
+        unit, job, report = stage.name, self.job, self.report
         last = stage.block is None or stage is self.chain.stages[-1]
         if hidden and (self.hand_on or not last):
             self._hidden(unit).write(hidden)
@@ -274,14 +261,8 @@ class FolderJob:
             self._hidden(unit, "dense").write(dense)
         self.ranks.gather(None)  # all of them are written
         layers = report.layers[sum(len(entry["layers"]) for entry in self.manifest.finished) :]
-        structures = {name: _packed(job, name).structure.to_dict() for name in job.replaced}
-        entry = {
-            "layers": [asdict(layer) for layer in layers],
-            "structures": structures,
-            "warnings": list(report.warnings),
-            "carried": self.method.carried,
-            "seconds": self.seconds(),
-        }
+        packed: dict[str, Any] = {name: job.task.model.get_submodule(name) for name in job.replaced}
+        entry = self._entry(layers, {name: layer.structure.to_dict() for name, layer in packed.items()})
         self.ranks.from_first(lambda: self._write(unit, entry))
         if not self.ranks.first:
             self.manifest.finished.append(entry | {"unit": unit})
@@ -298,23 +279,24 @@ class FolderJob:
         for unit in (OUTSIDE, *self.streamed.blocks):
             if unit not in known and self.ranks.first:
                 with self.streamed.loaded(unit):
-                    nothing = {"layers": [], "structures": {}, "warnings": self.report.warnings}
-                    self._write(unit, {**nothing, "carried": self.method.carried, "seconds": self.seconds()})
+                    self._write(unit, self._entry([], {}))
+
+    def _entry(self, layers: Sequence[LayerReport], structures: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the manifest: what a unit came to, and the state behind it."""
+        return {
+            "layers": [asdict(layer) for layer in layers],
+            "structures": dict(structures),
+            "warnings": list(self.report.warnings),
+            "carried": self.method.carried,
+            "seconds": self.seconds(),
+        }
 
     def _write(self, unit: str, entry: Mapping[str, Any]) -> None:
-        file = self._file(unit)
+        units = (OUTSIDE, *self.streamed.blocks)
+        part = f"model-{units.index(unit) + 1:05d}-of-{len(units):05d}.safetensors"
+        file = SINGLE if len(units) == 1 else part
         write_tensors(self.manifest.folder / file, self.streamed.checkpoint_tensors(unit))
         self.manifest.add(unit, file, entry)
-
-    def _file(self, unit: str) -> str:
-        units = (OUTSIDE, *self.streamed.blocks)
-        if len(units) == 1:
-            return "model.safetensors"
-        return f"model-{units.index(unit) + 1:05d}-of-{len(units):05d}.safetensors"
-
-    @staticmethod
-    def _unit(stage: Stage) -> str:
-        return OUTSIDE if stage.block is None else stage.name
 
     def _hidden(self, unit: str, kind: str = "hidden") -> HiddenStates:
         """`kind` "dense": what the dense blocks give out."""
@@ -346,39 +328,31 @@ def put_finished(
     manifest.remove()
 
 
-def _packed(job: Job, name: str) -> PackedLinear:
-    layer = job.task.model.get_submodule(name)
-    assert isinstance(layer, PackedLinear)
-    return layer
-
-
 def write_index(folder: Path, files: Sequence[str]) -> None:
     """model.safetensors.index.json of these files; none for a single one."""
-
     if list(files) == [SINGLE]:
         return
-    where, nbytes = {}, 0
-    for file in sorted(files):
-        with opened(folder / file) as tensors:
-            for key in tensors.keys():  # noqa: SIM118  (safe_open is no dict)
-                where[key] = file
-        nbytes += (folder / file).stat().st_size
-    index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(where.items()))}
+    paths = [folder / file for file in sorted(files)]
+    where = {key: header.file.name for key, header in sorted(read_headers(paths).items())}
+    index = {"metadata": {"total_size": sum(path.stat().st_size for path in paths)}, "weight_map": where}
     write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
+@dataclass(frozen=True)
 class HiddenStates:
     """Hidden states of this process's batches, in files of the working folder."""
 
-    def __init__(self, place: Path, kind: str, ranks: Ranks, unit: str = "") -> None:
-        self.place, self.kind, self.ranks, self.unit = place, kind, ranks, unit
+    place: Path
+    kind: str
+    ranks: Ranks
+    unit: str = ""
 
     @property
     def file(self) -> Path:
         return self.place / f"{self.kind}.{self.unit}.{self.ranks.rank}.safetensors"
 
     def of(self, unit: str) -> HiddenStates:
-        return HiddenStates(self.place, self.kind, self.ranks, unit)
+        return replace(self, unit=unit)
 
     def write(self, hidden: Sequence[Tensor]) -> None:
         write_tensors(self.file, numbered(hidden))
@@ -391,6 +365,5 @@ class HiddenStates:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-
     with opened(file) as tensors:
         return {key: tensors.get_tensor(key).clone() for key in sorted(tensors.keys())}

@@ -16,13 +16,14 @@ from ...linears import DEFAULT_EXCLUDE, dense_weight, select_linears
 from ..calibration import as_batches
 from ..methods import StaysDenseError, method_of
 from ..methods.pack import PackConfig
+from ..model_state import quiet_eval
 from ..report import CompressionReport
 from ..statistics.blocks import BlockLoop, find_stages
 from ..statistics.inputs import Group, InputStatistics
 from ..statistics.inputs import visit_groups as visit_stage
 from ..statistics.loss_gradients import NoLossError, output_gradients
 from ..statistics.run import CalibrationRun
-from .job import Job, Task, check_finite, not_included, quiet_eval, stays_dense, warn
+from .job import Job, Task, check_finite, not_included, stays_dense, warn
 
 DESCRIPTION_BYTES = 960
 """What a packed Linear adds to config.json and to the headers of the safetensors files: names, shapes, places."""
@@ -67,7 +68,7 @@ def compress(
         ValueError: a config of no registered method, empty or missing calibration, weights that are not finite, patterns that
             fit nothing, nothing to compress.
     """
-    from ...integrations.transformers import expect_packable, mark_packed
+    from ...integrations.transformers import expect_own_names, is_transformers_model, mark_packed
 
     started = time.perf_counter()
     method = method_of(config)
@@ -84,7 +85,8 @@ def compress(
     task = Task.of(model, method, include, exclude)
     if batches:
         check_finite(task.linears)
-    expect_packable(model, task.linears)
+    if is_transformers_model(model):
+        expect_own_names(model, task.linears)  # of what `mark_packed` would raise after the job
     original = copy.deepcopy(model) if needs.dense_model else None
     device = next(model.parameters()).device
     with tqdm(total=len(task.linears), disable=not progress, unit="layer") as bar:
@@ -117,7 +119,7 @@ def _pack_all(job: Job) -> None:
 
 
 def _calibrate(job: Job) -> None:
-    task, method, loop = job.task, job.method, job.run.loop
+    task, method, loop = job.task, job.task.method, job.run.loop
     chains = loop.find_chains(task.stages)
     if (which := method.needs.loss_gradients) != "none":
         try:

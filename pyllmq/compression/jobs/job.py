@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -31,6 +30,9 @@ from ..statistics.blocks import BlockLoop, Stage, find_stages
 from ..statistics.inputs import Group, InputStatistics, visit_groups
 from ..statistics.run import CalibrationRun
 
+if TYPE_CHECKING:
+    from ...integrations.checkpoint import StreamedModel
+
 SILENT_SHARE = 0.01
 """Linear-like parameters left dense without being asked for are reported loudly above this share."""
 
@@ -52,9 +54,8 @@ class Task:
         chosen = select_linears(model, include, exclude)
         tied = tied_weights(model, chosen)
         stages = find_stages(model, chosen, outside=include is not None)
-        if method.outside_blocks:
-            planned = {name: module for name, module in chosen.items() if name not in tied}
-        else:
+        planned = {name: module for name, module in chosen.items() if name not in tied}
+        if not method.outside_blocks:
             for name, owner in tied.items():
                 raise ValueError(
                     f"{name} shares its weight with {owner}; compressing it would untie them. Add {name!r} to exclude"
@@ -67,14 +68,14 @@ class Task:
             )
         dense, total = left_dense(model, chosen if method.outside_blocks else planned, include, exclude)
         report = CompressionReport(method.name, method.config.to_dict(), left_dense=dense)
+        unasked = [item for item in dense if not item.asked]
+        share = sum(item.parameters for item in unasked) / max(total, 1)
         if method.outside_blocks:
-            for name, owner in tied.items():
-                report.left_dense.append(stays_dense(name, chosen[name], f"shares its weight with {owner}"))
-        elif (unasked := sum(item.parameters for item in dense if not item.asked)) > SILENT_SHARE * total:
-            names = summary([item for item in dense if not item.asked])
+            dense += [stays_dense(name, chosen[name], f"shares its weight with {tied[name]}") for name in tied]
+        elif share > SILENT_SHARE:
             warn(
                 report,
-                f"{100 * unasked / total:.1f} % of the Linear-like parameters stay dense without being asked for: {names}. "
+                f"{100 * share:.1f} % of the Linear-like parameters stay dense without being asked for: {summary(unasked)}. "
                 "Name them in exclude if that is wanted; Linears outside the blocks can be named in include",
             )
         return cls(model, method, planned, stages, report)
@@ -84,9 +85,22 @@ class Task:
         return CalibrationRun(loop, ranks, sequential=needs.sequential, covariance=needs.covariance)
 
     def nothing_packed(self) -> ValueError:
-        why = {item.name: item.why for item in self.report.left_dense if item.name in self.linears}
-        first = next(iter(why.items()), None)
+        first = next(((item.name, item.why) for item in self.report.left_dense if item.name in self.linears), None)
         return ValueError(f"none of {len(self.linears)} Linears {self.method.nothing_packed} ({first})")
+
+
+def open_task(
+    source: Any, method: Method[Any], include: Sequence[str] | None, exclude: Sequence[str]
+) -> tuple[StreamedModel, Task]:
+    """A folder, or a `StreamedModel` of one, each block a unit of its own; and what is to be done to it."""
+    from ...integrations.checkpoint import StreamedModel
+
+    streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
+    if method.needs.calibration:
+        streamed.expect_runnable()
+    task = Task.of(streamed.model, method, include, exclude)
+    streamed.split(stage.name for stage in task.stages if stage.block is not None)
+    return streamed, task
 
 
 def not_included(include: Sequence[str] | None, exclude: Sequence[str]) -> tuple[str, ...]:
@@ -109,14 +123,6 @@ class Job:
     replaced: dict[str, nn.Module] = field(default_factory=dict)
     """name -> the dense Linear in whose place a packed layer is."""
 
-    @property
-    def method(self) -> Method[Any]:
-        return self.task.method
-
-    @property
-    def report(self) -> CompressionReport:
-        return self.task.report
-
     def compress_stage(self, stage: Stage, forward: Callable[[int], Any]) -> None:
         """Group the Linears of a stage by their input, take the statistics of each input, compress them."""
         visit_groups(self.run, stage, forward, self.compress_group)
@@ -125,9 +131,12 @@ class Job:
         """Put packed layers in the place of Linears that share an input."""
         if not inputs.reached:
             names = ", ".join(group)
-            warn(self.report, f"{names} was never run by the calibration data; it is compressed by its weights alone")
+            warn(
+                self.task.report,
+                f"{names} was never run by the calibration data; it is compressed by its weights alone",
+            )
         weights = {name: dense_weight(module) for name, module in group.items()}
-        for name, done in self.method.compress_group(weights, inputs, self.run).items():
+        for name, done in self.task.method.compress_group(weights, inputs, self.run).items():
             self.replace(name, group[name], done)
 
     def replace(self, name: str, module: nn.Module, done: CompressedLinear) -> None:
@@ -138,7 +147,7 @@ class Job:
         self.replaced[name] = module
         layer = layer_type(done.weight.kind).from_weight(done.weight.to(dense.device), bias, dense.dtype)
         replace_module(self.task.model, name, layer)
-        self.report.layers.append(layer_report(name, dense, done))
+        self.task.report.layers.append(layer_report(name, dense, done))
         self.bar.set_postfix_str(f"{name} error {done.error:.5f}", refresh=False)
         self.bar.update()
 
@@ -175,21 +184,3 @@ def check_finite(linears: Mapping[str, nn.Module]) -> None:
             raise ValueError(
                 f"{name}.weight holds {bad} values that are not finite; repair the model before compressing it"
             )
-
-
-@contextmanager
-def quiet_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode (no dropout) and no key-value cache, both put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model_config = getattr(model, "config", None)
-    use_cache = getattr(model_config, "use_cache", None)
-    model.eval()
-    if use_cache:
-        model_config.use_cache = False  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        if use_cache:
-            model_config.use_cache = use_cache  # type: ignore[union-attr]

@@ -29,11 +29,12 @@ PART = ".part"
 
 
 class Manifest:
-    """The working folder of the job that writes `output`."""
+    """The working folder of the job that writes `output`; `contents` are the signature, the plan and the finished units."""
 
     def __init__(self, output: Path, contents: dict[str, Any]) -> None:
         self.place, self.contents = working_folder(output), contents
         self.folder = self.place / "folder"
+        self.finished: list[dict[str, Any]] = contents["finished"]
 
     # ---- begin and resume ----
 
@@ -103,10 +104,6 @@ class Manifest:
                 stray.unlink()
 
     # ---- what is finished ----
-
-    @property
-    def finished(self) -> list[dict[str, Any]]:
-        return self.contents["finished"]
 
     @property
     def plan(self) -> dict[str, Any] | None:

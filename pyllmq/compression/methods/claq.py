@@ -229,11 +229,8 @@ class CodebookColumns(ColumnQuantizer):
         )
         self.codebooks: dict[int, Tensor] = {}
 
-    def column(self, position: int, column: int, values: Tensor) -> Tensor:
-        return self.fit(position, column, values)
-
-    def fit(self, position: int, column: int, values: Tensor, pruned: Tensor | None = None) -> Tensor:
-        """`column`, where the weights that `pruned` (bool [N]) names become 0 and take no part in the clustering.
+    def column(self, position: int, column: int, values: Tensor, pruned: Tensor | None = None) -> Tensor:
+        """What is stored; weights that `pruned` (bool [N]) names become 0 and take no part in the clustering.
 
         With `zero_entry` their code is 0, and entry 0 of the codebook is the value 0; without, the format knows where they are.
         """

@@ -30,6 +30,7 @@ from ..solver.hessian import (
     as_columns,
     as_matrix,
     factor_hessian,
+    relative_error,
     squared_columns,
     times_inverse,
 )
@@ -254,7 +255,7 @@ def compress_linears(
             if name in inputs.targets:
                 bias_change += inputs.targets[name].mean.cpu()
         seconds = time.perf_counter() - started + shared_seconds
-        error_share = _relative_error(float(left), float(output))
+        error_share = relative_error(float(left), float(output))  # what the bias leaves
         compressed[name] = CompressedLinear(packed, error_share, seconds, packed.bits_per_weight, bias_change)
     return ranks.merge(compressed, list(weights))
 
@@ -283,13 +284,6 @@ def _mean_output(dense: Tensor, quantized: Tensor, mean: Tensor) -> Tensor:
     """(dense - quantized) mean, float32 [N]."""
     parts = zip(dense.split(PANEL), quantized.split(PANEL), strict=True)
     return torch.cat([(before.float() - after) @ mean for before, after in parts])
-
-
-def _relative_error(error: float, output: float) -> float:
-    """Squared error of the output that the bias leaves, relative to the squared output."""
-    if output <= 0:
-        return 0.0 if error <= 0 else float("inf")
-    return max(0.0, error) / output
 
 
 def _plan(

@@ -10,11 +10,8 @@ from torch import Tensor
 
 from ...config import MethodConfig
 from ...formats import BitmapStructure, BitmapWeight, PackedWeight, Sparse24Structure, Sparse24Weight
-from ...packing import count_not_finite
+from ...packing import count_not_finite, mask_24
 from .method import CompressedLinear, Method, Needs, StaysDenseError
-from .sparse import least_of_groups
-
-KEPT, GROUP = 2, 4
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Pack(Method[PackConfig]):
         if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.int8):
             raise StaysDenseError(f"{dtype} is no dtype of values")
         name = str(dtype).removeprefix("torch.")
-        places = ~least_of_groups(weight.abs().float(), KEPT, GROUP)
+        places = mask_24(weight.float())
         by_group = Sparse24Structure(n, k, name).nbytes if int(weight[~places].count_nonzero()) == 0 else None
         bitmaps = [BitmapStructure(n, k, kept, name, positions).nbytes for positions in ("mask", "columns")]
         dense_bytes = weight.numel() * weight.element_size()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ...config import Between, MethodConfig, Option, options_of
 from ...formats import BitmapWeight, CodebookWeight, PackedWeight, Sparse24CodebookWeight, Sparse24Weight
 from ...linears import dense_weight
+from ...packing import largest_of_groups
 from ...structure import require_fp16
 from ..ranks import ALONE, Ranks
 from ..solver import sparsity as allocation
@@ -347,7 +348,7 @@ def pruning_mask(weight: Tensor, hessian: Tensor, config: SparseConfig, sparsity
     if config.method == "wanda":
         scores = scores * hessian.diagonal().float().sqrt()
     if config.kept_of is not None:
-        return least_of_groups(scores, *config.kept_of)
+        return ~largest_of_groups(scores, *config.kept_of)
     if config.method == "wanda":
         return least(scores, round(sparsity * scores.shape[1]))
     return least(scores.reshape(1, -1), round(sparsity * scores.numel())).reshape(scores.shape)
@@ -363,16 +364,6 @@ def least(scores: Tensor, count: int) -> Tensor:
     if bool((tied.sum(1, keepdim=True) > missing).any()):
         tied &= tied.cumsum(1) <= missing
     return below | tied
-
-
-def least_of_groups(scores: Tensor, kept: int, group: int) -> Tensor:
-    """Bool [R, C]: in each run of `group` scores all but the `kept` largest. A shorter run at the end keeps as many."""
-    rows, columns = scores.shape
-    short = -columns % group
-    padded = torch.nn.functional.pad(scores, (0, short), value=-1.0).reshape(rows, -1, group)
-    order = padded.argsort(dim=2, descending=True, stable=True)
-    mask = torch.ones_like(padded, dtype=torch.bool).scatter_(2, order[..., :kept], False)
-    return mask.reshape(rows, -1)[:, :columns]
 
 
 class _PrunedColumns(ColumnQuantizer):
@@ -431,7 +422,7 @@ class _PrunedColumns(ColumnQuantizer):
             end = column + chosen.shape[0]
             scores = chosen.square() * self.cost[column:end, None]
             if self.kept_of is not None:
-                self.pruned[column:end] = least_of_groups(scores.t(), *self.kept_of).t()
+                self.pruned[column:end] = ~largest_of_groups(scores.t(), *self.kept_of).t()
             else:
                 count = self.before[end] - self.before[column]
                 self.pruned[column:end] = least(scores.reshape(1, -1), count).reshape(scores.shape)
@@ -447,7 +438,7 @@ class _PrunedColumns(ColumnQuantizer):
 
     def _stored(self, column: int, values: Tensor) -> Tensor:
         if self.codebooks is not None:
-            return self.codebooks.fit(column, column, values, self.pruned[column])
+            return self.codebooks.column(column, column, values, self.pruned[column])
         # What is optimised is what is stored; int8 is rounded by row at the end.
         rounded = values.to(self.dtype).float() if self.dtype.is_floating_point else values
         return rounded.masked_fill(self.pruned[column], 0)

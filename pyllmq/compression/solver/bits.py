@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...formats import CodebookStructure
-from ...structure import column_dtype
 
 TOP_SHARE = 0.1
 TOP_OUTLIERS = 2.8
@@ -115,10 +114,10 @@ def spend(groups: Sequence[ColumnErrors], nbytes: float, row_scale: bool) -> All
     return found
 
 
-def fixed_bytes(groups: Sequence[ColumnErrors], row_scale: bool, outliers: bool) -> int:
+def fixed_bytes(groups: Sequence[ColumnErrors], row_scale: bool, outliers: bool) -> float:
     """Bytes that do not depend on widths: the widths themselves, one segment, row scales, row offsets of outliers."""
-    columns = len(groups[0].error)
-    return sum(columns + 4 + 2 * g.rows * row_scale + 4 * (g.rows + 1) * outliers for g in groups)
+    none = 0 if outliers else None
+    return sum(CodebookStructure.bytes_of(g.rows, len(g.error), {}, none, row_scale) for g in groups)
 
 
 def least_bytes(width: int, rows: Sequence[int], columns: int, row_scale: bool) -> int:
@@ -130,11 +129,12 @@ def least_bytes(width: int, rows: Sequence[int], columns: int, row_scale: bool) 
 
 
 def _spend(groups: Sequence[ColumnErrors], budget: float) -> Allocation | None:
-    widths = groups[0].widths
-    columns = len(groups[0].error)
+    bytes_of = CodebookStructure.bytes_of
+    widths, columns = groups[0].widths, len(groups[0].error)
     rows = sum(g.rows for g in groups)
-    cost = torch.tensor([rows * b / 8 + 2 * len(groups) * 2**b for b in widths], dtype=torch.float64)
-    outlier = 2 + column_dtype(columns).itemsize
+    of_all = {b: sum(bytes_of(g.rows, columns, {b: 1}) - bytes_of(g.rows, columns, {}) for g in groups) for b in widths}
+    cost = torch.tensor(list(of_all.values()), dtype=torch.float64)
+    outlier = int(bytes_of(rows, columns, {}, 1) - bytes_of(rows, columns, {}, 0))
     if budget < float(cost[0]) * columns:
         return None
     error = torch.stack([g.error for g in groups]).sum(0)
@@ -231,16 +231,14 @@ def _at_budget(
     return choice, prices
 
 
-def bytes_at(width: float, rows: int, columns: int, row_scale: bool) -> float:
-    """Bytes of a Linear with `width` bits in every column, a fraction of a bit included: what budgets are made of."""
-    return columns + 4 + 2 * rows * row_scale + columns * (rows * width / 8 + 2 * 2**width)
-
-
 def share_out(shapes: Mapping[str, tuple[int, int]], nbytes: float, row_scale: bool) -> dict[str, float]:
-    """name -> bytes: as many for each Linear [rows, columns] as one width, the same for all, would take there."""
+    """name -> bytes: as many for each Linear [rows, columns] as one width, a fraction of a bit included, would take in all."""
 
     def at(width: float) -> dict[str, float]:
-        return {name: bytes_at(width, *shape, row_scale) for name, shape in shapes.items()}
+        return {
+            name: CodebookStructure.bytes_of(rows, columns, {width: columns}, row_scale=row_scale)
+            for name, (rows, columns) in shapes.items()
+        }
 
     low, high = 0.0, 16.0
     for _ in range(60):

@@ -29,14 +29,9 @@ class HessianFactor:
     """float32 [K, K]: on and right of the diagonal U, (damped H)^-1 = U^T U; left of it H, undamped. A [K, K] is 0.5 GB at
     K = 11008, and of either half of one says all."""
     diagonal: Tensor
-    """float32 [K]: H_jj, undamped."""
+    """float32 [K]: H_jj, undamped. 0 where an input was always 0 in the calibration data: it is coupled to nothing."""
     damping: float
     """The share of mean(diag H) that was added to the diagonal; above the one asked for where that one failed."""
-
-    @property
-    def dead_columns(self) -> Tensor:
-        """int64: original indices of inputs that were always 0 in the calibration data; they are coupled to nothing."""
-        return self.order[self.diagonal == 0].sort().values
 
     def upper_rows(self, begin: int, end: int) -> Tensor:
         """float32 [end - begin, K - begin]: U[begin:end, begin:]. What is left of U's diagonal is not to be read."""
@@ -242,6 +237,11 @@ def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
         lost = stored.to(hessian.dtype) - dense
         error += float(((lost @ hessian) * lost).sum(1).double().sum())
         output += float(((dense @ hessian) * dense).sum(1).double().sum())
+    return relative_error(error, output)
+
+
+def relative_error(error: float, output: float) -> float:
+    """Of squares; 0 where both are 0, inf where only the output is."""
     if output <= 0:
         return 0.0 if error <= 0 else float("inf")
     return max(0.0, error) / output

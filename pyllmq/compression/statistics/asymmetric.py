@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model_state import hooked
+
 TOLERANCE = 0.02
 """Of the probe's root mean square: how closely a sum must follow it. Half-precision sums are rounded."""
 
@@ -113,12 +115,8 @@ def watch(
             return place.module.register_forward_pre_hook(lambda module, args: keep(key, args))
         return place.module.register_forward_hook(lambda module, args, output: keep(key, output))
 
-    handles = [hook(key, place) for key, place in places.items()]
-    try:
+    with hooked(hook(key, place) for key, place in places.items()):
         yield passed
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _sample(value: Tensor) -> Tensor:
@@ -142,13 +140,12 @@ def _find_places(
         if own[name] not in before or before[own[name]].shape != shape:
             continue
         noise = torch.randn(stream.shape, generator=torch.Generator().manual_seed(0)).to(stream) * scale
-        handle = linear.register_forward_hook(lambda module, args, output, noise=noise: output + noise)
         after: dict[Any, Tensor] = {}
-        try:
-            with watch({place: place for place in sums}, after, sample=True):
-                run(block, 0)
-        finally:
-            handle.remove()
+        with (
+            linear.register_forward_hook(lambda module, args, output, noise=noise: output + noise),
+            watch({place: place for place in sums}, after, sample=True),
+        ):
+            run(block, 0)
         for place, value in after.items():
             if passed[place] == 1 and value.shape == before[place].shape == shape:
                 rest = value.float() - before[place].float() - _sample(noise).float()

@@ -7,8 +7,8 @@ the rest is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...weights import OUTSIDE, Weights
 from ..calibration import Batch
+from ..model_state import other_forwards
 from .asymmetric import DenseBlock, Enough
 
 
@@ -243,10 +244,8 @@ class BlockLoop:
 
     # ---- running the model around its blocks ----
 
-    @contextmanager
-    def _stubs(self, stub: Callable[[str, Call], Tensor | None]) -> Iterator[None]:
+    def _stubs(self, stub: Callable[[str, Call], Tensor | None]) -> AbstractContextManager[None]:
         """Blocks give out what `stub` says; where that is None, they run, with their weights loaded for as long."""
-        before: list[tuple[nn.Module, Any]] = []
 
         def stand_in(name: str, block: nn.Module) -> Callable[..., Any]:
             forward = block.forward
@@ -263,18 +262,8 @@ class BlockLoop:
 
             return run
 
-        try:
-            for name in self.seen:
-                block = self.model.get_submodule(name)
-                before.append((block, vars(block).get("forward")))
-                block.forward = stand_in(name, block)
-            yield
-        finally:
-            for block, forward in before:
-                if forward is None:
-                    del block.forward
-                else:
-                    block.forward = forward
+        blocks = {name: self.model.get_submodule(name) for name in self.seen}
+        return other_forwards({block: stand_in(name, block) for name, block in blocks.items()})
 
     def _record_stubbed(
         self, chain: Chain, batch: Batch, reply: Callable[[str, Tensor], Tensor | None]
@@ -378,10 +367,10 @@ class BlockLoop:
             stage = chain.stages[i]
             with self.weights.loaded(stage.name):
                 assert stage.block is not None
-                run = partial(_run_call, stage.block, recorded, i, hidden)
-                run_dense = partial(_run_call, stage.block, recorded, i, dense or [])
+                run, dense_run = (partial(_run, recorded, i, of) for of in (hidden, dense or []))
+                run, run_dense = partial(run, stage.block), partial(dense_run, stage.block)
                 if dense is not None and stage.linears:
-                    self.dense_block = DenseBlock(stage.block, stage.linears, partial(_run_dense, recorded, i, dense))
+                    self.dense_block = DenseBlock(stage.block, stage.linears, dense_run)
                     run_dense = self.dense_block.run
                 visit(stage, run)
                 self.dense_block = None
@@ -400,11 +389,7 @@ class BlockLoop:
         self.outputs[chain.stages[-1].name] = outputs
 
 
-def _run_call(block: nn.Module, recorded: list[list[Call]], at: int, hidden: list[Tensor], index: int) -> Tensor:
-    return recorded[index][at].run(block, hidden[index])
-
-
-def _run_dense(recorded: list[list[Call]], at: int, hidden: list[Tensor], block: nn.Module, index: int) -> Tensor:
+def _run(recorded: list[list[Call]], at: int, hidden: list[Tensor], block: nn.Module, index: int) -> Tensor:
     return recorded[index][at].run(block, hidden[index])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...linears import dense_weight
 from ...memory import return_freed
 from ..calibration import Batch
+from ..model_state import hooked
 from .asymmetric import AsymmetricTarget, Enough, watch
 from .blocks import Stage
 from .run import CalibrationRun
@@ -76,13 +77,9 @@ def visit_groups(
             visit({name: module}, InputStatistics(identity, reached=False))
 
 
-@contextmanager
-def _hooked(linears: Mapping[str, nn.Module], hook: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+def _hooked(linears: Mapping[str, nn.Module], hook: Callable[[str], Callable[..., None]]) -> ExitStack:
     """`hook(name)` is called with the module and its arguments before each of these Linears runs."""
-    with ExitStack() as handles:
-        for name, module in linears.items():
-            handles.callback(module.register_forward_pre_hook(hook(name)).remove)
-        yield
+    return hooked(module.register_forward_pre_hook(hook(name)) for name, module in linears.items())
 
 
 def group_by_input(run: CalibrationRun, stage: Stage, forward: Callable[[int], Any]) -> tuple[list[Group], set[str]]:
@@ -90,7 +87,7 @@ def group_by_input(run: CalibrationRun, stage: Stage, forward: Callable[[int], A
 
     And the names of those that run more than once.
     """
-    groups: list[tuple[Tensor, int, Group]] = []
+    groups: dict[tuple[int, torch.Size, int], tuple[Tensor, Group]] = {}
     seen: set[str] = set()
     of_batch: Counter[str] = Counter()
     repeated: set[str] = set()
@@ -104,12 +101,9 @@ def group_by_input(run: CalibrationRun, stage: Stage, forward: Callable[[int], A
                 return
             seen.add(name)
             x = args[0]
-            # The list keeps every input alive, so that no address is used twice.
-            for tensor, version, members in groups:
-                if tensor.data_ptr() == x.data_ptr() and tensor.shape == x.shape and version == x._version:
-                    members[name] = module
-                    return
-            groups.append((x, x._version, {name: module}))
+            # The dict keeps every input alive, so that no address is used twice.
+            _, members = groups.setdefault((x.data_ptr(), x.shape, x._version), (x, {}))
+            members[name] = module
 
         return hook
 
@@ -122,7 +116,7 @@ def group_by_input(run: CalibrationRun, stage: Stage, forward: Callable[[int], A
     # Other processes may have reached experts that this one's text did not.
     found: list[Group] = []
     taken: set[str] = set()
-    for names in itertools.chain(*run.ranks.gather([list(members) for _, _, members in groups])):
+    for names in itertools.chain(*run.ranks.gather([list(members) for _, members in groups.values()])):
         new = [name for name in names if name not in taken]
         taken.update(new)
         if new:
@@ -141,11 +135,8 @@ def input_statistics(
     """
     once = repeated.isdisjoint(name for group in groups for name in group)
     leaders = {next(iter(group)): i for i, group in enumerate(groups)}
-    sums, totals = [], []
-    for group in groups:
-        weight = dense_weight(next(iter(group.values())))
-        sums.append(torch.zeros(weight.shape[1], weight.shape[1], device=weight.device))
-        totals.append(torch.zeros(weight.shape[1], device=weight.device))
+    zeros = [torch.zeros_like(dense_weight(groups[i][name])[0], dtype=torch.float32) for name, i in leaders.items()]
+    sums, totals = [zero.new_zeros(len(zero), len(zero)) for zero in zeros], zeros
     counts = torch.zeros(len(groups), dtype=torch.float64)
     errors = _OutputErrors(run, groups, once)
     seen: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -284,8 +275,7 @@ def _real_tokens(x: Tensor, batch: Batch, name: str) -> Tensor:
     """The input of a Linear without padding, [tokens, K]."""
     x = x.detach()
     mask = _token_mask(batch, name)
-    if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]:
-        x = x[mask.bool()]
+    x = x[mask.bool()] if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2] else x
     return x.reshape(-1, x.shape[-1])
 
 

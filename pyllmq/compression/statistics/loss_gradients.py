@@ -7,8 +7,8 @@ rows (omega_r = mean_t g_tr^2), its mean over rows the tokens (H = sum_t s_t x_t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...memory import return_freed
 from ...weights import OUTSIDE
 from ..calibration import Batch
+from ..model_state import gradients_for, hooked
 from ..ranks import ALONE, Ranks
 from .blocks import BlockLoop, Chain, Stage
 
@@ -73,7 +74,7 @@ def output_gradients(model: nn.Module, linears: Mapping[str, nn.Module], batches
     """Row and token weights of each Linear for the model's own loss: of the next tokens, or of the sentence embedding."""
     watched = _Watched(linears)
     generator = torch.Generator().manual_seed(0)
-    with _no_weight_needs_gradients(model), watched.hooks(), torch.enable_grad():
+    with gradients_for(model), watched.hooks():
         for watched.index, batch in enumerate(batches):
             losses = _losses(model(**batch), batch, generator)
             for left, loss in enumerate(losses, 1 - len(losses)):
@@ -115,7 +116,7 @@ def output_gradients_by_block(
     watched = _Watched(linears)
     generator = torch.Generator().manual_seed(0)
     gradients: list[list[Tensor]] = []
-    with _no_weight_needs_gradients(loop.model), watched.hooks(), torch.enable_grad():
+    with gradients_for(loop.model), watched.hooks():
         loop.finish(chains[0], hidden)
         drawn = 0
         with ExitStack() as done, loop.weights.loaded(OUTSIDE):
@@ -158,14 +159,8 @@ class _Watched:
         self.squares: dict[str, Tensor] = {}
         self.tokens: dict[str, list[Tensor]] = {name: [] for name in linears}
 
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        handles = [module.register_forward_hook(self._hook(name)) for name, module in self.linears.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def hooks(self) -> ExitStack:
+        return hooked(module.register_forward_hook(self._hook(name)) for name, module in self.linears.items())
 
     def _hook(self, name: str) -> Callable[..., None]:
         def took_gradient(gradient: Tensor) -> None:
@@ -188,29 +183,18 @@ class _Watched:
 
     def result(self, batches: int, ranks: Ranks = ALONE) -> LossGradients:
         """Of all processes, each of which has run `batches` batches."""
-        squares: dict[str, Tensor] = {}
-        tokens: dict[str, list[Tensor]] = {}
         complete = {name: known for name, known in self.tokens.items() if len(known) == batches}
         shares = ranks.gather((self.squares, complete))
+        found = LossGradients()
         for name in self.linears:
-            parts = [part[name] for part, _ in shares if name in part]
-            if parts:
-                squares[name] = torch.stack(parts).sum(0)
+            if parts := [squares[name] for squares, _ in shares if name in squares]:
+                found.row_weights[name] = _limited(torch.stack(parts).sum(0))
             if all(name in known for _, known in shares):
-                tokens[name] = ranks.interleaved([known[name] for _, known in shares])
-        rows = {name: _limited(total) for name, total in squares.items()}
-        return LossGradients(rows, {name: _limited_list(known) for name, known in tokens.items()})
-
-
-@contextmanager
-def _no_weight_needs_gradients(model: nn.Module) -> Iterator[None]:
-    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(wanted[name])
+                tokens = ranks.interleaved([known[name] for _, known in shares])
+                limited = _limited(torch.cat([of_batch.flatten() for of_batch in tokens]))
+                parts = limited.split([of_batch.numel() for of_batch in tokens])
+                found.token_weights[name] = [part.view_as(like) for part, like in zip(parts, tokens, strict=True)]
+        return found
 
 
 def _losses(output: Any, batch: Batch, generator: torch.Generator, before: Sequence[int] = ()) -> list[Tensor]:
@@ -247,9 +231,3 @@ def _limited(values: Tensor) -> Tensor:
         return torch.ones_like(values)
     limited = (values / mean).clamp(1 / LIMIT, LIMIT)
     return limited / limited.mean()
-
-
-def _limited_list(values: list[Tensor]) -> list[Tensor]:
-    sizes = [v.numel() for v in values]
-    limited = _limited(torch.cat([v.flatten() for v in values]))
-    return [part.view(v.shape) for part, v in zip(limited.split(sizes), values, strict=True)]

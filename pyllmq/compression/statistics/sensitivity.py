@@ -13,14 +13,15 @@ Source: Hutchinson 1989; Shao et al. 2023 (arXiv 2310.09499), eq. 5 and 6, for t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ...loading import is_causal
 from ..calibration import Batch
+from ..model_state import gradients_for
 
 
 def trace_per_weight(
@@ -44,11 +45,11 @@ def trace_per_weight(
     """
     if method not in ("fisher", "hutchinson"):
         raise ValueError(f"method is {method!r}; allowed: 'fisher', 'hutchinson'")
-    weights = [_weight(module) for module in linears.values()]
+    weights = [cast(Tensor, module.weight) for module in linears.values()]
     sums = [0.0] * len(weights)
     estimate = _gauss_newton if method == "fisher" else _hutchinson
     generator = torch.Generator(weights[0].device).manual_seed(seed)
-    with _only_these_need_gradients(model, weights), torch.enable_grad():
+    with gradients_for(model, weights):
         for batch in batches:
             for _ in range(draws):
                 for i, value in enumerate(estimate(model, weights, batch, generator)):
@@ -58,8 +59,7 @@ def trace_per_weight(
 
 
 def _gauss_newton(model: nn.Module, weights: list[Tensor], batch: Batch, generator: torch.Generator) -> Iterator[float]:
-    output, tokens = _output(model, batch)
-    count = output.numel() // output.shape[-1]
+    output, tokens, count = _output(model, batch)
     if not count:  # a text of one token has no next one
         return iter(0.0 for _ in weights)
     if tokens is None:
@@ -76,8 +76,7 @@ def _gauss_newton(model: nn.Module, weights: list[Tensor], batch: Batch, generat
 def _hutchinson(model: nn.Module, weights: list[Tensor], batch: Batch, generator: torch.Generator) -> Iterator[float]:
     # The fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
-        output, tokens = _output(model, batch)
-        count = output.numel() // output.shape[-1]
+        output, tokens, count = _output(model, batch)
         if not count:
             return iter(0.0 for _ in weights)
         if tokens is None:
@@ -95,15 +94,15 @@ def _hutchinson(model: nn.Module, weights: list[Tensor], batch: Batch, generator
     return (0.0 if s is None else float((s.double() * z).sum()) / count for s, z in zip(seconds, signs, strict=True))
 
 
-def _output(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """As `_of_real_tokens`. Raises ValueError where it is not finite."""
+def _output(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, int]:
+    """As `_of_real_tokens`, and the number of tokens. Raises ValueError where it is not finite."""
     output, tokens = _of_real_tokens(model, batch)
     if bad := int((~torch.isfinite(output)).sum()):
         raise ValueError(
             f"{type(model).__name__} gives {bad} of {output.numel()} values that are not finite on the calibration data; look at "
             "its norms and at overflows of its dtype"
         )
-    return output, tokens
+    return output, tokens, output.numel() // output.shape[-1]
 
 
 def _of_real_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -111,10 +110,7 @@ def _of_real_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | No
     found = model(**batch)
     logits, hidden = getattr(found, "logits", None), getattr(found, "last_hidden_state", None)
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    causal = getattr(model, "can_generate", lambda: False)() and not getattr(
-        getattr(model, "config", None), "is_encoder_decoder", False
-    )
-    if causal and isinstance(logits, Tensor) and ids is not None:
+    if is_causal(model) and isinstance(logits, Tensor) and ids is not None:
         real = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:].bool()
         return logits[:, :-1][real], ids[:, 1:][real]
     output = hidden if isinstance(hidden, Tensor) else logits if isinstance(logits, Tensor) else found
@@ -130,25 +126,5 @@ def _of_real_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | No
     return output.reshape(-1, output.shape[-1]), None
 
 
-def _weight(module: nn.Module) -> Tensor:
-    assert isinstance(module.weight, Tensor)
-    return module.weight
-
-
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(0, 2, like.shape, generator=generator, device=like.device).to(like.dtype) * 2 - 1
-
-
-@contextmanager
-def _only_these_need_gradients(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
-    parameters = list(model.parameters())
-    before = [p.requires_grad for p in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for parameter, needed in zip(parameters, before, strict=True):
-            parameter.requires_grad_(needed)

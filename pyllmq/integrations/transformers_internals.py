@@ -28,7 +28,6 @@ from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, Tenso
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 from transformers.models.auto import modeling_auto
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils import output_capturing
 
 FUNCTIONS: dict[Callable[..., Any], tuple[str, ...]] = {
@@ -212,13 +211,6 @@ def group_of(model: Any) -> Any:
     """The torch.distributed group of transformers' tensor parallelism."""
     mesh = model._device_mesh
     return (mesh if mesh.ndim == 1 else mesh["tp"]).get_group()
-
-
-# ---- the rest -------------------------------------------------------------------------------------------------------
-
-
-def is_registered(method: str) -> bool:
-    return method in AUTO_QUANTIZER_MAPPING
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,74 @@
+"""What a job changes in a model while it runs it: modes, gradients, hooks, forwards; all as before afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+@contextmanager
+def quiet_eval(*models: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout) and no key-value cache."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    caching: list[Any] = [
+        model.config for model in models if getattr(getattr(model, "config", None), "use_cache", None)
+    ]
+    for model in models:
+        model.eval()
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for config in caching:
+            config.use_cache = True
+
+
+@contextmanager
+def gradients_for(model: nn.Module, wanted: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """Gradients are taken, of these parameters alone."""
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for (
+            name,
+            parameter,
+        ) in model.named_parameters():  # by name: a streamed model has others each time that it loads them
+            parameter.requires_grad_(before[name])
+
+
+def hooked(handles: Iterable[RemovableHandle]) -> ExitStack:
+    """While it is open, hooks are in place that were registered just now."""
+    hooks = ExitStack()
+    for handle in handles:
+        hooks.enter_context(handle)
+    return hooks
+
+
+@contextmanager
+def other_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Modules run these functions instead of their own."""
+    # accelerate's hooks stand in the same place: an instance attribute `forward`.
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own

@@ -1,8 +1,5 @@
-// Python's door to the CPU back end. Pointers, sizes and flags come in as integers, the GIL is released, kernels are
-// called, errors are raised as exceptions. No torch header: shapes and dtypes are checked by the Python side.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// Python's door to the CPU back end: arguments are read, the GIL is released, kernels are called, errors are raised as
+// exceptions. No torch header: shapes and dtypes are checked by the Python side.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -15,6 +12,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "bindings.h"
 #include "codebook/cpu/checkpoint.h"
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/operand.h"
@@ -32,24 +30,8 @@
 #include "decode_step/cpu/dense_operand.h"
 #include "decode_step/mlp_step.h"
 
-namespace py = pybind11;
-
 namespace pyllmq::cpu {
 namespace {
-
-using Pointer = uint64_t;
-using NoGil = py::call_guard<py::gil_scoped_release>;
-
-template <class T>
-T* as(Pointer pointer) {
-  if (pointer % alignof(T) != 0) throw std::invalid_argument("a pointer is not aligned to its element size");
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(pointer));
-}
-
-template <>
-void* as<void>(Pointer pointer) {
-  return reinterpret_cast<void*>(static_cast<uintptr_t>(pointer));
-}
 
 DType dtype_of(int code) {
   if (code < 0 || code > 2)
@@ -65,6 +47,12 @@ Precision precision_of(int code) {
 
 void* elements(Pointer pointer, DType dtype) {
   return dtype == DType::fp32 ? static_cast<void*>(as<float>(pointer)) : static_cast<void*>(as<uint16_t>(pointer));
+}
+
+KMeans1dMethod kmeans_method_of(int code) {
+  if (code < 0 || code > 2)
+    throw std::invalid_argument("method " + std::to_string(code) + "; allowed: 0 (exact), 1 (windowed), 2 (lloyd)");
+  return static_cast<KMeans1dMethod>(code);
 }
 
 // --- isa and threads -----------------------------------------------------------------------------------------------
@@ -160,33 +148,6 @@ void bind_linear_operand(py::module_& m) {
 
 // --- the codebook format -------------------------------------------------------------------------------------------
 
-int64_t layout_bytes(int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows, int64_t segments,
-                     int64_t outliers) {
-  return codebook_layout_bytes(rows, columns, as<uint8_t>(column_bits), as<int32_t>(segment_rows), segments, outliers);
-}
-
-void layout_pack(Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows,
-                 int64_t segments, const std::vector<Pointer>& codes, Pointer codebook, Pointer row_scale,
-                 Pointer outlier_row_offsets, Pointer outlier_columns, int outlier_columns_bytes, Pointer outlier_values) {
-  if (codes.size() != 8)
-    throw std::invalid_argument("codes has " + std::to_string(codes.size()) + " pointers; needs 8, one per width 1..8");
-  CodebookCheckpoint checkpoint{};
-  checkpoint.rows = rows;
-  checkpoint.columns = columns;
-  checkpoint.segments = segments;
-  checkpoint.column_bits = as<uint8_t>(column_bits);
-  checkpoint.segment_rows = as<int32_t>(segment_rows);
-  for (int width = 1; width <= 8; ++width) checkpoint.codes[width] = as<uint8_t>(codes[width - 1]);
-  checkpoint.codebook = as<uint16_t>(codebook);
-  checkpoint.row_scale = as<uint16_t>(row_scale);
-  checkpoint.outlier_row_offsets = as<int32_t>(outlier_row_offsets);
-  checkpoint.outlier_columns = outlier_columns_bytes == 2 ? static_cast<void*>(as<uint16_t>(outlier_columns))
-                                                          : static_cast<void*>(as<int32_t>(outlier_columns));
-  checkpoint.outlier_columns_bytes = outlier_columns_bytes;
-  checkpoint.outlier_values = as<uint16_t>(outlier_values);
-  codebook_layout_pack(as<void>(layout), bytes, checkpoint);
-}
-
 LinearPath path_of(int code) {
   if (code < 0 || code > 2)
     throw std::invalid_argument("path " + std::to_string(code) + "; allowed: 0 (tables), 1 (decode), 2 (automatic)");
@@ -194,12 +155,12 @@ LinearPath path_of(int code) {
 }
 
 void bind_codebook(py::module_& m) {
-  m.def("codebook_layout_bytes", &layout_bytes, py::arg("rows"), py::arg("columns"), py::arg("column_bits"),
-        py::arg("segment_rows"), py::arg("segments"), py::arg("outliers"), NoGil());
-  m.def("codebook_layout_pack", &layout_pack, py::arg("layout"), py::arg("layout_bytes"), py::arg("rows"), py::arg("columns"),
-        py::arg("column_bits"), py::arg("segment_rows"), py::arg("segments"), py::arg("codes"), py::arg("codebook"),
-        py::arg("row_scale"), py::arg("outlier_row_offsets"), py::arg("outlier_columns"), py::arg("outlier_columns_bytes"),
-        py::arg("outlier_values"), NoGil());
+  bind_keywords<CodebookCheckpoint>(m, "CodebookCheckpoint", &codebook_checkpoint);
+  m.def("codebook_layout_bytes", &codebook_layout_bytes, py::arg("checkpoint"), NoGil());
+  m.def(
+      "codebook_layout_pack",
+      [](Pointer layout, int64_t bytes, const CodebookCheckpoint& c) { codebook_layout_pack(as<void>(layout), bytes, c); },
+      py::arg("layout"), py::arg("layout_bytes"), py::arg("checkpoint"), NoGil());
   py::class_<CodebookOperand, LinearOperand>(m, "CodebookOperand")
       .def(py::init(&bind_layout<CodebookOperand>), py::arg("layout"), py::arg("layout_bytes"))
       .def(
@@ -231,42 +192,25 @@ void bind_codebook(py::module_& m) {
           py::arg("codes_out"), NoGil());
 }
 
-CodebookTensors codebook_tensors(int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows, int64_t segments,
-                                 const std::vector<Pointer>& codes, Pointer row_scale) {
-  if (codes.size() != 8)
-    throw std::invalid_argument("codes has " + std::to_string(codes.size()) + " pointers; needs 8, one per width 1..8");
-  CodebookTensors tensors{rows, columns, segments, as<uint8_t>(column_bits), as<int32_t>(segment_rows), {}, as<float>(row_scale)};
-  for (int width = 1; width <= 8; ++width) tensors.codes[width] = as<uint8_t>(codes[width - 1]);
-  return tensors;
-}
-
 void bind_codebook_checkpoint(py::module_& m) {
   m.def(
       "codebook_decode",
-      [](int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows, int64_t segments,
-         const std::vector<Pointer>& codes, Pointer row_scale, Pointer codebook, Pointer weight) {
-        codebook_decode(codebook_tensors(rows, columns, column_bits, segment_rows, segments, codes, row_scale),
-                        as<float>(codebook), as<float>(weight));
+      [](const CodebookCheckpoint& c, Pointer row_scale, Pointer codebook, Pointer weight) {
+        codebook_decode(c, as<float>(row_scale), as<float>(codebook), as<float>(weight));
       },
-      py::arg("rows"), py::arg("columns"), py::arg("column_bits"), py::arg("segment_rows"), py::arg("segments"), py::arg("codes"),
-      py::arg("row_scale"), py::arg("codebook"), py::arg("weight"), NoGil());
+      py::arg("checkpoint"), py::arg("row_scale"), py::arg("codebook"), py::arg("weight"), NoGil());
   m.def(
       "codebook_gradient",
-      [](int64_t rows, int64_t columns, Pointer column_bits, Pointer segment_rows, int64_t segments,
-         const std::vector<Pointer>& codes, Pointer row_scale, Pointer weight_gradient, Pointer gradient) {
-        codebook_gradient(codebook_tensors(rows, columns, column_bits, segment_rows, segments, codes, row_scale),
-                          as<float>(weight_gradient), as<float>(gradient));
+      [](const CodebookCheckpoint& c, Pointer row_scale, Pointer weight_gradient, Pointer gradient) {
+        codebook_gradient(c, as<float>(row_scale), as<float>(weight_gradient), as<float>(gradient));
       },
-      py::arg("rows"), py::arg("columns"), py::arg("column_bits"), py::arg("segment_rows"), py::arg("segments"), py::arg("codes"),
-      py::arg("row_scale"), py::arg("weight_gradient"), py::arg("gradient"), NoGil());
+      py::arg("checkpoint"), py::arg("row_scale"), py::arg("weight_gradient"), py::arg("gradient"), NoGil());
 }
 
 // --- the sparse formats ----------------------------------------------------------------------------------------------
 
 void bind_sparse(py::module_& m) {
-  py::class_<SparseCheckpoint>(m, "SparseCheckpoint")
-      .def(py::init(&sparse_checkpoint), py::arg("kind"), py::arg("value_type"), py::arg("rows"), py::arg("columns"),
-           py::arg("kept"), py::arg("bits"), py::arg("outliers"), py::arg("column_bytes"), py::arg("tensors"));
+  bind_keywords<SparseCheckpoint>(m, "SparseCheckpoint", &sparse_checkpoint);
   m.def("sparse_layout_bytes", &sparse_layout_bytes, py::arg("checkpoint"), py::arg("sparse_columns"), NoGil());
   m.def(
       "sparse_layout_pack",
@@ -288,151 +232,96 @@ void bind_sparse(py::module_& m) {
 
 // --- k-means -------------------------------------------------------------------------------------------------------
 
-KMeans1dMethod kmeans_method_of(int code) {
-  if (code < 0 || code > 2)
-    throw std::invalid_argument("method " + std::to_string(code) + "; allowed: 0 (exact), 1 (windowed), 2 (lloyd)");
-  return static_cast<KMeans1dMethod>(code);
-}
-
-// centroids and codes: one pointer per k, or none at all; errors: 0 if they are not wanted.
-void kmeans(Pointer values, Pointer weights, int64_t weights_stride, int64_t problems, int64_t n, const std::vector<int>& ks,
-            int method, uint64_t seed, bool half_centroids, bool packed, const std::vector<Pointer>& centroids,
-            const std::vector<Pointer>& codes, Pointer errors) {
-  if (ks.empty() || centroids.size() != codes.size() || (!codes.empty() && codes.size() != ks.size()))
-    throw std::invalid_argument("kmeans_1d takes at least one k, and no or one pointer to centroids and codes for each");
-  std::vector<float*> centroids_out;
-  std::vector<uint8_t*> codes_out;
-  for (const Pointer pointer : centroids) centroids_out.push_back(as<float>(pointer));
-  for (const Pointer pointer : codes) codes_out.push_back(as<uint8_t>(pointer));
-  kmeans_1d({
-      .values = as<float>(values),
-      .weights = as<float>(weights),
-      .weights_stride = weights_stride,
-      .problems = problems,
-      .n = n,
-      .counts = static_cast<int>(ks.size()),
-      .ks = ks.data(),
-      .method = kmeans_method_of(method),
-      .seed = seed,
-      .half_centroids = half_centroids,
-      .packed = packed,
-      .centroids = centroids.empty() ? nullptr : centroids_out.data(),
-      .codes = codes.empty() ? nullptr : codes_out.data(),
-      .errors = as<double>(errors),
-  });
-}
-
+// centroids and codes: one array per k, or none at all; errors: null if they are not wanted.
 void bind_kmeans_1d(py::module_& m) {
-  m.def("kmeans_1d", &kmeans, py::arg("values"), py::arg("weights"), py::arg("weights_stride"), py::arg("problems"), py::arg("n"),
-        py::arg("ks"), py::arg("method"), py::arg("seed"), py::arg("half_centroids"), py::arg("packed"), py::arg("centroids"),
-        py::arg("codes"), py::arg("errors"), NoGil());
+  m.def("kmeans_1d", [](const py::kwargs& given) {
+    Keywords from(given);
+    KMeans1dArguments k{};
+    from.fill("values", k.values, "weights", k.weights, "weights_stride", k.weights_stride, "problems", k.problems, "n", k.n,
+              "seed", k.seed, "half_centroids", k.half_centroids, "packed", k.packed, "errors", k.errors);
+    k.method = kmeans_method_of(from.take<int>("method"));
+    const auto ks = from.take<std::vector<int>>("ks");
+    std::vector<float*> centroids;
+    std::vector<uint8_t*> codes;
+    for (const py::handle one : from.take<py::list>("centroids")) centroids.push_back(array<float>(one));
+    for (const py::handle one : from.take<py::list>("codes")) codes.push_back(array<uint8_t>(one));
+    from.finish();
+    if (ks.empty() || centroids.size() != codes.size() || (!codes.empty() && codes.size() != ks.size()))
+      throw std::invalid_argument("kmeans_1d takes at least one k, and no or one array for centroids and codes of each");
+    k.counts = static_cast<int>(ks.size());
+    k.ks = ks.data();
+    if (!codes.empty()) k.centroids = centroids.data(), k.codes = codes.data();
+    const py::gil_scoped_release release;
+    kmeans_1d(k);
+  });
 }
 
 // --- compression ---------------------------------------------------------------------------------------------------
 
 void bind_fit_columns(py::module_& m) {
-  m.def(
-      "fit_columns",
-      [](int64_t columns, int64_t rows, bool descend, int method, Pointer block, Pointer coupling, int64_t coupling_stride,
-         Pointer pivot, Pointer row_weights, Pointer row_scale, Pointer bits, Pointer kept, Pointer stored, Pointer codes,
-         Pointer kept_mask, Pointer centroids, Pointer moves) {
-        return fit_columns({
-            .columns = columns,
-            .rows = rows,
-            .descend = descend,
-            .method = kmeans_method_of(method),
-            .block = as<float>(block),
-            .coupling = as<float>(coupling),
-            .coupling_stride = coupling_stride,
-            .pivot = as<float>(pivot),
-            .row_weights = as<float>(row_weights),
-            .row_scale = as<float>(row_scale),
-            .bits = as<uint8_t>(bits),
-            .kept = as<int32_t>(kept),
-            .stored = as<float>(stored),
-            .codes = as<uint8_t>(codes),
-            .kept_mask = as<uint8_t>(kept_mask),
-            .centroids = as<float>(centroids),
-            .moves = as<float>(moves),
-        });
-      },
-      py::arg("columns"), py::arg("rows"), py::arg("descend"), py::arg("method"), py::arg("block"), py::arg("coupling"),
-      py::arg("coupling_stride"), py::arg("pivot"), py::arg("row_weights"), py::arg("row_scale"), py::arg("bits"),
-      py::arg("kept"), py::arg("stored"), py::arg("codes"), py::arg("kept_mask"), py::arg("centroids"), py::arg("moves"),
-      NoGil());
+  m.def("fit_columns", [](const py::kwargs& given) {
+    Keywords from(given);
+    FitColumnsArguments f{};
+    from.fill("columns", f.columns, "rows", f.rows, "descend", f.descend, "block", f.block, "coupling", f.coupling,
+              "coupling_stride", f.coupling_stride, "pivot", f.pivot, "row_weights", f.row_weights, "row_scale", f.row_scale,
+              "bits", f.bits, "kept_counts", f.kept_counts, "stored", f.stored, "codes", f.codes, "kept", f.kept, "centroids",
+              f.centroids, "moves", f.moves);
+    f.method = kmeans_method_of(from.take<int>("method"));
+    from.finish();
+    const py::gil_scoped_release release;
+    return fit_columns(f);
+  });
 }
 
 // --- sinkhorn ------------------------------------------------------------------------------------------------------
 
-SinkhornProblem sinkhorn_problem(const std::vector<Pointer>& inputs, const std::vector<int64_t>& strides, int64_t problems,
-                                 int64_t n, int64_t m, int64_t iterations, double rho_a, double rho_b) {
-  if (inputs.size() != 4)
-    throw std::invalid_argument("inputs has " + std::to_string(inputs.size()) + " pointers; needs 4: cost, a, b, epsilon");
-  if (problems < 0 || n < 1 || m < 1 || iterations < 1 || !(rho_a > 0 && rho_b > 0))
+SinkhornProblem checked_sinkhorn_problem(Keywords& given, int64_t iterations) {
+  const SinkhornProblem p = sinkhorn_problem(given);
+  given.finish();
+  if (p.problems < 0 || p.n < 1 || p.m < 1 || iterations < 1 || !(p.rho_a > 0 && p.rho_b > 0))
     throw std::invalid_argument("problems must be >= 0, n, m and iterations >= 1, prices > 0");
-  const int64_t sizes[3] = {n * m, n, m};
-  for (size_t i = 0; i < 3; ++i)
-    if (strides.size() != 3 || (strides[i] != 0 && strides[i] != sizes[i]))
-      throw std::invalid_argument("strides are those of cost, a and b between problems: each its size, or 0 if shared");
-  return {
-      .cost = as<float>(inputs[0]),
-      .cost_stride = strides[0],
-      .a = as<float>(inputs[1]),
-      .a_stride = strides[1],
-      .b = as<float>(inputs[2]),
-      .b_stride = strides[2],
-      .epsilon = as<float>(inputs[3]),
-      .problems = problems,
-      .n = n,
-      .m = m,
-      .rho_a = rho_a,
-      .rho_b = rho_b,
-  };
+  const auto fits = [](int64_t stride, int64_t size) { return stride == 0 || stride == size; };
+  if (!fits(p.cost_stride, p.n * p.m) || !fits(p.a_stride, p.n) || !fits(p.b_stride, p.m) ||
+      (p.epsilon_stride != 1 && p.problems > 1))
+    throw std::invalid_argument("strides of cost, a and b between problems are each its size, or 0 if shared; epsilon's is 1");
+  return p;
 }
 
 void bind_sinkhorn(py::module_& m) {
-  m.def(
-      "sinkhorn",
-      [](const std::vector<Pointer>& inputs, const std::vector<int64_t>& strides, int64_t problems, int64_t n, int64_t m,
-         int64_t iterations, double tolerance, double rho_a, double rho_b, Pointer plan, Pointer u, Pointer v, Pointer tape,
-         Pointer count) {
-        sinkhorn(sinkhorn_problem(inputs, strides, problems, n, m, iterations, rho_a, rho_b),
-                 {iterations, tolerance, as<float>(plan), as<float>(u), as<float>(v), as<float>(tape), as<int32_t>(count)});
-      },
-      py::arg("inputs"), py::arg("strides"), py::arg("problems"), py::arg("n"), py::arg("m"), py::arg("iterations"),
-      py::arg("tolerance"), py::arg("rho_a"), py::arg("rho_b"), py::arg("plan"), py::arg("u"), py::arg("v"), py::arg("tape"),
-      py::arg("count"), NoGil());
-  m.def(
-      "sinkhorn_backward",
-      [](const std::vector<Pointer>& inputs, const std::vector<int64_t>& strides, int64_t problems, int64_t n, int64_t m,
-         int64_t iterations, double rho_a, double rho_b, Pointer tape, Pointer count, Pointer grad_plan, Pointer grad_u,
-         Pointer grad_v, Pointer grad_cost, Pointer grad_a, Pointer grad_b) {
-        sinkhorn_backward(sinkhorn_problem(inputs, strides, problems, n, m, iterations, rho_a, rho_b),
-                          {iterations, as<float>(tape), as<int32_t>(count), as<float>(grad_plan), as<float>(grad_u),
-                           as<float>(grad_v), as<float>(grad_cost), as<float>(grad_a), as<float>(grad_b)});
-      },
-      py::arg("inputs"), py::arg("strides"), py::arg("problems"), py::arg("n"), py::arg("m"), py::arg("iterations"),
-      py::arg("rho_a"), py::arg("rho_b"), py::arg("tape"), py::arg("count"), py::arg("grad_plan"), py::arg("grad_u"),
-      py::arg("grad_v"), py::arg("grad_cost"), py::arg("grad_a"), py::arg("grad_b"), NoGil());
+  m.def("sinkhorn", [](const py::kwargs& given) {
+    Keywords from(given);
+    const SinkhornForward results = sinkhorn_results(from);
+    const SinkhornProblem problem = checked_sinkhorn_problem(from, results.iterations);
+    const py::gil_scoped_release release;
+    sinkhorn(problem, results);
+  });
+  m.def("sinkhorn_backward", [](const py::kwargs& given) {
+    Keywords from(given);
+    const SinkhornBackward gradients = sinkhorn_gradients(from);
+    const SinkhornProblem problem = checked_sinkhorn_problem(from, gradients.iterations);
+    const py::gil_scoped_release release;
+    sinkhorn_backward(problem, gradients);
+  });
 }
 
 // --- doubly_stochastic ---------------------------------------------------------------------------------------------
 
-DoublyStochastic doubly_stochastic_call(Pointer logits, int64_t problems, int64_t n, int64_t m, int64_t iterations,
-                                        bool columns_first, bool softmax_start, int shift, float matrix_epsilon,
-                                        float division_epsilon) {
-  if (problems < 0 || n < 1 || m < 1 || n * m > kSmallEntries || iterations < 1 || shift < 0 || shift > 2)
+DoublyStochastic doubly_stochastic_call(Keywords& given) {
+  DoublyStochastic d{};
+  given.fill("logits", d.logits, "problems", d.problems, "n", d.n, "m", d.m, "iterations", d.iterations, "columns_first",
+             d.columns_first, "softmax_start", d.softmax_start, "matrix_epsilon", d.matrix_epsilon, "division_epsilon",
+             d.division_epsilon);
+  const int shift = given.take<int>("shift");
+  if (d.problems < 0 || d.n < 1 || d.m < 1 || d.n * d.m > kSmallEntries || d.iterations < 1 || shift < 0 || shift > 2)
     throw std::invalid_argument("problems must be >= 0, n, m and iterations >= 1, n * m at most " +
                                 std::to_string(kSmallEntries) + ", shift 0 (none), 1 (line) or 2 (matrix)");
-  return {as<float>(logits), problems,        n, m, iterations, columns_first, softmax_start, static_cast<Shift>(shift),
-          matrix_epsilon,    division_epsilon};
+  d.shift = static_cast<Shift>(shift);
+  return d;
 }
 
 void bind_doubly_stochastic(py::module_& m) {
   using py::arg;
-  py::class_<DoublyStochastic>(m, "DoublyStochastic", py::module_local())
-      .def(py::init(&doubly_stochastic_call), arg("logits"), arg("problems"), arg("n"), arg("m"), arg("iterations"),
-           arg("columns_first"), arg("softmax_start"), arg("shift"), arg("matrix_epsilon"), arg("division_epsilon"));
+  bind_keywords<DoublyStochastic>(m, "DoublyStochastic", &doubly_stochastic_call);
   m.def(
       "doubly_stochastic", [](const DoublyStochastic& call, Pointer out) { doubly_stochastic(call, as<float>(out)); },
       arg("call"), arg("out"), NoGil());
@@ -446,85 +335,52 @@ void bind_doubly_stochastic(py::module_& m) {
 
 // --- distances of distributions --------------------------------------------------------------------------------------
 
-SoftmaxCdistProblem cdist_problem(Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows, int64_t y_rows,
-                                  int64_t columns, float inverse_temperature, Pointer x_statistics, Pointer y_statistics) {
-  if (batch < 0 || x_rows < 0 || y_rows < 0 || columns < 1)
-    throw std::invalid_argument("batch, rows and columns are " + std::to_string(batch) + ", " + std::to_string(x_rows) + " and " +
-                                std::to_string(y_rows) + ", " + std::to_string(columns) +
+SoftmaxCdistProblem cdist_problem(Keywords& given) {
+  SoftmaxCdistProblem p{};
+  given.fill("batch", p.batch, "columns", p.columns, "scale", p.inverse_temperature, "x_rows", p.x.rows, "y_rows", p.y.rows, "x",
+             p.x.values, "y", p.y.values);
+  p.x.dtype = dtype_of(given.take<int>("x_dtype"));
+  p.y.dtype = dtype_of(given.take<int>("y_dtype"));
+  p.x.statistics = reinterpret_cast<RowStatistics*>(given.take<float*>("x_statistics"));
+  p.y.statistics = reinterpret_cast<RowStatistics*>(given.take<float*>("y_statistics"));
+  if (p.batch < 0 || p.x.rows < 0 || p.y.rows < 0 || p.columns < 1)
+    throw std::invalid_argument("batch, rows and columns are " + std::to_string(p.batch) + ", " + std::to_string(p.x.rows) +
+                                " and " + std::to_string(p.y.rows) + ", " + std::to_string(p.columns) +
                                 "; none may be negative, and columns not 0");
-  const DType x_type = dtype_of(x_dtype), y_type = dtype_of(y_dtype);
-  return {{elements(x, x_type), x_type, x_rows, as<RowStatistics>(x_statistics)},
-          {elements(y, y_type), y_type, y_rows, as<RowStatistics>(y_statistics)},
-          batch,
-          columns,
-          inverse_temperature};
+  return p;
 }
 
 void bind_softmax_cdist_l1(py::module_& m) {
+  using py::arg;
+  bind_keywords<SoftmaxCdistProblem>(m, "Cdist", &cdist_problem);
   m.def(
       "softmax_cdist_l1",
-      [](Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows, int64_t y_rows, int64_t columns,
-         float inverse_temperature, Pointer x_statistics, Pointer y_statistics, Pointer distances) {
-        softmax_cdist_l1(cdist_problem(x, x_dtype, y, y_dtype, batch, x_rows, y_rows, columns, inverse_temperature, x_statistics,
-                                       y_statistics),
-                         as<float>(distances));
-      },
-      py::arg("x"), py::arg("x_dtype"), py::arg("y"), py::arg("y_dtype"), py::arg("batch"), py::arg("x_rows"), py::arg("y_rows"),
-      py::arg("columns"), py::arg("inverse_temperature"), py::arg("x_statistics"), py::arg("y_statistics"), py::arg("distances"),
-      NoGil());
+      [](const SoftmaxCdistProblem& call, Pointer distances) { softmax_cdist_l1(call, as<float>(distances)); }, arg("call"),
+      arg("distances"), NoGil());
   m.def(
       "softmax_cdist_l1_backward",
-      [](Pointer x, int x_dtype, Pointer y, int y_dtype, int64_t batch, int64_t x_rows, int64_t y_rows, int64_t columns,
-         float inverse_temperature, Pointer x_statistics, Pointer y_statistics, Pointer gradient, Pointer x_gradient) {
-        softmax_cdist_l1_backward(cdist_problem(x, x_dtype, y, y_dtype, batch, x_rows, y_rows, columns, inverse_temperature,
-                                                x_statistics, y_statistics),
-                                  as<float>(gradient), elements(x_gradient, dtype_of(x_dtype)));
+      [](const SoftmaxCdistProblem& call, Pointer gradient, Pointer x_gradient) {
+        softmax_cdist_l1_backward(call, as<float>(gradient), elements(x_gradient, call.x.dtype));
       },
-      py::arg("x"), py::arg("x_dtype"), py::arg("y"), py::arg("y_dtype"), py::arg("batch"), py::arg("x_rows"), py::arg("y_rows"),
-      py::arg("columns"), py::arg("inverse_temperature"), py::arg("x_statistics"), py::arg("y_statistics"), py::arg("gradient"),
-      py::arg("x_gradient"), NoGil());
+      arg("call"), arg("gradient"), arg("x_gradient"), NoGil());
 }
 
 // --- decode steps --------------------------------------------------------------------------------------------------
 
-// The keyword arguments of a constructor: each is taken once, by name.
-class Arguments {
- public:
-  explicit Arguments(const py::kwargs& given) : left_(given.attr("copy")()) {}
+Norm norm_of(Keywords& given, const char* name) {
+  const auto* norm = given.take<const Norm*>(name, nullptr);
+  return norm == nullptr ? Norm{} : *norm;
+}
 
-  template <class T>
-  T take(const char* name) {
-    if (!left_.contains(name)) throw py::type_error(std::string("missing keyword argument '") + name + "'");
-    try {
-      return left_.attr("pop")(name).template cast<T>();
-    } catch (const py::cast_error&) {
-      throw py::type_error(std::string("keyword argument '") + name + "' is of another type than the stub file says");
-    }
-  }
-  template <class T>
-  T take(const char* name, T otherwise) {
-    return left_.contains(name) ? take<T>(name) : otherwise;
-  }
-  Norm norm(const char* name) {
-    const auto* given = take<const Norm*>(name, nullptr);
-    return given == nullptr ? Norm{} : *given;
-  }
-  // One of the allowed names -> the enumerator at its place.
-  template <class Enum>
-  Enum choice(const char* name, const std::string& given, const std::vector<std::string>& allowed) {
-    const auto found = std::find(allowed.begin(), allowed.end(), given);
-    if (found != allowed.end()) return static_cast<Enum>(found - allowed.begin());
-    std::string list;
-    for (const std::string& one : allowed) list += (list.empty() ? "" : ", ") + one;
-    throw std::invalid_argument(std::string(name) + " '" + given + "' is not known; allowed: " + list);
-  }
-  void finish() const {
-    for (const auto& [name, value] : left_) throw py::type_error("unknown keyword argument '" + name.cast<std::string>() + "'");
-  }
-
- private:
-  py::dict left_;
-};
+// One of the allowed names -> the enumerator at its place.
+template <class Enum>
+Enum choice(const char* name, const std::string& given, const std::vector<std::string>& allowed) {
+  const auto found = std::find(allowed.begin(), allowed.end(), given);
+  if (found != allowed.end()) return static_cast<Enum>(found - allowed.begin());
+  std::string list;
+  for (const std::string& one : allowed) list += (list.empty() ? "" : ", ") + one;
+  throw std::invalid_argument(std::string(name) + " '" + given + "' is not known; allowed: " + list);
+}
 
 template <class Step>
 struct Bound {
@@ -549,62 +405,62 @@ Rows rows_of(const std::array<int64_t, 3>& rows) {
 using Three = std::array<int64_t, 3>;
 using Floats = std::vector<float>;
 
-InputLinears input_of(Arguments& arguments, const py::tuple& inputs) {
+InputLinears input_of(Keywords& arguments, const py::tuple& inputs) {
   return {inputs.cast<std::vector<const LinearOperand*>>(), arguments.take<Floats>("input_bias", {})};
 }
 
-OutputLinear output_of(Arguments& arguments, const py::object& output) {
-  return {output.cast<const LinearOperand*>(), arguments.take<Floats>("output_bias", {}), arguments.norm("output_norm"),
+OutputLinear output_of(Keywords& arguments, const py::object& output) {
+  return {output.cast<const LinearOperand*>(), arguments.take<Floats>("output_bias", {}), norm_of(arguments, "output_norm"),
           arguments.take<float>("multiplier", 1)};
 }
 
 Bound<AttentionStep> bound_attention_step(const py::kwargs& given) {
-  Arguments arguments(given);
+  Keywords arguments(given);
   const auto inputs = arguments.take<py::tuple>("inputs");
   const auto output = arguments.take<py::object>("output");
-  AttentionStep step{.norm = arguments.norm("norm"),
-                     .input = input_of(arguments, inputs),
-                     .q_rows = rows_of<HeadRows>(arguments.take<Three>("q_rows")),
-                     .k_rows = rows_of<HeadRows>(arguments.take<Three>("k_rows")),
-                     .v_rows = rows_of<HeadRows>(arguments.take<Three>("v_rows")),
-                     .heads = arguments.take<int64_t>("heads"),
-                     .kv_heads = arguments.take<int64_t>("kv_heads"),
-                     .head_size = arguments.take<int64_t>("head_size"),
-                     .value_size = arguments.take<int64_t>("value_size"),
-                     .q_norm = arguments.norm("q_norm"),
-                     .k_norm = arguments.norm("k_norm"),
-                     .v_norm = arguments.norm("v_norm"),
-                     .norms_span_heads = arguments.take<bool>("norms_span_heads", false),
-                     .norms_after_rotary = arguments.take<bool>("norms_after_rotary", false),
-                     .rotary = arguments.choice<Rotary>("rotary", arguments.take<std::string>("rotary", "none"),
-                                                        {"none", "halves", "interleaved"}),
-                     .rotary_size = arguments.take<int64_t>("rotary_size", 0),
-                     .scale = arguments.take<float>("scale"),
-                     .soft_cap = arguments.take<float>("soft_cap", 0),
-                     .window = arguments.take<int64_t>("window", 0),
-                     .causal = arguments.take<bool>("causal", true),
-                     .sinks = arguments.take<Floats>("sinks", {}),
-                     .output = output_of(arguments, output),
-                     .precision = precision_of(arguments.take<int>("precision", 1))};
+  AttentionStep step{
+      .norm = norm_of(arguments, "norm"),
+      .input = input_of(arguments, inputs),
+      .q_rows = rows_of<HeadRows>(arguments.take<Three>("q_rows")),
+      .k_rows = rows_of<HeadRows>(arguments.take<Three>("k_rows")),
+      .v_rows = rows_of<HeadRows>(arguments.take<Three>("v_rows")),
+      .heads = arguments.take<int64_t>("heads"),
+      .kv_heads = arguments.take<int64_t>("kv_heads"),
+      .head_size = arguments.take<int64_t>("head_size"),
+      .value_size = arguments.take<int64_t>("value_size"),
+      .q_norm = norm_of(arguments, "q_norm"),
+      .k_norm = norm_of(arguments, "k_norm"),
+      .v_norm = norm_of(arguments, "v_norm"),
+      .norms_span_heads = arguments.take<bool>("norms_span_heads", false),
+      .norms_after_rotary = arguments.take<bool>("norms_after_rotary", false),
+      .rotary = choice<Rotary>("rotary", arguments.take<std::string>("rotary", "none"), {"none", "halves", "interleaved"}),
+      .rotary_size = arguments.take<int64_t>("rotary_size", 0),
+      .scale = arguments.take<float>("scale"),
+      .soft_cap = arguments.take<float>("soft_cap", 0),
+      .window = arguments.take<int64_t>("window", 0),
+      .causal = arguments.take<bool>("causal", true),
+      .sinks = arguments.take<Floats>("sinks", {}),
+      .output = output_of(arguments, output),
+      .precision = precision_of(arguments.take<int>("precision", 1))};
   arguments.finish();
   check_attention_step(step);
   return {std::move(step), py::make_tuple(inputs, output)};
 }
 
 Bound<MlpStep> bound_mlp_step(const py::kwargs& given) {
-  Arguments arguments(given);
+  Keywords arguments(given);
   const auto inputs = arguments.take<py::tuple>("inputs");
   const auto output = arguments.take<py::object>("output");
   const auto gate = arguments.take<Three>("gate_rows");
   const auto up = arguments.take<std::optional<Three>>("up_rows", std::nullopt);
-  MlpStep step{.norm = arguments.norm("norm"),
+  MlpStep step{.norm = norm_of(arguments, "norm"),
                .input = input_of(arguments, inputs),
                .units = arguments.take<int64_t>("units"),
                .gate_rows = rows_of<UnitRows>(gate),
                .up_rows = rows_of<UnitRows>(up.value_or(gate)),
                .gated = up.has_value(),
-               .activation = arguments.choice<Activation>("activation", arguments.take<std::string>("activation"),
-                                                          {"silu", "gelu", "gelu_tanh", "relu", "relu_squared"}),
+               .activation = choice<Activation>("activation", arguments.take<std::string>("activation"),
+                                                {"silu", "gelu", "gelu_tanh", "relu", "relu_squared"}),
                .output = output_of(arguments, output),
                .precision = precision_of(arguments.take<int>("precision", 1))};
   arguments.finish();
@@ -612,7 +468,7 @@ Bound<MlpStep> bound_mlp_step(const py::kwargs& given) {
   return {std::move(step), py::make_tuple(inputs, output)};
 }
 
-Norm norm_of(const std::string& kind, float eps, Floats weight, Floats bias) {
+Norm make_norm(const std::string& kind, float eps, Floats weight, Floats bias) {
   if (kind != "rms" && kind != "layer") throw std::invalid_argument("norm '" + kind + "' is not known; allowed: rms, layer");
   return {kind == "rms" ? NormKind::rms : NormKind::layer, eps, std::move(weight), std::move(bias)};
 }
@@ -647,7 +503,8 @@ void bind_decode_step(py::module_& m) {
              return std::make_unique<DenseOperand>(elements(weight, type), type, rows, columns);
            }),
            arg("weight"), arg("dtype"), arg("rows"), arg("columns"));
-  py::class_<Norm>(m, "Norm").def(py::init(&norm_of), arg("kind"), arg("eps"), arg("weight") = Floats{}, arg("bias") = Floats{});
+  py::class_<Norm>(m, "Norm").def(py::init(&make_norm), arg("kind"), arg("eps"), arg("weight") = Floats{},
+                                  arg("bias") = Floats{});
   py::class_<KeyValueCache>(m, "KeyValueCache")
       .def(py::init(&cache_of), py::kw_only(), arg("keys"), arg("values"), arg("dtype"), arg("batch"), arg("kv_heads"),
            arg("capacity"), arg("head_size"), arg("value_size"), arg("key_strides"), arg("value_strides"));

@@ -1,9 +1,15 @@
 """CPU kernels. Tensors are passed as addresses (`tensor.data_ptr()`) and sizes; the caller checks shapes and dtypes.
 
+What takes `**fields` takes all fields of a C++ struct by name, each exactly once: numbers, and arrays as tensors, addresses, or
+None for null. The header that is named describes them. A name that is missing or unknown raises TypeError, a tensor whose
+elements have another size than the field's ValueError.
+
 All arrays are contiguous and row-major. dtype codes: 0 fp32, 1 bf16, 2 fp16. A layout is a uint8 buffer aligned to 64
 bytes without pointers inside: it may be copied to another aligned place. Arguments that would make a kernel read or
 write outside raise ValueError.
 """
+
+from typing import Any
 
 def supported_isas() -> list[str]:
     """Instruction sets compiled in and usable on this machine, best first."""
@@ -29,33 +35,14 @@ def pack_codes(codes: int, packed: int, rows: int, columns: int, bits: int) -> N
     """uint8 [rows, columns] -> uint8 [rows, ceil(columns*bits/8)], LSB first; a code >= 2**bits raises ValueError."""
 
 def unpack_codes(packed: int, codes: int, rows: int, columns: int, bits: int) -> None: ...
-def codebook_layout_bytes(
-    rows: int, columns: int, column_bits: int, segment_rows: int, segments: int, outliers: int
-) -> int:
-    """Size of a layout. column_bits uint8 [columns], segment_rows int32 [segments]; outliers: how many in all."""
 
-def codebook_layout_pack(
-    layout: int,
-    layout_bytes: int,
-    rows: int,
-    columns: int,
-    column_bits: int,
-    segment_rows: int,
-    segments: int,
-    codes: list[int],
-    codebook: int,
-    row_scale: int,
-    outlier_row_offsets: int,
-    outlier_columns: int,
-    outlier_columns_bytes: int,
-    outlier_values: int,
-) -> None:
-    """Checkpoint tensors -> layout.
+class CodebookCheckpoint:
+    """csrc/codebook/shape.h; `codes` are those of the widths 1 to 8. Keeps its tensors alive."""
 
-    codes: the addresses of codes_b1..codes_b8 (uint8 [rows, ceil(columns_b*b/8)]), 0 where a width does not occur;
-    codebook fp16 [segments, sum 2**column_bits]; row_scale fp16 [rows] or 0; outlier_row_offsets int32 [rows + 1] or 0;
-    outlier_columns uint16 or int32 (outlier_columns_bytes 2 or 4), ascending within a row; outlier_values fp16.
-    """
+    def __init__(self, **fields: Any) -> None: ...
+
+def codebook_layout_bytes(checkpoint: CodebookCheckpoint) -> int: ...
+def codebook_layout_pack(layout: int, layout_bytes: int, checkpoint: CodebookCheckpoint) -> None: ...
 
 class LinearOperand:
     """A layout of any kind, bound once: its header was checked. The memory of the layout must outlive the object."""
@@ -93,186 +80,48 @@ class SparseOperand(LinearOperand):
     def unpack(self, checkpoint: SparseCheckpoint) -> None:
         """The inverse of packing: fills the tensors of `checkpoint`, which must be those of the weight that was packed."""
 
-def codebook_decode(
-    rows: int,
-    columns: int,
-    column_bits: int,
-    segment_rows: int,
-    segments: int,
-    codes: list[int],
-    row_scale: int,
-    codebook: int,
-    weight: int,
-) -> None:
-    """weight fp32 [rows, columns] from the tensors of a checkpoint (as for codebook_layout_pack), but with the codebook
-    [segments, sum 2**column_bits] and row_scale ([rows] or 0) in fp32."""
+def codebook_decode(checkpoint: CodebookCheckpoint, row_scale: int, codebook: int, weight: int) -> None:
+    """weight fp32 [rows, columns] from the codes of a checkpoint, with the codebook [segments, sum 2**column_bits] and row_scale
+    ([rows] or 0) in fp32."""
 
-def codebook_gradient(
-    rows: int,
-    columns: int,
-    column_bits: int,
-    segment_rows: int,
-    segments: int,
-    codes: list[int],
-    row_scale: int,
-    weight_gradient: int,
-    gradient: int,
-) -> None:
+def codebook_gradient(checkpoint: CodebookCheckpoint, row_scale: int, weight_gradient: int, gradient: int) -> None:
     """gradient fp32 [segments, sum 2**column_bits]: row_scale * weight_gradient [rows, columns] summed for each entry."""
 
-def softmax_cdist_l1(
-    x: int,
-    x_dtype: int,
-    y: int,
-    y_dtype: int,
-    batch: int,
-    x_rows: int,
-    y_rows: int,
-    columns: int,
-    inverse_temperature: float,
-    x_statistics: int,
-    y_statistics: int,
-    distances: int,
-) -> None:
-    """Logits x [batch, x_rows, columns] and y [batch, y_rows, columns] -> fp32 distances [batch, x_rows, y_rows], and for each
-    row (largest logit, 1 / sum of exponentials) in fp32 statistics [batch, rows, 2]."""
+class Cdist:
+    """SoftmaxCdistProblem in csrc/softmax_cdist/cpu/softmax_cdist_l1.h: x, x_dtype, x_rows, x_statistics, the same of y, batch,
+    columns, scale = 1 / temperature."""
 
-def softmax_cdist_l1_backward(
-    x: int,
-    x_dtype: int,
-    y: int,
-    y_dtype: int,
-    batch: int,
-    x_rows: int,
-    y_rows: int,
-    columns: int,
-    inverse_temperature: float,
-    x_statistics: int,
-    y_statistics: int,
-    gradient: int,
-    x_gradient: int,
-) -> None:
+    def __init__(self, **fields: Any) -> None: ...
+
+def softmax_cdist_l1(call: Cdist, distances: int) -> None: ...
+def softmax_cdist_l1_backward(call: Cdist, gradient: int, x_gradient: int) -> None:
     """fp32 gradient [batch, x_rows, y_rows] of the distances -> gradient of x, in its shape and dtype. For y: swap the sides."""
 
-def kmeans_1d(
-    values: int,
-    weights: int,
-    weights_stride: int,
-    problems: int,
-    n: int,
-    ks: list[int],
-    method: int,
-    seed: int,
-    half_centroids: bool,
-    packed: bool,
-    centroids: list[int],
-    codes: list[int],
-    errors: int,
-) -> None:
-    """values [problems, n]; `centroids` and `codes` hold one pointer per k or nothing, errors fp64 [problems, len(ks)] or 0."""
+def kmeans_1d(**fields: Any) -> None:
+    """csrc/kmeans/cpu/kmeans_1d.h; `centroids` and `codes` are lists of one array per k, or empty."""
 
-def fit_columns(
-    columns: int,
-    rows: int,
-    descend: bool,
-    method: int,
-    block: int,
-    coupling: int,
-    coupling_stride: int,
-    pivot: int,
-    row_weights: int,
-    row_scale: int,
-    bits: int,
-    kept: int,
-    stored: int,
-    codes: int,
-    kept_mask: int,
-    centroids: int,
-    moves: int,
-) -> float:
-    """Sweep (descend = False) or descent over the columns of a block; see csrc/fit_columns/cpu/fit_columns.h. Returns the
-    decrease."""
+def fit_columns(**fields: Any) -> float:
+    """csrc/fit_columns/cpu/fit_columns.h. Returns the decrease."""
 
-def sinkhorn(
-    inputs: list[int],
-    strides: list[int],
-    problems: int,
-    n: int,
-    m: int,
-    iterations: int,
-    tolerance: float,
-    rho_a: float,
-    rho_b: float,
-    plan: int,
-    u: int,
-    v: int,
-    tape: int,
-    count: int,
-) -> None:
-    """inputs: the addresses of cost [problems, n, m], a, b and epsilon, all fp32. strides: of cost, a and b between problems,
-    n m, n and m, or 0 where all share one. Out: plan, u, v, tape [problems, iterations, n + m] (or 0), count int32 [problems],
-    see csrc/sinkhorn/cpu/sinkhorn.h.
-    """
+def sinkhorn(**fields: Any) -> None:
+    """SinkhornProblem and SinkhornForward in csrc/sinkhorn/problem.h."""
 
-def sinkhorn_backward(
-    inputs: list[int],
-    strides: list[int],
-    problems: int,
-    n: int,
-    m: int,
-    iterations: int,
-    rho_a: float,
-    rho_b: float,
-    tape: int,
-    count: int,
-    grad_plan: int,
-    grad_u: int,
-    grad_v: int,
-    grad_cost: int,
-    grad_a: int,
-    grad_b: int,
-) -> None:
-    """iterations: of the tape, or without one (tape 0) at least the largest count. grad_cost is per problem."""
+def sinkhorn_backward(**fields: Any) -> None:
+    """SinkhornProblem and SinkhornBackward in csrc/sinkhorn/problem.h."""
 
 class DoublyStochastic:
-    """logits: the address of [problems, n, m] in fp32, n m at most 64. shift: 0 none, 1 line, 2 matrix."""
+    """csrc/sinkhorn/cpu/doubly_stochastic.h; shift: 0 none, 1 line, 2 matrix."""
 
-    def __init__(
-        self,
-        logits: int,
-        problems: int,
-        n: int,
-        m: int,
-        iterations: int,
-        columns_first: bool,
-        softmax_start: bool,
-        shift: int,
-        matrix_epsilon: float,
-        division_epsilon: float,
-    ) -> None: ...
+    def __init__(self, **fields: Any) -> None: ...
 
 def doubly_stochastic(call: DoublyStochastic, out: int) -> None: ...
 def doubly_stochastic_backward(call: DoublyStochastic, gradient: int, logits_gradient: int) -> None: ...
 
 class SparseCheckpoint:
-    """The tensors of a sparse format as they stand in a checkpoint (docs/formats.md), by name, as addresses.
+    """csrc/sparse/shape.h; kind: "bitmap", "sparse24" or "sparse24_codebook". `tensors` holds those of a checkpoint by name
+    (docs/formats.md). Keeps them alive."""
 
-    kind: "bitmap", "sparse24" or "sparse24_codebook"; value_type: 0 fp32, 1 bf16, 2 fp16, 3 int8; kept: how many values
-    are stored; bits and outliers: of codes; column_bytes: 2 or 4, of a column number, 0 where there is none.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        value_type: int,
-        rows: int,
-        columns: int,
-        kept: int,
-        bits: int,
-        outliers: int,
-        column_bytes: int,
-        tensors: dict[str, int],
-    ) -> None: ...
+    def __init__(self, **fields: Any) -> None: ...
 
 def sparse_layout_bytes(checkpoint: SparseCheckpoint, sparse_columns: float) -> int:
     """Size of a layout. A bitmap that keeps a smaller share than sparse_columns is laid out as column numbers."""

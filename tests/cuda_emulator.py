@@ -22,7 +22,7 @@ import torch
 
 from pyllmq import dispatch
 from pyllmq.backends import cuda
-from pyllmq.backends.cuda import codebook, runtime, sparse
+from pyllmq.backends.cuda import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -98,7 +98,7 @@ def emulated(monkeypatch):
     monkeypatch.setattr(runtime, "stream", lambda device: 0)
     monkeypatch.setattr(runtime, "capturing", lambda: False)
     monkeypatch.setattr(runtime, "counters", {})
-    _clear_caches()
+    dispatch.clear_cache()
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the oracle's small operations would spin in OpenMP
     yield extension
@@ -106,10 +106,4 @@ def emulated(monkeypatch):
     assert all(not counters.any() for counters in runtime.counters.values()), "a kernel left a counter that is not zero"
     extension.emulator.set_schedule()
     torch.set_num_threads(torch_threads)
-    _clear_caches()
-
-
-def _clear_caches():
-    for cached in (codebook.workspace_sizes, codebook.tables_workspace_sizes, sparse.workspace_sizes):
-        cached.cache_clear()
     dispatch.clear_cache()

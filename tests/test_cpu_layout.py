@@ -89,31 +89,29 @@ class Weight:
         self.dense[mask] = self.outlier_values.double()
         self.layout = self.pack()
 
+    def checkpoint(self, **changed):
+        arguments = {
+            "rows": self.shape[0],
+            "columns": self.shape[1],
+            "column_bits": self.column_bits,
+            "segment_rows": self.segment_rows,
+            "segments": len(self.segment_rows),
+            "codes": [self.packed.get(b) for b in range(1, 9)],
+            "codebook": self.codebook,
+            "row_scale": self.row_scale,
+            "outlier_row_offsets": self.outlier_offsets,
+            "outlier_columns": self.outlier_columns,
+            "outlier_columns_bytes": self.outlier_columns.element_size(),
+            "outlier_values": self.outlier_values,
+        }
+        return _cpu.CodebookCheckpoint(**{**arguments, **changed})
+
     def layout_size(self):
-        return _cpu.codebook_layout_bytes(
-            *self.shape, self.column_bits.data_ptr(), self.segment_rows.data_ptr(), len(self.segment_rows),
-            len(self.outlier_values),
-        )  # fmt: skip
+        return _cpu.codebook_layout_bytes(self.checkpoint())
 
     def pack(self, size=None, **changed):
         layout = aligned_bytes(self.layout_size() if size is None else size)
-        arguments = {
-            "layout": layout.data_ptr(),
-            "layout_bytes": layout.numel(),
-            "rows": self.shape[0],
-            "columns": self.shape[1],
-            "column_bits": self.column_bits.data_ptr(),
-            "segment_rows": self.segment_rows.data_ptr(),
-            "segments": len(self.segment_rows),
-            "codes": [self.packed[b].data_ptr() if b in self.packed else 0 for b in range(1, 9)],
-            "codebook": self.codebook.data_ptr(),
-            "row_scale": 0 if self.row_scale is None else self.row_scale.data_ptr(),
-            "outlier_row_offsets": self.outlier_offsets.data_ptr() if len(self.outlier_values) else 0,
-            "outlier_columns": self.outlier_columns.data_ptr(),
-            "outlier_columns_bytes": self.outlier_columns.element_size(),
-            "outlier_values": self.outlier_values.data_ptr(),
-        }
-        _cpu.codebook_layout_pack(**{**arguments, **changed})
+        _cpu.codebook_layout_pack(layout.data_ptr(), layout.numel(), self.checkpoint(**changed))
         return layout
 
     def operand(self, layout=None):
@@ -419,24 +417,32 @@ def test_bad_checkpoints_are_refused():
     with pytest.raises(ValueError, match="codebook"):
         weight.pack(codebook=0)
     with pytest.raises(ValueError, match="ascend"):
-        weight.pack(outlier_columns=descending.data_ptr())
+        weight.pack(outlier_columns=descending)
     with pytest.raises(ValueError, match="allowed: 2"):
         weight.pack(outlier_columns_bytes=3)
     with pytest.raises(ValueError, match="decrease"):
-        weight.pack(outlier_row_offsets=falling.data_ptr())
+        weight.pack(outlier_row_offsets=falling)
 
     bits = weight.column_bits.clone()
     for wrong in (0, 9):
         bits[7] = wrong
         with pytest.raises(ValueError, match=r"column_bits\[7\]"):
-            weight.pack(column_bits=bits.data_ptr())
+            weight.pack(column_bits=bits)
     short = torch.tensor([99], dtype=torch.int32)
     with pytest.raises(ValueError, match="sum to 99"):
-        weight.pack(segment_rows=short.data_ptr())
+        weight.pack(segment_rows=short)
     with pytest.raises(ValueError, match="segments"):
         weight.pack(segments=0)
     with pytest.raises(ValueError, match="shape"):
         weight.pack(rows=0)
+    with pytest.raises(ValueError, match="another size than the 2 bytes"):
+        weight.pack(codebook=weight.codebook.float())
+    with pytest.raises(TypeError, match="keyword argument 'rows' is of another type"):
+        weight.pack(rows="many")
+    with pytest.raises(TypeError, match="unknown keyword argument 'row'"):
+        weight.pack(row=1)
+    with pytest.raises(TypeError, match="missing keyword argument 'rows'"):
+        _cpu.CodebookCheckpoint()
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -101,7 +101,7 @@ def test_the_built_extension_without_a_driver():
     codes = torch.zeros(4, dtype=torch.uint8)
     for _ in range(2):  # an error is taken by whom it befell: the process stays usable
         with pytest.raises(RuntimeError, match=re.escape(problem)):
-            _cuda.codebook_dequantize(codes.data_ptr(), 4096, 8, 8, codes.data_ptr(), 0, 0)
+            _cuda.CodebookOperand(codes.data_ptr(), 4096, 8, 8).dequantize(codes.data_ptr(), 0, 0)
         assert _cuda.device_problem() == problem
 
 

@@ -12,6 +12,7 @@ import torch
 
 import pyllmq
 from pyllmq import CodebookLinear, CodebookWeight, dispatch
+from pyllmq.backends.checkpoints import codebook_checkpoint
 from pyllmq.backends.cuda import codebook as cuda
 from pyllmq.formats import codes as reference
 from pyllmq.functional import codebook_dequantize, codebook_linear, pack_codes, unpack_codes
@@ -98,7 +99,7 @@ def test_each_extra(extra, widths):
 
 @pytest.mark.parametrize("n", [3100, 70])
 def test_without_and_with_splits_of_k(emulated, n):  # noqa: F811
-    partials, counters = emulated.codebook_linear_workspace(n, 900, 3, 2)
+    partials, counters = emulated.CodebookOperand(0, 4096, n, 900).room(3, 2)
     assert (partials, counters) == ((0, 0) if n == 3100 else (4 * 3 * 70, 70))
     check(random_case(n, 900, (1, 4), outliers=0.01), torch.randn(3, 900).half(), torch.randn(n))
 
@@ -268,4 +269,5 @@ def test_a_layout_of_another_shape_gives_nan_and_a_damaged_one_is_refused(emulat
         cuda.unpack(cuda.from_blob(blob, (50, 40)), {}, {})
     bits, rows = torch.full((50,), 2, dtype=torch.uint8), torch.tensor([40], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"shape \[2147483648, 50\]; allowed: 1..2147483647"):
-        emulated.codebook_layout_bytes(2**31, 50, bits.data_ptr(), rows.data_ptr(), 1, 0, False)
+        field = {"column_bits": bits, "segment_rows": rows}
+        emulated.codebook_layout_bytes(codebook_checkpoint(emulated, field, (2**31, 50)))

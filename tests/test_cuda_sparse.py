@@ -133,8 +133,7 @@ def test_columns_far_apart_and_in_several_panels(values):
 def test_without_and_with_splits_of_k(emulated, n):  # noqa: F811
     weight = sparse24(n, 900)
     with pyllmq.use_backend("cuda"):
-        meta = packed_here(weight).operand().meta
-    partials, counters = sparse.workspace_sizes(torch.device("cpu"), meta, "sparse24", n, 900, 3, torch.bfloat16)
+        partials, counters = sparse.operand(packed_here(weight).operand()).room(3, 1)
     assert (partials > 0, counters) == ((False, 0) if n == 3300 else (True, 70))
     check(weight, torch.randn(3, 900).bfloat16(), torch.randn(n))
 

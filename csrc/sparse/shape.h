@@ -1,10 +1,6 @@
 // What the sparse layouts of all devices are made from: a weight as a checkpoint holds it, and how its arrays are read.
 #pragma once
 #include <cstdint>
-#include <map>
-#include <stdexcept>
-#include <string>
-#include <type_traits>
 
 namespace pyllmq {
 
@@ -31,42 +27,6 @@ struct SparseCheckpoint {
   uint8_t* outlier_columns;
   uint16_t* outlier_values;
 };
-
-// Pointers by the name of the checkpoint's tensor; absent ones are 0.
-inline SparseCheckpoint sparse_checkpoint(const std::string& kind, int value_type, int64_t rows, int64_t columns, int64_t kept,
-                                          int64_t bits, int64_t outliers, int column_bytes,
-                                          const std::map<std::string, uintptr_t>& tensors) {
-  const std::map<std::string, SparseKind> kinds = {
-      {"bitmap", SparseKind::bitmap}, {"sparse24", SparseKind::sparse24}, {"sparse24_codebook", SparseKind::codes}};
-  if (kinds.count(kind) == 0) throw std::invalid_argument("kind '" + kind + "'; allowed: bitmap, sparse24, sparse24_codebook");
-  if (value_type < 0 || value_type > 3)
-    throw std::invalid_argument("value type " + std::to_string(value_type) + "; allowed: 0 to 3 (fp32, bf16, fp16, int8)");
-  const auto set = [&](auto*& array, const char* name) {
-    const auto found = tensors.find(name);
-    array = found == tensors.end() ? nullptr : reinterpret_cast<std::decay_t<decltype(array)>>(found->second);
-  };
-  SparseCheckpoint checkpoint{};
-  checkpoint.kind = kinds.at(kind);
-  checkpoint.value_type = static_cast<ValueType>(value_type);
-  checkpoint.rows = rows;
-  checkpoint.columns = columns;
-  checkpoint.kept = kept;
-  checkpoint.bits = bits;
-  checkpoint.outliers = outliers;
-  checkpoint.column_bytes = column_bytes;
-  set(checkpoint.values, "values");
-  set(checkpoint.row_offsets, "row_offsets");
-  set(checkpoint.mask, "mask");
-  set(checkpoint.column_numbers, "columns");
-  set(checkpoint.positions, "positions");
-  set(checkpoint.scale, "scale");
-  set(checkpoint.codes, "codes");
-  set(checkpoint.codebook, "codebook");
-  set(checkpoint.outlier_row_offsets, "outlier_row_offsets");
-  set(checkpoint.outlier_columns, "outlier_columns");
-  set(checkpoint.outlier_values, "outlier_values");
-  return checkpoint;
-}
 
 static inline int64_t sparse_groups(int64_t columns) { return (columns + 3) / 4; }
 

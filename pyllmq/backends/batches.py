@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from ..operations import Transport
 
-def laid_out(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
-    """The tensors as the kernel reads them, and how far their problems lie apart: 0 where all share one."""
-    read, strides = [], []
-    for tensor in tensors:
-        if tensor.is_contiguous():
-            read.append(tensor)
-            strides.append(tensor.stride(0))
-        elif tensor.shape[0] > 1 and tensor.stride(0) == 0:
-            read.append(tensor if tensor.dim() == 2 and tensor.stride(1) == 1 else tensor[0].contiguous())
-            strides.append(0)
-        else:
-            read.append(tensor.contiguous())
-            strides.append(read[-1].stride(0))
-    return read, strides
+
+def problem(transport: Transport) -> dict[str, Any]:
+    """The fields of SinkhornProblem (csrc/sinkhorn/problem.h)."""
+    fields: dict[str, Any] = dict(zip(("problems", "n", "m"), transport.cost.shape, strict=True))
+    for name in ("cost", "a", "b", "epsilon"):
+        fields[name], fields[f"{name}_stride"] = _laid_out(getattr(transport, name))
+    return fields | {"rho_a": transport.rho_a, "rho_b": transport.rho_b}
+
+
+def _laid_out(tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensor as the kernel reads it, and how far its problems lie apart: 0 where all share one."""
+    if tensor.is_contiguous():
+        return tensor, tensor.stride(0)
+    if tensor.shape[0] > 1 and tensor.stride(0) == 0:
+        return tensor if tensor.dim() == 2 and tensor.stride(1) == 1 else tensor[0].contiguous(), 0
+    tensor = tensor.contiguous()
+    return tensor, tensor.stride(0)

@@ -31,7 +31,7 @@ struct Tasks {
 
 // ---- loads ------------------------------------------------------------------------------------------------------
 
-Tasks split(const CodebookTensors& t) {
+Tasks split(const CodebookCheckpoint& t) {
   Tasks found;
   int64_t open[9];
   std::fill(open, open + 9, -1);
@@ -57,7 +57,7 @@ Tasks split(const CodebookTensors& t) {
 
 // body(task, segment, row, codes) for every row, in order, the segments one after the other.
 template <class Body>
-void for_each_row(const CodebookTensors& t, const Tasks& all, const Task& task, Body&& body) {
+void for_each_row(const CodebookCheckpoint& t, const Tasks& all, const Task& task, Body&& body) {
   const int64_t row_bytes = packed_row_bytes(all.width_columns[task.bits], task.bits);
   const uint8_t* packed = t.codes[task.bits] + task.first * task.bits / 8;
   uint8_t codes[kTaskColumns];
@@ -71,7 +71,7 @@ void for_each_row(const CodebookTensors& t, const Tasks& all, const Task& task, 
 }
 
 template <class Body>
-void for_each_task(const CodebookTensors& t, const Tasks& all, Body&& body) {
+void for_each_task(const CodebookCheckpoint& t, const Tasks& all, Body&& body) {
   const double cost_ns = 1.0 * static_cast<double>(t.rows) * static_cast<double>(t.columns);
   parallel_for(static_cast<int64_t>(all.tasks.size()), 1, cost_ns, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(all.tasks[i]);
@@ -82,20 +82,20 @@ void for_each_task(const CodebookTensors& t, const Tasks& all, Body&& body) {
 
 // ---- entry --------------------------------------------------------------------------------------------------------
 
-void codebook_decode(const CodebookTensors& t, const float* codebook, float* weight) {
+void codebook_decode(const CodebookCheckpoint& t, const float* row_scale, const float* codebook, float* weight) {
   const Tasks all = split(t);
   for_each_task(t, all, [&](const Task& task) {
     const int64_t count = static_cast<int64_t>(task.column.size());
     for_each_row(t, all, task, [&](int64_t segment, int64_t row, const uint8_t* codes) {
       const float* book = codebook + segment * all.entries;
-      const float scale = t.row_scale ? t.row_scale[row] : 1.0f;
+      const float scale = row_scale ? row_scale[row] : 1.0f;
       float* out = weight + row * t.columns;
       for (int64_t i = 0; i < count; ++i) out[task.column[i]] = scale * book[task.entry[i] + codes[i]];
     });
   });
 }
 
-void codebook_gradient(const CodebookTensors& t, const float* weight_gradient, float* gradient) {
+void codebook_gradient(const CodebookCheckpoint& t, const float* row_scale, const float* weight_gradient, float* gradient) {
   const Tasks all = split(t);
   for_each_task(t, all, [&](const Task& task) {
     const int64_t count = static_cast<int64_t>(task.column.size());
@@ -103,7 +103,7 @@ void codebook_gradient(const CodebookTensors& t, const float* weight_gradient, f
     std::vector<double> sums(t.segments * count * size, 0.0);
     for_each_row(t, all, task, [&](int64_t segment, int64_t row, const uint8_t* codes) {
       double* of_segment = sums.data() + segment * count * size;
-      const double scale = t.row_scale ? t.row_scale[row] : 1.0;
+      const double scale = row_scale ? row_scale[row] : 1.0;
       const float* in = weight_gradient + row * t.columns;
       for (int64_t i = 0; i < count; ++i) of_segment[i * size + codes[i]] += scale * in[task.column[i]];
     });

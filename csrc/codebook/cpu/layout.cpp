@@ -91,21 +91,21 @@ void plan_panels(LayoutPlan& plan, int64_t columns, const uint8_t* column_bits) 
   }
 }
 
-LayoutPlan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows, int64_t segments,
-                     int64_t outliers, bool has_row_scale) {
+LayoutPlan make_plan(const CodebookCheckpoint& c) {
+  const int64_t outliers = check_codebook_shape(refuse, c), rows = c.rows, segments = c.segments;
   LayoutPlan plan;
   LayoutHeader& h = plan.header;
   h.order = active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows;
-  plan_segments(plan, segment_rows, segments);
-  plan_panels(plan, columns, column_bits);
+  plan_segments(plan, c.segment_rows, segments);
+  plan_panels(plan, c.columns, c.column_bits);
   h.magic = kMagic;
   h.version = kVersion;
   h.rows = rows;
-  h.columns = columns;
+  h.columns = c.columns;
   h.segments = segments;
   h.panels = static_cast<int64_t>(plan.panels.size());
   h.outliers = outliers;
-  h.has_row_scale = has_row_scale;
+  h.has_row_scale = c.row_scale != nullptr;
 
   Sections section{sizeof(LayoutHeader), kAlignment};
   h.segments_offset = section(segments * sizeof(SegmentRecord));
@@ -122,34 +122,6 @@ LayoutPlan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, 
   h.bytes = section(0);
   h.checksum = checksum(h, plan.segments.data(), plan.panels.data());
   return plan;
-}
-
-void check_outliers(const CodebookCheckpoint& c) {
-  const int32_t* offsets = c.outlier_row_offsets;
-  if (offsets == nullptr) return;
-  if (c.outlier_columns_bytes != 2 && c.outlier_columns_bytes != 4)
-    refuse("outlier_columns_bytes = " + std::to_string(c.outlier_columns_bytes) + "; allowed: 2 (uint16), 4 (int32)");
-  if (offsets[0] != 0) refuse("outlier_row_offsets must start with 0, not " + std::to_string(offsets[0]));
-  for (int64_t r = 0; r < c.rows; ++r)
-    if (offsets[r + 1] < offsets[r]) refuse("outlier_row_offsets decrease at row " + std::to_string(r));
-  if (offsets[c.rows] > 0 && (c.outlier_columns == nullptr || c.outlier_values == nullptr))
-    refuse("outlier_columns and outlier_values must not be null when there are outliers");
-  for (int64_t r = 0; r < c.rows; ++r) {
-    int64_t previous = -1;
-    for (int64_t i = offsets[r]; i < offsets[r + 1]; previous = c.outlier_column(i++))
-      if (c.outlier_column(i) <= previous || c.outlier_column(i) >= c.columns)
-        refuse("outlier_columns of row " + std::to_string(r) + " must ascend without repeats within 0.." +
-               std::to_string(c.columns - 1) + "; found " + std::to_string(c.outlier_column(i)) + " after " +
-               std::to_string(previous));
-  }
-}
-
-void check_codes(const CodebookCheckpoint& c) {
-  for (int64_t k = 0; k < c.columns; ++k)
-    if (c.codes[c.column_bits[k]] == nullptr)
-      refuse("column " + std::to_string(k) + " has " + std::to_string(c.column_bits[k]) + " bits but codes_b" +
-             std::to_string(c.column_bits[k]) + " is missing");
-  if (c.codebook == nullptr) refuse("codebook must not be null");
 }
 
 // The checkpoint keeps a row's codes of one width as a bit stream, and a step of widths 1, 2, 4 and 8 is a byte of that
@@ -377,23 +349,15 @@ std::vector<TileChunk> tile_chunks(const LayoutView& view, int64_t most_tiles) {
   return chunks;
 }
 
-int64_t codebook_layout_bytes(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,
-                              int64_t segments, int64_t outliers) {
-  check_codebook_shape(refuse, rows, columns, column_bits, segment_rows, segments, outliers);
-  return make_plan(rows, columns, column_bits, segment_rows, segments, outliers, false).header.bytes;
-}
+int64_t codebook_layout_bytes(const CodebookCheckpoint& c) { return make_plan(c).header.bytes; }
 
 void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookCheckpoint& c) {
-  check_codebook_shape(refuse, c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, 0);
-  check_outliers(c);
-  check_codes(c);
-  const int64_t outliers = c.outlier_row_offsets ? c.outlier_row_offsets[c.rows] : 0;
-  const LayoutPlan plan =
-      make_plan(c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers, c.row_scale != nullptr);
+  const LayoutPlan plan = make_plan(c);
   const LayoutHeader& h = plan.header;
+  check_codebook_arrays(refuse, c, h.outliers);
   if (layout_bytes != h.bytes)
     refuse("the buffer has " + std::to_string(layout_bytes) + " bytes but this weight needs " + std::to_string(h.bytes) +
-           "; ask codebook_layout_bytes with " + std::to_string(outliers) + " outliers");
+           "; ask codebook_layout_bytes");
   if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % kAlignment != 0)
     refuse("the buffer must not be null and must be aligned to 64 bytes");
 
@@ -408,7 +372,7 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
   write_codebooks(plan, c, base);
   auto* scale = reinterpret_cast<float*>(base + h.row_scale_offset);
   for (int64_t r = 0; r < c.rows; ++r) scale[r] = c.row_scale ? fp16_to_fp32(c.row_scale[r]) : 1.0f;
-  if (outliers > 0)
+  if (h.outliers > 0)
     std::copy(c.outlier_row_offsets, c.outlier_row_offsets + c.rows + 1,
               reinterpret_cast<uint32_t*>(base + h.outlier_row_offsets_offset));
 

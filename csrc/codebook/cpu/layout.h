@@ -137,8 +137,7 @@ static inline int read_code(const uint8_t* tile_codes, StepOrder order, int widt
   return (byte(0) >> bit & 1) | (byte(1) >> bit & 1) << 1 | (byte(2) >> bit & 1) << 2;
 }
 
-int64_t codebook_layout_bytes(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,
-                              int64_t segments, int64_t outliers);
+int64_t codebook_layout_bytes(const CodebookCheckpoint& checkpoint);
 void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookCheckpoint& checkpoint);
 // codes_out uint8 [rows, columns]: exactly the codes that were packed, also under the outliers.
 void codebook_layout_codes(const LayoutView& view, uint8_t* codes_out);

@@ -1,10 +1,9 @@
 // Codes -> dense matrix. A block decodes one tile of 64 rows for 8 column groups at a time, a group per warp, into shared
 // memory as fp16, and stores whole rows from there: neighbouring columns mostly have one width, so stores are contiguous.
-#include "codebook/cuda/dequantize.h"
-
 #include <algorithm>
 
 #include "codebook/cuda/decode.cuh"
+#include "codebook/cuda/operand.h"
 #include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 
@@ -145,9 +144,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 4) codebook_dequantize_kernel(con
 
 }  // namespace
 
-void codebook_dequantize(const uint8_t* layout, int64_t layout_bytes, int64_t rows, int64_t columns, void* weight, int dtype,
-                         uintptr_t stream) {
-  check_size(layout_bytes);
+void CodebookOperand::dequantize(void* weight, int dtype, uintptr_t stream) const {
   const int64_t items = ceil_div(rows, kTileRows) * ceil_div(columns, kGroupColumns * kPanelGroups);
   const int64_t grid = std::min<int64_t>(items, int64_t{multiprocessors()} * kBlocksPerMultiprocessor);
   const Arguments arguments{layout, layout_bytes, rows, columns, weight, static_cast<DType>(dtype)};

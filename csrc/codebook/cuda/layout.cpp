@@ -25,13 +25,13 @@ struct Plan {
   std::vector<int32_t> columns;  // by slot, -1 for padding
 };
 
-Plan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows, int64_t segments,
-               int64_t outliers, bool row_scale) {
+Plan make_plan(const CodebookCheckpoint& c) {
+  const int64_t outliers = check_codebook_shape(refuse, c);
   Plan plan;
   LayoutHeader& h = plan.header;
   int32_t row = 0, tile = 0;
-  for (int64_t s = 0; s < segments; ++s)
-    for (int32_t end = row + segment_rows[s]; row < end;) {
+  for (int64_t s = 0; s < c.segments; ++s)
+    for (int32_t end = row + c.segment_rows[s]; row < end;) {
       const RowBlock block{row, std::min<int32_t>(kBlockRows, end - row), static_cast<int32_t>(s), tile};
       plan.blocks.push_back(block);
       row += block.rows;
@@ -41,8 +41,8 @@ Plan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const 
   int64_t entries = 0;  // bytes of one segment's tables
   for (int width = 1; width <= 8; ++width) {
     h.first_slot[width] = static_cast<int64_t>(plan.columns.size());
-    for (int64_t k = 0; k < columns; ++k)
-      if (column_bits[k] == width) plan.columns.push_back(static_cast<int32_t>(k));
+    for (int64_t k = 0; k < c.columns; ++k)
+      if (c.column_bits[k] == width) plan.columns.push_back(static_cast<int32_t>(k));
     const int64_t taken = static_cast<int64_t>(plan.columns.size()) - h.first_slot[width];
     h.groups[width] = ceil_div(taken, kGroupColumns);
     plan.columns.resize(h.first_slot[width] + h.groups[width] * kGroupColumns, -1);
@@ -52,9 +52,9 @@ Plan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const 
 
   h.magic = kMagic;
   h.version = kVersion;
-  h.rows = rows;
-  h.columns = columns;
-  h.segments = segments;
+  h.rows = c.rows;
+  h.columns = c.columns;
+  h.segments = c.segments;
   h.blocks = static_cast<int64_t>(plan.blocks.size());
   h.tiles = tile;
   h.slots = static_cast<int64_t>(plan.columns.size());
@@ -65,7 +65,7 @@ Plan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const 
   Sections section{sizeof(LayoutHeader), kAlignment};
   h.blocks_offset = section(h.blocks * sizeof(RowBlock));
   h.columns_offset = section(h.slots * sizeof(int32_t));
-  if (row_scale) h.row_scale_offset = section(rows * sizeof(uint16_t));
+  if (c.row_scale != nullptr) h.row_scale_offset = section(c.rows * sizeof(uint16_t));
   if (outliers > 0) {
     h.outlier_begin_offset = section(h.panels * h.tiles * sizeof(uint32_t));
     h.outlier_row_end_offset = section(h.panels * h.tiles * kTileRows * sizeof(uint16_t));
@@ -73,7 +73,7 @@ Plan make_plan(int64_t rows, int64_t columns, const uint8_t* column_bits, const 
     h.outlier_deltas_offset = section(outliers * sizeof(float));
     h.outlier_values_offset = section(outliers * sizeof(uint16_t));
   }
-  h.tables_begin = section(segments * h.segment_table_bytes);
+  h.tables_begin = section(c.segments * h.segment_table_bytes);
   for (int width = 1; width <= 8; ++width) h.codes_offset[width] = section(h.tiles * h.groups[width] * tile_bytes(width));
   h.bytes = section(0);
   return plan;
@@ -198,29 +198,6 @@ void write_codes(const Plan& plan, const CodebookCheckpoint& c, const RowBlock& 
   }
 }
 
-void check_arrays(const CodebookCheckpoint& c) {
-  for (int64_t k = 0; k < c.columns; ++k)
-    if (c.codes[c.column_bits[k]] == nullptr)
-      refuse("column " + std::to_string(k) + " has " + std::to_string(c.column_bits[k]) + " bits but codes_b" +
-             std::to_string(c.column_bits[k]) + " is missing");
-  if (c.codebook == nullptr) refuse("codebook must not be null");
-  if (c.outlier_row_offsets == nullptr) return;
-  if (c.outlier_columns_bytes != 2 && c.outlier_columns_bytes != 4)
-    refuse("outlier_columns_bytes = " + std::to_string(c.outlier_columns_bytes) + "; allowed: 2 (uint16), 4 (int32)");
-  if (c.outlier_columns == nullptr || c.outlier_values == nullptr)
-    refuse("outlier_columns and outlier_values must not be null when there are outliers");
-  if (c.outlier_row_offsets[0] != 0) refuse("outlier_row_offsets must start with 0");
-  for (int64_t r = 0; r < c.rows; ++r) {
-    if (c.outlier_row_offsets[r + 1] < c.outlier_row_offsets[r])
-      refuse("outlier_row_offsets decrease at row " + std::to_string(r));
-    int64_t previous = -1;
-    for (int64_t i = c.outlier_row_offsets[r]; i < c.outlier_row_offsets[r + 1]; previous = c.outlier_column(i++))
-      if (c.outlier_column(i) <= previous || c.outlier_column(i) >= c.columns)
-        refuse("outlier_columns of row " + std::to_string(r) + " must ascend without repeats within 0.." +
-               std::to_string(c.columns - 1));
-  }
-}
-
 // Where a column of the weight went.
 struct ColumnPlace {
   int32_t panel, group;
@@ -290,15 +267,11 @@ void write_outliers(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base
 
 }  // namespace
 
-void check_size(int64_t layout_bytes) {
-  if (layout_bytes < static_cast<int64_t>(sizeof(LayoutHeader)))
-    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes, less than its header; pack it again");
-}
-
 const LayoutHeader& checked_header(const void* layout, int64_t layout_bytes) {
   if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % 16 != 0)
     refuse("the buffer must not be null and must be aligned to 16 bytes");
-  check_size(layout_bytes);
+  if (layout_bytes < static_cast<int64_t>(sizeof(LayoutHeader)))
+    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes, less than its header; pack it again");
   const auto& h = *static_cast<const LayoutHeader*>(layout);
   if (h.magic != kMagic) refuse("this buffer was not made by codebook_layout_pack (wrong magic number)");
   if (h.version != kVersion)
@@ -310,18 +283,12 @@ const LayoutHeader& checked_header(const void* layout, int64_t layout_bytes) {
   return h;
 }
 
-int64_t codebook_layout_bytes(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,
-                              int64_t segments, int64_t outliers, bool row_scale) {
-  check_codebook_shape(refuse, rows, columns, column_bits, segment_rows, segments, outliers);
-  return make_plan(rows, columns, column_bits, segment_rows, segments, outliers, row_scale).header.bytes;
-}
+int64_t codebook_layout_bytes(const CodebookCheckpoint& c) { return make_plan(c).header.bytes; }
 
 void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookCheckpoint& c) {
-  const int64_t outliers = c.outlier_row_offsets ? c.outlier_row_offsets[c.rows] : 0;
-  check_codebook_shape(refuse, c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers);
-  check_arrays(c);
-  const Plan plan = make_plan(c.rows, c.columns, c.column_bits, c.segment_rows, c.segments, outliers, c.row_scale != nullptr);
+  const Plan plan = make_plan(c);
   const LayoutHeader& h = plan.header;
+  check_codebook_arrays(refuse, c, h.outliers);
   if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % 16 != 0 || layout_bytes != h.bytes)
     refuse("the buffer has " + std::to_string(layout_bytes) + " bytes; this weight needs " + std::to_string(h.bytes) +
            ", aligned to 16");
@@ -333,7 +300,7 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
   if (c.row_scale != nullptr) std::memcpy(base + h.row_scale_offset, c.row_scale, c.rows * sizeof(uint16_t));
   write_tables(plan, c, base);
   for_each_block(h, [&](int64_t block) { write_codes(plan, c, plan.blocks[block], base); });
-  if (outliers > 0) write_outliers(plan, c, base);
+  if (h.outliers > 0) write_outliers(plan, c, base);
 }
 
 void codebook_layout_codes(const void* layout, int64_t layout_bytes, uint8_t* codes_out) {

@@ -100,12 +100,10 @@ PYLLMQ_HOST_DEVICE int row_of_nibble(int width, int n, int g) {
 }
 
 // Host functions. They throw std::invalid_argument that says what does not fit.
-int64_t codebook_layout_bytes(int64_t rows, int64_t columns, const uint8_t* column_bits, const int32_t* segment_rows,
-                              int64_t segments, int64_t outliers, bool row_scale);
+int64_t codebook_layout_bytes(const CodebookCheckpoint& checkpoint);
 void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookCheckpoint& checkpoint);
 // codes_out uint8 [rows, columns]: exactly the codes that were packed, also under the outliers.
 void codebook_layout_codes(const void* layout, int64_t layout_bytes, uint8_t* codes_out);
 const LayoutHeader& checked_header(const void* layout, int64_t layout_bytes);
-void check_size(int64_t layout_bytes);  // at least a header
 
 }  // namespace pyllmq::cuda

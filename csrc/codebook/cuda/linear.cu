@@ -17,7 +17,7 @@
 //
 // x is turned to fp16 by a power of two per token and block that brings its largest value to 2^14..2^15: exact for bf16 (what
 // falls below 2^-24 is 2^-39 of the largest). fp32 becomes two fp16 numbers, 22 bits, that take two of the n columns.
-#include "codebook/cuda/linear.h"
+#include "codebook/cuda/operand.h"
 
 #include <algorithm>
 #include <limits>
@@ -403,22 +403,30 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) codeboo
   }
 }
 
+struct LinearPlan {
+  int token_tiles;  // columns of a block's product, in units of 4
+  int64_t tokens_per_block, token_blocks;
+  int64_t splits;  // of K
+  int64_t grid;
+  int64_t x_bytes;  // of shared memory
+  LinearRoom room;
+};
+
 // Shared memory for x: a split of q panels has at most 16 q + 8 groups, since each of 8 widths rounds up to a group.
 int64_t staged_bytes(int64_t panels, int64_t splits, int64_t product_columns) {
   return (ceil_div(panels, splits) * kPanelGroups + 8) * kGroupColumns * product_columns * 2;
 }
 
 template <int kTokenTiles>
-void run(const Arguments& arguments, const LinearPlan& plan, uintptr_t stream) {
+void launch(const Arguments& arguments, const LinearPlan& plan, uintptr_t stream) {
   const auto kernel = codebook_linear_kernel<kTokenTiles>;
   allow_shared(reinterpret_cast<const void*>(kernel), sizeof(Shared) + kMostXBytes);
   PYLLMQ_LAUNCH(kernel, plan.grid, kThreads, sizeof(Shared) + plan.x_bytes, stream, arguments);
   check_launch("codebook_linear");
 }
 
-}  // namespace
-
-LinearPlan plan_linear(int64_t rows, int64_t columns, int64_t tokens, int dtype, int multiprocessors) {
+// By shape alone: nothing on the device is read.
+LinearPlan plan_linear(int64_t rows, int64_t columns, int64_t tokens, int dtype) {
   const int64_t planes = static_cast<DType>(dtype) == DType::fp32 ? 2 : 1;
   LinearPlan plan{};
   plan.token_tiles = tokens * planes <= 4 ? 1 : tokens * planes <= 8 ? 2 : 4;
@@ -428,31 +436,30 @@ LinearPlan plan_linear(int64_t rows, int64_t columns, int64_t tokens, int dtype,
 
   // The panels are in the layout; at most, each of the 8 widths pads a group.
   const int64_t panels = ceil_div(ceil_div(columns, kGroupColumns) + 7, kPanelGroups);
-  const int64_t slots = int64_t{multiprocessors} * kBlocksPerMultiprocessor;
+  const int64_t slots = int64_t{multiprocessors()} * kBlocksPerMultiprocessor;
   const int64_t cells = ceil_div(rows, kBlockRows / plan.token_tiles) * plan.token_blocks;
   plan.splits = std::clamp<int64_t>(ceil_div(slots, cells), 1, ceil_div(columns, kGroupColumns * kPanelGroups));
   while (staged_bytes(panels, plan.splits, product_columns) > kMostXBytes) ++plan.splits;
   plan.x_bytes = staged_bytes(panels, plan.splits, product_columns);
   plan.grid = std::min(slots, cells * plan.splits);
-  plan.partials = plan.splits > 1 ? plan.splits * tokens * rows : 0;
-  plan.counters = plan.splits > 1 ? plan.token_blocks * rows : 0;
+  if (plan.splits > 1) plan.room = {plan.splits * tokens * rows, plan.token_blocks * rows};
   return plan;
 }
 
-void codebook_linear(const LinearCall& call, uintptr_t stream) {
-  check_size(call.layout_bytes);
-  if (call.tokens == 0) return;
-  const LinearPlan plan = plan_linear(call.rows, call.columns, call.tokens, call.dtype, multiprocessors());
+}  // namespace
+
+LinearRoom CodebookOperand::find_room(int64_t tokens, int dtype) const { return plan_linear(rows, columns, tokens, dtype).room; }
+
+void CodebookOperand::run(const LinearCall& call, uintptr_t stream) const {
+  const LinearPlan plan = plan_linear(rows, columns, call.tokens, call.dtype);
   // Each item has at least one row.
   if (call.rows * plan.token_tiles * plan.token_blocks * plan.splits > std::numeric_limits<int32_t>::max())
-    throw std::invalid_argument("codebook_linear of " + std::to_string(call.tokens) + " tokens by [" + std::to_string(call.rows) +
-                                ", " + std::to_string(call.columns) +
-                                "] has more than 2^31 pieces of work; give fewer tokens at a time");
+    refuse_work("codebook_linear", call);
   const Arguments arguments{call, static_cast<int>(plan.tokens_per_block), static_cast<int>(plan.token_blocks),
                             static_cast<int>(plan.splits)};
-  if (plan.token_tiles == 1) run<1>(arguments, plan, stream);
-  if (plan.token_tiles == 2) run<2>(arguments, plan, stream);
-  if (plan.token_tiles == 4) run<4>(arguments, plan, stream);
+  if (plan.token_tiles == 1) launch<1>(arguments, plan, stream);
+  if (plan.token_tiles == 2) launch<2>(arguments, plan, stream);
+  if (plan.token_tiles == 4) launch<4>(arguments, plan, stream);
 }
 
 }  // namespace pyllmq::cuda

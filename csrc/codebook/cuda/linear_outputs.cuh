@@ -1,7 +1,7 @@
 // What the kernels of codebook_linear add to the product of the codes: outliers, bias, rounding.
 #pragma once
 #include "codebook/cuda/layout.h"
-#include "codebook/cuda/linear.h"
+#include "linear_operand_cuda.h"
 #include "runtime/cuda/words.cuh"
 
 namespace pyllmq::cuda {

@@ -13,7 +13,7 @@
 // codebooks.
 #include <algorithm>
 
-#include "codebook/cuda/linear.h"
+#include "codebook/cuda/operand.h"
 #include "codebook/cuda/linear_outputs.cuh"
 #include "codebook/cuda/decode.cuh"
 #include "runtime/counting.h"
@@ -439,16 +439,15 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 1) codebook_linear_tables_kernel(
 
 }  // namespace
 
-TablesPlan plan_linear_tables(int64_t rows, int64_t columns) {
+LinearRoom CodebookTables::find_room(int64_t, int) const {
   // How many units there are stands in the layout; at most each width pads a group and a unit of at least 16 groups.
   const int64_t groups = ceil_div(columns, kGroupColumns) + 8;
   return {(groups / 16 + 8) * rows, rows};
 }
 
-bool linear_tables_fit() { return shared_bytes() >= static_cast<int64_t>(sizeof(Shared)); }
+bool CodebookTables::fit() { return shared_bytes() >= static_cast<int64_t>(sizeof(Shared)); }
 
-void codebook_linear_tables(const LinearCall& call, uintptr_t stream) {
-  check_size(call.layout_bytes);
+void CodebookTables::run(const LinearCall& call, uintptr_t stream) const {
   // Long steps share the work of finishing, short ones keep all warps busy: at least three steps for two warps.
   const int64_t blocks = multiprocessors(), strips = ceil_div(call.rows, kStripRows) * ceil_div(call.columns, 512);
   int step_strips = 4;

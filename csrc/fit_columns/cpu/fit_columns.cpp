@@ -88,7 +88,7 @@ double fell_by(const FitColumnsArguments& a, const float* before, const Column& 
 void accept(const FitColumnsArguments& a, int64_t j, const Column& c) {
   std::copy(c.stored.begin(), c.stored.end(), a.stored + j * a.rows);
   std::copy(c.codes.begin(), c.codes.end(), a.codes + j * a.rows);
-  std::copy(c.kept.begin(), c.kept.end(), a.kept_mask + j * a.rows);
+  std::copy(c.kept.begin(), c.kept.end(), a.kept + j * a.rows);
   std::copy(c.centroids.begin(), c.centroids.end(), a.centroids + j * 256);
 }
 
@@ -133,10 +133,10 @@ double fit_columns(const FitColumnsArguments& a) {
       continue;
     }
     for (int64_t r = 0; r < a.rows; ++r) c.target[r] = a.descend ? stored[r] - values[r] / pivot : values[r];
-    std::copy(a.kept_mask + j * a.rows, a.kept_mask + (j + 1) * a.rows, c.kept.begin());
+    std::copy(a.kept + j * a.rows, a.kept + (j + 1) * a.rows, c.kept.begin());
     const bool finite = std::all_of(c.target.begin(), c.target.end(), [](float t) { return std::isfinite(t); });
     if (!finite && !a.descend) throw std::overflow_error(std::to_string(j));
-    if (finite) fit(a, a.bits[j], a.kept[j], c);
+    if (finite) fit(a, a.bits[j], a.kept_counts[j], c);
     if (a.descend) {
       const double fell = finite ? fell_by(a, stored, c) : 0.0;
       if (!(fell > 0 && std::isfinite(fell))) {

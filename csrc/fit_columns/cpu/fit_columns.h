@@ -19,10 +19,10 @@ struct FitColumnsArguments {
   const float* row_weights;  // [rows], > 0
   const float* row_scale;    // [rows], > 0
   const uint8_t* bits;       // [columns], 1 .. 8
-  const int32_t* kept;       // [columns]: how many weights stay as they are in fp16, less than rows
+  const int32_t* kept_counts;  // [columns]: how many weights stay as they are in fp16, less than rows
   float* stored;             // [columns, rows]: what a column decodes to; read by the descent, written by both
   uint8_t* codes;            // [columns, rows], likewise
-  uint8_t* kept_mask;        // [columns, rows], likewise: 1 where the weight stays in fp16
+  uint8_t* kept;             // [columns, rows], likewise: 1 where the weight stays in fp16
   float* centroids;          // [columns, 256], likewise: fp16 values, the first 2^bits of each
   float* moves;              // out [columns, rows]: sweep: (value - stored) / U_jj; descent: stored before - stored after
 };

@@ -1,46 +1,13 @@
 // Batched entropic optimal transport: scalings f = a / (K g), g = b / (K^T f) of K = exp((u + v - cost) / epsilon), where
-// the offsets u, v take up what the scalings cannot hold. See docs/kernels-sinkhorn.md.
+// the offsets u, v take up what the scalings cannot hold. The tape is [problems, iterations, n + m]: f and g of every iteration.
+// See docs/kernels-sinkhorn.md.
 #pragma once
 #include <cstdint>
 
 #include "sinkhorn/cpu/doubly_stochastic.h"
+#include "sinkhorn/problem.h"
 
 namespace pyllmq::cpu {
-
-struct SinkhornProblem {
-  const float* cost;  // [problems, n, m] with cost_stride = n * m, or one matrix for all with cost_stride = 0
-  int64_t cost_stride;
-  const float* a;  // [problems, n] with a_stride = n, or one for all with a_stride = 0
-  int64_t a_stride;
-  const float* b;  // likewise, [problems, m]
-  int64_t b_stride;
-  const float* epsilon;  // [problems]
-  int64_t problems;
-  int64_t n, m;
-  double rho_a, rho_b;  // prices of missing a marginal; infinite where it is kept
-};
-
-struct SinkhornForward {
-  int64_t iterations;
-  double tolerance;  // 0: none
-  float* plan;       // out [problems, n, m]
-  float* u;          // out [problems, n], -inf without mass
-  float* v;          // out [problems, m]
-  float* tape;       // out [problems, iterations, n + m] or null: f and g of every iteration
-  int32_t* count;    // out [problems]: iterations taken; negated where the offsets changed, so that the tape does not tell all
-};
-
-struct SinkhornBackward {
-  int64_t iterations;  // of the tape
-  const float* tape;   // null: the loop is run again
-  const int32_t* count;
-  const float* grad_plan;
-  const float* grad_u;
-  const float* grad_v;
-  float* grad_cost;  // out [problems, n, m]
-  float* grad_a;     // out [problems, n]
-  float* grad_b;     // out [problems, m]
-};
 
 // Throws std::invalid_argument for values that no plan exists for.
 void sinkhorn(const SinkhornProblem& problem, const SinkhornForward& forward);

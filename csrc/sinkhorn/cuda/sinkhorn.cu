@@ -37,7 +37,7 @@ struct Layout {
 };
 
 struct Work {
-  SinkhornCall call;
+  SinkhornProblem call;
   Layout layout;
   float* parts;         // [teams, 2, team, kFlags + m]
   float* totals;        // [teams, 2, kFlags + m]
@@ -110,7 +110,7 @@ struct Team {
 // What a block has of a problem, all in shared memory but the costs.
 template <class S>
 struct Part {
-  const SinkhornCall* call;
+  const SinkhornProblem* call;
   Team team;
   Prices prices;
   const float* cost;  // of the block's first row
@@ -737,7 +737,7 @@ PYLLMQ_KERNEL void __launch_bounds__(S::threads) backward_kernel(const Given<Sin
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 template <class Floats>
-Layout layout_of(const SinkhornCall& call, int width, int rows, const Floats& fixed) {
+Layout layout_of(const SinkhornProblem& call, int width, int rows, const Floats& fixed) {
   const int64_t room = shared_bytes() / 4, blocks = multiprocessors();
   const auto resident_of = [&](int64_t team) {
     const int64_t here = ceil_div(ceil_div(call.n, team), rows) * rows;
@@ -762,7 +762,7 @@ void with_shape(int64_t n, int64_t m, const Visit& visit) {
 }
 
 template <class Side, class S>
-Layout layout_for(const SinkhornCall& call) {
+Layout layout_for(const SinkhornProblem& call) {
   return layout_of(call, S::width, S::rows, [](int64_t rows_room) { return Side::floats(rows_room); });
 }
 
@@ -771,12 +771,12 @@ int64_t shared_floats(const Layout& layout) {
   return Side::floats(ceil_div(layout.rows_each, S::rows) * S::rows) + layout.resident * S::width;
 }
 
-int64_t partial_sums(const SinkhornCall& call, const Layout& layout) {
+int64_t partial_sums(const SinkhornProblem& call, const Layout& layout) {
   return layout.team > 1 ? layout.teams * 2 * (layout.team + 1) * (kFlags + call.m) : 0;
 }
 
 template <class Side, class S, class Kernel, class Out>
-void launch(Kernel* kernel, const SinkhornCall& call, const Out& out, float* workspace, uint32_t* counters, uintptr_t stream) {
+void launch(Kernel* kernel, const SinkhornProblem& call, const Out& out, float* workspace, uint32_t* counters, uintptr_t stream) {
   const Layout layout = layout_for<Side, S>(call);
   const size_t bytes = sizeof(float) * shared_floats<Side, S>(layout);
   Work work{call, layout, workspace, nullptr, nullptr, counters, nullptr};
@@ -806,7 +806,7 @@ bool sinkhorn_fits(int64_t n, int64_t m) {
   return fits;
 }
 
-SinkhornRoom sinkhorn_room(const SinkhornCall& call, int64_t backward_iterations) {
+SinkhornRoom sinkhorn_room(const SinkhornProblem& call, int64_t backward_iterations) {
   SinkhornRoom room{};
   if (sinkhorn_is_small(call)) return room;
   with_shape(call.n, call.m, [&](auto shape) {
@@ -818,14 +818,14 @@ SinkhornRoom sinkhorn_room(const SinkhornCall& call, int64_t backward_iterations
   return room;
 }
 
-void sinkhorn(const SinkhornCall& call, const SinkhornForward& out, float* workspace, uint32_t* counters, uintptr_t stream) {
+void sinkhorn(const SinkhornProblem& call, const SinkhornForward& out, float* workspace, uint32_t* counters, uintptr_t stream) {
   with_shape(call.n, call.m, [&](auto shape) {
     using S = decltype(shape);
     launch<Forward<S>, S>(forward_kernel<S>, call, out, workspace, counters, stream);
   });
 }
 
-void sinkhorn_backward(const SinkhornCall& call, const SinkhornBackward& out, float* workspace, uint32_t* counters,
+void sinkhorn_backward(const SinkhornProblem& call, const SinkhornBackward& out, float* workspace, uint32_t* counters,
                        uintptr_t stream) {
   with_shape(call.n, call.m, [&](auto shape) {
     using S = decltype(shape);

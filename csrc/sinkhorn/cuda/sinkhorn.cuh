@@ -95,7 +95,7 @@ PYLLMQ_DEVICE Price price_of(double rho, float epsilon) {
   return {kept ? 1 : rho / (rho + epsilon), kept ? infinity() : static_cast<float>(rho)};
 }
 
-PYLLMQ_DEVICE Prices prices_of(const SinkhornCall& call, int64_t problem) {
+PYLLMQ_DEVICE Prices prices_of(const SinkhornProblem& call, int64_t problem) {
   const float epsilon = call.epsilon[problem * call.epsilon_stride];
   return {price_of(call.rho_a, epsilon), price_of(call.rho_b, epsilon), 1.0f / epsilon};
 }

@@ -58,7 +58,7 @@ struct Problem {
   int n, m;
   float limit;
 
-  PYLLMQ_MEMBER void load(const SinkhornCall& call, int64_t problem, const float* staged) {
+  PYLLMQ_MEMBER void load(const SinkhornProblem& call, int64_t problem, const float* staged) {
     n = static_cast<int>(call.n);
     m = static_cast<int>(call.m);
     cost = staged;
@@ -231,7 +231,7 @@ PYLLMQ_DEVICE int32_t iterate(Problem<N>& p, const SinkhornForward& out, const T
 }
 
 template <int N, bool kStops>
-PYLLMQ_KERNEL void __launch_bounds__(kThreads) small_kernel(const SinkhornCall call, const SinkhornForward out) {
+PYLLMQ_KERNEL void __launch_bounds__(kThreads) small_kernel(const SinkhornProblem call, const SinkhornForward out) {
   PYLLMQ_DYNAMIC_SHARED(memory);
   auto* staged = reinterpret_cast<float*>(memory);
   const int n = static_cast<int>(call.n), m = static_cast<int>(call.m), entries = n * m;
@@ -362,7 +362,7 @@ PYLLMQ_DEVICE void adjoint(Problem<N>& p, const SinkhornBackward& out, const Tap
 }
 
 template <int N>
-PYLLMQ_KERNEL void __launch_bounds__(kThreads) small_backward_kernel(const SinkhornCall call, const SinkhornBackward out) {
+PYLLMQ_KERNEL void __launch_bounds__(kThreads) small_backward_kernel(const SinkhornProblem call, const SinkhornBackward out) {
   PYLLMQ_DYNAMIC_SHARED(memory);
   auto* costs = reinterpret_cast<float*>(memory);
   const int entries = static_cast<int>(call.n * call.m);
@@ -386,7 +386,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads) small_backward_kernel(const Sinkh
 
 // `numbers` of shared memory for each thread
 template <class Kernel, class Out>
-void launch(Kernel* kernel, int64_t numbers, const SinkhornCall& call, const Out& out, uintptr_t stream) {
+void launch(Kernel* kernel, int64_t numbers, const SinkhornProblem& call, const Out& out, uintptr_t stream) {
   const int64_t blocks = std::min((call.problems + kThreads - 1) / kThreads, kMostBlocks);
   PYLLMQ_LAUNCH(kernel, blocks, kThreads, sizeof(float) * kThreads * numbers, stream, call, out);
   check_launch("sinkhorn_small");
@@ -394,14 +394,14 @@ void launch(Kernel* kernel, int64_t numbers, const SinkhornCall& call, const Out
 
 }  // namespace
 
-void sinkhorn_small(const SinkhornCall& call, const SinkhornForward& out, uintptr_t stream) {
+void sinkhorn_small(const SinkhornProblem& call, const SinkhornForward& out, uintptr_t stream) {
   const bool four = call.n <= 4 && call.m <= 4, stops = out.tolerance > 0;
   const auto kernel =
       four ? (stops ? small_kernel<4, true> : small_kernel<4, false>) : (stops ? small_kernel<8, true> : small_kernel<8, false>);
   launch(kernel, (call.n * call.m) | 1, call, out, stream);
 }
 
-void sinkhorn_small_backward(const SinkhornCall& call, const SinkhornBackward& out, uintptr_t stream) {
+void sinkhorn_small_backward(const SinkhornProblem& call, const SinkhornBackward& out, uintptr_t stream) {
   const bool four = call.n <= 4 && call.m <= 4;
   const auto kernel = four ? small_backward_kernel<4> : small_backward_kernel<8>;
   launch(kernel, 2 * ((call.n * call.m) | 1) + (four ? 8 : 16), call, out, stream);

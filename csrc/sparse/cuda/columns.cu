@@ -13,7 +13,7 @@
 #include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 #include "sparse/cuda/layout.h"
-#include "sparse/cuda/linear.h"
+#include "sparse/cuda/operand.h"
 #include "runtime/cuda/split_sums.cuh"
 
 namespace pyllmq::cuda {
@@ -171,12 +171,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 }
 
 template <ValueType kType, int kTokens>
-void run(const SparsePlan& plan, const LinearCall& call, uintptr_t stream) {
-  const int64_t row_blocks = ceil_div(call.rows, kItemRows), items = row_blocks * plan.token_blocks * plan.splits;
-  if (items > std::numeric_limits<int32_t>::max())
-    throw std::invalid_argument("sparse_columns_linear of " + std::to_string(call.tokens) + " tokens by [" +
-                                std::to_string(call.rows) + ", " + std::to_string(call.columns) +
-                                "] has more than 2^31 pieces of work; give fewer tokens at a time");
+void launch(const SparsePlan& plan, int64_t row_blocks, int64_t items, const LinearCall& call, uintptr_t stream) {
   const Arguments arguments{call, static_cast<int>(plan.splits), kTokens};
   const auto kernel = sparse_columns_linear_kernel<kType, kTokens>;
   allow_shared(reinterpret_cast<const void*>(kernel), sizeof(Shared<kTokens>));
@@ -186,38 +181,36 @@ void run(const SparsePlan& plan, const LinearCall& call, uintptr_t stream) {
 }
 
 template <ValueType kType>
-void run_tokens(const SparsePlan& plan, const LinearCall& call, uintptr_t stream) {
-  if (plan.tokens_per_block == 1) return run<kType, 1>(plan, call, stream);
-  if (plan.tokens_per_block == 2) return run<kType, 2>(plan, call, stream);
-  run<kType, kMostTokens>(plan, call, stream);
+void launch_tokens(const SparsePlan& plan, const LinearCall& call, int64_t row_blocks, int64_t items, uintptr_t stream) {
+  if (plan.tokens_per_block == 1) return launch<kType, 1>(plan, row_blocks, items, call, stream);
+  if (plan.tokens_per_block == 2) return launch<kType, 2>(plan, row_blocks, items, call, stream);
+  launch<kType, kMostTokens>(plan, row_blocks, items, call, stream);
 }
 
 }  // namespace
 
-SparsePlan plan_sparse_columns_linear(int64_t rows, int64_t columns, int64_t tokens, int multiprocessors) {
+SparsePlan SparseOperand::plan_columns(int64_t tokens) const {
   SparsePlan plan{};
   plan.warps = kWarps;
   plan.tokens_per_block = tokens <= 2 ? tokens : kMostTokens;
   plan.token_blocks = ceil_div(tokens, plan.tokens_per_block);
-  const int64_t slots = int64_t{multiprocessors} * kBlocksPerMultiprocessor;
+  const int64_t slots = int64_t{multiprocessors()} * kBlocksPerMultiprocessor;
   const int64_t blocks = ceil_div(rows, kItemRows) * plan.token_blocks;
   plan.splits = std::clamp<int64_t>(ceil_div(slots, blocks), 1, ceil_div(columns, kPanelColumns));
   plan.grid = std::min(slots, blocks * plan.splits);
-  plan.partials = plan.splits > 1 ? plan.splits * tokens * rows : 0;
-  plan.counters = plan.splits > 1 ? plan.token_blocks * rows : 0;
+  if (plan.splits > 1) plan.room = {plan.splits * tokens * rows, plan.token_blocks * rows};
   return plan;
 }
 
-void sparse_columns_linear(ValueType values, const LinearCall& call, uintptr_t stream) {
-  if (call.layout_bytes < static_cast<int64_t>(sizeof(SparseHeader)))
-    throw std::invalid_argument("the layout has " + std::to_string(call.layout_bytes) + " bytes, less than its header");
-  if (call.tokens == 0) return;
-  const SparsePlan plan = plan_sparse_columns_linear(call.rows, call.columns, call.tokens, multiprocessors());
+void SparseOperand::run_columns(const LinearCall& call, uintptr_t stream) const {
+  const SparsePlan plan = plan_columns(call.tokens);
+  const int64_t row_blocks = ceil_div(rows, kItemRows), items = row_blocks * plan.token_blocks * plan.splits;
+  if (items > std::numeric_limits<int32_t>::max()) refuse_work("sparse_columns_linear", call);
   switch (values) {
-    case ValueType::fp32: return run_tokens<ValueType::fp32>(plan, call, stream);
-    case ValueType::bf16: return run_tokens<ValueType::bf16>(plan, call, stream);
-    case ValueType::fp16: return run_tokens<ValueType::fp16>(plan, call, stream);
-    case ValueType::int8: return run_tokens<ValueType::int8>(plan, call, stream);
+    case ValueType::fp32: return launch_tokens<ValueType::fp32>(plan, call, row_blocks, items, stream);
+    case ValueType::bf16: return launch_tokens<ValueType::bf16>(plan, call, row_blocks, items, stream);
+    case ValueType::fp16: return launch_tokens<ValueType::fp16>(plan, call, row_blocks, items, stream);
+    case ValueType::int8: return launch_tokens<ValueType::int8>(plan, call, row_blocks, items, stream);
   }
 }
 

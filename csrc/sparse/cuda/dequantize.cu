@@ -6,7 +6,7 @@
 
 #include "runtime/cuda/runtime.h"
 #include "sparse/cuda/cells.cuh"
-#include "sparse/cuda/linear.h"
+#include "sparse/cuda/operand.h"
 
 namespace pyllmq::cuda {
 namespace {
@@ -125,19 +125,16 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 3) sparse_columns_dequantize_kern
 
 }  // namespace
 
-void sparse_dequantize(const SparseOperand& operand, const uint8_t* layout, int64_t layout_bytes, int64_t rows, int64_t columns,
-                       void* weight, int dtype, uintptr_t stream) {
-  if (layout_bytes < static_cast<int64_t>(sizeof(SparseHeader)))
-    throw std::invalid_argument("the layout has " + std::to_string(layout_bytes) + " bytes, less than its header");
+void SparseOperand::dequantize(void* weight, int dtype, uintptr_t stream) const {
   const Arguments arguments{layout, layout_bytes, rows, columns, weight, static_cast<DType>(dtype)};
   const int64_t most = int64_t{multiprocessors()} * kBlocksPerMultiprocessor;
-  if (operand.kind == SparseKind::columns) {
+  if (kind == SparseKind::columns) {
     const int64_t bytes = kWarps * kPanelColumns * 4, items = rows * ((columns + kPanelColumns - 1) / kPanelColumns);
     allow_shared(reinterpret_cast<const void*>(sparse_columns_dequantize_kernel), bytes);
     PYLLMQ_LAUNCH(sparse_columns_dequantize_kernel, std::min(most, (items + kWarps - 1) / kWarps), kThreads, bytes, stream,
                   arguments);
   } else {
-    with_cells(operand.kind, operand.values, operand.bits, [&](auto cells) {
+    with_cells(kind, values, bits, [&](auto cells) {
       using Cells = decltype(cells);
       const int64_t items = (rows + kStripRows - 1) / kStripRows * ((columns + Cells::kColumns - 1) / Cells::kColumns);
       const auto kernel = sparse_dequantize_kernel<Cells>;

@@ -9,7 +9,7 @@
 // codebook_linear (fp16_planes.cuh); values in bf16 meet fp16 x as the sum of two, fp32 x as the sum of three bf16 numbers,
 // exactly. int8 values become fp16.
 #include "runtime/counting.h"
-#include "sparse/cuda/linear.h"
+#include "sparse/cuda/operand.h"
 
 #include <algorithm>
 #include <limits>
@@ -331,8 +331,8 @@ int64_t warp_bytes(int64_t stage_bytes) {
 int64_t row_blocks_of(int64_t rows, int token_tiles) { return ceil_div(ceil_div(rows, kStripRows), kBlockStrips / token_tiles); }
 
 template <class Cells>
-SparsePlan plan_for(const SparseOperand& operand, int64_t rows, int64_t columns, int64_t tokens, int dtype, int multiprocessors,
-                    int64_t shared_limit) {
+SparsePlan plan_for(const SparseOperand& operand, int64_t tokens, int dtype) {
+  const int64_t rows = operand.rows, columns = operand.columns, shared_limit = shared_bytes();
   SparsePlan plan{};
   const int64_t planes = planes_of(Cells::kBf16, static_cast<DType>(dtype));
   plan.token_tiles = tokens * planes <= 8 ? 1 : 2;
@@ -350,7 +350,7 @@ SparsePlan plan_for(const SparseOperand& operand, int64_t rows, int64_t columns,
   while (plan.warps > 1 && bytes(plan.warps, most_x) > shared_limit) plan.warps /= 2;
   // 1 KiB of every block, and of the device's limit, is the driver's.
   const int64_t resident = std::clamp<int64_t>((shared_limit + 1024) / (bytes(plan.warps, most_x) + 1024), 1, Cells::kBlocks);
-  const int64_t slots = multiprocessors * resident;
+  const int64_t slots = multiprocessors() * resident;
 
   int64_t least = std::numeric_limits<int64_t>::max();
   for (int64_t splits = ceil_div(cells * cell_x, kMostXBytes); splits <= cells; ++splits) {
@@ -367,18 +367,12 @@ SparsePlan plan_for(const SparseOperand& operand, int64_t rows, int64_t columns,
   }
   plan.shared_bytes = bytes(plan.warps, plan.x_bytes);
   plan.grid = std::min(slots, row_blocks * plan.token_blocks * plan.splits);
-  plan.partials = plan.splits > 1 ? plan.splits * tokens * rows : 0;
-  plan.counters = plan.splits > 1 ? plan.token_blocks * rows : 0;
+  if (plan.splits > 1) plan.room = {plan.splits * tokens * rows, plan.token_blocks * rows};
   return plan;
 }
 
 template <class Cells, int kTokenTiles>
-void run(const SparseOperand& operand, const SparsePlan& plan, const LinearCall& call, uintptr_t stream) {
-  const int64_t items = row_blocks_of(call.rows, kTokenTiles) * plan.token_blocks * plan.splits;
-  if (items > std::numeric_limits<int32_t>::max())
-    throw std::invalid_argument("sparse_linear of " + std::to_string(call.tokens) + " tokens by [" + std::to_string(call.rows) +
-                                ", " + std::to_string(call.columns) +
-                                "] has more than 2^31 pieces of work; give fewer tokens at a time");
+void launch(const SparseOperand& operand, const SparsePlan& plan, int64_t items, const LinearCall& call, uintptr_t stream) {
   const Arguments arguments{call,
                             static_cast<int>(operand.stage_bytes),
                             static_cast<int>(plan.tokens_per_block),
@@ -386,33 +380,31 @@ void run(const SparseOperand& operand, const SparsePlan& plan, const LinearCall&
                             static_cast<int>(plan.splits),
                             plan.warps};
   const auto kernel = sparse_linear_kernel<Cells, kTokenTiles>;
+  const int64_t of_warp = warp_bytes<Cells>(operand.stage_bytes);
   allow_shared(reinterpret_cast<const void*>(kernel), plan.shared_bytes);
   PYLLMQ_LAUNCH(kernel, plan.grid, plan.warps * 32, plan.shared_bytes, stream, arguments, static_cast<int>(items), plan.x_bytes,
-                warp_bytes<Cells>(operand.stage_bytes));
+                of_warp);
   check_launch("sparse_linear");
 }
 
 }  // namespace
 
-SparsePlan plan_sparse_linear(const SparseOperand& operand, int64_t rows, int64_t columns, int64_t tokens, int dtype,
-                              int multiprocessors, int64_t shared_limit) {
-  SparsePlan plan{};
-  with_cells(operand.kind, operand.values, operand.bits, [&](auto cells) {
-    plan = plan_for<decltype(cells)>(operand, rows, columns, tokens, dtype, multiprocessors, shared_limit);
-  });
-  return plan;
+LinearRoom SparseOperand::find_room(int64_t tokens, int dtype) const {
+  if (kind == SparseKind::columns) return plan_columns(tokens).room;
+  LinearRoom room{};
+  with_cells(kind, values, bits, [&](auto cells) { room = plan_for<decltype(cells)>(*this, tokens, dtype).room; });
+  return room;
 }
 
-void sparse_linear(const SparseOperand& operand, const LinearCall& call, uintptr_t stream) {
-  if (call.layout_bytes < static_cast<int64_t>(sizeof(SparseHeader)))
-    throw std::invalid_argument("the layout has " + std::to_string(call.layout_bytes) + " bytes, less than its header");
-  if (call.tokens == 0) return;
-  with_cells(operand.kind, operand.values, operand.bits, [&](auto cells) {
+void SparseOperand::run(const LinearCall& call, uintptr_t stream) const {
+  if (kind == SparseKind::columns) return run_columns(call, stream);
+  with_cells(kind, values, bits, [&](auto cells) {
     using Cells = decltype(cells);
-    const SparsePlan plan =
-        plan_for<Cells>(operand, call.rows, call.columns, call.tokens, call.dtype, multiprocessors(), shared_bytes());
-    if (plan.token_tiles == 1) run<Cells, 1>(operand, plan, call, stream);
-    if (plan.token_tiles == 2) run<Cells, 2>(operand, plan, call, stream);
+    const SparsePlan plan = plan_for<Cells>(*this, call.tokens, call.dtype);
+    const int64_t items = row_blocks_of(rows, plan.token_tiles) * plan.token_blocks * plan.splits;
+    if (items > std::numeric_limits<int32_t>::max()) refuse_work("sparse_linear", call);
+    if (plan.token_tiles == 1) launch<Cells, 1>(*this, plan, items, call, stream);
+    if (plan.token_tiles == 2) launch<Cells, 2>(*this, plan, items, call, stream);
   });
 }
 

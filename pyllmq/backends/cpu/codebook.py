@@ -10,8 +10,9 @@ from torch import Tensor
 from ...formats.codebook import CODES, pack_widths
 from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
 from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, reads
+from ..checkpoints import codebook_checkpoint
 from . import runtime
-from .runtime import DTYPE_CODE, ORDER, PRECISION_CODE, address
+from .runtime import DTYPE_CODE, ORDER, PRECISION_CODE
 
 LAYOUT = "cpu.codebook"
 
@@ -26,29 +27,9 @@ def from_blob(blob: Tensor, shape: Shape) -> WeightOperand:
 def prepack(field: Fields, shape: Shape) -> WeightOperand:
     _cpu = runtime.kernels()
     field = {name: tensor.contiguous() for name, tensor in field.items()}
-    rows, columns = shape
-    segment_rows, outlier_columns = field["segment_rows"], field.get("outlier_columns")
-    outliers = 0 if outlier_columns is None else outlier_columns.numel()
-    size = _cpu.codebook_layout_bytes(
-        rows, columns, field["column_bits"].data_ptr(), segment_rows.data_ptr(), segment_rows.numel(), outliers
-    )
-    blob = runtime.empty_layout(size)
-    _cpu.codebook_layout_pack(
-        blob.data_ptr(),
-        size,
-        rows,
-        columns,
-        field["column_bits"].data_ptr(),
-        segment_rows.data_ptr(),
-        segment_rows.numel(),
-        [address(field.get(name)) for name in CODES],
-        field["codebook"].data_ptr(),
-        address(field.get("row_scale")),
-        address(field.get("outlier_row_offsets")) if outliers else 0,
-        address(outlier_columns),
-        2 if outlier_columns is None else outlier_columns.element_size(),
-        address(field.get("outlier_values")),
-    )
+    checkpoint = codebook_checkpoint(_cpu, field, shape)
+    blob = runtime.empty_layout(_cpu.codebook_layout_bytes(checkpoint))
+    _cpu.codebook_layout_pack(blob.data_ptr(), blob.numel(), checkpoint)
     return from_blob(blob, shape)
 
 

@@ -11,30 +11,23 @@ from ...formats.codebook import CODES, CodebookWeight
 from ...layouts import WeightOperand
 from ...operations import CODEBOOK_GRADIENT, PACKED_DEQUANTIZE, PACKED_LINEAR, reads
 from ...structure import outlier_places
+from ..checkpoints import codebook_checkpoint
 from . import runtime
-from .runtime import ORDER, address
+from .runtime import ORDER
 
 
-def _checkpoint_arguments(weight: WeightOperand) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
-    """(arguments that `codebook_decode` and `codebook_gradient` share, the tensors by name, which must outlive the call)."""
+def _checkpoint(weight: WeightOperand) -> tuple[Any, Tensor, dict[str, Tensor]]:
+    """(what `codebook_decode` and `codebook_gradient` read, row_scale in fp32, the tensors by name); keep them during the call."""
     field = {name: tensor.detach().contiguous() for name, tensor in CodebookWeight.named(weight).items()}
-    field["row_scale"] = field["row_scale"].float()
-    arguments = (
-        *weight.shape,
-        field["column_bits"].data_ptr(),
-        field["segment_rows"].data_ptr(),
-        field["segment_rows"].numel(),
-        [address(field[name]) for name in CODES],
-        address(field["row_scale"]),
-    )
-    return arguments, field
+    codes = {name: field[name] for name in (*CODES, "column_bits", "segment_rows")}
+    return codebook_checkpoint(runtime.kernels(), codes, weight.shape), field["row_scale"].float(), field
 
 
 def decode_checkpoint(weight: WeightOperand, dtype: torch.dtype) -> Tensor:
-    arguments, field = _checkpoint_arguments(weight)
+    checkpoint, row_scale, field = _checkpoint(weight)
     codebook = field["codebook"].float()
     dense = torch.empty(weight.shape, dtype=torch.float32, device=runtime.DEVICE)
-    runtime.kernels().codebook_decode(*arguments, codebook.data_ptr(), dense.data_ptr())
+    runtime.kernels().codebook_decode(checkpoint, row_scale.data_ptr(), codebook.data_ptr(), dense.data_ptr())
     if field["outlier_values"].numel():
         dense[outlier_places(field)] = field["outlier_values"].float()
     return dense.to(dtype)
@@ -47,13 +40,14 @@ def decode_checkpoint_and_matmul(x: Tensor, weight: WeightOperand, bias: Tensor 
 
 
 def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
-    arguments, field = _checkpoint_arguments(weight)
+    checkpoint, row_scale, field = _checkpoint(weight)
     if field["outlier_values"].numel():
         weight_gradient = weight_gradient.clone()
         weight_gradient[outlier_places(field)] = 0
     weight_gradient = weight_gradient.contiguous()
     gradient = torch.empty(field["codebook"].shape, dtype=torch.float32, device=runtime.DEVICE)
-    runtime.kernels().codebook_gradient(*arguments, weight_gradient.data_ptr(), gradient.data_ptr())
+    pointers = row_scale.data_ptr(), weight_gradient.data_ptr(), gradient.data_ptr()
+    runtime.kernels().codebook_gradient(checkpoint, *pointers)
     return gradient
 
 

@@ -19,9 +19,9 @@ _SHIFTS = {"none": 0, "line": 1, "matrix": 2}
 
 
 def _call(logits: Tensor, how: Normalisation) -> Any:
-    return runtime.kernels().DoublyStochastic(
-        logits.data_ptr(), *logits.shape, *how[:3], _SHIFTS[how.shift], how.matrix_epsilon, how.division_epsilon
-    )
+    problems, n, m = logits.shape
+    numbers = {**how._asdict(), "shift": _SHIFTS[how.shift]}
+    return runtime.kernels().DoublyStochastic(logits=logits, problems=problems, n=n, m=m, **numbers)
 
 
 def doubly_stochastic(logits: Tensor, how: Normalisation) -> Tensor:

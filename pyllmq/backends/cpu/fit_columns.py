@@ -11,17 +11,16 @@ from .runtime import KMEANS_CODE, ORDER
 
 
 def fit_columns(columns: ColumnBlock, method: str, descend: bool) -> tuple[Tensor, float]:
-    block, coupling, *others = columns
+    block, coupling = columns.block, columns.coupling
     moves = torch.empty(block.shape, dtype=torch.float32, device=runtime.DEVICE)
     decrease = runtime.kernels().fit_columns(
-        *block.shape,
-        descend,
-        KMEANS_CODE[method],
-        block.data_ptr(),
-        coupling.data_ptr(),
-        coupling.stride(0),
-        *(tensor.data_ptr() for tensor in others),
-        moves.data_ptr(),
+        columns=block.shape[0],
+        rows=block.shape[1],
+        descend=descend,
+        method=KMEANS_CODE[method],
+        coupling_stride=coupling.stride(0),
+        moves=moves,
+        **columns._asdict(),
     )
     return moves, decrease
 

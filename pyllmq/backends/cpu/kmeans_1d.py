@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,23 +31,31 @@ def kmeans_1d(
     row_bytes = [-(-n * max(1, (k - 1).bit_length()) // 8) if packed else n for k in ks]
     centroids = [torch.empty(problems, k, dtype=torch.float32, device=runtime.DEVICE) for k in ks]
     codes = [torch.empty(problems, nbytes, dtype=torch.uint8, device=runtime.DEVICE) for nbytes in row_bytes]
-    pointers = [[t.data_ptr() for t in tensors] for tensors in (centroids, codes)]
-    _kmeans_1d(values, weights, ks, method, seed, half_centroids, packed, *pointers, 0)
+    how = {"method": method, "seed": seed, "half_centroids": half_centroids, "packed": packed}
+    _kmeans_1d(values, weights, ks, **how, centroids=centroids, codes=codes, errors=None)
     return [(c.to(values.device), q.to(values.device)) for c, q in zip(centroids, codes, strict=True)]
 
 
 def kmeans_1d_errors(values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str) -> Tensor:
     errors = torch.empty(values.shape[0], len(ks), dtype=torch.float64, device=runtime.DEVICE)
-    _kmeans_1d(values, weights, ks, method, 0, False, False, [], [], errors.data_ptr())
+    how = {"method": method, "seed": 0, "half_centroids": False, "packed": False}
+    _kmeans_1d(values, weights, ks, **how, centroids=[], codes=[], errors=errors)
     return errors.to(values.device)
 
 
-def _kmeans_1d(values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str, *rest: object) -> None:
+def _kmeans_1d(values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str, **rest: Any) -> None:
     values = values.to(runtime.DEVICE)
     weights = None if weights is None else weights.to(runtime.DEVICE)
-    stride = values.shape[1] if weights is not None and weights.dim() == 2 else 0
-    pointer = 0 if weights is None else weights.data_ptr()
-    runtime.kernels().kmeans_1d(values.data_ptr(), pointer, stride, *values.shape, list(ks), KMEANS_CODE[method], *rest)
+    runtime.kernels().kmeans_1d(
+        values=values,
+        weights=weights,
+        weights_stride=values.shape[1] if weights is not None and weights.dim() == 2 else 0,
+        problems=values.shape[0],
+        n=values.shape[1],
+        ks=list(ks),
+        method=KMEANS_CODE[method],
+        **rest,
+    )
 
 
 def _from_another_device(problem: Problem) -> Support:

@@ -118,8 +118,3 @@ def on_cpu(problem: Problem) -> Support:
 
 takes_activations = takes(ACTIVATION_DTYPES, on_cpu)
 takes_fp32 = takes((torch.float32,), on_cpu)
-
-
-def address(tensor: Tensor | None) -> int:
-    """Where its elements lie; 0 of one that is not there or has none."""
-    return tensor.data_ptr() if tensor is not None and tensor.numel() else 0

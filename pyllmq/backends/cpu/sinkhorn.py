@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...operations import SINKHORN, SINKHORN_BACKWARD, Transport
-from ..batches import laid_out
+from ..batches import problem
 from . import runtime
 from .runtime import ORDER
 
@@ -24,62 +25,36 @@ class CpuSinkhorn:
     def __call__(
         self, transport: Transport, iterations: int, tolerance: float, tape: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        cost, a, b, epsilon, rho_a, rho_b = transport
-        problems, n, m = cost.shape
-        plan, u, v = _of_problems(cost)
-        count = torch.empty(problems, dtype=torch.int32, device=runtime.DEVICE)
-        if not problems:
-            return plan, u, v, count
-        inputs, strides = laid_out(cost, a, b)
-        epsilon = epsilon.contiguous()
-        runtime.kernels().sinkhorn(
-            [tensor.data_ptr() for tensor in (*inputs, epsilon)],
-            strides,
-            problems,
-            n,
-            m,
-            iterations,
-            tolerance,
-            rho_a,
-            rho_b,
-            plan.data_ptr(),
-            u.data_ptr(),
-            v.data_ptr(),
-            tape.data_ptr(),
-            count.data_ptr(),
-        )
+        plan, u, v = _of_problems(transport.cost)
+        count = torch.empty(len(plan), dtype=torch.int32, device=runtime.DEVICE)
+        if len(plan):
+            results = {"plan": plan, "u": u, "v": v, "tape": tape, "count": count}
+            runtime.kernels().sinkhorn(**_problem(transport), iterations=iterations, tolerance=tolerance, **results)
         return plan, u, v, count
 
 
 def sinkhorn_backward(
     transport: Transport, tape: Tensor, count: Tensor, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    cost, a, b, epsilon, rho_a, rho_b = transport
-    problems, n, m = cost.shape
-    grad_cost, grad_a, grad_b = _of_problems(cost)
-    if not problems:
-        return grad_cost, grad_a, grad_b
-    inputs, strides = laid_out(cost, a, b)
-    epsilon = epsilon.contiguous()
-    runtime.kernels().sinkhorn_backward(
-        [tensor.data_ptr() for tensor in (*inputs, epsilon)],
-        strides,
-        problems,
-        n,
-        m,
-        tape.shape[1] if tape.numel() else int(count.abs().max()),
-        rho_a,
-        rho_b,
-        tape.data_ptr(),
-        count.data_ptr(),
-        grad_plan.data_ptr(),
-        grad_u.data_ptr(),
-        grad_v.data_ptr(),
-        grad_cost.data_ptr(),
-        grad_a.data_ptr(),
-        grad_b.data_ptr(),
-    )
+    grad_cost, grad_a, grad_b = _of_problems(transport.cost)
+    if len(grad_cost):
+        runtime.kernels().sinkhorn_backward(
+            **_problem(transport),
+            iterations=tape.shape[1] if tape.numel() else int(count.abs().max()),
+            tape=tape,
+            count=count,
+            grad_plan=grad_plan,
+            grad_u=grad_u,
+            grad_v=grad_v,
+            grad_cost=grad_cost,
+            grad_a=grad_a,
+            grad_b=grad_b,
+        )
     return grad_cost, grad_a, grad_b
+
+
+def _problem(transport: Transport) -> dict[str, Any]:
+    return problem(transport._replace(epsilon=transport.epsilon.contiguous()))
 
 
 def _of_problems(cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:

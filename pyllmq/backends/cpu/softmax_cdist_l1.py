@@ -6,43 +6,19 @@ import torch
 from torch import Tensor
 
 from ...operations import SOFTMAX_CDIST_L1, SOFTMAX_CDIST_L1_BACKWARD
+from ..distances import cdist, room
 from . import runtime
-from .runtime import DTYPE_CODE, ORDER
-
-
-def _cdist_arguments(
-    logits: Tensor, other_logits: Tensor, statistics: Tensor, other_statistics: Tensor, temperature: float
-) -> tuple[int | float, ...]:
-    batch, rows, columns = logits.shape
-    return (
-        logits.data_ptr(),
-        DTYPE_CODE[logits.dtype],
-        other_logits.data_ptr(),
-        DTYPE_CODE[other_logits.dtype],
-        batch,
-        rows,
-        other_logits.shape[1],
-        columns,
-        1 / temperature,
-        statistics.data_ptr(),
-        other_statistics.data_ptr(),
-    )
+from .runtime import ORDER
 
 
 def softmax_cdist_l1(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _cpu = runtime.kernels()
     student_logits, teacher_logits = student_logits.contiguous(), teacher_logits.contiguous()
-    statistics, teacher_statistics = (
-        torch.empty(*logits.shape[:2], 2, dtype=torch.float32, device=runtime.DEVICE)
-        for logits in (student_logits, teacher_logits)
-    )
-    batch, rows, _ = student_logits.shape
-    distance = torch.empty(batch, rows, teacher_logits.shape[1], dtype=torch.float32, device=runtime.DEVICE)
-    runtime.kernels().softmax_cdist_l1(
-        *_cdist_arguments(student_logits, teacher_logits, statistics, teacher_statistics, temperature),
-        distance.data_ptr(),
-    )
+    distance, statistics, teacher_statistics = room(student_logits, teacher_logits)
+    call = cdist(_cpu, student_logits, teacher_logits, statistics, teacher_statistics, temperature)
+    _cpu.softmax_cdist_l1(call, distance.data_ptr())
     return distance, statistics, teacher_statistics
 
 
@@ -54,14 +30,10 @@ def softmax_cdist_l1_backward(
     other_statistics: Tensor,
     temperature: float,
 ) -> Tensor:
-    logits, other_logits, grad = logits.contiguous(), other_logits.contiguous(), grad.contiguous()
-    statistics, other_statistics = statistics.contiguous(), other_statistics.contiguous()
-    logits_grad = torch.empty_like(logits)
-    runtime.kernels().softmax_cdist_l1_backward(
-        *_cdist_arguments(logits, other_logits, statistics, other_statistics, temperature),
-        grad.data_ptr(),
-        logits_grad.data_ptr(),
-    )
+    _cpu = runtime.kernels()
+    call = cdist(_cpu, logits, other_logits, statistics, other_statistics, temperature)
+    grad, logits_grad = grad.contiguous(), torch.empty(logits.shape, dtype=logits.dtype, device=runtime.DEVICE)
+    _cpu.softmax_cdist_l1_backward(call, grad.data_ptr(), logits_grad.data_ptr())
     return logits_grad
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
 from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, reads
 from ...structure import weight_type
+from ..checkpoints import sparse_checkpoint
 from . import runtime
 from .runtime import DTYPE_CODE, ORDER
 
@@ -25,8 +25,6 @@ the weight, and most with AVX2. 4096 x 4096, M = 1, masks and numbers in the sam
 fp32, 1108 and 726 in bf16, but at 30 % 1159 and 1049 for 5.8 and 9.6 bits a weight; with AVX-512 at 15 % 529 and 488, at 10 %
 482 and 360. AMX multiplies what masks spread, not column numbers: 512 tokens in bf16 at 15 % take 14 ms and 72."""
 
-_VALUE_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-
 
 def from_blob(kind: str, blob: Tensor, shape: Shape) -> WeightOperand:
     return WeightOperand(kind, f"cpu.{kind}", (blob,), (), shape)
@@ -35,33 +33,16 @@ def from_blob(kind: str, blob: Tensor, shape: Shape) -> WeightOperand:
 def prepack(kind: str, field: Fields, shape: Shape) -> WeightOperand:
     field = {name: tensor.contiguous() for name, tensor in field.items()}
     _cpu = runtime.kernels()
-    checkpoint, few_kept = _checkpoint(kind, field, shape), FEW_KEPT[_cpu.isa()]
+    checkpoint, few_kept = sparse_checkpoint(_cpu, kind, field, shape), FEW_KEPT[_cpu.isa()]
     size = _cpu.sparse_layout_bytes(checkpoint, few_kept)
     blob = runtime.empty_layout(size)
     _cpu.sparse_layout_pack(blob.data_ptr(), size, checkpoint, few_kept)
     return from_blob(kind, blob, shape)
 
 
-def _checkpoint(kind: str, field: Fields, shape: Shape) -> Any:
-    values, codebook, outliers = (field.get(name) for name in ("values", "codebook", "outlier_values"))
-    numbers = field.get("columns", field.get("outlier_columns"))
-    return runtime.kernels().SparseCheckpoint(
-        kind=kind,
-        value_type=0 if values is None else _VALUE_TYPE[values.dtype],
-        rows=shape[0],
-        columns=shape[1],
-        kept=0 if values is None else values.numel(),
-        bits=0 if codebook is None else codebook.shape[1].bit_length() - 1,
-        outliers=0 if outliers is None else outliers.numel(),
-        column_bytes=0 if numbers is None else numbers.element_size(),
-        tensors={name: tensor.data_ptr() for name, tensor in field.items()},
-    )
-
-
 def unpack(weight: WeightOperand, shapes: Shapes, beside: Fields) -> dict[str, Tensor]:
     field = {key: torch.empty(shape, dtype=dtype, device=runtime.DEVICE) for key, (shape, dtype) in shapes.items()}
-    checkpoint = _checkpoint(weight.kind, field, weight.shape)
-    runtime.bound(weight, OPERAND).unpack(checkpoint)
+    runtime.bound(weight, OPERAND).unpack(sparse_checkpoint(runtime.kernels(), weight.kind, field, weight.shape))
     return field
 
 

@@ -10,7 +10,7 @@ from ...layouts import WeightOperand
 from ...operations import CODEBOOK_GRADIENT, reads
 from ...structure import outlier_places
 from . import runtime
-from .runtime import DTYPE_CODE, ORDER, address
+from .runtime import DTYPE_CODE, ORDER
 
 
 def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
@@ -30,18 +30,19 @@ def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
     codes = [field[name] for name in CODES]
     _cuda = runtime.extension()
     call = _cuda.GradientCall(
-        *weight.shape,
-        segments,
-        entries,
-        segment_starts.data_ptr(),
-        sorted_columns.data_ptr(),
-        width_starts.data_ptr(),
-        first_entry.data_ptr(),
-        [address(t) for t in codes],
-        [t.shape[1] if t.numel() else 0 for t in codes],
-        address(scale),
-        DTYPE_CODE[scale.dtype] if scale.numel() else 0,
-        weight_gradient.data_ptr(),
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        segments=segments,
+        entries=entries,
+        segment_starts=segment_starts,
+        sorted_columns=sorted_columns,
+        width_starts=width_starts,
+        first_entry=first_entry,
+        codes=codes,
+        code_bytes=[t.shape[1] if t.numel() else 0 for t in codes],
+        row_scale=scale,
+        row_scale_dtype=DTYPE_CODE[scale.dtype] if scale.numel() else 0,
+        weight_gradient=weight_gradient,
     )
     gradient = torch.empty(segments, entries, dtype=torch.float32, device=device)
     with runtime.current(device):

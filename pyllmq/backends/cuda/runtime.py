@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...dispatch import Problem, Support
+from ...layouts import WeightOperand
 from ...operations import ACTIVATION_DTYPES, takes
 
 DEVICE = "cuda"
@@ -84,6 +87,46 @@ def on_device(problem: Problem) -> Support:
 takes_activations = takes(ACTIVATION_DTYPES, on_device)
 
 
-def address(tensor: Tensor | None) -> int:
-    """Where its elements lie; 0 of one that is not there or has none."""
-    return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
+def run_linear(
+    bind: Callable[[WeightOperand], Any], x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str
+) -> Tensor:
+    """y = x W^T + bias by the extension's operand that `bind` makes; sums in fp32, whatever the precision asked."""
+    x = x.contiguous()
+    tokens, dtype, device = x.shape[0], DTYPE_CODE[x.dtype], x.device
+    y = torch.empty(tokens, weight.shape[0], dtype=x.dtype, device=device)
+    if tokens == 0:
+        return y
+    with current(device):
+        operand, on = bound(bind, weight), stream(device)
+        partials, counters = operand.room(tokens, dtype)
+        workspace = torch.empty(partials, dtype=torch.float32, device=device)
+        zeros = zero_counters(counters, device, on)
+        bias_pointer, bias_dtype = (0, 0) if bias is None else (bias.data_ptr(), DTYPE_CODE[bias.dtype])
+        pointers = y.data_ptr(), workspace.data_ptr(), zeros.data_ptr()
+        operand.linear(x.data_ptr(), dtype, tokens, bias_pointer, bias_dtype, *pointers, on)
+    return y
+
+
+def dequantize(bind: Callable[[WeightOperand], Any], weight: WeightOperand, dtype: torch.dtype) -> Tensor:
+    device = weight.tensors[0].device
+    dense = torch.empty(weight.shape, dtype=dtype, device=device)
+    with current(device):
+        bound(bind, weight).dequantize(dense.data_ptr(), DTYPE_CODE[dtype], stream(device))
+    return dense
+
+
+def dequantize_matmul(
+    bind: Callable[[WeightOperand], Any], x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str
+) -> Tensor:
+    """The dense matrix in x's dtype, which torch's allocator takes back at once, and torch's matmul."""
+    return torch.nn.functional.linear(x, dequantize(bind, weight, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def bound(bind: Callable[[WeightOperand], Any], weight: WeightOperand) -> Any:
+    """The operands of a layout, made at its first call, and anew where its memory is another: by the function that makes them."""
+    operands = weight.bound if weight.bound is not None else {}
+    operand = operands.get(bind)
+    if operand is None or operand.layout != weight.tensors[0].data_ptr():
+        operand = bind(weight)
+        weight.bound = {**operands, bind: operand}
+    return operand

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ...dispatch import Support
 from ...operations import SINKHORN, SINKHORN_BACKWARD, SinkhornProblem, Transport, takes
-from ..batches import laid_out
+from ..batches import problem
 from . import runtime
 from .runtime import ORDER
 
@@ -17,17 +18,22 @@ MAX_ROWS, MAX_COLUMNS = 65536, 4096
 """A block keeps its rows' scalings and those of all columns in shared memory."""
 
 
-def _call(transport: Transport, iterations: int) -> tuple[Any, list[Tensor], list[int]]:
-    """(the call, tensors that must outlive it, addresses of workspace and counters and the stream). On the device of cost."""
-    cost, a, b, epsilon, rho_a, rho_b = transport
-    inputs, strides = laid_out(cost, a, b, epsilon)
-    extension = runtime.extension()
-    call = extension.SinkhornCall([tensor.data_ptr() for tensor in inputs], strides, *cost.shape, rho_a, rho_b)
-    floats, counted = extension.sinkhorn_room(call, iterations)
-    stream = runtime.stream(cost.device)
-    workspace = torch.empty(floats, dtype=torch.float32, device=cost.device)
-    counters = runtime.zero_counters(counted, cost.device, stream)
-    return call, [*inputs, workspace, counters], [workspace.data_ptr(), counters.data_ptr(), stream]
+def _call(transport: Transport, iterations: int) -> tuple[Any, dict[str, Any]]:
+    """(the problem, workspace, counters and stream). On the device of cost."""
+    _cuda, device = runtime.extension(), transport.cost.device
+    call = _cuda.SinkhornProblem(**problem(transport))
+    floats, counted = _cuda.sinkhorn_room(call, iterations)
+    stream = runtime.stream(device)
+    workspace = torch.empty(floats, dtype=torch.float32, device=device)
+    counters = runtime.zero_counters(counted, device, stream)
+    return call, {"workspace": workspace, "counters": counters, "stream": stream}
+
+
+def _of_problems(cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for a matrix, a row and a column of each problem."""
+    problems, n, m = cost.shape
+    empty = partial(torch.empty, dtype=torch.float32, device=cost.device)
+    return empty(problems, n, m), empty(problems, n), empty(problems, m)
 
 
 class CudaSinkhorn:
@@ -39,51 +45,35 @@ class CudaSinkhorn:
         self, transport: Transport, iterations: int, tolerance: float, tape: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cost = transport.cost
-        problems, n, m = cost.shape
-        plan, u, v = (
-            torch.empty(problems, *shape, dtype=torch.float32, device=cost.device) for shape in ((n, m), (n,), (m,))
-        )
-        count = torch.empty(problems, dtype=torch.int32, device=cost.device)
-        if problems:
+        plan, u, v = _of_problems(cost)
+        count = torch.empty(len(plan), dtype=torch.int32, device=cost.device)
+        if len(plan):
+            results = {"plan": plan, "u": u, "v": v, "tape": tape, "count": count}
             with runtime.current(cost.device):
-                call, _held, room = _call(transport, 0)
-                runtime.extension().sinkhorn(
-                    call,
-                    iterations,
-                    tolerance,
-                    plan.data_ptr(),
-                    u.data_ptr(),
-                    v.data_ptr(),
-                    tape.data_ptr() if tape.numel() else 0,
-                    count.data_ptr(),
-                    *room,
-                )
+                call, room = _call(transport, 0)
+                runtime.extension().sinkhorn(call, iterations=iterations, tolerance=tolerance, **results, **room)
         return plan, u, v, count
 
 
 def sinkhorn_backward(
     transport: Transport, tape: Tensor, count: Tensor, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    cost = transport.cost
-    problems, n, m = cost.shape
-    grad_cost, grad_a, grad_b = (
-        torch.empty(problems, *shape, dtype=torch.float32, device=cost.device) for shape in ((n, m), (n,), (m,))
-    )
-    if problems:
-        with runtime.current(cost.device):
-            call, _held, room = _call(transport, tape.shape[1])
+    grad_cost, grad_a, grad_b = _of_problems(transport.cost)
+    if len(grad_cost):
+        with runtime.current(grad_cost.device):
+            call, room = _call(transport, tape.shape[1])
             runtime.extension().sinkhorn_backward(
                 call,
-                tape.shape[1],
-                tape.data_ptr(),
-                count.data_ptr(),
-                grad_plan.data_ptr(),
-                grad_u.data_ptr(),
-                grad_v.data_ptr(),
-                grad_cost.data_ptr(),
-                grad_a.data_ptr(),
-                grad_b.data_ptr(),
-                *room,
+                iterations=tape.shape[1],
+                tape=tape,
+                count=count,
+                grad_plan=grad_plan,
+                grad_u=grad_u,
+                grad_v=grad_v,
+                grad_cost=grad_cost,
+                grad_a=grad_a,
+                grad_b=grad_b,
+                **room,
             )
     return grad_cost, grad_a, grad_b
 

@@ -6,7 +6,7 @@ it: so `meta` of an operand says it (see `Meta`). See docs/kernels-cuda.md.
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +16,9 @@ from ...dispatch import Support
 from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
 from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, WeightProblem, reads
 from ...structure import weight_type
+from ..checkpoints import sparse_checkpoint
 from . import runtime
-from .runtime import DTYPE_CODE, ORDER
+from .runtime import ORDER
 
 KINDS = ("bitmap", "sparse24", "sparse24_codebook")
 
@@ -32,8 +33,6 @@ matrix is written and read again: 9 + 32."""
 MAX_COLUMNS_TOKENS = 16
 """Predicted from the bytes: 4 tokens read the entries once, 6 bits a weight at 25 % kept, so 16 read 24 where the dense matrix
 takes 6 + 32; fp32 values at 50 % kept 80 where it takes 84."""
-
-_VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 # ---- the layouts ----------------------------------------------------------------------------------------------------
@@ -56,7 +55,7 @@ def prepack(kind: str, field: Fields, shape: Shape) -> WeightOperand:
     _cuda = runtime.extension()
     device = next(iter(field.values())).device
     field = {name: tensor.contiguous().cpu() for name, tensor in field.items()}
-    checkpoint = _checkpoint(kind, field, shape)
+    checkpoint = sparse_checkpoint(_cuda, kind, field, shape)
     size = _cuda.sparse_layout_bytes(checkpoint, FEW_KEPT)
     blob = torch.empty(size, dtype=torch.uint8, device="cpu")
     _cuda.sparse_layout_pack(blob.data_ptr(), size, checkpoint, FEW_KEPT)
@@ -81,26 +80,10 @@ def _meta(kind: str, blob: Tensor, shape: Shape) -> Meta:
     return Meta(int(found == "columns"), 0 if coded else values, 0 if not coded else 2 if bits == 2 else 4, stage_bytes)
 
 
-def _checkpoint(kind: str, field: Fields, shape: Shape) -> Any:
-    values, codebook, outliers = (field.get(name) for name in ("values", "codebook", "outlier_values"))
-    numbers = field.get("columns", field.get("outlier_columns"))
-    return runtime.extension().SparseCheckpoint(
-        kind=kind,
-        value_type=0 if values is None else _VALUE_TYPES.index(values.dtype),
-        rows=shape[0],
-        columns=shape[1],
-        kept=0 if values is None else values.numel(),
-        bits=0 if codebook is None else codebook.shape[1].bit_length() - 1,
-        outliers=0 if outliers is None else outliers.numel(),
-        column_bytes=0 if numbers is None else numbers.element_size(),
-        tensors={name: tensor.data_ptr() for name, tensor in field.items()},
-    )
-
-
 def unpack(weight: WeightOperand, shapes: Shapes, beside: Fields) -> dict[str, Tensor]:
     device, blob = weight.tensors[0].device, weight.tensors[0].cpu()
     field = {key: torch.empty(shape, dtype=dtype, device="cpu") for key, (shape, dtype) in shapes.items()}
-    checkpoint = _checkpoint(weight.kind, field, weight.shape)
+    checkpoint = sparse_checkpoint(runtime.extension(), weight.kind, field, weight.shape)
     runtime.extension().sparse_layout_unpack(blob.data_ptr(), blob.numel(), checkpoint)
     return {key: tensor.to(device) for key, tensor in field.items()}
 
@@ -108,81 +91,17 @@ def unpack(weight: WeightOperand, shapes: Shapes, beside: Fields) -> dict[str, T
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
-def _describe(kind: str, meta: tuple[int, ...]) -> Any:
-    """The extension's SparseOperand."""
-    columns, values, bits, stage_bytes = meta
-    return runtime.extension().SparseOperand("columns" if columns else kind, values, bits, stage_bytes)
-
-
-def _described(weight: WeightOperand) -> Any:
-    if weight.bound is None:
-        weight.bound = _describe(weight.kind, weight.meta)
-    return weight.bound
-
-
-@lru_cache(maxsize=4096)
-def workspace_sizes(
-    device: torch.device, meta: tuple[int, ...], kind: str, rows: int, columns: int, tokens: int, dtype: torch.dtype
-) -> tuple[int, int]:
-    """Elements of the fp32 workspace and of the counters; they depend on the device."""
-    with runtime.current(device):
-        return runtime.extension().sparse_linear_workspace(
-            _describe(kind, meta), rows, columns, tokens, DTYPE_CODE[dtype]
-        )
-
-
-def packed_linear(x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
-    """Values as they are, sums in fp32, whatever the precision asked."""
+def operand(weight: WeightOperand) -> Any:
+    """Values as they are."""
     (blob,) = weight.tensors
-    out_features, in_features = weight.shape
-    x = x.contiguous()
-    tokens, dtype, device = x.shape[0], x.dtype, x.device
-    y = torch.empty(tokens, out_features, dtype=dtype, device=device)
-    if tokens == 0:
-        return y
-    partials, counters = workspace_sizes(device, weight.meta, weight.kind, out_features, in_features, tokens, dtype)
-    workspace = torch.empty(partials, dtype=torch.float32, device=device)
-    with runtime.current(device):
-        stream = runtime.stream(device)
-        runtime.extension().sparse_linear(
-            _described(weight),
-            blob.data_ptr(),
-            blob.numel(),
-            out_features,
-            in_features,
-            x.data_ptr(),
-            DTYPE_CODE[dtype],
-            tokens,
-            0 if bias is None else bias.data_ptr(),
-            0 if bias is None else DTYPE_CODE[bias.dtype],
-            y.data_ptr(),
-            workspace.data_ptr(),
-            runtime.zero_counters(counters, device, stream).data_ptr(),
-            stream,
-        )
-    return y
+    meta = Meta(*weight.meta)
+    kind = "columns" if meta.columns else weight.kind
+    return runtime.extension().SparseOperand(blob.data_ptr(), blob.numel(), *weight.shape, kind, *meta[1:])
 
 
-def packed_dequantize(weight: WeightOperand, dtype: torch.dtype) -> Tensor:
-    (blob,) = weight.tensors
-    dense = torch.empty(weight.shape, dtype=dtype, device=blob.device)
-    with runtime.current(blob.device):
-        runtime.extension().sparse_dequantize(
-            _described(weight),
-            blob.data_ptr(),
-            blob.numel(),
-            *weight.shape,
-            dense.data_ptr(),
-            DTYPE_CODE[dtype],
-            runtime.stream(blob.device),
-        )
-    return dense
-
-
-def dequantize_matmul(x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
-    """The dense matrix in x's dtype, which torch's allocator takes back at once, and torch's matmul."""
-    dense = packed_dequantize(weight, x.dtype)
-    return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+packed_linear = partial(runtime.run_linear, operand)
+packed_dequantize = partial(runtime.dequantize, operand)
+dequantize_matmul = partial(runtime.dequantize_matmul, operand)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

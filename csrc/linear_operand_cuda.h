@@ -1,0 +1,78 @@
+// A packed weight of any format on the device, bound once: where its layout lies and what a launch must know of it without
+// waiting for it. The object does not own the layout: whoever makes it keeps that memory alive and in its place. Pointers and
+// integers only; all pointers are of the current device.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace pyllmq::cuda {
+
+struct LinearCall {  // by value to a kernel
+  const uint8_t* layout;
+  int64_t layout_bytes;
+  int64_t rows, columns, tokens;
+  const void* x;
+  int dtype;         // of x and y: 0 fp32, 1 bf16, 2 fp16
+  const void* bias;  // or null
+  int bias_dtype;
+  void* y;
+  float* partials;
+  uint32_t* counters;
+};
+
+// Elements of the workspace of a call.
+struct LinearRoom {
+  int64_t partials;  // fp32, all overwritten
+  int64_t counters;  // uint32, zero before the first call; each call leaves zeros
+};
+
+class LinearOperand {
+ public:
+  virtual ~LinearOperand() = default;
+  LinearOperand(const LinearOperand&) = delete;
+  LinearOperand& operator=(const LinearOperand&) = delete;
+
+  // Depends on the device: it is asked for its multiprocessors, and once for each number of tokens. Not for two threads at once.
+  LinearRoom room(int64_t tokens, int dtype) {
+    const auto found = rooms_.find({tokens, dtype});
+    return found != rooms_.end() ? found->second : rooms_[{tokens, dtype}] = find_room(tokens, dtype);
+  }
+  // y [tokens, rows] = x [tokens, columns] W^T + bias. A layout that is not one of this shape gives NaN: what lies on the device
+  // cannot be refused without waiting for it.
+  void linear(LinearCall call, uintptr_t stream) const {
+    call.layout = layout;
+    call.layout_bytes = layout_bytes;
+    call.rows = rows;
+    call.columns = columns;
+    if (call.tokens > 0) run(call, stream);
+  }
+  // weight [rows, columns] of dtype 0 fp32, 1 bf16, 2 fp16, or NaN as above.
+  virtual void dequantize(void* weight, int dtype, uintptr_t stream) const = 0;
+
+  const uint8_t* const layout;
+  const int64_t layout_bytes, rows, columns;
+
+ protected:
+  LinearOperand(const uint8_t* layout, int64_t layout_bytes, int64_t header_bytes, int64_t rows, int64_t columns)
+      : layout(layout), layout_bytes(layout_bytes), rows(rows), columns(columns) {
+    if (layout_bytes < header_bytes)
+      throw std::invalid_argument("the layout has " + std::to_string(layout_bytes) +
+                                  " bytes, less than its header; pack the weight again");
+  }
+  [[noreturn]] static void refuse_work(const char* kernel, const LinearCall& call) {
+    throw std::invalid_argument(std::string(kernel) + " of " + std::to_string(call.tokens) + " tokens by [" +
+                                std::to_string(call.rows) + ", " + std::to_string(call.columns) +
+                                "] has more than 2^31 pieces of work; give fewer tokens at a time");
+  }
+
+ private:
+  virtual LinearRoom find_room(int64_t tokens, int dtype) const = 0;
+  virtual void run(const LinearCall& call, uintptr_t stream) const = 0;  // of at least one token
+
+  std::map<std::pair<int64_t, int>, LinearRoom> rooms_;
+};
+
+}  // namespace pyllmq::cuda

@@ -1,0 +1,47 @@
+"""What the C++ and CUDA kernels of softmax_cdist_l1 read and write."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..operations import ACTIVATION_DTYPES
+
+
+def room(logits: Tensor, other_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(distances [batch, rows, other rows], statistics [batch, rows, 2] of either side), uninitialised."""
+    batch, rows, _ = logits.shape
+    others = other_logits.shape[1]
+    shapes = (batch, rows, others), (batch, rows, 2), (batch, others, 2)
+    distance, statistics, other_statistics = (
+        torch.empty(shape, dtype=torch.float32, device=logits.device) for shape in shapes
+    )
+    return distance, statistics, other_statistics
+
+
+def cdist(
+    extension: ModuleType,
+    logits: Tensor,
+    other_logits: Tensor,
+    statistics: Tensor,
+    other_statistics: Tensor,
+    temperature: float,
+) -> Any:
+    """The extension's Cdist, the sides x and y; it keeps the tensors alive. Statistics that are written must be contiguous."""
+    batch, rows, columns = logits.shape
+    return extension.Cdist(
+        x=logits.contiguous(),
+        x_dtype=ACTIVATION_DTYPES.index(logits.dtype),
+        y=other_logits.contiguous(),
+        y_dtype=ACTIVATION_DTYPES.index(other_logits.dtype),
+        batch=batch,
+        x_rows=rows,
+        y_rows=other_logits.shape[1],
+        columns=columns,
+        scale=1 / temperature,
+        x_statistics=statistics.contiguous(),
+        y_statistics=other_statistics.contiguous(),
+    )

@@ -125,7 +125,11 @@ class Job:
         """Put packed layers in the place of Linears that share an input."""
         if not inputs.reached:
             names = ", ".join(group)
-            warn(self.report, f"{names} was never run by the calibration data; it is compressed by its weights alone")
+            warn(
+                self.report,
+                f"{names} was never run by the calibration data (torch's attention reads the weight of its out_proj instead); it is "
+                "compressed by its weights alone",
+            )
         weights = {name: dense_weight(module) for name, module in group.items()}
         for name, done in self.method.compress_group(weights, inputs, self.run).items():
             self.replace(name, group[name], done)

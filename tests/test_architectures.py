@@ -1,17 +1,25 @@
-"""Tiny models of many architectures: each is packed and read back as the same numbers, or refused before any work is done."""
+"""Tiny models of many architectures: each is packed by the command and read in a new process as the same numbers, or refused
+before any work is done."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import pyllmq
-from pyllmq import ColumnCodebookConfig, KMeansConfig
+from pyllmq.cli import main
+from pyllmq.compression.calibration import builtin_sentences
 from pyllmq.layers.linear import packed_modules
 from pyllmq.linears import is_transposed_linear
 from pyllmq.loading import load_model
+
+from . import models
 
 pytestmark = pytest.mark.slow
 
@@ -76,12 +84,51 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "MarianMTModel": PAIR | {"pad_token_id": 0, "decoder_start_token_id": 0},
 }
 
-REFUSED = {("MarianMTModel", "blocks"): "does not hold model.encoder.embed_positions.weight"}
+REFUSED = {("MarianMTModel", "default"): "does not hold model.encoder.embed_positions.weight"}
 """(architecture, job) -> what is said, before anything is written."""
+
+JOBS = {"default": ["--samples", "8", "--seqlen", "24"], "kmeans": ["--method", "kmeans", "--bits", "4"]}
+"""Name -> options of the command; the first has none that chooses a method or a setting of it."""
+
+READER = """
+import sys, traceback, torch, pyllmq
+for folder in map(str.strip, sys.stdin):
+    try:
+        model = pyllmq.from_pretrained(folder)
+        pyllmq.set_precision(model, "exact")
+        with torch.no_grad():
+            torch.save(model(**torch.load(folder + ".batch"))[0], folder + ".logits")
+        print("read", folder, flush=True)
+    except Exception:
+        print(repr(traceback.format_exc()), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def reader():
+    """Folder -> the first output of its model for the batch beside it, in a process that does nothing but load."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", READER], text=True, env=environment, **pipes) as process:
+
+        def read(folder: Path) -> torch.Tensor:
+            print(folder, file=process.stdin, flush=True)
+            assert process.stdout.readline() == f"read {folder}\n"
+            return torch.load(f"{folder}.logits")
+
+        yield read
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def tokenizer_and_text(tmp_path_factory):
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("\n".join(builtin_sentences()[:30]), encoding="utf-8")
+    return models.tiny_tokenizer(), text
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def architecture(request, tmp_path_factory):
+def architecture(request, tokenizer_and_text, tmp_path_factory):
     """(name, folder of the dense model, a batch)."""
     import transformers
 
@@ -90,31 +137,29 @@ def architecture(request, tmp_path_factory):
     config = model_class.config_class(**(SIZES | ARCHITECTURES[request.param]))
     folder = tmp_path_factory.mktemp(request.param)
     model_class(config).save_pretrained(folder)
+    tokenizer_and_text[0].save_pretrained(folder)
     batch = {"input_ids": torch.randint(3, 512, (2, 24))}
     if config.is_encoder_decoder:
         batch["decoder_input_ids"] = torch.randint(3, 512, (2, 12))
     return request.param, folder, batch
 
 
-@pytest.mark.parametrize("job", ["files", "blocks"])
-def test_packed_and_read_back_or_refused(architecture, tmp_path, job) -> None:
+@pytest.mark.parametrize("job", JOBS)
+def test_packed_and_read_back_or_refused(architecture, tokenizer_and_text, tmp_path, capsys, reader, job) -> None:
     """The oracle is the dense model with each packed weight decoded into it."""
     name, source, batch = architecture
     packed = tmp_path / "packed"
-    try:
-        if job == "files":
-            pyllmq.compress_files(source, packed, KMeansConfig(4), progress=False)
-        else:
-            pyllmq.compress_folder(source, packed, ColumnCodebookConfig.preset("fast", 4.0), [batch], progress=False)
-    except ValueError as refused:
-        assert (name, job) in REFUSED, refused
-        assert REFUSED[name, job] in str(refused) and not list(tmp_path.iterdir())
+    text = ["--calibration", str(tokenizer_and_text[1])] if job == "default" else []
+    done = main(["compress", str(source), str(packed), "--quiet", *JOBS[job], *text])
+    if done != 0 or (name, job) in REFUSED:
+        said = capsys.readouterr().err
+        assert (name, job) in REFUSED and REFUSED[name, job] in said, said
+        assert not list(tmp_path.iterdir())
         return
-    assert (name, job) not in REFUSED
-    model = pyllmq.from_pretrained(packed)
-    pyllmq.nn.set_precision(model, "exact")
+    torch.save(batch, f"{packed}.batch")
+    ours = reader(packed)
     decoded = load_model(source)
-    layers = packed_modules(model)
+    layers = packed_modules(pyllmq.from_pretrained(packed))
     assert len(layers) >= 2
     for path, layer in layers:
         linear = decoded.get_submodule(path)
@@ -124,6 +169,6 @@ def test_packed_and_read_back_or_refused(architecture, tmp_path, job) -> None:
             if linear.bias is not None:  # compressing corrects it
                 linear.bias.copy_(layer.bias)
     with torch.no_grad():
-        ours, plain = (m(**batch)[0] for m in (model, decoded))
+        plain = decoded(**batch)[0]
     assert plain.isfinite().all()
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4 * float(plain.abs().max()))

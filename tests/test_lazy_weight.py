@@ -100,18 +100,25 @@ def test_t5_asks_for_the_dtype_only(monkeypatch):
     assert not calls
 
 
-def test_torch_attention_runs_and_its_fused_weights_are_reported():
+@pytest.mark.parametrize("nested", [False, True])
+def test_torch_attention_runs_and_its_fused_weights_are_reported(nested, monkeypatch):
     encoder = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2, enable_nested_tensor=False
+        nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2, enable_nested_tensor=nested
     )
     dense = copy.deepcopy(encoder.eval())
     names = pyllmq.swap_linear(encoder, lambda linear: CodebookLinear.from_dense(linear, bits=8))
     assert "layers.0.self_attn.out_proj" in names
     for name in names:
         dense.get_submodule(name).weight.data = encoder.get_submodule(name).dequantize()
-    x = torch.randn(2, 5, 32)
+    x, padding = torch.randn(2, 5, 32), torch.arange(5) > torch.tensor([[4], [2]])
+    decoded = []
+    decode = CodebookLinear.dequantize
+    monkeypatch.setattr(CodebookLinear, "dequantize", lambda self, *a: decoded.append(self) or decode(self, *a))
     with torch.inference_mode():
-        torch.testing.assert_close(encoder(x), dense(x), rtol=1e-3, atol=1e-3)
+        found = encoder(x, src_key_padding_mask=padding)[~padding]
+        torch.testing.assert_close(found, dense(x, src_key_padding_mask=padding)[~padding], rtol=1e-3, atol=1e-3)
+    # Its fast path would take every weight; off it, only the attention's output layer is read and not called.
+    assert decoded == [layer.self_attn.out_proj for layer in encoder.layers]
     left, total = pyllmq.linears.left_dense(dense, names, None, pyllmq.swap.DEFAULT_EXCLUDE)
     fused = {item.name: item for item in left}["layers.1.self_attn.in_proj_weight"]
     assert fused.parameters == 3 * 32 * 32 and not fused.asked and "fused" in fused.why and total > fused.parameters

@@ -14,6 +14,7 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 
     if METHOD not in QUANTIZATION_METHODS:
-        from .vllm_layers import PyllmqVllmConfig
+        from .vllm_layers import PyllmqVllmConfig, decode_what_no_layer_takes
 
         register_quantization_config(METHOD)(PyllmqVllmConfig)
+        decode_what_no_layer_takes()

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from .. import ops
 from ..folders import METHOD, Description
 from ..formats import Structure, layer_type
 from ..layers.linear import PackedLinear
-from .vllm_parts import Arrivals, modules_of_prefix, pieces_of_layer
+from .vllm_parts import PLAIN_QKV, Arrivals, modules_of_prefix, pieces_of_layer, with_dense
 
 
 class PyllmqVllmConfig(QuantizationConfig):
@@ -25,6 +31,11 @@ class PyllmqVllmConfig(QuantizationConfig):
     def __init__(self, structures: Mapping[str, Structure]) -> None:
         super().__init__()
         self.structures = dict(structures)
+        """By vLLM's names of the modules."""
+        self.stored = {name: name for name in structures}
+        """Name of a module in the folder -> vLLM's."""
+        self.taken: set[str] = set()
+        """vLLM's names of the modules that a layer holds packed."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PyllmqVllmConfig:
@@ -46,6 +57,7 @@ class PyllmqVllmConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.structures = hf_to_vllm_mapper.apply_dict(self.structures)
+        self.stored = {stored: hf_to_vllm_mapper.map_name(name) for stored, name in self.stored.items()}
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         names = modules_of_prefix(prefix, self.structures, self.packed_modules_mapping)
@@ -53,9 +65,32 @@ class PyllmqVllmConfig(QuantizationConfig):
             raise ValueError(f"{prefix} is packed; vLLM needs it dense: compress the model with --exclude {prefix}")
         if not isinstance(layer, LinearBase):
             return None
-        if not names:
+        if not names or (isinstance(layer, QKVParallelLinear) and names == [prefix] and not prefix.endswith(PLAIN_QKV)):
             return UnquantizedLinearMethod()
+        self.taken.update(names)
         return PackedLinearMethod(names, self.structures)
+
+
+def decode_what_no_layer_takes() -> None:
+    """Let vLLM's loader hand on as dense weights what its model holds dense or reshapes, whatever a folder holds.
+
+    Whether a layer may be packed is known only by then: some are made without the config (the gate of Qwen2-MoE's shared expert).
+    """
+    plain = DefaultModelLoader.get_all_weights
+
+    @functools.wraps(plain)
+    def get_all_weights(self: Any, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        weights = plain(self, model_config, model)
+        configs = [getattr(module, "quant_config", None) for module in model.modules()]
+        config = next((found for found in configs if isinstance(found, PyllmqVllmConfig)), None)
+        if config is None:
+            return weights
+        dense = {
+            stored: config.structures[name] for stored, name in config.stored.items() if name not in config.taken
+        }
+        return with_dense(weights, dense, model_config.dtype)
+
+    DefaultModelLoader.get_all_weights = get_all_weights  # type: ignore[method-assign]
 
 
 class PackedLinearMethod(LinearMethodBase):

@@ -7,7 +7,7 @@ side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,10 +48,7 @@ class Arrivals:
         tensors[key] = tensor
         if set(tensors) < set(structure.tensors()):
             return
-        try:
-            weight = weight_type(structure.kind).from_tensors(tensors, structure.out_features, structure.in_features)
-        except FormatError as error:
-            raise FormatError(f"{name}: {error}") from error
+        weight = _checked(name, structure, tensors)
         self.parts |= {i: piece.cut(weight) for i, piece in enumerate(self.pieces) if piece.name == name}
         self.waiting[name] = {}
 
@@ -59,9 +56,7 @@ class Arrivals:
         """The parts in the order of the layer's outputs; neighbours that can share a call are one weight."""
         missing = [piece.name for i, piece in enumerate(self.pieces) if i not in self.parts]
         if missing:
-            raise FormatError(
-                f"the folder lacks tensors of {', '.join(missing)}; it is incomplete, copy or compress it again"
-            )
+            raise _incomplete(missing)
         parts = [self.parts[i] for i in range(len(self.pieces))]
         books = [part for part in parts if isinstance(part, CodebookWeight)]
         if len(books) == len(parts) and all(torch.equal(book.column_bits, books[0].column_bits) for book in books):
@@ -103,6 +98,43 @@ def pieces_of_layer(
     return pieces
 
 
+def with_dense(
+    tensors: Iterable[tuple[str, Tensor]], dense: Mapping[str, Structure], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a folder as they come, but one `weight` [N, K] for each packed module in `dense`."""
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors:
+        name, _, leaf = key.rpartition(".")
+        if name not in dense or leaf not in dense[name].tensors():
+            yield key, tensor
+            continue
+        held = waiting.setdefault(name, {})
+        held[leaf] = tensor
+        if len(held) == len(dense[name].tensors()):
+            yield f"{name}.weight", _checked(name, dense[name], waiting.pop(name)).dequantize(dtype)
+    if waiting:
+        raise _incomplete(waiting)
+
+
+def _checked(name: str, structure: Structure, tensors: Mapping[str, Tensor]) -> PackedWeight:
+    try:
+        return weight_type(structure.kind).from_tensors(tensors, structure.out_features, structure.in_features)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from error
+
+
+def _incomplete(names: Iterable[str]) -> FormatError:
+    return FormatError(f"the folder lacks tensors of {', '.join(names)}; it is incomplete, copy or compress it again")
+
+
+ALWAYS_FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+"""Of models that do not say so (StableLM)."""
+
+PLAIN_QKV = ("qkv_proj", "c_attn")
+"""Modules of all of q, k and v with q's rows first, then k's, then v's. Others may be interleaved, head by head (BLOOM, Falcon), and
+are put in order by code of the model that knows dense weights only."""
+
+
 def modules_of_prefix(
     prefix: str, structures: Mapping[str, Structure], fused: Mapping[str, Sequence[str]]
 ) -> list[str]:
@@ -110,6 +142,7 @@ def modules_of_prefix(
     if prefix in structures:
         return [prefix]
     parent, _, leaf = prefix.rpartition(".")
+    fused = {**ALWAYS_FUSED, **fused}
     names = [f"{parent}.{part}" if parent else part for part in fused.get(leaf, ())]
     packed = [name for name in names if name in structures]
     if packed and len(packed) < len(names):

@@ -34,7 +34,12 @@ class LazyWeight(Tensor):
                 self.dense = self.decode()
         return self.dense
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Does nothing of its own. That there is one keeps torch's encoder and attention layers off their fast path, which takes
+        the weights of their Linears and never calls these: packed layers would be decoded at each call."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -113,7 +113,8 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     b.add_argument(
         "--csv",
         metavar="FILE",
-        help="append the rows to this file; '' for none; default pyllmq_bench.csv, with --model pyllmq_bench_model.csv",
+        help="append the rows to this file; '' for none; default pyllmq_bench.csv, with --model pyllmq_bench_model.csv, with "
+        "--rivals pyllmq_bench_generation.csv",
     )
     b.add_argument("--plot", metavar="FILE", help="draw this PNG from the CSV")
     b.add_argument(
@@ -122,8 +123,15 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         help="instead: the ratios that the kernels are built to reach, beside the measured",
     )
     b.add_argument(
-        "--model", metavar="DIR", help="instead: a whole model, packed beside dense; what DIR is not is made from it"
+        "--model",
+        metavar="DIR|SHAPE",
+        help="instead: a whole model. DIR: packed beside dense; what DIR is not is made from it. With --rivals, or the name of a "
+        "shape (TinyLlama-1.1B, Llama-3.2-1B, Qwen3-0.6B): fused, unfused, torch and rivals, with random weights",
     )
+    b.add_argument(
+        "--rivals", metavar="R,R", help="with --model: llama.cpp, ik_llama.cpp or none; default for a shape: both"
+    )
+    b.add_argument("--keep", metavar="DIR", help="with --rivals: folder for the GGUF files, to be used again")
     b.add_argument(
         "--lengths", default="32,128", metavar="L,L", help="with --model: new tokens; encoders: sentences a batch"
     )
@@ -651,6 +659,20 @@ def run_inspect(given: argparse.Namespace) -> int:
 
 def run_bench(given: argparse.Namespace) -> int:
     precision = given.precision.split(",")
+    if given.model and (given.rivals or not Path(given.model).is_dir()):
+        from .benchmarks.generation import RIVALS, run_generation
+
+        csv = "pyllmq_bench_generation.csv" if given.csv is None else given.csv
+        run_generation(
+            given.model,
+            bits=given.bits or "4,2,2.1+0.005",
+            rivals=given.rivals.split(",") if given.rivals else RIVALS[1:],
+            precision=precision,
+            csv=csv or None,
+            plot=given.plot,
+            keep=given.keep,
+        )
+        return 0
     if given.model:
         from .benchmarks.model import run_model
 

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from ..backends.cpu import runtime as cpu
 from ..layers.linear import PackedLinear
+from . import FUSED
 from .attention_functions import as_implemented, attention_implementation, mask_as_implemented
 from .cache import filled_cache
 from .grammar import Fitting, fit
 from .modules import FusedModule, Shared
 from .native import NotBoundError
 from .record import PROMPT, NotRecordedError, record_model
-
-FUSED = "fused"
 
 _reports: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
 

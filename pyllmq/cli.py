@@ -96,6 +96,11 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     i.add_argument("folder", metavar="DIR")
     i.add_argument("--json", action="store_true", help="print JSON")
+    i.add_argument(
+        "--fused",
+        action="store_true",
+        help="instead: load it, and say which modules generate as native steps, and why others not",
+    )
     i.set_defaults(run=run_inspect)
 
     b = commands.add_parser("bench", help="kernels beside their rivals", formatter_class=_Help)
@@ -631,6 +636,8 @@ def _apply_precision(model: Any, precision: str | None) -> None:
 def run_inspect(given: argparse.Namespace) -> int:
     from .folders import PackedFolder, other_files
 
+    if given.fused:
+        return _inspect_fused(given)
     structures = PackedFolder.open(given.folder).structures
     if given.json:
         rows = {
@@ -651,6 +658,22 @@ def run_inspect(given: argparse.Namespace) -> int:
         f"{8 * nbytes / weights:.3f} true bits per weight"
     )
     print(f"other files: {', '.join(map(str, other_files(Path(given.folder)))) or 'none'}")
+    return 0
+
+
+def _inspect_fused(given: argparse.Namespace) -> int:
+    from . import from_pretrained, fusion
+
+    found = fusion.fuse(from_pretrained(given.folder, fuse=False))
+    if given.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    width = max(len(name) for name in found)
+    for name, why in found.items():
+        print(f"{name or 'the model':<{width}}  {why}")
+    print(
+        f"{sum(why == fusion.FUSED for why in found.values())} of {len(found)} modules run a few tokens as native steps"
+    )
     return 0
 
 
@@ -724,6 +747,8 @@ def run_doctor(given: argparse.Namespace) -> int:
     print("back ends:")
     for name, (ok, why) in backends.report().items():
         print(f"  {name:<10} {'works' if ok else 'missing'}: {why}")
+    ok, why = backends.cpu.runtime.available()
+    print(f"blocks of a few tokens as native steps (pyllmq.fuse): {'works' if ok else 'missing'}: {why}")
     print("codebook_linear with fp16 activations runs here, by device and number of tokens:")
     broken = False
     for device in ("cpu", "cuda"):

@@ -79,14 +79,15 @@ def on_import() -> None:
 
 
 def from_pretrained(
-    folder: str | os.PathLike[str], *, auto_class: Any = None, fuse: bool = False, **kwargs: Any
+    folder: str | os.PathLike[str], *, auto_class: Any = None, fuse: bool = True, **kwargs: Any
 ) -> PreTrainedModel:
     """Load a packed model from a folder (or hub id), whatever kind of model it is.
 
     Args:
         folder: as written by `save_pretrained`.
         auto_class: for example `transformers.AutoModelForCausalLM`; None takes the class that config.json names.
-        fuse: let blocks run a few tokens as two native calls, see `pyllmq.fuse`; for generation on a CPU.
+        fuse: let the blocks of a model that generates run a few tokens as two native calls where it lies on a CPU, see
+            `pyllmq.fuse`; `pyllmq.fusion.report` says which do.
         kwargs: passed on to transformers.
 
     Raises FormatError for a folder that is damaged, incomplete, of an unknown version, or not packed at all. Tensors that only an
@@ -100,14 +101,17 @@ def from_pretrained(
     with nullcontext() if opened is None else opened.description.handed_on():
         if auto_class is not None or kwargs.get("output_loading_info"):
             loaded = model_class.from_pretrained(folder, **arguments)
-            if fuse:
-                fusion.fuse(loaded[0] if isinstance(loaded, tuple) else loaded)
+            _fuse(loaded[0] if isinstance(loaded, tuple) else loaded, fuse)
             return loaded
         model, info = model_class.from_pretrained(folder, **{**arguments, "output_loading_info": True})
     expect_complete(folder, model, info)
-    if fuse:
-        fusion.fuse(model)
+    _fuse(model, fuse)
     return model
+
+
+def _fuse(model: Any, wanted: bool) -> None:
+    if wanted and getattr(model, "can_generate", lambda: False)():
+        fusion.fuse(model)
 
 
 def expect_complete(folder: str | os.PathLike[str], model: Any, info: Mapping[str, Any]) -> None:

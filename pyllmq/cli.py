@@ -96,6 +96,11 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     i.add_argument("folder", metavar="DIR")
     i.add_argument("--json", action="store_true", help="print JSON")
+    i.add_argument(
+        "--fused",
+        action="store_true",
+        help="instead: load it, and say which modules generate as native steps, and why others not",
+    )
     i.set_defaults(run=run_inspect)
 
     b = commands.add_parser("bench", help="kernels beside their rivals", formatter_class=_Help)
@@ -113,7 +118,8 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     b.add_argument(
         "--csv",
         metavar="FILE",
-        help="append the rows to this file; '' for none; default pyllmq_bench.csv, with --model pyllmq_bench_model.csv",
+        help="append the rows to this file; '' for none; default pyllmq_bench.csv, with --model pyllmq_bench_model.csv, with "
+        "--rivals pyllmq_bench_generation.csv",
     )
     b.add_argument("--plot", metavar="FILE", help="draw this PNG from the CSV")
     b.add_argument(
@@ -122,8 +128,15 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         help="instead: the ratios that the kernels are built to reach, beside the measured",
     )
     b.add_argument(
-        "--model", metavar="DIR", help="instead: a whole model, packed beside dense; what DIR is not is made from it"
+        "--model",
+        metavar="DIR|SHAPE",
+        help="instead: a whole model. DIR: packed beside dense; what DIR is not is made from it. With --rivals, or the name of a "
+        "shape (TinyLlama-1.1B, Llama-3.2-1B, Qwen3-0.6B): fused, unfused, torch and rivals, with random weights",
     )
+    b.add_argument(
+        "--rivals", metavar="R,R", help="with --model: llama.cpp, ik_llama.cpp or none; default for a shape: both"
+    )
+    b.add_argument("--keep", metavar="DIR", help="with --rivals: folder for the GGUF files, to be used again")
     b.add_argument(
         "--lengths", default="32,128", metavar="L,L", help="with --model: new tokens; encoders: sentences a batch"
     )
@@ -557,6 +570,8 @@ def run_generate(given: argparse.Namespace) -> int:
 def run_inspect(given: argparse.Namespace) -> int:
     from .folders import PackedFolder, other_files
 
+    if given.fused:
+        return _inspect_fused(given)
     structures = PackedFolder.open(given.folder).structures
     if given.json:
         rows = {
@@ -580,11 +595,41 @@ def run_inspect(given: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect_fused(given: argparse.Namespace) -> int:
+    from . import from_pretrained, fusion
+
+    found = fusion.fuse(from_pretrained(given.folder, fuse=False))
+    if given.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    width = max(len(name) for name in found)
+    for name, why in found.items():
+        print(f"{name or 'the model':<{width}}  {why}")
+    print(
+        f"{sum(why == fusion.FUSED for why in found.values())} of {len(found)} modules run a few tokens as native steps"
+    )
+    return 0
+
+
 # ---- bench, doctor --------------------------------------------------------------------------------------------------
 
 
 def run_bench(given: argparse.Namespace) -> int:
     precision = given.precision.split(",")
+    if given.model and (given.rivals or not Path(given.model).is_dir()):
+        from .benchmarks.generation import RIVALS, run_generation
+
+        csv = "pyllmq_bench_generation.csv" if given.csv is None else given.csv
+        run_generation(
+            given.model,
+            bits=given.bits or "4,2,2.1+0.005",
+            rivals=given.rivals.split(",") if given.rivals else RIVALS[1:],
+            precision=precision,
+            csv=csv or None,
+            plot=given.plot,
+            keep=given.keep,
+        )
+        return 0
     if given.model:
         from .benchmarks.model import run_model
 
@@ -636,6 +681,8 @@ def run_doctor(given: argparse.Namespace) -> int:
     print("back ends:")
     for name, (ok, why) in backends.report().items():
         print(f"  {name:<10} {'works' if ok else 'missing'}: {why}")
+    ok, why = backends.cpu.runtime.available()
+    print(f"blocks of a few tokens as native steps (pyllmq.fuse): {'works' if ok else 'missing'}: {why}")
     print("codebook_linear with fp16 activations runs here, by device and number of tokens:")
     broken = False
     for device in ("cpu", "cuda"):

@@ -159,6 +159,13 @@ def test_inspect(packed, capsys):
     assert f"{sum(s.nbytes for s in structures.values()) / 1e6:.2f} MB" in lines[-2]
 
 
+def test_inspect_says_what_is_fused(packed, capsys):
+    assert main(["inspect", str(packed), "--fused"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["model.layers.0", "fused"]
+    assert lines[-1] == "2 of 2 modules run a few tokens as native steps"
+
+
 def test_doctor(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
@@ -168,6 +175,7 @@ def test_doctor(capsys):
         "cpu        works",
         "cuda       missing",
         "reference  works",
+        "native steps (pyllmq.fuse): works: ",
         "cpu        layout cpu.codebook\n             cpu.codebook_linear for 1, 2, 16, 64, 65, 512: tables of partial products",
         "cuda       layout checkpoint.codebook\n             reference.packed_linear for 1, 2, 16, 64, 65, 512: last row",
     ):

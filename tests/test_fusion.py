@@ -403,6 +403,27 @@ def test_copies_and_pickles_are_whole_and_not_fused(llama, tmp_path):
             theirs = generated(other, inputs)
         assert counts["attention"] == 0
         assert torch.equal(theirs.sequences, generated(model, inputs).sequences)
+        assert set(pyllmq.fuse(other).values()) == {"fused"}
+
+
+def test_loading_fuses_models_that_generate(llama, tmp_path):
+    pyllmq.save_pretrained(llama, tmp_path / "llama")
+    inputs = padded_batch()
+    unfused = pyllmq.from_pretrained(tmp_path / "llama", fuse=False)
+    assert report(unfused) == {}
+    for given in ({}, {"auto_class": transformers.AutoModelForCausalLM}, {"output_loading_info": True}):
+        loaded = pyllmq.from_pretrained(tmp_path / "llama", **given)
+        loaded = loaded[0] if isinstance(loaded, tuple) else loaded
+        assert set(report(loaded).values()) == {"fused"}
+        with counted() as counts:
+            assert torch.equal(generated(loaded, inputs).sequences, generated(unfused, inputs).sequences)
+        assert counts["attention"] > 0
+    pyllmq.save_pretrained(loaded, tmp_path / "again")
+    name = "model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "llama" / name).read_bytes()
+    encoder = packed(tiny_bert())
+    pyllmq.save_pretrained(encoder, tmp_path / "bert")
+    assert report(pyllmq.from_pretrained(tmp_path / "bert")) == {}
 
 
 @pytest.mark.parametrize("precision", ["high", "fast"])

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 from torch import nn
 
+FUSED = "fused"
+"""What `report` says of a module that is."""
+
 
 def fuse(model: nn.Module) -> dict[str, str]:
     """Let attention and MLP modules run as native steps where they take a few tokens (1 to 8 of 1 to 8 sequences) on a CPU.

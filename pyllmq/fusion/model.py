@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from ..backends.cpu import runtime as cpu
 from ..layers.linear import PackedLinear
+from . import FUSED
 from .attention_functions import as_implemented, attention_implementation, mask_as_implemented
 from .cache import filled_cache
 from .grammar import Fitting, fit
-from .modules import FusedModule, Shared
+from .modules import FusedModule, NotFused, Shared
 from .native import NotBoundError
 from .record import PROMPT, NotRecordedError, record_model
-
-FUSED = "fused"
 
 _reports: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
 
@@ -61,6 +60,9 @@ def unfuse(model: nn.Module) -> int:
     fused = list(_fused_modules(model))
     for module in fused:
         module.remove()
+    for module_copied in model.modules():
+        if isinstance(module_copied.__dict__.get("forward"), NotFused):
+            del module_copied.forward
     _reports.pop(model, None)
     return len(fused)
 

@@ -84,7 +84,7 @@ class FusedModule:
 
     def __reduce__(self) -> Any:
         """Copies and pickles of a model are not fused."""
-        return _NotFused, (self.module,)
+        return NotFused, (self.module,)
 
     # ---- a call -----------------------------------------------------------------------------------------------------
 
@@ -172,8 +172,8 @@ class FusedModule:
         return True
 
 
-class _NotFused:
-    """What a copy of a fused module has as `forward`: that of its class."""
+class NotFused:
+    """What a copy of a fused module has as `forward`, until it is fused itself: that of its class."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -82,14 +82,15 @@ def on_import() -> None:
 
 
 def from_pretrained(
-    folder: str | os.PathLike[str], *, auto_class: Any = None, fuse: bool = False, **kwargs: Any
+    folder: str | os.PathLike[str], *, auto_class: Any = None, fuse: bool = True, **kwargs: Any
 ) -> PreTrainedModel:
     """Load a packed model from a folder (or hub id), whatever kind of model it is.
 
     Args:
         folder: as written by `save_pretrained`.
         auto_class: for example `transformers.AutoModelForCausalLM`; None takes the class that config.json names.
-        fuse: let blocks run a few tokens as two native calls, see `pyllmq.fuse`; for generation on a CPU.
+        fuse: let the blocks of a model that generates run a few tokens as two native calls where it lies on a CPU, see
+            `pyllmq.fuse`; `pyllmq.fusion.report` says which do.
         kwargs: passed on to transformers.
 
     Raises FormatError for a folder that is damaged, incomplete, of an unknown version, or not packed at all. Tensors that only an
@@ -105,7 +106,7 @@ def from_pretrained(
         model, info = model_class.from_pretrained(folder, **arguments)
     if auto_class is None and not info_wanted:
         expect_complete(folder, model, info)
-    if fuse:
+    if fuse and getattr(model, "can_generate", lambda: False)():
         fusion.fuse(model)
     return (model, info) if info_wanted else model  # type: ignore[return-value]
 

@@ -54,7 +54,8 @@ struct PlaneSums {
   inline __attribute__((always_inline)) void add_bytes(int p, __m256i v) {
     even[p] = _mm256_add_epi16(even[p], v);
     PYLLMQ_PIN(even[p]);
-    odd[p] = _mm256_add_epi16(odd[p], _mm256_srli_epi16(v, 8));
+    // The high byte of each lane: `srli` would go through the two pipes that the shuffles of the lookups need (Zen, Intel).
+    odd[p] = _mm256_add_epi16(odd[p], _mm256_maddubs_epi16(v, _mm256_set1_epi16(0x0100)));
     PYLLMQ_PIN(odd[p]);
   }
 

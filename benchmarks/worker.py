@@ -1,0 +1,110 @@
+"""A system under test in a process of its own: it answers lines of JSON on stdin with lines of JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class System(Protocol):
+    nbytes: int
+    """Of all weights, as they lie in memory or in the file."""
+
+    def prompt(self, tokens: int) -> float:
+        """Seconds from the call to the first token."""
+
+    def decode(self, context: int, tokens: int) -> list[float]:
+        """Seconds of each token after `context` others."""
+
+
+# ---- in the process -------------------------------------------------------------------------------------------------
+
+
+def serve(make: Callable[[], System]) -> None:
+    """Make the system and do what stdin says until it ends. What anything else prints goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(**said: Any) -> None:
+        answers.write(json.dumps(said) + "\n")
+        answers.flush()
+
+    try:
+        system = make()
+        _forget_peak()
+        answer(nbytes=system.nbytes)
+        for line in sys.stdin:
+            asked = json.loads(line)
+            what = asked.pop("do")
+            answer(found=peak_bytes() if what == "peak" else getattr(system, what)(**asked))
+    except Exception as error:  # whatever it is, the run of the others goes on
+        answer(error=f"{type(error).__name__}: {error}")
+
+
+def _forget_peak() -> None:
+    """Making the model may take more memory than running it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_bytes() -> int | None:
+    """Most memory that this process held since the system was made, files that it mapped included; None without /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM")), None)
+
+
+# ---- outside of it --------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A running process. Raises RuntimeError with its own words where it fails."""
+
+    def __init__(self, module: str, arguments: Sequence[str]) -> None:
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
+        try:
+            self.nbytes: int = self._answer()["nbytes"]
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()["found"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            raise RuntimeError(f"the process ended: {self.log.read().strip()[-300:] or 'it said nothing'}")
+        found: dict[str, Any] = json.loads(line)
+        if "error" in found:
+            raise RuntimeError(found["error"])
+        return found
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.log):
+            if stream is not None:
+                stream.close()

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .formats import PackedWeight
-from .layers.linear import PackedLinear, PackedModule
+from .layers.linear import PackedComposite, PackedLinear
 from .linears import as_linear, dense_weight, is_transposed_linear, replace_module, stacked_parameters
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def planned_linears(model: nn.Module, styles: Mapping[str, str]) -> dict[str, st
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | PackedModule) or is_transposed_linear(module):
+        if isinstance(module, nn.Linear | PackedLinear | PackedComposite) or is_transposed_linear(module):
             yield name, module
 
 
@@ -185,7 +185,7 @@ def _fits(pattern: str, name: str) -> bool:
 def _uncut(block: Mapping[str, nn.Module]) -> str | None:
     """Why none of these modules can be cut."""
     for name, module in block.items():
-        if isinstance(module, PackedModule) and not isinstance(module, PackedLinear):
+        if isinstance(module, PackedComposite):
             return f"{name} is made of several packed weights ({module.structure.kind}), which are not cut"
     return None
 

@@ -1,4 +1,4 @@
-"""packed_linear and packed_dequantize of the format codebook: codes transposed (triton_kernels/codebook_decode.py), and for each
+"""packed_linear, packed_dequantize and packed_rows of the format codebook: codes transposed (triton_kernels/codebook_decode.py), and for each
 width a table of its columns."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...formats.codebook import CODES, WIDTHS
 from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
-from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, reads
+from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, PACKED_ROWS, reads
 from . import runtime
 from .runtime import ORDER
 
@@ -191,6 +191,13 @@ def packed_dequantize(weight: WeightOperand, dtype: torch.dtype) -> Tensor:
         return run(CodebookLayout.of(weight), dtype)
 
 
+def packed_rows(weight: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    from ...triton_kernels.codebook_rows import codebook_rows as run
+
+    with runtime.on_device_of(ids):
+        return run(CodebookLayout.of(weight), ids, dtype)
+
+
 def decode_and_matmul(x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
     """The weight decoded to x's dtype, then torch's matmul. Where that dtype cannot hold a decoded weight it is rounded."""
     dense = packed_dequantize(weight, x.dtype)
@@ -207,3 +214,5 @@ def register_kernels() -> None:
     PACKED_LINEAR.register("triton.decode_and_matmul", ORDER + 1, any_number, decode_and_matmul, because)
     because = "one pass over the codes, on any GPU that Triton knows"
     PACKED_DEQUANTIZE.register("triton.dequantize", ORDER, any_number, packed_dequantize, because)
+    because = "reads the codes of those rows, by lines of neighbouring rows"
+    PACKED_ROWS.register("triton.rows", ORDER, any_number, packed_rows, because)

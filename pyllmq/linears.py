@@ -83,7 +83,7 @@ def output_layers(model: nn.Module, include: Sequence[str] | None = None) -> dic
 
 
 def input_embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
-    """(name, module) of what looks up token ids: what transformers calls so, in a model and in its parts; elsewhere every embedding.
+    """Name -> what looks up token ids: what transformers calls so, in a model and in its parts; elsewhere every embedding.
 
     Of several with one weight the first that the model registers.
     """

@@ -1,4 +1,4 @@
-"""Packed layers: drop-in replacements for `torch.nn.Linear` and `torch.nn.Embedding`; each format's stands with the format, in formats/."""
+"""Packed layers: drop-in replacements for `torch.nn.Linear` and `torch.nn.Embedding`; each format's stand in formats/."""
 
 from .formats.bitmap import SparseLinear
 from .formats.codebook import CodebookEmbedding, CodebookLinear

@@ -80,7 +80,8 @@ def column_codes(
     Least squared error for the widths asked for. Outliers are the round(N * outlier_fraction) weights of each column that lie
     farthest out, half of them at either end; codebooks are fitted to the others. With `row_scale` each row is divided by the
     root mean square of its other weights, and k-means weights the rows by its square, so that the squared error of W itself
-    stays what is minimised; `row_weights` [N] weight the rows besides. Where fp16 cannot hold a codebook without it, all rows get one power of two as their scale.
+    stays what is minimised; `row_weights` [N] weight the rows besides. Where fp16 cannot hold a codebook without it, all rows get
+    one power of two as their scale.
     """
     n, k = weight.shape
     _check(weight, outlier_fraction)
@@ -104,7 +105,9 @@ def column_codes(
         importance *= scale.square() * (rms > 0)
     if row_weights is not None:
         if tuple(row_weights.shape) != (n,) or bool((row_weights < 0).any()) or not bool((row_weights > 0).any()):
-            raise ValueError(f"row_weights is {list(row_weights.shape)}; it must be {n} numbers >= 0, not all of them 0")
+            raise ValueError(
+                f"row_weights is {list(row_weights.shape)}; it must be {n} numbers >= 0, not all of them 0"
+            )
         importance *= row_weights.float().cpu()
 
     centroids, codes = _fit(columns if scale is None else columns / scale, column_bits, importance)

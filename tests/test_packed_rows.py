@@ -78,7 +78,9 @@ def test_arguments_are_checked():
         packed_rows(weight, torch.tensor([1]), torch.float64)
     with pytest.raises(ValueError, match="ids are on meta"):
         packed_rows(weight, torch.empty(3, dtype=torch.int64, device="meta"))
-    sparse = pyllmq.Sparse24Weight.pack(torch.randn(8, 8), torch.tensor([1, 1, 0, 0] * 2).bool().expand(8, 8), torch.float32)
+    sparse = pyllmq.Sparse24Weight.pack(
+        torch.randn(8, 8), torch.tensor([1, 1, 0, 0] * 2).bool().expand(8, 8), torch.float32
+    )
     with pytest.raises(NoKernelError, match="cpu.codebook_rows: reads the layout"):
         packed_rows(sparse, torch.tensor([1]))
     with pyllmq.use_backend("reference"):  # any format's own decoding

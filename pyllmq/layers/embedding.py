@@ -39,7 +39,7 @@ class LooksUp(nn.Module):
             scale = getattr(dense, "scalar_embed_scale", None if scale.is_meta else float(scale))
         if not isinstance(scale, int | float):
             raise ValueError(
-                f"{type(dense).__name__} looks its rows up in a way of its own, which a packed embedding does not know; leave it dense"
+                f"{type(dense).__name__} looks its rows up in a way of its own, which no packed embedding knows; leave it dense"
             )
         self.scale, self.padding_idx = float(scale), dense.padding_idx
         return self
@@ -114,8 +114,8 @@ def put_embedding(
     """Put `packed` in the place of the embedding `name`; what shares its weight shares the packed one from now on, and so do the
     modules `tied`, which are only going to share it.
 
-    Returns name -> dense module of all that was replaced, the embedding first. Raises ValueError, with nothing replaced, where one of
-    them is neither an embedding nor a Linear, or does more than look up and scale.
+    Returns name -> dense module of all that was replaced, the embedding first. Raises ValueError, with nothing replaced, where one
+    of them is neither an embedding nor a Linear, or does more than look up and scale.
     """
     dense = model.get_submodule(name)
     assert isinstance(dense, nn.Embedding)
@@ -130,7 +130,8 @@ def put_embedding(
             new[other] = TiedLinear(packed, module.bias)
         else:
             raise ValueError(
-                f"{name} shares its weight with {other}, a {type(module).__name__}, which cannot run on a packed one; leave it dense"
+                f"{name} shares its weight with {other}, a {type(module).__name__}, which cannot run on a packed one; leave it "
+                "dense"
             )
     for other, module in new.items():
         replace_module(model, other, module)

@@ -282,7 +282,7 @@ class _Precision:
 
 
 class PackedLinear(_Precision, PackedLayer):
-    """y = x W^T + bias with W packed; each format has a class of its own. The weight is frozen; gradients flow to x and to the bias.
+    """y = x W^T + bias with W packed; each format has a class of its own. W is frozen; gradients flow to x and to the bias.
 
     Make one with `from_dense`, `from_weight` or by loading a checkpoint.
     """

@@ -1,4 +1,5 @@
-"""packed_linear, packed_dequantize and packed_rows of the format codebook: tables of partial products, or decoded once (docs/kernels-cpu.md)."""
+"""packed_linear, packed_dequantize and packed_rows of the format codebook (docs/kernels-cpu.md): tables of partial products, or
+decoded once."""
 
 from __future__ import annotations
 

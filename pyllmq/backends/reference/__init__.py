@@ -23,7 +23,7 @@ def available() -> tuple[bool, str]:
 def register_kernels() -> None:
     for module in (
         packed_linear,
-    packed_rows,
+        packed_rows,
         codebook_gradient,
         pack_codes,
         softmax_cdist_l1,

@@ -77,6 +77,8 @@ def plan_folder(
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    embeddings: int | None = None,
+    head: int | None = None,
 ) -> FolderPlan:
     """What `compress_folder` or `compress_files` would do with the same arguments.
 
@@ -85,7 +87,7 @@ def plan_folder(
     from ...integrations.checkpoint import StreamedModel
 
     streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
-    task = Task.of(streamed.model, method_of(config), include, exclude)
+    task = Task.of(streamed.model, method_of(config), include, exclude, embeddings, head)
     method = task.method
     streamed.split(stage.name for stage in task.stages if stage.block is not None)
     method.plan = method.make_plan(task.linears)
@@ -101,10 +103,12 @@ def plan_folder(
         spent = _time_weight(streamed, task)
         packed_bytes = round(spent.packed_bytes * weights)
     sizes = {n: t.numel() * t.element_size() for n, t in streamed.model.state_dict().items()}
-    dense = sum(size for name, size in sizes.items() if name.rpartition(".")[0] not in task.linears)
+    packed = {*task.linears, *(name for end in task.ends for name in (*end.heads, *end.embeddings))}
+    dense = sum(size for name, size in sizes.items() if name.rpartition(".")[0] not in packed)
+    dense += sum(end.nbytes for end in task.ends)
     target = Path(output).resolve()
     exists = next(folder for folder in target.parents if folder.exists())
-    described = (DESCRIPTION_BYTES + INDEX_BYTES) * len(task.linears)
+    described = (DESCRIPTION_BYTES + INDEX_BYTES) * len(task.names)
     in_blocks = [sum(p.numel() for p in stage.block.parameters()) for stage in task.stages if stage.block is not None]
     return FolderPlan(
         blocks=len(blocks),

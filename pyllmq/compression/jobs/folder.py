@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ...config import MethodConfig
 from ...folders import INDEX, SINGLE, copy_others, opened, put_folder
 from ...formats import structure_from_dict
-from ...layers.linear import PackedLinear
+from ...layers.linear import PackedModule
 from ...linears import DEFAULT_EXCLUDE
 from ...memory import peak_memory
 from ...weights import OUTSIDE
@@ -53,6 +53,8 @@ def compress_folder(
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    embeddings: int | None = None,
+    head: int | None = None,
     others: Sequence[Any] = (),
     resume: bool = False,
     progress: bool = True,
@@ -69,7 +71,7 @@ def compress_folder(
         output: folder to write; an earlier one of that name is replaced at the end.
         config: as for `compress`; what needs the whole model at once is refused.
         calibration: batches, as for `compress`.
-        include, exclude: name patterns, as for `compress`.
+        include, exclude, embeddings, head: as for `compress`.
         others: what else belongs into the folder and has a `save_pretrained`. Everything in `source` that is not replaced, such
             as its tokenizer, is copied anyway.
         resume: go on with a job that was ended, to the same bytes. Refused if it is not the same job.
@@ -96,13 +98,14 @@ def compress_folder(
     streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
     streamed.expect_runnable()
     model = streamed.model
-    task = Task.of(model, method, include, exclude)
-    names = streamed.names_in_file(task.linears)
+    task = Task.of(model, method, include, exclude, embeddings, head)
+    names = streamed.names_in_file(task.names)
     streamed.split(stage.name for stage in task.stages if stage.block is not None)
 
     def signature() -> dict[str, Any]:
         return {
-            **job_signature(streamed.folder, config, list(task.linears)),
+            **job_signature(streamed.folder, config, task.names),
+            "ends": {end.name: end.bits for end in task.ends},
             "calibration": batches_digest(all_batches),
             "processes": ranks.size,
             "threads": torch.get_num_threads(),
@@ -117,7 +120,7 @@ def compress_folder(
         batches = [_to_device(batch, streamed.device) for batch in ranks.share(all_batches)]
         loop = BlockLoop(model, _to_device(all_batches[0], streamed.device), batches, streamed)
         done = sum(len(entry["layers"]) for entry in manifest.finished)
-        bar = tqdm(total=len(task.linears), initial=done, disable=not (progress and ranks.first), unit="layer")
+        bar = tqdm(total=len(task.names), initial=done, disable=not (progress and ranks.first), unit="layer")
         folder = FolderJob(Job(task, task.run(loop, ranks), bar), streamed, manifest, started)
         with quiet_eval(model), torch.no_grad(), bar:
             chains = loop.find_chains(task.stages, lambda stage: check_finite(stage.linears))
@@ -274,7 +277,8 @@ class FolderJob:
             self._hidden(unit, "dense").write(dense)
         self.ranks.gather(None)  # all of them are written
         layers = report.layers[sum(len(entry["layers"]) for entry in self.manifest.finished) :]
-        structures = {name: _packed(job, name).structure.to_dict() for name in job.replaced}
+        replaced = {name: job.task.model.get_submodule(name) for name in job.replaced}
+        structures = {name: m.structure.to_dict() for name, m in replaced.items() if isinstance(m, PackedModule)}
         entry = {
             "layers": [asdict(layer) for layer in layers],
             "structures": structures,
@@ -344,12 +348,6 @@ def put_finished(
         sync(path)
     put_folder(folder, target)
     manifest.remove()
-
-
-def _packed(job: Job, name: str) -> PackedLinear:
-    layer = job.task.model.get_submodule(name)
-    assert isinstance(layer, PackedLinear)
-    return layer
 
 
 def write_index(folder: Path, files: Sequence[str]) -> None:

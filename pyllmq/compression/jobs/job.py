@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...formats import layer_type
+from ...layers.embedding import embedding_type, put_embedding
 from ...linears import (
     DEFAULT_EXCLUDE,
     LeftDense,
@@ -24,12 +25,14 @@ from ...linears import (
     tied_weights,
 )
 from ...packing import count_not_finite
+from ...weights import OUTSIDE
 from ..methods import CompressedLinear, Method
 from ..ranks import ALONE, Ranks
 from ..report import CompressionReport, LayerReport, summary
 from ..statistics.blocks import BlockLoop, Stage, find_stages
 from ..statistics.inputs import Group, InputStatistics, visit_groups
 from ..statistics.run import CalibrationRun
+from .ends import End, compress_ends, find_ends
 
 SILENT_SHARE = 0.01
 """Linear-like parameters left dense without being asked for are reported loudly above this share."""
@@ -44,9 +47,19 @@ class Task:
     linears: dict[str, nn.Module]
     stages: list[Stage]
     report: CompressionReport
+    ends: list[End]
+    """Embeddings and heads that are packed besides."""
 
     @classmethod
-    def of(cls, model: nn.Module, method: Method[Any], include: Sequence[str] | None, exclude: Sequence[str]) -> Task:
+    def of(
+        cls,
+        model: nn.Module,
+        method: Method[Any],
+        include: Sequence[str] | None,
+        exclude: Sequence[str],
+        embeddings: int | None = None,
+        head: int | None = None,
+    ) -> Task:
         """Raises ValueError if there is nothing to compress, or one of the Linears may not be; warns of much that stays dense."""
         exclude = not_included(include, exclude)
         chosen = select_linears(model, include, exclude)
@@ -65,11 +78,17 @@ class Task:
                 f"nothing to compress: {len(list(linear_modules(model)))} Linears, {len(chosen)} after include and exclude, none "
                 "of them in a repeated block; name them in include to compress them all the same"
             )
+        ends = find_ends(model, embeddings, head, planned)
+        if ends:
+            stages.append(Stage(OUTSIDE, None, ends=ends))
+        heads = {name for end in ends for name in end.heads}
         dense, total = left_dense(model, chosen if method.outside_blocks else planned, include, exclude)
+        dense = [item for item in dense if item.name not in heads]
         report = CompressionReport(method.name, method.config.to_dict(), left_dense=dense)
         if method.outside_blocks:
             for name, owner in tied.items():
-                report.left_dense.append(stays_dense(name, chosen[name], f"shares its weight with {owner}"))
+                if name not in heads:
+                    report.left_dense.append(stays_dense(name, chosen[name], f"shares its weight with {owner}"))
         elif (unasked := sum(item.parameters for item in dense if not item.asked)) > SILENT_SHARE * total:
             names = summary([item for item in dense if not item.asked])
             warn(
@@ -77,7 +96,12 @@ class Task:
                 f"{100 * unasked / total:.1f} % of the Linear-like parameters stay dense without being asked for: {names}. "
                 "Name them in exclude if that is wanted; Linears outside the blocks can be named in include",
             )
-        return cls(model, method, planned, stages, report)
+        return cls(model, method, planned, stages, report, ends)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all modules that get packed tensors."""
+        return [*self.linears, *(end.name for end in self.ends)]
 
     def run(self, loop: BlockLoop, ranks: Ranks = ALONE) -> CalibrationRun:
         needs = self.method.needs
@@ -120,6 +144,10 @@ class Job:
     def compress_stage(self, stage: Stage, forward: Callable[[int], Any]) -> None:
         """Group the Linears of a stage by their input, take the statistics of each input, compress them."""
         visit_groups(self.run, stage, forward, self.compress_group)
+        if stage.ends:
+            done = compress_ends(stage.ends, self.run, forward)
+            for end in stage.ends:
+                self.replace_end(end, done[end.name])
 
     def compress_group(self, group: Group, inputs: InputStatistics) -> None:
         """Put packed layers in the place of Linears that share an input."""
@@ -140,6 +168,17 @@ class Job:
         replace_module(self.task.model, name, layer)
         self.report.layers.append(layer_report(name, dense, done))
         self.bar.set_postfix_str(f"{name} error {done.error:.5f}", refresh=False)
+        self.bar.update()
+
+    def replace_end(self, end: End, done: CompressedLinear) -> None:
+        """An embedding with all that shares its weight, or a head."""
+        if not end.embeddings:
+            self.replace(end.name, end.module, done)
+            return
+        dense = end.weight
+        packed = embedding_type(done.weight.kind).from_weight(done.weight.to(dense.device), None, dense.dtype)
+        self.replaced |= put_embedding(self.task.model, end.name, packed)
+        self.report.layers.append(layer_report(end.name, dense, done))
         self.bar.update()
 
     def put_back(self) -> None:

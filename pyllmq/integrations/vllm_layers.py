@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from .. import ops
 from ..folders import METHOD, Description
@@ -49,8 +49,11 @@ class PyllmqVllmConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         names = modules_of_prefix(prefix, self.structures, self.packed_modules_mapping)
-        if isinstance(layer, ParallelLMHead) and names:
-            raise ValueError(f"{prefix} is packed; vLLM needs it dense: compress the model with --exclude {prefix}")
+        if isinstance(layer, VocabParallelEmbedding) and names:  # a head is one, too
+            raise ValueError(
+                f"{prefix} is packed; vLLM needs it dense: compress the model without --embeddings and --head, with "
+                f"--exclude {prefix}"
+            )
         if not isinstance(layer, LinearBase):
             return None
         if not names:

@@ -188,6 +188,13 @@ void bind_codebook(py::module_& m) {
           },
           py::arg("row_begin"), py::arg("row_end"), py::arg("out"), py::arg("out_dtype"), NoGil())
       .def(
+          "row_values",
+          [](const CodebookOperand& self, Pointer ids, int64_t count, Pointer out, int out_dtype) {
+            const DType type = dtype_of(out_dtype);
+            self.row_values(as<int64_t>(ids), count, elements(out, type), type);
+          },
+          py::arg("ids"), py::arg("count"), py::arg("out"), py::arg("out_dtype"), NoGil())
+      .def(
           "codes", [](const CodebookOperand& self, Pointer codes_out) { self.codes(as<uint8_t>(codes_out)); },
           py::arg("codes_out"), NoGil());
 }

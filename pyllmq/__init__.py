@@ -33,15 +33,16 @@ from .formats import (
 from .fusion import fuse, unfuse
 from .integrations.transformers import from_pretrained, on_import, save_pretrained
 from .kmeans import kmeans_1d, kmeans_1d_errors
-from .nn import CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseLinear, set_precision
+from .nn import CodebookEmbedding, CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseLinear, set_precision
 from .ops import softmax_cdist_l1
-from .swap import swap_linear
+from .swap import swap_embedding, swap_linear
 from .transport import doubly_stochastic, sinkhorn
 from .version import __version__ as __version__
 
 __all__ = [
     "BitmapWeight",
     "CLAQConfig",
+    "CodebookEmbedding",
     "CodebookLinear",
     "CodebookStructure",
     "CodebookWeight",
@@ -74,6 +75,7 @@ __all__ = [
     "set_precision",
     "sinkhorn",
     "softmax_cdist_l1",
+    "swap_embedding",
     "swap_linear",
     "tune_blocks",
     "tune_codebooks",

@@ -196,6 +196,12 @@ def _add_compress(commands: Any, arguments: Sequence[str]) -> None:
         help="leave these Linears dense, besides output heads (repeatable)",
     )
     c.add_argument(
+        "--embeddings", type=int, metavar="BITS", help="pack the input embeddings too, at so many bits (1 to 8)"
+    )
+    c.add_argument(
+        "--head", type=int, metavar="BITS", help="pack the output head too; one that is tied goes with the embeddings"
+    )
+    c.add_argument(
         "--resume", action="store_true", help="go on with the same command after it was ended, to the same bytes"
     )
     c.add_argument("--dry-run", action="store_true", help="print what would be done, sizes and an estimate of the time")
@@ -369,7 +375,12 @@ def _words(calibration: bool) -> str:
 def _names(given: argparse.Namespace) -> dict[str, Any]:
     from .linears import DEFAULT_EXCLUDE
 
-    return {"include": given.include, "exclude": (*DEFAULT_EXCLUDE, *(given.exclude or ()))}
+    return {
+        "include": given.include,
+        "exclude": (*DEFAULT_EXCLUDE, *(given.exclude or ())),
+        "embeddings": given.embeddings,
+        "head": given.head,
+    }
 
 
 def _compress_in_memory(given: argparse.Namespace, config: MethodConfig, size: str | None) -> int:

@@ -82,6 +82,32 @@ def output_layers(model: nn.Module, include: Sequence[str] | None = None) -> dic
     return {name: "output layer" for name, module in linears.items() if module is head} | outputs
 
 
+def input_embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
+    """Name -> what looks up token ids: what transformers calls so, in a model and in its parts; elsewhere every embedding.
+
+    Of several with one weight the first that the model registers.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    if hasattr(model, "get_input_embeddings"):
+        inputs = {id(each) for module in model.modules() if (each := _input_embedding(module)) is not None}
+        found = {name: module for name, module in found.items() if id(module) in inputs}
+    owners = {id(module.weight): name for name, module in reversed(found.items())}
+    return {name: module for name, module in found.items() if owners[id(module.weight)] == name}
+
+
+def _input_embedding(module: nn.Module) -> nn.Module | None:
+    try:
+        return module.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def sharing_weight(model: nn.Module, module: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, under each of its names, of all whose weight is the very tensor of this one's."""
+    found = model.named_modules(remove_duplicate=False)
+    return {name: other for name, other in found if other._parameters.get("weight") is module.weight}
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight [out_features, in_features] of a Linear-like module."""
     weight = module.weight

@@ -83,6 +83,11 @@ class PackedDequantize(Protocol):
         """-> [N, K]."""
 
 
+class PackedRows(Protocol):
+    def __call__(self, weight: WeightOperand, ids: Tensor, dtype: torch.dtype, /) -> Tensor:
+        """ids int64 [M], contiguous -> rows [M, K]. An id outside of 0..N-1: IndexError on a CPU, a row of NaN on a GPU."""
+
+
 class CodebookGradient(Protocol):
     def __call__(self, weight_gradient: Tensor, weight: WeightOperand, /) -> Tensor:
         """dL/dW fp32 [N, K], a weight in the layout checkpoint.codebook -> dL/dcodebook fp32 [segments, entries]."""
@@ -99,6 +104,7 @@ class UnpackCodes(Protocol):
 
 PACKED_LINEAR: Operation[WeightProblem, PackedLinear] = Operation("packed_linear", WeightProblem)
 PACKED_DEQUANTIZE: Operation[WeightProblem, PackedDequantize] = Operation("packed_dequantize", WeightProblem)
+PACKED_ROWS: Operation[WeightProblem, PackedRows] = Operation("packed_rows", WeightProblem)
 CODEBOOK_GRADIENT: Operation[WeightProblem, CodebookGradient] = Operation("codebook_gradient", WeightProblem)
 PACK_CODES: Operation[Problem, PackCodes] = Operation("pack_codes", Problem)
 UNPACK_CODES: Operation[Problem, UnpackCodes] = Operation("unpack_codes", Problem)

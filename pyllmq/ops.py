@@ -22,6 +22,7 @@ from .operations import (
     PACK_CODES,
     PACKED_DEQUANTIZE,
     PACKED_LINEAR,
+    PACKED_ROWS,
     PRECISIONS,
     SOFTMAX_CDIST_L1,
     SOFTMAX_CDIST_L1_BACKWARD,
@@ -221,21 +222,31 @@ def _packed_linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_bias = grad.float().reshape(-1, operand.shape[0]).sum(0).to(ctx.bias_dtype)
     if ctx.trains:
         (x,) = ctx.saved_tensors
-        fields, gradients = _GRADIENTS[operand.kind]
-        places: list[int] = []
 
-        def of_tensors() -> _Gradients:
-            of_weight = grad.float().reshape(-1, operand.shape[0]).T @ x.float().reshape(-1, operand.shape[1])
-            found = gradients(of_weight, operand)
-            places.extend(map(fields.index, found))
-            return tuple(
-                each.to(operand.tensors[place].dtype) for each, place in zip(found.values(), places, strict=True)
-            )
+        def of_weight() -> Tensor:
+            return grad.float().reshape(-1, operand.shape[0]).T @ x.float().reshape(-1, operand.shape[1])
 
-        for place, found in zip(places, differentiable_once(name, of_tensors, (grad, x, *trained)), strict=True):
-            grad_weight[place] = found
+        grad_weight = _gradients_of_tensors(name, of_weight, operand, (grad, x, *trained))
     # torch takes a list of no numbers for one of tensors
     return grad_x, grad_weight, None, None, None if operand.meta else [], None, grad_bias, None
+
+
+def _gradients_of_tensors(
+    name: str, of_weight: Callable[[], Tensor], operand: WeightOperand, inputs: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Of a checkpoint operand, in the order of its tensors, from dL/dW."""
+    fields, gradients = _GRADIENTS[operand.kind]
+    places: list[int] = []
+
+    def of_tensors() -> _Gradients:
+        found = gradients(of_weight(), operand)
+        places.extend(map(fields.index, found))
+        return tuple(each.to(operand.tensors[place].dtype) for each, place in zip(found.values(), places, strict=True))
+
+    of_all: list[Tensor | None] = [None] * len(operand.tensors)
+    for found, place in zip(differentiable_once(name, of_tensors, inputs), places, strict=True):
+        of_all[place] = found
+    return of_all
 
 
 # ---- W ----------------------------------------------------------------------------------------------------------------
@@ -270,6 +281,103 @@ define(
     f"packed_dequantize({_WEIGHT}, ScalarType dtype) -> Tensor",
     _packed_dequantize,
     lambda weight, kind, layout, meta, shape, dtype: weight[0].new_empty(*shape, dtype=dtype),
+)
+
+
+# ---- rows of W --------------------------------------------------------------------------------------------------------
+
+ID_DTYPES = (torch.int64, torch.int32)
+
+
+def packed_rows(weight: PackedWeight | WeightOperand, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The rows of a packed weight [N, K] that `ids` name: what an embedding looks up.
+
+    Args:
+        weight: a packed weight such as `CodebookWeight`, or its `operand()`.
+        ids: int64 or int32 of any shape, 0 to N - 1, on the weight's device.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        [*ids.shape, K].
+
+    Raises:
+        IndexError: an id outside of the weight, on a CPU; on a GPU, which nobody waits for, its row is NaN.
+        ValueError: ids on another device. TypeError: a dtype is not allowed.
+        NoKernelError: no kernel serves the device and layout; the message lists every kernel's reason.
+    """
+    operand = weight if isinstance(weight, WeightOperand) else weight.operand()
+    if ids.dtype not in ID_DTYPES:
+        raise TypeError(f"ids is {ids.dtype}; allowed: {_names(ID_DTYPES)}")
+    if dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"dtype is {dtype}; allowed: {_names(ACTIVATION_DTYPES)}")
+    wants_grad = torch.is_grad_enabled() and _trains(operand)
+    if wants_grad or torch.compiler.is_compiling() or type(ids) is not Tensor:
+        return torch.ops.pyllmq.packed_rows(
+            operand.tensors, operand.kind, operand.layout, operand.meta, operand.shape, ids, dtype
+        )
+    return _run_rows(operand, ids, dtype)
+
+
+def _run_rows(operand: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    device = operand.tensors[0].device
+    if ids.device != device:
+        raise ValueError(f"ids are on {ids.device}, the weight on {device}; move them to one device")
+    kernel = PACKED_ROWS.kernel_for(device.type, dtype, operand.layout, 0, operand.meta)
+    return kernel(operand, ids.reshape(-1).long().contiguous(), dtype).view(*ids.shape, operand.shape[1])
+
+
+def _packed_rows(
+    weight: list[Tensor],
+    kind: str,
+    layout: str,
+    meta: Sequence[int],
+    shape: Sequence[int],
+    ids: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    y = _run_rows(operand_of(weight, kind, layout, meta, shape), ids, dtype)
+    return torch.ops.aten._unsafe_view(y, list(y.shape))
+
+
+def _packed_rows_fake(
+    weight: list[Tensor],
+    kind: str,
+    layout: str,
+    meta: list[int],
+    shape: list[int],
+    ids: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    return ids.new_empty(*ids.shape, shape[1], dtype=dtype)
+
+
+def _packed_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, kind, layout, meta, shape, ids, _ = inputs
+    ctx.operand = operand_of(weight, kind, layout, meta, shape)
+    ctx.save_for_backward(ids)
+
+
+def _packed_rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    operand = ctx.operand
+    (ids,) = ctx.saved_tensors
+    grad_weight: list[Tensor | None] = [None] * len(operand.tensors)
+    if _trains(operand):
+
+        def of_weight() -> Tensor:
+            summed = grad.new_zeros(operand.shape, dtype=torch.float32)
+            return summed.index_add_(0, ids.reshape(-1), grad.float().reshape(-1, operand.shape[1]))
+
+        trained = [tensor for tensor in operand.tensors if tensor.requires_grad]
+        grad_weight = _gradients_of_tensors("packed_rows", of_weight, operand, (grad, *trained))
+    return grad_weight, None, None, None if operand.meta else [], None, None, None
+
+
+define(
+    f"packed_rows({_WEIGHT}, Tensor ids, ScalarType dtype) -> Tensor",
+    _packed_rows,
+    _packed_rows_fake,
+    _packed_rows_backward,
+    _packed_rows_setup,
 )
 
 

@@ -73,13 +73,20 @@ def outlier_mask(columns: Tensor, fraction: float) -> Tensor:
     return mask
 
 
-def column_codes(weight: Tensor, column_bits: Tensor, outlier_fraction: float, row_scale: bool) -> dict[str, Any]:
+def column_codes(
+    weight: Tensor,
+    column_bits: Tensor,
+    outlier_fraction: float,
+    row_scale: bool,
+    row_weights: Tensor | None = None,
+) -> dict[str, Any]:
     """What `CodebookWeight.pack` takes for `weight` [N, K] with `column_bits` [K] bits per column, in CPU memory.
 
     Least squared error for the widths asked for. Outliers are the round(N * outlier_fraction) weights of each column that lie
     farthest out, half of them at either end; codebooks are fitted to the others. With `row_scale` each row is divided by the
     root mean square of its other weights, and k-means weights the rows by its square, so that the squared error of W itself
-    stays what is minimised. Where fp16 cannot hold a codebook without it, all rows get one power of two as their scale.
+    stays what is minimised; `row_weights` [N] weight the rows besides. Where fp16 cannot hold a codebook without it, all rows get
+    one power of two as their scale.
     """
     n, k = weight.shape
     _check(weight, outlier_fraction)
@@ -97,10 +104,16 @@ def column_codes(weight: Tensor, column_bits: Tensor, outlier_fraction: float, r
     scale = None
     if row_scale:
         inliers = importance.sum(0).clamp_min(1.0)
-        # Rounded to fp16 first: what is fitted is what is stored. A row of zeros keeps scale 1.
+        # Rounded to fp16 first: what is fitted is what is stored.
         rms = ((columns * importance).square().sum(0) / inliers).sqrt()
         scale = torch.where(rms > 0, rms.half().float().clamp_min(FP16_LEAST), 1.0)
-        importance *= scale.square()
+        importance *= scale.square() * (rms > 0)
+    if row_weights is not None:
+        if tuple(row_weights.shape) != (n,) or bool((row_weights < 0).any()) or not bool((row_weights > 0).any()):
+            raise ValueError(
+                f"row_weights is {list(row_weights.shape)}; it must be {n} numbers >= 0, not all of them 0"
+            )
+        importance *= row_weights.float().cpu()
 
     centroids, codes = _fit(columns if scale is None else columns / scale, column_bits, importance)
     reach = float(columns.abs().max()) if n and k else 0.0
@@ -113,7 +126,8 @@ def column_codes(weight: Tensor, column_bits: Tensor, outlier_fraction: float, r
         "column_bits": column_bits,
         "outlier_mask": kept.T if outlier_fraction else None,
         "outlier_weight": columns.T if outlier_fraction else None,
-        "row_scale": scale,
+        # That of a row of zeros is 0, so that it stays one: padding in an embedding is.
+        "row_scale": scale * (rms > 0) if row_scale and scale is not None else scale,
     }
 
 

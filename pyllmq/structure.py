@@ -154,6 +154,11 @@ class PackedWeight:
         raise NotImplementedError
 
     @classmethod
+    def decode_rows(cls, field: Fields, shape: Shape, ids: Tensor) -> Tensor:
+        """The rows `ids`, int64 [M] inside of it, of what `decode` gives: fp32 [M, K]."""
+        return cls.decode(field, shape)[ids]
+
+    @classmethod
     def gradients(cls, weight_gradient: Tensor, operand: WeightOperand) -> dict[str, Tensor]:
         """dL/dW fp32 [N, K] -> the gradients of those tensors of a checkpoint operand that ask for one."""
         return {}
@@ -266,17 +271,24 @@ class Format(NamedTuple):
     layer: type[Any]
     weight: type[PackedWeight] | None
     """None for a composite."""
+    embedding: type[Any] | None
+    """None: embeddings cannot have this format."""
 
 
 _FORMATS: dict[str, Format] = {}
 
 
-def register_format(structure: type[Structure], layer: type[Any], weight: type[PackedWeight] | None = None) -> None:
+def register_format(
+    structure: type[Structure],
+    layer: type[Any],
+    weight: type[PackedWeight] | None = None,
+    embedding: type[Any] | None = None,
+) -> None:
     """Make a format known under `structure.kind`. Raises ValueError where another has that name."""
     known = _FORMATS.get(structure.kind)
     if known is not None and known.structure is not structure:
         raise ValueError(f"the format {structure.kind!r} is registered already, as {known.structure.__name__}")
-    _FORMATS[structure.kind] = Format(structure, layer, weight)
+    _FORMATS[structure.kind] = Format(structure, layer, weight, embedding)
     if weight is not None:
         ops.register_gradients(structure.kind, weight.fields, weight.gradients)
 

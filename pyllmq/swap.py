@@ -1,4 +1,4 @@
-"""Putting packed layers in the place of a model's Linears."""
+"""Putting packed layers in the place of a model's Linears and embeddings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from .integrations.transformers import mark_packed
-from .linears import DEFAULT_EXCLUDE, as_linear, replace_module, select_linears
+from .layers.embedding import PackedEmbedding, put_embedding
+from .linears import DEFAULT_EXCLUDE, as_linear, input_embeddings, replace_module, select_linears
 
 
 def swap_linear(
@@ -27,3 +28,19 @@ def swap_linear(
         replace_module(model, name, layer)
     mark_packed(model)
     return list(made)
+
+
+def swap_embedding(model: nn.Module, make_embedding: Callable[[nn.Embedding], PackedEmbedding]) -> list[str]:
+    """Replace a model's input embeddings in place by `make_embedding(embedding)`, for example
+    ``lambda e: CodebookEmbedding.from_dense(e, bits=4)``. A tied output head, and other embeddings of the same weight, run on the
+    packed one from then on.
+
+    Returns the names of all that was replaced. Raises ValueError if there is no embedding, or one that cannot be packed.
+    """
+    found = input_embeddings(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no embedding of token ids")
+    made = {name: make_embedding(module) for name, module in found.items()}
+    replaced = [other for name, packed in made.items() for other in put_embedding(model, name, packed)]
+    mark_packed(model)
+    return replaced

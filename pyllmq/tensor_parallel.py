@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .formats import PackedWeight
-from .layers.linear import PackedLinear, PackedModule
+from .layers.linear import PackedComposite, PackedLinear
 from .linears import as_linear, dense_weight, is_transposed_linear, replace_module, stacked_parameters
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def planned_linears(model: nn.Module, styles: Mapping[str, str]) -> dict[str, st
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | PackedModule) or is_transposed_linear(module):
+        if isinstance(module, nn.Linear | PackedLinear | PackedComposite) or is_transposed_linear(module):
             yield name, module
 
 
@@ -180,7 +180,7 @@ def _fits(pattern: str, name: str) -> bool:
 
 
 def _size(name: str, module: nn.Module, by: str) -> int:
-    if isinstance(module, PackedModule) and not isinstance(module, PackedLinear):
+    if isinstance(module, PackedComposite):
         raise _Whole(f"{name} is made of several packed weights ({module.structure.kind}), which are not cut")
     if isinstance(module, PackedLinear):
         return module.out_features if by == ROWS else module.in_features

@@ -26,6 +26,10 @@ def dequantize(layout, device, dtype):
     return WeightProblem("packed_dequantize", device, dtype, layout)
 
 
+def rows(layout, device):
+    return WeightProblem("packed_rows", device, BF16, layout)
+
+
 def gradient(device):
     return WeightProblem("codebook_gradient", device, F32, "checkpoint.codebook")
 
@@ -47,6 +51,10 @@ PROBLEMS = {
     "triton.fused": linear("triton.codebook", "cuda", F16, 64),
     "triton.decode_and_matmul": linear("triton.codebook", "cuda", BF16, 65),
     "triton.dequantize": dequantize("triton.codebook", "cuda", BF16),
+    "cpu.codebook_rows": rows("cpu.codebook", "cpu"),
+    "cuda.dequantize_rows": rows("cuda.codebook", "cuda"),
+    "triton.rows": rows("triton.codebook", "cuda"),
+    "reference.packed_rows": rows("checkpoint.sparse24", "meta"),
     "reference.packed_linear": linear("checkpoint.codebook", "meta", F32),
     "reference.packed_dequantize": dequantize("checkpoint.bitmap", "meta", F32),
     **{f"cpu.{kind}_linear": linear(f"cpu.{kind}", "cpu", F32) for kind in SPARSE},

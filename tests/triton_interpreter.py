@@ -20,6 +20,7 @@ from pyllmq.functional import (
     codebook_linear,
     kmeans_1d,
     kmeans_1d_errors,
+    packed_rows,
 )
 
 from .oracle import assert_as_good_as_torch, random_case
@@ -272,3 +273,15 @@ def test_kmeans_1d_equals_the_cpu(n, weighted, guarded):
     for (centroids, codes), (their_centroids, their_codes) in zip(found, expected, strict=True):
         torch.testing.assert_close(centroids[0], their_centroids[0], rtol=1e-6, atol=1e-6)
         assert torch.equal(codes[0], their_codes[0]) and torch.equal(codes[2], their_codes[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (67, 131), (33, 64)])
+def test_rows(guarded, n, k, dtype):
+    case = random_case(n, k, (1, 2, 3, 4, 6, 8), segments=min(2, n), outliers=0.05, row_scale=True)
+    weight = CodebookWeight(case.weight.structure, case.weight.tensors)
+    ids = torch.cat([torch.randint(n, (2, 9)), torch.full((2, 9), n - 1)])
+    assert torch.equal(packed_rows(weight, ids, dtype), case.dense[ids].to(dtype))
+    outside = packed_rows(weight, torch.tensor([0, n, -1, 2**40]), dtype)
+    assert torch.equal(outside[0], case.dense[0].to(dtype)) and outside[1:].isnan().all()
+    assert packed_rows(weight, torch.empty(0, 2, dtype=torch.int64), dtype).shape == (0, 2, k)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..layers.embedding import PackedEmbedding
 from ..layers.linear import PackedLinear, dense_and_bias
 from ..layouts import Fields, Shape, Shapes, WeightOperand
 from ..operations import CODEBOOK_GRADIENT
@@ -185,10 +186,17 @@ class CodebookWeight(PackedWeight):
 
     @classmethod
     def from_dense(
-        cls, weight: Tensor, column_bits: Tensor, *, outlier_fraction: float = 0.0, row_scale: bool = False
+        cls,
+        weight: Tensor,
+        column_bits: Tensor,
+        *,
+        outlier_fraction: float = 0.0,
+        row_scale: bool = False,
+        row_weights: Tensor | None = None,
     ) -> CodebookWeight:
         """Pack `weight` [N, K] with `column_bits` [K] bits per column, as `packing.column_codes` fits it."""
-        return cls.pack(**column_codes(weight, column_bits, outlier_fraction, row_scale)).to(weight.device)
+        fitted = column_codes(weight, column_bits, outlier_fraction, row_scale, row_weights)
+        return cls.pack(**fitted).to(weight.device)
 
     @classmethod
     def structure_of(cls, tensors: Fields, out_features: int, in_features: int) -> CodebookStructure:
@@ -218,19 +226,18 @@ class CodebookWeight(PackedWeight):
 
     @staticmethod
     def decode(field: Fields, shape: Shape) -> Tensor:
-        column_bits, codebook = field["column_bits"].long(), field["codebook"].float()
-        first_entry = torch.cumsum(1 << column_bits, 0) - (1 << column_bits)
-        row_segment = torch.repeat_interleave(field["segment_rows"].long())
-        weight = codebook.new_empty(shape)
-        for bits in WIDTHS:
-            columns = torch.nonzero(column_bits == bits).flatten()
-            if columns.numel():
-                codes = unpack_codes(field[f"codes_b{bits}"], bits, columns.numel()).long()
-                weight[:, columns] = codebook[row_segment[:, None], first_entry[columns] + codes]
-        if field["row_scale"].numel():
-            weight *= field["row_scale"].float()[:, None]
+        weight = _decode_codes(field, slice(None), shape)
         if field["outlier_values"].numel():
             weight[outlier_places(field)] = field["outlier_values"].float()
+        return weight
+
+    @classmethod
+    def decode_rows(cls, field: Fields, shape: Shape, ids: Tensor) -> Tensor:
+        weight = _decode_codes(field, ids, (len(ids), shape[1]))
+        if field["outlier_values"].numel():
+            row, column = outlier_places(field)
+            place, outlier = torch.nonzero(ids[:, None] == row, as_tuple=True)
+            weight[place, column[outlier]] = field["outlier_values"].float()[outlier]
         return weight
 
     @classmethod
@@ -338,6 +345,22 @@ class CodebookWeight(PackedWeight):
 def _expect_widths(column_bits: Tensor) -> None:
     if int(column_bits.min()) < 1 or int(column_bits.max()) > 8:
         raise FormatError(f"column_bits holds {int(column_bits.min())}..{int(column_bits.max())}; allowed: 1 to 8")
+
+
+def _decode_codes(field: Fields, rows: slice | Tensor, shape: Shape) -> Tensor:
+    """fp32, of the shape [rows, K]: all but the outliers."""
+    column_bits, codebook = field["column_bits"].long(), field["codebook"].float()
+    first_entry = torch.cumsum(1 << column_bits, 0) - (1 << column_bits)
+    row_segment = torch.repeat_interleave(field["segment_rows"].long())[rows]
+    weight = codebook.new_empty(shape)
+    for bits in WIDTHS:
+        columns = torch.nonzero(column_bits == bits).flatten()
+        if columns.numel():
+            codes = unpack_codes(field[f"codes_b{bits}"][rows], bits, columns.numel()).long()
+            weight[:, columns] = codebook[row_segment[:, None], first_entry[columns] + codes]
+    if field["row_scale"].numel():
+        weight *= field["row_scale"][rows].float()[:, None]
+    return weight
 
 
 def pack_widths(codes: Tensor, column_bits: Tensor) -> dict[str, Tensor]:
@@ -449,13 +472,57 @@ class CodebookLinear(PackedLinear):
         Raises ValueError for anything out of range, weights that are not finite, or weights beyond fp16.
         """
         dense, bias = dense_and_bias(linear_or_weight)
-        if (bits is None) == (column_bits is None):
-            raise ValueError(
-                f"give either bits or column_bits, not both or neither; given bits={bits}, column_bits={column_bits}"
-            )
-        widths = torch.as_tensor([bits] * dense.shape[1] if column_bits is None else column_bits, device="cpu")
+        widths = _widths(dense, bits, column_bits)
         packed = CodebookWeight.from_dense(dense, widths, outlier_fraction=outlier_fraction, row_scale=row_scale)
         return cls.from_weight(packed, bias, dense.dtype)
 
 
-register_format(CodebookStructure, CodebookLinear, CodebookWeight)
+class CodebookEmbedding(PackedEmbedding):
+    """An embedding whose weight [vocabulary, hidden] is codes and one codebook per hidden feature (format `codebook`).
+
+    A codebook serves the whole vocabulary, so it costs nothing: 16 * 2**bits / vocabulary bits a weight. Make one with `from_dense`
+    (data-free), `from_weight` or by loading a checkpoint; `swap_embedding` puts it into a model.
+    """
+
+    weight_type = CodebookWeight
+
+    @classmethod
+    def from_dense(
+        cls,
+        embedding: nn.Embedding,
+        bits: int | None = None,
+        *,
+        column_bits: Sequence[int] | Tensor | None = None,
+        outlier_fraction: float = 0.0,
+        row_scale: bool = True,
+        row_weights: Tensor | None = None,
+    ) -> CodebookEmbedding:
+        """Pack a dense embedding: exact 1-D k-means in every column.
+
+        Args:
+            bits, column_bits, outlier_fraction, row_scale: as for `CodebookLinear.from_dense`.
+            row_weights: float [vocabulary] >= 0, such as how often each token occurs; None weights all alike.
+
+        Raises ValueError as `CodebookLinear.from_dense`, and for an embedding with `max_norm` or sparse gradients.
+        """
+        dense = embedding.weight.detach()
+        packed = CodebookWeight.from_dense(
+            dense,
+            _widths(dense, bits, column_bits),
+            outlier_fraction=outlier_fraction,
+            row_scale=row_scale,
+            row_weights=row_weights,
+        )
+        return cls.from_weight(packed, None, dense.dtype).take_over(embedding)
+
+
+def _widths(dense: Tensor, bits: int | None, column_bits: Sequence[int] | Tensor | None) -> Tensor:
+    """[K] on the CPU."""
+    if (bits is None) == (column_bits is None):
+        raise ValueError(
+            f"give either bits or column_bits, not both or neither; given bits={bits}, column_bits={column_bits}"
+        )
+    return torch.as_tensor([bits] * dense.shape[1] if column_bits is None else column_bits, device="cpu")
+
+
+register_format(CodebookStructure, CodebookLinear, CodebookWeight, CodebookEmbedding)

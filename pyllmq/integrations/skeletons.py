@@ -7,46 +7,56 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from ..formats import FormatError, Structure, layer_type
+from ..layers.embedding import embedding_type, put_embedding
 from ..layers.linear import packed_modules
 from ..linears import as_linear, linear_modules, replace_module
 
 
 def modules_of_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Name in a file -> the Linear-like or packed module that gets those tensors; none may have that name."""
+    """Name in a file -> the Linear-like module, embedding or packed module that gets those tensors; none may have that name."""
     from .transformers_internals import ANY, keys_of_model
 
-    modules = (*linear_modules(model), *packed_modules(model))
+    modules = (*linear_modules(model), *_embeddings(model).items(), *packed_modules(model))
     known = dict.fromkeys((f"{module}{ANY}" for module, _ in modules), True)
     keys = keys_of_model(model, [f"{name}{ANY}" for name in names], known)
     return {key.removesuffix(ANY): found.removesuffix(ANY) for key, found in keys.items()}
 
 
+def _embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+
+
 def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: bool = False) -> dict[str, str]:
-    """Replace the Linears that `structures` names by empty packed layers of those sizes; returns name -> module of the model.
+    """Replace the Linears and embeddings that `structures` names by empty packed layers of those sizes; what shares an embedding's
+    weight shares the packed one. Returns name -> module of the model.
 
     Structures of one rank's `part` are smaller than the model's Linears.
     """
-    from .transformers_internals import forget_ties
+    from .transformers_internals import forget_ties, tied_modules
 
-    linears = dict(linear_modules(model))
+    linears, embeddings = dict(linear_modules(model)), _embeddings(model)
     targets = modules_of_names(model, structures)
     modules: dict[str, str] = {}
     for name, structure in structures.items():
         found = targets[name]
-        if found not in linears:
+        if found not in linears and found not in embeddings:
             raise FormatError(
-                f"config.json packs the module {name}, but {type(model).__name__} has no Linear of that name"
+                f"config.json packs the module {name}, but {type(model).__name__} has no Linear or embedding of that name"
             )
-        linear = as_linear(linears[found])
-        if not part and (linear.out_features, linear.in_features) != (structure.out_features, structure.in_features):
+        dense = embeddings[found] if found in embeddings else as_linear(linears[found])
+        if not part and tuple(dense.weight.shape) != (structure.out_features, structure.in_features):
             raise FormatError(
                 f"config.json says that {name} is [{structure.out_features}, {structure.in_features}], but "
-                f"{type(model).__name__} has [{linear.out_features}, {linear.in_features}] there"
+                f"{type(model).__name__} has {list(dense.weight.shape)} there"
             )
         if found in modules.values():
             raise FormatError(f"config.json packs the module {found} twice, the second time as {name}")
-        layer = layer_type(structure.kind)(structure, linear.bias is not None, linear.weight.dtype)
-        replace_module(model, found, layer)
+        if isinstance(dense, nn.Embedding):
+            packed = embedding_type(structure.kind)(structure, dtype=dense.weight.dtype)
+            put_embedding(model, found, packed, tied_modules(model, found))
+        else:
+            layer = layer_type(structure.kind)(structure, dense.bias is not None, dense.weight.dtype)
+            replace_module(model, found, layer)
         modules[name] = found
     forget_ties(model, modules.values())
     return modules

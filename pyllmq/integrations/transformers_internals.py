@@ -142,6 +142,13 @@ def ties(model: Any) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
+def tied_modules(model: Any, name: str) -> list[str]:
+    """The modules whose weight is, or after loading will be, that of the module `name`."""
+    source = ties(model).get(f"{name}.weight", f"{name}.weight")
+    group = [source, *(target for target, of in ties(model).items() if of == source)]
+    return [key.removesuffix(".weight") for key in group if key != f"{name}.weight" and key.endswith(".weight")]
+
+
 def was_loaded(tensor: Tensor | None) -> bool:
     return bool(getattr(tensor, "_is_hf_initialized", False))
 

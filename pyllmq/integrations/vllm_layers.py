@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from .. import ops
@@ -61,8 +61,11 @@ class PyllmqVllmConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         names = modules_of_prefix(prefix, self.structures, self.packed_modules_mapping)
-        if isinstance(layer, ParallelLMHead) and names:
-            raise ValueError(f"{prefix} is packed; vLLM needs it dense: compress the model with --exclude {prefix}")
+        if isinstance(layer, VocabParallelEmbedding) and names:  # a head is one, too
+            raise ValueError(
+                f"{prefix} is packed; vLLM needs it dense: compress the model without --embeddings and --head, with "
+                f"--exclude {prefix}"
+            )
         if not isinstance(layer, LinearBase):
             return None
         if not names or (isinstance(layer, QKVParallelLinear) and names == [prefix] and not prefix.endswith(PLAIN_QKV)):
@@ -85,12 +88,10 @@ def decode_what_no_layer_takes() -> None:
         config = next((found for found in configs if isinstance(found, PyllmqVllmConfig)), None)
         if config is None:
             return weights
-        dense = {
-            stored: config.structures[name] for stored, name in config.stored.items() if name not in config.taken
-        }
+        dense = {stored: config.structures[name] for stored, name in config.stored.items() if name not in config.taken}
         return with_dense(weights, dense, model_config.dtype)
 
-    DefaultModelLoader.get_all_weights = get_all_weights  # type: ignore[method-assign]
+    DefaultModelLoader.get_all_weights = get_all_weights
 
 
 class PackedLinearMethod(LinearMethodBase):

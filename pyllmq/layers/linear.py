@@ -85,14 +85,12 @@ class PackedComposite(PackedModule):
                 self.get_submodule(name).prepare()  # type: ignore[operator]
 
 
-class PackedLinear(PackedModule):
-    """y = x W^T + bias with W packed; each format has a class of its own.
+class PackedLayer(PackedModule):
+    """A module of one packed weight: where its tensors are, in memory and in a checkpoint.
 
     The packed tensors are in memory once: where the back end has a machine layout, that takes their place, and `state_dict()`
-    rebuilds the checkpoint form from it. The packed weight is frozen; gradients flow to x and to the bias. Packed tensors keep
-    their dtype whatever `.to(dtype)` says. `dtype` is also what `weight` decodes to.
-
-    Make one with `from_dense`, `from_weight` or by loading a checkpoint.
+    rebuilds the checkpoint form from it. Packed tensors keep their dtype whatever `.to(dtype)` says. `dtype` is also what `weight`
+    decodes to.
     """
 
     weight_type: ClassVar[type[PackedWeight]]
@@ -100,7 +98,6 @@ class PackedLinear(PackedModule):
     def __init__(self, structure: Structure, bias: bool = True, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(structure, bias, dtype)
         self.dense_dtype = dtype
-        self._precision = DEFAULT_PRECISION
         self._operand: WeightOperand | None = None
         for key, (shape, key_dtype) in structure.tensors().items():
             self.register_buffer(key, torch.empty(shape, dtype=key_dtype, device="meta"))
@@ -121,22 +118,6 @@ class PackedLinear(PackedModule):
         return layer
 
     # ---- using it ---------------------------------------------------------------------------------------------------
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.packed_linear(x, self._operand or self.operand(), self.bias, self._precision)
-
-    @property
-    def precision(self) -> str:
-        """What the arithmetic may cost in accuracy: "exact", "high" (the default) or "fast", see `ops.packed_linear`.
-
-        A choice of whoever runs the layer: copies and moves keep it, checkpoints do not hold it.
-        """
-        return self._precision
-
-    @precision.setter
-    def precision(self, precision: str) -> None:
-        check_precision(precision)
-        self._precision = precision
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense matrix [N, K] that this layer multiplies with."""
@@ -186,10 +167,6 @@ class PackedLinear(PackedModule):
                 self._buffers.pop(key, None)
             self.register_buffer("layout", operand.tensors[0], persistent=False)
         self._operand = operand
-
-    def extra_repr(self) -> str:
-        chosen = "" if self._precision == DEFAULT_PRECISION else f", precision={self._precision!r}"
-        return super().extra_repr() + chosen
 
     # ---- tensors in memory, tensors in a checkpoint -----------------------------------------------------------------
 
@@ -279,6 +256,68 @@ class PackedLinear(PackedModule):
         return next(buffer.device for buffer in self._buffers.values() if buffer is not None)
 
 
+class _Precision:
+    """Of a module that multiplies."""
+
+    _precision = DEFAULT_PRECISION
+
+    @property
+    def precision(self) -> str:
+        """What the arithmetic may cost in accuracy: "exact", "high" (the default) or "fast", see `ops.packed_linear`.
+
+        A choice of whoever runs the layer: copies and moves keep it, checkpoints do not hold it.
+        """
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        check_precision(precision)
+        self._precision = precision
+
+    def chosen_precision(self) -> str:
+        """What a layer's repr says of it."""
+        return "" if self._precision == DEFAULT_PRECISION else f", precision={self._precision!r}"
+
+
+class PackedLinear(_Precision, PackedLayer):
+    """y = x W^T + bias with W packed; each format has a class of its own. W is frozen; gradients flow to x and to the bias.
+
+    Make one with `from_dense`, `from_weight` or by loading a checkpoint.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.packed_linear(x, self._operand or self.operand(), self.bias, self._precision)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self.chosen_precision()
+
+
+class TiedLinear(_Precision, nn.Module):
+    """y = x W^T + bias with the weight of another packed layer: an output head that is tied to an embedding.
+
+    Nothing of the weight is its own: `state_dict()` holds the bias alone, and moving the model moves the weight once.
+    """
+
+    owner: PackedLayer
+    bias: Tensor | None
+
+    def __init__(self, owner: PackedLayer, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.__dict__["owner"] = owner  # not as a child, which would give the tensors a second name
+        self.in_features, self.out_features = owner.in_features, owner.out_features
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.packed_linear(x, self.owner.operand(), self.bias, self._precision)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.owner.weight
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, tied{self.chosen_precision()}"
+
+
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32}
 
 
@@ -314,7 +353,7 @@ def set_precision(model: nn.Module, precision: str) -> int:
     Raises ValueError for another precision than "exact", "high" and "fast", or if the model has no packed layer.
     """
     check_precision(precision)
-    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear | TiedLinear)]
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no packed layer whose precision could be set; compress it first "

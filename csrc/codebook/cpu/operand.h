@@ -3,6 +3,7 @@
 #include "codebook/cpu/dequantize.h"
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/linear.h"
+#include "codebook/cpu/rows.h"
 #include "linear_operand.h"
 
 namespace pyllmq::cpu {
@@ -24,6 +25,10 @@ class CodebookOperand final : public LinearOperand {
   void dequantize(int64_t row_begin, int64_t row_end, void* out, DType out_dtype) const {
     require_intact();
     codebook_dequantize(view_, row_begin, row_end, out, out_dtype);
+  }
+  void row_values(const int64_t* ids, int64_t count, void* out, DType out_dtype) const {
+    require_intact();
+    codebook_rows(view_, ids, count, out, out_dtype);
   }
   void codes(uint8_t* codes_out) const {
     require_intact();

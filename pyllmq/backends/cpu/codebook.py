@@ -1,4 +1,5 @@
-"""packed_linear and packed_dequantize of the format codebook: tables of partial products, or decoded once (docs/kernels-cpu.md)."""
+"""packed_linear, packed_dequantize and packed_rows of the format codebook (docs/kernels-cpu.md): tables of partial products, or
+decoded once."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ...formats.codebook import CODES, pack_widths
 from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
-from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, reads
+from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, PACKED_ROWS, reads
 from ..checkpoints import codebook_checkpoint
 from . import runtime
 from .runtime import DTYPE_CODE, ORDER, PRECISION_CODE
@@ -56,6 +57,14 @@ def packed_dequantize(weight: WeightOperand, dtype: torch.dtype) -> Tensor:
     return dense
 
 
+def packed_rows(weight: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    operand = runtime.bound(weight, OPERAND)
+    runtime.kernels()
+    rows = torch.empty(ids.shape[0], weight.shape[1], dtype=dtype, device=runtime.DEVICE)
+    operand.row_values(ids.data_ptr(), ids.shape[0], rows.data_ptr(), DTYPE_CODE[dtype])
+    return rows
+
+
 def register_kernels() -> None:
     register_layout(Layout("cpu", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
     supports = reads(LAYOUT, runtime.takes_activations)
@@ -63,3 +72,5 @@ def register_kernels() -> None:
     PACKED_LINEAR.register("cpu.codebook_linear", ORDER, supports, packed_linear, because)
     because = "decodes at the speed of the stores"
     PACKED_DEQUANTIZE.register("cpu.codebook_dequantize", ORDER, supports, packed_dequantize, because)
+    because = "reads the codes of those rows alone"
+    PACKED_ROWS.register("cpu.codebook_rows", ORDER, supports, packed_rows, because)

@@ -31,14 +31,14 @@ def kmeans_1d(
     row_bytes = [-(-n * max(1, (k - 1).bit_length()) // 8) if packed else n for k in ks]
     centroids = [torch.empty(problems, k, dtype=torch.float32, device=runtime.DEVICE) for k in ks]
     codes = [torch.empty(problems, nbytes, dtype=torch.uint8, device=runtime.DEVICE) for nbytes in row_bytes]
-    how = {"method": method, "seed": seed, "half_centroids": half_centroids, "packed": packed}
+    how: dict[str, Any] = {"method": method, "seed": seed, "half_centroids": half_centroids, "packed": packed}
     _kmeans_1d(values, weights, ks, **how, centroids=centroids, codes=codes, errors=None)
     return [(c.to(values.device), q.to(values.device)) for c, q in zip(centroids, codes, strict=True)]
 
 
 def kmeans_1d_errors(values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str) -> Tensor:
     errors = torch.empty(values.shape[0], len(ks), dtype=torch.float64, device=runtime.DEVICE)
-    how = {"method": method, "seed": 0, "half_centroids": False, "packed": False}
+    how: dict[str, Any] = {"method": method, "seed": 0, "half_centroids": False, "packed": False}
     _kmeans_1d(values, weights, ks, **how, centroids=[], codes=[], errors=errors)
     return errors.to(values.device)
 

@@ -1,4 +1,4 @@
-"""packed_linear and packed_dequantize of the format codebook (docs/kernels-cuda.md)."""
+"""packed_linear, packed_dequantize and packed_rows of the format codebook (docs/kernels-cuda.md)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ...dispatch import Support
 from ...formats.codebook import CODES, pack_widths
 from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
-from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, WeightProblem, reads
+from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, PACKED_ROWS, WeightProblem, reads
 from ..checkpoints import codebook_checkpoint
 from . import runtime
 from .runtime import ORDER
@@ -71,6 +71,13 @@ packed_dequantize = partial(runtime.dequantize, operand)
 dequantize_matmul = partial(runtime.dequantize_matmul, operand)
 
 
+def dequantize_rows(weight: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """The whole matrix decoded, which torch's allocator takes back at once."""
+    outside = (ids < 0) | (ids >= weight.shape[0])
+    rows = packed_dequantize(weight, dtype)[ids.clamp(0, weight.shape[0] - 1)]
+    return rows.masked_fill(outside[:, None], torch.nan)
+
+
 def tables_fit() -> bool:
     return runtime.extension().CodebookTables.fit()
 
@@ -100,3 +107,5 @@ def register_kernels() -> None:
     PACKED_LINEAR.register("cuda.dequantize_matmul", ORDER + 2, _any_number, dequantize_matmul, because)
     because = "decodes at the speed of the stores (predicted)"
     PACKED_DEQUANTIZE.register("cuda.dequantize", ORDER, _any_number, packed_dequantize, because)
+    because = "the only one for this layout: it decodes the whole vocabulary for any number of ids"
+    PACKED_ROWS.register("cuda.dequantize_rows", ORDER, _any_number, dequantize_rows, because)

@@ -10,6 +10,7 @@ from . import (
     kmeans_1d,
     pack_codes,
     packed_linear,
+    packed_rows,
     sinkhorn,
     softmax_cdist_l1,
 )
@@ -22,6 +23,7 @@ def available() -> tuple[bool, str]:
 def register_kernels() -> None:
     for module in (
         packed_linear,
+        packed_rows,
         codebook_gradient,
         pack_codes,
         softmax_cdist_l1,

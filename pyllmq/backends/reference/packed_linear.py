@@ -23,12 +23,12 @@ def packed_linear(x: Tensor, weight: WeightOperand, bias: Tensor | None, precisi
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _reads_checkpoint(problem: WeightProblem) -> Support:
+def reads_checkpoint(problem: WeightProblem) -> Support:
     if not problem.layout.startswith(f"{CHECKPOINT}."):
         return False, f"reads the layouts '{CHECKPOINT}.*', this weight is prepacked as {problem.layout!r}"
     return True, ""
 
 
 def register_kernels() -> None:
-    PACKED_LINEAR.register("reference.packed_linear", ORDER, _reads_checkpoint, packed_linear, BECAUSE)
-    PACKED_DEQUANTIZE.register("reference.packed_dequantize", ORDER, _reads_checkpoint, packed_dequantize, BECAUSE)
+    PACKED_LINEAR.register("reference.packed_linear", ORDER, reads_checkpoint, packed_linear, BECAUSE)
+    PACKED_DEQUANTIZE.register("reference.packed_dequantize", ORDER, reads_checkpoint, packed_dequantize, BECAUSE)

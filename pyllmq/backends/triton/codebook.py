@@ -1,5 +1,5 @@
-"""packed_linear and packed_dequantize of the format codebook: codes transposed (triton_kernels/codebook_decode.py), and for each
-width a table of its columns."""
+"""packed_linear, packed_dequantize and packed_rows of the format codebook: codes transposed (triton_kernels/codebook_decode.py),
+and for each width a table of its columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...formats.codebook import CODES, WIDTHS
 from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
-from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, reads
+from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, PACKED_ROWS, reads
 from ...structure import OUTLIER_KEYS
 from . import runtime
 from .runtime import ORDER, Blob, LayoutKernels, Section
@@ -148,6 +148,10 @@ def unpack(weight: WeightOperand, shapes: Shapes, beside: Fields) -> dict[str, T
 KERNELS = LayoutKernels(CodebookLayout.of, "codebook_linear.codebook_linear", "codebook_dequantize.codebook_dequantize")
 
 
+def packed_rows(weight: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    return runtime.launch("codebook_rows.codebook_rows", ids, CodebookLayout.of(weight), ids, dtype)
+
+
 def register_kernels() -> None:
     register_layout(Layout("triton", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
     because = "decodes on the way to the multiplication (limit predicted, not measured)"
@@ -158,3 +162,5 @@ def register_kernels() -> None:
     PACKED_LINEAR.register("triton.decode_and_matmul", ORDER + 1, any_number, KERNELS.decode_and_matmul, because)
     because = "one pass over the codes, on any GPU that Triton knows"
     PACKED_DEQUANTIZE.register("triton.dequantize", ORDER, any_number, KERNELS.packed_dequantize, because)
+    because = "reads the codes of those rows, by lines of neighbouring rows"
+    PACKED_ROWS.register("triton.rows", ORDER, any_number, packed_rows, because)

@@ -75,13 +75,15 @@ def plan_folder(
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    embeddings: int | None = None,
+    head: int | None = None,
 ) -> FolderPlan:
     """What `compress_folder` or `compress_files` would do with the same arguments.
 
     Times one batch in one block, and one group of its Linears; without calibration one Linear.
     """
     method = method_of(config)
-    streamed, task = open_task(source, method, include, exclude)
+    streamed, task = open_task(source, method, include, exclude, embeddings, head)
     method.plan = method.make_plan(task.linears)
     weights = sum(dense_weight(module).numel() for module in task.linears.values())
     blocks = [stage for stage in task.stages if stage.linears]
@@ -95,10 +97,12 @@ def plan_folder(
         spent = _time_weight(streamed, task)
         packed_bytes = round(spent.packed_bytes * weights)
     sizes = {n: t.numel() * t.element_size() for n, t in streamed.model.state_dict().items()}
-    dense = sum(size for name, size in sizes.items() if name.rpartition(".")[0] not in task.linears)
+    packed = {*task.linears, *(name for end in task.ends for name in (*end.heads, *end.embeddings))}
+    dense = sum(size for name, size in sizes.items() if name.rpartition(".")[0] not in packed)
+    dense += sum(end.nbytes for end in task.ends)
     target = Path(output).resolve()
     exists = next(folder for folder in target.parents if folder.exists())
-    described = (DESCRIPTION_BYTES + INDEX_BYTES) * len(task.linears)
+    described = (DESCRIPTION_BYTES + INDEX_BYTES) * len(task.names)
     in_blocks = [sum(p.numel() for p in stage.block.parameters()) for stage in task.stages if stage.block is not None]
     return FolderPlan(
         blocks=len(blocks),

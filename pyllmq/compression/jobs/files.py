@@ -22,6 +22,7 @@ from ...linears import DEFAULT_EXCLUDE, LeftDense, is_transposed_linear
 from ...memory import peak_memory
 from ..methods import StaysDenseError, method_of
 from ..report import CompressionReport, LayerReport
+from .ends import pack_end
 from .folder import job_signature, open_manifest, put_finished
 from .job import layer_report, open_task, warn
 from .manifest import Manifest, write_tensors
@@ -45,6 +46,8 @@ def compress_files(
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    embeddings: int | None = None,
+    head: int | None = None,
     others: Sequence[Any] = (),
     workers: int = 1,
     resume: bool = False,
@@ -68,31 +71,34 @@ def compress_files(
         raise ValueError(f"{method.name!r} with these settings needs calibration data; use pyllmq.compress_folder")
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise ValueError(f"workers is {workers!r}; it must be an integer >= 1")
-    streamed, task = open_task(source, method, include, exclude)
+    streamed, task = open_task(source, method, include, exclude, embeddings, head)
     report, planned = task.report, task.linears
+    ends = {end.name: end for end in task.ends}
     if streamed.without_place:
         warn(report, streamed.copied_as_they_are())
-    weight_keys = streamed.weight_keys(planned)
-    linears = {key: (name, is_transposed_linear(planned[name])) for name, key in weight_keys.items()}
+    weight_keys = streamed.weight_keys(planned | {name: end.module for name, end in ends.items()})
+    linears = {key: (name, is_transposed_linear(planned[name])) for name, key in weight_keys.items() if name in planned}
+    of_ends = {key: (name, ends[name].bits) for name, key in weight_keys.items() if name in ends}
     target = Path(output).resolve()
-    manifest = open_manifest(target, job_signature(streamed.folder, config, list(planned)), resume)
+    signature = job_signature(streamed.folder, config, task.names) | {"ends": {n: end.bits for n, end in ends.items()}}
+    manifest = open_manifest(target, signature, resume)
     known = {entry["unit"] for entry in manifest.finished}
     todo = [file for file in streamed.files if file.name not in known]
     done = sum(len(entry["layers"]) for entry in manifest.finished)
     report.peak_memory = peak_memory()
     with (
         manifest.locked(),
-        tqdm(total=len(planned), initial=done, disable=not progress, unit="layer") as bar,
-        closing(_work(todo, manifest, config, linears, set(streamed.headers), workers)) as results,
+        tqdm(total=len(task.names), initial=done, disable=not progress, unit="layer") as bar,
+        closing(_work(todo, manifest, config, linears, of_ends, set(streamed.headers), workers)) as results,
     ):
         for file, found in results:
             report.peak_memory = max(report.peak_memory, found.peak_memory)
             manifest.add(file.name, _packed_name(file), asdict(found) | {"warnings": [], "carried": {}, "seconds": 0.0})
             bar.update(len(found.layers) + len(found.left_dense))
     rows = {row["name"]: LayerReport(**row) for entry in manifest.finished for row in entry["layers"]}
-    report.layers = [rows[name] for name in planned if name in rows]
+    report.layers = [rows[name] for name in task.names if name in rows]
     report.left_dense += [LeftDense(**row) for entry in manifest.finished for row in entry["left_dense"]]
-    if not rows:
+    if not rows.keys() - ends.keys():
         manifest.remove()
         raise task.nothing_packed()
     names = {name: key.removesuffix(".weight") for name, key in weight_keys.items()}
@@ -106,11 +112,12 @@ def _work(
     manifest: Manifest,
     config: MethodConfig,
     linears: Mapping[str, tuple[str, bool]],
+    ends: Mapping[str, tuple[str, int]],
     keys: set[str],
     workers: int,
 ) -> Generator[tuple[Path, FileResult]]:
     """(file, result) of every file as it is finished; in this process if there is nothing to share out."""
-    tasks = {file: (file, manifest.folder / _packed_name(file), config, linears, keys) for file in files}
+    tasks = {file: (file, manifest.folder / _packed_name(file), config, linears, ends, keys) for file in files}
     workers = min(workers, len(files))
     if workers <= 1:
         yield from ((file, compress_file(*task)) for file, task in tasks.items())
@@ -131,12 +138,18 @@ def _packed_name(file: Path) -> str:
 
 
 def compress_file(
-    file: Path, target: Path, config: MethodConfig, linears: Mapping[str, tuple[str, bool]], keys: set[str]
+    file: Path,
+    target: Path,
+    config: MethodConfig,
+    linears: Mapping[str, tuple[str, bool]],
+    ends: Mapping[str, tuple[str, int]],
+    keys: set[str],
 ) -> FileResult:
     """Write one file of a checkpoint with the Linears in it packed.
 
     Args:
         linears: key of a weight -> (name in the model, whether it is stored as [in_features, out_features]).
+        ends: key of the weight of an embedding or head -> (name in the model, bits).
         keys: what is written, of all files.
     """
     method, result = method_of(config), FileResult()
@@ -144,13 +157,13 @@ def compress_file(
     with opened(file) as tensors:
         for key in sorted(keys & set(tensors.keys())):
             stored = tensors.get_tensor(key)
-            if key not in linears:
+            if key not in linears and key not in ends:
                 written[key] = stored
                 continue
-            name, transposed = linears[key]
+            name, transposed = linears.get(key) or (ends[key][0], False)
             dense = stored.T if transposed else stored
             try:
-                done = method.compress_weight(name, dense)
+                done = pack_end(name, dense, ends[key][1]) if key in ends else method.compress_weight(name, dense)
             except StaysDenseError as why:
                 result.left_dense.append(LeftDense(name, dense.numel(), str(why), False))
                 written[key] = stored

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ...config import MethodConfig
 from ...folders import INDEX, SINGLE, copy_others, opened, put_folder, read_headers
 from ...formats import structure_from_dict
+from ...layers.linear import PackedModule
 from ...linears import DEFAULT_EXCLUDE
 from ...memory import peak_memory
 from ...weights import OUTSIDE
@@ -53,6 +54,8 @@ def compress_folder(
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    embeddings: int | None = None,
+    head: int | None = None,
     others: Sequence[Any] = (),
     resume: bool = False,
     progress: bool = True,
@@ -69,7 +72,7 @@ def compress_folder(
         output: folder to write; an earlier one of that name is replaced at the end.
         config: as for `compress`; what needs the whole model at once is refused.
         calibration: batches, as for `compress`.
-        include, exclude: name patterns, as for `compress`.
+        include, exclude, embeddings, head: as for `compress`.
         others: what else belongs into the folder and has a `save_pretrained`. Everything in `source` that is not replaced, such
             as its tokenizer, is copied anyway.
         resume: go on with a job that was ended, to the same bytes. Refused if it is not the same job.
@@ -93,13 +96,17 @@ def compress_folder(
             f"{len(all_batches)} calibration batches are too few for {ranks.size} processes; give each at least one"
         )
     target = Path(output).resolve()
-    streamed, task = open_task(source, method, include, exclude)
+    streamed, task = open_task(source, method, include, exclude, embeddings, head)
     model = streamed.model
-    names = expect_own_names(model, task.linears)
+    names = expect_own_names(model, task.names)
 
     def signature() -> dict[str, Any]:
         data = {"calibration": batches_digest(all_batches), "processes": ranks.size, "threads": torch.get_num_threads()}
-        return job_signature(streamed.folder, config, list(task.linears)) | data
+        return (
+            job_signature(streamed.folder, config, task.names)
+            | {"ends": {end.name: end.bits for end in task.ends}}
+            | data
+        )
 
     if streamed.without_place:
         warn(task.report, streamed.copied_as_they_are())
@@ -110,7 +117,7 @@ def compress_folder(
         batches = [_to_device(batch, streamed.device) for batch in ranks.share(all_batches)]
         loop = BlockLoop(model, _to_device(all_batches[0], streamed.device), batches, streamed)
         done = sum(len(entry["layers"]) for entry in manifest.finished)
-        bar = tqdm(total=len(task.linears), initial=done, disable=not (progress and ranks.first), unit="layer")
+        bar = tqdm(total=len(task.names), initial=done, disable=not (progress and ranks.first), unit="layer")
         folder = FolderJob(Job(task, task.run(loop, ranks), bar), streamed, manifest, started)
         with quiet_eval(model), torch.no_grad(), bar:
             chains = loop.find_chains(task.stages, lambda stage: check_finite(stage.linears))
@@ -261,8 +268,9 @@ class FolderJob:
             self._hidden(unit, "dense").write(dense)
         self.ranks.gather(None)  # all of them are written
         layers = report.layers[sum(len(entry["layers"]) for entry in self.manifest.finished) :]
-        packed: dict[str, Any] = {name: job.task.model.get_submodule(name) for name in job.replaced}
-        entry = self._entry(layers, {name: layer.structure.to_dict() for name, layer in packed.items()})
+        replaced = {name: job.task.model.get_submodule(name) for name in job.replaced}
+        structures = {name: m.structure.to_dict() for name, m in replaced.items() if isinstance(m, PackedModule)}
+        entry = self._entry(layers, structures)
         self.ranks.from_first(lambda: self._write(unit, entry))
         if not self.ranks.first:
             self.manifest.finished.append(entry | {"unit": unit})

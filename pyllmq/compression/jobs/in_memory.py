@@ -23,6 +23,7 @@ from ..statistics.inputs import Group, InputStatistics
 from ..statistics.inputs import visit_groups as visit_stage
 from ..statistics.loss_gradients import NoLossError, output_gradients
 from ..statistics.run import CalibrationRun
+from .ends import find_ends, pack_end
 from .job import Job, Task, check_finite, not_included, stays_dense, warn
 
 DESCRIPTION_BYTES = 960
@@ -40,6 +41,8 @@ def compress(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     tuning: Iterable[Any] | None = None,
+    embeddings: int | None = None,
+    head: int | None = None,
     progress: bool = True,
 ) -> CompressionReport:
     """Compress the Linears of a transformers model (or any module tree) in place, calibrated, layer by layer.
@@ -59,6 +62,9 @@ def compress(
         include, exclude: name patterns (see `pyllmq.linears.matches`). Embeddings, norms and output heads stay dense by default;
             Linears outside the repeated blocks are compressed only if `include` names them.
         tuning: batches for `tune_steps`, better other text than the calibration; None takes the calibration.
+        embeddings, head: widths, 1 to 8 bits, at which input embeddings and output heads are packed too; None leaves them dense. A
+            tied weight is one: either word packs both. With calibration they weigh rows by how often their tokens occur and
+            heads by their inputs; without, it is k-means with a row scale.
         progress: show a tqdm bar with layer, error and time left.
 
     Returns:
@@ -82,14 +88,13 @@ def compress(
         raise ValueError(
             f"tuning data is given, but {type(config).__name__} does not tune; set tune_steps, or leave it out"
         )
-    task = Task.of(model, method, include, exclude)
-    if batches:
-        check_finite(task.linears)
+    task = Task.of(model, method, include, exclude, embeddings, head)
+    check_finite((task.linears if batches else {}) | {end.name: end.module for end in task.ends})
     if is_transformers_model(model):
-        expect_own_names(model, task.linears)  # of what `mark_packed` would raise after the job
+        expect_own_names(model, task.names)  # of what `mark_packed` would raise after the job
     original = copy.deepcopy(model) if needs.dense_model else None
     device = next(model.parameters()).device
-    with tqdm(total=len(task.linears), disable=not progress, unit="layer") as bar:
+    with tqdm(total=len(task.names), disable=not progress, unit="layer") as bar:
         batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
         job = Job(task, task.run(BlockLoop(model, batches[0] if batches else {}, batches)), bar)
         try:
@@ -116,6 +121,8 @@ def _pack_all(job: Job) -> None:
             task.report.left_dense.append(stays_dense(name, module, str(why)))
     if not task.report.layers:
         raise task.nothing_packed()
+    for end in task.ends:
+        job.replace_end(end, pack_end(end.name, end.weight, end.bits))
 
 
 def _calibrate(job: Job) -> None:
@@ -184,6 +191,8 @@ def bits_for_size(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     indexed: bool = False,
+    embeddings: int | None = None,
+    head: int | None = None,
 ) -> float:
     """True bits per weight at which the packed folder of `model` has `nbytes`, dense tensors and `other_files` included.
 
@@ -193,11 +202,13 @@ def bits_for_size(
     chosen = select_linears(model, include, not_included(include, exclude))
     linears = [m for stage in find_stages(model, chosen, include is not None) for m in stage.linears.values()]
     weights = [dense_weight(module) for module in linears]
-    packed = {id(module.weight) for module in linears}
+    ends = find_ends(model, embeddings, head, chosen)
+    packed = {id(module.weight) for module in (*linears, *(end.module for end in ends))}
     # Tied tensors are stored once. On the meta device only their identity tells.
     rest = {id(t): t.numel() * t.element_size() for t in model.state_dict(keep_vars=True).values()}
     dense = sum(size for tensor, size in rest.items() if tensor not in packed) + other_files
-    dense += (DESCRIPTION_BYTES + INDEX_BYTES * indexed) * len(linears)
+    dense += sum(end.nbytes for end in ends)
+    dense += (DESCRIPTION_BYTES + INDEX_BYTES * indexed) * (len(linears) + len(ends))
     bits = 8 * (nbytes - dense) / max(1, sum(w.numel() for w in weights))
     if not 1.1 <= bits <= 8:
         raise ValueError(

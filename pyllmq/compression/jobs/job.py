@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...formats import layer_type
+from ...layers.embedding import embedding_type, put_embedding
 from ...linears import (
     DEFAULT_EXCLUDE,
     LeftDense,
@@ -23,12 +24,14 @@ from ...linears import (
     tied_weights,
 )
 from ...packing import count_not_finite
+from ...weights import OUTSIDE
 from ..methods import CompressedLinear, Method
 from ..ranks import ALONE, Ranks
 from ..report import CompressionReport, LayerReport, summary
 from ..statistics.blocks import BlockLoop, Stage, find_stages
 from ..statistics.inputs import Group, InputStatistics, visit_groups
 from ..statistics.run import CalibrationRun
+from .ends import End, compress_ends, find_ends
 
 if TYPE_CHECKING:
     from ...integrations.checkpoint import StreamedModel
@@ -46,9 +49,19 @@ class Task:
     linears: dict[str, nn.Module]
     stages: list[Stage]
     report: CompressionReport
+    ends: list[End]
+    """Embeddings and heads that are packed besides."""
 
     @classmethod
-    def of(cls, model: nn.Module, method: Method[Any], include: Sequence[str] | None, exclude: Sequence[str]) -> Task:
+    def of(
+        cls,
+        model: nn.Module,
+        method: Method[Any],
+        include: Sequence[str] | None,
+        exclude: Sequence[str],
+        embeddings: int | None = None,
+        head: int | None = None,
+    ) -> Task:
         """Raises ValueError if there is nothing to compress, or one of the Linears may not be; warns of much that stays dense."""
         exclude = not_included(include, exclude)
         chosen = select_linears(model, include, exclude)
@@ -66,19 +79,33 @@ class Task:
                 f"nothing to compress: {len(list(linear_modules(model)))} Linears, {len(chosen)} after include and exclude, none "
                 "of them in a repeated block; name them in include to compress them all the same"
             )
+        ends = find_ends(model, embeddings, head, planned)
+        if ends:
+            stages.append(Stage(OUTSIDE, None, ends=ends))
+        heads = {name for end in ends for name in end.heads}
         dense, total = left_dense(model, chosen if method.outside_blocks else planned, include, exclude)
+        dense = [item for item in dense if item.name not in heads]
         report = CompressionReport(method.name, method.config.to_dict(), left_dense=dense)
         unasked = [item for item in dense if not item.asked]
         share = sum(item.parameters for item in unasked) / max(total, 1)
         if method.outside_blocks:
-            dense += [stays_dense(name, chosen[name], f"shares its weight with {tied[name]}") for name in tied]
+            dense += [
+                stays_dense(name, chosen[name], f"shares its weight with {tied[name]}")
+                for name in tied
+                if name not in heads
+            ]
         elif share > SILENT_SHARE:
             warn(
                 report,
                 f"{100 * share:.1f} % of the Linear-like parameters stay dense without being asked for: {summary(unasked)}. "
                 "Name them in exclude if that is wanted; Linears outside the blocks can be named in include",
             )
-        return cls(model, method, planned, stages, report)
+        return cls(model, method, planned, stages, report, ends)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all modules that get packed tensors."""
+        return [*self.linears, *(end.name for end in self.ends)]
 
     def run(self, loop: BlockLoop, ranks: Ranks = ALONE) -> CalibrationRun:
         needs = self.method.needs
@@ -90,7 +117,12 @@ class Task:
 
 
 def open_task(
-    source: Any, method: Method[Any], include: Sequence[str] | None, exclude: Sequence[str]
+    source: Any,
+    method: Method[Any],
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    embeddings: int | None,
+    head: int | None,
 ) -> tuple[StreamedModel, Task]:
     """A folder, or a `StreamedModel` of one, each block a unit of its own; and what is to be done to it."""
     from ...integrations.checkpoint import StreamedModel
@@ -98,7 +130,7 @@ def open_task(
     streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
     if method.needs.calibration:
         streamed.expect_runnable()
-    task = Task.of(streamed.model, method, include, exclude)
+    task = Task.of(streamed.model, method, include, exclude, embeddings, head)
     streamed.split(stage.name for stage in task.stages if stage.block is not None)
     return streamed, task
 
@@ -126,6 +158,10 @@ class Job:
     def compress_stage(self, stage: Stage, forward: Callable[[int], Any]) -> None:
         """Group the Linears of a stage by their input, take the statistics of each input, compress them."""
         visit_groups(self.run, stage, forward, self.compress_group)
+        if stage.ends:
+            done = compress_ends(stage.ends, self.run, forward)
+            for end in stage.ends:
+                self.replace_end(end, done[end.name])
 
     def compress_group(self, group: Group, inputs: InputStatistics) -> None:
         """Put packed layers in the place of Linears that share an input."""
@@ -133,8 +169,8 @@ class Job:
             names = ", ".join(group)
             warn(
                 self.task.report,
-                f"{names} was never run by the calibration data (torch's attention reads the weight of its out_proj instead); it is "
-                "compressed by its weights alone",
+                f"{names} was never run by the calibration data (torch's attention reads the weight of its out_proj instead); it "
+                "is compressed by its weights alone",
             )
         weights = {name: dense_weight(module) for name, module in group.items()}
         for name, done in self.task.method.compress_group(weights, inputs, self.run).items():
@@ -150,6 +186,17 @@ class Job:
         replace_module(self.task.model, name, layer)
         self.task.report.layers.append(layer_report(name, dense, done))
         self.bar.set_postfix_str(f"{name} error {done.error:.5f}", refresh=False)
+        self.bar.update()
+
+    def replace_end(self, end: End, done: CompressedLinear) -> None:
+        """An embedding with all that shares its weight, or a head."""
+        if not end.embeddings:
+            self.replace(end.name, end.module, done)
+            return
+        dense = end.weight
+        packed = embedding_type(done.weight.kind).from_weight(done.weight.to(dense.device), None, dense.dtype)
+        self.replaced |= put_embedding(self.task.model, end.name, packed)
+        self.task.report.layers.append(layer_report(end.name, dense, done))
         self.bar.update()
 
     def put_back(self) -> None:

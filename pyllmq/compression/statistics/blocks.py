@@ -29,6 +29,8 @@ class Stage:
     name: str
     block: nn.Module | None
     linears: dict[str, nn.Module] = field(default_factory=dict)
+    ends: Sequence[Any] = ()
+    """Embeddings and heads that are packed when all else is (jobs/ends.py)."""
 
 
 def find_stages(model: nn.Module, chosen: Mapping[str, nn.Module], outside: bool) -> list[Stage]:
@@ -178,9 +180,9 @@ class BlockLoop:
         for seen in self.seen.values():
             seen.calls, seen.output = [], None
         # What comes after the last Linear only runs.
-        while chains and not any(stage.linears for stage in chains[-1].stages):
+        while chains and not any(stage.linears or stage.ends for stage in chains[-1].stages):
             chains.pop()
-        while chains and not chains[-1].stages[-1].linears:
+        while chains and not (chains[-1].stages[-1].linears or chains[-1].stages[-1].ends):
             chains[-1].stages.pop()
         return chains
 

@@ -83,7 +83,7 @@ wheel: $(BUILT)
 	rm -rf build/wheel dist
 	$(RUN)/python -m build -q --sdist --no-isolation -o dist
 	PYLLMQ_CUDA=0 $(RUN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/wheel dist/*.tar.gz
-	PATH="$(abspath $(RUN)):$$PATH" $(RUN)/auditwheel -q repair -w dist build/wheel/*.whl
+	PATH="$(abspath $(RUN)):$$PATH" $(RUN)/auditwheel repair -w dist build/wheel/*.whl
 	$(RUN)/auditwheel show dist/*.whl; ls -l dist
 
 # The wheel in an environment of its own, without a compiler: PATH has that environment alone. Other packages come from $(VENV).

@@ -13,7 +13,7 @@ OLDEST := .venv-oldest
 PYTEST := $(RUN)/python -m pytest
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: test slow quick demo bench lint format sanitize fuzz sanitized-build test-seeds test-oldest coverage docs clean
+.PHONY: test slow quick demo bench lint format sanitize fuzz sanitized-build test-seeds test-oldest coverage docs wheel test-wheel clean
 
 test: $(BUILT)
 	$(PYTEST) $(PARALLEL) -m "not slow"
@@ -77,6 +77,24 @@ docs: $(BUILT)
 	$(RUN)/python -m pip install -q -e ".[docs]" --no-build-isolation $(CONSTRAINTS)
 	$(RUN)/mkdocs build --strict
 
+# A wheel of the CPU extension for this Python, from the sdist, so that the sdist builds from nothing but what it names.
+wheel: $(BUILT)
+	$(RUN)/python -m pip install -q -e ".[wheel]" --no-build-isolation $(CONSTRAINTS)
+	rm -rf build/wheel dist
+	$(RUN)/python -m build -q --sdist --no-isolation -o dist
+	PYLLMQ_CUDA=0 $(RUN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/wheel dist/*.tar.gz
+	PATH="$(abspath $(RUN)):$$PATH" $(RUN)/auditwheel repair -w dist build/wheel/*.whl
+	$(RUN)/auditwheel show dist/*.whl; ls -l dist
+
+# The wheel in an environment of its own, without a compiler: PATH has that environment alone. Other packages come from $(VENV).
+INSTALLED_WHEEL := build/wheel-venv
+test-wheel: wheel
+	rm -rf $(INSTALLED_WHEEL) && $(RUN)/python -m venv $(INSTALLED_WHEEL)
+	$(call borrow,$(INSTALLED_WHEEL))
+	$(INSTALLED_WHEEL)/bin/python -m pip install -q --no-deps dist/*.whl
+	PATH="$(abspath $(INSTALLED_WHEEL))/bin" $(INSTALLED_WHEEL)/bin/python -P -m pytest $(PARALLEL) -p no:cacheprovider \
+	  -m "kernels and not slow" -k "not compile and not opcheck" tests tests/test_readme.py
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -94,10 +112,13 @@ $(BUILT): $(INSTALLED) setup.py $(shell find csrc -type f)
 
 $(OLDEST)/.installed: $(BUILT) constraints-oldest.txt
 	$(RUN)/python -m venv $(OLDEST)
-	$(RUN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	  > $$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main_environment.pth
+	$(call borrow,$(OLDEST))
 	$(OLDEST)/bin/python -m pip install -q --no-deps -r constraints-oldest.txt
 	touch $@
+
+# borrow ENV: what $(VENV) has can be imported in ENV, after what ENV has itself.
+borrow = $(RUN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+  > $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main_environment.pth
 
 clean:
 	rm -rf build demo_output distill_output $(VENV) $(OLDEST) pyllmq/*.so *.egg-info

@@ -68,8 +68,7 @@ struct Problem {
 
 // That of the kernels that read this order of steps.
 Isa kernel_isa(StepOrder order) {
-  const StepOrder read = active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows;
-  return order == read ? active_isa() : Isa::scalar;
+  return order == native_order() ? active_isa() : Isa::scalar;
 }
 
 const LinearKernels& linear_kernels(StepOrder order) {

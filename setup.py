@@ -44,6 +44,7 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-maybe-uninitialized",
+    "-Wno-ignored-attributes",  # a vector as an argument of a template loses may_alias, which nothing here needs
     "-Wno-unknown-pragmas",
     *([] if DEBUG else ["-DNDEBUG"]),
 ]
@@ -63,6 +64,8 @@ AVX512 = [
     "-Wno-uninitialized",  # gcc 12 warns about its own AVX-512 headers (GCC bug 105593)
 ]
 ISA_FLAGS = {"_avx2": AVX2, "_avx512": AVX512, "_amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]}
+# What a file *_simd.cpp is compiled for, each with the vectors that csrc/runtime/simd.h has for that instruction set.
+SIMD_FLAGS = {"scalar": [], **({"avx2": AVX2, "avx512": AVX512} if X86 else {})}
 
 CUDA = os.environ.get("PYLLMQ_CUDA", "auto")
 DEFAULT_ARCHS = ["80+PTX", "90a"]
@@ -160,7 +163,7 @@ def find_ninja():
         return found
 
 
-def compile_command(source, cuda):
+def compile_command(source, cuda, isa=None):
     """Of one source, all but its name and its object's. Only bindings see Python, only device code sees nvcc."""
     if source.suffix == ".cu" and cuda:
         nvcc, archs = cuda
@@ -170,10 +173,12 @@ def compile_command(source, cuda):
             code = f"sm_{number}" if number == arch else f"[sm_{number},compute_{number}]"
             codes.append(f"-gencode=arch=compute_{number},code={code}")
         return [*cached([nvcc]), *NVCC_FLAGS, *codes, "-Icsrc"]
-    isa = next((flags for suffix, flags in ISA_FLAGS.items() if source.stem.endswith(suffix)), [])
+    flags = next((flags for suffix, flags in ISA_FLAGS.items() if source.stem.endswith(suffix)), [])
+    if isa:
+        flags = [*SIMD_FLAGS[isa], f"-DPYLLMQ_ISA={isa}"]
     includes = ["-Icsrc", *(binding_includes() if source.stem.startswith("bindings") else [])]
     emulated = ["-DPYLLMQ_CUDA_EMULATED", "-x", "c++"] if CUDA == "emulated" else []
-    return [*cached(compiler_command()), *CXX_FLAGS, *isa, *includes, *EXTRA, *emulated]
+    return [*cached(compiler_command()), *CXX_FLAGS, *flags, *includes, *EXTRA, *emulated]
 
 
 def link_command(cuda):
@@ -208,8 +213,10 @@ class BuildExtension(build_ext):
             cuda = cuda_build() if ext.name == "pyllmq._cuda" else None
             objects = []
             for source in map(Path, ext.sources):
-                objects.append(folder / ext.name / source.with_name(source.name + ".o"))
-                lines.append(edge("compile", [source], objects[-1], compile_command(source, cuda)))
+                for isa in SIMD_FLAGS if source.stem.endswith("_simd") else [None]:
+                    name = f"{source.name}.{isa}.o" if isa else f"{source.name}.o"
+                    objects.append(folder / ext.name / source.with_name(name))
+                    lines.append(edge("compile", [source], objects[-1], compile_command(source, cuda, isa)))
             lines.append(edge("link", objects, os.path.abspath(self.get_ext_fullpath(ext.name)), link_command(cuda)))
         written = ROOT / folder / "build.ninja"
         written.parent.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <type_traits>
+#include <vector>
 
 #include "codebook/shape.h"
 #include "sinkhorn/problem.h"
@@ -37,15 +40,50 @@ T* array(py::handle given) {
   return as<T>(given.attr("data_ptr")().cast<Pointer>());
 }
 
+// What a function of a binding takes for a pointer to T: all that `array` takes.
+template <class T>
+struct Address {
+  T* at;
+};
+template <class Argument>
+struct Taken {
+  using Type = Argument;
+  static Argument given(Argument argument) { return argument; }
+};
+template <class T>
+struct Taken<T*> {
+  using Type = Address<T>;
+  static T* given(Address<T> address) { return address.at; }
+};
+template <class Result, class... Arguments>
+auto with_addresses(Result (*function)(Arguments...)) {
+  return [function](typename Taken<Arguments>::Type... given) -> Result { return function(Taken<Arguments>::given(given)...); };
+}
+
+}  // namespace pyllmq
+
+template <class T>
+struct pybind11::detail::type_caster<pyllmq::Address<T>> {
+  PYBIND11_TYPE_CASTER(pyllmq::Address<T>, const_name("int"));
+
+  bool load(handle given, bool) {
+    if (!given.is_none() && !isinstance<int_>(given) && !hasattr(given, "data_ptr")) return false;
+    value = {pyllmq::array<T>(given)};
+    return true;
+  }
+};
+
+namespace pyllmq {
+
 // Keyword arguments, each taken once. `fill` takes those of a struct's fields.
 class Keywords {
  public:
-  explicit Keywords(const py::kwargs& given) : left_(given.attr("copy")()) {}
+  explicit Keywords(py::kwargs given) : given_(std::move(given)) {}
 
   template <class T>
   T take(const char* name) {
-    if (!left_.contains(name)) throw py::type_error(std::string("missing keyword argument '") + name + "'");
-    const py::object given = left_.attr("pop")(name);
+    const py::handle given = find(name);
+    if (!given) throw py::type_error(std::string("missing keyword argument '") + name + "'");
     try {
       using Element = std::remove_pointer_t<T>;
       if constexpr (std::is_pointer_v<T> && (std::is_void_v<Element> || std::is_arithmetic_v<Element>))
@@ -58,7 +96,7 @@ class Keywords {
   }
   template <class T>
   T take(const char* name, T otherwise) {
-    return left_.contains(name) ? take<T>(name) : otherwise;
+    return find(name) ? take<T>(name) : otherwise;
   }
   template <class T, class... Rest>
   void fill(const char* name, T& field, Rest&&... rest) {
@@ -80,11 +118,22 @@ class Keywords {
     }
   }
   void finish() const {
-    for (const auto& [name, value] : left_) throw py::type_error("unknown keyword argument '" + name.cast<std::string>() + "'");
+    if (taken_.size() == given_.size()) return;
+    for (const auto& [name, value] : given_)
+      if (std::find(taken_.begin(), taken_.end(), name.cast<std::string>()) == taken_.end())
+        throw py::type_error("unknown keyword argument '" + name.cast<std::string>() + "'");
   }
 
  private:
-  py::dict left_;
+  // A name that is found counts as taken. Rejected: names popped from a copy, 19 us for ten of them in place of 5.
+  py::handle find(const char* name) {
+    const py::handle found = PyDict_GetItemString(given_.ptr(), name);
+    if (found && std::find(taken_.begin(), taken_.end(), name) == taken_.end()) taken_.push_back(name);
+    return found;
+  }
+
+  const py::kwargs given_;
+  std::vector<std::string_view> taken_;
 };
 
 // A class of the extension whose objects are made from keywords, whose tensors they keep alive. Both modules may have it.

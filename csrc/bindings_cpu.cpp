@@ -100,26 +100,16 @@ void bind_runtime(py::module_& m) {
   });
   m.def("parallel_probe", &parallel_probe, py::arg("tasks"), py::arg("task_us") = 0.0, py::arg("failing_task") = -1,
         py::arg("nested_tasks") = 0);
-  m.def(
-      "read_bandwidth_probe", [](Pointer memory, int64_t bytes) { return sum_words(as<uint64_t>(memory), bytes); },
-      py::arg("pointer"), py::arg("bytes"), NoGil());
+  m.def("read_bandwidth_probe", with_addresses(&sum_words), py::arg("pointer"), py::arg("bytes"), NoGil());
 }
 
 // --- codes ---------------------------------------------------------------------------------------------------------
 
 void bind_codes(py::module_& m) {
-  m.def(
-      "pack_codes",
-      [](Pointer codes, Pointer packed, int64_t rows, int64_t columns, int bits) {
-        pack_codes(as<uint8_t>(codes), as<uint8_t>(packed), rows, columns, bits);
-      },
-      py::arg("codes"), py::arg("packed"), py::arg("rows"), py::arg("columns"), py::arg("bits"), NoGil());
-  m.def(
-      "unpack_codes",
-      [](Pointer packed, Pointer codes, int64_t rows, int64_t columns, int bits) {
-        unpack_codes(as<uint8_t>(packed), as<uint8_t>(codes), rows, columns, bits);
-      },
-      py::arg("packed"), py::arg("codes"), py::arg("rows"), py::arg("columns"), py::arg("bits"), NoGil());
+  m.def("pack_codes", with_addresses(&pack_codes), py::arg("codes"), py::arg("packed"), py::arg("rows"), py::arg("columns"),
+        py::arg("bits"), NoGil());
+  m.def("unpack_codes", with_addresses(&unpack_codes), py::arg("packed"), py::arg("codes"), py::arg("rows"), py::arg("columns"),
+        py::arg("bits"), NoGil());
 }
 
 // --- packed weights --------------------------------------------------------------------------------------------------
@@ -157,10 +147,8 @@ LinearPath path_of(int code) {
 void bind_codebook(py::module_& m) {
   bind_keywords<CodebookCheckpoint>(m, "CodebookCheckpoint", &codebook_checkpoint);
   m.def("codebook_layout_bytes", &codebook_layout_bytes, py::arg("checkpoint"), NoGil());
-  m.def(
-      "codebook_layout_pack",
-      [](Pointer layout, int64_t bytes, const CodebookCheckpoint& c) { codebook_layout_pack(as<void>(layout), bytes, c); },
-      py::arg("layout"), py::arg("layout_bytes"), py::arg("checkpoint"), NoGil());
+  m.def("codebook_layout_pack", with_addresses(&codebook_layout_pack), py::arg("layout"), py::arg("layout_bytes"),
+        py::arg("checkpoint"), NoGil());
   py::class_<CodebookOperand, LinearOperand>(m, "CodebookOperand")
       .def(py::init(&bind_layout<CodebookOperand>), py::arg("layout"), py::arg("layout_bytes"))
       .def(
@@ -200,18 +188,10 @@ void bind_codebook(py::module_& m) {
 }
 
 void bind_codebook_checkpoint(py::module_& m) {
-  m.def(
-      "codebook_decode",
-      [](const CodebookCheckpoint& c, Pointer row_scale, Pointer codebook, Pointer weight) {
-        codebook_decode(c, as<float>(row_scale), as<float>(codebook), as<float>(weight));
-      },
-      py::arg("checkpoint"), py::arg("row_scale"), py::arg("codebook"), py::arg("weight"), NoGil());
-  m.def(
-      "codebook_gradient",
-      [](const CodebookCheckpoint& c, Pointer row_scale, Pointer weight_gradient, Pointer gradient) {
-        codebook_gradient(c, as<float>(row_scale), as<float>(weight_gradient), as<float>(gradient));
-      },
-      py::arg("checkpoint"), py::arg("row_scale"), py::arg("weight_gradient"), py::arg("gradient"), NoGil());
+  m.def("codebook_decode", with_addresses(&codebook_decode), py::arg("checkpoint"), py::arg("row_scale"), py::arg("codebook"),
+        py::arg("weight"), NoGil());
+  m.def("codebook_gradient", with_addresses(&codebook_gradient), py::arg("checkpoint"), py::arg("row_scale"),
+        py::arg("weight_gradient"), py::arg("gradient"), NoGil());
 }
 
 // --- the sparse formats ----------------------------------------------------------------------------------------------
@@ -219,12 +199,8 @@ void bind_codebook_checkpoint(py::module_& m) {
 void bind_sparse(py::module_& m) {
   bind_keywords<SparseCheckpoint>(m, "SparseCheckpoint", &sparse_checkpoint);
   m.def("sparse_layout_bytes", &sparse_layout_bytes, py::arg("checkpoint"), py::arg("sparse_columns"), NoGil());
-  m.def(
-      "sparse_layout_pack",
-      [](Pointer layout, int64_t bytes, const SparseCheckpoint& checkpoint, double sparse_columns) {
-        sparse_layout_pack(as<void>(layout), bytes, checkpoint, sparse_columns);
-      },
-      py::arg("layout"), py::arg("layout_bytes"), py::arg("checkpoint"), py::arg("sparse_columns"), NoGil());
+  m.def("sparse_layout_pack", with_addresses(&sparse_layout_pack), py::arg("layout"), py::arg("layout_bytes"),
+        py::arg("checkpoint"), py::arg("sparse_columns"), NoGil());
   py::class_<SparseOperand, LinearOperand>(m, "SparseOperand")
       .def(py::init(&bind_layout<SparseOperand>), py::arg("layout"), py::arg("layout_bytes"))
       .def(
@@ -329,15 +305,9 @@ DoublyStochastic doubly_stochastic_call(Keywords& given) {
 void bind_doubly_stochastic(py::module_& m) {
   using py::arg;
   bind_keywords<DoublyStochastic>(m, "DoublyStochastic", &doubly_stochastic_call);
-  m.def(
-      "doubly_stochastic", [](const DoublyStochastic& call, Pointer out) { doubly_stochastic(call, as<float>(out)); },
-      arg("call"), arg("out"), NoGil());
-  m.def(
-      "doubly_stochastic_backward",
-      [](const DoublyStochastic& call, Pointer gradient, Pointer logits_gradient) {
-        doubly_stochastic_backward(call, as<float>(gradient), as<float>(logits_gradient));
-      },
-      arg("call"), arg("gradient"), arg("logits_gradient"), NoGil());
+  m.def("doubly_stochastic", with_addresses(&doubly_stochastic), arg("call"), arg("out"), NoGil());
+  m.def("doubly_stochastic_backward", with_addresses(&doubly_stochastic_backward), arg("call"), arg("gradient"),
+        arg("logits_gradient"), NoGil());
 }
 
 // --- distances of distributions --------------------------------------------------------------------------------------
@@ -360,16 +330,9 @@ SoftmaxCdistProblem cdist_problem(Keywords& given) {
 void bind_softmax_cdist_l1(py::module_& m) {
   using py::arg;
   bind_keywords<SoftmaxCdistProblem>(m, "Cdist", &cdist_problem);
-  m.def(
-      "softmax_cdist_l1",
-      [](const SoftmaxCdistProblem& call, Pointer distances) { softmax_cdist_l1(call, as<float>(distances)); }, arg("call"),
-      arg("distances"), NoGil());
-  m.def(
-      "softmax_cdist_l1_backward",
-      [](const SoftmaxCdistProblem& call, Pointer gradient, Pointer x_gradient) {
-        softmax_cdist_l1_backward(call, as<float>(gradient), elements(x_gradient, call.x.dtype));
-      },
-      arg("call"), arg("gradient"), arg("x_gradient"), NoGil());
+  m.def("softmax_cdist_l1", with_addresses(&softmax_cdist_l1), arg("call"), arg("distances"), NoGil());
+  m.def("softmax_cdist_l1_backward", with_addresses(&softmax_cdist_l1_backward), arg("call"), arg("gradient"), arg("x_gradient"),
+        NoGil());
 }
 
 // --- decode steps --------------------------------------------------------------------------------------------------

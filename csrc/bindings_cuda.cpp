@@ -92,10 +92,8 @@ GradientCall gradient_call(Keywords& given) {
 void bind_codebook(py::module_& m) {
   bind_keywords<CodebookCheckpoint>(m, "CodebookCheckpoint", &codebook_checkpoint);
   m.def("codebook_layout_bytes", &codebook_layout_bytes, arg("checkpoint"), NoGil());
-  m.def(
-      "codebook_layout_pack",
-      [](Pointer layout, int64_t bytes, const CodebookCheckpoint& c) { codebook_layout_pack(as<void>(layout), bytes, c); },
-      arg("layout"), arg("layout_bytes"), arg("checkpoint"), NoGil());
+  m.def("codebook_layout_pack", with_addresses(&codebook_layout_pack), arg("layout"), arg("layout_bytes"), arg("checkpoint"),
+        NoGil());
   m.def(
       "codebook_layout_codes",
       [](Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer codes_out) {
@@ -109,26 +107,13 @@ void bind_codebook(py::module_& m) {
   py::class_<CodebookTables, LinearOperand>(m, "CodebookTables", module_local())
       .def(py::init(&bind_layout<CodebookTables>), arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"))
       .def_static("fit", &CodebookTables::fit);
-  m.def(
-      "pack_codes",
-      [](Pointer codes, Pointer packed, int64_t rows, int64_t columns, int bits, Pointer stream) {
-        pack_codes(as<uint8_t>(codes), as<uint8_t>(packed), rows, columns, bits, stream);
-      },
-      arg("codes"), arg("packed"), arg("rows"), arg("columns"), arg("bits"), arg("stream"));
-  m.def(
-      "unpack_codes",
-      [](Pointer packed, Pointer codes, int64_t rows, int64_t columns, int bits, Pointer stream) {
-        unpack_codes(as<uint8_t>(packed), as<uint8_t>(codes), rows, columns, bits, stream);
-      },
-      arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"), arg("stream"));
+  m.def("pack_codes", with_addresses(&pack_codes), arg("codes"), arg("packed"), arg("rows"), arg("columns"), arg("bits"),
+        arg("stream"));
+  m.def("unpack_codes", with_addresses(&unpack_codes), arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"),
+        arg("stream"));
   bind_keywords<GradientCall>(m, "GradientCall", &gradient_call);
   m.def("codebook_gradient_workspace", &codebook_gradient_workspace, arg("call"));
-  m.def(
-      "codebook_gradient",
-      [](const GradientCall& call, Pointer gradient, Pointer workspace, Pointer stream) {
-        codebook_gradient(call, as<float>(gradient), as<float>(workspace), stream);
-      },
-      arg("call"), arg("gradient"), arg("workspace"), arg("stream"));
+  m.def("codebook_gradient", with_addresses(&codebook_gradient), arg("call"), arg("gradient"), arg("workspace"), arg("stream"));
 }
 
 // --- the sparse formats ----------------------------------------------------------------------------------------------
@@ -160,18 +145,10 @@ auto sparse_layout_describe(Pointer layout, int64_t layout_bytes, int64_t rows, 
 void bind_sparse(py::module_& m) {
   bind_keywords<SparseCheckpoint>(m, "SparseCheckpoint", &sparse_checkpoint);
   m.def("sparse_layout_bytes", &sparse_layout_bytes, arg("checkpoint"), arg("sparse_columns"), NoGil());
-  m.def(
-      "sparse_layout_pack",
-      [](Pointer layout, int64_t bytes, const SparseCheckpoint& checkpoint, double sparse_columns) {
-        sparse_layout_pack(as<void>(layout), bytes, checkpoint, sparse_columns);
-      },
-      arg("layout"), arg("layout_bytes"), arg("checkpoint"), arg("sparse_columns"), NoGil());
-  m.def(
-      "sparse_layout_unpack",
-      [](Pointer layout, int64_t bytes, const SparseCheckpoint& checkpoint) {
-        sparse_layout_unpack(as<void>(layout), bytes, checkpoint);
-      },
-      arg("layout"), arg("layout_bytes"), arg("checkpoint"), NoGil());
+  m.def("sparse_layout_pack", with_addresses(&sparse_layout_pack), arg("layout"), arg("layout_bytes"), arg("checkpoint"),
+        arg("sparse_columns"), NoGil());
+  m.def("sparse_layout_unpack", with_addresses(&sparse_layout_unpack), arg("layout"), arg("layout_bytes"), arg("checkpoint"),
+        NoGil());
   m.attr("sparse_header_bytes") = sizeof(SparseHeader);
   m.def("sparse_layout_describe", &sparse_layout_describe, arg("header"), arg("layout_bytes"), arg("rows"), arg("columns"));
   py::class_<SparseOperand, LinearOperand>(m, "SparseOperand", module_local())
@@ -192,18 +169,9 @@ void bind_softmax_cdist_l1(py::module_& m) {
   bind_keywords<CdistCall>(m, "Cdist", &cdist_call);
   m.def("softmax_cdist_l1_workspace", &softmax_cdist_l1_workspace, arg("call"));
   m.def("softmax_cdist_l1_backward_workspace", &softmax_cdist_l1_backward_workspace, arg("call"));
-  m.def(
-      "softmax_cdist_l1",
-      [](const CdistCall& call, Pointer distances, Pointer workspace, Pointer stream) {
-        softmax_cdist_l1(call, as<float>(distances), as<float>(workspace), stream);
-      },
-      arg("call"), arg("distances"), arg("workspace"), arg("stream"));
-  m.def(
-      "softmax_cdist_l1_backward",
-      [](const CdistCall& call, Pointer gradient, Pointer x_gradient, Pointer workspace, Pointer stream) {
-        softmax_cdist_l1_backward(call, as<float>(gradient), as<void>(x_gradient), as<float>(workspace), stream);
-      },
-      arg("call"), arg("gradient"), arg("x_gradient"), arg("workspace"), arg("stream"));
+  m.def("softmax_cdist_l1", with_addresses(&softmax_cdist_l1), arg("call"), arg("distances"), arg("workspace"), arg("stream"));
+  m.def("softmax_cdist_l1_backward", with_addresses(&softmax_cdist_l1_backward), arg("call"), arg("gradient"), arg("x_gradient"),
+        arg("workspace"), arg("stream"));
 }
 
 void bind_sinkhorn(py::module_& m) {
@@ -223,10 +191,7 @@ void bind_sinkhorn(py::module_& m) {
     auto* counters = from.take<uint32_t*>("counters");
     const auto stream = from.take<Pointer>("stream");
     from.finish();
-    if (sinkhorn_is_small(problem))
-      sinkhorn_small(problem, out, stream);
-    else
-      sinkhorn(problem, out, workspace, counters, stream);
+    sinkhorn(problem, out, workspace, counters, stream);
   });
   m.def("sinkhorn_backward", [](const SinkhornProblem& problem, const py::kwargs& given) {
     Keywords from(given);
@@ -235,20 +200,13 @@ void bind_sinkhorn(py::module_& m) {
     auto* counters = from.take<uint32_t*>("counters");
     const auto stream = from.take<Pointer>("stream");
     from.finish();
-    if (sinkhorn_is_small(problem))
-      sinkhorn_small_backward(problem, out, stream);
-    else
-      sinkhorn_backward(problem, out, workspace, counters, stream);
+    sinkhorn_backward(problem, out, workspace, counters, stream);
   });
 }
 
 void bind_kmeans_1d(py::module_& m) {
-  m.def(
-      "kmeans_1d_layers",
-      [](Pointer sums, Pointer masses, Pointer gains, Pointer best, int64_t problems, int64_t n, int k_max, Pointer stream) {
-        kmeans_1d_layers(as<double>(sums), as<double>(masses), as<double>(gains), as<int32_t>(best), problems, n, k_max, stream);
-      },
-      arg("sums"), arg("masses"), arg("gains"), arg("best"), arg("problems"), arg("n"), arg("k_max"), arg("stream"));
+  m.def("kmeans_1d_layers", with_addresses(&kmeans_1d_layers), arg("sums"), arg("masses"), arg("gains"), arg("best"),
+        arg("problems"), arg("n"), arg("k_max"), arg("stream"));
 }
 
 }  // namespace

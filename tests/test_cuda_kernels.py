@@ -119,7 +119,7 @@ def test_one_token_in_several_units_of_tables(widths, k):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_token_where_tables_do_not_fit(emulated, monkeypatch, dtype):  # noqa: F811
-    monkeypatch.setattr(emulated, "linear_tables_fit", lambda: False)
+    monkeypatch.setattr(cuda, "tables_fit", lambda: False)
     problem = WeightProblem("packed_linear", "cpu", dtype, "cuda.codebook", 1)
     assert dispatch.choose(problem).name == "cuda.fused"
     for n, k in SHAPES:

@@ -1,5 +1,5 @@
-// Which instruction set the kernels use. Every operation keeps one row of function pointers per ISA and picks by
-// active_isa(); a new ISA is one more enumerator here and one more row there.
+// Which instruction set the kernels use. An operation keeps one row of function pointers per ISA. A new ISA is one more
+// enumerator and one more case here, and a vector type in simd.h: operations whose rows come from *_simd.cpp need no more.
 #pragma once
 #include <string>
 #include <vector>
@@ -14,5 +14,18 @@ const char* isa_name(Isa isa);
 std::vector<Isa> supported_isas();  // compiled in and usable on this machine, best first
 Isa active_isa();
 void set_isa(const std::string& name);  // throws std::invalid_argument that lists the allowed names
+
+// row.operator()<isa>() of the active instruction set, of those that simd.h has vectors for; not of one beyond `most`.
+template <class Row>
+decltype(auto) by_isa(Row&& row, Isa most = Isa::amx) {
+#if defined(__x86_64__)
+  const Isa isa = active_isa() < most ? active_isa() : most;
+  if (isa >= Isa::avx512) return row.template operator()<Isa::avx512>();
+  if (isa == Isa::avx2) return row.template operator()<Isa::avx2>();
+#else
+  static_cast<void>(most);
+#endif
+  return row.template operator()<Isa::scalar>();
+}
 
 }  // namespace pyllmq::cpu

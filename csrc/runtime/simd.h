@@ -1,8 +1,14 @@
-// One vocabulary of vectors: what differs between instruction sets in width alone is written once, for a vector type V, and
-// instantiated in a file for each. R is a vector of fp32, Flag what a comparison gives. All in an anonymous namespace, so
-// that no code compiled for one instruction set can be linked into another.
+// One vocabulary of vectors: what differs between instruction sets in width alone is written once, for a vector type V, in files
+// named *_simd.cpp, which setup.py compiles for each instruction set (PYLLMQ_ISA). R is a vector of fp32, Index one of as many
+// integers, Flag what a comparison gives. All in an anonymous namespace, so that no code compiled for one instruction set can
+// be linked into another.
 #pragma once
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+
+#include "runtime/half.h"
+#include "runtime/isa.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -24,9 +30,84 @@ inline Four load_four(const float* from) {
 inline void store_four(float* to, Four four) { __builtin_memcpy(to, &four, 16); }
 inline Four larger(Four x, Four y) { return x > y ? x : y; }
 
+template <Isa isa>
+struct Vector;
+
+template <class Number>
+struct Arithmetic {
+  using R = Number;
+
+  static R add(R x, R y) { return x + y; }
+  static R sub(R x, R y) { return x - y; }
+  static R mul(R x, R y) { return x * y; }
+  static R div(R x, R y) { return x / y; }
+};
+
+// A vector of one number.
+template <>
+struct Vector<Isa::scalar> : Arithmetic<float> {
+  using Index = int;
+  using Flag = bool;
+  static constexpr int64_t width = 1;
+
+  static R set(float x) { return x; }
+  static R load(const float* from) { return *from; }
+  static R load_part(const float* from, int64_t left, float missing) { return left > 0 ? *from : missing; }
+  static void store(float* to, R x) { *to = x; }
+  static void store_part(float* to, int64_t left, R x) {
+    if (left > 0) *to = x;
+  }
+  static R fma(R x, R y, R z) { return x * y + z; }
+  static R min(R x, R y) { return x < y ? x : y; }
+  static R max(R x, R y) { return x > y ? x : y; }
+  static R round(R x) { return std::nearbyint(x); }
+  static R reciprocal(R x) { return 1 / x; }
+  static R quotient(R x, R y) { return x / y; }
+  static void split(R x, R& n, R& m) {
+    int exponent = 0;
+    m = std::frexp(x, &exponent);
+    n = static_cast<float>(exponent);
+    if (m < 0.70710678f) m *= 2, n -= 1;
+  }
+  // x * 2^n; n NaN or out of range: any number
+  static R scale2(R x, R n) {
+    return n > -127 && n < 128 ? x * bits_float(static_cast<uint32_t>(static_cast<int>(n) + 127) << 23) : x;
+  }
+  static R exponent(R cost, double u, const double* v, double inverse) { return static_cast<float>((u + *v - cost) * inverse); }
+  static Four sums(R s0, R s1, R s2, R s3) { return Four{s0, s1, s2, s3}; }
+  static void transpose(R*) {}
+  static void transpose_fours(R*) {}
+  static float total(R x) { return x; }
+  static float least(R x) { return x; }
+  static float most(R x) { return x; }
+
+  static Flag no_flag() { return false; }
+  static Flag is_nan(R x) { return x != x; }
+  static Flag above(R x, R y) { return x > y; }
+  static Flag at_least(R x, R y) { return x >= y; }
+  static Flag not_below(R x, R y) { return !(x < y); }
+  static Flag equal(R x, R y) { return x == y; }
+  static Flag either(Flag x, Flag y) { return x || y; }
+  static Flag both(Flag x, Flag y) { return x && y; }
+  static R select(Flag flag, R yes, R no) { return flag ? yes : no; }
+  static R zero_unless(Flag flag, R x) { return flag ? x : 0; }
+  static bool any(Flag flag) { return flag; }
+  static uint32_t bits(Flag flag) { return flag; }
+
+  static Index index(int x) { return x; }
+  static Index add_where(Flag flag, Index x, int n) { return flag ? x + n : x; }
+  static Index plus(Index x, int n) { return x + n; }
+  static R look_up(const float* table, Index at) { return table[at]; }
+  static void store_bytes(uint8_t* to, int64_t left, Index at, const uint8_t* table) {
+    if (left > 0) *to = table[at];
+  }
+};
+using Scalar = Vector<Isa::scalar>;
+
 #if defined(__AVX2__)
-struct Avx2 {
-  using R = __m256;
+template <>
+struct Vector<Isa::avx2> : Arithmetic<__m256> {
+  using Index = __m256i;
   using Flag = __m256;
   static constexpr int64_t width = 8;
 
@@ -46,10 +127,6 @@ struct Avx2 {
     if (left >= 8) return store(to, x);
     _mm256_maskstore_ps(to, first(left), x);
   }
-  static R add(R x, R y) { return _mm256_add_ps(x, y); }
-  static R sub(R x, R y) { return _mm256_sub_ps(x, y); }
-  static R mul(R x, R y) { return _mm256_mul_ps(x, y); }
-  static R div(R x, R y) { return _mm256_div_ps(x, y); }
   static R fma(R x, R y, R z) { return _mm256_fmadd_ps(x, y, z); }
   static R min(R x, R y) { return _mm256_min_ps(x, y); }
   static R max(R x, R y) { return _mm256_max_ps(x, y); }
@@ -143,9 +220,44 @@ struct Avx2 {
   static bool any(Flag flag) { return _mm256_movemask_ps(flag) != 0; }
   static uint32_t bits(Flag flag) { return static_cast<uint32_t>(_mm256_movemask_ps(flag)); }
 
+  // Of as many numbers of 16 or 8 bits; of pairs of bf16, the first in the low half.
+  static R load_fp16(const void* from) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from))); }
+  static R load_int8(const void* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
+  }
+  static R first_bf16(Index pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+  static R second_bf16(Index pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  }
+
+  static Index load_index(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+  static Index shifted_right(Index x, int bits) { return _mm256_srli_epi32(x, bits); }
+  static Index low_bits(Index x, int mask) { return _mm256_and_si256(x, index(mask)); }
+  static Flag same(Index x, int n) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(x, index(n))); }
+  // four[x], by the low 2 bits.
+  static R look_up_four(const float* four, Index x) {
+    return _mm256_permutevar_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(four)), x);
+  }
+  static Index index(int x) { return _mm256_set1_epi32(x); }
+  static Index plus(Index x, int n) { return _mm256_add_epi32(x, index(n)); }
+  static Index add_where(Flag flag, Index x, int n) {
+    return _mm256_add_epi32(x, _mm256_and_si256(_mm256_castps_si256(flag), index(n)));
+  }
+  // Of 16 entries.
+  static R look_up(const float* table, Index at) {
+    const R low = _mm256_permutevar8x32_ps(load(table), at), high = _mm256_permutevar8x32_ps(load(table + 8), at);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
+  }
+  // to[i] = table[at[i]], of 16 entries.
+  static void store_bytes(uint8_t* to, int64_t left, Index at, const uint8_t* table) {
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(at), _mm256_extracti128_si256(at, 1));
+    const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    const int64_t bytes = _mm_cvtsi128_si64(_mm_shuffle_epi8(entries, _mm_packus_epi16(words, words)));
+    std::memcpy(to, &bytes, left < 8 ? left : 8);
+  }
+
   // Numbers of 64 bits: fp64, and the places of candidates.
-  struct Wide {
-    using R = __m256d;
+  struct Wide : Arithmetic<__m256d> {
     using Place = __m256i;
     using Flag = __m256d;
     static constexpr int width = 4;
@@ -154,10 +266,6 @@ struct Avx2 {
     static R load(const double* from) { return _mm256_loadu_pd(from); }
     static R load_backwards(const double* last) { return _mm256_permute4x64_pd(load(last - 3), 0x1B); }
     static void store(double* to, R x) { _mm256_storeu_pd(to, x); }
-    static R add(R x, R y) { return _mm256_add_pd(x, y); }
-    static R sub(R x, R y) { return _mm256_sub_pd(x, y); }
-    static R mul(R x, R y) { return _mm256_mul_pd(x, y); }
-    static R div(R x, R y) { return _mm256_div_pd(x, y); }
     static Place place(int64_t x) { return _mm256_set1_epi64x(x); }
     static Place place_from(int64_t first) { return later(place(first), _mm256_setr_epi64x(0, 1, 2, 3)); }
     static Place later(Place x, Place y) { return _mm256_add_epi64(x, y); }
@@ -169,11 +277,13 @@ struct Avx2 {
     }
   };
 };
+using Avx2 = Vector<Isa::avx2>;
 #endif
 
 #if defined(__AVX512F__)
-struct Avx512 {
-  using R = __m512;
+template <>
+struct Vector<Isa::avx512> : Arithmetic<__m512> {
+  using Index = __m512i;
   using Flag = __mmask16;
   static constexpr int64_t width = 16;
 
@@ -187,10 +297,6 @@ struct Avx512 {
   }
   static void store(float* to, R x) { _mm512_storeu_ps(to, x); }
   static void store_part(float* to, int64_t left, R x) { _mm512_mask_storeu_ps(to, first(left), x); }
-  static R add(R x, R y) { return _mm512_add_ps(x, y); }
-  static R sub(R x, R y) { return _mm512_sub_ps(x, y); }
-  static R mul(R x, R y) { return _mm512_mul_ps(x, y); }
-  static R div(R x, R y) { return _mm512_div_ps(x, y); }
   static R fma(R x, R y, R z) { return _mm512_fmadd_ps(x, y, z); }
   static R min(R x, R y) { return _mm512_min_ps(x, y); }
   static R max(R x, R y) { return _mm512_max_ps(x, y); }
@@ -283,9 +389,33 @@ struct Avx512 {
   static bool any(Flag flag) { return flag != 0; }
   static uint32_t bits(Flag flag) { return flag; }
 
+  static R load_fp16(const void* from) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from))); }
+  static R load_int8(const void* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+  }
+  static R first_bf16(Index pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+  static R second_bf16(Index pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  }
+
+  static Index load_index(const void* from) { return _mm512_loadu_si512(from); }
+  static Index shifted_right(Index x, int bits) { return _mm512_srli_epi32(x, static_cast<unsigned>(bits)); }
+  static Index low_bits(Index x, int mask) { return _mm512_and_si512(x, index(mask)); }
+  static Flag same(Index x, int n) { return _mm512_cmpeq_epi32_mask(x, index(n)); }
+  static R look_up_four(const float* four, Index x) {
+    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(four)), x);
+  }
+  static Index index(int x) { return _mm512_set1_epi32(x); }
+  static Index plus(Index x, int n) { return _mm512_add_epi32(x, index(n)); }
+  static Index add_where(Flag flag, Index x, int n) { return _mm512_mask_add_epi32(x, flag, x, index(n)); }
+  static R look_up(const float* table, Index at) { return _mm512_permutexvar_ps(at, load(table)); }
+  static void store_bytes(uint8_t* to, int64_t left, Index at, const uint8_t* table) {
+    const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    _mm_mask_storeu_epi8(to, first(left), _mm_shuffle_epi8(entries, _mm512_cvtepi32_epi8(at)));
+  }
+
   // Numbers of 64 bits: fp64, and the places of candidates.
-  struct Wide {
-    using R = __m512d;
+  struct Wide : Arithmetic<__m512d> {
     using Place = __m512i;
     using Flag = __mmask8;
     static constexpr int width = 8;
@@ -296,10 +426,6 @@ struct Avx512 {
       return _mm512_permutexvar_pd(_mm512_setr_epi64(7, 6, 5, 4, 3, 2, 1, 0), load(last - 7));
     }
     static void store(double* to, R x) { _mm512_storeu_pd(to, x); }
-    static R add(R x, R y) { return _mm512_add_pd(x, y); }
-    static R sub(R x, R y) { return _mm512_sub_pd(x, y); }
-    static R mul(R x, R y) { return _mm512_mul_pd(x, y); }
-    static R div(R x, R y) { return _mm512_div_pd(x, y); }
     static Place place(int64_t x) { return _mm512_set1_epi64(x); }
     static Place place_from(int64_t first) { return later(place(first), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)); }
     static Place later(Place x, Place y) { return _mm512_add_epi64(x, y); }
@@ -312,6 +438,81 @@ struct Avx512 {
     static Place select(Flag flag, Place yes, Place no) { return _mm512_mask_blend_epi64(flag, no, yes); }
   };
 };
+using Avx512 = Vector<Isa::avx512>;
+#endif
+
+// Two vectors that go through every operation together.
+template <class V>
+struct Twice {
+  using Half = V;
+  struct R {
+    typename V::R x, y;
+  };
+  struct Flag {
+    typename V::Flag x, y;
+  };
+  struct Index {
+    typename V::Index x, y;
+  };
+  static constexpr int64_t width = 2 * V::width;
+
+  static R set(float x) { return {V::set(x), V::set(x)}; }
+  static R load(const float* from) { return {V::load(from), V::load(from + V::width)}; }
+  static R load_part(const float* from, int64_t left, float missing) {
+    return {V::load_part(from, left, missing), V::load_part(from + V::width, left - V::width, missing)};
+  }
+  static void store_part(float* to, int64_t left, R v) {
+    V::store_part(to, left, v.x);
+    V::store_part(to + V::width, left - V::width, v.y);
+  }
+  static void store(float* to, R v) {
+    V::store(to, v.x);
+    V::store(to + V::width, v.y);
+  }
+  static R add(R v, R w) { return {V::add(v.x, w.x), V::add(v.y, w.y)}; }
+  static R sub(R v, R w) { return {V::sub(v.x, w.x), V::sub(v.y, w.y)}; }
+  static R mul(R v, R w) { return {V::mul(v.x, w.x), V::mul(v.y, w.y)}; }
+  static R div(R v, R w) { return {V::div(v.x, w.x), V::div(v.y, w.y)}; }
+  static R fma(R v, R w, R z) { return {V::fma(v.x, w.x, z.x), V::fma(v.y, w.y, z.y)}; }
+  static R min(R v, R w) { return {V::min(v.x, w.x), V::min(v.y, w.y)}; }
+  static R max(R v, R w) { return {V::max(v.x, w.x), V::max(v.y, w.y)}; }
+  static R round(R v) { return {V::round(v.x), V::round(v.y)}; }
+  static R quotient(R v, R w) { return {V::quotient(v.x, w.x), V::quotient(v.y, w.y)}; }
+  static R reciprocal(R v) { return {V::reciprocal(v.x), V::reciprocal(v.y)}; }
+  static R scale2(R v, R n) { return {V::scale2(v.x, n.x), V::scale2(v.y, n.y)}; }
+  static void split(R v, R& n, R& m) {
+    V::split(v.x, n.x, m.x);
+    V::split(v.y, n.y, m.y);
+  }
+  static Four sums(R s0, R s1, R s2, R s3) {
+    return V::sums(V::add(s0.x, s0.y), V::add(s1.x, s1.y), V::add(s2.x, s2.y), V::add(s3.x, s3.y));
+  }
+  static float total(R v) { return V::total(V::add(v.x, v.y)); }
+  static float most(R v) { return V::most(V::max(v.x, v.y)); }
+
+  static Flag above(R v, R w) { return {V::above(v.x, w.x), V::above(v.y, w.y)}; }
+  static Flag at_least(R v, R w) { return {V::at_least(v.x, w.x), V::at_least(v.y, w.y)}; }
+  static Flag not_below(R v, R w) { return {V::not_below(v.x, w.x), V::not_below(v.y, w.y)}; }
+  static Flag equal(R v, R w) { return {V::equal(v.x, w.x), V::equal(v.y, w.y)}; }
+  static Flag both(Flag v, Flag w) { return {V::both(v.x, w.x), V::both(v.y, w.y)}; }
+  static R select(Flag flag, R yes, R no) { return {V::select(flag.x, yes.x, no.x), V::select(flag.y, yes.y, no.y)}; }
+  static R zero_unless(Flag flag, R v) { return {V::zero_unless(flag.x, v.x), V::zero_unless(flag.y, v.y)}; }
+  static bool any(Flag flag) { return V::any(flag.x) || V::any(flag.y); }
+  static uint32_t bits(Flag flag) { return V::bits(flag.x) | V::bits(flag.y) << V::width; }
+
+  static R load_fp16(const uint8_t* from) { return {V::load_fp16(from), V::load_fp16(from + 2 * V::width)}; }
+  static R load_int8(const uint8_t* from) { return {V::load_int8(from), V::load_int8(from + V::width)}; }
+  static R first_bf16(Index pairs) { return {V::first_bf16(pairs.x), V::first_bf16(pairs.y)}; }
+  static R second_bf16(Index pairs) { return {V::second_bf16(pairs.x), V::second_bf16(pairs.y)}; }
+  static Index load_index(const uint8_t* from) { return {V::load_index(from), V::load_index(from + 4 * V::width)}; }
+  static Index shifted_right(Index v, int bits) { return {V::shifted_right(v.x, bits), V::shifted_right(v.y, bits)}; }
+  static Index low_bits(Index v, int mask) { return {V::low_bits(v.x, mask), V::low_bits(v.y, mask)}; }
+  static Flag same(Index v, int n) { return {V::same(v.x, n), V::same(v.y, n)}; }
+  static R look_up_four(const float* four, Index v) { return {V::look_up_four(four, v.x), V::look_up_four(four, v.y)}; }
+};
+
+#if defined(PYLLMQ_ISA)
+using V = Vector<Isa::PYLLMQ_ISA>;
 #endif
 
 // exp to 1e-7 relative for x <= 88; below -87, where the result leaves the normal numbers, exactly 0. NaN becomes 0, or stays.

@@ -1,6 +1,9 @@
 // What the sparse layouts of all devices are made from: a weight as a checkpoint holds it, and how its arrays are read.
 #pragma once
 #include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
 
 namespace pyllmq {
 
@@ -29,6 +32,36 @@ struct SparseCheckpoint {
 };
 
 static inline int64_t sparse_groups(int64_t columns) { return (columns + 3) / 4; }
+
+// Calls refuse(why), which throws, unless the shape is one that a format can have.
+inline void check_sparse_shape(void (*refuse)(const std::string& why), const SparseCheckpoint& c) {
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  if (c.rows < 1 || c.rows > most || c.columns < 1 || c.columns > most)
+    refuse("the weight has shape [" + std::to_string(c.rows) + ", " + std::to_string(c.columns) + "]; allowed: 1.." +
+           std::to_string(most) + " each");
+}
+
+// Whether a bitmap keeps a smaller share of its weights than `share`.
+inline bool keeps_few(const SparseCheckpoint& c, double share) {
+  return c.kind == SparseKind::bitmap &&
+         static_cast<double>(c.kept) < share * static_cast<double>(c.rows) * static_cast<double>(c.columns);
+}
+
+// Makes ready to be filled from a layout with this header: refuses unless the tensors are those of a weight of `kind` that was
+// packed into it, and clears those that are filled bit by bit.
+template <class Header>
+void prepare_unpacking(void (*refuse)(const std::string& why), const Header& h, SparseKind kind, bool has_scale,
+                       const SparseCheckpoint& to) {
+  const bool as_columns = to.kind == SparseKind::bitmap && to.mask == nullptr;
+  if (to.kind != kind || to.value_type != h.values || to.rows != h.rows || to.columns != h.columns || to.kept != h.kept ||
+      to.bits != h.bits || to.outliers != h.outliers || as_columns != (h.checkpoint_columns != 0) ||
+      (to.scale != nullptr) != has_scale)
+    refuse("the tensors to unpack into are not those of the weight that was packed");
+  const int64_t groups = sparse_groups(h.columns);
+  if (to.mask != nullptr) std::memset(to.mask, 0, h.rows * ((h.columns + 7) / 8));
+  if (to.positions != nullptr) std::memset(to.positions, 0, h.rows * ((groups + 1) / 2));
+  if (to.codes != nullptr) std::memset(to.codes, 0, h.rows * ((2 * groups * h.bits + 7) / 8));
+}
 
 static inline uint32_t column_at(const uint8_t* columns, int bytes, int64_t i) {
   if (bytes == 4) return reinterpret_cast<const uint32_t*>(columns)[i];

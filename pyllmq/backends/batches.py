@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..operations import Transport
@@ -15,6 +16,15 @@ def problem(transport: Transport) -> dict[str, Any]:
     for name in ("cost", "a", "b", "epsilon"):
         fields[name], fields[f"{name}_stride"] = _laid_out(getattr(transport, name))
     return fields | {"rho_a": transport.rho_a, "rho_b": transport.rho_b}
+
+
+def room(cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix, a row and a column of each problem, uninitialised."""
+    problems, n, m = cost.shape
+    matrices, rows, columns = (
+        torch.empty(problems, *shape, dtype=torch.float32, device=cost.device) for shape in ((n, m), (n,), (m,))
+    )
+    return matrices, rows, columns
 
 
 def _laid_out(tensor: Tensor) -> tuple[Tensor, int]:

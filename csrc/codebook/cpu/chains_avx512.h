@@ -10,6 +10,7 @@
 #include "codebook/cpu/fours_avx512.h"
 #include "codebook/cpu/decode.h"
 #include "codebook/cpu/decode_int16.h"
+#include "runtime/instances.h"
 
 namespace pyllmq::cpu {
 
@@ -48,20 +49,7 @@ static void multiply_group(const uint8_t* weights, const typename Dot::Group& gr
 }
 
 template <class Dot>
-constexpr void (*kGroup[kChainTokens + 1])(const uint8_t* weights, const typename Dot::Group& group, int64_t slots,
-                                           float* sums) = {nullptr,
-                                                           multiply_group<Dot, 1>,
-                                                           multiply_group<Dot, 2>,
-                                                           multiply_group<Dot, 3>,
-                                                           multiply_group<Dot, 4>,
-                                                           multiply_group<Dot, 5>,
-                                                           multiply_group<Dot, 6>,
-                                                           multiply_group<Dot, 7>,
-                                                           multiply_group<Dot, 8>,
-                                                           multiply_group<Dot, 9>,
-                                                           multiply_group<Dot, 10>,
-                                                           multiply_group<Dot, 11>,
-                                                           multiply_group<Dot, 12>};
+constexpr auto kGroup = instances<1, kChainTokens>([]<int Tokens>() { return multiply_group<Dot, Tokens>; });
 
 template <class Dot>
 static void multiply_chains(const uint8_t* weights, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums) {

@@ -3,6 +3,7 @@
 #include "codebook/cpu/decode.h"
 #include "codebook/cpu/nibble_avx2.h"
 #include "codebook/cpu/wide_avx2.h"
+#include "runtime/instances.h"
 #include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
@@ -77,34 +78,24 @@ void decode_width(const uint8_t* codes, const uint8_t* split, int64_t slots, con
     decode_columns<Width, false>(codes, split, slots, scale, weights);
 }
 
-struct WidthKernels {
-  void (*split)(const uint16_t* codebook, int64_t slots, uint8_t* split);
-  void (*decode)(const uint8_t* codes, const uint8_t* split, int64_t slots, const float* row_scale, float* weights);
-};
-
-template <int Width>
-constexpr WidthKernels width_kernels() {
-  return {split_columns<Width>, decode_width<Width>};
-}
-
-constexpr WidthKernels kByWidth[8] = {width_kernels<1>(), width_kernels<2>(), width_kernels<3>(), width_kernels<4>(),
-                                      width_kernels<5>(), width_kernels<6>(), width_kernels<7>(), width_kernels<8>()};
+constexpr auto kSplit = instances<1, 8>([]<int Width>() { return split_columns<Width>; });
+constexpr auto kDecode = instances<1, 8>([]<int Width>() { return decode_width<Width>; });
 
 void split_any(int width, const uint16_t* codebook, const float*, int64_t slots, uint8_t* split) {
-  kByWidth[width - 1].split(codebook, slots, split);
+  kSplit[width](codebook, slots, split);
 }
 
 void decode_any(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots,
                 const float* row_scale, uint8_t* weights) {
-  kByWidth[width - 1].decode(tile_codes + slot / kBlockColumns * block_bytes(width), split, slots, row_scale,
-                             reinterpret_cast<float*>(weights));
+  kDecode[width](tile_codes + slot / kBlockColumns * block_bytes(width), split, slots, row_scale,
+                 reinterpret_cast<float*>(weights));
 }
 
 // --- multiply ------------------------------------------------------------------------------------------------------
 
 // Tokens x (16 * Halves) rows in registers; few tokens take both halves, so that enough independent sums are in flight.
 template <int Tokens, int Halves>
-inline void multiply_group(const float* weights, const float* x, int64_t slots, float* sums) {
+void multiply_group(const float* weights, const float* x, int64_t slots, float* sums) {
   constexpr int vectors = 2 * Halves;
   while (slots > 0) {
     int64_t chain = slots < kChainColumns ? slots : kChainColumns;
@@ -145,21 +136,10 @@ inline void multiply_group(const float* weights, const float* x, int64_t slots, 
   }
 }
 
-template <int Tokens>
-void multiply_half(const float* weights, const float* x, int64_t slots, float* sums) {
-  multiply_group<Tokens, 1>(weights, x, slots, sums);
-}
-template <int Tokens>
-void multiply_both(const float* weights, const float* x, int64_t slots, float* sums) {
-  multiply_group<Tokens, 2>(weights, x, slots, sums);
-}
-
-using GroupKernel = void (*)(const float* weights, const float* x, int64_t slots, float* sums);
 constexpr int64_t kTokenGroup = 6;  // 6 tokens x 16 rows: 12 of 16 registers hold sums, 12 multiply-adds per 8 loads
 constexpr int64_t kFewTokens = 3;
-constexpr GroupKernel kBoth[kFewTokens + 1] = {nullptr, multiply_both<1>, multiply_both<2>, multiply_both<3>};
-constexpr GroupKernel kHalf[kTokenGroup + 1] = {nullptr,          nullptr,          nullptr,         nullptr,
-                                                multiply_half<4>, multiply_half<5>, multiply_half<6>};
+constexpr auto kBoth = instances<1, kFewTokens>([]<int Tokens>() { return multiply_group<Tokens, 2>; });
+constexpr auto kHalf = instances<kFewTokens + 1, kTokenGroup>([]<int Tokens>() { return multiply_group<Tokens, 1>; });
 
 void multiply(const uint8_t* from, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums) {
   const auto* weights = reinterpret_cast<const float*>(from);

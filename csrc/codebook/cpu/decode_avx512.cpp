@@ -6,6 +6,7 @@
 
 #include "codebook/cpu/fours_avx512.h"
 #include "codebook/cpu/decode.h"
+#include "runtime/instances.h"
 #include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
@@ -69,27 +70,17 @@ void decode_width(const uint8_t* codes, const uint8_t* split, int64_t slots, con
   decode_columns<Width, true>(codes, split, slots, scale, weights);
 }
 
-struct WidthKernels {
-  void (*split)(const uint16_t* codebook, int64_t slots, uint8_t* split);
-  void (*decode)(const uint8_t* codes, const uint8_t* split, int64_t slots, const float* row_scale, float* weights);
-};
-
-template <int Width>
-constexpr WidthKernels width_kernels() {
-  return {split_columns<Width>, decode_width<Width>};
-}
-
-constexpr WidthKernels kByWidth[8] = {width_kernels<1>(), width_kernels<2>(), width_kernels<3>(), width_kernels<4>(),
-                                      width_kernels<5>(), width_kernels<6>(), width_kernels<7>(), width_kernels<8>()};
+constexpr auto kSplit = instances<1, 8>([]<int Width>() { return split_columns<Width>; });
+constexpr auto kDecode = instances<1, 8>([]<int Width>() { return decode_width<Width>; });
 
 void split_any(int width, const uint16_t* codebook, const float*, int64_t slots, uint8_t* split) {
-  kByWidth[width - 1].split(codebook, slots, split);
+  kSplit[width](codebook, slots, split);
 }
 
 void decode_any(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots,
                 const float* row_scale, uint8_t* weights) {
   const uint8_t* codes = tile_codes + slot / group_columns(width) * group_bytes(width);
-  kByWidth[width - 1].decode(codes, split, slots, row_scale, reinterpret_cast<float*>(weights));
+  kDecode[width](codes, split, slots, row_scale, reinterpret_cast<float*>(weights));
 }
 
 // --- multiply ------------------------------------------------------------------------------------------------------
@@ -123,11 +114,7 @@ void multiply_group(const float* weights, const float* x, int64_t slots, float* 
 }
 
 constexpr int64_t kTokenGroup = 12;
-using GroupKernel = void (*)(const float* weights, const float* x, int64_t slots, float* sums);
-constexpr GroupKernel kGroup[kTokenGroup + 1] = {nullptr,           multiply_group<1>, multiply_group<2>,  multiply_group<3>,
-                                                 multiply_group<4>, multiply_group<5>, multiply_group<6>,  multiply_group<7>,
-                                                 multiply_group<8>, multiply_group<9>, multiply_group<10>, multiply_group<11>,
-                                                 multiply_group<12>};
+constexpr auto kGroup = instances<1, kTokenGroup>([]<int Tokens>() { return multiply_group<Tokens>; });
 
 void multiply(const uint8_t* weights, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums) {
   const TokenGroups groups{tokens, kTokenGroup};

@@ -3,6 +3,7 @@
 #include "codebook/cpu/decode_int16.h"
 #include "codebook/cpu/nibble_avx2.h"
 #include "codebook/cpu/wide_avx2.h"
+#include "runtime/instances.h"
 #include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
@@ -94,27 +95,16 @@ void decode_columns(const uint8_t* codes, const uint8_t* split, int64_t slots, i
   }
 }
 
-struct WidthKernels {
-  void (*split)(const uint16_t* codebook, const float* max_magnitude, int64_t slots, uint8_t* split);
-  void (*decode)(const uint8_t* codes, const uint8_t* split, int64_t slots, int16_t* weights);
-};
-
-template <int Width>
-constexpr WidthKernels width_kernels() {
-  return {split_columns<Width>, decode_columns<Width>};
-}
-
-constexpr WidthKernels kByWidth[8] = {width_kernels<1>(), width_kernels<2>(), width_kernels<3>(), width_kernels<4>(),
-                                      width_kernels<5>(), width_kernels<6>(), width_kernels<7>(), width_kernels<8>()};
+constexpr auto kSplit = instances<1, 8>([]<int Width>() { return split_columns<Width>; });
+constexpr auto kDecode = instances<1, 8>([]<int Width>() { return decode_columns<Width>; });
 
 void split_any(int width, const uint16_t* codebook, const float* max_magnitude, int64_t slots, uint8_t* split) {
-  kByWidth[width - 1].split(codebook, max_magnitude, slots, split);
+  kSplit[width](codebook, max_magnitude, slots, split);
 }
 
 void decode_any(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots, const float*,
                 uint8_t* weights) {
-  kByWidth[width - 1].decode(tile_codes + slot / kBlockColumns * block_bytes(width), split, slots,
-                             reinterpret_cast<int16_t*>(weights));
+  kDecode[width](tile_codes + slot / kBlockColumns * block_bytes(width), split, slots, reinterpret_cast<int16_t*>(weights));
 }
 
 // --- multiply ------------------------------------------------------------------------------------------------------
@@ -158,12 +148,10 @@ void multiply_group(const int16_t* weights, const PackedGroup& group, int64_t sl
   }
 }
 
-using GroupKernel = void (*)(const int16_t* weights, const PackedGroup& group, int64_t slots, float* sums);
 constexpr int64_t kTokenGroup = 6;  // 6 tokens x 16 rows: 12 of 16 registers hold sums
 constexpr int64_t kFewTokens = 3;
-constexpr GroupKernel kBoth[kFewTokens + 1] = {nullptr, multiply_group<1, 2>, multiply_group<2, 2>, multiply_group<3, 2>};
-constexpr GroupKernel kHalf[kTokenGroup + 1] = {
-    nullptr, nullptr, nullptr, nullptr, multiply_group<4, 1>, multiply_group<5, 1>, multiply_group<6, 1>};
+constexpr auto kBoth = instances<1, kFewTokens>([]<int Tokens>() { return multiply_group<Tokens, 2>; });
+constexpr auto kHalf = instances<kFewTokens + 1, kTokenGroup>([]<int Tokens>() { return multiply_group<Tokens, 1>; });
 
 void multiply(const uint8_t* from, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums) {
   const auto* weights = reinterpret_cast<const int16_t*>(from);

@@ -4,6 +4,7 @@
 #include "codebook/cpu/chains_avx512.h"
 #include "codebook/cpu/decode_int16.h"
 #include "codebook/cpu/pairs_avx512.h"
+#include "runtime/instances.h"
 
 namespace pyllmq::cpu {
 namespace {
@@ -34,27 +35,17 @@ void split_columns(const uint16_t* codebook, const float* max_magnitude, int64_t
   }
 }
 
-struct WidthKernels {
-  void (*split)(const uint16_t* codebook, const float* max_magnitude, int64_t slots, uint8_t* split);
-  void (*decode)(const uint8_t* codes, const uint8_t* split, int64_t slots, uint16_t* weights);
-};
-
-template <int Width>
-constexpr WidthKernels width_kernels() {
-  return {split_columns<Width>, decode_pairs<Width, 1>};
-}
-
-constexpr WidthKernels kByWidth[8] = {width_kernels<1>(), width_kernels<2>(), width_kernels<3>(), width_kernels<4>(),
-                                      width_kernels<5>(), width_kernels<6>(), width_kernels<7>(), width_kernels<8>()};
+constexpr auto kSplit = instances<1, 8>([]<int Width>() { return split_columns<Width>; });
+constexpr auto kDecode = instances<1, 8>([]<int Width>() { return decode_pairs<Width, 1>; });
 
 void split_any(int width, const uint16_t* codebook, const float* max_magnitude, int64_t slots, uint8_t* split) {
-  kByWidth[width - 1].split(codebook, max_magnitude, slots, split);
+  kSplit[width](codebook, max_magnitude, slots, split);
 }
 
 void decode_any(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots, const float*,
                 uint8_t* weights) {
-  kByWidth[width - 1].decode(tile_codes + slot / group_columns(width) * group_bytes(width), split, slots,
-                             reinterpret_cast<uint16_t*>(weights));
+  kDecode[width](tile_codes + slot / group_columns(width) * group_bytes(width), split, slots,
+                 reinterpret_cast<uint16_t*>(weights));
 }
 
 // --- multiply ------------------------------------------------------------------------------------------------------

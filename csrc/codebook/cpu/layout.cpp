@@ -95,7 +95,7 @@ LayoutPlan make_plan(const CodebookCheckpoint& c) {
   const int64_t outliers = check_codebook_shape(refuse, c), rows = c.rows, segments = c.segments;
   LayoutPlan plan;
   LayoutHeader& h = plan.header;
-  h.order = active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows;
+  h.order = native_order();
   plan_segments(plan, c.segment_rows, segments);
   plan_panels(plan, c.columns, c.column_bits);
   h.magic = kMagic;
@@ -313,6 +313,8 @@ void for_each_tile(const LayoutHeader& header, const SegmentRecord* segments, do
 }
 
 }  // namespace
+
+StepOrder native_order() { return active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows; }
 
 LayoutView::LayoutView(const void* layout, int64_t layout_bytes) : base_(static_cast<const uint8_t*>(layout)) {
   if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % kAlignment != 0)

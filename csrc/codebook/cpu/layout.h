@@ -42,6 +42,8 @@ static constexpr int64_t block_bytes(int width) {                               
   return width <= 4 ? int64_t{width} * kBlockColumns * kTileRows / 8 : kBlockColumns * kTileRows;
 }
 
+StepOrder native_order();  // of the active instruction set
+
 struct SegmentRecord {
   int64_t row_begin, rows, tile_begin, tiles;
 };

@@ -67,10 +67,7 @@ struct Problem {
 };
 
 // That of the kernels that read this order of steps.
-Isa kernel_isa(StepOrder order) {
-  const StepOrder read = active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows;
-  return order == read ? active_isa() : Isa::scalar;
-}
+Isa kernel_isa(StepOrder order) { return order == native_order() ? active_isa() : Isa::scalar; }
 
 const LinearKernels& linear_kernels(StepOrder order) {
 #if defined(__x86_64__)

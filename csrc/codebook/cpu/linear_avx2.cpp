@@ -6,6 +6,7 @@
 #include "codebook/cpu/linear.h"
 #include "codebook/cpu/planes_avx2.h"
 #include "codebook/cpu/wide_avx2.h"
+#include "codebook/cpu/wide_columns.h"
 #include "runtime/prefetch.h"
 #include "runtime/simd.h"
 
@@ -282,43 +283,17 @@ inline void decode_column(const uint8_t* codes, const uint8_t* planes, float* we
   _mm256_store_ps(weights + 24, _mm256_cvtph_ps(_mm256_extracti128_si256(b, 1)));
 }
 
-inline void add_block(const float* weights, const float* x, int64_t columns, float* sums) {
-  __m256 block_sum[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) block_sum[i] = _mm256_setzero_ps();
-  for (int64_t k = 0; k < columns; ++k, weights += kTileRows) {
-    const __m256 x_k = _mm256_broadcast_ss(x + k);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) block_sum[i] = _mm256_add_ps(block_sum[i], _mm256_mul_ps(x_k, _mm256_load_ps(weights + 8 * i)));
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(sums + 8 * i, _mm256_add_ps(_mm256_loadu_ps(sums + 8 * i), block_sum[i]));
-}
-
 template <int Width>
 void decode_multiply(const uint8_t* codes, StepOrder, int64_t tiles, int64_t tile_bytes, int64_t columns,
                      const uint16_t* codebook, const float* x, int64_t tokens, float* y, int64_t y_stride) {
   alignas(64) uint8_t planes[kBytePanelColumns][2 << Width];
   for (int64_t k = 0; k < columns; ++k) split_codebook(codebook + (k << Width), Width, planes[k]);
-  for (int64_t tile = 0; tile < tiles; ++tile, codes += tile_bytes, y += kTileRows) {
-    alignas(64) float panel_sums[kMaxTokenBlock][kTileRows];
-    std::memset(panel_sums, 0, tokens * sizeof panel_sums[0]);
-    for (int64_t begin = 0; begin < columns; begin += kBlockColumns) {
-      const int64_t count = begin + kBlockColumns < columns ? kBlockColumns : columns - begin;
-      alignas(64) float weights[kBlockColumns * kTileRows];
-      for (int64_t k = 0; k < count; ++k) {
-        const uint8_t* column = codes + (begin + k) * kTileRows;
-        if (k % 2 == 0) prefetch(column, kLookupsAvx2);
-        decode_column<Width>(column, planes[begin + k], weights + k * kTileRows);
-      }
-      for (int64_t t = 0; t < tokens; ++t) add_block(weights, x + t * kBytePanelColumns + begin, count, panel_sums[t]);
-    }
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int row = 0; row < kTileRows; row += 8) {
-        float* out = y + t * y_stride + row;
-        _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), _mm256_load_ps(panel_sums[t] + row)));
-      }
-  }
+  multiply_wide<Twice<Avx2>>(codes, tiles, tile_bytes, columns, x, tokens, y, y_stride,
+                             [&](const uint8_t* tile, int64_t k, float* weights) {
+                               const uint8_t* column = tile + k * kTileRows;
+                               if (k % 2 == 0) prefetch(column, kLookupsAvx2);
+                               decode_column<Width>(column, planes[k], weights);
+                             });
 }
 
 // --- dtypes --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@
 
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/linear.h"
+#include "codebook/cpu/wide_columns.h"
 #include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
@@ -244,43 +245,18 @@ inline __m512 decode_rows(__m512i codes, const float* codebook) {
   return _mm512_mask_blend_ps(_mm512_test_epi32_mask(codes, _mm512_set1_epi32(32)), of_32(0), of_32(32));
 }
 
-inline void add_block(const float* weights, const float* x, int64_t columns, float* sums) {
-  __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
-  for (int64_t k = 0; k < columns; ++k, weights += kTileRows) {
-    const __m512 x_k = _mm512_set1_ps(x[k]);
-    low = _mm512_add_ps(low, _mm512_mul_ps(x_k, _mm512_load_ps(weights)));
-    high = _mm512_add_ps(high, _mm512_mul_ps(x_k, _mm512_load_ps(weights + 16)));
-  }
-  _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), low));
-  _mm512_storeu_ps(sums + 16, _mm512_add_ps(_mm512_loadu_ps(sums + 16), high));
-}
-
 template <int Width>
 void decode_multiply(const uint8_t* codes, StepOrder, int64_t tiles, int64_t tile_bytes, int64_t columns,
                      const uint16_t* codebook, const float* x, int64_t tokens, float* y, int64_t y_stride) {
   alignas(64) float entries[kBytePanelColumns << Width];
   for (int64_t e = 0; e < columns << Width; e += 16) _mm512_store_ps(entries + e, load_fp16(codebook + e));
-  for (int64_t tile = 0; tile < tiles; ++tile, codes += tile_bytes, y += kTileRows) {
-    alignas(64) float panel_sums[kMaxTokenBlock][kTileRows];
-    std::memset(panel_sums, 0, tokens * sizeof panel_sums[0]);
-    for (int64_t begin = 0; begin < columns; begin += kBlockColumns) {
-      const int64_t count = begin + kBlockColumns < columns ? kBlockColumns : columns - begin;
-      alignas(64) float weights[kBlockColumns * kTileRows];
-      for (int64_t k = 0; k < count; ++k) {
-        const Rows four = load_rows(codes + (begin + k) / 4 * kGroupBytes);
+  multiply_wide<Avx512>(
+      codes, tiles, tile_bytes, columns, x, tokens, y, y_stride, [&](const uint8_t* tile, int64_t k, float* weights) {
+        const Rows four = load_rows(tile + k / 4 * kGroupBytes);
         const __m128i shift = _mm_cvtsi64_si128(8 * (k % 4));
         for (int h = 0; h < 2; ++h)
-          _mm512_store_ps(weights + k * kTileRows + 16 * h,
-                          decode_rows<Width>(_mm512_srl_epi32(four.half[h], shift), entries + ((begin + k) << Width)));
-      }
-      for (int64_t t = 0; t < tokens; ++t) add_block(weights, x + t * kBytePanelColumns + begin, count, panel_sums[t]);
-    }
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int row = 0; row < kTileRows; row += 16) {
-        float* out = y + t * y_stride + row;
-        _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), _mm512_load_ps(panel_sums[t] + row)));
-      }
-  }
+          _mm512_store_ps(weights + 16 * h, decode_rows<Width>(_mm512_srl_epi32(four.half[h], shift), entries + (k << Width)));
+      });
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "codebook/cpu/fours_avx512.h"
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/decode.h"
+#include "runtime/instances.h"
 #include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
@@ -101,26 +102,20 @@ static void decode_quads(const uint8_t* codes, const uint8_t* split, int64_t slo
   }
 }
 
-struct QuadKernels {  // of a width
-  void (*split)(const uint16_t* codebook, const float* max_magnitude, int64_t slots, uint8_t* split);
-  void (*decode)(const uint8_t* codes, const uint8_t* split, int64_t slots, uint8_t* weights);
-};
-
 template <class Form>
-constexpr QuadKernels kQuads[8] = {{split_quads<Form, 1>, decode_quads<Form, 1>}, {split_quads<Form, 2>, decode_quads<Form, 2>},
-                                   {split_quads<Form, 3>, decode_quads<Form, 3>}, {split_quads<Form, 4>, decode_quads<Form, 4>},
-                                   {split_quads<Form, 5>, decode_quads<Form, 5>}, {split_quads<Form, 6>, decode_quads<Form, 6>},
-                                   {split_quads<Form, 7>, decode_quads<Form, 7>}, {split_quads<Form, 8>, decode_quads<Form, 8>}};
+constexpr auto kSplitQuads = instances<1, 8>([]<int Width>() { return split_quads<Form, Width>; });
+template <class Form>
+constexpr auto kDecodeQuads = instances<1, 8>([]<int Width>() { return decode_quads<Form, Width>; });
 
 template <class Form>
 static void split_any_quads(int width, const uint16_t* codebook, const float* max_magnitude, int64_t slots, uint8_t* split) {
-  kQuads<Form>[width - 1].split(codebook, max_magnitude, slots, split);
+  kSplitQuads<Form>[width](codebook, max_magnitude, slots, split);
 }
 
 template <class Form>
 static void decode_any_quads(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots,
                              const float*, uint8_t* weights) {
-  kQuads<Form>[width - 1].decode(tile_codes + slot / group_columns(width) * group_bytes(width), split, slots, weights);
+  kDecodeQuads<Form>[width](tile_codes + slot / group_columns(width)* group_bytes(width), split, slots, weights);
 }
 
 // Bits of the largest |x|; those of infinity and NaN are larger than any other.

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "runtime/half.h"
+#include "runtime/isa.h"
 #include "decode_step/mlp_step.h"
 #include "decode_step/step_parts.h"
 
@@ -48,9 +49,8 @@ struct StepKernels {
 };
 constexpr int64_t kDotRows = 4;
 
-extern const StepKernels kStepScalar;
-extern const StepKernels kStepAvx2;
-extern const StepKernels kStepAvx512;
+template <Isa isa>
+const StepKernels& step_kernels_for();
 const StepKernels& step_kernels();  // of the active instruction set
 
 }  // namespace pyllmq::cpu

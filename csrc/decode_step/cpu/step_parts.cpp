@@ -21,11 +21,7 @@ double elements_cost(int64_t tokens, int64_t size) { return kNsPerElement * stat
 }  // namespace
 
 const StepKernels& step_kernels() {
-#if defined(__x86_64__)
-  if (active_isa() >= Isa::avx512) return kStepAvx512;
-  if (active_isa() == Isa::avx2) return kStepAvx2;
-#endif
-  return kStepScalar;
+  return by_isa([]<Isa isa>() -> const StepKernels& { return step_kernels_for<isa>(); });
 }
 
 void Scratch::Free::operator()(void* memory) const { std::free(memory); }

@@ -15,16 +15,16 @@ struct FitColumnsArguments {
   float* block;           // in and out [columns, rows]: sweep: the values to fit; descent: the objective's gradient / 2
   const float* coupling;  // [columns, columns] in rows of coupling_stride; only entries right of the diagonal are read
   int64_t coupling_stride;
-  const float* pivot;        // [columns]: sweep: U_jj; descent: H_jj. 0: the column stays as it is (descent only)
-  const float* row_weights;  // [rows], > 0
-  const float* row_scale;    // [rows], > 0
-  const uint8_t* bits;       // [columns], 1 .. 8
+  const float* pivot;          // [columns]: sweep: U_jj; descent: H_jj. 0: the column stays as it is (descent only)
+  const float* row_weights;    // [rows], > 0
+  const float* row_scale;      // [rows], > 0
+  const uint8_t* bits;         // [columns], 1 .. 8
   const int32_t* kept_counts;  // [columns]: how many weights stay as they are in fp16, less than rows
-  float* stored;             // [columns, rows]: what a column decodes to; read by the descent, written by both
-  uint8_t* codes;            // [columns, rows], likewise
-  uint8_t* kept;             // [columns, rows], likewise: 1 where the weight stays in fp16
-  float* centroids;          // [columns, 256], likewise: fp16 values, the first 2^bits of each
-  float* moves;              // out [columns, rows]: sweep: (value - stored) / U_jj; descent: stored before - stored after
+  float* stored;               // [columns, rows]: what a column decodes to; read by the descent, written by both
+  uint8_t* codes;              // [columns, rows], likewise
+  uint8_t* kept;               // [columns, rows], likewise: 1 where the weight stays in fp16
+  float* centroids;            // [columns, 256], likewise: fp16 values, the first 2^bits of each
+  float* moves;                // out [columns, rows]: sweep: (value - stored) / U_jj; descent: stored before - stored after
 };
 
 // For each column j: sweep: fit block_j. Descent: fit stored_j - block_j / H_jj, and take it if that lowers

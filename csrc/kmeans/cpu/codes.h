@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "runtime/isa.h"
+
 namespace pyllmq::cpu {
 
 constexpr int kMaxK = 256;
@@ -11,8 +13,7 @@ constexpr int kMaxK = 256;
 // that count to a code.
 using CodeKernel = void (*)(const float* values, int64_t n, const float* thresholds, int bits, const uint8_t* code_of,
                             uint8_t* codes);
-void codes_scalar(const float* values, int64_t n, const float* thresholds, int bits, const uint8_t* code_of, uint8_t* codes);
-void codes_avx2(const float* values, int64_t n, const float* thresholds, int bits, const uint8_t* code_of, uint8_t* codes);
-void codes_avx512(const float* values, int64_t n, const float* thresholds, int bits, const uint8_t* code_of, uint8_t* codes);
+template <Isa isa>
+CodeKernel code_kernel();
 
 }  // namespace pyllmq::cpu

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "runtime/isa.h"
+
 namespace pyllmq::cpu {
 
 // The gain of a last cluster [at, end) is gain[at] + (sum[end] - sum[at])^2 / (mass[end] - mass[at]). With `inverse`,
@@ -30,6 +32,7 @@ struct SplitKernels {
   void (*group)(const SplitTerms& terms, int64_t end, int64_t first, int64_t last, double* gains, int64_t* ats);
 };
 
-extern const SplitKernels kSplitScalar, kSplitAvx2, kSplitAvx512;
+template <Isa isa>
+const SplitKernels& split_kernels();
 
 }  // namespace pyllmq::cpu

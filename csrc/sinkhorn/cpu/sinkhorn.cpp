@@ -582,17 +582,13 @@ class Adjoint {
 bool is_small(const SinkhornProblem& p) { return p.n * p.m <= kSmallEntries && std::isinf(p.rho_a) && std::isinf(p.rho_b); }
 
 SmallProblem group_of(const SinkhornProblem& p, int64_t first, int64_t lanes, bool full) {
-  return {p.cost + first * p.cost_stride,
-          p.cost_stride,
-          p.a + first * p.a_stride,
-          p.a_stride,
-          p.b + first * p.b_stride,
-          p.b_stride,
-          p.epsilon + first,
-          p.n,
-          p.m,
-          lanes,
-          full};
+  SmallProblem group{p, full};
+  group.cost += first * p.cost_stride;
+  group.a += first * p.a_stride;
+  group.b += first * p.b_stride;
+  group.epsilon += first;
+  group.problems = lanes;
+  return group;
 }
 
 bool has_no_zero(const float* marginal, int64_t stride, int64_t problems, int64_t count) {
@@ -612,11 +608,7 @@ double cost_ns(const SinkhornProblem& p, double passes) {
 }  // namespace
 
 const SinkhornKernels& sinkhorn_kernels() {
-#if defined(__x86_64__)
-  if (active_isa() >= Isa::avx512) return kSinkhornAvx512;
-  if (active_isa() == Isa::avx2) return kSinkhornAvx2;
-#endif
-  return kSinkhornScalar;
+  return by_isa([]<Isa isa>() -> const SinkhornKernels& { return sinkhorn_kernels_for<isa>(); });
 }
 
 void sinkhorn(const SinkhornProblem& p, const SinkhornForward& out) {

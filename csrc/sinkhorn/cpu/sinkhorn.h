@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 
+#include "runtime/isa.h"
 #include "sinkhorn/cpu/doubly_stochastic.h"
 #include "sinkhorn/problem.h"
 
@@ -44,16 +45,11 @@ struct OuterSums {
   int64_t f_terms, s_terms;
 };
 
-struct SmallProblem {
-  const float* cost;
-  int64_t cost_stride;
-  const float* a;
-  int64_t a_stride;
-  const float* b;
-  int64_t b_stride;
-  const float* epsilon;
-  int64_t n, m, lanes;  // lanes <= small_width problems
-  bool full;            // all of a and b are above 0
+// `problems`, at most small_width of them, one to a lane.
+struct SmallProblem : SinkhornProblem {
+  bool full;  // all of a and b are above 0
+
+  int64_t lanes() const { return problems; }
 };
 
 // A bit per lane: must be done over by the general loop; has a cost that is not finite.
@@ -109,8 +105,7 @@ inline int64_t small_room(int64_t n, int64_t m, int64_t iterations) {
 
 const SinkhornKernels& sinkhorn_kernels();  // of the instruction set in use
 
-extern const SinkhornKernels kSinkhornScalar;
-extern const SinkhornKernels kSinkhornAvx2;
-extern const SinkhornKernels kSinkhornAvx512;
+template <Isa isa>
+const SinkhornKernels& sinkhorn_kernels_for();
 
 }  // namespace pyllmq::cpu

@@ -1,5 +1,4 @@
-// The kernels of sinkhorn.h for a vector type V; included by one file per instruction set, each with a V of its own in an
-// anonymous namespace, so that no code compiled for one can be linked into another.
+// The kernels of sinkhorn.h for a vector type V of runtime/simd.h.
 #pragma once
 #include "runtime/simd.h"
 #include "sinkhorn/cpu/sinkhorn.h"
@@ -307,49 +306,16 @@ void outer_sums(const float* k, const OuterSums& sums, int64_t n, int64_t m, int
 
 // ---- one problem per lane ---------------------------------------------------------------------------------------------
 
-// Two vectors that go through every operation together: a step of the small loop waits 70 cycles for its own results, in
-// which the other half works.
 template <class V>
-struct Twice {
+struct Halving {
   using Half = V;
-  struct R {
-    typename V::R x, y;
-  };
-  struct Flag {
-    typename V::Flag x, y;
-  };
-  static constexpr int64_t width = 2 * V::width;
-
-  static R set(float x) { return {V::set(x), V::set(x)}; }
-  static R load(const float* from) { return {V::load(from), V::load(from + V::width)}; }
-  static void store(float* to, R v) {
-    V::store(to, v.x);
-    V::store(to + V::width, v.y);
-  }
-  static R add(R v, R w) { return {V::add(v.x, w.x), V::add(v.y, w.y)}; }
-  static R sub(R v, R w) { return {V::sub(v.x, w.x), V::sub(v.y, w.y)}; }
-  static R mul(R v, R w) { return {V::mul(v.x, w.x), V::mul(v.y, w.y)}; }
-  static R div(R v, R w) { return {V::div(v.x, w.x), V::div(v.y, w.y)}; }
-  static R fma(R v, R w, R z) { return {V::fma(v.x, w.x, z.x), V::fma(v.y, w.y, z.y)}; }
-  static R min(R v, R w) { return {V::min(v.x, w.x), V::min(v.y, w.y)}; }
-  static R max(R v, R w) { return {V::max(v.x, w.x), V::max(v.y, w.y)}; }
-  static R round(R v) { return {V::round(v.x), V::round(v.y)}; }
-  static R quotient(R v, R w) { return {V::quotient(v.x, w.x), V::quotient(v.y, w.y)}; }
-  static R reciprocal(R v) { return {V::reciprocal(v.x), V::reciprocal(v.y)}; }
-  static R scale2(R v, R n) { return {V::scale2(v.x, n.x), V::scale2(v.y, n.y)}; }
-  static void split(R v, R& n, R& m) {
-    V::split(v.x, n.x, m.x);
-    V::split(v.y, n.y, m.y);
-  }
-  static Flag above(R v, R w) { return {V::above(v.x, w.x), V::above(v.y, w.y)}; }
-  static Flag at_least(R v, R w) { return {V::at_least(v.x, w.x), V::at_least(v.y, w.y)}; }
-  static Flag equal(R v, R w) { return {V::equal(v.x, w.x), V::equal(v.y, w.y)}; }
-  static Flag both(Flag v, Flag w) { return {V::both(v.x, w.x), V::both(v.y, w.y)}; }
-  static R select(Flag flag, R yes, R no) { return {V::select(flag.x, yes.x, no.x), V::select(flag.y, yes.y, no.y)}; }
-  static R zero_unless(Flag flag, R v) { return {V::zero_unless(flag.x, v.x), V::zero_unless(flag.y, v.y)}; }
-  static bool any(Flag flag) { return V::any(flag.x) || V::any(flag.y); }
-  static uint32_t bits(Flag flag) { return V::bits(flag.x) | V::bits(flag.y) << V::width; }
 };
+template <class V>
+struct Halving<Twice<V>> {
+  using Half = V;
+};
+template <class V>
+using HalfOf = typename Halving<V>::Half;
 
 // Lane l of out[e] is from[l * stride + e]; lanes without a problem repeat the first.
 template <class V>
@@ -358,7 +324,7 @@ inline void gather(const float* from, int64_t stride, int64_t entries, int64_t l
     for (int64_t e = 0; e < entries; ++e) V::store(out + e * V::width, V::set(from[e]));
     return;
   }
-  using H = typename V::Half;
+  using H = HalfOf<V>;
   for (int64_t l = 0; l < V::width; l += H::width)
     for (int64_t e = 0; e < entries; e += H::width) {
       typename H::R square[H::width];
@@ -371,7 +337,7 @@ inline void gather(const float* from, int64_t stride, int64_t entries, int64_t l
 
 template <class V>
 inline void scatter(const float* from, int64_t entries, int64_t lanes, float* out) {
-  using H = typename V::Half;
+  using H = HalfOf<V>;
   if (entries == 4 && lanes == V::width) {
     for (int64_t l = 0; l < V::width; l += H::width) {
       typename H::R lines[4];
@@ -411,11 +377,11 @@ struct SmallState {
     row_floor = take(room, p.n);
     over_a = take(room, p.n * p.m);
     over_b = take(room, p.n * p.m);
-    gather<V>(p.cost, p.cost_stride, p.n * p.m, p.lanes, k);
-    gather<V>(p.a, p.a_stride, p.n, p.lanes, a);
-    gather<V>(p.b, p.b_stride, p.m, p.lanes, b);
+    gather<V>(p.cost, p.cost_stride, p.n * p.m, p.lanes(), k);
+    gather<V>(p.a, p.a_stride, p.n, p.lanes(), a);
+    gather<V>(p.b, p.b_stride, p.m, p.lanes(), b);
     alignas(64) float lane_epsilon[V::width];
-    for (int64_t l = 0; l < V::width; ++l) lane_epsilon[l] = p.epsilon[l < p.lanes ? l : 0];
+    for (int64_t l = 0; l < V::width; ++l) lane_epsilon[l] = p.epsilon[l < p.lanes() ? l : 0];
     epsilon = V::load(lane_epsilon);
     const R minus_inverse = V::div(V::set(-1), epsilon);
     R most = V::set(1);
@@ -545,13 +511,13 @@ SmallLanes small_forward(const SmallProblem& p, int64_t iterations, float tolera
   for (int64_t i = 0; i < p.n; ++i)
     for (int64_t j = 0; j < p.m; ++j)
       S::put(state.k, i * p.m + j, V::mul(V::mul(S::at(f, i), S::at(state.k, i * p.m + j)), S::at(g, j)));
-  scatter<V>(state.k, p.n * p.m, p.lanes, plan);
+  scatter<V>(state.k, p.n * p.m, p.lanes(), plan);
   for (int64_t i = 0; i < p.n; ++i) S::put(f, i, V::fma(logarithm<V>(S::at(f, i)), state.epsilon, S::at(state.row_floor, i)));
   for (int64_t j = 0; j < p.m; ++j) S::put(g, j, V::mul(logarithm<V>(S::at(g, j)), state.epsilon));
-  scatter<V>(f, p.n, p.lanes, u);
-  scatter<V>(g, p.m, p.lanes, v);
-  for (int64_t l = 0; l < p.lanes; ++l) count[l] = static_cast<int32_t>(counted[l]);
-  const uint32_t taken = p.lanes < 32 ? (uint32_t{1} << p.lanes) - 1 : ~uint32_t{0};
+  scatter<V>(f, p.n, p.lanes(), u);
+  scatter<V>(g, p.m, p.lanes(), v);
+  for (int64_t l = 0; l < p.lanes(); ++l) count[l] = static_cast<int32_t>(counted[l]);
+  const uint32_t taken = p.lanes() < 32 ? (uint32_t{1} << p.lanes()) - 1 : ~uint32_t{0};
   return {V::bits(beyond) & taken, ~V::bits(state.finite) & taken};
 }
 
@@ -653,19 +619,19 @@ uint32_t small_backward(const SmallProblem& p, int64_t iterations, const int32_t
   float* outside_g = S::take(room, m);
   float* tape = S::take(room, iterations * (n + m));
   alignas(64) float lane_count[V::width], unused[V::width];
-  for (int64_t l = 0; l < V::width; ++l) lane_count[l] = static_cast<float>(count[l < p.lanes ? l : 0]);
+  for (int64_t l = 0; l < V::width; ++l) lane_count[l] = static_cast<float>(count[l < p.lanes() ? l : 0]);
   const R counted = V::load(lane_count);
-  gather<V>(grad_plan, n * m, n * m, p.lanes, grad);
-  gather<V>(grad_u, n, n, p.lanes, outside_f);
-  gather<V>(grad_v, m, m, p.lanes, outside_g);
+  gather<V>(grad_plan, n * m, n * m, p.lanes(), grad);
+  gather<V>(grad_u, n, n, p.lanes(), outside_f);
+  gather<V>(grad_v, m, m, p.lanes(), outside_g);
   const auto beyond = small_iterate_of<V, true, false>(state, p, iterations, 0.0f, last_f, last_g, tape, unused);
   const SmallAdjoint<V> adjoint{state, counted, grad, through, gradient_a, gradient_b, outside_f, outside_g, tape};
   (n == 4 && m == 4 ? small_adjoint<V, 4, 4> : small_adjoint<V, 0, 0>)(adjoint, n, m, iterations);
   const R minus_inverse = V::div(V::set(-1), state.epsilon);
   for (int64_t e = 0; e < n * m; ++e) S::put(grad, e, V::mul(V::mul(S::at(through, e), S::at(state.k, e)), minus_inverse));
-  scatter<V>(grad, n * m, p.lanes, grad_cost);
-  scatter<V>(gradient_a, n, p.lanes, grad_a);
-  scatter<V>(gradient_b, m, p.lanes, grad_b);
+  scatter<V>(grad, n * m, p.lanes(), grad_cost);
+  scatter<V>(gradient_a, n, p.lanes(), grad_a);
+  scatter<V>(gradient_b, m, p.lanes(), grad_b);
   return V::bits(beyond);
 }
 

@@ -819,6 +819,7 @@ SinkhornRoom sinkhorn_room(const SinkhornProblem& call, int64_t backward_iterati
 }
 
 void sinkhorn(const SinkhornProblem& call, const SinkhornForward& out, float* workspace, uint32_t* counters, uintptr_t stream) {
+  if (sinkhorn_is_small(call)) return sinkhorn_small(call, out, stream);
   with_shape(call.n, call.m, [&](auto shape) {
     using S = decltype(shape);
     launch<Forward<S>, S>(forward_kernel<S>, call, out, workspace, counters, stream);
@@ -827,6 +828,7 @@ void sinkhorn(const SinkhornProblem& call, const SinkhornForward& out, float* wo
 
 void sinkhorn_backward(const SinkhornProblem& call, const SinkhornBackward& out, float* workspace, uint32_t* counters,
                        uintptr_t stream) {
+  if (sinkhorn_is_small(call)) return sinkhorn_small_backward(call, out, stream);
   with_shape(call.n, call.m, [&](auto shape) {
     using S = decltype(shape);
     launch<Backward<S>, S>(backward_kernel<S>, call, out, workspace, counters, stream);

@@ -21,11 +21,7 @@ constexpr int64_t kWantedTasks = 64;  // so that many cores share one 64 x 64 bl
 constexpr int64_t kStagedRows = 16, kStagedBytes = 4 << 20;
 
 const SoftmaxCdistKernels& cdist_kernels() {
-#if defined(__x86_64__)
-  if (active_isa() >= Isa::avx512) return kSoftmaxCdistAvx512;
-  if (active_isa() == Isa::avx2) return kSoftmaxCdistAvx2;
-#endif
-  return kSoftmaxCdistScalar;
+  return by_isa([]<Isa isa>() -> const SoftmaxCdistKernels& { return softmax_cdist_kernels<isa>(); });
 }
 
 int whole_groups(int64_t rows) { return static_cast<int>(rounded_up(rows, kCdistRowGroup)); }

@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "runtime/half.h"
+#include "runtime/isa.h"
 
 namespace pyllmq::cpu {
 
@@ -43,9 +44,8 @@ struct SoftmaxCdistKernels {
   void (*softmax_gradient)(const float* p, const float* h, int64_t count, float dot, float scale, float* out);
 };
 
-extern const SoftmaxCdistKernels kSoftmaxCdistScalar;
-extern const SoftmaxCdistKernels kSoftmaxCdistAvx2;
-extern const SoftmaxCdistKernels kSoftmaxCdistAvx512;
+template <Isa isa>
+const SoftmaxCdistKernels& softmax_cdist_kernels();
 
 // [batch, rows, columns] logits of `dtype`; statistics [batch, rows].
 struct Logits {

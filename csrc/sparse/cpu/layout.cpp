@@ -9,7 +9,6 @@
 
 #include "runtime/counting.h"
 #include "runtime/half.h"
-#include "runtime/isa.h"
 #include "runtime/thread_pool.h"
 
 namespace pyllmq::cpu {
@@ -90,10 +89,7 @@ std::vector<int64_t> kept_by_cell(const SparseCheckpoint& from, int64_t tiles, i
 }
 
 Plan make_plan(const SparseCheckpoint& from, double sparse_columns) {
-  constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  if (from.rows < 1 || from.rows > most || from.columns < 1 || from.columns > most)
-    refuse("the weight has shape [" + std::to_string(from.rows) + ", " + std::to_string(from.columns) + "]; allowed: 1.." +
-           std::to_string(most) + " each");
+  check_sparse_shape(refuse, from);
   Plan plan;
   SparseHeader& h = plan.header;
   h.magic = kMagic;
@@ -104,15 +100,14 @@ Plan make_plan(const SparseCheckpoint& from, double sparse_columns) {
   h.kind = from.kind;
   h.values = from.value_type;
   h.bits = from.bits;
-  h.order = active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows;
+  h.order = native_order();
   h.outliers = from.outliers;
   h.has_scale = from.scale != nullptr;
   h.tiles = ceil_div(from.rows, kTileRows);
   h.blocks = ceil_div(from.columns, kCellColumns);
   if (from.kind == SparseKind::bitmap) {
     h.checkpoint_columns = from.mask == nullptr ? from.column_bytes : 0;
-    if (static_cast<double>(from.kept) < sparse_columns * static_cast<double>(from.rows) * static_cast<double>(from.columns))
-      h.kind = SparseKind::columns;
+    if (keeps_few(from, sparse_columns)) h.kind = SparseKind::columns;
   }
   Sections section{sizeof(SparseHeader), kAlignment};
   const int64_t cells = h.kind == SparseKind::columns ? 0 : h.tiles * h.blocks * 2;
@@ -423,16 +418,8 @@ void sparse_layout_pack(void* to, int64_t layout_bytes, const SparseCheckpoint& 
 
 void sparse_layout_unpack(const SparseView& view, const SparseCheckpoint& to) {
   const SparseHeader& h = view.header();
-  const SparseKind kind = h.kind == SparseKind::columns ? SparseKind::bitmap : h.kind;
-  const bool as_columns = to.kind == SparseKind::bitmap && to.mask == nullptr;
-  if (to.kind != kind || to.value_type != h.values || to.rows != h.rows || to.columns != h.columns || to.kept != h.kept ||
-      to.bits != h.bits || to.outliers != h.outliers || as_columns != (h.checkpoint_columns != 0) ||
-      (to.scale != nullptr) != (h.has_scale != 0))
-    refuse("the tensors to unpack into are not those of the weight that was packed");
+  prepare_unpacking(refuse, h, h.kind == SparseKind::columns ? SparseKind::bitmap : h.kind, h.has_scale != 0, to);
   if (to.row_offsets != nullptr) std::memcpy(to.row_offsets, view.row_offsets(), (h.rows + 1) * 4);
-  if (to.mask != nullptr) std::memset(to.mask, 0, h.rows * ((h.columns + 7) / 8));
-  if (to.positions != nullptr) std::memset(to.positions, 0, h.rows * ((sparse_groups(h.columns) + 1) / 2));
-  if (to.codes != nullptr) std::memset(to.codes, 0, h.rows * ((2 * sparse_groups(h.columns) * h.bits + 7) / 8));
   if (to.scale != nullptr) std::memcpy(to.scale, view.scale(), h.rows * 4);
   if (to.codebook != nullptr) std::memcpy(to.codebook, view.codebook(), h.columns << (h.bits + 1));
   if (h.outliers > 0) {

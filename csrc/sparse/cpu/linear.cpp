@@ -381,8 +381,7 @@ void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t
                    void* y, Precision precision) {
   const SparseHeader& h = view.header();
   Problem problem{.view = view, .kernels = sparse_kernels(h), .conversions = row_kernels(), .dtype = x_dtype};
-  const DecodeKernels& product =
-      decode_kernels(active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows, Precision::exact);
+  const DecodeKernels& product = decode_kernels(native_order(), Precision::exact);
   const int64_t few = h.kind == SparseKind::codes ? problem.kernels.few_code_tokens : problem.kernels.few_tokens;
   const bool is_few = tokens <= few;
   const bool in_tables = is_few && h.kind == SparseKind::codes && problem.kernels.code_tables != nullptr;

@@ -54,25 +54,25 @@ static constexpr int64_t code_table_bytes(TableKind kind, int64_t bits) {
 
 // One row per ISA.
 struct SparseKernels {
-  int64_t few_tokens, few_code_tokens;            // at most so many share a pass
+  int64_t few_tokens = 1, few_code_tokens = 1;    // at most so many share a pass
   const CodeTableKernels* code_tables = nullptr;  // [TableKind]; null: `codes` looks up products in fp32
   // Index [tokens - 1]; null: not instantiated.
   using Multiply = void (*)(const CellWork& work);
-  Multiply bitmap[4][kMostFewTokens];      // [ValueType]
-  Multiply sparse24[4][kMostFewTokens];    // [ValueType]
-  Multiply codes[3][kMostFewTokens] = {};  // [bits - 2]; where there are code_tables, null
+  Multiply bitmap[4][kMostFewTokens] = {};    // [ValueType]
+  Multiply sparse24[4][kMostFewTokens] = {};  // [ValueType]
+  Multiply codes[3][kMostFewTokens] = {};     // [bits - 2]; where there are code_tables, null
   // Weights [slots, 16] in fp32.
-  void (*expand_bitmap[4])(const uint8_t* cell, int64_t slots, float* weights);
-  void (*expand_24[4])(const uint8_t* cell, int64_t slots, float* weights);
+  void (*expand_bitmap[4])(const uint8_t* cell, int64_t slots, float* weights) = {};
+  void (*expand_24[4])(const uint8_t* cell, int64_t slots, float* weights) = {};
   // Index [bits - 2]; codebook fp16 of the cell's first column on.
   void (*expand_codes[3])(const uint8_t* cell, StepOrder order, int64_t slots, const uint16_t* codebook, float* weights);
   // products[4 << bits] of a group; where there are code_tables, null.
   void (*build_products)(const uint16_t* codebook, int bits, const float* x, float* products) = nullptr;
   // Sum over the kept weights of one row, by ValueType; columns uint16 or uint32.
-  float (*dot_columns[4])(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x);
+  float (*dot_columns[4])(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x) = {};
   // The same for kColumnTokens tokens at once: x [columns, kColumnTokens], sums [kColumnTokens].
   void (*dot_tokens[4])(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x,
-                        float* sums);
+                        float* sums) = {};
 };
 
 extern const SparseKernels kSparseScalar;  // reads codes in both orders

@@ -47,21 +47,11 @@ void expand_24(const uint8_t* cell, int64_t slots, float* weights) {
   }
 }
 
-template <ValueType Type>
-void multiply_bitmap(const CellWork& work) {
+// Of one token x of 2:4 lies by slots in this order, too.
+template <auto Expand>
+void multiply(const CellWork& work) {
   alignas(64) float weights[kCellColumns * kCellRows];
-  expand_bitmap<Type>(work.cell, work.slots, weights);
-  for (int row = 0; row < kCellRows; ++row) {
-    float sum = 0;
-    for (int64_t slot = 0; slot < work.slots; ++slot) sum += weights[slot * kCellRows + row] * work.x[slot];
-    work.sums[row] += sum;
-  }
-}
-
-template <ValueType Type>
-void multiply_24(const CellWork& work) {  // of one token x lies by slots in this order, too
-  alignas(64) float weights[kCellColumns * kCellRows];
-  expand_24<Type>(work.cell, work.slots, weights);
+  Expand(work.cell, work.slots, weights);
   for (int row = 0; row < kCellRows; ++row) {
     float sum = 0;
     for (int64_t slot = 0; slot < work.slots; ++slot) sum += weights[slot * kCellRows + row] * work.x[slot];
@@ -119,29 +109,30 @@ void dot_tokens(const uint8_t* values, const uint8_t* columns, int column_bytes,
   }
 }
 
+template <ValueType Type>
+constexpr void set_type(SparseKernels& row) {
+  constexpr int type = static_cast<int>(Type);
+  row.bitmap[type][0] = multiply<expand_bitmap<Type>>;
+  row.sparse24[type][0] = multiply<expand_24<Type>>;
+  row.expand_bitmap[type] = expand_bitmap<Type>;
+  row.expand_24[type] = expand_24<Type>;
+  row.dot_columns[type] = dot_columns<Type>;
+  row.dot_tokens[type] = dot_tokens<Type>;
+}
+
+constexpr SparseKernels kernels() {
+  SparseKernels row{.codes = {{multiply_codes<2>}, {multiply_codes<3>}, {multiply_codes<4>}},
+                    .expand_codes = {expand_codes<2>, expand_codes<3>, expand_codes<4>},
+                    .build_products = build_products};
+  set_type<ValueType::fp32>(row);
+  set_type<ValueType::bf16>(row);
+  set_type<ValueType::fp16>(row);
+  set_type<ValueType::int8>(row);
+  return row;
+}
+
 }  // namespace
 
-const SparseKernels kSparseScalar = {
-    .few_tokens = 1,
-    .few_code_tokens = 1,
-    .bitmap = {{multiply_bitmap<ValueType::fp32>},
-               {multiply_bitmap<ValueType::bf16>},
-               {multiply_bitmap<ValueType::fp16>},
-               {multiply_bitmap<ValueType::int8>}},
-    .sparse24 = {{multiply_24<ValueType::fp32>},
-                 {multiply_24<ValueType::bf16>},
-                 {multiply_24<ValueType::fp16>},
-                 {multiply_24<ValueType::int8>}},
-    .codes = {{multiply_codes<2>}, {multiply_codes<3>}, {multiply_codes<4>}},
-    .expand_bitmap = {expand_bitmap<ValueType::fp32>, expand_bitmap<ValueType::bf16>, expand_bitmap<ValueType::fp16>,
-                      expand_bitmap<ValueType::int8>},
-    .expand_24 = {expand_24<ValueType::fp32>, expand_24<ValueType::bf16>, expand_24<ValueType::fp16>, expand_24<ValueType::int8>},
-    .expand_codes = {expand_codes<2>, expand_codes<3>, expand_codes<4>},
-    .build_products = build_products,
-    .dot_columns = {dot_columns<ValueType::fp32>, dot_columns<ValueType::bf16>, dot_columns<ValueType::fp16>,
-                    dot_columns<ValueType::int8>},
-    .dot_tokens = {dot_tokens<ValueType::fp32>, dot_tokens<ValueType::bf16>, dot_tokens<ValueType::fp16>,
-                   dot_tokens<ValueType::int8>},
-};
+constinit const SparseKernels kSparseScalar = kernels();
 
 }  // namespace pyllmq::cpu

@@ -174,10 +174,7 @@ std::vector<uint32_t> plan_columns(const SparseCheckpoint& c, const SparseHeader
 }
 
 Plan make_plan(const SparseCheckpoint& c, double sparse_columns) {
-  constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  if (c.rows < 1 || c.rows > most || c.columns < 1 || c.columns > most)
-    refuse("the weight has shape [" + std::to_string(c.rows) + ", " + std::to_string(c.columns) + "]; allowed: 1.." +
-           std::to_string(most) + " each");
+  check_sparse_shape(refuse, c);
   Plan plan;
   SparseHeader& h = plan.header;
   h.magic = kSparseMagic;
@@ -190,9 +187,8 @@ Plan make_plan(const SparseCheckpoint& c, double sparse_columns) {
   h.bits = c.bits;
   h.outliers = c.outliers;
   if (c.kind == SparseKind::bitmap) h.checkpoint_columns = c.mask == nullptr ? c.column_bytes : 0;
-  const bool few = c.kind == SparseKind::bitmap &&
-                   static_cast<double>(c.kept) < sparse_columns * static_cast<double>(c.rows) * static_cast<double>(c.columns);
-  if (few || (c.kind != SparseKind::codes && c.value_type == ValueType::fp32)) h.kind = SparseKind::columns;
+  if (keeps_few(c, sparse_columns) || (c.kind != SparseKind::codes && c.value_type == ValueType::fp32))
+    h.kind = SparseKind::columns;
 
   const bool columns = h.kind == SparseKind::columns;
   h.strips = ceil_div(h.rows, kStripRows);
@@ -528,15 +524,7 @@ void sparse_layout_pack(void* layout, int64_t layout_bytes, const SparseCheckpoi
 void sparse_layout_unpack(const void* layout, int64_t layout_bytes, const SparseCheckpoint& to) {
   const SparseHeader& h = checked_sparse_header(layout, layout_bytes);
   const auto* base = static_cast<const uint8_t*>(layout);
-  const bool as_columns = to.kind == SparseKind::bitmap && to.mask == nullptr;
-  if (to.kind != h.checkpoint_kind || to.value_type != h.values || to.rows != h.rows || to.columns != h.columns ||
-      to.kept != h.kept || to.bits != h.bits || to.outliers != h.outliers || as_columns != (h.checkpoint_columns != 0) ||
-      (to.scale != nullptr) != (h.scale_offset != 0))
-    refuse("the tensors to unpack into are not those of the weight that was packed");
-  const int64_t groups = sparse_groups(h.columns);
-  if (to.mask != nullptr) std::memset(to.mask, 0, h.rows * ((h.columns + 7) / 8));
-  if (to.positions != nullptr) std::memset(to.positions, 0, h.rows * ((groups + 1) / 2));
-  if (to.codes != nullptr) std::memset(to.codes, 0, h.rows * ((2 * groups * h.bits + 7) / 8));
+  prepare_unpacking(refuse, h, h.checkpoint_kind, h.scale_offset != 0, to);
   if (to.scale != nullptr) std::memcpy(to.scale, base + h.scale_offset, h.rows * 4);
   if (to.codebook != nullptr)
     for_each_entry_of_codebook(h, [&](int64_t entry, int64_t low, int64_t high) {

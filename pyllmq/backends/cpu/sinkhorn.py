@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...operations import SINKHORN, SINKHORN_BACKWARD, Transport
-from ..batches import problem
+from ..batches import problem, room
 from . import runtime
 from .runtime import ORDER
 
@@ -25,7 +24,7 @@ class CpuSinkhorn:
     def __call__(
         self, transport: Transport, iterations: int, tolerance: float, tape: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        plan, u, v = _of_problems(transport.cost)
+        plan, u, v = room(transport.cost)
         count = torch.empty(len(plan), dtype=torch.int32, device=runtime.DEVICE)
         if len(plan):
             results = {"plan": plan, "u": u, "v": v, "tape": tape, "count": count}
@@ -36,7 +35,7 @@ class CpuSinkhorn:
 def sinkhorn_backward(
     transport: Transport, tape: Tensor, count: Tensor, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_cost, grad_a, grad_b = _of_problems(transport.cost)
+    grad_cost, grad_a, grad_b = room(transport.cost)
     if len(grad_cost):
         runtime.kernels().sinkhorn_backward(
             **_problem(transport),
@@ -55,13 +54,6 @@ def sinkhorn_backward(
 
 def _problem(transport: Transport) -> dict[str, Any]:
     return problem(transport._replace(epsilon=transport.epsilon.contiguous()))
-
-
-def _of_problems(cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for a matrix, a row and a column of each problem."""
-    problems, n, m = cost.shape
-    empty = partial(torch.empty, dtype=torch.float32, device=runtime.DEVICE)
-    return empty(problems, n, m), empty(problems, n), empty(problems, m)
 
 
 def register_kernels() -> None:

@@ -33,7 +33,7 @@ def from_blob(kind: str, blob: Tensor, shape: Shape) -> WeightOperand:
 def prepack(kind: str, field: Fields, shape: Shape) -> WeightOperand:
     field = {name: tensor.contiguous() for name, tensor in field.items()}
     _cpu = runtime.kernels()
-    checkpoint, few_kept = sparse_checkpoint(_cpu, kind, field, shape), FEW_KEPT[_cpu.isa()]
+    checkpoint, few_kept = sparse_checkpoint(_cpu, kind, field, shape), FEW_KEPT.get(_cpu.isa(), FEW_KEPT["scalar"])
     size = _cpu.sparse_layout_bytes(checkpoint, few_kept)
     blob = runtime.empty_layout(size)
     _cpu.sparse_layout_pack(blob.data_ptr(), size, checkpoint, few_kept)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ...dispatch import Support
 from ...operations import SINKHORN, SINKHORN_BACKWARD, SinkhornProblem, Transport, takes
-from ..batches import problem
+from ..batches import problem, room
 from . import runtime
 from .runtime import ORDER
 
@@ -29,13 +28,6 @@ def _call(transport: Transport, iterations: int) -> tuple[Any, dict[str, Any]]:
     return call, {"workspace": workspace, "counters": counters, "stream": stream}
 
 
-def _of_problems(cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for a matrix, a row and a column of each problem."""
-    problems, n, m = cost.shape
-    empty = partial(torch.empty, dtype=torch.float32, device=cost.device)
-    return empty(problems, n, m), empty(problems, n), empty(problems, m)
-
-
 class CudaSinkhorn:
     def tape_row(self, n: int, m: int) -> int:
         """The scalings of an iteration and their offsets, written only by problems whose offsets move."""
@@ -45,23 +37,23 @@ class CudaSinkhorn:
         self, transport: Transport, iterations: int, tolerance: float, tape: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cost = transport.cost
-        plan, u, v = _of_problems(cost)
+        plan, u, v = room(cost)
         count = torch.empty(len(plan), dtype=torch.int32, device=cost.device)
         if len(plan):
             results = {"plan": plan, "u": u, "v": v, "tape": tape, "count": count}
             with runtime.current(cost.device):
-                call, room = _call(transport, 0)
-                runtime.extension().sinkhorn(call, iterations=iterations, tolerance=tolerance, **results, **room)
+                call, around = _call(transport, 0)
+                runtime.extension().sinkhorn(call, iterations=iterations, tolerance=tolerance, **results, **around)
         return plan, u, v, count
 
 
 def sinkhorn_backward(
     transport: Transport, tape: Tensor, count: Tensor, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_cost, grad_a, grad_b = _of_problems(transport.cost)
+    grad_cost, grad_a, grad_b = room(transport.cost)
     if len(grad_cost):
         with runtime.current(grad_cost.device):
-            call, room = _call(transport, tape.shape[1])
+            call, around = _call(transport, tape.shape[1])
             runtime.extension().sinkhorn_backward(
                 call,
                 iterations=tape.shape[1],
@@ -73,7 +65,7 @@ def sinkhorn_backward(
                 grad_cost=grad_cost,
                 grad_a=grad_a,
                 grad_b=grad_b,
-                **room,
+                **around,
             )
     return grad_cost, grad_a, grad_b
 

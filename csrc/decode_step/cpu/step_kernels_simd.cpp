@@ -1,5 +1,4 @@
-// The kernels of step_kernels.h for a vector type V (runtime/simd.h); included by one file per instruction set.
-#pragma once
+// The kernels of step_kernels.h for a vector type V (runtime/simd.h).
 #include <algorithm>
 #include <cmath>
 
@@ -301,10 +300,14 @@ void dot_rows(const float* w, int64_t w_stride, int64_t rows, const float* x, in
   }
 }
 
-template <class V>
-constexpr StepKernels step_kernels_of() {
-  return {V::width, norm<V>, attend<V>, activate<V>, dot_rows<V>};
-}
+constexpr StepKernels kKernels = {V::width, norm<V>, attend<V>, activate<V>, dot_rows<V>};
 
 }  // namespace
+
+template <Isa isa>
+const StepKernels& step_kernels_for() {
+  return kKernels;
+}
+template const StepKernels& step_kernels_for<Isa::PYLLMQ_ISA>();
+
 }  // namespace pyllmq::cpu

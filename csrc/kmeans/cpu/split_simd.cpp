@@ -1,10 +1,20 @@
 // The kernels of split.h for a vector type V of runtime/simd.h.
-#pragma once
 #include "kmeans/cpu/split.h"
 #include "runtime/simd.h"
 
 namespace pyllmq::cpu {
 namespace {
+
+Split one_plainly(const SplitTerms& t, int64_t end, int64_t first, int64_t last) {
+  Split best{-1.0, first};  // every gain is >= 0
+  for (int64_t at = first; at <= last; ++at) {
+    const double s = t.sum[end] - t.sum[at];
+    const double share = t.inverse ? s * s * t.inverse[end - at] : s * s / (t.mass[end] - t.mass[at]);
+    const double value = t.gain[at] + share;
+    if (value > best.gain) best = {value, at};
+  }
+  return best;
+}
 
 template <class V>
 struct Best {
@@ -48,7 +58,7 @@ typename V::Wide::R candidates(const SplitTerms& t, typename V::Wide::R end_sum,
 template <class V, bool Uniform>
 Split one_as(const SplitTerms& t, int64_t end, int64_t first, int64_t last) {
   using W = typename V::Wide;
-  if (last - first < 7) return kSplitScalar.one(t, end, first, last);  // shorter than the reduction
+  if (last - first < 7) return one_plainly(t, end, first, last);  // shorter than the reduction
   const auto end_sum = W::set(t.sum[end]), end_mass = Uniform ? end_sum : W::set(t.mass[end]);
   const auto step = W::place(W::width);
   auto place = W::place_from(first);
@@ -116,13 +126,33 @@ void group_as(const SplitTerms& t, int64_t end, int64_t first, int64_t last, dou
 
 template <class V>
 Split one(const SplitTerms& t, int64_t end, int64_t first, int64_t last) {
-  return t.inverse ? one_as<V, true>(t, end, first, last) : one_as<V, false>(t, end, first, last);
+  if constexpr (V::width == 1)
+    return one_plainly(t, end, first, last);
+  else
+    return t.inverse ? one_as<V, true>(t, end, first, last) : one_as<V, false>(t, end, first, last);
 }
 
 template <class V>
 void group(const SplitTerms& t, int64_t end, int64_t first, int64_t last, double* gains, int64_t* ats) {
-  t.inverse ? group_as<V, true>(t, end, first, last, gains, ats) : group_as<V, false>(t, end, first, last, gains, ats);
+  if constexpr (V::width == 1) {
+    for (int i = 0; i < kGroup; ++i) {
+      const Split best = one_plainly(t, end + i, first, last);
+      gains[i] = best.gain;
+      ats[i] = best.at;
+    }
+  } else {
+    t.inverse ? group_as<V, true>(t, end, first, last, gains, ats) : group_as<V, false>(t, end, first, last, gains, ats);
+  }
 }
 
+constexpr SplitKernels kKernels = {one<V>, group<V>};
+
 }  // namespace
+
+template <Isa isa>
+const SplitKernels& split_kernels() {
+  return kKernels;
+}
+template const SplitKernels& split_kernels<Isa::PYLLMQ_ISA>();
+
 }  // namespace pyllmq::cpu

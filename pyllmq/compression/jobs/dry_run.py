@@ -87,6 +87,8 @@ def plan_folder(
     streamed = source if isinstance(source, StreamedModel) else StreamedModel(source)
     task = Task.of(streamed.model, method_of(config), include, exclude)
     method = task.method
+    if method.needs.calibration:
+        streamed.expect_runnable()
     streamed.split(stage.name for stage in task.stages if stage.block is not None)
     method.plan = method.make_plan(task.linears)
     weights = sum(dense_weight(module).numel() for module in task.linears.values())

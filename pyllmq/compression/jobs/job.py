@@ -127,8 +127,8 @@ class Job:
             names = ", ".join(group)
             warn(
                 self.report,
-                f"{names} was never run by the calibration data (torch's attention reads the weight of its out_proj instead); it is "
-                "compressed by its weights alone",
+                f"{names} was never run by the calibration data (torch's attention reads the weight of its out_proj instead); it "
+                "is compressed by its weights alone",
             )
         weights = {name: dense_weight(module) for name, module in group.items()}
         for name, done in self.method.compress_group(weights, inputs, self.run).items():

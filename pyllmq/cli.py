@@ -406,7 +406,7 @@ def _compress_streamed(given: argparse.Namespace, config: MethodConfig, size: st
 
     with _ended_by_signal(), joined() if calibrated else nullcontext(ALONE) as ranks:
         streamed = StreamedModel(given.source, architecture=given.architecture)
-        job = (streamed, given.output, _with_size(streamed.model, given, config, size))
+        job = (streamed, given.output, _with_size(streamed.model, given, config, size, streamed.copied_bytes()))
         batches = _calibration_batches(streamed.model, given) if calibrated else []
         if given.dry_run:
             print(plan_folder(*job, batches, **_names(given)))
@@ -442,8 +442,8 @@ def _print_report(report: Any, given: argparse.Namespace) -> None:
     print(f"written to {given.output}; load it with pyllmq.from_pretrained({str(given.output)!r})")
 
 
-def _with_size(model: Any, given: argparse.Namespace, config: Any, size: str | None) -> Any:
-    """The config with the bits at which the folder has this size."""
+def _with_size(model: Any, given: argparse.Namespace, config: Any, size: str | None, copied: int = 0) -> Any:
+    """The config with the bits at which the folder has this size. `copied`: bytes of tensors that the model has no place for."""
     from .compression.jobs.in_memory import bits_for_size
     from .folders import other_files
 
@@ -451,7 +451,7 @@ def _with_size(model: Any, given: argparse.Namespace, config: Any, size: str | N
         return config
     names = _names(given)
     source = Path(given.source)
-    other = sum((source / name).stat().st_size for name in other_files(source))
+    other = copied + sum((source / name).stat().st_size for name in other_files(source))
     return replace(
         config, bits=bits_for_size(model, _bytes("--size", size), other, indexed=not given.in_memory, **names)
     )

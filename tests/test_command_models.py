@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pyllmq
 from pyllmq import loading
 from pyllmq.cli import main
 from pyllmq.compression import calibration
+from pyllmq.compression.jobs.dry_run import plan_folder
 from pyllmq.compression.jobs.in_memory import visit_groups
 
 from . import models
@@ -74,6 +76,42 @@ def test_a_model_of_images_needs_no_tokenizer_without_calibration(tmp_path, caps
     assert main([*command, "--method", "kmeans"]) == 0
 
 
+def test_a_size_counts_tensors_that_are_copied(tmp_path, capsys) -> None:
+    """A head that the class has no place for is half of this folder."""
+    from transformers import BertConfig, BertForPreTraining
+
+    head = BertForPreTraining(
+        BertConfig(tie_word_embeddings=False, **(BERT | {"hidden_size": 64, "num_hidden_layers": 2}))
+    )
+    source = saved(head, tmp_path / "source")
+    described = json.loads((source / "config.json").read_text()) | {"architectures": ["BertModel"]}
+    (source / "config.json").write_text(json.dumps(described))
+    command = ["compress", str(source), str(tmp_path / "out"), *SMALL, "--exclude", "pooler"]
+    assert main([*command, "--bits", "3"]) == 0
+    assert "are copied as they are: cls." in capsys.readouterr().err
+    nbytes = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    bits = {}
+    for size in (nbytes, nbytes // 2):
+        bits[size] = main([*command, "--size", f"{size}B", "--dry-run"]), capsys.readouterr()
+    assert bits[nbytes][0] == 0 and 2 < float(re.search(r"weights: ([\d.]+) bits", bits[nbytes][1].out)[1]) < 5
+    assert bits[nbytes // 2][0] == 1 and "in tensors that the model has no place for" in bits[nbytes // 2][1].err
+
+
+def test_a_dry_run_refuses_what_the_job_refuses(tmp_path) -> None:
+    """Marian's positions are in no file: the model computes them, which block by block does not happen."""
+    from transformers import MarianConfig, MarianMTModel
+
+    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    marian = MarianMTModel(MarianConfig(vocab_size=512, pad_token_id=0, decoder_start_token_id=0, **small))
+    source = saved(marian, tmp_path / "source", tokenizer=False)
+    ids = torch.randint(3, 512, (1, 8))
+    config = pyllmq.ColumnCodebookConfig.preset("fast", 4.0)
+    for job in (pyllmq.compress_folder, plan_folder):
+        with pytest.raises(ValueError, match="does not hold model.encoder.embed_positions.weight"):
+            job(source, tmp_path / "out", config, [{"input_ids": ids, "decoder_input_ids": ids}])
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
@@ -91,7 +129,6 @@ def llama(tmp_path_factory):
 )
 def test_a_tokenizer_that_cannot_be_loaded(llama, tmp_path, capsys, monkeypatch, there, message) -> None:
     import importlib.util
-    import re
     import shutil
 
     find = importlib.util.find_spec

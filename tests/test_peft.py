@@ -68,6 +68,22 @@ def test_adapter_trains_saves_and_loads(kind, tmp_path):
         assert torch.equal(base.model.layers[0].mlp.down_proj.base_layer.state_dict()[name], tensor)
 
 
+def test_a_dense_module_is_trained_and_saved_and_a_packed_one_refused(tmp_path):
+    from pyllmq.integrations.peft import load_adapter
+
+    ids = torch.randint(0, 512, (1, 6))
+    with pytest.raises(ValueError, match="modules_to_save names a CodebookLinear, whose packed weight"):
+        with_adapter(packed("codebook"), modules_to_save=["o_proj"])
+    base = packed("codebook")
+    pyllmq.save_pretrained(base, tmp_path / "base")
+    model = with_adapter(base, modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_adapter(pyllmq.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
 def test_gradient_of_the_adapter_is_that_beside_the_dense_matrix():
     base = packed("codebook")
     pyllmq.set_precision(base, "exact")

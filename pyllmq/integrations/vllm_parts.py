@@ -131,8 +131,8 @@ ALWAYS_FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["ga
 """Of models that do not say so (StableLM)."""
 
 PLAIN_QKV = ("qkv_proj", "c_attn")
-"""Modules of all of q, k and v with q's rows first, then k's, then v's. Others may be interleaved, head by head (BLOOM, Falcon),
-and are put in order by code of the model that knows dense weights only."""
+"""Modules of all of q, k and v with q's rows first, then k's, then v's. Others may go head by head (BLOOM, Falcon), and are put in
+order by code of the model that knows dense weights only."""
 
 
 def modules_of_prefix(

@@ -196,7 +196,8 @@ def bits_for_size(
 ) -> float:
     """True bits per weight at which the packed folder of `model` has `nbytes`, dense tensors and `other_files` included.
 
-    `indexed`: it will have several safetensors files and an index, as `compress_folder` writes them.
+    `other_files` may count tensors that are copied as they are. `indexed`: it will have several safetensors files and an index, as
+    `compress_folder` writes them.
     Raises ValueError if what stays dense takes the whole size, or leaves fewer than 1.1 bits or more than 8.
     """
     chosen = select_linears(model, include, not_included(include, exclude))
@@ -212,6 +213,7 @@ def bits_for_size(
     bits = 8 * (nbytes - dense) / max(1, sum(w.numel() for w in weights))
     if not 1.1 <= bits <= 8:
         raise ValueError(
-            f"{nbytes} bytes leave {max(bits, 0.0):.3f} bits per weight beside {dense} bytes that stay dense; allowed: 1.1 to 8"
+            f"{nbytes} bytes leave {max(bits, 0.0):.3f} bits per weight beside {dense} bytes that stay dense or are copied (of "
+            f"these {other_files} in other files and in tensors that the model has no place for); allowed: 1.1 to 8"
         )
     return bits

@@ -136,6 +136,11 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     b.add_argument(
         "--rivals", metavar="R,R", help="with --model: llama.cpp, ik_llama.cpp or none; default for a shape: both"
     )
+    b.add_argument(
+        "--timeline",
+        metavar="FILE",
+        help="with --model: instead draw one token of it, fused, on a time line into this PNG",
+    )
     b.add_argument("--keep", metavar="DIR", help="with --rivals: folder for the GGUF files, to be used again")
     b.add_argument(
         "--lengths", default="32,128", metavar="L,L", help="with --model: new tokens; encoders: sentences a batch"
@@ -501,13 +506,20 @@ def _text(file: str | None) -> str:
 
 
 def _load_causal(given: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer). A dense model has no packed layer to set: asking for a precision there is an error."""
+    """(model, tokenizer), fused after its precision is set: fusing compares at that precision.
+
+    A dense model has no packed layer to set: asking for a precision there is an error.
+    """
+    from . import fusion
+    from .folders import is_packed
     from .loading import load_causal_model, load_tokenizer
     from .nn import set_precision
 
-    tokenizer, model = load_tokenizer(given.folder), load_causal_model(given.folder)
+    tokenizer, model = load_tokenizer(given.folder), load_causal_model(given.folder, fuse=False)
     if given.precision is not None:
         set_precision(model, given.precision)
+    if is_packed(given.folder):
+        fusion.fuse(model)
     return model, tokenizer
 
 
@@ -627,6 +639,13 @@ def _inspect_fused(given: argparse.Namespace) -> int:
 
 def run_bench(given: argparse.Namespace) -> int:
     precision = given.precision.split(",")
+    if given.timeline:
+        from .benchmarks.timeline import run_timeline
+
+        if not given.model:
+            raise ValueError("--timeline needs --model: a folder or the name of a shape")
+        run_timeline(given.model, given.timeline, bits=(given.bits or "4").split(",")[0], precision=precision[0])
+        return 0
     if given.model and (given.rivals or not Path(given.model).is_dir()):
         from .benchmarks.generation import RIVALS, run_generation
 

@@ -11,14 +11,14 @@ from .folders import Folder, is_packed, read_config
 from .integrations import transformers as integration
 
 
-def load_model(folder: Folder, architecture: str | None = None, **kwargs: Any) -> Any:
+def load_model(folder: Folder, architecture: str | None = None, fuse: bool = True, **kwargs: Any) -> Any:
     """The model of a folder, packed or dense, in eval mode; dense weights keep their dtype.
 
     Code that a folder brings is never executed. `architecture` names the transformers class of a dense model; None takes the one
-    that config.json names.
+    that config.json names. `fuse`: as in `from_pretrained`, of a packed one.
     """
     if is_packed(folder):
-        return integration.from_pretrained(folder, **kwargs)
+        return integration.from_pretrained(folder, fuse=fuse, **kwargs)
     model_class = integration.dense_class(folder, read_config(folder), architecture)
     arguments = {"dtype": "auto", **kwargs, "output_loading_info": True}
     model, info = model_class.from_pretrained(folder, **arguments)
@@ -32,8 +32,8 @@ def load_model(folder: Folder, architecture: str | None = None, **kwargs: Any) -
     return model
 
 
-def load_causal_model(folder: Folder) -> Any:
-    model = load_model(folder)
+def load_causal_model(folder: Folder, fuse: bool = True) -> Any:
+    model = load_model(folder, fuse=fuse)
     if not is_causal(model):
         raise ValueError(
             f"{folder} holds a {type(model).__name__}, which does not predict tokens; a causal language model is needed"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from ..experts import ExpertLinear, put_together, take_apart
 from ..formats import FormatError, Structure, layer_type
 from ..layers.embedding import embedding_type, put_embedding
 from ..layers.linear import packed_modules
@@ -41,8 +42,9 @@ def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: b
 
     Structures of one rank's `part` are smaller than the model's Linears.
     """
-    from ._transformers_internals import forget_ties, tied_modules
+    from ._transformers_internals import forget_ties, leave_alone, tied_modules
 
+    take_apart(model)
     linears, embeddings = dict(linear_modules(model)), _embeddings(model)
     targets = modules_of_names(model, structures)
     modules: dict[str, str] = {}
@@ -67,5 +69,9 @@ def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: b
             layer = layer_type(structure.kind)(structure, dense.bias is not None, dense.weight.dtype)
             replace_module(model, found, layer)
         modules[name] = found
+    put_together(model)
+    for module in model.modules():
+        if isinstance(module, ExpertLinear):  # a view of the stack, which is what the folder holds
+            leave_alone(module)
     forget_ties(model, modules.values())
     return modules

@@ -1,5 +1,5 @@
-"""packed_linear, packed_dequantize and packed_rows of the format codebook: codes transposed (triton_kernels/codebook_decode.py), and
-for each width a table of its columns."""
+"""packed_linear, packed_dequantize and packed_rows of the format codebook: codes transposed (triton_kernels/codebook_decode.py),
+and for each width a table of its columns."""
 
 from __future__ import annotations
 

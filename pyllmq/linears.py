@@ -166,7 +166,7 @@ def left_dense(
             else:
                 asked, why = _why_dense(name, include, exclude, "outside the repeated blocks")
             dense.append(LeftDense(name, size, why, asked))
-    experts = "a 3-D tensor (stacked experts?), which this version does not compress"
+    experts = "a 3-D tensor (stacked experts?) of a class that this version does not know"
     fused = "fused attention weights of nn.MultiheadAttention, which is no Linear"
     for parameters, otherwise in ((stacked_parameters, experts), (fused_attention_parameters, fused)):
         for name, parameter in parameters(model):

@@ -52,7 +52,7 @@ def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: b
         found = targets[name]
         if found not in linears and found not in embeddings:
             raise FormatError(
-                f"config.json packs the module {name}, but {type(model).__name__} has no Linear or embedding of that name"
+                f"config.json packs the module {name}, but {type(model).__name__} has no Linear of that name, nor an embedding"
             )
         dense = embeddings[found] if found in embeddings else as_linear(linears[found])
         if not part and tuple(dense.weight.shape) != (structure.out_features, structure.in_features):

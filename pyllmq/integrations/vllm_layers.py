@@ -55,6 +55,10 @@ class PyllmqVllmConfig(QuantizationConfig):
                 f"--exclude {prefix}"
             )
         if not isinstance(layer, LinearBase):
+            if any(name.startswith(f"{prefix}.") for name in self.structures):
+                raise ValueError(
+                    f"{prefix} holds packed experts; vLLM needs them dense: compress the model with --exclude experts"
+                )
             return None
         if not names:
             return UnquantizedLinearMethod()

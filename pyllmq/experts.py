@@ -18,6 +18,8 @@ UP, DOWN = "up", "down"
 class ExpertLinear(nn.Linear):
     """One projection of one expert, seen in the stack that it is part of: no tensor of its own."""
 
+    stack: Any
+
     def __init__(self, stack: RoutedExperts, parameter: str, index: int) -> None:
         nn.Module.__init__(self)
         self.__dict__["stack"] = stack  # not as a child: it is one of the stack's
@@ -27,7 +29,7 @@ class ExpertLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """[out_features, in_features]."""
-        part = self.stack._parameters[self.parameter][self.index]  # type: ignore[index]
+        part = self.stack._parameters[self.parameter][self.index]
         return part.T if self.stack.dense.is_transposed else part
 
     @property

@@ -40,9 +40,10 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of every `nn.Linear` and transformers Conv1D."""
+    """(name, module) of every `nn.Linear` and transformers Conv1D; not of a router that is a Linear with a forward of its own."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or is_transposed_linear(module):
+        linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        if linear or is_transposed_linear(module):
             yield name, module
 
 
@@ -155,7 +156,7 @@ def left_dense(
     """
     outside, experts, fused = (
         "outside the repeated blocks",
-        "a 3-D tensor (stacked experts?), which this version does not compress",
+        "a 3-D tensor (stacked experts?) of a class that this version does not know",
         "fused attention weights of nn.MultiheadAttention, which is no Linear",
     )
     found = [(name, dense_weight(module), outside) for name, module in linear_modules(model)]
@@ -179,7 +180,8 @@ def left_dense(
 def stacked_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """3-D parameters large enough to matter, which are most likely stacked experts."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd | nn.Embedding):
+        apart = any(isinstance(child, nn.Linear) for child in module.children())  # Linears that are seen in the stack
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Embedding) or apart:
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and parameter.numel() >= 1 << 12:

@@ -129,7 +129,7 @@ def _planned(model: nn.Module, styles: Mapping[str, str] | None) -> dict[str, st
             '{"encoder.layer.*.intermediate.dense": "colwise", "encoder.layer.*.output.dense": "rowwise"}'
         )
     names = [name for name, _ in _linears(model)]
-    of_name = {name: next((pattern for pattern in styles if _fits(pattern, name)), None) for name in names}
+    of_name = {name: next((pattern for pattern in styles if fits(pattern, name)), None) for name in names}
     planned = {name: styles[pattern] for name, pattern in of_name.items() if pattern is not None}
     if given:
         wrong = next(((name, style) for name, style in planned.items() if style not in STYLES), None)
@@ -166,7 +166,7 @@ def planned_linears(model: nn.Module, styles: Mapping[str, str]) -> dict[str, st
     """The entries of `styles` that name Linears of the model and say how to cut them."""
     names = [name for name, _ in _linears(model)]
     known = {pattern: style for pattern, style in styles.items() if style in STYLES}
-    return {pattern: style for pattern, style in known.items() if any(_fits(pattern, name) for name in names)}
+    return {pattern: style for pattern, style in known.items() if any(fits(pattern, name) for name in names)}
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -175,7 +175,8 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _fits(pattern: str, name: str) -> bool:
+def fits(pattern: str, name: str) -> bool:
+    """Does an entry of a plan, `*` for a number, name this module?"""
     return re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) is not None
 
 

@@ -221,13 +221,14 @@ def test_padding_does_not_count():
     torch.testing.assert_close(results[0], results[1], rtol=0.05, atol=1e-3)
 
 
-def test_stacked_experts_left_dense_are_said_loudly():
+def test_stacked_experts_are_compressed_unless_excluded():
+    report = run(models.tiny_mixtral())
+    assert any("experts" in layer.name for layer in report.layers)
+    assert not report.warnings and [item.name for item in report.left_dense] == ["lm_head"]
     model = models.tiny_mixtral()
-    with pytest.warns(UserWarning, match="stay dense without being asked for.*experts"):
-        report = run(model)
-    assert any("experts" in item.name for item in report.left_dense)
-    quiet = run(models.tiny_mixtral(), exclude=(*pyllmq.swap.DEFAULT_EXCLUDE, "experts"))
-    assert not quiet.warnings
+    quiet = run(model, exclude=(*pyllmq.swap.DEFAULT_EXCLUDE, "experts"))
+    assert not quiet.warnings and not any("experts" in layer.name for layer in quiet.layers)
+    assert type(model.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
 
 
 def test_outside_linears_only_when_named():

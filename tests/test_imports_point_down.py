@@ -15,7 +15,7 @@ PACKAGE = ROOT / "pyllmq"
 
 FLOORS = (
     ("dispatch", "linears", "memory", "version", "weights", "integrations.transformers_internals", "_cpu", "_cuda"),
-    ("layouts",),
+    ("layouts", "experts"),
     ("operations",),
     ("ops",),
     ("structure", "kmeans", "transport"),

@@ -58,6 +58,18 @@ def llama(**changes):
 UNEVEN = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 12, "intermediate_size": 101,
           "vocab_size": 509}  # fmt: skip
 
+
+def packed_ends(model):
+    pyllmq.swap_embedding(model, lambda embedding: pyllmq.CodebookEmbedding.from_dense(embedding, 5))
+    return model
+
+
+def packed_experts(**changes):
+    model = models.tiny_mixtral(**changes)
+    pyllmq.compress(model, pyllmq.KMeansConfig(4), include=["experts"], progress=False)
+    return model
+
+
 CASES = {
     # name: (model, make_layer, exclude, styles)
     "codebook": (llama, mixed_widths, ("lm_head",), None),
@@ -72,6 +84,8 @@ CASES = {
     "bert": (lambda: with_biases(models.tiny_bert()), mixed_widths, ("pooler",), BERT_STYLES),
     "gpt2": (lambda: with_biases(models.tiny_gpt2()), mixed_widths, ("lm_head",), GPT2_STYLES),
     # Every expert of every token: with a choice, rounding would choose.
+    "packed-tied": (lambda: packed_ends(llama(tie_word_embeddings=True)), mixed_widths, ("lm_head",), None),
+    "packed-experts": (lambda: packed_experts(num_hidden_layers=1, num_experts_per_tok=4), mixed_widths, ("lm_head",), None),
     "experts": (lambda: models.tiny_mixtral(num_hidden_layers=1, num_experts_per_tok=4), mixed_widths, ("lm_head",), None),
 }  # fmt: skip
 

@@ -127,7 +127,7 @@ class StreamedModel(Weights):
                 continue
             raise ValueError(
                 f"{name}.weight is no tensor of its own in {self.folder}, transformers makes it from others; take a calibrated "
-                "method, or hold the whole model in memory (--in-memory)"
+                "method, hold the whole model in memory (--in-memory), or leave it out (--exclude)"
             )
         return found
 

@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..experts import RoutedExperts
 from ..folders import METHOD, Description
 from ..formats import FormatError
-from ..layers.linear import packed_modules
+from ..layers.embedding import PackedEmbedding, TiedEmbedding
+from ..layers.linear import TiedLinear, packed_modules
 from ..structure import of_module
-from ..tensor_parallel import parallelize, planned_linears
+from ..tensor_parallel import fits, parallelize, planned_linears
 from .skeletons import put_skeletons
+
+WHOLE = (PackedEmbedding, TiedEmbedding, TiedLinear, RoutedExperts)
+"""Modules that tensor parallelism does not cut."""
 
 
 @register_quantization_config(METHOD)
@@ -146,5 +151,7 @@ def take_over_linears(model: Any) -> dict[str, str] | None:
     # A tied head shares the embedding's tensor, which transformers shards: it keeps both.
     tied = {key.removesuffix(".weight") for key in internals.ties(model)}
     ours = {pattern: style for pattern, style in planned_linears(model, styles).items() if pattern not in tied}
-    internals.take_from_plan(model, ours, METHOD)
+    # What transformers would shard, sum or gather around these is whole on every rank.
+    whole = [name for name, module in model.named_modules() if isinstance(module, WHOLE)]
+    internals.take_from_plan(model, [*ours, *(p for p in styles if any(fits(p, name) for name in whole))], METHOD)
     return ours

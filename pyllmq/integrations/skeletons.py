@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from ..experts import ExpertLinear, put_together, take_apart
 from ..formats import FormatError, Structure, layer_type
 from ..layers.embedding import embedding_type, put_embedding
 from ..layers.linear import packed_modules
@@ -32,8 +33,9 @@ def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: b
 
     Structures of one rank's `part` are smaller than the model's Linears.
     """
-    from .transformers_internals import forget_ties, tied_modules
+    from .transformers_internals import forget_ties, leave_alone, tied_modules
 
+    take_apart(model)
     linears, embeddings = dict(linear_modules(model)), _embeddings(model)
     targets = modules_of_names(model, structures)
     modules: dict[str, str] = {}
@@ -41,7 +43,7 @@ def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: b
         found = targets[name]
         if found not in linears and found not in embeddings:
             raise FormatError(
-                f"config.json packs the module {name}, but {type(model).__name__} has no Linear or embedding of that name"
+                f"config.json packs the module {name}, but {type(model).__name__} has no Linear of that name, nor an embedding"
             )
         dense = embeddings[found] if found in embeddings else as_linear(linears[found])
         if not part and tuple(dense.weight.shape) != (structure.out_features, structure.in_features):
@@ -58,5 +60,9 @@ def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: b
             layer = layer_type(structure.kind)(structure, dense.bias is not None, dense.weight.dtype)
             replace_module(model, found, layer)
         modules[name] = found
+    put_together(model)
+    for module in model.modules():
+        if isinstance(module, ExpertLinear):  # a view of the stack, which is what the folder holds
+            leave_alone(module)
     forget_ties(model, modules.values())
     return modules

@@ -153,6 +153,11 @@ def was_loaded(tensor: Tensor | None) -> bool:
     return bool(getattr(tensor, "_is_hf_initialized", False))
 
 
+def leave_alone(module: nn.Module) -> None:
+    """Loading is not to fill this module with random numbers."""
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
 def skeleton(model_class: Any, config: Any) -> Any:
     """The model with nothing in it, on the default device; an auto class says which class that is."""
     make = getattr(model_class, "from_config", None) or model_class._from_config

@@ -69,6 +69,10 @@ class PyllmqVllmConfig(QuantizationConfig):
                 f"--exclude {prefix}"
             )
         if not isinstance(layer, LinearBase):
+            if any(name.startswith(f"{prefix}.") for name in self.structures):
+                raise ValueError(
+                    f"{prefix} holds packed experts; vLLM needs them dense: compress the model with --exclude experts"
+                )
             return None
         if not names or (isinstance(layer, QKVParallelLinear) and names == [prefix] and not prefix.endswith(PLAIN_QKV)):
             return UnquantizedLinearMethod()

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...config import MethodConfig
+from ...experts import stacks_of
 from ...linears import DEFAULT_EXCLUDE, dense_weight
 from ..calibration import as_batches
 from ..methods import StaysDenseError, method_of
@@ -98,7 +99,8 @@ def plan_folder(
         packed_bytes = round(spent.packed_bytes * weights)
     sizes = {n: t.numel() * t.element_size() for n, t in streamed.model.state_dict().items()}
     packed = {*task.linears, *(name for end in task.ends for name in (*end.heads, *end.embeddings))}
-    dense = sum(size for name, size in sizes.items() if name.rpartition(".")[0] not in packed)
+    stacks = stacks_of(streamed.model, set(task.linears))
+    dense = sum(size for name, size in sizes.items() if name.rpartition(".")[0] not in packed and name not in stacks)
     dense += sum(end.nbytes for end in task.ends)
     target = Path(output).resolve()
     exists = next(folder for folder in target.parents if folder.exists())

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...config import MethodConfig
+from ...experts import put_together, stacks_of, take_apart
 from ...linears import DEFAULT_EXCLUDE, dense_weight, select_linears
 from ..calibration import as_batches
 from ..methods import StaysDenseError, method_of
@@ -88,10 +89,14 @@ def compress(
         raise ValueError(
             f"tuning data is given, but {type(config).__name__} does not tune; set tune_steps, or leave it out"
         )
-    task = Task.of(model, method, include, exclude, embeddings, head)
-    check_finite((task.linears if batches else {}) | {end.name: end.module for end in task.ends})
-    if is_transformers_model(model):
-        expect_own_names(model, task.names)  # of what `mark_packed` would raise after the job
+    try:
+        task = Task.of(model, method, include, exclude, embeddings, head)
+        check_finite((task.linears if batches else {}) | {end.name: end.module for end in task.ends})
+        if is_transformers_model(model):
+            expect_own_names(model, task.names)  # of what `mark_packed` would raise after the job
+    except BaseException:
+        put_together(model)
+        raise
     original = copy.deepcopy(model) if needs.dense_model else None
     device = next(model.parameters()).device
     with tqdm(total=len(task.names), disable=not progress, unit="layer") as bar:
@@ -105,7 +110,9 @@ def compress(
                 task.report.tuning_losses = method.finish(model, original, text, progress)
         except BaseException:
             job.put_back()
+            put_together(model)
             raise
+    put_together(model)
     mark_packed(model)
     task.report.seconds = time.perf_counter() - started
     return task.report
@@ -200,13 +207,18 @@ def bits_for_size(
     `compress_folder` writes them.
     Raises ValueError if what stays dense takes the whole size, or leaves fewer than 1.1 bits or more than 8.
     """
+    take_apart(model)
     chosen = select_linears(model, include, not_included(include, exclude))
-    linears = [m for stage in find_stages(model, chosen, include is not None) for m in stage.linears.values()]
+    stages = find_stages(model, chosen, include is not None)
+    linears = [m for stage in stages for m in stage.linears.values()]
     weights = [dense_weight(module) for module in linears]
     ends = find_ends(model, embeddings, head, chosen)
     packed = {id(module.weight) for module in (*linears, *(end.module for end in ends))}
     # Tied tensors are stored once. On the meta device only their identity tells.
-    rest = {id(t): t.numel() * t.element_size() for t in model.state_dict(keep_vars=True).values()}
+    stacks = stacks_of(model, {name for stage in stages for name in stage.linears})
+    tensors = {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if key not in stacks}
+    put_together(model)
+    rest = {id(t): t.numel() * t.element_size() for t in tensors.values()}
     dense = sum(size for tensor, size in rest.items() if tensor not in packed) + other_files
     dense += sum(end.nbytes for end in ends)
     dense += (DESCRIPTION_BYTES + INDEX_BYTES * indexed) * (len(linears) + len(ends))

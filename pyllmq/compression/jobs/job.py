@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...experts import take_apart
 from ...formats import layer_type
 from ...layers.embedding import embedding_type, put_embedding
 from ...linears import (
@@ -63,6 +64,7 @@ class Task:
         head: int | None = None,
     ) -> Task:
         """Raises ValueError if there is nothing to compress, or one of the Linears may not be; warns of much that stays dense."""
+        take_apart(model)
         exclude = not_included(include, exclude)
         chosen = select_linears(model, include, exclude)
         tied = tied_weights(model, chosen)

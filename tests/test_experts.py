@@ -1,0 +1,211 @@
+"""Stacked experts of transformers' families: taken apart, compressed, saved, loaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+
+import pyllmq
+from pyllmq.experts import RoutedExperts, put_together, take_apart
+
+from .test_new_format import in_a_new_process
+
+pytestmark = pytest.mark.transformers
+
+SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 128, "num_experts_per_tok": 2}  # fmt: skip
+GROUPS = {"n_routed_experts": 8, "moe_intermediate_size": 48, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+FAMILIES = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen2Moe": {"num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 96},
+    "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 48, "head_dim": 16},
+    "Olmoe": {"num_experts": 4},
+    "DeepseekV3": {**GROUPS, **LATENT, "num_key_value_heads": 4},
+    "GptOss": {"num_local_experts": 4, "head_dim": 16, "sliding_window": 8},
+    "GraniteMoe": {"num_local_experts": 4},
+    "Glm4Moe": {**GROUPS, "head_dim": 16},
+    "Phimoe": {"num_local_experts": 4},
+    "Jamba": {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "mamba_d_state": 8,
+              "expert_layer_offset": 1, "use_mamba_kernels": False, "mamba_dt_rank": 8},
+}  # fmt: skip
+
+
+def make(family, **changes):
+    import transformers
+
+    torch.manual_seed(7)
+    config = getattr(transformers, f"{family}Config")(**(SIZES | FAMILIES[family] | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("_bias"):  # GPT-OSS's begin as zeros
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(3, 24).view(3, 7)).logits
+
+
+def expert_layers(model):
+    return [module for module in model.modules() if isinstance(module, RoutedExperts)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compressed_saved_and_loaded(family, tmp_path):
+    model = make(family)
+    dense = logits(model)
+    take_apart(model)
+    torch.testing.assert_close(logits(model), dense, rtol=1e-5, atol=1e-6)
+    put_together(model)
+    assert not expert_layers(model) and torch.equal(logits(model), dense)
+    report = pyllmq.compress(model, pyllmq.KMeansConfig(6), progress=False)
+    experts = [layer for layer in report.layers if ".experts." in layer.name]
+    assert len(experts) == 2 * sum(layer.experts for layer in expert_layers(model)) > 0
+    assert not any("experts" in item.name for item in report.left_dense)
+    assert not any(parameter.dim() == 3 and "experts" in name for name, parameter in model.named_parameters())
+    packed = logits(model)
+    assert 0 < float((packed - dense).norm() / dense.norm()) < 0.05
+    pyllmq.save_pretrained(model, tmp_path / "packed")
+    again = pyllmq.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(again), packed)
+    pyllmq.save_pretrained(again, tmp_path / "again")
+    files = [tmp_path / name / "model.safetensors" for name in ("packed", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss", "DeepseekV3"])
+def test_calibrated_and_block_by_block_alike(family, tmp_path):
+    model = make(family)
+    model.save_pretrained(tmp_path / "dense")
+    batches = [torch.randint(0, 128, (4, 24)) for _ in range(3)]
+    config = pyllmq.ColumnCodebookConfig(4.0)
+    report = pyllmq.compress_folder(tmp_path / "dense", tmp_path / "packed", config, batches, progress=False)
+    in_memory = pyllmq.compress(model, config, batches, progress=False)
+    assert [layer.name for layer in report.layers] == [layer.name for layer in in_memory.layers]
+    assert torch.equal(logits(pyllmq.from_pretrained(tmp_path / "packed")), logits(model))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pyllmq.CLAQConfig(bits=4),
+        pyllmq.SparseConfig(method="wanda", pattern="2:4"),
+        pyllmq.SparseConfig(method="sparsegpt", pattern="2:4", quantize=pyllmq.CLAQConfig(bits=4)),
+        pyllmq.SparseConfig(method="magnitude", sparsity=0.5),
+    ],
+    ids=["claq", "2:4", "2:4 of codes", "bitmap"],
+)
+def test_other_formats(config, tmp_path):
+    model = make("Qwen3Moe")
+    batches = [torch.randint(0, 128, (4, 24)) for _ in range(2)]
+    pyllmq.compress(model, config, batches, progress=False)
+    assert expert_layers(model)[0].packed_stacks() == []
+    pyllmq.save_pretrained(model, tmp_path / "packed")
+    assert torch.equal(logits(pyllmq.from_pretrained(tmp_path / "packed")), logits(model))
+
+
+def test_only_the_experts_that_tokens_were_sent_to_run():
+    layer = RoutedExperts(make("Qwen3Moe").model.layers[0].mlp.experts)
+    ran = []
+    for name, child in layer.named_children():
+        child.register_forward_hook(lambda *_, name=name: ran.append(name))
+    x = torch.randn(3, 64)
+    index, weights = torch.tensor([[1, 3], [3, 4], [3, 1]]), torch.rand(3, 2)  # 4, one past the last: none
+    out = layer(x, index, weights)
+    assert ran == ["expert_1_up", "expert_1_down", "expert_3_up", "expert_3_down"]
+    expected = torch.zeros(3, 64, dtype=torch.float64)
+    for token in range(3):
+        for place in range(2):
+            if (e := int(index[token, place])) < 4:
+                gate, up = (layer._parameters["gate_up_proj"][e].double() @ x[token].double()).chunk(2)
+                hidden = torch.nn.functional.silu(gate) * up
+                expected[token] += weights[token, place] * (layer._parameters["down_proj"][e].double() @ hidden)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-6)
+    assert layer(x[:0], index[:0], weights[:0]).shape == (0, 64)
+    for bad in (-1, 5):
+        with pytest.raises(IndexError, match=f"sent to expert {bad}; allowed: 0 to 3"):
+            layer(x, torch.full((3, 2), bad), weights)
+
+
+def test_experts_that_no_token_reaches_are_named():
+    model = make("Mixtral", num_local_experts=6)
+    for layer in model.model.layers:  # never expert 5
+        layer.mlp.gate.weight.data[5] = layer.mlp.gate.weight.data[4]
+        layer.mlp.gate.weight.data[4:] *= 0
+        layer.mlp.gate.weight.data[:4] *= 100
+    batches = [torch.randint(0, 128, (1, 2))]
+    with pytest.warns(UserWarning, match="experts.expert_. was never run|experts.expert_._up was never run"):
+        report = pyllmq.compress(model, pyllmq.CLAQConfig(bits=4), batches, progress=False)
+    assert sum("never run by the calibration data" in warning for warning in report.warnings) >= 4
+
+
+def test_a_failed_job_leaves_the_model_as_it_was(monkeypatch):
+    from pyllmq.compression.jobs import in_memory
+
+    model = make("Qwen3Moe")
+    before, experts = logits(model), model.model.layers[0].mlp.experts
+
+    def fail(*_):
+        raise RuntimeError("the end")
+
+    monkeypatch.setattr(in_memory, "_pack_all", lambda job, pack=in_memory._pack_all: (pack(job), fail()))
+    with pytest.raises(RuntimeError, match="the end"):
+        pyllmq.compress(model, pyllmq.KMeansConfig(4), progress=False)
+    assert model.model.layers[0].mlp.experts is experts and torch.equal(logits(model), before)
+    with pytest.raises(ValueError, match="fits no Linear"):
+        pyllmq.compress(model, pyllmq.KMeansConfig(4), include=["nothing"], progress=False)
+    assert model.model.layers[0].mlp.experts is experts
+
+
+def test_some_experts_packed_others_dense(tmp_path):
+    model = make("Qwen3Moe")
+    exclude = (*pyllmq.swap.DEFAULT_EXCLUDE, "expert_2_up", "expert_2_down")
+    pyllmq.compress(model, pyllmq.KMeansConfig(4), exclude=exclude, progress=False)
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied), logits(model))
+    pyllmq.save_pretrained(model, tmp_path / "packed")
+    assert torch.equal(logits(pyllmq.from_pretrained(tmp_path / "packed")), logits(model))
+
+
+def test_in_a_new_process_by_the_command(tmp_path):
+    make("Mixtral").save_pretrained(tmp_path / "dense")
+    code = """
+import sys, torch, pyllmq
+from pyllmq.cli import main
+assert main(["compress", sys.argv[1], sys.argv[2], "--method", "kmeans", "--bits", "4", "--in-memory", "--quiet"]) == 0
+main(["inspect", sys.argv[2]])
+model = pyllmq.from_pretrained(sys.argv[2])
+with torch.no_grad():
+    torch.save(model(torch.arange(3, 24).view(3, 7)).logits, sys.argv[3])
+"""
+    said = in_a_new_process(code, tmp_path / "dense", tmp_path / "packed", tmp_path / "logits")
+    assert "experts.expert_3_down" in said
+    model = make("Mixtral")
+    pyllmq.compress(model, pyllmq.KMeansConfig(4), progress=False)
+    assert torch.equal(torch.load(tmp_path / "logits"), logits(model))
+
+
+def test_a_folder_that_lacks_an_expert(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = make("Qwen3Moe")
+    pyllmq.compress(model, pyllmq.KMeansConfig(4), progress=False)
+    pyllmq.save_pretrained(model, tmp_path / "packed")
+    shutil.copytree(tmp_path / "packed", tmp_path / "lacking")
+    gone = "model.layers.1.mlp.experts.expert_2_up"
+    tensors = load_file(tmp_path / "packed/model.safetensors")
+    kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{gone}.")}
+    save_file(kept, tmp_path / "lacking/model.safetensors", {"format": "pt"})
+    with pytest.raises(pyllmq.FormatError, match=f"the tensor {gone}.* is missing"):
+        pyllmq.from_pretrained(tmp_path / "lacking")
+    config = json.loads((tmp_path / "lacking/config.json").read_text())
+    del config["quantization_config"]["modules"][gone]
+    (tmp_path / "lacking/config.json").write_text(json.dumps(config))
+    with pytest.raises(pyllmq.FormatError, match="has no tensors for"):
+        pyllmq.from_pretrained(tmp_path / "lacking")

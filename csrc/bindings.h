@@ -28,16 +28,25 @@ T* as(Pointer pointer) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(pointer));
 }
 
+// object.name(), as an integer.
+inline Pointer asked(py::handle object, PyObject* name) {
+  const auto found = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), name));
+  if (!found) throw py::error_already_set();
+  return found.cast<Pointer>();
+}
+
 // The elements of a contiguous tensor, given itself or by its address; None or 0: null.
 template <class T>
 T* array(py::handle given) {
   if (given.is_none()) return nullptr;
   if (py::isinstance<py::int_>(given)) return as<T>(given.cast<Pointer>());
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  static PyObject* const element_size = PyUnicode_InternFromString("element_size");
   if constexpr (!std::is_void_v<T>)
-    if (given.attr("element_size")().cast<size_t>() != sizeof(T))
+    if (asked(given, element_size) != sizeof(T))
       throw std::invalid_argument("a tensor's elements have another size than the " + std::to_string(sizeof(T)) +
                                   " bytes that are read there");
-  return as<T>(given.attr("data_ptr")().cast<Pointer>());
+  return as<T>(asked(given, data_ptr));
 }
 
 // What a function of a binding takes for a pointer to T: all that `array` takes.
@@ -84,19 +93,12 @@ class Keywords {
   T take(const char* name) {
     const py::handle given = find(name);
     if (!given) throw py::type_error(std::string("missing keyword argument '") + name + "'");
-    try {
-      using Element = std::remove_pointer_t<T>;
-      if constexpr (std::is_pointer_v<T> && (std::is_void_v<Element> || std::is_arithmetic_v<Element>))
-        return array<Element>(given);
-      else
-        return given.cast<T>();
-    } catch (const py::cast_error&) {
-      throw py::type_error(std::string("keyword argument '") + name + "' is of another type than the stub file says");
-    }
+    return read<T>(name, given);
   }
   template <class T>
   T take(const char* name, T otherwise) {
-    return find(name) ? take<T>(name) : otherwise;
+    const py::handle given = find(name);
+    return given ? read<T>(name, given) : otherwise;
   }
   template <class T, class... Rest>
   void fill(const char* name, T& field, Rest&&... rest) {
@@ -125,10 +127,22 @@ class Keywords {
   }
 
  private:
-  // A name that is found counts as taken. Rejected: names popped from a copy, 19 us for ten of them in place of 5.
+  template <class T>
+  static T read(const char* name, py::handle given) {
+    try {
+      using Element = std::remove_pointer_t<T>;
+      if constexpr (std::is_pointer_v<T> && (std::is_void_v<Element> || std::is_arithmetic_v<Element>))
+        return array<Element>(given);
+      else
+        return given.cast<T>();
+    } catch (const py::cast_error&) {
+      throw py::type_error(std::string("keyword argument '") + name + "' is of another type than the stub file says");
+    }
+  }
+  // What is found counts as taken. Rejected: names popped from a copy, 19 us for ten of them in place of 5.
   py::handle find(const char* name) {
     const py::handle found = PyDict_GetItemString(given_.ptr(), name);
-    if (found && std::find(taken_.begin(), taken_.end(), name) == taken_.end()) taken_.push_back(name);
+    if (found) taken_.push_back(name);
     return found;
   }
 

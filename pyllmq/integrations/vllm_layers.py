@@ -98,7 +98,7 @@ def decode_what_no_layer_takes() -> None:
         dense = {stored: config.structures[name] for stored, name in config.stored.items() if name not in config.taken}
         return config.noted(with_dense(weights, dense, model_config.dtype))
 
-    DefaultModelLoader.get_all_weights = get_all_weights  # type: ignore[method-assign]
+    DefaultModelLoader.get_all_weights = get_all_weights
 
 
 class PackedLinearMethod(LinearMethodBase):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,8 @@ class Generation:
         tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
         self.nbytes = sum(t.nbytes for t in tensors.values())
 
-    def _generate(self, context: int, tokens: int, **given: Any) -> list[float]:
-        """Seconds from the call to the first token, then of each token after it."""
+    def _generate(self, context: int, tokens: int, each: Callable[[], object], **given: Any) -> list[float]:
+        """Seconds from the call to the first token, then of each token after it. `each` is called at every token."""
         stamps = [time.perf_counter()]
 
         class Clock:
@@ -104,6 +105,7 @@ class Generation:
 
             def put(self, _: Any) -> None:
                 if self.seen_prompt:
+                    each()
                     stamps.append(time.perf_counter())
                 self.seen_prompt = True
 
@@ -122,14 +124,14 @@ class Generation:
         return [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
 
     def prompt(self, tokens: int) -> float:
-        return self._generate(tokens, 1)[0]
+        return self._generate(tokens, 1, lambda: None)[0]
 
-    def decode(self, context: int, tokens: int) -> list[float]:
+    def decode(self, context: int, tokens: int, each: Callable[[], object] = lambda: None) -> list[float]:
         if context not in self.caches:
             self.caches = {context: filled_cache(self.model, context)}
         cache = self.caches[context]
-        taken = self._generate(context + 1, tokens + 1, past_key_values=cache)[1:]
-        cache.crop(context)
+        taken = self._generate(context + 1, tokens + 1, each, past_key_values=cache)[1:]
+        cache.crop(context - cache.get_seq_length())
         return taken
 
 

@@ -26,6 +26,7 @@
 #include "sparse/cpu/layout.h"
 #include "sparse/cpu/operand.h"
 #include "runtime/thread_pool.h"
+#include "runtime/trace.h"
 #include "decode_step/attention_step.h"
 #include "decode_step/cpu/dense_operand.h"
 #include "decode_step/mlp_step.h"
@@ -94,6 +95,15 @@ void bind_runtime(py::module_& m) {
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("threads"), NoGil());
+  m.def("trace_clock", &trace_clock);
+  m.def("start_trace", &start_trace);
+  m.def("take_trace", [] {
+    static const char* const kNames[] = {"step", "linear", "attention", "work"};
+    py::list found;
+    for (const Span& span : take_trace())
+      found.append(py::make_tuple(kNames[static_cast<int>(span.part)], span.thread, span.begin, span.end));
+    return found;
+  });
   m.def("worker_sleep", [] {
     const WorkerSleep state = worker_sleep();
     return py::make_tuple(state.wakeups, state.asleep);

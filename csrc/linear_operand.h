@@ -6,6 +6,7 @@
 #include <string>
 
 #include "runtime/half.h"
+#include "runtime/trace.h"
 
 namespace pyllmq::cpu {
 
@@ -26,6 +27,7 @@ class LinearOperand {
   // y [tokens, rows] = x [tokens, columns] @ W^T + bias [rows]; x and y of x_dtype, bias may be null.
   void linear(const void* x, DType x_dtype, int64_t tokens, const void* bias, DType bias_dtype, void* y,
               Precision precision) const {
+    const Traced traced(Part::linear);
     if (may_run(x, tokens, y)) run(x, x_dtype, tokens, bias, bias_dtype, y, precision);
   }
 

@@ -20,6 +20,16 @@ def num_threads() -> int: ...
 def set_num_threads(threads: int) -> None:
     """Size of the thread pool, the calling thread included: 1..1024. Waits for a running kernel."""
 
+def trace_clock() -> int:
+    """Nanoseconds of the clock that spans are measured by."""
+
+def start_trace() -> None:
+    """Keep what the threads do from now on, until `take_trace`."""
+
+def take_trace() -> list[tuple[str, int, int, int]]:
+    """(part, thread, begin, end) in the order of their ends: "step" (an attention or MLP module), "linear" and "attention" of the
+    calling thread, "work" of a worker."""
+
 def worker_sleep() -> tuple[int, int]:
     """How often threads of the pool woke from sleep so far, and how many sleep now."""
 

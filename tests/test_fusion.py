@@ -426,6 +426,27 @@ def test_loading_fuses_models_that_generate(llama, tmp_path):
     assert report(pyllmq.from_pretrained(tmp_path / "bert")) == {}
 
 
+@pytest.mark.parametrize("bits", [[2], [4], [2, 3, 4, 5]])
+@pytest.mark.parametrize("precision", ["exact", "high", "fast"])
+def test_linears_of_one_x_side_by_side_have_the_bits_of_one_after_the_other(bits, precision):
+    def linear(rows, columns):
+        widths = torch.tensor(bits).repeat(columns)[:columns]
+        codes = (torch.rand(rows, columns) * 2**widths).to(torch.uint8)
+        weight = pyllmq.CodebookWeight.pack(codes, torch.randn(int((2**widths).sum())), widths)
+        layer = pyllmq.CodebookLinear.from_weight(weight, bias=torch.randn(rows))
+        layer.precision = precision
+        return layer
+
+    gate, up, down = linear(600, 320), linear(600, 320), linear(40, 600)
+    first_rows = (steps.Rows(0, 0, 1), steps.Rows(1, 0, 1))
+    step = native.Mlp(steps.MlpForm((gate, up), 600, *first_rows, "relu", steps.Output(down)))
+    for tokens in (1, 3):
+        x, y = torch.randn(1, tokens, 320), torch.full((1, tokens, 40), torch.nan)
+        step(x, y, native.make_tokens(x, None, None, None, steps.Rotary()), residual=False)
+        with torch.no_grad():
+            assert torch.equal(y, down(torch.relu(gate(x)) * up(x)))
+
+
 @pytest.mark.parametrize("precision", ["high", "fast"])
 def test_set_precision_after_fuse(llama, precision):
     generated(llama, padded_batch(), 3)

@@ -1,5 +1,7 @@
 #include "runtime/thread_pool.h"
 
+#include "runtime/trace.h"
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -132,7 +134,10 @@ class ThreadPool {
       seen = generation_.load();
       if (stop_.load()) return;
       // A worker that wakes late finds the gate shut and goes back: the caller never waits for sleepers.
-      if (gate_.fetch_add(1) & kOpen) work();
+      if (gate_.fetch_add(1) & kOpen) {
+        const Traced traced(Part::work);
+        work();
+      }
       gate_.fetch_sub(1);
     }
   }

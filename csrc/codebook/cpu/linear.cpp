@@ -219,24 +219,53 @@ void run_chunk(const Problem& problem, const PanelGroup& group, const TileChunk&
   }
 }
 
-void run_group(const Problem& problem, const PanelGroup& group, void* y) {
-  const LayoutHeader& header = problem.view.header();
-  const bool last = group.end == problem.lookup_panels;
-  const double tokens = static_cast<double>(problem.tokens);
-  const double steps = group.lookups * kNsPerLookupStep + (last ? problem.decoded_columns * kNsPerDecodeStep : 0);
-  const double cost = steps * tokens * static_cast<double>(header.tiles);
-  const double tables_cost = kNsPerTable * tokens * static_cast<double>(header.segments * group.lookups);
-  const int64_t panels = group.end - group.begin;
-  // The cost of both phases: where the second one wants all threads, they may as well wake up for the first.
-  parallel_for(problem.tokens * header.segments * panels, 1, cost + tables_cost, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t rest = i / panels;
-      build_panel_tables(problem, group, rest / header.segments, rest % header.segments, group.begin + i % panels);
+struct GroupRun {
+  const Problem& problem;
+  const PanelGroup& group;
+  void* y;
+
+  int64_t panels() const { return group.end - group.begin; }
+  int64_t tables() const { return problem.tokens * problem.view.header().segments * panels(); }
+  int64_t chunks() const { return static_cast<int64_t>(problem.chunks.size()); }
+  double tables_cost() const {
+    return kNsPerTable * static_cast<double>(problem.tokens * problem.view.header().segments * group.lookups);
+  }
+  double lookups_cost() const {
+    const bool last = group.end == problem.lookup_panels;
+    const double steps = group.lookups * kNsPerLookupStep + (last ? problem.decoded_columns * kNsPerDecodeStep : 0);
+    return steps * static_cast<double>(problem.tokens * problem.view.header().tiles);
+  }
+  void build(int64_t i) const {
+    const int64_t rest = i / panels(), segments = problem.view.header().segments;
+    build_panel_tables(problem, group, rest / segments, rest % segments, group.begin + i % panels());
+  }
+  void look_up(int64_t i) const { run_chunk(problem, group, problem.chunks[i], y); }
+};
+
+// The tables of all, then the lookups of all: threads meet twice, however many there are.
+void run_groups(const std::vector<GroupRun>& runs) {
+  int64_t tables = 0, chunks = 0;
+  double tables_cost = 0, lookups_cost = 0;
+  for (const GroupRun& run : runs) {
+    tables += run.tables();
+    chunks += run.chunks();
+    tables_cost += run.tables_cost();
+    lookups_cost += run.lookups_cost();
+  }
+  const auto for_each = [&runs](int64_t begin, int64_t end, int64_t (GroupRun::*count)() const,
+                                void (GroupRun::*task)(int64_t) const) {
+    for (const GroupRun& run : runs) {
+      const int64_t tasks = (run.*count)();
+      for (int64_t i = std::max<int64_t>(begin, 0); i < std::min(end, tasks); ++i) (run.*task)(i);
+      begin -= tasks;
+      end -= tasks;
     }
-  });
-  parallel_for(static_cast<int64_t>(problem.chunks.size()), 1, cost, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run_chunk(problem, group, problem.chunks[i], y);
-  });
+  };
+  // The cost of both phases: where the second one wants all threads, they may as well wake up for the first.
+  parallel_for(tables, 1, lookups_cost + tables_cost,
+               [&](int64_t begin, int64_t end) { for_each(begin, end, &GroupRun::tables, &GroupRun::build); });
+  parallel_for(chunks, 1, lookups_cost,
+               [&](int64_t begin, int64_t end) { for_each(begin, end, &GroupRun::chunks, &GroupRun::look_up); });
 }
 
 std::vector<PanelGroup> panel_groups(const Problem& problem) {
@@ -254,6 +283,45 @@ std::vector<PanelGroup> panel_groups(const Problem& problem) {
   }
   return groups;
 }
+
+// All but memory, x and bias.
+Problem problem_of(const LayoutView& view, DType x_dtype, int64_t tokens, Precision precision) {
+  const LayoutHeader& header = view.header();
+  Problem problem{
+      .view = view,
+      .kernels = linear_kernels(header.order),
+      .rows = row_kernels(),
+      .kind = table_kind(precision, x_dtype, header.order),
+      .dtype = x_dtype,
+      .block = std::min(tokens, kMaxTokenBlock),
+      .chunks = tile_chunks(view, std::clamp<int64_t>(header.tiles / (4 * num_threads()), 4, kChunkTiles)),
+  };
+  while (problem.lookup_panels < header.panels && view.panel(problem.lookup_panels).width <= 4) ++problem.lookup_panels;
+  for (int64_t p = problem.lookup_panels; p < header.panels; ++p) problem.decoded_columns += view.panel(p).columns;
+  problem.groups = panel_groups(problem);
+  return problem;
+}
+
+// Bytes of tables, scales and sums.
+struct Memory {
+  int64_t tables = 0, scales, sums;
+
+  explicit Memory(const Problem& problem) {
+    const LayoutHeader& header = problem.view.header();
+    for (const PanelGroup& group : problem.groups)
+      tables = std::max(tables, problem.block * header.segments * problem.table_bytes(group));
+    scales = problem.block * header.segments * problem.lookup_panels;
+    sums = problem.groups.size() == 1 ? 0 : problem.block * header.tiles * kTileRows;
+  }
+  int64_t need() const {
+    return Workspace::need<uint8_t>(tables) + Workspace::need<PanelScale>(scales) + Workspace::need<float>(sums);
+  }
+  void give(Problem& problem, Workspace& workspace) const {
+    problem.tables = workspace.take<uint8_t>(tables);
+    problem.scales = workspace.take<PanelScale>(scales);
+    if (sums > 0) problem.sums = workspace.take<float>(sums);
+  }
+};
 
 }  // namespace
 
@@ -295,41 +363,47 @@ void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64
   if (path == LinearPath::automatic) path = cheaper_path(view, x_dtype, tokens, precision);
   if (path == LinearPath::decode) return codebook_linear_decode(view, x, x_dtype, tokens, bias, bias_dtype, y, precision);
 
-  Problem problem{
-      .view = view,
-      .kernels = linear_kernels(header.order),
-      .rows = row_kernels(),
-      .kind = table_kind(precision, x_dtype, header.order),
-      .dtype = x_dtype,
-      .block = std::min(tokens, kMaxTokenBlock),
-      .chunks = tile_chunks(view, std::clamp<int64_t>(header.tiles / (4 * num_threads()), 4, kChunkTiles)),
-  };
-  while (problem.lookup_panels < header.panels && view.panel(problem.lookup_panels).width <= 4) ++problem.lookup_panels;
-  for (int64_t p = problem.lookup_panels; p < header.panels; ++p) problem.decoded_columns += view.panel(p).columns;
-  problem.groups = panel_groups(problem);
-
-  int64_t tables = 0;
-  for (const PanelGroup& group : problem.groups)
-    tables = std::max(tables, problem.block * header.segments * problem.table_bytes(group));
-  const int64_t scales = problem.block * header.segments * problem.lookup_panels;
+  Problem problem = problem_of(view, x_dtype, tokens, precision);
+  const Memory memory(problem);
   const int64_t converted = x_dtype == DType::fp32 ? 0 : problem.block * header.columns;
-  const int64_t sums = problem.groups.size() == 1 ? 0 : problem.block * header.tiles * kTileRows;
   thread_local Workspace workspace;
-  workspace.reserve(Workspace::need<float>(converted) + Workspace::need<float>(header.rows) + Workspace::need<uint8_t>(tables) +
-                    Workspace::need<PanelScale>(scales) + Workspace::need<float>(sums));
+  workspace.reserve(Workspace::need<float>(converted) + Workspace::need<float>(header.rows) + memory.need());
   auto* x_block = workspace.take<float>(converted);
   auto* bias_fp32 = workspace.take<float>(header.rows);
-  problem.tables = workspace.take<uint8_t>(tables);
-  problem.scales = workspace.take<PanelScale>(scales);
-  if (sums > 0) problem.sums = workspace.take<float>(sums);
+  memory.give(problem, workspace);
   if (bias != nullptr) problem.bias = rows_in_fp32(problem.rows, bias, bias_dtype, 0, 1, header.rows, bias_fp32);
 
   for (int64_t begin = 0; begin < tokens; begin += problem.block) {
     problem.tokens = std::min(problem.block, tokens - begin);
     problem.x = rows_in_fp32(problem.rows, x, x_dtype, begin, problem.tokens, header.columns, x_block);
     for (const PanelGroup& group : problem.groups)
-      run_group(problem, group, static_cast<uint8_t*>(y) + begin * header.rows * element_bytes(x_dtype));
+      run_groups({{problem, group, static_cast<uint8_t*>(y) + begin * header.rows * element_bytes(x_dtype)}});
   }
+}
+
+bool codebook_linears(const std::vector<LinearOfSame>& linears, const float* x, int64_t tokens, Precision precision) {
+  if (tokens > kMaxTokenBlock) return false;
+  std::vector<Problem> problems;
+  problems.reserve(linears.size());
+  int64_t need = 0;
+  for (const LinearOfSame& linear : linears) {
+    if (cheaper_path(linear.view, DType::fp32, tokens, precision) == LinearPath::decode) return false;
+    Problem& problem = problems.emplace_back(problem_of(linear.view, DType::fp32, tokens, precision));
+    if (problem.groups.size() > 1) return false;
+    problem.tokens = tokens;
+    problem.x = x;
+    problem.bias = linear.bias;
+    need += Memory(problem).need();
+  }
+  thread_local Workspace workspace;
+  workspace.reserve(need);
+  std::vector<GroupRun> runs;
+  for (size_t i = 0; i < problems.size(); ++i) {
+    Memory(problems[i]).give(problems[i], workspace);
+    runs.push_back({problems[i], problems[i].groups[0], linears[i].y});
+  }
+  run_groups(runs);
+  return true;
 }
 
 }  // namespace pyllmq::cpu

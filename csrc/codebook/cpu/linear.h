@@ -23,6 +23,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "codebook/cpu/layout.h"
 #include "runtime/half.h"
@@ -134,5 +135,16 @@ LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Pre
 // x and y [tokens, columns] and [tokens, rows], both of x_dtype; bias [rows] or null; tokens > 0.
 void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias, DType bias_dtype,
                      void* y, LinearPath path, Precision precision);
+
+// One of several Linears of the same x; y [tokens, rows], bias [rows] or null.
+struct LinearOfSame {
+  const LayoutView& view;
+  const float* bias;
+  float* y;
+};
+
+// Those of a block's q, k and v, or gate and up, side by side on all threads: the same bits as one after the other. False, and
+// nothing is done, where one of them needs another path or more tables than live at once.
+bool codebook_linears(const std::vector<LinearOfSame>& linears, const float* x, int64_t tokens, Precision precision);
 
 }  // namespace pyllmq::cpu

@@ -17,6 +17,10 @@ class CodebookOperand final : public LinearOperand {
                  Precision precision) const {
     if (may_run(x, tokens, y)) codebook_linear(view_, x, x_dtype, tokens, bias, bias_dtype, y, path, precision);
   }
+  const LayoutView& view() const {
+    require_intact();
+    return view_;
+  }
   // What LinearPath::automatic is for this many tokens.
   LinearPath path(DType x_dtype, int64_t tokens, Precision precision) const {
     require_intact();

@@ -9,6 +9,7 @@
 #include "codebook/cpu/linear.h"
 #include "runtime/counting.h"
 #include "runtime/thread_pool.h"
+#include "runtime/trace.h"
 #include "decode_step/cpu/step_parts.h"
 
 namespace pyllmq::cpu {
@@ -150,6 +151,7 @@ void join_parts(const AttentionStep& step, const Sizes& sizes, float* memory, in
 // q: [batch, kv_heads, rows / lanes, head_size, lanes]; context [token, heads, value_size].
 void attend(const AttentionStep& step, const StepTokens& tokens, const KeyValueCache& cache, const Sizes& sizes, const float* q,
             float* context, Scratch& scratch) {
+  const Traced traced(Part::attention);
   std::vector<Sight> sights;
   for (int64_t b = 0; b < sizes.batch; ++b) sights.push_back(sight_of(step, tokens, sizes, b));
   int64_t first_part = sizes.length / sizes.part_keys;
@@ -268,6 +270,7 @@ void check_attention_step(const AttentionStep& step) {
 void attention_step(const AttentionStep& step, const StepCall& call, const StepTokens& tokens, const KeyValueCache& cache,
                     int64_t past) {
   check_attention_call(step, call, tokens, cache, past);
+  const Traced traced(Part::step);
   const HotThreads hot;
   thread_local Scratch scratch;
   scratch.clear();

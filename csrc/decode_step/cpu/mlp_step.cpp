@@ -1,6 +1,7 @@
 #include "decode_step/mlp_step.h"
 
 #include "runtime/thread_pool.h"
+#include "runtime/trace.h"
 #include "decode_step/cpu/step_parts.h"
 
 namespace pyllmq::cpu {
@@ -30,6 +31,7 @@ void check_mlp_step(const MlpStep& step) {
 
 void mlp_step(const MlpStep& step, const StepCall& call) {
   check_call(call);
+  const Traced traced(Part::step);
   const HotThreads hot;
   thread_local Scratch scratch;
   scratch.clear();

@@ -5,11 +5,13 @@
 #include <numeric>
 #include <new>
 #include <stdexcept>
+#include <utility>
 
-#include "codebook/cpu/linear.h"
+#include "codebook/cpu/operand.h"
 #include "runtime/counting.h"
 #include "runtime/isa.h"
 #include "runtime/thread_pool.h"
+#include "runtime/trace.h"
 
 namespace pyllmq::cpu {
 namespace {
@@ -135,12 +137,24 @@ std::vector<float*> project(const InputLinears& input, const Norm& norm, const S
     });
     h = own;
   }
+  const Traced traced(Part::linear);
   std::vector<float*> outputs;
+  std::vector<LinearOfSame> together;
   const float* bias = input.bias.empty() ? nullptr : input.bias.data();
+  const auto bias_of_next = [&](const LinearOperand& operand) {
+    return std::exchange(bias, bias == nullptr ? nullptr : bias + operand.rows());
+  };
   for (const LinearOperand* operand : input.operands) {
     outputs.push_back(scratch.take(call.tokens * operand->rows()));
-    operand->linear(h, DType::fp32, call.tokens, bias, DType::fp32, outputs.back(), precision);
-    if (bias != nullptr) bias += operand->rows();
+    if (const auto* codebook = dynamic_cast<const CodebookOperand*>(operand))
+      together.push_back({codebook->view(), bias_of_next(*operand), outputs.back()});
+  }
+  if (together.size() > 1 && together.size() == outputs.size() && codebook_linears(together, h, call.tokens, precision))
+    return outputs;
+  bias = input.bias.empty() ? nullptr : input.bias.data();
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    const LinearOperand& operand = *input.operands[i];
+    operand.linear(h, DType::fp32, call.tokens, bias_of_next(operand), DType::fp32, outputs[i], precision);
   }
   return outputs;
 }

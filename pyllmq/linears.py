@@ -6,7 +6,9 @@ import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
+import torch
 from torch import Tensor, nn
 
 OUTPUT_LAYERS = "<output layers>"
@@ -40,11 +42,30 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of every `nn.Linear` and transformers Conv1D; not of a router that is a Linear with a forward of its own."""
+    """(name, module) of every `nn.Linear` and transformers Conv1D; not of a router that is a Linear and returns something else."""
     for name, module in model.named_modules():
-        linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        if linear or is_transposed_linear(module):
+        if (isinstance(module, nn.Linear) and _multiplies(type(module))) or is_transposed_linear(module):
             yield name, module
+
+
+@cache
+def _multiplies(linear: type[nn.Linear]) -> bool:
+    """Does its forward do what `nn.Linear` does? Falcon's Linears do, by a forward of their own; PhiMoE's routers do not."""
+    if linear.forward is nn.Linear.forward:
+        return True
+    plain = nn.Linear(5, 3, device="meta").to_empty(device="cpu").float()
+    for i, parameter in enumerate(plain.parameters()):
+        parameter.data = (
+            torch.arange(1 + i, parameter.numel() + 1 + i, dtype=torch.float32, device="cpu").sin().view_as(parameter)
+        )
+    x = torch.arange(10, dtype=torch.float32, device="cpu").cos().view(1, 2, 5)
+    expected = plain(x)
+    plain.__class__ = linear
+    try:
+        found = plain(x)
+    except Exception:  # whatever a class needs that a Linear does not have
+        return False
+    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, atol=1e-4)
 
 
 def select_linears(

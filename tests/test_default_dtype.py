@@ -104,6 +104,7 @@ def calls():
         "softmax_cdist_l1": lambda: gradients(pyllmq.softmax_cdist_l1, student, teacher),
         "distillation": lambda: loss(student, teacher[:, [0, 1, 2, 3, 0]], labels),
         "pack_codes": lambda: functional.unpack_codes(functional.pack_codes(codes, 3), 3, 21),
+        "packed_rows": lambda: functional.packed_rows(case.weight, torch.tensor([[3, 0, 32]], device="cpu")),
         "codebook_gradient": lambda: functional.codebook_gradient(grad, case.weight.checkpoint_operand()),
         "codebook": lambda: layer(pyllmq.CodebookLinear.from_dense(linear, 3, outlier_fraction=0.05, row_scale=True)),
         "codebook, column_bits": lambda: layer(pyllmq.CodebookLinear.from_dense(linear, column_bits=bits)),

@@ -72,7 +72,7 @@ def test_compressed_saved_and_loaded(family, tmp_path):
     packed = logits(model)
     assert 0 < float((packed - dense).norm() / dense.norm()) < 0.05
     pyllmq.save_pretrained(model, tmp_path / "packed")
-    again = pyllmq.from_pretrained(tmp_path / "packed")
+    again = pyllmq.from_pretrained(tmp_path / "packed", fuse=False)
     assert torch.equal(logits(again), packed)
     pyllmq.save_pretrained(again, tmp_path / "again")
     files = [tmp_path / name / "model.safetensors" for name in ("packed", "again")]
@@ -88,7 +88,7 @@ def test_calibrated_and_block_by_block_alike(family, tmp_path):
     report = pyllmq.compress_folder(tmp_path / "dense", tmp_path / "packed", config, batches, progress=False)
     in_memory = pyllmq.compress(model, config, batches, progress=False)
     assert [layer.name for layer in report.layers] == [layer.name for layer in in_memory.layers]
-    assert torch.equal(logits(pyllmq.from_pretrained(tmp_path / "packed")), logits(model))
+    assert torch.equal(logits(pyllmq.from_pretrained(tmp_path / "packed", fuse=False)), logits(model))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_other_formats(config, tmp_path):
     pyllmq.compress(model, config, batches, progress=False)
     assert expert_layers(model)[0].packed_stacks() == []
     pyllmq.save_pretrained(model, tmp_path / "packed")
-    assert torch.equal(logits(pyllmq.from_pretrained(tmp_path / "packed")), logits(model))
+    assert torch.equal(logits(pyllmq.from_pretrained(tmp_path / "packed", fuse=False)), logits(model))
 
 
 def test_only_the_experts_that_tokens_were_sent_to_run():
@@ -170,7 +170,7 @@ def test_some_experts_packed_others_dense(tmp_path):
     copied = copy.deepcopy(model)
     assert torch.equal(logits(copied), logits(model))
     pyllmq.save_pretrained(model, tmp_path / "packed")
-    assert torch.equal(logits(pyllmq.from_pretrained(tmp_path / "packed")), logits(model))
+    assert torch.equal(logits(pyllmq.from_pretrained(tmp_path / "packed", fuse=False)), logits(model))
 
 
 def test_in_a_new_process_by_the_command(tmp_path):
@@ -209,3 +209,25 @@ def test_a_folder_that_lacks_an_expert(tmp_path):
     (tmp_path / "lacking/config.json").write_text(json.dumps(config))
     with pytest.raises(pyllmq.FormatError, match="has no tensors for"):
         pyllmq.from_pretrained(tmp_path / "lacking")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_with_a_forward_of_its_own_counts_where_it_multiplies(dtype):
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    from pyllmq.linears import linear_modules
+
+    class Router(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).softmax(-1)
+
+    class Pair(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    torch.set_default_dtype(dtype)
+    try:
+        model = torch.nn.ModuleList([FalconLinear(4, 4), Router(4, 4), torch.nn.Linear(4, 4), Pair(4, 4)])
+        assert [name for name, _ in linear_modules(model)] == ["0", "2"]
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -58,7 +58,7 @@ def calls() -> dict[str, Call]:
     """By the name of the row; random numbers are drawn here, and not again when a call is repeated."""
     case = random_case(N, K, (1, 2, 3, 4, 8), segments=2, outliers=0.01, row_scale=True)
     dense, x = torch.randn(N, K), torch.randn(33, K)
-    stored = case.weight.checkpoint_operand()
+    stored, ids = case.weight.checkpoint_operand(), torch.randint(0, N, (400,))
     formats = {
         "codebook": case.weight,
         "bitmap": BitmapWeight.pack(dense, unstructured_mask(dense, 0.6), torch.int8),
@@ -127,6 +127,7 @@ def calls() -> dict[str, Call]:
     found: dict[str, Call] = {
         "cpu.codebook_linear": linear(case.weight),
         "cpu.codebook_dequantize": dequantize(case.weight),
+        "cpu.codebook_rows": lambda run: [run(case.weight.prepack(), ids, dtype) for dtype in DTYPES],
         "cpu.decode_checkpoint": lambda run: [run(stored, dtype) for dtype in DTYPES],
         "cpu.decode_checkpoint_and_matmul": lambda run: [run(x, stored, None, "high")],
         "cpu.codebook_gradient": gradient,

@@ -44,7 +44,8 @@ def is_transposed_linear(module: nn.Module) -> bool:
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of every `nn.Linear` and transformers Conv1D; not of a router that is a Linear and returns something else."""
     for name, module in model.named_modules():
-        if (isinstance(module, nn.Linear) and _multiplies(type(module))) or is_transposed_linear(module):
+        linear = isinstance(module, nn.Linear) and _multiplies(type(module))  # type: ignore[arg-type]  # mypy doubts a class's hash
+        if linear or is_transposed_linear(module):
             yield name, module
 
 

@@ -12,6 +12,7 @@ from .test_triton import assert_passes_in_the_interpreter
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
+@pytest.mark.slow
 def test_interpreter():
     assert_passes_in_the_interpreter("triton_interpreter_sinkhorn.py", 38)
 

@@ -118,7 +118,7 @@ def test_saved_loaded_in_a_new_process_and_inspected(tmp_path):
     assert modules["model.layers.1.mlp.down_proj"]["children"]["up"]["kind"] == "bitmap" and len(modules) == 3
     code = """
 import sys, torch, pyllmq, tests.test_composite
-model = pyllmq.from_pretrained(sys.argv[1])
+model = pyllmq.from_pretrained(sys.argv[1], fuse=False)
 assert type(model.model.layers[0].self_attn.q_proj) is tests.test_composite.ChainLinear
 with torch.no_grad():
     torch.save(model(torch.arange(9)[None]).logits, sys.argv[2])

@@ -292,6 +292,8 @@ def _token_weights(run: CalibrationRun, name: str, current: int, shape: torch.Si
     if name not in run.gradients.token_weights:
         return None
     weights = run.gradients.token_weights[name][current]
+    if weights.shape != shape:  # a router sends an expert other tokens now that layers before it are packed
+        return None
     mask = _token_mask(run.batches[current], name)
     return weights if mask is None or mask.shape != shape else weights[mask.bool()]
 

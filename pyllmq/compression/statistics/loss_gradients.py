@@ -157,7 +157,8 @@ class _Watched:
     def __init__(self, linears: Mapping[str, nn.Module]) -> None:
         self.linears, self.index = linears, 0
         self.squares: dict[str, Tensor] = {}
-        self.tokens: dict[str, list[Tensor]] = {name: [] for name in linears}
+        self.tokens: dict[str, dict[int, Tensor]] = {name: {} for name in linears}
+        """Name -> batch -> mean squares of its tokens. No token of a batch may have been sent to an expert."""
 
     def hooks(self) -> ExitStack:
         return hooked(module.register_forward_hook(self._hook(name)) for name, module in self.linears.items())
@@ -169,8 +170,8 @@ class _Watched:
             self.squares[name] = self.squares[name] + rows if name in self.squares else rows
             of_tokens = square.mean(-1)
             known = self.tokens[name]
-            if len(known) == self.index:
-                known.append(of_tokens)
+            if self.index not in known:
+                known[self.index] = of_tokens
             elif known[self.index].shape == of_tokens.shape:
                 known[self.index] = known[self.index] + of_tokens
 
@@ -183,17 +184,18 @@ class _Watched:
 
     def result(self, batches: int, ranks: Ranks = ALONE) -> LossGradients:
         """Of all processes, each of which has run `batches` batches."""
-        complete = {name: known for name, known in self.tokens.items() if len(known) == batches}
+        tokens = {name: [known[i] for i in sorted(known)] for name, known in self.tokens.items()}
+        complete = {name: known for name, known in tokens.items() if len(known) == batches}
         shares = ranks.gather((self.squares, complete))
         found = LossGradients()
         for name in self.linears:
             if parts := [squares[name] for squares, _ in shares if name in squares]:
                 found.row_weights[name] = _limited(torch.stack(parts).sum(0))
             if all(name in known for _, known in shares):
-                tokens = ranks.interleaved([known[name] for _, known in shares])
-                limited = _limited(torch.cat([of_batch.flatten() for of_batch in tokens]))
-                parts = limited.split([of_batch.numel() for of_batch in tokens])
-                found.token_weights[name] = [part.view_as(like) for part, like in zip(parts, tokens, strict=True)]
+                all_tokens = ranks.interleaved([known[name] for _, known in shares])
+                limited = _limited(torch.cat([of_batch.flatten() for of_batch in all_tokens]))
+                parts = limited.split([of_batch.numel() for of_batch in all_tokens])
+                found.token_weights[name] = [part.view_as(like) for part, like in zip(parts, all_tokens, strict=True)]
         return found
 
 

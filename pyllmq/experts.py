@@ -6,6 +6,7 @@ Every class that transformers' `use_experts_implementation` decorates is known b
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -74,10 +75,10 @@ class RoutedExperts(nn.Module):
             total.index_add_(0, token, weighted.to(total.dtype))
         return total
 
-    def packed_stacks(self) -> list[str]:
-        """The parameters of which no expert is dense any more."""
-        used = {child.parameter for child in self.children() if isinstance(child, ExpertLinear)}
-        return [name for name in self._parameters if name.removesuffix("_bias") not in used]
+    def packed_stacks(self, besides: Container[str] = ()) -> list[str]:
+        """The parameters of which no expert is dense any more, or would be once the children `besides` are packed, too."""
+        dense = {c.parameter for n, c in self.named_children() if isinstance(c, ExpertLinear) and n not in besides}
+        return [name for name in self._parameters if name.removesuffix("_bias") not in dense]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -114,12 +115,8 @@ def stacks_of(model: nn.Module, linears: set[str]) -> set[str]:
     whole = set()
     for name, module in model.named_modules():
         if isinstance(module, RoutedExperts):
-            left = {
-                c.parameter
-                for n, c in module.named_children()
-                if isinstance(c, ExpertLinear) and f"{name}.{n}" not in linears
-            }
-            whole |= {f"{name}.{key}" for key in module._parameters if key.removesuffix("_bias") not in left}
+            packed = {child for child, _ in module.named_children() if f"{name}.{child}" in linears}
+            whole |= {f"{name}.{key}" for key in module.packed_stacks(packed)}
     return whole
 
 

@@ -86,13 +86,11 @@ void dequantize_tile(const LayoutView& view, const RowRange& range, uint8_t* out
 
 // The tile of a row, and the part of it inside [row, row_end).
 RowRange tile_at(const LayoutView& view, int64_t row, int64_t row_end) {
-  const SegmentRecord* first = &view.segment(0);
-  const SegmentRecord* s = std::upper_bound(first, first + view.header().segments, row,
-                                            [](int64_t r, const SegmentRecord& x) { return r < x.row_begin; }) -
-                           1;
-  const int64_t tile = (row - s->row_begin) / kTileRows;
-  const int64_t tile_row = s->row_begin + tile * kTileRows;
-  return {s - first, s->tile_begin + tile, tile_row, row, std::min({row_end, tile_row + kTileRows, s->row_begin + s->rows})};
+  const int64_t segment = view.segment_of(row);
+  const SegmentRecord& s = view.segment(segment);
+  const int64_t tile = (row - s.row_begin) / kTileRows;
+  const int64_t tile_row = s.row_begin + tile * kTileRows;
+  return {segment, s.tile_begin + tile, tile_row, row, std::min({row_end, tile_row + kTileRows, s.row_begin + s.rows})};
 }
 
 }  // namespace

@@ -20,6 +20,7 @@
 //
 // Every panel is padded to blocks of 8 columns (32 where widths 1..3 are in fours) whose code and codebook are zero.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -77,6 +78,11 @@ class LayoutView {
 
   const LayoutHeader& header() const { return *at<LayoutHeader>(0); }
   const SegmentRecord& segment(int64_t s) const { return at<SegmentRecord>(header().segments_offset)[s]; }
+  int64_t segment_of(int64_t row) const {
+    const SegmentRecord* first = &segment(0);
+    const auto before = [](int64_t r, const SegmentRecord& s) { return r < s.row_begin; };
+    return std::upper_bound(first, first + header().segments, row, before) - first - 1;
+  }
   const PanelRecord& panel(int64_t p) const { return at<PanelRecord>(header().panels_offset)[p]; }
   const uint32_t* columns(const PanelRecord& p) const { return at<uint32_t>(header().columns_offset) + p.first_slot; }
   const float* max_magnitude(const PanelRecord& p, int64_t segment) const {  // max |codebook| of each column

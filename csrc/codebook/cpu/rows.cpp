@@ -3,7 +3,6 @@
 // with the kernels of decode.h, 32 times the work.
 #include "codebook/cpu/rows.h"
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -39,11 +38,9 @@ LookUp look_up_of(int64_t width, std::integer_sequence<int, Width...>) {
 
 void decode_row(const LayoutView& view, int64_t row, float* out) {
   const LayoutHeader& header = view.header();
-  const SegmentRecord* first = &view.segment(0);
-  const SegmentRecord* segment =
-      std::upper_bound(first, first + header.segments, row, [](int64_t r, const SegmentRecord& x) { return r < x.row_begin; }) -
-      1;
-  const int64_t in_segment = row - segment->row_begin, tile = segment->tile_begin + in_segment / kTileRows;
+  const int64_t s = view.segment_of(row);
+  const SegmentRecord& segment = view.segment(s);
+  const int64_t in_segment = row - segment.row_begin, tile = segment.tile_begin + in_segment / kTileRows;
   constexpr auto widths = std::make_integer_sequence<int, 8>();
   uint16_t halves[kMaxPanelColumns];
   float scattered[kMaxPanelColumns];
@@ -51,8 +48,7 @@ void decode_row(const LayoutView& view, int64_t row, float* out) {
     const PanelRecord& panel = view.panel(p);
     const LookUp look = header.order == StepOrder::rows ? look_up_of<StepOrder::rows>(panel.width, widths)
                                                         : look_up_of<StepOrder::fours>(panel.width, widths);
-    look(view.codes(panel, tile), static_cast<int>(in_segment % kTileRows), view.codebook(panel, segment - first), panel.slots,
-         halves);
+    look(view.codes(panel, tile), static_cast<int>(in_segment % kTileRows), view.codebook(panel, s), panel.slots, halves);
     float* weights = panel.first_column >= 0 ? out + panel.first_column : scattered;
     row_kernels().to_fp32[static_cast<int>(DType::fp16)](halves, weights, panel.columns);
     if (weights == scattered)

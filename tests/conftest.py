@@ -20,6 +20,8 @@ SEED = int(os.environ.get("PYLLMQ_TEST_SEED", "0"))
 ISA = os.environ.get("PYLLMQ_TEST_ISA")
 """The instruction set that every test begins with, instead of this machine's best."""
 
+THREADS = torch.get_num_threads()
+
 SEED_STEP = 1_000_003  # far from the small numbers that tests choose
 
 
@@ -64,8 +66,9 @@ def pytest_sessionstart(session):
 
 @pytest.fixture(autouse=True)
 def seed(request, monkeypatch):
-    """Fresh but repeatable numbers for each test, whatever ran before."""
+    """Fresh but repeatable numbers for each test and the threads of a new process, whatever ran before."""
     manual_seed = torch.manual_seed
+    torch.set_num_threads(THREADS)
     if SEED:
         monkeypatch.setattr(torch, "manual_seed", lambda chosen: manual_seed(chosen + SEED_STEP * SEED))
     torch.manual_seed(sum(map(ord, request.node.nodeid)))

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from . import llama_cpp, record
 from .plot import OURS, RIVAL, require_matplotlib
@@ -79,10 +80,10 @@ class System:
 
 @dataclass
 class Found:
-    """Of one system, in the order of the contexts."""
+    """Of one system; tokens of the context that was measured last."""
 
     first_token_s: list[float]
-    token_s: dict[int, list[float]]
+    token_s: list[float]
     peak: int | None = None
 
 
@@ -122,6 +123,7 @@ def run_generation(
     if plot is not None:
         require_matplotlib()
     threads = torch.get_num_threads()
+    rows: list[GenerationRow] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if keep is None else keep)
         systems = [
@@ -130,31 +132,31 @@ def run_generation(
             *_rivals(Path(model).name, config, rivals, folder, threads, max(contexts)),
         ]
         others = record.OthersCpu()
-        found = _measure(systems, contexts, prompt, rounds)
-        rows = [
-            GenerationRow(
-                model=Path(model).name,
-                system=system.system,
-                weights=system.weights,
-                mode=system.mode,
-                weights_mb=nbytes / 1e6,
-                context=context,
-                decode_per_s=1 / min(taken.token_s[context]),
-                prompt_per_s=prompt / min(taken.first_token_s),
-                first_token_s=min(taken.first_token_s),
-                peak_mb=float("nan") if taken.peak is None else taken.peak / 1e6,
-                rounds=rounds,
-                others_cpu=others.share(),
-                threads=threads,
-                **record.environment(),
-            )
-            for system, (nbytes, taken) in found.items()
-            for context in contexts
-        ]
-    print(table(rows))
-    if csv is not None:
-        record.append(Path(csv), rows, HEADER)
-        print(f"{len(rows)} rows appended to {csv}")
+        for context, found in _measure(systems, contexts, prompt, rounds):
+            measured = [
+                GenerationRow(
+                    model=Path(model).name,
+                    system=system.system,
+                    weights=system.weights,
+                    mode=system.mode,
+                    weights_mb=nbytes / 1e6,
+                    context=context,
+                    decode_per_s=1 / min(taken.token_s),
+                    prompt_per_s=prompt / min(taken.first_token_s),
+                    first_token_s=min(taken.first_token_s),
+                    peak_mb=float("nan") if taken.peak is None else taken.peak / 1e6,
+                    rounds=rounds,
+                    others_cpu=others.share(),
+                    threads=threads,
+                    **record.environment(),
+                )
+                for system, (nbytes, taken) in found.items()
+            ]
+            rows += measured
+            print(table(rows), flush=True)
+            if csv is not None:
+                record.append(Path(csv), measured, HEADER)
+                print(f"{len(measured)} rows appended to {csv}", flush=True)
     if plot is not None:
         draw(rows, Path(plot))
         print(f"drawn: {plot}")
@@ -168,10 +170,9 @@ def _ours(model: str, bits: Sequence[str], precision: Sequence[str], threads: in
     module = "pyllmq.benchmarks.transformers_worker"
     for width in bits:
         Widths.parse(width)
-        for each in precision:
-            for fused in ("1", "0"):
-                mode = f"{'fused' if fused == '1' else 'unfused'} {each}"
-                yield System("pyllmq", width, mode, module, (model, width, each, "bfloat16", fused, str(threads)))
+        for fused, each in [*(("1", each) for each in precision), ("0", precision[0])]:
+            mode = f"{'fused' if fused == '1' else 'unfused'} {each}"
+            yield System("pyllmq", width, mode, module, (model, width, each, "bfloat16", fused, str(threads)))
 
 
 def _dense(model: str, threads: int) -> Iterator[System]:
@@ -212,28 +213,41 @@ def _rivals(
 
 def _measure(
     systems: Sequence[System], contexts: Sequence[int], prompt: int, rounds: int
-) -> dict[System, tuple[int, Found]]:
+) -> Iterator[tuple[int, dict[System, tuple[int, Found]]]]:
+    """Each context with what was found there, as soon as it is measured."""
+    prompts = max(2, rounds // 2)
+    turns = 1 + prompts + len(contexts) * (1 + rounds)
     with ExitStack() as stack:
-        workers = {}
-        for system in systems:
-            print(f"starting {system}", flush=True)
-            workers[system] = worker = Worker(system.module, system.arguments)
-            stack.callback(worker.close)
-        found = {system: Found([], {context: [] for context in contexts}) for system in systems}
-        for _ in range(max(2, rounds // 2)):
-            for system, worker in workers.items():
-                found[system].first_token_s.append(worker.ask("prompt", tokens=prompt))
+        bar = stack.enter_context(tqdm(total=len(systems) * turns, unit="turn", desc="generation"))
+
+        def each(what: str) -> Iterator[System]:
+            for system in systems:
+                bar.set_postfix_str(f"{system}: {what}")
+                yield system
+                bar.update()
+
+        workers: dict[System, Worker] = {}
+        for i, system in enumerate(each("starts")):
+            for ahead in systems[i + (i > 0) : i + 2]:  # two at a time: most of it runs on one thread
+                workers[ahead] = worker = Worker(ahead.module, ahead.arguments)
+                stack.callback(worker.close)
+            _ = workers[system].nbytes
+        found = {system: Found([], []) for system in systems}
+        for _ in range(prompts):
+            for system in each(f"prompt of {prompt}"):
+                found[system].first_token_s.append(workers[system].ask("prompt", tokens=prompt))
         for context in contexts:
-            for worker in workers.values():
-                worker.ask("decode", context=context, tokens=UNTIMED)
+            for system in each(f"reads {context} tokens"):
+                found[system].token_s = []
+                workers[system].ask("decode", context=context, tokens=UNTIMED)
             for _ in range(rounds):
+                for system in each(f"tokens at {context}"):
+                    taken = workers[system].ask("decode", context=context, tokens=UNTIMED + TOKENS)[UNTIMED:]
+                    found[system].token_s.append(median(taken))
+            if context == contexts[0]:
                 for system, worker in workers.items():
-                    taken = worker.ask("decode", context=context, tokens=UNTIMED + TOKENS)[UNTIMED:]
-                    found[system].token_s[context].append(median(taken))
-            for system, worker in workers.items():
-                if context == contexts[0]:
                     found[system].peak = worker.ask("peak")
-        return {system: (workers[system].nbytes, found[system]) for system in systems}
+            yield context, {system: (workers[system].nbytes, found[system]) for system in systems}
 
 
 # ---- what it says ---------------------------------------------------------------------------------------------------

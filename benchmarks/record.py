@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -116,13 +117,18 @@ class OthersCpu:
 
     @staticmethod
     def _ticks() -> tuple[float, float, float] | None:
-        """Of all CPUs together: ticks that passed, ticks that were used, ticks that this process and its ended children used."""
+        """Of all CPUs together: ticks that passed, ticks that were used, ticks that this process and its children used."""
         try:
             passed = [int(t) for t in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+            own = sum(os.times()[:4]) * os.sysconf("SC_CLK_TCK")  # of ended children, too
+            for process in Path("/proc").glob("[0-9]*/stat"):
+                with suppress(OSError):  # it may end meanwhile
+                    seen = process.read_text().rsplit(")", 1)[1].split()
+                    own += sum(map(int, seen[11:13])) if int(seen[1]) == os.getpid() else 0
         except (OSError, ValueError):
             return None
         idle = passed[3] + passed[4]  # idle, and waiting for a disk
-        return sum(passed), sum(passed) - idle, sum(os.times()[:4]) * os.sysconf("SC_CLK_TCK")
+        return sum(passed), sum(passed) - idle, own
 
 
 def environment() -> dict[str, str]:

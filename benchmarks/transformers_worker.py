@@ -61,7 +61,7 @@ def config_of(model: str) -> Any:
 
 
 def random_model(config: Any, bits: str, dtype: torch.dtype) -> nn.Module:
-    """A model of this shape with random weights, "dense" or packed with a packed head. Packed Linears of one shape hold the same
+    """A model of this shape with random weights, "dense" or packed with a packed head. Weights of one shape hold the same
     numbers, each in memory of its own: a token's time does not depend on them."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -76,12 +76,14 @@ def random_model(config: Any, bits: str, dtype: torch.dtype) -> nn.Module:
             own = str(HEAD_BITS) if linear is model.get_output_embeddings() else bits
             packed[shape] = pack_normal(torch.randn(shape) * SPREAD, Widths.parse(own))
         replace_module(model, name, CodebookLinear.from_weight(packed[shape], dtype=dtype))
+    dense: dict[torch.Size, torch.Tensor] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
-                made = torch.empty(parameter.shape, dtype=dtype)
-                made = made.normal_(std=SPREAD) if made.dim() > 1 else made.fill_(1)
-                setattr(module, name, nn.Parameter(made, requires_grad=False))
+                if parameter.shape not in dense:
+                    made = torch.empty(parameter.shape, dtype=dtype)
+                    dense[parameter.shape] = made.normal_(std=SPREAD) if made.dim() > 1 else made.fill_(1)
+                setattr(module, name, nn.Parameter(dense[parameter.shape].clone(), requires_grad=False))
     if bits == "dense":
         model.tie_weights()
     else:

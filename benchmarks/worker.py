@@ -8,8 +8,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
+
+from pyllmq.memory import peak_memory, return_freed
 
 
 class System(Protocol):
@@ -42,33 +45,25 @@ def serve(make: Callable[[], System]) -> None:
         for line in sys.stdin:
             asked = json.loads(line)
             what = asked.pop("do")
-            answer(found=peak_bytes() if what == "peak" else getattr(system, what)(**asked))
+            answer(found=peak_memory() if what == "peak" else getattr(system, what)(**asked))
     except Exception as error:  # whatever it is, the run of the others goes on
         answer(error=f"{type(error).__name__}: {error}")
 
 
 def _forget_peak() -> None:
     """Making the model may take more memory than running it."""
+    return_freed()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
 
 
-def peak_bytes() -> int | None:
-    """Most memory that this process held since the system was made, files that it mapped included; None without /proc."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM")), None)
-
-
 # ---- outside of it --------------------------------------------------------------------------------------------------
 
 
 class Worker:
-    """A running process. Raises RuntimeError with its own words where it fails."""
+    """A process that makes its system; `nbytes` waits until it has. Raises RuntimeError with its own words where it fails."""
 
     def __init__(self, module: str, arguments: Sequence[str]) -> None:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
@@ -79,11 +74,11 @@ class Worker:
             stderr=self.log,
             text=True,
         )
-        try:
-            self.nbytes: int = self._answer()["nbytes"]
-        except BaseException:
-            self.close()
-            raise
+
+    @cached_property
+    def nbytes(self) -> int:
+        made: int = self._answer()["nbytes"]
+        return made
 
     def ask(self, what: str, **arguments: Any) -> Any:
         assert self.process.stdin is not None

@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -13,6 +14,7 @@
 #include <thread>
 
 #include "bindings.h"
+#include "state_guard.h"
 #include "codebook/cpu/checkpoint.h"
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/operand.h"
@@ -475,6 +477,43 @@ py::class_<Bound<Step>> bind_step(py::module_& m, const char* name, Bound<Step> 
           [](Bound<Step>& bound, int code) { bound.step.precision = precision_of(code); });
 }
 
+// Blocks of one model, each an attention step and an MLP step with their residuals.
+class BlockRun {
+ public:
+  BlockRun(const py::list& blocks) : keep_(blocks) {
+    for (const py::handle block : blocks) {
+      const auto parts = py::cast<py::tuple>(block);
+      blocks_.push_back(
+          {parts[0].cast<const Bound<AttentionStep>*>(), parts[1].cast<const Bound<MlpStep>*>(), parts[2].cast<bool>()});
+    }
+  }
+
+  void run(Pointer x, Pointer y, Pointer copies, const TypedTokens& tokens, const std::vector<const KeyValueCache*>& caches,
+           const std::vector<int64_t>& pasts) const {
+    if (caches.size() != blocks_.size() || pasts.size() != blocks_.size())
+      throw std::invalid_argument("there are " + std::to_string(blocks_.size()) + " blocks, " + std::to_string(caches.size()) +
+                                  " caches and " + std::to_string(pasts.size()) + " pasts");
+    const HotThreads hot;
+    const int64_t hidden = blocks_.empty() ? 0 : blocks_[0].attention->step.output.operand->rows();
+    const int64_t bytes = tokens.tokens.batch * tokens.tokens.queries * hidden * element_bytes(tokens.dtype);
+    for (size_t i = 0; i < blocks_.size(); ++i, x = y, y += bytes, copies += bytes) {
+      const Block& block = blocks_[i];
+      attention_step(block.attention->step, tokens.call(x, x, y), tokens.tokens, *caches[i], pasts[i]);
+      mlp_step(block.mlp->step, tokens.call(block.in_sequence ? y : x, y, y));
+      std::memcpy(as<uint8_t>(copies), as<uint8_t>(y), bytes);
+    }
+  }
+
+ private:
+  struct Block {
+    const Bound<AttentionStep>* attention;
+    const Bound<MlpStep>* mlp;
+    bool in_sequence;
+  };
+  py::list keep_;
+  std::vector<Block> blocks_;
+};
+
 void bind_decode_step(py::module_& m) {
   using py::arg;
   py::class_<DenseOperand, LinearOperand>(m, "DenseOperand")
@@ -505,6 +544,15 @@ void bind_decode_step(py::module_& m) {
             mlp_step(bound.step, tokens.call(x, residual, y));
           },
           arg("x"), arg("y"), arg("tokens"), arg("residual") = 0, NoGil());
+  py::class_<BlockRun>(m, "BlockRun")
+      .def(py::init<const py::list&>(), arg("blocks"))
+      .def("__call__", &BlockRun::run, arg("x"), arg("y"), arg("copies"), arg("tokens"), arg("caches"), arg("pasts"), NoGil());
+  py::class_<StateGuard>(m, "StateGuard")
+      .def(py::init<py::list, py::list, py::list>(), arg("slots"), arg("empty"), arg("tensors"))
+      .def("holds", &StateGuard::holds);
+  m.def(
+      "same_bytes", [](Pointer a, Pointer b, int64_t bytes) { return std::memcmp(as<uint8_t>(a), as<uint8_t>(b), bytes) == 0; },
+      arg("a"), arg("b"), arg("bytes"));
 }
 
 }  // namespace

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 import pyllmq
 from pyllmq import evaluate
+from pyllmq.benchmarks.generation import run_generation
 from pyllmq.compression import calibration
 from pyllmq.loading import is_causal, load_model, load_tokenizer
 
@@ -34,6 +35,7 @@ POINTS = {
     "50 % kept": pyllmq.SparseConfig(0.5, values="bfloat16"),
     "2:4, 4 bits": pyllmq.SparseConfig(pattern="2:4", quantize=pyllmq.CLAQConfig(4)),
 }
+GENERATES = "TinyLlama-1.1B"
 CALIBRATION_SENTENCES = 256
 TEST_SENTENCES = 256
 SEQLEN = 256
@@ -211,6 +213,10 @@ def main() -> None:
     print(f"\n{name}, every Linear of the {part}, {torch.get_num_threads()} threads")
     print(text)
     print(f"written to {given.out}/: packed folders, table.txt, results.json, fidelity.png")
+    print(
+        f"\nGeneration, a model of the shape of {GENERATES} with random weights (a token's time does not depend on them):"
+    )
+    run_generation(GENERATES, bits="4,2", rivals=("none",), contexts=(64,), prompt=64, rounds=2)
 
 
 if __name__ == "__main__":

@@ -267,3 +267,27 @@ class MlpStep:
         precision: int = 1,
     ) -> None: ...
     def __call__(self, x: int, y: int, tokens: StepTokens, residual: int = 0) -> None: ...
+
+class BlockRun:
+    """Blocks one after the other: for each an attention step, an MLP step, both with their residuals, and whether the MLP reads
+    what the attention made (else x, beside it)."""
+
+    def __init__(self, blocks: list[tuple[AttentionStep, MlpStep, bool]]) -> None: ...
+    def __call__(
+        self, x: int, y: int, copies: int, tokens: StepTokens, caches: tuple[KeyValueCache, ...], pasts: tuple[int, ...]
+    ) -> None:
+        """x: the address of [batch, queries, hidden]; y, copies: of [blocks, batch, queries, hidden], each block's output twice."""
+
+class StateGuard:
+    """Is the state of Python objects what it was? slots: (dict, key, value), Ellipsis where the key must be absent. empty:
+    containers that must stay empty. tensors: (tensor, data_ptr, version or None)."""
+
+    def __init__(
+        self,
+        slots: list[tuple[dict[str, Any], str, Any]],
+        empty: list[Any],
+        tensors: list[tuple[Any, int, int | None]],
+    ) -> None: ...
+    def holds(self) -> bool: ...
+
+def same_bytes(a: int, b: int, bytes: int) -> bool: ...

@@ -53,8 +53,10 @@ def test_a_process_answers_and_says_why_it_ends(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="no room for 10"):
         worker.ask("decode", context=10, tokens=1)
     worker.close()
+    broken = Worker("stub_system", ["broken"])
     with pytest.raises(RuntimeError, match="cannot start"):
-        Worker("stub_system", ["broken"])
+        _ = broken.nbytes
+    broken.close()
 
 
 @pytest.mark.parametrize("bits, fused", [("2.1+0.005", "1"), ("dense", "0")])
@@ -132,14 +134,14 @@ def test_systems_take_turns_and_rows_are_kept(tmp_path, monkeypatch, capsys):
     rows = generation.run_generation(
         "TinyLlama-1.1B", bits="4", contexts=(20, 30), prompt=8, rounds=2, dense=False, csv=tmp_path / "r.csv"
     )
-    assert [(r.context, r.mode) for r in rows] == [(c, m) for m in ("fused high", "unfused high") for c in (20, 30)]
+    assert [(r.context, r.mode) for r in rows] == [(c, m) for c in (20, 30) for m in ("fused high", "unfused high")]
     assert all((r.decode_per_s, r.prompt_per_s, r.weights_mb, r.peak_mb) == (4.0, 16.0, 1.0, 2.0) for r in rows)
     turns = [name for name, what in asked if what == "decode"]
     assert turns == ["41", "40"] * 6 and asked[-2:] == [("40", "close"), ("41", "close")]
     said = capsys.readouterr().out
     assert "llama.cpp is left out" in said and "pip install ik-llama-cpp-python" in said
     with (tmp_path / "r.csv").open(newline="") as file:
-        assert [line["context"] for line in csv.DictReader(file)] == ["20", "30", "20", "30"]
+        assert [line["context"] for line in csv.DictReader(file)] == ["20", "20", "30", "30"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -14,6 +16,7 @@ import pyllmq
 from pyllmq.fusion import native, report, steps
 from pyllmq.fusion.cache import filled_cache, growing_layer
 from pyllmq.fusion.grammar import fit
+from pyllmq.fusion.modules import FusedModule
 from pyllmq.fusion.record import record_model
 from pyllmq.nn import PackedLinear
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
@@ -86,23 +89,21 @@ def in_fp64(model):
 
 @contextmanager
 def counted():
-    """How many times native steps ran, attention and MLP."""
+    """How many times modules were served by native steps, attention and MLP."""
     counts = {"attention": 0, "mlp": 0}
-    own = native.Attention.__call__, native.Mlp.__call__
+    own = FusedModule.served
 
-    def attention(*args):
-        counts["attention"] += 1
-        own[0](*args)
+    def served(self, **given):
+        y = own(self, **given)
+        counts["attention"] += y is not None and self.attention is not None
+        counts["mlp"] += y is not None and self.mlp is not None
+        return y
 
-    def mlp(*args):
-        counts["mlp"] += 1
-        own[1](*args)
-
-    native.Attention.__call__, native.Mlp.__call__ = attention, mlp
+    FusedModule.served = served
     try:
         yield counts
     finally:
-        native.Attention.__call__, native.Mlp.__call__ = own
+        FusedModule.served = own
 
 
 def padded_batch(left: bool = True):
@@ -589,6 +590,93 @@ def test_torch_compile(llama):
     assert counts["attention"] == 0
     pyllmq.unfuse(llama)
     torch.testing.assert_close(ours, run(llama), rtol=1e-4, atol=1e-4)
+
+
+def ahead_of(model):
+    return model.model.layers[0].forward.shared.ahead
+
+
+def decoded(model, tokens: int = 5, disturb=lambda model, token: None):
+    """Logits of some tokens, one at a time, behind a prompt; `disturb` is called before each."""
+    cache = transformers.DynamicCache(config=model.config)
+    ids = torch.arange(3, 12 + tokens)[None]
+    with torch.inference_mode():
+        model(input_ids=ids[:, :9], past_key_values=cache)
+        found = []
+        for token in range(tokens):
+            disturb(model, token)
+            found.append(model(input_ids=ids[:, 9 + token : 10 + token], past_key_values=cache).logits)
+    return torch.cat(found)
+
+
+def four_blocks():
+    model = packed(randomized(tiny_llama(num_hidden_layers=4, vocab_size=128)))
+    pyllmq.fuse(model)
+    return model
+
+
+def test_blocks_run_ahead_from_the_third_token_on():
+    model = four_blocks()
+    ran = []
+    decoded(model, 5, lambda m, token: ran.append(0 if ahead_of(m) is None else len(ahead_of(m).blocks)))
+    assert ran == [0, 0, 4, 4, 4] and ahead_of(model).at == 4  # the first token shows who comes behind whom
+    assert_as_unfused(model, None, decoded)
+
+
+def test_what_ran_ahead_does_not_count_after_a_change_between_blocks():
+    """In place, by a hook of a block, in inference mode, where torch counts no versions; or another tensor."""
+    for change in (lambda y: y.mul_(1.5), lambda y: y * 1.5, lambda y: y.clone()):
+        model = four_blocks()
+
+        def hook(module, args, y, change=change):
+            return change(y)
+
+        def disturb(m, token, hook=hook):
+            if token == 3:
+                m.model.layers[1].register_forward_hook(hook)
+
+        def run(m, disturb=disturb):
+            m.model.layers[1]._forward_hooks.clear()
+            return decoded(m, 6, disturb)
+
+        assert_as_unfused(model, None, run)
+
+
+def test_what_ran_ahead_does_not_count_for_blocks_that_are_left_out_or_changed():
+    model = four_blocks()
+    layers = model.model.layers
+
+    def without_the_third(m, token):
+        m.model.layers = nn.ModuleList([layers[i] for i in ((0, 1, 3) if token % 2 else (0, 1, 2, 3))])
+
+    def run(m):
+        try:
+            return decoded(m, 1, without_the_third)
+        finally:
+            m.model.layers = layers
+
+    assert_as_unfused(model, None, run)
+    model = four_blocks()
+    weight = model.model.layers[2].input_layernorm.weight
+
+    def another_weight(m, token):
+        weight.data = weight.data + 0.1 if token == 3 else weight.data
+
+    before = weight.data
+    fused = decoded(model, 5, another_weight)
+    weight.data = before
+    pyllmq.unfuse(model)
+    torch.testing.assert_close(fused, decoded(model, 5, another_weight), rtol=1e-4, atol=1e-4)
+
+
+def test_a_generation_that_ended_leaves_no_cache_alive():
+    model = four_blocks()
+    cache = transformers.DynamicCache(config=model.config)
+    generated(model, {"input_ids": torch.arange(3, 9)[None]}, past_key_values=cache)
+    reference = weakref.ref(cache.layers[3])
+    del cache
+    gc.collect()
+    assert reference() is None
 
 
 def test_masks_that_are_not_causal(llama):

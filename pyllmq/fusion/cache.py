@@ -136,6 +136,11 @@ class GrowingLayer(DynamicLayer):
         for grown in self.grown:
             grown.reserve(tokens)
 
+    def extent(self) -> tuple[int, ...]:
+        """Changes with what the layer holds; of tokens that were reserved only where they have another place."""
+        keys, values = self.grown
+        return id(keys.buffer), keys.start, keys.length, id(values.buffer), values.start, values.length
+
     def committed(self, tokens: int) -> None:
         """So many tokens were written behind the last one, into memory that `reserve` made."""
         for grown in self.grown:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from ..backends.cpu import runtime as cpu
-from ..integrations.transformers_internals import collects, implementation_of
+from ..integrations.transformers_internals import IMPLEMENTATION, collects, implementation_of
 from ..layers.linear import PackedLinear
 from . import native
+from .ahead import Ahead, Given, undisturbed
 from .attention_functions import attention_implementation
 from .cache import GrowingLayer, growing_layer
 from .grammar import Arguments, Fitting
@@ -37,6 +37,9 @@ class Shared:
     def __init__(self, fuse_again: Callable[[], None]) -> None:
         self.fuse_again = fuse_again
         self.rotaries: dict[Rotary, Rotary] = {}
+        self.ahead: Ahead | None = None
+        self.last: tuple[FusedModule, Given, Tensor] | None = None
+        """The whole block that ran last, what it was given and what it made."""
         self.tokens: list[tuple[Any, ...]] = []
 
     def tokens_of(self, x: Tensor, shape: torch.Size, cos: Any, sin: Any, mask: Any, rotary: Rotary) -> native.Tokens:
@@ -74,6 +77,10 @@ class FusedModule:
         self.residual = fitting.attention is not None and fitting.mlp is not None
         self.in_sequence = self.residual and not fitting.parallel
         self.weights = self._weights()
+        self.guard = self._guard()
+        self.behind: FusedModule | None = None
+        """The block that was called with this one's output and else the same, when it ran last."""
+        self.runs: dict[tuple[FusedModule, ...], Any] = {}
 
     def install(self) -> None:
         self.module.forward = self
@@ -95,6 +102,11 @@ class FusedModule:
 
     def served(self, **given: Any) -> Any:
         """The module's output, or None where its own forward has to make it."""
+        ahead = self.shared.ahead
+        made = None if ahead is None else ahead.take(self, given)
+        if ahead is not None and made is not None:
+            self._remember(ahead.given, made)
+            return self.wrap(made)
         names = self.arguments
         layer: Any = None if names.cache is None else growing_layer(given.get(names.cache), names.cache_layer)
         x: Any = given.get(names.x)
@@ -114,34 +126,89 @@ class FusedModule:
                 return None
         if not self._is_usual(given):
             return None
-        if not self._is_current():
+        if not (self.guard.holds() or self._is_current()):
             self.shared.fuse_again()
             return None
         tokens = self.shared.tokens_of(x, shape, cos, sin, mask, self.rotary)
         cpu.kernels()  # as many threads as torch has
         x = x.contiguous()
+        if self.residual:
+            return self.wrap(self._with_those_behind(given, x, tokens, layer))
         y = torch.empty_like(x)
+        self._run(x, y, tokens, layer)
+        return self.wrap(y)
+
+    def _run(self, x: Tensor, y: Tensor, tokens: native.Tokens, layer: Any) -> None:
         if self.attention is not None:
             self.attention(x, y, tokens, layer, self.residual)
         if self.mlp is not None:
             self.mlp(y if self.in_sequence else x, y, tokens, self.residual)
-        return self.wrap(y)
+
+    # ---- blocks in a row --------------------------------------------------------------------------------------------
+
+    def _with_those_behind(self, given: dict[str, Any], x: Tensor, tokens: native.Tokens, layer: Any) -> Tensor:
+        names = self.arguments
+        assert names.cache is not None
+        seen = Given(given, names.x, names.cache)
+        last, self.shared.ahead = self.shared.last, None
+        if last is not None and last[0] is not self:
+            follows = given[names.x] is last[2] and last[1].again(given) and self.runs_like(last[0])
+            last[0].behind = self if follows else None
+        blocks, layers = [self], [layer]
+        cos = None if names.positions is None else given[names.positions][0]
+        mask = given.get(names.mask or "")
+        while (block := blocks[-1].behind) is not None and block not in blocks:
+            its = growing_layer(given[names.cache], block.arguments.cache_layer)
+            if its is None or its in layers or not _reaches(its, x.shape, mask, cos):
+                break
+            blocks.append(block)
+            layers.append(its)
+        if len(blocks) == 1:
+            y = torch.empty_like(x)
+            self._run(x, y, tokens, layer)
+        else:
+            self.shared.ahead = Ahead(blocks, layers, seen, x, tokens)
+            y = self.shared.ahead.outputs[0]
+        self._remember(seen, y)
+        return y
+
+    def _remember(self, given: Given, y: Tensor) -> None:
+        self.shared.last = (self, given, y)
+
+    def runs_like(self, other: FusedModule) -> bool:
+        """Do both find x, cache, mask and positions under the same names, and prepare tokens alike?"""
+        mine, its = self.arguments, other.arguments
+        same = (mine.x, mine.cache, mine.mask, mine.positions) == (its.x, its.cache, its.mask, its.positions)
+        return same and self.rotary is other.rotary and self.known == other.known and mine.flags == its.flags
+
+    def run_of(self, blocks: Sequence[FusedModule]) -> Any:
+        """The native run of blocks that begin with this one."""
+        key = tuple(blocks)
+        if key not in self.runs:
+            steps = [(b.attention.step, b.mlp.step, b.in_sequence) for b in blocks if b.attention and b.mlp]
+            self.runs = {key: cpu.kernels().BlockRun(steps)}
+        return self.runs[key]
+
+    # ---- is it a call that was recorded? ----------------------------------------------------------------------------
+
+    def is_undisturbed(self) -> bool:
+        """Nothing that a step was made for has changed, and nobody watches; what this block is given was checked."""
+        return undisturbed() and self.guard.holds()
 
     def _is_usual(self, given: dict[str, Any]) -> bool:
         """Nobody watches what happens inside, asks for gradients or for anything that was not recorded."""
-        if torch.is_grad_enabled() or self.module.training or torch.is_autocast_enabled("cpu"):
-            return False
-        if implementation_of(self.config) != self.implementation:
-            return False
         for name in given:
             if name not in self.known:
                 value, recorded = given[name], self.arguments.flags.get(name)
                 if value is not recorded and (isinstance(value, Tensor) or value or recorded):
                     return False
-        for modules, name, child in self.places:
-            if modules.get(name) is not child:
-                return False
-        return not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks or self.watched())
+        if not undisturbed():
+            return False
+        if self.guard.holds():
+            return True
+        if self.module.training or implementation_of(self.config) != self.implementation:
+            return False
+        return all(modules.get(name) is child for modules, name, child in self.places) and not self.watched()
 
     def watched(self) -> str:
         """The kind of the first inner module whose call somebody sees or replaces: a step makes no such call."""
@@ -150,12 +217,25 @@ class FusedModule:
                 return type(self.inner[place]).__name__
         return ""
 
-    def _weights(self) -> list[tuple[Any, ...]]:
+    def _weights(self) -> list[tuple[dict[str, Any], str, Tensor, int, int | None]]:
         """Of each tensor: where it stands, and what changes with it. Operands change where packed tensors do."""
         owned = [
             (m._parameters, n, p) for m in self.module.modules() for n, p in m._parameters.items() if p is not None
         ]
         return [(*place, place[2].data_ptr(), _version(place[2])) for place in owned]
+
+    def _guard(self) -> Any:
+        """Holds while all is as it is now: `_is_usual` and `_is_current` look closer where it does not."""
+        slots: list[tuple[dict[str, Any], str, Any]] = [(self.module.__dict__, "training", False)]
+        if self.attention is not None:
+            slots.append((self.config, IMPLEMENTATION, self.config.get(IMPLEMENTATION, ...)))
+        slots += self.places
+        slots += [(state, "forward", ...) for state, _, _ in self.calls]
+        slots += [slot for layer, _, _ in self.packed for slot in layer.operand_state()]
+        slots += [(parameters, name, parameter) for parameters, name, parameter, _, _ in self.weights]
+        hooks = [hooks for _, *both in self.calls for hooks in both]
+        tensors = [(parameter, pointer, version) for _, _, parameter, pointer, version in self.weights]
+        return cpu.kernels().StateGuard(slots, hooks, tensors)
 
     def _is_current(self) -> bool:
         """Are the weights those that the steps were made for?"""
@@ -182,8 +262,8 @@ class NotFused:
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
+def _version(parameter: Tensor) -> int | None:
+    return None if parameter.is_inference() else parameter._version
 
 
 def _reaches(layer: GrowingLayer, shape: torch.Size, mask: Any, cos: Any) -> bool:

@@ -86,16 +86,21 @@ class Attention:
 
     def __call__(self, x: Tensor, y: Tensor, tokens: Tokens, layer: GrowingLayer, residual: bool) -> None:
         """y = x or nothing, and attention of x; the layer holds the tokens' keys and values afterwards."""
-        layer.reserve(tokens.queries)
+        cache, past = self.place(layer, tokens.queries)
+        pointer = x.data_ptr()
+        self.step(pointer, y.data_ptr(), tokens.native, cache, past, pointer if residual else 0)
+        layer.committed(tokens.queries)
+
+    def place(self, layer: GrowingLayer, queries: int) -> tuple[Any, int]:
+        """The memory of a layer with room for so many tokens more, and how many it holds."""
+        layer.reserve(queries)
         keys, values = layer.grown
         buffer: Any = keys.buffer
         # Another cache may come to lie at the address of one that is gone.
         place = (keys.pointer(), values.pointer(), keys.start, buffer.shape, buffer.dtype)
         if self.cache[0] != place:
             self.cache = (place, self._bound(layer))
-        pointer = x.data_ptr()
-        self.step(pointer, y.data_ptr(), tokens.native, self.cache[1], keys.length, pointer if residual else 0)
-        layer.committed(tokens.queries)
+        return self.cache[1], keys.length
 
     def _bound(self, layer: GrowingLayer) -> Any:
         keys, values = (grown.memory() for grown in layer.grown)

@@ -250,9 +250,12 @@ def attention_marker(note: Callable[..., None]) -> Iterator[None]:
         del AttentionMaskInterface._global_mapping[MARKER]
 
 
+IMPLEMENTATION = "_attn_implementation_internal"
+
+
 def implementation_of(state: dict[str, Any]) -> str | None:
     """Name of the attention function, from a configuration's `__dict__`: asking the configuration takes 4 us of Python."""
-    return state.get("_attn_implementation_internal")
+    return state.get(IMPLEMENTATION)
 
 
 def collects(hooks: Any) -> bool:

@@ -148,6 +148,11 @@ class PackedLayer(PackedModule):
         assert self._operand is not None
         return self._operand
 
+    def operand_state(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """Where this layer keeps what `operand()` returns and its precision, with what is there (Ellipsis: nothing)."""
+        state = self.__dict__
+        return [(state, name, state.get(name, ...)) for name in ("_operand", "_precision")]
+
     def prepare(self) -> None:
         if self._operand is not None:
             return

@@ -108,8 +108,6 @@ extern const LinearKernels kLinearAvx512;  // fours
 struct RowKernels {
   // Largest sum of |x * max_magnitude| over the columns of a lookup, NaN if one of them is NaN.
   float (*panel_bound)(const float* x, const float* max_magnitude, int64_t lookups, int columns_per_lookup);
-  // Sum of x[columns[i]] * deltas[i] in fp64, i in chain i % 8; chains c and c + 4, then c and c + 2, then the two.
-  double (*outlier_sum)(const float* x, const uint32_t* columns, const float* deltas, int64_t count);
   // Index [DType].
   void (*to_fp32[3])(const void* from, float* to, int64_t count);
   void (*from_fp32[3])(const float* from, void* to, int64_t count);

@@ -56,27 +56,6 @@ float panel_bound(const float* x, const float* max_magnitude, int64_t lookups, i
   return largest_bound<4>(x, max_magnitude, lookups);
 }
 
-// A row has few outliers (20 of 4096 columns at 0.5 %): the rest of eight is gathered under a mask, since a loop over it
-// that ends after 0 to 7 steps is mispredicted for almost every row.
-double outlier_sum(const float* x, const uint32_t* columns, const float* deltas, int64_t count) {
-  __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  for (int64_t i = 0; i < count; i += 8) {
-    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count - i)), lane);
-    const __m256i at = _mm256_maskload_epi32(reinterpret_cast<const int*>(columns + i), mask);
-    const __m256 x_at = _mm256_mask_i32gather_ps(_mm256_setzero_ps(), x, at, _mm256_castsi256_ps(mask), 4);
-    const __m256 delta = _mm256_maskload_ps(deltas + i, mask);
-    const auto add = [](__m256d sum, __m128 a, __m128 b) {  // products of two fp32 are exact in fp64
-      return _mm256_fmadd_pd(_mm256_cvtps_pd(a), _mm256_cvtps_pd(b), sum);
-    };
-    low = add(low, _mm256_castps256_ps128(x_at), _mm256_castps256_ps128(delta));
-    high = add(high, _mm256_extractf128_ps(x_at, 1), _mm256_extractf128_ps(delta, 1));
-  }
-  const __m256d four = _mm256_add_pd(low, high);
-  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
-}
-
 template <TableKind Kind>
 inline void store_table(__m256 entries_0_7, __m256 entries_8_15, uint8_t* table) {
   const PlanePairs planes = gather_planes<Kind>(entries_0_7, entries_8_15);
@@ -353,7 +332,6 @@ const LinearKernels kLinearAvx2 = {
 
 const RowKernels kRowAvx2 = {
     panel_bound,
-    outlier_sum,
     {copy_to_fp32, bf16_row_to_fp32, fp16_row_to_fp32},
     {copy_from_fp32, fp32_row_to_bf16, fp32_row_to_fp16},
     transpose,

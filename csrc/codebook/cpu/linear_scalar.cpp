@@ -108,14 +108,6 @@ void fp32_to_halves(const float* from, void* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(to)[i] = Convert(from[i]);
 }
 
-double outlier_sum(const float* x, const uint32_t* columns, const float* deltas, int64_t count) {
-  double chain[8] = {};
-  for (int64_t i = 0; i < count; ++i) chain[i % 8] += static_cast<double>(x[columns[i]]) * static_cast<double>(deltas[i]);
-  for (int step = 4; step >= 1; step /= 2)
-    for (int c = 0; c < step; ++c) chain[c] += chain[c + step];
-  return chain[0];
-}
-
 void transpose(const float* columns, int64_t count, float* rows, int64_t stride) {
   for (int64_t c = 0; c < count; ++c)
     for (int row = 0; row < kTileRows / 2; ++row) rows[row * stride + c] = columns[c * (kTileRows / 2) + row];
@@ -131,7 +123,6 @@ const LinearKernels kLinearScalar = {
 
 const RowKernels kRowScalar = {
     panel_bound,
-    outlier_sum,
     {copy_to_fp32, halves_to_fp32<bf16_to_fp32>, halves_to_fp32<fp16_to_fp32>},
     {copy_from_fp32, fp32_to_halves<fp32_to_bf16>, fp32_to_halves<fp32_to_fp16>},
     transpose,

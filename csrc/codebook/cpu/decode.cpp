@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -29,21 +28,8 @@ constexpr double kNsPerDecodedWeight = 0.1;
 // Weights of so few rows or columns are multiplied in fp32: rounding errors need company to average out.
 constexpr int64_t kFewestRows = 32, kFewestColumns = 64;
 
-// bf16 weights: infinity cannot be split in two, and an outlier is divided by the row scale that multiplies the sum.
-// (int16 weights: x carries the column's magnitude and `pack` looks at it.)
 bool weights_fit(const LayoutView& view, const DecodeKernels& kernels) {
-  if (!kernels.scale_in_sums) return true;
-  if (view.header().rows < kFewestRows || view.header().columns < kFewestColumns) return false;
-  if (kernels.relative) return true;
-  const auto finite = [](float value) { return std::isfinite(value); };
-  const LayoutHeader& header = view.header();
-  for (int64_t s = 0; s < header.segments; ++s)
-    for (int64_t p = 0; p < header.panels; ++p) {
-      const float* magnitude = view.max_magnitude(view.panel(p), s);
-      if (!std::all_of(magnitude, magnitude + view.panel(p).columns, finite)) return false;
-    }
-  if (view.row_scale() == nullptr || header.outliers == 0) return true;
-  return std::all_of(view.row_scale(), view.row_scale() + header.rows, [&](float scale) { return finite(scale) && scale != 0; });
+  return !kernels.relative || (view.header().rows >= kFewestRows && view.header().columns >= kFewestColumns);
 }
 
 // The part of a panel that lies in a block of 256 slots; widths 5..8 have panels of 32 columns.
@@ -86,8 +72,8 @@ struct Problem {
 
   TokenGroups groups() const { return {tokens, kernels->token_group}; }
   uint8_t* packed_block(int64_t b) const { return packed + b * kernels->packed_bytes(tokens); }
-  bool adds_outliers() const { return !slot_of.empty() && kernels->put_outlier == nullptr; }
-  bool scales_weights() const { return view.row_scale() != nullptr && !kernels->scale_in_sums; }
+  bool adds_outliers() const { return !slot_of.empty() && kernels->relative; }
+  bool scales_weights() const { return view.row_scale() != nullptr && !kernels->relative; }
 };
 
 std::vector<Block> make_blocks(const LayoutView& view) {
@@ -193,7 +179,6 @@ class ChunkOutliers {
     ends_.clear();
     if (problem.slot_of.empty() || problem.adds_outliers()) return;
     const LayoutView& view = problem.view;
-    const float* scale = problem.kernels->scale_in_sums ? view.row_scale() : nullptr;
     const uint32_t* offsets = view.outlier_row_offsets();
     const auto bucket_of = [&](int64_t row, uint32_t slot) {
       return static_cast<int64_t>(slot) / kDecodedColumns * tiles + (row - row_begin) / kTileRows;
@@ -208,18 +193,19 @@ class ChunkOutliers {
     for (int64_t row = row_begin; row < row_end; ++row)
       for (uint32_t i = offsets[row]; i < offsets[row + 1]; ++i) {
         const uint32_t slot = problem.slot_of[view.outlier_columns()[i]];
-        const float value = fp16_to_fp32(view.outlier_values()[i]);
-        outliers_[ends_[bucket_of(row, slot)]++] = {scale != nullptr ? value / scale[row] : value,
+        outliers_[ends_[bucket_of(row, slot)]++] = {fp16_to_fp32(view.outlier_values()[i]),
                                                     static_cast<int32_t>(slot % kDecodedColumns),
                                                     static_cast<int32_t>((row - row_begin) % kTileRows)};
       }
   }
 
-  void put(const DecodeKernels& kernels, int64_t block, int64_t tile, uint8_t* weights) const {
+  void put(int64_t block, int64_t tile, float* weights) const {
     if (ends_.empty()) return;
     const int64_t bucket = block * tiles_ + tile;
-    for (int64_t i = bucket == 0 ? 0 : ends_[bucket - 1]; i < ends_[bucket]; ++i)
-      kernels.put_outlier(weights, outliers_[i].slot, outliers_[i].row, outliers_[i].value);
+    for (int64_t i = bucket == 0 ? 0 : ends_[bucket - 1]; i < ends_[bucket]; ++i) {
+      const auto& [value, slot, row] = outliers_[i];
+      weights[(row / kHalfRows * kDecodedColumns + slot) * kHalfRows + row % kHalfRows] = value;
+    }
   }
 
  private:
@@ -265,7 +251,7 @@ void multiply_block(const Problem& problem, int64_t b, const TileChunk& chunk, c
                      memory.weights + piece.block_slot * kHalfRows * kernels.weight_bytes);
       split += piece.slots * split_bytes(piece.width());
     }
-    outliers.put(kernels, b, tile, memory.weights);
+    outliers.put(b, tile, reinterpret_cast<float*>(memory.weights));
     kernels.multiply(memory.weights, problem.packed_block(b), slots, problem.tokens,
                      memory.sums + tile * (problem.tokens + 1) * kTileRows);
   }
@@ -335,7 +321,7 @@ void run_chunk(const Problem& problem, const TileChunk& chunk) {
   if (kernels.begin_chunk != nullptr) kernels.begin_chunk(problem.tokens);
   for (size_t b = 0; b < problem.blocks.size(); ++b) multiply_block(problem, static_cast<int64_t>(b), chunk, outliers, memory);
   if (kernels.end_chunk != nullptr) kernels.end_chunk();
-  if (problem.view.row_scale() != nullptr && kernels.scale_in_sums) scale_sums(problem, chunk, memory);
+  if (problem.view.row_scale() != nullptr && kernels.relative) scale_sums(problem, chunk, memory);
   if (problem.adds_outliers()) add_outliers(problem, chunk, memory);
   for (int64_t t = 0; t < problem.tokens; ++t) store_token(problem, t, chunk, memory);
 }
@@ -397,10 +383,6 @@ bool pack_fp32(const float* x, int64_t slots, const uint8_t*, const TokenGroups&
   for (int64_t slot = 0; slot < slots; ++slot)
     for (int64_t t = 0; t < count; ++t) to[slot * count + t] = x[t * kDecodedColumns + slot];
   return true;
-}
-
-void put_fp32(uint8_t* weights, int64_t slot, int row, float value) {
-  reinterpret_cast<float*>(weights)[(row / kHalfRows * kDecodedColumns + slot) * kHalfRows + row % kHalfRows] = value;
 }
 
 void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,

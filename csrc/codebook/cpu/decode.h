@@ -89,12 +89,13 @@ static inline void add_outliers_loop(const RowOutliers& outliers, const float* x
 
 // One row per ISA and kind of weight.
 struct DecodeKernels {
-  int64_t token_group;         // most tokens that are packed side by side
-  int64_t weight_bytes;        // of one element of [2, columns, 16]
-  int64_t planes;              // arrays of weights, one after the other
-  int64_t slot_unit;           // multiply reads the slots of a block in units of this many; the driver fills up with zeros
-  bool relative = false;       // weights are relative to their column's largest magnitude, which x is multiplied by
-  bool scale_in_sums = false;  // the row scale multiplies sums, not weights
+  int64_t token_group;    // most tokens that are packed side by side
+  int64_t weight_bytes;   // of one element of [2, columns, 16]
+  int64_t planes = 1;     // arrays of weights, one after the other
+  int64_t slot_unit = 8;  // multiply reads the slots of a block in units of this many; the driver fills up with zeros
+  // Integers relative to their column's largest magnitude, which x is multiplied by; the row scale multiplies sums, and
+  // outliers are added to them. False: exact fp32 weights, row scale included, outliers in their place.
+  bool relative = false;
 
   // Of one block of 256 slots.
   int64_t (*packed_bytes)(int64_t tokens);
@@ -105,11 +106,9 @@ struct DecodeKernels {
   // Columns [slot, slot + slots) of a panel (multiples of 8) in one tile; row_scale [32] or null; weights: of half 0.
   void (*decode)(int width, StepOrder order, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots,
                  const float* row_scale, uint8_t* weights);
-  // An outlier replaces the decoded weight. Null: it is added to the sums.
-  void (*put_outlier)(uint8_t* weights, int64_t slot, int row, float value) = nullptr;
   // sums [tokens, 32] += x @ weights, x packed as above. May write one token more than there are, unchanged.
   void (*multiply)(const uint8_t* weights, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums);
-  // sums [count, 32] += the differences of the outliers of 32 rows; x [columns, kOutlierTokens]. Null: they are put.
+  // sums [count, 32] += the differences of the outliers of 32 rows; x [columns, kOutlierTokens]. Of relative weights.
   void (*add_outliers)(const RowOutliers& outliers, const float* x, int64_t count, float* sums) = nullptr;
   // Around all multiplications of a chunk; null where there is nothing to set up.
   void (*begin_chunk)(int64_t tokens) = nullptr;
@@ -128,7 +127,6 @@ const DecodeKernels& decode_kernels(StepOrder order, Precision precision);
 // fp32: [group of tokens, slot, token].
 static inline int64_t packed_fp32_bytes(int64_t tokens) { return kDecodedColumns * tokens * 4; }
 bool pack_fp32(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group, uint8_t* packed);
-void put_fp32(uint8_t* weights, int64_t slot, int row, float value);
 
 // As codebook_linear, tokens > 0.
 void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,

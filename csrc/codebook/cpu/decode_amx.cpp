@@ -139,10 +139,6 @@ void multiply(const uint8_t* weights, const uint8_t* packed, int64_t slots, int6
     multiply_group(weights, packed + g * kGroupX, slots, groups.size(g), sums + groups.begin(g) * kTileRows);
 }
 
-void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, float* sums) {
-  add_outliers_loop(outliers, x, count, sums);
-}
-
 }  // namespace
 
 const DecodeKernels kDecodeAmx = {.token_group = kTileTokens,
@@ -150,13 +146,12 @@ const DecodeKernels kDecodeAmx = {.token_group = kTileTokens,
                                   .planes = kPlanes,
                                   .slot_unit = kTileColumns,
                                   .relative = true,
-                                  .scale_in_sums = true,
                                   .packed_bytes = packed_bytes,
                                   .pack = pack,
                                   .split_codebook = split_any_quads<TwoBytes>,
                                   .decode = decode_any_quads<TwoBytes>,
                                   .multiply = multiply,
-                                  .add_outliers = add_outliers,
+                                  .add_outliers = add_outliers_loop,
                                   .begin_chunk = begin_chunk,
                                   .end_chunk = end_chunk};
 

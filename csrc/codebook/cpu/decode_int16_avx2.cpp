@@ -168,23 +168,16 @@ void multiply(const uint8_t* from, const uint8_t* packed, int64_t slots, int64_t
     }
 }
 
-void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, float* sums) {
-  add_outliers_loop(outliers, x, count, sums);
-}
-
 }  // namespace
 
 const DecodeKernels kDecodeInt16Avx2 = {.token_group = kTokenGroup,
                                         .weight_bytes = 2,
-                                        .planes = 1,
-                                        .slot_unit = 8,
                                         .relative = true,
-                                        .scale_in_sums = true,
                                         .packed_bytes = packed_int16_bytes,
                                         .pack = pack_int16,
                                         .split_codebook = split_any,
                                         .decode = decode_any,
                                         .multiply = multiply,
-                                        .add_outliers = add_outliers};
+                                        .add_outliers = add_outliers_loop};
 
 }  // namespace pyllmq::cpu

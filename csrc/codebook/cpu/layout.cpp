@@ -1,17 +1,15 @@
 #include "codebook/cpu/layout.h"
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 #include "runtime/counting.h"
 #include "runtime/half.h"
+#include "runtime/instances.h"
 #include "runtime/isa.h"
 #include "codebook/cpu/pack_codes.h"
 #include "runtime/thread_pool.h"
@@ -191,17 +189,8 @@ void read_tile(const uint8_t* tile_codes, const uint32_t* columns, int64_t slots
       out[row * out_stride + columns[slot]] = static_cast<uint8_t>(read_code(tile_codes, Order, Width, slot, row));
 }
 
-using ReadTile = void (*)(const uint8_t*, const uint32_t*, int64_t, int64_t, uint8_t*, int64_t);
-
-template <StepOrder Order, int... Width>
-constexpr std::array<ReadTile, 9> read_tiles(std::integer_sequence<int, Width...>) {
-  return {{nullptr, read_tile<Width + 1, Order>...}};
-}
-ReadTile tile_reader(StepOrder order, int64_t width) {
-  constexpr auto widths = std::make_integer_sequence<int, 8>();
-  static constexpr auto in_rows = read_tiles<StepOrder::rows>(widths), in_fours = read_tiles<StepOrder::fours>(widths);
-  return (order == StepOrder::rows ? in_rows : in_fours)[width];
-}
+constexpr auto kReadRows = instances<1, 8>([]<int Width>() { return read_tile<Width, StepOrder::rows>; });
+constexpr auto kReadFours = instances<1, 8>([]<int Width>() { return read_tile<Width, StepOrder::fours>; });
 
 // Codebooks into panel order. A 2-bit lookup keeps its two columns' codebooks side by side, a 1-bit lookup its four.
 void write_codebooks(const LayoutPlan& plan, const CodebookCheckpoint& c, uint8_t* base) {
@@ -391,8 +380,8 @@ void codebook_layout_codes(const LayoutView& view, uint8_t* codes_out) {
     const int64_t rows = std::min<int64_t>(kTileRows, s.row_begin + s.rows - row_begin);
     for (int64_t p = 0; p < h.panels; ++p) {
       const PanelRecord& panel = view.panel(p);
-      tile_reader(h.order, panel.width)(view.codes(panel, tile), view.columns(panel), panel.columns, rows,
-                                        codes_out + row_begin * h.columns, h.columns);
+      (h.order == StepOrder::rows ? kReadRows : kReadFours)[panel.width](
+          view.codes(panel, tile), view.columns(panel), panel.columns, rows, codes_out + row_begin * h.columns, h.columns);
     }
   });
 }

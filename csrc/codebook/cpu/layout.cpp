@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "layout_blob.h"
 #include "runtime/counting.h"
 #include "runtime/half.h"
 #include "runtime/instances.h"
@@ -17,27 +18,16 @@
 namespace pyllmq::cpu {
 namespace {
 
-constexpr uint64_t kMagic = 0x746C2D716D6C6C79;  // "yllmq-lt"
-constexpr uint64_t kVersion = 2;
 constexpr int64_t kAlignment = 64;
 constexpr double kPackNsPerWeight = 0.3;  // 0.1 at 2 and 4 bits, 1 at 5 to 7
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("codebook layout: " + why); }
 
-uint64_t mix(uint64_t hash, const void* data, int64_t bytes) {  // FNV-1a over 8-byte words
-  for (const uint8_t* at = static_cast<const uint8_t*>(data); bytes >= 8; bytes -= 8, at += 8) {
-    uint64_t word;
-    std::memcpy(&word, at, 8);
-    hash = (hash ^ word) * 0x100000001B3u;
-  }
-  return hash;
-}
-
 uint64_t checksum(LayoutHeader header, const void* segments, const void* panels) {
   header.checksum = 0;
-  uint64_t hash = mix(0xCBF29CE484222325u, &header, sizeof header);
-  hash = mix(hash, segments, header.segments * static_cast<int64_t>(sizeof(SegmentRecord)));
-  return mix(hash, panels, header.panels * static_cast<int64_t>(sizeof(PanelRecord)));
+  const uint64_t of_segments =
+      hash_words(segments, header.segments * static_cast<int64_t>(sizeof(SegmentRecord)), hash_words(&header, sizeof header));
+  return hash_words(panels, header.panels * static_cast<int64_t>(sizeof(PanelRecord)), of_segments);
 }
 
 struct LayoutPlan {
@@ -96,8 +86,6 @@ LayoutPlan make_plan(const CodebookCheckpoint& c) {
   h.order = native_order();
   plan_segments(plan, c.segment_rows, segments);
   plan_panels(plan, c.columns, c.column_bits);
-  h.magic = kMagic;
-  h.version = kVersion;
   h.rows = rows;
   h.columns = c.columns;
   h.segments = segments;
@@ -306,18 +294,7 @@ void for_each_tile(const LayoutHeader& header, const SegmentRecord* segments, do
 StepOrder native_order() { return active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows; }
 
 LayoutView::LayoutView(const void* layout, int64_t layout_bytes) : base_(static_cast<const uint8_t*>(layout)) {
-  if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % kAlignment != 0)
-    refuse("the buffer must not be null and must be aligned to 64 bytes; copy it to an aligned buffer");
-  if (layout_bytes < static_cast<int64_t>(sizeof(LayoutHeader)))
-    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes, less than its header; pack it again");
-  const LayoutHeader& h = header();
-  if (h.magic != kMagic) refuse("this buffer was not made by codebook_layout_pack (wrong magic number)");
-  if (h.version != kVersion)
-    refuse("version " + std::to_string(h.version) + " cannot be read, only version " + std::to_string(kVersion) +
-           "; pack the checkpoint again");
-  if (h.bytes != layout_bytes)
-    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes but its header says " + std::to_string(h.bytes) +
-           "; it was cut or padded");
+  const auto& h = checked_header<LayoutHeader>(refuse, layout, layout_bytes, kAlignment);
   const auto fits = [&](int64_t offset, int64_t count, int64_t size) {
     return offset >= 0 && count >= 0 && offset <= layout_bytes && count <= (layout_bytes - offset) / size;
   };
@@ -346,12 +323,7 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
   const LayoutPlan plan = make_plan(c);
   const LayoutHeader& h = plan.header;
   check_codebook_arrays(refuse, c, h.outliers);
-  if (layout_bytes != h.bytes)
-    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes but this weight needs " + std::to_string(h.bytes) +
-           "; ask codebook_layout_bytes");
-  if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % kAlignment != 0)
-    refuse("the buffer must not be null and must be aligned to 64 bytes");
-
+  check_room(refuse, layout, layout_bytes, h.bytes, kAlignment);
   auto* base = static_cast<uint8_t*>(layout);
   std::memset(base, 0, h.codes_offset);
   const int64_t end = h.codes_offset + h.tiles * h.tile_bytes;  // tiles write all of theirs, on all threads

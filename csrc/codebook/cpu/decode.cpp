@@ -67,7 +67,7 @@ struct Problem {
   int64_t tokens = 0;
   const float* x = nullptr;    // [tokens, columns]
   uint8_t* packed = nullptr;   // [block], each as `pack` writes it
-  float* outlier_x = nullptr;  // [group of kOutlierTokens, column, token]
+  float* outlier_x = nullptr;  // [group of kTokensSideBySide, column, token]
   uint8_t* y = nullptr;        // [tokens, rows]
 
   TokenGroups groups() const { return {tokens, kernels->token_group}; }
@@ -148,24 +148,6 @@ bool pack_tokens(const Problem& problem, int64_t segment) {
     }
   });
   return fits;
-}
-
-void transpose_for_outliers(const Problem& problem) {
-  const int64_t columns = problem.view.header().columns;
-  const int64_t groups = ceil_div(problem.tokens, kOutlierTokens);
-  const double elements = static_cast<double>(problem.tokens * columns);
-  parallel_for(groups, 1, kNsPerPackedElement * elements, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      const int64_t count = std::min(kOutlierTokens, problem.tokens - g * kOutlierTokens);
-      const float* x = problem.x + g * kOutlierTokens * columns;
-      float* to = problem.outlier_x + g * kOutlierTokens * columns;
-      // Line by line: tokens may lie 4 KiB apart, and 16 lines with one place in the L1 cache would push each other out.
-      for (int64_t line = 0; line < columns; line += kOutlierTokens)
-        for (int64_t t = 0; t < kOutlierTokens; ++t)
-          for (int64_t c = line; c < std::min(columns, line + kOutlierTokens); ++c)
-            to[c * kOutlierTokens + t] = t < count ? x[t * columns + c] : 0.0f;
-    }
-  });
 }
 
 // --- phase 2: decode and multiply -----------------------------------------------------------------------------------
@@ -267,13 +249,13 @@ void scale_sums(const Problem& problem, const TileChunk& chunk, const ChunkMemor
 
 void add_outliers(const Problem& problem, const TileChunk& chunk, const ChunkMemory& memory) {
   const LayoutView& view = problem.view;
-  for (int64_t begin = 0; begin < problem.tokens; begin += kOutlierTokens)
+  for (int64_t begin = 0; begin < problem.tokens; begin += kTokensSideBySide)
     for (int64_t tile = 0; tile < chunk.tiles; ++tile) {
       const int64_t row = tile * kTileRows;
       problem.kernels->add_outliers(
           {std::min<int64_t>(kTileRows, chunk.rows - row), view.outlier_row_offsets() + chunk.row_begin + row,
            view.outlier_columns(), view.outlier_deltas()},
-          problem.outlier_x + begin * view.header().columns, std::min(kOutlierTokens, problem.tokens - begin),
+          problem.outlier_x + begin * view.header().columns, std::min(kTokensSideBySide, problem.tokens - begin),
           memory.sums + (tile * (problem.tokens + 1) + begin) * kTileRows);
     }
 }
@@ -348,7 +330,7 @@ int64_t tokens_of_pass(const Problem& problem, int64_t tokens) {
 
 // False: x or the weight is outside of what the kernels' arithmetic can hold, and y is not complete.
 bool run_tokens(const Problem& problem) {
-  if (problem.adds_outliers()) transpose_for_outliers(problem);
+  if (problem.adds_outliers()) put_side_by_side(problem.x, problem.tokens, problem.view.header().columns, problem.outlier_x);
   if (!problem.kernels->relative) {
     if (!pack_tokens(problem, 0)) return false;
     run_chunks(problem, 0, problem.chunks.size());
@@ -385,6 +367,23 @@ bool pack_fp32(const float* x, int64_t slots, const uint8_t*, const TokenGroups&
   return true;
 }
 
+void put_side_by_side(const float* x, int64_t tokens, int64_t columns, float* to) {
+  constexpr int64_t side = kTokensSideBySide;
+  const double elements = static_cast<double>(tokens * columns);
+  parallel_for(ceil_div(tokens, side), 1, kNsPerPackedElement * elements, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t count = std::min(side, tokens - g * side);
+      const float* from = x + g * side * columns;
+      float* group = to + g * side * columns;
+      // Line by line: tokens may lie 4 KiB apart, and 16 lines with one place in the L1 cache would push each other out.
+      for (int64_t line = 0; line < columns; line += side)
+        for (int64_t t = 0; t < side; ++t)
+          for (int64_t c = line; c < std::min(columns, line + side); ++c)
+            group[c * side + t] = t < count ? from[t * columns + c] : 0.0f;
+    }
+  });
+}
+
 void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
                             DType bias_dtype, void* y, Precision precision) {
   const LayoutHeader& header = view.header();
@@ -403,7 +402,7 @@ void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype
   const int64_t most = tokens_of_pass(problem, tokens);
   const int64_t passes = ceil_div(tokens, most), block = ceil_div(tokens, passes);
   const int64_t converted = x_dtype == DType::fp32 ? 0 : block * header.columns;
-  const int64_t outlier_x = problem.adds_outliers() ? rounded_up(block, kOutlierTokens) * header.columns : 0;
+  const int64_t outlier_x = problem.adds_outliers() ? rounded_up(block, kTokensSideBySide) * header.columns : 0;
   const int64_t packed =
       static_cast<int64_t>(problem.blocks.size()) * std::max(permitted.packed_bytes(block), exact.packed_bytes(block));
 

@@ -9,7 +9,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "codebook/cpu/chains_avx512.h"
 #include "codebook/cpu/decode.h"

@@ -91,9 +91,9 @@ def table_of(isa: str) -> str:
     operands = [packed(SHAPE.get(isa, USUAL_SHAPE), str(width)) for width in WIDTHS]
     rows = []
     for precision in PRECISIONS:
-        costs = (path_cost(operand, precision) for operand in operands)
-        cells = ["{" + ", ".join(f"{float(f'{number:.3g}'):g}" for number in cost) + "}" for cost in costs]
-        rows.append("     {" + ",\n      ".join(", ".join(cells[i : i + 4]) for i in (0, 4)) + f"}},  // {precision}")
+        costs = zip(*(path_cost(operand, precision) for operand in operands), strict=True)
+        by_width = ["{" + ", ".join(f"{float(f'{number:.3g}'):g}" for number in cost) + "}" for cost in costs]
+        rows.append("     {" + ",\n      ".join(by_width) + f"}},  // {precision}")
     return f"    {{  // {isa}\n" + "\n".join(rows) + "\n    },"
 
 

@@ -5,7 +5,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -36,26 +35,25 @@
 namespace pyllmq::cpu {
 namespace {
 
-DType dtype_of(int code) {
-  if (code < 0 || code > 2)
-    throw std::invalid_argument("dtype code " + std::to_string(code) + "; allowed: 0 (fp32), 1 (bf16), 2 (fp16)");
-  return static_cast<DType>(code);
+using py::arg;
+
+// The enumerator of a code, which are numbered as their names stand here.
+template <class Enum, class... Names>
+Enum enumerator(const char* what, int code, const Names&... names) {
+  if (code >= 0 && code < static_cast<int>(sizeof...(names))) return static_cast<Enum>(code);
+  std::string allowed;
+  int next = 0;
+  ((allowed += (next == 0 ? "" : ", ") + std::to_string(next) + " (" + names + ")", ++next), ...);
+  throw std::invalid_argument(std::string(what) + " " + std::to_string(code) + "; allowed: " + allowed);
 }
 
-Precision precision_of(int code) {
-  if (code < 0 || code > 2)
-    throw std::invalid_argument("precision " + std::to_string(code) + "; allowed: 0 (exact), 1 (high), 2 (fast)");
-  return static_cast<Precision>(code);
-}
+DType dtype_of(int code) { return enumerator<DType>("dtype code", code, "fp32", "bf16", "fp16"); }
+Precision precision_of(int code) { return enumerator<Precision>("precision", code, "exact", "high", "fast"); }
+LinearPath path_of(int code) { return enumerator<LinearPath>("path", code, "tables", "decode", "automatic"); }
+KMeans1dMethod kmeans_method_of(int code) { return enumerator<KMeans1dMethod>("method", code, "exact", "windowed", "lloyd"); }
 
 void* elements(Pointer pointer, DType dtype) {
   return dtype == DType::fp32 ? static_cast<void*>(as<float>(pointer)) : static_cast<void*>(as<uint16_t>(pointer));
-}
-
-KMeans1dMethod kmeans_method_of(int code) {
-  if (code < 0 || code > 2)
-    throw std::invalid_argument("method " + std::to_string(code) + "; allowed: 0 (exact), 1 (windowed), 2 (lloyd)");
-  return static_cast<KMeans1dMethod>(code);
 }
 
 // --- isa and threads -----------------------------------------------------------------------------------------------
@@ -94,9 +92,9 @@ py::tuple parallel_probe(int64_t tasks, double task_us, int64_t failing_task, in
 void bind_runtime(py::module_& m) {
   m.def("supported_isas", &isa_names);
   m.def("isa", [] { return isa_name(active_isa()); });
-  m.def("set_isa", &set_isa, py::arg("name"));
+  m.def("set_isa", &set_isa, arg("name"));
   m.def("num_threads", &num_threads);
-  m.def("set_num_threads", &set_num_threads, py::arg("threads"), NoGil());
+  m.def("set_num_threads", &set_num_threads, arg("threads"), NoGil());
   m.def("trace_clock", &trace_clock);
   m.def("start_trace", &start_trace);
   m.def("take_trace", [] {
@@ -110,18 +108,17 @@ void bind_runtime(py::module_& m) {
     const WorkerSleep state = worker_sleep();
     return py::make_tuple(state.wakeups, state.asleep);
   });
-  m.def("parallel_probe", &parallel_probe, py::arg("tasks"), py::arg("task_us") = 0.0, py::arg("failing_task") = -1,
-        py::arg("nested_tasks") = 0);
-  m.def("read_bandwidth_probe", with_addresses(&sum_words), py::arg("pointer"), py::arg("bytes"), NoGil());
+  m.def("parallel_probe", &parallel_probe, arg("tasks"), arg("task_us") = 0.0, arg("failing_task") = -1, arg("nested_tasks") = 0);
+  m.def("read_bandwidth_probe", with_addresses(&sum_words), arg("pointer"), arg("bytes"), NoGil());
 }
 
 // --- codes ---------------------------------------------------------------------------------------------------------
 
 void bind_codes(py::module_& m) {
-  m.def("pack_codes", with_addresses(&pack_codes), py::arg("codes"), py::arg("packed"), py::arg("rows"), py::arg("columns"),
-        py::arg("bits"), NoGil());
-  m.def("unpack_codes", with_addresses(&unpack_codes), py::arg("packed"), py::arg("codes"), py::arg("rows"), py::arg("columns"),
-        py::arg("bits"), NoGil());
+  m.def("pack_codes", with_addresses(&pack_codes), arg("codes"), arg("packed"), arg("rows"), arg("columns"), arg("bits"),
+        NoGil());
+  m.def("unpack_codes", with_addresses(&unpack_codes), arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"),
+        NoGil());
 }
 
 // --- packed weights --------------------------------------------------------------------------------------------------
@@ -144,25 +141,18 @@ void bind_linear_operand(py::module_& m) {
             self.linear(elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type, elements(y, x_type),
                         precision_of(precision));
           },
-          py::arg("x"), py::arg("x_dtype"), py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"), py::arg("y"),
-          py::arg("precision"), NoGil());
+          arg("x"), arg("x_dtype"), arg("tokens"), arg("bias"), arg("bias_dtype"), arg("y"), arg("precision"), NoGil());
 }
 
 // --- the codebook format -------------------------------------------------------------------------------------------
 
-LinearPath path_of(int code) {
-  if (code < 0 || code > 2)
-    throw std::invalid_argument("path " + std::to_string(code) + "; allowed: 0 (tables), 1 (decode), 2 (automatic)");
-  return static_cast<LinearPath>(code);
-}
-
 void bind_codebook(py::module_& m) {
   bind_keywords<CodebookCheckpoint>(m, "CodebookCheckpoint", &codebook_checkpoint);
-  m.def("codebook_layout_bytes", &codebook_layout_bytes, py::arg("checkpoint"), NoGil());
-  m.def("codebook_layout_pack", with_addresses(&codebook_layout_pack), py::arg("layout"), py::arg("layout_bytes"),
-        py::arg("checkpoint"), NoGil());
+  m.def("codebook_layout_bytes", &codebook_layout_bytes, arg("checkpoint"), NoGil());
+  m.def("codebook_layout_pack", with_addresses(&codebook_layout_pack), arg("layout"), arg("layout_bytes"), arg("checkpoint"),
+        NoGil());
   py::class_<CodebookOperand, LinearOperand>(m, "CodebookOperand")
-      .def(py::init(&bind_layout<CodebookOperand>), py::arg("layout"), py::arg("layout_bytes"))
+      .def(py::init(&bind_layout<CodebookOperand>), arg("layout"), arg("layout_bytes"))
       .def(
           "linear_by",
           [](const CodebookOperand& self, int path, Pointer x, int x_dtype, int64_t tokens, Pointer bias, int bias_dtype,
@@ -171,58 +161,58 @@ void bind_codebook(py::module_& m) {
             self.linear_by(path_of(path), elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type,
                            elements(y, x_type), precision_of(precision));
           },
-          py::arg("path"), py::arg("x"), py::arg("x_dtype"), py::arg("tokens"), py::arg("bias"), py::arg("bias_dtype"),
-          py::arg("y"), py::arg("precision"), NoGil())
+          arg("path"), arg("x"), arg("x_dtype"), arg("tokens"), arg("bias"), arg("bias_dtype"), arg("y"), arg("precision"),
+          NoGil())
       .def(
           "path",
           [](const CodebookOperand& self, int x_dtype, int64_t tokens, int precision) {
             const LinearPath path = self.path(dtype_of(x_dtype), tokens, precision_of(precision));
             return path == LinearPath::tables ? "tables" : "decode";
           },
-          py::arg("x_dtype"), py::arg("tokens"), py::arg("precision"))
+          arg("x_dtype"), arg("tokens"), arg("precision"))
       .def(
           "dequantize",
           [](const CodebookOperand& self, int64_t row_begin, int64_t row_end, Pointer out, int out_dtype) {
             const DType type = dtype_of(out_dtype);
             self.dequantize(row_begin, row_end, elements(out, type), type);
           },
-          py::arg("row_begin"), py::arg("row_end"), py::arg("out"), py::arg("out_dtype"), NoGil())
+          arg("row_begin"), arg("row_end"), arg("out"), arg("out_dtype"), NoGil())
       .def(
           "row_values",
           [](const CodebookOperand& self, Pointer ids, int64_t count, Pointer out, int out_dtype) {
             const DType type = dtype_of(out_dtype);
             self.row_values(as<int64_t>(ids), count, elements(out, type), type);
           },
-          py::arg("ids"), py::arg("count"), py::arg("out"), py::arg("out_dtype"), NoGil())
+          arg("ids"), arg("count"), arg("out"), arg("out_dtype"), NoGil())
       .def(
-          "codes", [](const CodebookOperand& self, Pointer codes_out) { self.codes(as<uint8_t>(codes_out)); },
-          py::arg("codes_out"), NoGil());
+          "codes", [](const CodebookOperand& self, Pointer codes_out) { self.codes(as<uint8_t>(codes_out)); }, arg("codes_out"),
+          NoGil());
 }
 
 void bind_codebook_checkpoint(py::module_& m) {
-  m.def("codebook_decode", with_addresses(&codebook_decode), py::arg("checkpoint"), py::arg("row_scale"), py::arg("codebook"),
-        py::arg("weight"), NoGil());
-  m.def("codebook_gradient", with_addresses(&codebook_gradient), py::arg("checkpoint"), py::arg("row_scale"),
-        py::arg("weight_gradient"), py::arg("gradient"), NoGil());
+  m.def("codebook_decode", with_addresses(&codebook_decode), arg("checkpoint"), arg("row_scale"), arg("codebook"), arg("weight"),
+        NoGil());
+  m.def("codebook_gradient", with_addresses(&codebook_gradient), arg("checkpoint"), arg("row_scale"), arg("weight_gradient"),
+        arg("gradient"), NoGil());
 }
 
 // --- the sparse formats ----------------------------------------------------------------------------------------------
 
 void bind_sparse(py::module_& m) {
   bind_keywords<SparseCheckpoint>(m, "SparseCheckpoint", &sparse_checkpoint);
-  m.def("sparse_layout_bytes", &sparse_layout_bytes, py::arg("checkpoint"), py::arg("sparse_columns"), NoGil());
-  m.def("sparse_layout_pack", with_addresses(&sparse_layout_pack), py::arg("layout"), py::arg("layout_bytes"),
-        py::arg("checkpoint"), py::arg("sparse_columns"), NoGil());
+  m.def("sparse_layout_bytes", &sparse_layout_bytes, arg("checkpoint"), arg("sparse_columns"), NoGil());
+  m.def("sparse_layout_pack", with_addresses(&sparse_layout_pack), arg("layout"), arg("layout_bytes"), arg("checkpoint"),
+        arg("sparse_columns"), NoGil());
   py::class_<SparseOperand, LinearOperand>(m, "SparseOperand")
-      .def(py::init(&bind_layout<SparseOperand>), py::arg("layout"), py::arg("layout_bytes"))
+      .def(py::init(&bind_layout<SparseOperand>), arg("layout"), arg("layout_bytes"))
       .def(
           "dequantize",
           [](const SparseOperand& self, Pointer out, int out_dtype) {
             const DType type = dtype_of(out_dtype);
             self.dequantize(elements(out, type), type);
           },
-          py::arg("out"), py::arg("out_dtype"), NoGil())
-      .def("unpack", &SparseOperand::unpack, py::arg("checkpoint"), NoGil());
+          arg("out"), arg("out_dtype"), NoGil())
+      .def("unpack", &SparseOperand::unpack, arg("checkpoint"), NoGil());
 }
 
 // --- k-means -------------------------------------------------------------------------------------------------------
@@ -270,33 +260,28 @@ void bind_fit_columns(py::module_& m) {
 
 // --- sinkhorn ------------------------------------------------------------------------------------------------------
 
-SinkhornProblem checked_sinkhorn_problem(Keywords& given, int64_t iterations) {
-  const SinkhornProblem p = sinkhorn_problem(given);
-  given.finish();
-  if (p.problems < 0 || p.n < 1 || p.m < 1 || iterations < 1 || !(p.rho_a > 0 && p.rho_b > 0))
-    throw std::invalid_argument("problems must be >= 0, n, m and iterations >= 1, prices > 0");
-  const auto fits = [](int64_t stride, int64_t size) { return stride == 0 || stride == size; };
-  if (!fits(p.cost_stride, p.n * p.m) || !fits(p.a_stride, p.n) || !fits(p.b_stride, p.m) ||
-      (p.epsilon_stride != 1 && p.problems > 1))
-    throw std::invalid_argument("strides of cost, a and b between problems are each its size, or 0 if shared; epsilon's is 1");
-  return p;
+template <class Out>
+void bind_sinkhorn_pass(py::module_& m, const char* name, Out (*read)(Keywords&),
+                        void (*run)(const SinkhornProblem&, const Out&)) {
+  m.def(name, [read, run](const py::kwargs& given) {
+    Keywords from(given);
+    const Out out = read(from);
+    const SinkhornProblem p = sinkhorn_problem(from);
+    from.finish();
+    if (p.problems < 0 || p.n < 1 || p.m < 1 || out.iterations < 1 || !(p.rho_a > 0 && p.rho_b > 0))
+      throw std::invalid_argument("problems must be >= 0, n, m and iterations >= 1, prices > 0");
+    const auto fits = [](int64_t stride, int64_t size) { return stride == 0 || stride == size; };
+    if (!fits(p.cost_stride, p.n * p.m) || !fits(p.a_stride, p.n) || !fits(p.b_stride, p.m) ||
+        (p.epsilon_stride != 1 && p.problems > 1))
+      throw std::invalid_argument("strides of cost, a and b between problems are each its size, or 0 if shared; epsilon's is 1");
+    const py::gil_scoped_release release;
+    run(p, out);
+  });
 }
 
 void bind_sinkhorn(py::module_& m) {
-  m.def("sinkhorn", [](const py::kwargs& given) {
-    Keywords from(given);
-    const SinkhornForward results = sinkhorn_results(from);
-    const SinkhornProblem problem = checked_sinkhorn_problem(from, results.iterations);
-    const py::gil_scoped_release release;
-    sinkhorn(problem, results);
-  });
-  m.def("sinkhorn_backward", [](const py::kwargs& given) {
-    Keywords from(given);
-    const SinkhornBackward gradients = sinkhorn_gradients(from);
-    const SinkhornProblem problem = checked_sinkhorn_problem(from, gradients.iterations);
-    const py::gil_scoped_release release;
-    sinkhorn_backward(problem, gradients);
-  });
+  bind_sinkhorn_pass(m, "sinkhorn", &sinkhorn_results, &sinkhorn);
+  bind_sinkhorn_pass(m, "sinkhorn_backward", &sinkhorn_gradients, &sinkhorn_backward);
 }
 
 // --- doubly_stochastic ---------------------------------------------------------------------------------------------
@@ -315,7 +300,6 @@ DoublyStochastic doubly_stochastic_call(Keywords& given) {
 }
 
 void bind_doubly_stochastic(py::module_& m) {
-  using py::arg;
   bind_keywords<DoublyStochastic>(m, "DoublyStochastic", &doubly_stochastic_call);
   m.def("doubly_stochastic", with_addresses(&doubly_stochastic), arg("call"), arg("out"), NoGil());
   m.def("doubly_stochastic_backward", with_addresses(&doubly_stochastic_backward), arg("call"), arg("gradient"),
@@ -340,7 +324,6 @@ SoftmaxCdistProblem cdist_problem(Keywords& given) {
 }
 
 void bind_softmax_cdist_l1(py::module_& m) {
-  using py::arg;
   bind_keywords<SoftmaxCdistProblem>(m, "Cdist", &cdist_problem);
   m.def("softmax_cdist_l1", with_addresses(&softmax_cdist_l1), arg("call"), arg("distances"), NoGil());
   m.def("softmax_cdist_l1_backward", with_addresses(&softmax_cdist_l1_backward), arg("call"), arg("gradient"), arg("x_gradient"),
@@ -515,7 +498,6 @@ class BlockRun {
 };
 
 void bind_decode_step(py::module_& m) {
-  using py::arg;
   py::class_<DenseOperand, LinearOperand>(m, "DenseOperand")
       .def(py::init([](Pointer weight, int dtype, int64_t rows, int64_t columns) {
              const DType type = dtype_of(dtype);

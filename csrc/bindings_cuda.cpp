@@ -97,7 +97,7 @@ void bind_codebook(py::module_& m) {
   m.def(
       "codebook_layout_codes",
       [](Pointer layout, int64_t bytes, int64_t rows, int64_t columns, Pointer codes_out) {
-        const LayoutHeader& h = checked_header(as<void>(layout), bytes);
+        const LayoutHeader& h = codebook_header(as<void>(layout), bytes);
         require_shape(h.rows, h.columns, rows, columns);
         codebook_layout_codes(as<void>(layout), bytes, as<uint8_t>(codes_out));
       },
@@ -134,7 +134,7 @@ std::unique_ptr<SparseOperand> bind_sparse_layout(Pointer layout, int64_t layout
 
 // What the header says that kernels are told by the host; and where the data begin.
 auto sparse_layout_describe(Pointer layout, int64_t layout_bytes, int64_t rows, int64_t columns) {
-  const SparseHeader& h = checked_sparse_header(as<void>(layout), layout_bytes);
+  const SparseHeader& h = sparse_header(as<void>(layout), layout_bytes);
   require_shape(h.rows, h.columns, rows, columns);
   std::string kind;
   for (const auto& [name, value] : kSparseKinds)
@@ -174,6 +174,20 @@ void bind_softmax_cdist_l1(py::module_& m) {
         arg("workspace"), arg("stream"));
 }
 
+template <class Out>
+void bind_sinkhorn_pass(py::module_& m, const char* name, Out (*read)(Keywords&),
+                        void (*run)(const SinkhornProblem&, const Out&, float*, uint32_t*, uintptr_t)) {
+  m.def(name, [read, run](const SinkhornProblem& problem, const py::kwargs& given) {
+    Keywords from(given);
+    const Out out = read(from);
+    auto* workspace = from.take<float*>("workspace");
+    auto* counters = from.take<uint32_t*>("counters");
+    const auto stream = from.take<Pointer>("stream");
+    from.finish();
+    run(problem, out, workspace, counters, stream);
+  });
+}
+
 void bind_sinkhorn(py::module_& m) {
   bind_keywords<SinkhornProblem>(m, "SinkhornProblem", &sinkhorn_problem);
   m.def("sinkhorn_fits", &sinkhorn_fits, arg("n"), arg("m"));
@@ -184,24 +198,8 @@ void bind_sinkhorn(py::module_& m) {
         return std::make_tuple(room.floats, room.counters);
       },
       arg("problem"), arg("backward_iterations"));
-  m.def("sinkhorn", [](const SinkhornProblem& problem, const py::kwargs& given) {
-    Keywords from(given);
-    const SinkhornForward out = sinkhorn_results(from);
-    auto* workspace = from.take<float*>("workspace");
-    auto* counters = from.take<uint32_t*>("counters");
-    const auto stream = from.take<Pointer>("stream");
-    from.finish();
-    sinkhorn(problem, out, workspace, counters, stream);
-  });
-  m.def("sinkhorn_backward", [](const SinkhornProblem& problem, const py::kwargs& given) {
-    Keywords from(given);
-    const SinkhornBackward out = sinkhorn_gradients(from);
-    auto* workspace = from.take<float*>("workspace");
-    auto* counters = from.take<uint32_t*>("counters");
-    const auto stream = from.take<Pointer>("stream");
-    from.finish();
-    sinkhorn_backward(problem, out, workspace, counters, stream);
-  });
+  bind_sinkhorn_pass(m, "sinkhorn", &sinkhorn_results, &sinkhorn);
+  bind_sinkhorn_pass(m, "sinkhorn_backward", &sinkhorn_gradients, &sinkhorn_backward);
 }
 
 void bind_kmeans_1d(py::module_& m) {

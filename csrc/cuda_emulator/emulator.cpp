@@ -1,6 +1,5 @@
 #include "cuda_emulator/emulator.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>

@@ -9,6 +9,7 @@ namespace {
 
 template <class Function, int First, int Count>
 struct Instances {
+  static constexpr int64_t kLast = First + Count - 1;
   Function found[Count];
 
   constexpr Function operator[](int64_t number) const { return found[number - First]; }
@@ -21,6 +22,15 @@ constexpr auto instances(Of of) {
   return [&]<int... I>(std::integer_sequence<int, I...>) {
     return Instances<Function, First, Last - First + 1>{{of.template operator()<First + I>()...}};
   }(std::make_integer_sequence<int, Last - First + 1>());
+}
+
+// All tokens of a work, as many at once as there are instances for.
+template <class Table, class Work>
+void run_in_groups(const Table& of_tokens, const Work& work) {
+  for (int64_t t = 0, count; t < work.count; t += count) {
+    count = work.count - t < Table::kLast ? work.count - t : Table::kLast;
+    of_tokens[count](work, work.tokens + t);
+  }
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // What the sparse layouts of all devices are made from: a weight as a checkpoint holds it, and how its arrays are read.
 #pragma once
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <string>
 
@@ -12,7 +11,22 @@ enum class ValueType : int64_t { fp32 = 0, bf16 = 1, fp16 = 2, int8 = 3 };  // t
 
 static constexpr int64_t value_bytes(ValueType type) { return type == ValueType::fp32 ? 4 : type == ValueType::int8 ? 1 : 2; }
 
-// A weight as it stands in a checkpoint (docs/formats.md), all arrays contiguous; what a format lacks is null.
+static inline int64_t sparse_groups(int64_t columns) { return (columns + 3) / 4; }
+
+static inline uint32_t column_at(const uint8_t* columns, int bytes, int64_t i) {
+  if (bytes == 4) return reinterpret_cast<const uint32_t*>(columns)[i];
+  return reinterpret_cast<const uint16_t*>(columns)[i];
+}
+
+static inline void put_column(uint8_t* columns, int bytes, int64_t i, uint32_t column) {
+  if (bytes == 4)
+    reinterpret_cast<uint32_t*>(columns)[i] = column;
+  else
+    reinterpret_cast<uint16_t*>(columns)[i] = static_cast<uint16_t>(column);
+}
+
+// A weight as it stands in a checkpoint (docs/formats.md), all arrays contiguous; what a format lacks is null. What is put over
+// zeros is put once.
 struct SparseCheckpoint {
   SparseKind kind;  // bitmap, sparse24 or codes
   ValueType value_type;
@@ -29,9 +43,42 @@ struct SparseCheckpoint {
   int32_t* outlier_row_offsets;
   uint8_t* outlier_columns;
   uint16_t* outlier_values;
-};
 
-static inline int64_t sparse_groups(int64_t columns) { return (columns + 3) / 4; }
+  int64_t groups() const { return sparse_groups(columns); }
+  int64_t mask_row_bytes() const { return (columns + 7) / 8; }
+  int64_t position_row_bytes() const { return (groups() + 1) / 2; }
+  int64_t code_row_bytes() const { return (2 * groups() * bits + 7) / 8; }
+
+  // Of a bitmap: where the column of the `place`-th kept weight is; over zeros.
+  void put_kept(int64_t row, int64_t column, int64_t place) const {
+    if (mask == nullptr)
+      put_column(column_numbers, column_bytes, place, static_cast<uint32_t>(column));
+    else
+      mask[row * mask_row_bytes() + column / 8] |= static_cast<uint8_t>(1 << column % 8);
+  }
+  // Of a group of 2:4: first position | second << 2.
+  uint32_t position_pair(int64_t row, int64_t group) const {
+    return positions[row * position_row_bytes() + group / 2] >> (4 * (group % 2)) & 15;
+  }
+  void put_position_pair(int64_t row, int64_t group, uint32_t pair) const {  // over zeros
+    positions[row * position_row_bytes() + group / 2] |= static_cast<uint8_t>(pair << (4 * (group % 2)));
+  }
+  uint8_t* value24(int64_t row, int64_t group, int which) const {
+    return values + ((row * groups() + group) * 2 + which) * value_bytes(value_type);
+  }
+  uint32_t code(int64_t row, int64_t group, int which) const {  // within two bytes
+    const int64_t bit = (2 * group + which) * bits;
+    const uint8_t* from = codes + row * code_row_bytes() + bit / 8;
+    const uint32_t high = bit % 8 + bits > 8 ? from[1] << (8 - bit % 8) : 0;
+    return (from[0] >> (bit % 8) | high) & ((1u << bits) - 1);
+  }
+  void put_code(int64_t row, int64_t group, int which, uint32_t code) const {  // over zeros
+    const int64_t bit = (2 * group + which) * bits;
+    uint8_t* to = codes + row * code_row_bytes() + bit / 8;
+    to[0] |= static_cast<uint8_t>(code << (bit % 8));
+    if (code << (bit % 8) >> 8) to[1] |= static_cast<uint8_t>(code << (bit % 8) >> 8);
+  }
+};
 
 // Calls refuse(why), which throws, unless the shape is one that a format can have.
 inline void check_sparse_shape(void (*refuse)(const std::string& why), const SparseCheckpoint& c) {
@@ -45,50 +92,6 @@ inline void check_sparse_shape(void (*refuse)(const std::string& why), const Spa
 inline bool keeps_few(const SparseCheckpoint& c, double share) {
   return c.kind == SparseKind::bitmap &&
          static_cast<double>(c.kept) < share * static_cast<double>(c.rows) * static_cast<double>(c.columns);
-}
-
-// Makes ready to be filled from a layout with this header: refuses unless the tensors are those of a weight of `kind` that was
-// packed into it, and clears those that are filled bit by bit.
-template <class Header>
-void prepare_unpacking(void (*refuse)(const std::string& why), const Header& h, SparseKind kind, bool has_scale,
-                       const SparseCheckpoint& to) {
-  const bool as_columns = to.kind == SparseKind::bitmap && to.mask == nullptr;
-  if (to.kind != kind || to.value_type != h.values || to.rows != h.rows || to.columns != h.columns || to.kept != h.kept ||
-      to.bits != h.bits || to.outliers != h.outliers || as_columns != (h.checkpoint_columns != 0) ||
-      (to.scale != nullptr) != has_scale)
-    refuse("the tensors to unpack into are not those of the weight that was packed");
-  const int64_t groups = sparse_groups(h.columns);
-  if (to.mask != nullptr) std::memset(to.mask, 0, h.rows * ((h.columns + 7) / 8));
-  if (to.positions != nullptr) std::memset(to.positions, 0, h.rows * ((groups + 1) / 2));
-  if (to.codes != nullptr) std::memset(to.codes, 0, h.rows * ((2 * groups * h.bits + 7) / 8));
-}
-
-static inline uint32_t column_at(const uint8_t* columns, int bytes, int64_t i) {
-  if (bytes == 4) return reinterpret_cast<const uint32_t*>(columns)[i];
-  return reinterpret_cast<const uint16_t*>(columns)[i];
-}
-
-static inline void put_column(uint8_t* columns, int bytes, int64_t i, uint32_t column) {
-  if (bytes == 4)
-    reinterpret_cast<uint32_t*>(columns)[i] = column;
-  else
-    reinterpret_cast<uint16_t*>(columns)[i] = static_cast<uint16_t>(column);
-}
-
-static inline int read_nibble(const uint8_t* row, int64_t i) { return row[i / 2] >> (4 * (i % 2)) & 15; }
-
-static inline uint32_t code_at(const uint8_t* row, int64_t i, int64_t bits) {  // within two bytes
-  const int64_t bit = i * bits;
-  const uint32_t low = row[bit / 8] >> (bit % 8);
-  const uint32_t high = bit % 8 + bits > 8 ? static_cast<uint32_t>(row[bit / 8 + 1]) << (8 - bit % 8) : 0;
-  return (low | high) & ((1u << bits) - 1);
-}
-
-static inline void write_code(uint8_t* row, int64_t i, int64_t bits, uint32_t code) {  // over zeros
-  const int64_t bit = i * bits;
-  const uint32_t shifted = code << (bit % 8);
-  row[bit / 8] |= static_cast<uint8_t>(shifted);
-  if (shifted >> 8) row[bit / 8 + 1] |= static_cast<uint8_t>(shifted >> 8);
 }
 
 }  // namespace pyllmq

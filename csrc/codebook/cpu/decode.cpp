@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -30,21 +29,8 @@ constexpr double kNsPerDecodedWeight = 0.1;
 // Weights of so few rows or columns are multiplied in fp32: rounding errors need company to average out.
 constexpr int64_t kFewestRows = 32, kFewestColumns = 64;
 
-// bf16 weights: infinity cannot be split in two, and an outlier is divided by the row scale that multiplies the sum.
-// (int16 weights: x carries the column's magnitude and `pack` looks at it.)
 bool weights_fit(const LayoutView& view, const DecodeKernels& kernels) {
-  if (!kernels.scale_in_sums) return true;
-  if (view.header().rows < kFewestRows || view.header().columns < kFewestColumns) return false;
-  if (kernels.relative) return true;
-  const auto finite = [](float value) { return std::isfinite(value); };
-  const LayoutHeader& header = view.header();
-  for (int64_t s = 0; s < header.segments; ++s)
-    for (int64_t p = 0; p < header.panels; ++p) {
-      const float* magnitude = view.max_magnitude(view.panel(p), s);
-      if (!std::all_of(magnitude, magnitude + view.panel(p).columns, finite)) return false;
-    }
-  if (view.row_scale() == nullptr || header.outliers == 0) return true;
-  return std::all_of(view.row_scale(), view.row_scale() + header.rows, [&](float scale) { return finite(scale) && scale != 0; });
+  return !kernels.relative || (view.header().rows >= kFewestRows && view.header().columns >= kFewestColumns);
 }
 
 // The part of a panel that lies in a block of 256 slots; widths 5..8 have panels of 32 columns.
@@ -83,13 +69,13 @@ struct Problem {
   const void* x = nullptr;        // [tokens, columns] of dtype
   const float* x_fp32 = nullptr;  // the same where outliers are added to the sums
   uint8_t* packed = nullptr;      // [block], each as `pack` writes it
-  float* outlier_x = nullptr;     // [group of kOutlierTokens, column, token]
+  float* outlier_x = nullptr;     // [group of kTokensSideBySide, column, token]
   uint8_t* y = nullptr;           // [tokens, rows]
 
   TokenGroups groups() const { return {tokens, kernels->token_group}; }
   uint8_t* packed_block(int64_t b) const { return packed + b * kernels->packed_bytes(tokens); }
-  bool adds_outliers() const { return !slot_of.empty() && kernels->put_outlier == nullptr; }
-  bool scales_weights() const { return view.row_scale() != nullptr && !kernels->scale_in_sums; }
+  bool adds_outliers() const { return !slot_of.empty() && kernels->relative; }
+  bool scales_weights() const { return view.row_scale() != nullptr && !kernels->relative; }
 };
 
 std::vector<Block> make_blocks(const LayoutView& view) {
@@ -173,24 +159,6 @@ bool pack_tokens(const Problem& problem, int64_t segment) {
   return fits;
 }
 
-void transpose_for_outliers(const Problem& problem) {
-  const int64_t columns = problem.view.header().columns;
-  const int64_t groups = ceil_div(problem.tokens, kOutlierTokens);
-  const double elements = static_cast<double>(problem.tokens * columns);
-  parallel_for(groups, 1, kNsPerPackedElement * elements, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      const int64_t count = std::min(kOutlierTokens, problem.tokens - g * kOutlierTokens);
-      const float* x = problem.x_fp32 + g * kOutlierTokens * columns;
-      float* to = problem.outlier_x + g * kOutlierTokens * columns;
-      // Line by line: tokens may lie 4 KiB apart, and 16 lines with one place in the L1 cache would push each other out.
-      for (int64_t line = 0; line < columns; line += kOutlierTokens)
-        for (int64_t t = 0; t < kOutlierTokens; ++t)
-          for (int64_t c = line; c < std::min(columns, line + kOutlierTokens); ++c)
-            to[c * kOutlierTokens + t] = t < count ? x[t * columns + c] : 0.0f;
-    }
-  });
-}
-
 // --- phase 2: decode and multiply -----------------------------------------------------------------------------------
 
 // The outliers of a chunk that replace decoded weights, sorted by (block, tile).
@@ -202,7 +170,6 @@ class ChunkOutliers {
     ends_.clear();
     if (problem.slot_of.empty() || problem.adds_outliers()) return;
     const LayoutView& view = problem.view;
-    const float* scale = problem.kernels->scale_in_sums ? view.row_scale() : nullptr;
     const uint32_t* offsets = view.outlier_row_offsets();
     const auto bucket_of = [&](int64_t row, uint32_t slot) {
       return static_cast<int64_t>(slot) / kDecodedColumns * tiles + (row - row_begin) / kTileRows;
@@ -217,18 +184,19 @@ class ChunkOutliers {
     for (int64_t row = row_begin; row < row_end; ++row)
       for (uint32_t i = offsets[row]; i < offsets[row + 1]; ++i) {
         const uint32_t slot = problem.slot_of[view.outlier_columns()[i]];
-        const float value = fp16_to_fp32(view.outlier_values()[i]);
-        outliers_[ends_[bucket_of(row, slot)]++] = {scale != nullptr ? value / scale[row] : value,
+        outliers_[ends_[bucket_of(row, slot)]++] = {fp16_to_fp32(view.outlier_values()[i]),
                                                     static_cast<int32_t>(slot % kDecodedColumns),
                                                     static_cast<int32_t>((row - row_begin) % kTileRows)};
       }
   }
 
-  void put(const DecodeKernels& kernels, int64_t block, int64_t tile, uint8_t* weights) const {
+  void put(int64_t block, int64_t tile, float* weights) const {
     if (ends_.empty()) return;
     const int64_t bucket = block * tiles_ + tile;
-    for (int64_t i = bucket == 0 ? 0 : ends_[bucket - 1]; i < ends_[bucket]; ++i)
-      kernels.put_outlier(weights, outliers_[i].slot, outliers_[i].row, outliers_[i].value);
+    for (int64_t i = bucket == 0 ? 0 : ends_[bucket - 1]; i < ends_[bucket]; ++i) {
+      const auto& [value, slot, row] = outliers_[i];
+      weights[(row / kHalfRows * kDecodedColumns + slot) * kHalfRows + row % kHalfRows] = value;
+    }
   }
 
  private:
@@ -274,7 +242,7 @@ void multiply_block(const Problem& problem, int64_t b, const TileChunk& chunk, c
                      memory.weights + piece.block_slot * kHalfRows * kernels.weight_bytes);
       split += piece.slots * split_bytes(piece.width());
     }
-    outliers.put(kernels, b, tile, memory.weights);
+    outliers.put(b, tile, reinterpret_cast<float*>(memory.weights));
     kernels.multiply(memory.weights, problem.packed_block(b), slots, problem.tokens,
                      memory.sums + tile * (problem.tokens + 1) * kTileRows);
   }
@@ -290,13 +258,13 @@ void scale_sums(const Problem& problem, const TileChunk& chunk, const ChunkMemor
 
 void add_outliers(const Problem& problem, const TileChunk& chunk, const ChunkMemory& memory) {
   const LayoutView& view = problem.view;
-  for (int64_t begin = 0; begin < problem.tokens; begin += kOutlierTokens)
+  for (int64_t begin = 0; begin < problem.tokens; begin += kTokensSideBySide)
     for (int64_t tile = 0; tile < chunk.tiles; ++tile) {
       const int64_t row = tile * kTileRows;
       problem.kernels->add_outliers(
           {std::min<int64_t>(kTileRows, chunk.rows - row), view.outlier_row_offsets() + chunk.row_begin + row,
            view.outlier_columns(), view.outlier_deltas()},
-          problem.outlier_x + begin * view.header().columns, std::min(kOutlierTokens, problem.tokens - begin),
+          problem.outlier_x + begin * view.header().columns, std::min(kTokensSideBySide, problem.tokens - begin),
           memory.sums + (tile * (problem.tokens + 1) + begin) * kTileRows);
     }
 }
@@ -344,7 +312,7 @@ void run_chunk(const Problem& problem, const TileChunk& chunk) {
   if (kernels.begin_chunk != nullptr) kernels.begin_chunk(problem.tokens);
   for (size_t b = 0; b < problem.blocks.size(); ++b) multiply_block(problem, static_cast<int64_t>(b), chunk, outliers, memory);
   if (kernels.end_chunk != nullptr) kernels.end_chunk();
-  if (problem.view.row_scale() != nullptr && kernels.scale_in_sums) scale_sums(problem, chunk, memory);
+  if (problem.view.row_scale() != nullptr && kernels.relative) scale_sums(problem, chunk, memory);
   if (problem.adds_outliers()) add_outliers(problem, chunk, memory);
   for (int64_t t = 0; t < problem.tokens; ++t) store_token(problem, t, chunk, memory);
 }
@@ -371,7 +339,7 @@ int64_t tokens_of_pass(const Problem& problem, int64_t tokens) {
 
 // False: x or the weight is outside of what the kernels' arithmetic can hold, and y is not complete.
 bool run_tokens(const Problem& problem) {
-  if (problem.adds_outliers()) transpose_for_outliers(problem);
+  if (problem.adds_outliers()) put_side_by_side(problem.x_fp32, problem.tokens, problem.view.header().columns, problem.outlier_x);
   if (!problem.kernels->relative) {
     if (!pack_tokens(problem, 0)) return false;
     run_chunks(problem, 0, problem.chunks.size());
@@ -408,8 +376,21 @@ bool pack_fp32(const float* x, int64_t slots, const uint8_t*, const TokenGroups&
   return true;
 }
 
-void put_fp32(uint8_t* weights, int64_t slot, int row, float value) {
-  reinterpret_cast<float*>(weights)[(row / kHalfRows * kDecodedColumns + slot) * kHalfRows + row % kHalfRows] = value;
+void put_side_by_side(const float* x, int64_t tokens, int64_t columns, float* to) {
+  constexpr int64_t side = kTokensSideBySide;
+  const double elements = static_cast<double>(tokens * columns);
+  parallel_for(ceil_div(tokens, side), 1, kNsPerPackedElement * elements, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t count = std::min(side, tokens - g * side);
+      const float* from = x + g * side * columns;
+      float* group = to + g * side * columns;
+      // Line by line: tokens may lie 4 KiB apart, and 16 lines with one place in the L1 cache would push each other out.
+      for (int64_t line = 0; line < columns; line += side)
+        for (int64_t t = 0; t < side; ++t)
+          for (int64_t c = line; c < std::min(columns, line + side); ++c)
+            group[c * side + t] = t < count ? from[t * columns + c] : 0.0f;
+    }
+  });
 }
 
 void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,
@@ -430,7 +411,7 @@ void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype
   const int64_t most = tokens_of_pass(problem, tokens);
   const int64_t passes = ceil_div(tokens, most), block = ceil_div(tokens, passes);
   const int64_t converted = x_dtype == DType::fp32 || !problem.adds_outliers() ? 0 : block * header.columns;
-  const int64_t outlier_x = problem.adds_outliers() ? rounded_up(block, kOutlierTokens) * header.columns : 0;
+  const int64_t outlier_x = problem.adds_outliers() ? rounded_up(block, kTokensSideBySide) * header.columns : 0;
   const int64_t packed =
       static_cast<int64_t>(problem.blocks.size()) * std::max(permitted.packed_bytes(block), exact.packed_bytes(block));
 

@@ -33,7 +33,7 @@ constexpr int64_t kDecodedWeights = kDecodedColumns * kTileRows;
 // 0.9 / 0.35, of 128 1.3 / 0.4, of 256 1.9 / 0.5; the additional additions in the L1 cache take 3 % of the time.
 constexpr int64_t kChainColumns = 64;
 constexpr int64_t kMostTokenGroup = 16;
-constexpr int64_t kOutlierTokens = 16;  // side by side where outliers are added to the sums
+constexpr int64_t kTokensSideBySide = 16;  // where each outlier, or each kept weight, is multiplied on its own
 
 // Bytes that a decode kernel may use for the codebook of one column in the form it likes.
 static constexpr int64_t split_bytes(int width) { return width <= 4 ? 64 : int64_t{4} << width; }
@@ -52,11 +52,6 @@ struct TokenGroups {
   int64_t largest() const { return size(0); }
 };
 
-// The place of a 16-bit weight among those of a tile.
-static inline int64_t pair_place(int64_t slot, int row) {
-  return (row / kHalfRows * kDecodedColumns + slot / 2 * 2) * kHalfRows + row % kHalfRows * 2 + slot % 2;
-}
-
 // 8-bit weights stand in quads of columns, as one lookup in a layout in fours finds them. The place of a slot's weight,
 // counted in slots within its panel: columns 0, S, 2S, 3S first, then 1, S + 1, ...
 static constexpr int64_t quad_place(int width, int64_t slot) {
@@ -74,13 +69,13 @@ struct RowOutliers {
 
 // Compiled once per ISA, for which the compiler cuts the vector into registers. (As an array gcc 12 keeps the sums in memory:
 // 0.5 % of outliers then take 24 of 54 ms, 512 tokens, 4096 x 4096.)
-using OutlierTokens = float __attribute__((vector_size(kOutlierTokens * 4)));
+using OutlierTokens = float __attribute__((vector_size(kTokensSideBySide * 4)));
 static inline void add_outliers_loop(const RowOutliers& outliers, const float* x, int64_t count, float* sums) {
   for (int64_t r = 0; r < outliers.rows; ++r) {
     OutlierTokens sum = {};
     for (uint32_t i = outliers.row_offsets[r]; i < outliers.row_offsets[r + 1]; ++i) {
       OutlierTokens column;
-      std::memcpy(&column, x + int64_t{outliers.columns[i]} * kOutlierTokens, sizeof column);
+      std::memcpy(&column, x + int64_t{outliers.columns[i]} * kTokensSideBySide, sizeof column);
       sum += outliers.deltas[i] * column;
     }
     for (int64_t t = 0; t < count; ++t) sums[t * kTileRows + r] += sum[t];
@@ -89,12 +84,13 @@ static inline void add_outliers_loop(const RowOutliers& outliers, const float* x
 
 // One row per ISA and kind of weight.
 struct DecodeKernels {
-  int64_t token_group;         // most tokens that are packed side by side
-  int64_t weight_bytes;        // of one element of [2, columns, 16]
-  int64_t planes;              // arrays of weights, one after the other
-  int64_t slot_unit;           // multiply reads the slots of a block in units of this many; the driver fills up with zeros
-  bool relative = false;       // weights are relative to their column's largest magnitude, which x is multiplied by
-  bool scale_in_sums = false;  // the row scale multiplies sums, not weights
+  int64_t token_group;    // most tokens that are packed side by side
+  int64_t weight_bytes;   // of one element of [2, columns, 16]
+  int64_t planes = 1;     // arrays of weights, one after the other
+  int64_t slot_unit = 8;  // multiply reads the slots of a block in units of this many; the driver fills up with zeros
+  // Integers relative to their column's largest magnitude, which x is multiplied by; the row scale multiplies sums, and
+  // outliers are added to them. False: exact fp32 weights, row scale included, outliers in their place.
+  bool relative = false;
 
   // Of one block of 256 slots.
   int64_t (*packed_bytes)(int64_t tokens);
@@ -105,11 +101,9 @@ struct DecodeKernels {
   // Columns [slot, slot + slots) of a panel (multiples of 8) in one tile; row_scale [32] or null; weights: of half 0.
   void (*decode)(int width, StepOrder order, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots,
                  const float* row_scale, uint8_t* weights);
-  // An outlier replaces the decoded weight. Null: it is added to the sums.
-  void (*put_outlier)(uint8_t* weights, int64_t slot, int row, float value) = nullptr;
   // sums [tokens, 32] += x @ weights, x packed as above. May write one token more than there are, unchanged.
   void (*multiply)(const uint8_t* weights, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums);
-  // sums [count, 32] += the differences of the outliers of 32 rows; x [columns, kOutlierTokens]. Null: they are put.
+  // sums [count, 32] += the differences of the outliers of 32 rows; x [columns, kTokensSideBySide]. Of relative weights.
   void (*add_outliers)(const RowOutliers& outliers, const float* x, int64_t count, float* sums) = nullptr;
   // Around all multiplications of a chunk; null where there is nothing to set up.
   void (*begin_chunk)(int64_t tokens) = nullptr;
@@ -128,7 +122,9 @@ const DecodeKernels& decode_kernels(StepOrder order, Precision precision);
 // fp32: [group of tokens, slot, token].
 static inline int64_t packed_fp32_bytes(int64_t tokens) { return kDecodedColumns * tokens * 4; }
 bool pack_fp32(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group, uint8_t* packed);
-void put_fp32(uint8_t* weights, int64_t slot, int row, float value);
+
+// x [tokens, columns] -> [group of kTokensSideBySide, columns, token], filled up with zeros.
+void put_side_by_side(const float* x, int64_t tokens, int64_t columns, float* to);
 
 // As codebook_linear, tokens > 0.
 void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias,

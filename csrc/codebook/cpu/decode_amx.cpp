@@ -10,10 +10,9 @@
 // for 512.
 #include <immintrin.h>
 
-#include <cstring>
-
 #include "codebook/cpu/decode.h"
 #include "codebook/cpu/quads_avx512.h"
+#include "runtime/amx_tiles.h"
 
 namespace pyllmq::cpu {
 namespace {
@@ -70,24 +69,7 @@ bool pack(const float* x, int64_t slots, const uint8_t* order, const TokenGroups
 
 // Tiles 0, 1: sums of xh wh for both halves of the rows; 2, 3: xh wl; 4, 5: xl wh; 6: x; 7: weights. Six sums, so that each
 // waits 52 cycles for itself only once in 64 columns, cost two more loads of weights than four sums.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-void begin_chunk(int64_t tokens) {
-  const auto rows = static_cast<uint8_t>(TokenGroups{tokens, kTileTokens}.largest());
-  TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) {
-    config.row_bytes[tile] = 64;
-    config.rows[tile] = tile < 7 ? rows : 16;
-  }
-  asm volatile("" ::"r"(&config) : "memory");  // gcc 12 believes that the next instruction reads 8 bytes of the 64
-  _tile_loadconfig(&config);
-}
-
-void end_chunk() { _tile_release(); }
+void begin_chunk(int64_t tokens) { begin_tiles(TokenGroups{tokens, kTileTokens}.largest()); }
 
 void multiply_group(const uint8_t* weights, const uint8_t* x, int64_t slots, int64_t count, float* sums) {
   const auto* units = reinterpret_cast<const float*>(x + kPlanes * kPlaneX);
@@ -139,10 +121,6 @@ void multiply(const uint8_t* weights, const uint8_t* packed, int64_t slots, int6
     multiply_group(weights, packed + g * kGroupX, slots, groups.size(g), sums + groups.begin(g) * kTileRows);
 }
 
-void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, float* sums) {
-  add_outliers_loop(outliers, x, count, sums);
-}
-
 }  // namespace
 
 const DecodeKernels kDecodeAmx = {.token_group = kTileTokens,
@@ -150,14 +128,13 @@ const DecodeKernels kDecodeAmx = {.token_group = kTileTokens,
                                   .planes = kPlanes,
                                   .slot_unit = kTileColumns,
                                   .relative = true,
-                                  .scale_in_sums = true,
                                   .packed_bytes = packed_bytes,
                                   .pack = pack,
                                   .split_codebook = split_any_quads<TwoBytes>,
                                   .decode = decode_any_quads<TwoBytes>,
                                   .multiply = multiply,
-                                  .add_outliers = add_outliers,
+                                  .add_outliers = add_outliers_loop,
                                   .begin_chunk = begin_chunk,
-                                  .end_chunk = end_chunk};
+                                  .end_chunk = end_tiles};
 
 }  // namespace pyllmq::cpu

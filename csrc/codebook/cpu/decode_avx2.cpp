@@ -45,14 +45,11 @@ inline void store_column(__m256i low, __m256i high, const RowScale& scale, float
 
 template <int Width, bool Scaled>
 void decode_columns(const uint8_t* codes, const uint8_t* split, int64_t slots, const RowScale& scale, float* weights) {
-  const auto plane = [](const uint8_t* from) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  };
   for (; slots > 0; slots -= kBlockColumns, codes += block_bytes(Width)) {
     for (int64_t line = 0; line < block_bytes(Width); line += 64) prefetch(codes + line, kDecoded);
     if constexpr (Width >= 5) {
       for (int column = 0; column < kBlockColumns; ++column, split += split_bytes(Width), weights += kHalfRows) {
-        const WideWeights bytes = decode_wide<Width>(codes + column * kTileRows, split);
+        const BytePlanes bytes = decode_wide<Width>(codes + column * kTileRows, split);
         store_column<Scaled>(bytes.low, bytes.high, scale, weights);
       }
     } else {
@@ -61,8 +58,8 @@ void decode_columns(const uint8_t* codes, const uint8_t* split, int64_t slots, c
 #pragma GCC unroll 8
       for (int column = 0; column < kBlockColumns; ++column, split += split_bytes(Width), weights += kHalfRows) {
         const __m256i index = column_nibbles<Width>(steps, column);
-        store_column<Scaled>(_mm256_shuffle_epi8(plane(split), index), _mm256_shuffle_epi8(plane(split + 16), index), scale,
-                             weights);
+        store_column<Scaled>(_mm256_shuffle_epi8(broadcast16(split), index), _mm256_shuffle_epi8(broadcast16(split + 16), index),
+                             scale, weights);
       }
     }
   }
@@ -160,13 +157,10 @@ void multiply(const uint8_t* from, const uint8_t* packed, int64_t slots, int64_t
 
 const DecodeKernels kDecodeAvx2 = {.token_group = kTokenGroup,
                                    .weight_bytes = 4,
-                                   .planes = 1,
-                                   .slot_unit = 8,
                                    .packed_bytes = packed_fp32_bytes,
                                    .pack = pack_fp32,
                                    .split_codebook = split_any,
                                    .decode = decode_any,
-                                   .put_outlier = put_fp32,
                                    .multiply = multiply};
 
 }  // namespace pyllmq::cpu

@@ -128,13 +128,10 @@ void multiply(const uint8_t* weights, const uint8_t* packed, int64_t slots, int6
 
 const DecodeKernels kDecodeAvx512 = {.token_group = kTokenGroup,
                                      .weight_bytes = 4,
-                                     .planes = 1,
-                                     .slot_unit = 8,
                                      .packed_bytes = packed_fp32_bytes,
                                      .pack = pack_fp32,
                                      .split_codebook = split_any,
                                      .decode = decode_any,
-                                     .put_outlier = put_fp32,
                                      .multiply = multiply};
 
 }  // namespace pyllmq::cpu

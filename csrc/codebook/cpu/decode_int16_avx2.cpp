@@ -51,11 +51,7 @@ inline __m256i in_unpack_order(__m256i codes) {
   return _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
 }
 
-struct Bytes {  // of 32 weights
-  __m256i low, high;
-};
-
-inline void store_pair(Bytes a, Bytes b, int16_t* weights) {
+inline void store_pair(BytePlanes a, BytePlanes b, int16_t* weights) {
   const __m256i a0 = _mm256_unpacklo_epi8(a.low, a.high), a1 = _mm256_unpackhi_epi8(a.low, a.high);
   const __m256i b0 = _mm256_unpacklo_epi8(b.low, b.high), b1 = _mm256_unpackhi_epi8(b.low, b.high);
   auto* first = reinterpret_cast<__m256i*>(weights);
@@ -68,9 +64,6 @@ inline void store_pair(Bytes a, Bytes b, int16_t* weights) {
 
 template <int Width>
 void decode_columns(const uint8_t* codes, const uint8_t* split, int64_t slots, int16_t* weights) {
-  const auto plane = [](const uint8_t* from) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  };
   for (; slots > 0; slots -= kBlockColumns, codes += block_bytes(Width), split += kBlockColumns * split_bytes(Width)) {
     for (int64_t line = 0; line < block_bytes(Width); line += 64) prefetch(codes + line, kDecoded);
     __m256i steps[4];
@@ -80,14 +73,13 @@ void decode_columns(const uint8_t* codes, const uint8_t* split, int64_t slots, i
       for (int i = 0; i < 4; ++i)
         if (Width >= 3 || i < Width) steps[i] = in_unpack_order(steps[i]);
     }
-    const auto column = [&](int c) -> Bytes {
+    const auto column = [&](int c) -> BytePlanes {
       const uint8_t* own = split + c * split_bytes(Width);
       if constexpr (Width >= 5) {
-        const WideWeights bytes = decode_wide<Width>(in_unpack_order(load_32(codes + c * kTileRows)), own);
-        return {bytes.low, bytes.high};
+        return decode_wide<Width>(in_unpack_order(load_32(codes + c * kTileRows)), own);
       } else {
         const __m256i index = column_nibbles<Width>(steps, c);
-        return {_mm256_shuffle_epi8(plane(own), index), _mm256_shuffle_epi8(plane(own + 16), index)};
+        return {_mm256_shuffle_epi8(broadcast16(own), index), _mm256_shuffle_epi8(broadcast16(own + 16), index)};
       }
     };
 #pragma GCC unroll 4
@@ -168,23 +160,16 @@ void multiply(const uint8_t* from, const uint8_t* packed, int64_t slots, int64_t
     }
 }
 
-void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, float* sums) {
-  add_outliers_loop(outliers, x, count, sums);
-}
-
 }  // namespace
 
 const DecodeKernels kDecodeInt16Avx2 = {.token_group = kTokenGroup,
                                         .weight_bytes = 2,
-                                        .planes = 1,
-                                        .slot_unit = 8,
                                         .relative = true,
-                                        .scale_in_sums = true,
                                         .packed_bytes = packed_int16_bytes,
                                         .pack = pack_int16,
                                         .split_codebook = split_any,
                                         .decode = decode_any,
                                         .multiply = multiply,
-                                        .add_outliers = add_outliers};
+                                        .add_outliers = add_outliers_loop};
 
 }  // namespace pyllmq::cpu

@@ -36,7 +36,7 @@ void split_columns(const uint16_t* codebook, const float* max_magnitude, int64_t
 }
 
 constexpr auto kSplit = instances<1, 8>([]<int Width>() { return split_columns<Width>; });
-constexpr auto kDecode = instances<1, 8>([]<int Width>() { return decode_pairs<Width, 1>; });
+constexpr auto kDecode = instances<1, 8>([]<int Width>() { return decode_pairs<Width>; });
 
 void split_any(int width, const uint16_t* codebook, const float* max_magnitude, int64_t slots, uint8_t* split) {
   kSplit[width](codebook, max_magnitude, slots, split);
@@ -61,23 +61,16 @@ struct Int16Dot {
   static __m512i add(__m512i sum, __m512i weights, __m512i x) { return _mm512_dpwssd_epi32(sum, x, weights); }
 };
 
-void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, float* sums) {
-  add_outliers_loop(outliers, x, count, sums);
-}
-
 }  // namespace
 
 const DecodeKernels kDecodeInt16Avx512 = {.token_group = kChainTokens,
                                           .weight_bytes = 2,
-                                          .planes = 1,
-                                          .slot_unit = 8,
                                           .relative = true,
-                                          .scale_in_sums = true,
                                           .packed_bytes = packed_int16_bytes,
                                           .pack = pack_int16,
                                           .split_codebook = split_any,
                                           .decode = decode_any,
                                           .multiply = multiply_chains<Int16Dot>,
-                                          .add_outliers = add_outliers};
+                                          .add_outliers = add_outliers_loop};
 
 }  // namespace pyllmq::cpu

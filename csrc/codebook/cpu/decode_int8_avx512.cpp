@@ -9,7 +9,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "codebook/cpu/chains_avx512.h"
 #include "codebook/cpu/decode.h"
@@ -87,23 +86,16 @@ struct ByteDot {
   static __m512i add(__m512i sum, __m512i weights, __m512i x) { return _mm512_dpbusd_epi32(sum, weights, x); }
 };
 
-void add_outliers(const RowOutliers& outliers, const float* x, int64_t count, float* sums) {
-  add_outliers_loop(outliers, x, count, sums);
-}
-
 }  // namespace
 
 const DecodeKernels kDecodeInt8Avx512 = {.token_group = kChainTokens,
                                          .weight_bytes = 1,
-                                         .planes = BiasedByte::kPlanes,
-                                         .slot_unit = 8,
                                          .relative = true,
-                                         .scale_in_sums = true,
                                          .packed_bytes = packed_bytes,
                                          .pack = pack,
                                          .split_codebook = split_any_quads<BiasedByte>,
                                          .decode = decode_any_quads<BiasedByte>,
                                          .multiply = multiply_chains<ByteDot>,
-                                         .add_outliers = add_outliers};
+                                         .add_outliers = add_outliers_loop};
 
 }  // namespace pyllmq::cpu

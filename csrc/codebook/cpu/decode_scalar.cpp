@@ -53,13 +53,10 @@ void multiply(const uint8_t* from, const uint8_t* packed, int64_t slots, int64_t
 
 const DecodeKernels kDecodeScalar = {.token_group = kTokenGroup,
                                      .weight_bytes = 4,
-                                     .planes = 1,
-                                     .slot_unit = 8,
                                      .packed_bytes = packed_fp32_bytes,
                                      .pack = pack_fp32,
                                      .split_codebook = split_codebook,
                                      .decode = decode,
-                                     .put_outlier = put_fp32,
                                      .multiply = multiply};
 
 }  // namespace pyllmq::cpu

@@ -1,17 +1,16 @@
 #include "codebook/cpu/layout.h"
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
+#include "layout_blob.h"
 #include "runtime/counting.h"
 #include "runtime/half.h"
+#include "runtime/instances.h"
 #include "runtime/isa.h"
 #include "codebook/cpu/pack_codes.h"
 #include "runtime/thread_pool.h"
@@ -19,27 +18,16 @@
 namespace pyllmq::cpu {
 namespace {
 
-constexpr uint64_t kMagic = 0x746C2D716D6C6C79;  // "yllmq-lt"
-constexpr uint64_t kVersion = 2;
 constexpr int64_t kAlignment = 64;
 constexpr double kPackNsPerWeight = 0.3;  // 0.1 at 2 and 4 bits, 1 at 5 to 7
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("codebook layout: " + why); }
 
-uint64_t mix(uint64_t hash, const void* data, int64_t bytes) {  // FNV-1a over 8-byte words
-  for (const uint8_t* at = static_cast<const uint8_t*>(data); bytes >= 8; bytes -= 8, at += 8) {
-    uint64_t word;
-    std::memcpy(&word, at, 8);
-    hash = (hash ^ word) * 0x100000001B3u;
-  }
-  return hash;
-}
-
 uint64_t checksum(LayoutHeader header, const void* segments, const void* panels) {
   header.checksum = 0;
-  uint64_t hash = mix(0xCBF29CE484222325u, &header, sizeof header);
-  hash = mix(hash, segments, header.segments * static_cast<int64_t>(sizeof(SegmentRecord)));
-  return mix(hash, panels, header.panels * static_cast<int64_t>(sizeof(PanelRecord)));
+  const uint64_t of_segments =
+      hash_words(segments, header.segments * static_cast<int64_t>(sizeof(SegmentRecord)), hash_words(&header, sizeof header));
+  return hash_words(panels, header.panels * static_cast<int64_t>(sizeof(PanelRecord)), of_segments);
 }
 
 struct LayoutPlan {
@@ -98,8 +86,6 @@ LayoutPlan make_plan(const CodebookCheckpoint& c) {
   h.order = native_order();
   plan_segments(plan, c.segment_rows, segments);
   plan_panels(plan, c.columns, c.column_bits);
-  h.magic = kMagic;
-  h.version = kVersion;
   h.rows = rows;
   h.columns = c.columns;
   h.segments = segments;
@@ -191,17 +177,8 @@ void read_tile(const uint8_t* tile_codes, const uint32_t* columns, int64_t slots
       out[row * out_stride + columns[slot]] = static_cast<uint8_t>(read_code(tile_codes, Order, Width, slot, row));
 }
 
-using ReadTile = void (*)(const uint8_t*, const uint32_t*, int64_t, int64_t, uint8_t*, int64_t);
-
-template <StepOrder Order, int... Width>
-constexpr std::array<ReadTile, 9> read_tiles(std::integer_sequence<int, Width...>) {
-  return {{nullptr, read_tile<Width + 1, Order>...}};
-}
-ReadTile tile_reader(StepOrder order, int64_t width) {
-  constexpr auto widths = std::make_integer_sequence<int, 8>();
-  static constexpr auto in_rows = read_tiles<StepOrder::rows>(widths), in_fours = read_tiles<StepOrder::fours>(widths);
-  return (order == StepOrder::rows ? in_rows : in_fours)[width];
-}
+constexpr auto kReadRows = instances<1, 8>([]<int Width>() { return read_tile<Width, StepOrder::rows>; });
+constexpr auto kReadFours = instances<1, 8>([]<int Width>() { return read_tile<Width, StepOrder::fours>; });
 
 // Codebooks into panel order. A 2-bit lookup keeps its two columns' codebooks side by side, a 1-bit lookup its four.
 void write_codebooks(const LayoutPlan& plan, const CodebookCheckpoint& c, uint8_t* base) {
@@ -317,18 +294,7 @@ void for_each_tile(const LayoutHeader& header, const SegmentRecord* segments, do
 StepOrder native_order() { return active_isa() >= Isa::avx512 ? StepOrder::fours : StepOrder::rows; }
 
 LayoutView::LayoutView(const void* layout, int64_t layout_bytes) : base_(static_cast<const uint8_t*>(layout)) {
-  if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % kAlignment != 0)
-    refuse("the buffer must not be null and must be aligned to 64 bytes; copy it to an aligned buffer");
-  if (layout_bytes < static_cast<int64_t>(sizeof(LayoutHeader)))
-    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes, less than its header; pack it again");
-  const LayoutHeader& h = header();
-  if (h.magic != kMagic) refuse("this buffer was not made by codebook_layout_pack (wrong magic number)");
-  if (h.version != kVersion)
-    refuse("version " + std::to_string(h.version) + " cannot be read, only version " + std::to_string(kVersion) +
-           "; pack the checkpoint again");
-  if (h.bytes != layout_bytes)
-    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes but its header says " + std::to_string(h.bytes) +
-           "; it was cut or padded");
+  const auto& h = checked_header<LayoutHeader>(refuse, layout, layout_bytes, kAlignment);
   const auto fits = [&](int64_t offset, int64_t count, int64_t size) {
     return offset >= 0 && count >= 0 && offset <= layout_bytes && count <= (layout_bytes - offset) / size;
   };
@@ -357,12 +323,7 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
   const LayoutPlan plan = make_plan(c);
   const LayoutHeader& h = plan.header;
   check_codebook_arrays(refuse, c, h.outliers);
-  if (layout_bytes != h.bytes)
-    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes but this weight needs " + std::to_string(h.bytes) +
-           "; ask codebook_layout_bytes");
-  if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % kAlignment != 0)
-    refuse("the buffer must not be null and must be aligned to 64 bytes");
-
+  check_room(refuse, layout, layout_bytes, h.bytes, kAlignment);
   auto* base = static_cast<uint8_t*>(layout);
   std::memset(base, 0, h.codes_offset);
   const int64_t end = h.codes_offset + h.tiles * h.tile_bytes;  // tiles write all of theirs, on all threads
@@ -391,8 +352,8 @@ void codebook_layout_codes(const LayoutView& view, uint8_t* codes_out) {
     const int64_t rows = std::min<int64_t>(kTileRows, s.row_begin + s.rows - row_begin);
     for (int64_t p = 0; p < h.panels; ++p) {
       const PanelRecord& panel = view.panel(p);
-      tile_reader(h.order, panel.width)(view.codes(panel, tile), view.columns(panel), panel.columns, rows,
-                                        codes_out + row_begin * h.columns, h.columns);
+      (h.order == StepOrder::rows ? kReadRows : kReadFours)[panel.width](
+          view.codes(panel, tile), view.columns(panel), panel.columns, rows, codes_out + row_begin * h.columns, h.columns);
     }
   });
 }

@@ -63,7 +63,9 @@ struct PanelRecord {
 };
 
 struct LayoutHeader {
-  uint64_t magic, version, checksum;  // the checksum covers this header and the two record tables
+  static constexpr uint64_t kMagic = 0x746C2D716D6C6C79;  // "yllmq-lt"
+  static constexpr uint64_t kVersion = 2;
+  uint64_t magic = kMagic, version = kVersion, checksum;  // the checksum covers this header and the two record tables
   int64_t bytes, rows, columns, segments, tiles, panels, slots, entries, outliers, has_row_scale;
   StepOrder order;
   int64_t segments_offset, panels_offset, columns_offset, max_magnitude_offset, codebook_offset, row_scale_offset;

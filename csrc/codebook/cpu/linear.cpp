@@ -340,14 +340,14 @@ LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Pre
   // Costs were measured with fp32 x; tables of other types may have fewer planes.
   const double planes = static_cast<double>(table_planes(table_kind(precision, dtype, view.header().order))) /
                         table_planes(table_kind(precision, DType::fp32, view.header().order));
-  const auto& costs = kPathCost[static_cast<int>(kernel_isa(view.header().order))][static_cast<int>(precision)];
+  const PathCost& cost = kPathCost[static_cast<int>(kernel_isa(view.header().order))][static_cast<int>(precision)];
   double tables = 0, decode = 0;
   for (int64_t p = 0; p < view.header().panels; ++p) {
     const PanelRecord& panel = view.panel(p);
-    const PathCost& cost = costs[panel.width - 1];
+    const int64_t w = panel.width - 1;
     const double slots = static_cast<double>(panel.slots), count = static_cast<double>(tokens);
-    tables += slots * (passes * cost.table_pass + count * cost.table_token * (panel.width <= 4 ? planes : 1));
-    decode += slots * (cost.decode + count * cost.decode_token);
+    tables += slots * (passes * cost.table_pass[w] + count * cost.table_token[w] * (panel.width <= 4 ? planes : 1));
+    decode += slots * (cost.decode[w] + count * cost.decode_token[w]);
   }
   return decode < tables ? LinearPath::decode : LinearPath::tables;
 }

@@ -7,16 +7,13 @@
 #include "codebook/cpu/planes_avx2.h"
 #include "codebook/cpu/wide_avx2.h"
 #include "codebook/cpu/wide_columns.h"
+#include "runtime/instances.h"
 #include "runtime/prefetch.h"
 #include "runtime/simd.h"
 
 namespace pyllmq::cpu {
 namespace {
 
-inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-inline __m256i broadcast16(const uint8_t* from) {
-  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
 inline __m256 load_fp16(const uint16_t* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
 
 // --- tables --------------------------------------------------------------------------------------------------------
@@ -43,11 +40,7 @@ float largest_bound(const float* x, const float* max_magnitude, int64_t lookups)
     std::memcpy(last_magnitude, max_magnitude, lookups * ColumnsPerLookup * sizeof(float));
     largest = _mm256_max_epu32(largest, _mm256_castps_si256(lookup_bounds<ColumnsPerLookup>(last_x, last_magnitude)));
   }
-  alignas(32) uint32_t lanes[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), largest);
-  uint32_t top = lanes[0];
-  for (int i = 1; i < 8; ++i) top = lanes[i] > top ? lanes[i] : top;
-  return bits_float(top & 0x7FFFFFFFu);
+  return bits_float(largest_lane(largest) & 0x7FFFFFFFu);
 }
 
 float panel_bound(const float* x, const float* max_magnitude, int64_t lookups, int columns_per_lookup) {
@@ -164,7 +157,7 @@ void nibbles_of_tokens(const LookupWork& work, const TokenTables* tokens) {
       table[t] = tokens[t].tables;
     }
     const auto add_step = [&]() __attribute__((always_inline)) {
-      const __m256i pair = load(codes);
+      const __m256i pair = load_32(codes);
       const __m256i a = _mm256_and_si256(pair, low_nibble);
       const __m256i b = _mm256_and_si256(_mm256_srli_epi16(pair, 4), low_nibble);
 #pragma GCC unroll 2
@@ -202,7 +195,7 @@ void lookups_3bit_of_tokens(const LookupWork& work, const TokenTables* tokens) {
     for (int64_t block = work.lookups / kBlockColumns; block > 0; --block, codes += block_bytes(3)) {
       prefetch(codes, kLookupsAvx2);
       prefetch(codes + 64, kLookupsAvx2);
-      const __m256i a = load(codes), b = load(codes + 32), c = load(codes + 64);
+      const __m256i a = load_32(codes), b = load_32(codes + 32), c = load_32(codes + 64);
       const __m256i spare_a = _mm256_and_si256(_mm256_srli_epi16(a, 3), _mm256_set1_epi8(0x11));
       const __m256i spare_b = _mm256_and_si256(_mm256_srli_epi16(b, 2), _mm256_set1_epi8(0x22));
       const __m256i spare_c = _mm256_and_si256(_mm256_srli_epi16(c, 1), _mm256_set1_epi8(0x44));
@@ -226,26 +219,16 @@ void lookups_3bit_of_tokens(const LookupWork& work, const TokenTables* tokens) {
 // Two tokens of two planes keep 8 of the 16 registers as sums; four planes of one token do so alone.
 template <TableKind Kind>
 constexpr int kTokensAtOnce = table_planes(Kind) == 2 ? 2 : 1;
-
 template <TableKind Kind>
-void lookup_nibbles(const LookupWork& work) {
-  int64_t t = 0;
-  for (; t + kTokensAtOnce<Kind> <= work.count; t += kTokensAtOnce<Kind>)
-    nibbles_of_tokens<Kind, kTokensAtOnce<Kind>>(work, work.tokens + t);
-  for (; t < work.count; ++t) nibbles_of_tokens<Kind, 1>(work, work.tokens + t);
-}
-
+constexpr auto kNibbles = instances<1, kTokensAtOnce<Kind>>([]<int Tokens>() { return nibbles_of_tokens<Kind, Tokens>; });
 template <TableKind Kind>
-void lookup_3bit(const LookupWork& work) {
-  int64_t t = 0;
-  for (; t + kTokensAtOnce<Kind> <= work.count; t += kTokensAtOnce<Kind>)
-    lookups_3bit_of_tokens<Kind, kTokensAtOnce<Kind>>(work, work.tokens + t);
-  for (; t < work.count; ++t) lookups_3bit_of_tokens<Kind, 1>(work, work.tokens + t);
-}
+constexpr auto kLookups3Bit =
+    instances<1, kTokensAtOnce<Kind>>([]<int Tokens>() { return lookups_3bit_of_tokens<Kind, Tokens>; });
 
 template <TableKind Kind>
 constexpr TableKernels table_kernels() {
-  return {build<Kind>, lookup_nibbles<Kind>, lookup_3bit<Kind>};
+  return {build<Kind>, [](const LookupWork& work) { run_in_groups(kNibbles<Kind>, work); },
+          [](const LookupWork& work) { run_in_groups(kLookups3Bit<Kind>, work); }};
 }
 
 // --- widths 5..8 ---------------------------------------------------------------------------------------------------
@@ -253,7 +236,7 @@ constexpr TableKernels table_kernels() {
 // 32 weights of one column, rows in order.
 template <int Width>
 inline void decode_column(const uint8_t* codes, const uint8_t* planes, float* weights) {
-  const WideWeights bytes = decode_wide<Width>(codes, planes);
+  const BytePlanes bytes = decode_wide<Width>(codes, planes);
   const __m256i a = _mm256_unpacklo_epi8(bytes.low, bytes.high);  // rows 0-7|16-23
   const __m256i b = _mm256_unpackhi_epi8(bytes.low, bytes.high);  // rows 8-15|24-31
   _mm256_store_ps(weights, _mm256_cvtph_ps(_mm256_castsi256_si128(a)));

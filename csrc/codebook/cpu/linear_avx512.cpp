@@ -4,11 +4,10 @@
 // 32 bits also make planes of 8 bits as cheap as planes of 7.
 #include <immintrin.h>
 
-#include <cstring>
-
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/linear.h"
 #include "codebook/cpu/wide_columns.h"
+#include "runtime/instances.h"
 #include "runtime/prefetch.h"
 
 namespace pyllmq::cpu {
@@ -200,36 +199,16 @@ void lookups_3bit_of_tokens(const LookupWork& work, const TokenTables* tokens) {
 // Sums of 16 of the 32 registers.
 template <TableKind Kind>
 constexpr int kTokensAtOnce = table_planes(Kind) == 2 ? 4 : 2;
-
-template <class OneToken, class TwoTokens, class MostTokens>
-inline void in_blocks(const LookupWork& work, int64_t most, OneToken&& one, TwoTokens&& two, MostTokens&& many) {
-  int64_t t = 0;
-  for (; t + most <= work.count; t += most) many(work.tokens + t);
-  for (; t + 2 <= work.count; t += 2) two(work.tokens + t);
-  for (; t < work.count; ++t) one(work.tokens + t);
-}
-
 template <TableKind Kind>
-void lookup_nibbles(const LookupWork& work) {
-  constexpr int most = kTokensAtOnce<Kind>;
-  in_blocks(
-      work, most, [&](const TokenTables* t) { nibbles_of_tokens<Kind, 1>(work, t); },
-      [&](const TokenTables* t) { nibbles_of_tokens<Kind, 2>(work, t); },
-      [&](const TokenTables* t) { nibbles_of_tokens<Kind, most>(work, t); });
-}
-
+constexpr auto kNibbles = instances<1, kTokensAtOnce<Kind>>([]<int Tokens>() { return nibbles_of_tokens<Kind, Tokens>; });
 template <TableKind Kind>
-void lookup_3bit(const LookupWork& work) {
-  constexpr int most = kTokensAtOnce<Kind>;
-  in_blocks(
-      work, most, [&](const TokenTables* t) { lookups_3bit_of_tokens<Kind, 1>(work, t); },
-      [&](const TokenTables* t) { lookups_3bit_of_tokens<Kind, 2>(work, t); },
-      [&](const TokenTables* t) { lookups_3bit_of_tokens<Kind, most>(work, t); });
-}
+constexpr auto kLookups3Bit =
+    instances<1, kTokensAtOnce<Kind>>([]<int Tokens>() { return lookups_3bit_of_tokens<Kind, Tokens>; });
 
 template <TableKind Kind>
 constexpr TableKernels table_kernels() {
-  return {build<Kind>, lookup_nibbles<Kind>, lookup_3bit<Kind>};
+  return {build<Kind>, [](const LookupWork& work) { run_in_groups(kNibbles<Kind>, work); },
+          [](const LookupWork& work) { run_in_groups(kLookups3Bit<Kind>, work); }};
 }
 
 // --- widths 5..8 ---------------------------------------------------------------------------------------------------

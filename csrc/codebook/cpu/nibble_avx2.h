@@ -5,14 +5,9 @@
 #include <immintrin.h>
 
 #include "codebook/cpu/layout.h"
+#include "codebook/cpu/wide_avx2.h"
 
 namespace pyllmq::cpu {
-
-struct BytePlanes {  // entry i of a 16-entry table of fp16: low byte, high byte; the same in both lanes
-  __m256i low, high;
-};
-
-static inline __m256i load_32(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
 // pick[i] = the place of the low byte of entry i among 8 fp16 numbers.
 static inline BytePlanes planes_of_8(const uint16_t* codebook, __m128i pick) {
@@ -28,7 +23,8 @@ static inline BytePlanes planes_of_16(const uint16_t* codebook) {
   return {_mm256_permute2x128_si256(both, both, 0x00), _mm256_permute2x128_si256(both, both, 0x11)};
 }
 
-// The table of one of the 8 columns of a block, by the nibble that holds its code; `codebook`: of the block.
+// The table of one of the 8 columns of a block, by the nibble that holds its code, the same in both lanes; `codebook`: of the
+// block.
 template <int Width>
 static inline BytePlanes column_planes(const uint16_t* codebook, int column) {
   if constexpr (Width == 4) return planes_of_16(codebook + 16 * column);

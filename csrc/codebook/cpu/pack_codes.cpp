@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "runtime/instances.h"
 #include "runtime/thread_pool.h"
 
 namespace pyllmq::cpu {
@@ -81,19 +82,8 @@ void unpack_row_bits(const uint8_t* packed, uint8_t* codes, int64_t columns) {
   }
 }
 
-using PackRow = bool (*)(const uint8_t*, uint8_t*, int64_t);
-using UnpackRow = void (*)(const uint8_t*, uint8_t*, int64_t);
-constexpr PackRow kPackRow[9] = {nullptr,          pack_row_bits<1>, pack_row_bits<2>, pack_row_bits<3>, pack_row_bits<4>,
-                                 pack_row_bits<5>, pack_row_bits<6>, pack_row_bits<7>, pack_row_bits<8>};
-constexpr UnpackRow kUnpackRow[9] = {nullptr,
-                                     unpack_row_bits<1>,
-                                     unpack_row_bits<2>,
-                                     unpack_row_bits<3>,
-                                     unpack_row_bits<4>,
-                                     unpack_row_bits<5>,
-                                     unpack_row_bits<6>,
-                                     unpack_row_bits<7>,
-                                     unpack_row_bits<8>};
+constexpr auto kPackRow = instances<1, 8>([]<int Bits>() { return pack_row_bits<Bits>; });
+constexpr auto kUnpackRow = instances<1, 8>([]<int Bits>() { return unpack_row_bits<Bits>; });
 
 void check(const void* codes, const void* packed, int64_t rows, int64_t columns, int bits) {
   if (bits < 1 || bits > 8) throw std::invalid_argument("bits = " + std::to_string(bits) + "; allowed: 1..8");

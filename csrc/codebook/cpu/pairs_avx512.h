@@ -1,4 +1,4 @@
-// Codes in StepOrder::fours to 16-bit weights (int16 or bf16) in pairs of columns: a dword lane is a row, its low word
+// Codes in StepOrder::fours to int16 weights in pairs of columns: a dword lane is a row, its low word
 // the weight of the even column. Widths 3 and 4: one permute of 32 words looks up both columns (the even one's 16 entries
 // below the odd one's); widths 1 and 2: the nibble holds both codes and picks one of 16 pairs; widths 5..8: a lookup per
 // column. `static` because only files compiled for AVX-512 may hold this code.
@@ -67,11 +67,10 @@ static inline __m512i lookup_pairs(const uint8_t* split, __m512i index) {
   return _mm512_permutexvar_epi16(index, load_64(split));
 }
 
-// Planes: 1 or 2 sets of tables (`split` of the second follows that of the first column by column) and of weights.
-template <int Width, int Planes>
+template <int Width>
 static inline void decode_pairs(const uint8_t* codes, const uint8_t* split, int64_t slots, uint16_t* weights) {
   constexpr int columns = group_columns(Width);
-  constexpr int64_t plane_split = split_bytes(Width) / 2, half_weights = kDecodedColumns * kHalfRows;
+  constexpr int64_t half_weights = kDecodedColumns * kHalfRows;
   for (; slots > 0;
        slots -= columns, codes += group_bytes(Width), split += columns * split_bytes(Width), weights += columns * kHalfRows) {
     for (int64_t line = 0; line < group_bytes(Width); line += 64) prefetch(codes + line, kDecoded);
@@ -84,21 +83,14 @@ static inline void decode_pairs(const uint8_t* codes, const uint8_t* split, int6
         const uint8_t* own = split + c * split_bytes(Width);
         uint16_t* to = weights + half * half_weights + c * kHalfRows;
         if constexpr (Width <= 4) {
-          const __m512i index = pair_index<Width>(steps, c);
-#pragma GCC unroll 2
-          for (int plane = 0; plane < Planes; ++plane)
-            _mm512_store_si512(to + plane * kDecodedWeights, lookup_pairs<Width>(own + plane * 64, index));
+          _mm512_store_si512(to, lookup_pairs<Width>(own, pair_index<Width>(steps, c)));
         } else {
           const __m512i even = _mm512_srli_epi32(steps[0], c == 0 ? 0 : 16);
           const __m512i odd = c == 0 ? _mm512_slli_epi32(steps[0], 8) : _mm512_srli_epi32(steps[0], 8);
-#pragma GCC unroll 2
-          for (int plane = 0; plane < Planes; ++plane) {
-            const auto* entries = reinterpret_cast<const uint16_t*>(own + plane * plane_split);
-            const auto* next = reinterpret_cast<const uint16_t*>(own + split_bytes(Width) + plane * plane_split);
-            _mm512_store_si512(
-                to + plane * kDecodedWeights,
-                _mm512_mask_blend_epi16(0xAAAAAAAA, lookup_words<Width>(entries, even), lookup_words<Width>(next, odd)));
-          }
+          const auto* entries = reinterpret_cast<const uint16_t*>(own);
+          const auto* next = reinterpret_cast<const uint16_t*>(own + split_bytes(Width));
+          _mm512_store_si512(
+              to, _mm512_mask_blend_epi16(0xAAAAAAAA, lookup_words<Width>(entries, even), lookup_words<Width>(next, odd)));
         }
       }
     }

@@ -10,6 +10,14 @@ namespace pyllmq::cpu {
 // gcc 12 otherwise copies the accumulators between registers every iteration, which costs a third of the loop.
 #define PYLLMQ_PIN(x) __asm__("" : "+x"(x))
 
+static inline uint32_t largest_lane(__m256i x) {
+  alignas(32) uint32_t lanes[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), x);
+  uint32_t largest = lanes[0];
+  for (int i = 1; i < 8; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  return largest;
+}
+
 // Eight fixed-point numbers, each cut into its planes: plane p is byte p of its 32-bit lane.
 template <TableKind Kind>
 static inline __m256i cut_into_planes(__m256 products) {

@@ -5,10 +5,10 @@
 
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "codebook/cpu/linear.h"
+#include "runtime/instances.h"
 #include "runtime/thread_pool.h"
 
 namespace pyllmq::cpu {
@@ -18,8 +18,8 @@ constexpr double kNsPerWeight = 0.6;
 
 // A unit of columns begins a step of its own in either order. Places within it are constants, so that a byte is loaded once.
 template <int Width, StepOrder Order>
-void look_up(const uint8_t* __restrict tile_codes, int row, const uint16_t* __restrict codebook, int64_t slots,
-             uint16_t* __restrict weights) {
+void look_up_codes(const uint8_t* __restrict tile_codes, int row, const uint16_t* __restrict codebook, int64_t slots,
+                   uint16_t* __restrict weights) {
   constexpr int unit = Order == StepOrder::fours && Width <= 3 ? 4 * kBlockColumns : kBlockColumns;
   for (; slots > 0;
        slots -= unit, weights += unit, codebook += unit << Width, tile_codes += unit / kBlockColumns * block_bytes(Width))
@@ -28,27 +28,21 @@ void look_up(const uint8_t* __restrict tile_codes, int row, const uint16_t* __re
       weights[slot] = codebook[slot << Width | read_code(tile_codes, Order, Width, slot, row)];
 }
 
-using LookUp = void (*)(const uint8_t*, int, const uint16_t*, int64_t, uint16_t*);
-
-template <StepOrder Order, int... Width>
-LookUp look_up_of(int64_t width, std::integer_sequence<int, Width...>) {
-  static constexpr LookUp by_width[] = {look_up<Width + 1, Order>...};
-  return by_width[width - 1];
-}
+constexpr auto kLookUpRows = instances<1, 8>([]<int Width>() { return look_up_codes<Width, StepOrder::rows>; });
+constexpr auto kLookUpFours = instances<1, 8>([]<int Width>() { return look_up_codes<Width, StepOrder::fours>; });
 
 void decode_row(const LayoutView& view, int64_t row, float* out) {
   const LayoutHeader& header = view.header();
   const int64_t s = view.segment_of(row);
   const SegmentRecord& segment = view.segment(s);
   const int64_t in_segment = row - segment.row_begin, tile = segment.tile_begin + in_segment / kTileRows;
-  constexpr auto widths = std::make_integer_sequence<int, 8>();
+  const auto& look_up = header.order == StepOrder::rows ? kLookUpRows : kLookUpFours;
   uint16_t halves[kMaxPanelColumns];
   float scattered[kMaxPanelColumns];
   for (int64_t p = 0; p < header.panels; ++p) {
     const PanelRecord& panel = view.panel(p);
-    const LookUp look = header.order == StepOrder::rows ? look_up_of<StepOrder::rows>(panel.width, widths)
-                                                        : look_up_of<StepOrder::fours>(panel.width, widths);
-    look(view.codes(panel, tile), static_cast<int>(in_segment % kTileRows), view.codebook(panel, s), panel.slots, halves);
+    look_up[panel.width](view.codes(panel, tile), static_cast<int>(in_segment % kTileRows), view.codebook(panel, s), panel.slots,
+                         halves);
     float* weights = panel.first_column >= 0 ? out + panel.first_column : scattered;
     row_kernels().to_fp32[static_cast<int>(DType::fp16)](halves, weights, panel.columns);
     if (weights == scattered)

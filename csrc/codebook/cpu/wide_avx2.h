@@ -10,7 +10,14 @@
 
 namespace pyllmq::cpu {
 
-constexpr int kMaxWidePlanes = 2 * 256;  // bytes: both planes of an 8-bit codebook
+struct BytePlanes {  // of 32 numbers of 16 bits
+  __m256i low, high;
+};
+
+static inline __m256i load_32(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+static inline __m256i broadcast16(const uint8_t* from) {  // to both lanes
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
 
 // Low bytes of the 2^width entries at planes[0], high bytes at planes[2^width].
 static inline void split_codebook(const uint16_t* codebook, int width, uint8_t* planes) {
@@ -26,31 +33,24 @@ static inline void split_codebook(const uint16_t* codebook, int width, uint8_t* 
   }
 }
 
-struct WideWeights {
-  __m256i low, high;  // byte planes of 32 fp16 weights
-};
-
 template <int Width>
-static inline WideWeights decode_wide(__m256i codes, const uint8_t* planes) {
+static inline BytePlanes decode_wide(__m256i codes, const uint8_t* planes) {
   constexpr int entries = 1 << Width;
-  const auto table = [](const uint8_t* from) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  };
   __m256i own = codes;  // code - first entry of the sub-table
-  WideWeights weights{_mm256_setzero_si256(), _mm256_setzero_si256()};
+  BytePlanes weights{_mm256_setzero_si256(), _mm256_setzero_si256()};
 #pragma GCC unroll 16
   for (int first = 0; first < entries; first += 16) {
     // Codes of this sub-table become 0x70..0x7F, all others (smaller ones have wrapped) 0x80 and above.
     const __m256i index = _mm256_adds_epu8(own, _mm256_set1_epi8(0x70));
     own = _mm256_sub_epi8(own, _mm256_set1_epi8(16));
-    weights.low = _mm256_or_si256(weights.low, _mm256_shuffle_epi8(table(planes + first), index));
-    weights.high = _mm256_or_si256(weights.high, _mm256_shuffle_epi8(table(planes + entries + first), index));
+    weights.low = _mm256_or_si256(weights.low, _mm256_shuffle_epi8(broadcast16(planes + first), index));
+    weights.high = _mm256_or_si256(weights.high, _mm256_shuffle_epi8(broadcast16(planes + entries + first), index));
   }
   return weights;
 }
 template <int Width>
-static inline WideWeights decode_wide(const uint8_t* codes, const uint8_t* planes) {
-  return decode_wide<Width>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), planes);
+static inline BytePlanes decode_wide(const uint8_t* codes, const uint8_t* planes) {
+  return decode_wide<Width>(load_32(codes), planes);
 }
 
 }  // namespace pyllmq::cpu

@@ -49,23 +49,20 @@ struct RegisterTable {
     PYLLMQ_UNROLL
     for (int i = 0; i < kWords; i += kStep) {
       const Words<kStep> loaded = load_words<kStep>(group_table + (column * kWords + i) * 4);
-      PYLLMQ_UNROLL
-      for (int k = 0; k < kStep; ++k) word[i + k] = loaded.word[k];
+      unrolled<kStep>([&](int k) { word[i + k] = loaded.word[k]; });
     }
   }
 
   PYLLMQ_MEMBER void decode(uint32_t codes, uint32_t (&pairs)[4]) const {
     if constexpr (kWidth <= 2) {
       // Code c becomes the two nibbles 2c, 2c+1, which select the two bytes of its entry: one permute gives two rows.
-      PYLLMQ_UNROLL
-      for (int odd = 0; odd < 2; ++odd) {
+      unrolled<2>([&](int odd) {
         const uint32_t selectors = (codes >> (4 * odd) & 0x03030303u) * 0x22u + 0x10101010u;
         pairs[2 * odd] = ptx::permute(word[0], word[kWords - 1], selectors);
         pairs[2 * odd + 1] = ptx::permute(word[0], word[kWords - 1], selectors >> 16);
-      }
+      });
     } else {
-      PYLLMQ_UNROLL
-      for (int i = 0; i < 2; ++i) decode_four(codes, 16 * i, pairs[2 * i], pairs[2 * i + 1]);
+      unrolled<2>([&](int i) { decode_four(codes, 16 * i, pairs[2 * i], pairs[2 * i + 1]); });
     }
   }
 
@@ -95,12 +92,11 @@ struct MemoryTable {
   const uint16_t* entries;  // of one column
 
   PYLLMQ_MEMBER void decode(uint32_t low, uint32_t high, uint32_t (&pairs)[4]) const {
-    PYLLMQ_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    unrolled<4>([&](int i) {
       const uint32_t even = entries[(low >> (8 * i) & 15) | (high >> (8 * i) & 15) << 4];
       const uint32_t odd = entries[(low >> (8 * i + 4) & 15) | (high >> (8 * i + 4) & 15) << 4];
       pairs[i] = even | odd << 16;
-    }
+    });
   }
 };
 

@@ -22,12 +22,11 @@ struct Shared {
 };
 
 PYLLMQ_DEVICE void stage_pairs(const uint32_t (&pairs)[4], int lane, int column, uint16_t (*weight)[kStagedColumns + 2]) {
-  PYLLMQ_UNROLL
-  for (int i = 0; i < 4; ++i) {
+  unrolled<4>([&](int i) {
     const int row = 16 * i + lane / 4 * 2;
     weight[row][column] = static_cast<uint16_t>(pairs[i]);
     weight[row + 1][column] = static_cast<uint16_t>(pairs[i] >> 16);
-  }
+  });
 }
 
 // One tile of one group into 16 staged columns from `first` on.
@@ -79,18 +78,13 @@ struct Arguments {
   DType dtype;
 };
 
-template <class T>
-PYLLMQ_DEVICE const T* section(const uint8_t* layout, int64_t offset) {
-  return reinterpret_cast<const T*>(layout + offset);
-}
-
 // An outlier's value takes the place of what was decoded.
 PYLLMQ_DEVICE void store_outliers(const Arguments& a, const LayoutHeader& h, int64_t bucket, int row, int64_t to) {
-  const uint16_t* row_end = section<uint16_t>(a.layout, h.outlier_row_end_offset) + bucket * kTileRows + row;
-  const int64_t begin = section<uint32_t>(a.layout, h.outlier_begin_offset)[bucket];
+  const uint16_t* row_end = section<uint16_t>(h, h.outlier_row_end_offset) + bucket * kTileRows + row;
+  const int64_t begin = section<uint32_t>(h, h.outlier_begin_offset)[bucket];
   for (int64_t i = begin + (row ? row_end[-1] : 0); i < begin + row_end[0]; ++i)
-    store_element(a.weight, a.dtype, to + section<int32_t>(a.layout, h.outlier_columns_offset)[i],
-                  ptx::fp16_to_fp32(section<uint16_t>(a.layout, h.outlier_values_offset)[i]));
+    store_element(a.weight, a.dtype, to + section<int32_t>(h, h.outlier_columns_offset)[i],
+                  ptx::fp16_to_fp32(section<uint16_t>(h, h.outlier_values_offset)[i]));
 }
 
 PYLLMQ_KERNEL void __launch_bounds__(kThreads, 4) codebook_dequantize_kernel(const Arguments a) {
@@ -102,7 +96,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 4) codebook_dequantize_kernel(con
   const int64_t tile_slots = h.blocks * kBlockTiles;
   for (int64_t item = ptx::block(); item < tile_slots * h.panels; item += ptx::blocks()) {
     const int64_t panel = item / tile_slots;
-    const RowBlock block = section<RowBlock>(a.layout, h.blocks_offset)[item % tile_slots / kBlockTiles];
+    const RowBlock block = section<RowBlock>(h, h.blocks_offset)[item % tile_slots / kBlockTiles];
     const int tile = static_cast<int>(item % kBlockTiles);
     if (tile >= block_tiles(block)) continue;
     const int first_row = tile * kTileRows;
@@ -121,14 +115,13 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 4) codebook_dequantize_kernel(con
                      a.layout + tables_offset(h, width, block.segment, group), lane, warp * kGroupColumns, shared.weight);
           if (lane < kGroupColumns)
             shared.columns[warp * kGroupColumns + lane] =
-                section<int32_t>(a.layout, h.columns_offset)[h.first_slot[width] + int64_t{group} * kGroupColumns + lane];
+                section<int32_t>(h, h.columns_offset)[h.first_slot[width] + int64_t{group} * kGroupColumns + lane];
         }
         ptx::sync_block();
         const int columns = (range.end - begin < kWarps ? range.end - begin : kWarps) * kGroupColumns;
         for (int row = warp; row < rows; row += kWarps) {
-          const float scale = h.row_scale_offset == 0
-                                  ? 1.0f
-                                  : ptx::fp16_to_fp32(section<uint16_t>(a.layout, h.row_scale_offset)[row_begin + row]);
+          const float scale =
+              h.row_scale_offset == 0 ? 1.0f : ptx::fp16_to_fp32(section<uint16_t>(h, h.row_scale_offset)[row_begin + row]);
           for (int column = lane; column < columns; column += 32)
             if (shared.columns[column] >= 0)
               store_element(a.weight, a.dtype, (row_begin + row) * h.columns + shared.columns[column],

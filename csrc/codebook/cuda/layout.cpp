@@ -2,20 +2,19 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "layout_blob.h"
 #include "runtime/counting.h"
+#include "runtime/cuda/host_threads.h"
 #include "runtime/half.h"
 
 namespace pyllmq::cuda {
 namespace {
 
-constexpr int64_t kAlignment = 128;
-constexpr int64_t kWeightsPerThread = 1 << 20;  // below this, starting a thread costs more than it saves
+constexpr int64_t kAlignment = 128, kReadAlignment = 16;
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("codebook layout (cuda): " + why); }
 
@@ -50,8 +49,6 @@ Plan make_plan(const CodebookCheckpoint& c) {
     entries += h.groups[width] * table_bytes(width);
   }
 
-  h.magic = kMagic;
-  h.version = kVersion;
   h.rows = c.rows;
   h.columns = c.columns;
   h.segments = c.segments;
@@ -124,28 +121,6 @@ uint32_t read_bits(const uint8_t* stream, int64_t index, int bits) {
   uint32_t value = stream[first / 8] >> (first % 8);
   if (first % 8 + bits > 8) value |= static_cast<uint32_t>(stream[first / 8 + 1]) << (8 - first % 8);
   return value & ((1u << bits) - 1);
-}
-
-template <class Body>  // body(block index)
-void for_each_block(const LayoutHeader& h, Body&& body) {
-  const int64_t wanted = std::min<int64_t>(h.blocks, h.rows * h.columns / kWeightsPerThread + 1);
-  const int64_t threads = std::min<int64_t>(wanted, std::max(1u, std::thread::hardware_concurrency()));
-  const auto run = [&](int64_t thread) {
-    for (int64_t block = thread; block < h.blocks; block += threads) body(block);
-  };
-  std::vector<std::thread> others;
-  for (int64_t thread = 1; thread < threads; ++thread) others.emplace_back(run, thread);
-  run(0);
-  for (std::thread& other : others) other.join();
-}
-
-template <class T>
-T* at(uint8_t* base, int64_t offset) {
-  return reinterpret_cast<T*>(base + offset);
-}
-template <class T>
-const T* at(const uint8_t* base, int64_t offset) {
-  return reinterpret_cast<const T*>(base + offset);
 }
 
 template <class Body>  // body(width, group, column of the group, column of the weight)
@@ -267,20 +242,8 @@ void write_outliers(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base
 
 }  // namespace
 
-const LayoutHeader& checked_header(const void* layout, int64_t layout_bytes) {
-  if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % 16 != 0)
-    refuse("the buffer must not be null and must be aligned to 16 bytes");
-  if (layout_bytes < static_cast<int64_t>(sizeof(LayoutHeader)))
-    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes, less than its header; pack it again");
-  const auto& h = *static_cast<const LayoutHeader*>(layout);
-  if (h.magic != kMagic) refuse("this buffer was not made by codebook_layout_pack (wrong magic number)");
-  if (h.version != kVersion)
-    refuse("version " + std::to_string(h.version) + " cannot be read, only version " + std::to_string(kVersion) +
-           "; pack the checkpoint again");
-  if (h.bytes != layout_bytes)
-    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes but its header says " + std::to_string(h.bytes) +
-           "; it was cut or padded");
-  return h;
+const LayoutHeader& codebook_header(const void* layout, int64_t layout_bytes) {
+  return checked_header<LayoutHeader>(refuse, layout, layout_bytes, kReadAlignment);
 }
 
 int64_t codebook_layout_bytes(const CodebookCheckpoint& c) { return make_plan(c).header.bytes; }
@@ -289,9 +252,7 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
   const Plan plan = make_plan(c);
   const LayoutHeader& h = plan.header;
   check_codebook_arrays(refuse, c, h.outliers);
-  if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % 16 != 0 || layout_bytes != h.bytes)
-    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes; this weight needs " + std::to_string(h.bytes) +
-           ", aligned to 16");
+  check_room(refuse, layout, layout_bytes, h.bytes, kReadAlignment);
   auto* base = static_cast<uint8_t*>(layout);
   std::memset(base, 0, layout_bytes);
   std::memcpy(base, &h, sizeof h);
@@ -299,21 +260,25 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
   std::memcpy(base + h.columns_offset, plan.columns.data(), plan.columns.size() * sizeof(int32_t));
   if (c.row_scale != nullptr) std::memcpy(base + h.row_scale_offset, c.row_scale, c.rows * sizeof(uint16_t));
   write_tables(plan, c, base);
-  for_each_block(h, [&](int64_t block) { write_codes(plan, c, plan.blocks[block], base); });
+  in_parts(h.rows * h.columns, h.blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) write_codes(plan, c, plan.blocks[block], base);
+  });
   if (h.outliers > 0) write_outliers(plan, c, base);
 }
 
 void codebook_layout_codes(const void* layout, int64_t layout_bytes, uint8_t* codes_out) {
-  const LayoutHeader& h = checked_header(layout, layout_bytes);
+  const LayoutHeader& h = codebook_header(layout, layout_bytes);
   if (codes_out == nullptr) refuse("codes_out must not be null");
   const auto* base = static_cast<const uint8_t*>(layout);
-  for_each_block(h, [&](int64_t index) {
-    const RowBlock& block = at<RowBlock>(base, h.blocks_offset)[index];
-    for_each_column(h, at<int32_t>(base, h.columns_offset), [&](int width, int64_t group, int in_group, int32_t column) {
-      for (int row = 0; row < block.rows; ++row)
-        codes_out[(block.row_begin + row) * h.columns + column] = static_cast<uint8_t>(
-            get_code(tile_words(base, h, width, block, group, row), Place(width, row % kTileRows, in_group)));
-    });
+  in_parts(h.rows * h.columns, h.blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const RowBlock& block = at<RowBlock>(base, h.blocks_offset)[index];
+      for_each_column(h, at<int32_t>(base, h.columns_offset), [&](int width, int64_t group, int in_group, int32_t column) {
+        for (int row = 0; row < block.rows; ++row)
+          codes_out[(block.row_begin + row) * h.columns + column] = static_cast<uint8_t>(
+              get_code(tile_words(base, h, width, block, group, row), Place(width, row % kTileRows, in_group)));
+      });
+    }
   });
 }
 

@@ -37,11 +37,10 @@ struct RowBlock {
   int32_t row_begin, rows, segment, tile_begin;
 };
 
-constexpr uint64_t kMagic = 0x67632D716D6C6C79;  // "yllmq-cg"
-constexpr uint64_t kVersion = 1;
-
 struct LayoutHeader {
-  uint64_t magic, version;
+  static constexpr uint64_t kMagic = 0x67632D716D6C6C79;  // "yllmq-cg"
+  static constexpr uint64_t kVersion = 1;
+  uint64_t magic = kMagic, version = kVersion;
   int64_t bytes, rows, columns, segments, blocks, tiles, panels, slots;
   int64_t groups[9];         // by width
   int64_t first_slot[9];     // of a width, into columns
@@ -61,7 +60,7 @@ struct LayoutHeader {
 
 // Whether a blob of `bytes` that starts with this header is a weight of that shape: kernels index by what it says.
 PYLLMQ_HOST_DEVICE bool describes(const LayoutHeader& h, int64_t bytes, int64_t rows, int64_t columns) {
-  return h.magic == kMagic && h.version == kVersion && h.bytes == bytes && h.rows == rows && h.columns == columns;
+  return h.magic == h.kMagic && h.version == h.kVersion && h.bytes == bytes && h.rows == rows && h.columns == columns;
 }
 
 struct GroupRange {
@@ -104,6 +103,6 @@ int64_t codebook_layout_bytes(const CodebookCheckpoint& checkpoint);
 void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookCheckpoint& checkpoint);
 // codes_out uint8 [rows, columns]: exactly the codes that were packed, also under the outliers.
 void codebook_layout_codes(const void* layout, int64_t layout_bytes, uint8_t* codes_out);
-const LayoutHeader& checked_header(const void* layout, int64_t layout_bytes);
+const LayoutHeader& codebook_header(const void* layout, int64_t layout_bytes);
 
 }  // namespace pyllmq::cuda

@@ -21,15 +21,13 @@
 
 #include <algorithm>
 #include <limits>
-#include <stdexcept>
-#include <string>
 
-#include "codebook/cuda/linear_outputs.cuh"
+#include "codebook/cuda/outliers.cuh"
 #include "codebook/cuda/decode.cuh"
 #include "codebook/cuda/fp16_planes.cuh"
+#include "linear_outputs.cuh"
 #include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
-#include "runtime/cuda/split_sums.cuh"
 
 namespace pyllmq::cuda {
 namespace {
@@ -126,33 +124,30 @@ using TileSums = float[2][kTokenTiles][4];
 // x of columns t + 8*half and t + 8*half + 4 of a group as the second operand: this lane's token in its slot, 0 in the other.
 template <int kTokenTiles>
 PYLLMQ_DEVICE void load_x(const uint16_t* x_group, int columns, int lane, int half, uint32_t (&x)[kTokenTiles][2]) {
-  PYLLMQ_UNROLL
-  for (int tile = 0; tile < kTokenTiles; ++tile) {
+  unrolled<kTokenTiles>([&](int tile) {
     const int column = tile * 4 + (lane >> 3);
-    PYLLMQ_UNROLL
-    for (int i = 0; i < 2; ++i) {
+    unrolled<2>([&](int i) {
       const int k = (lane & 3) + 8 * half + 4 * i;
       const uint32_t value = column < columns ? x_group[k * columns + column] : 0;
       x[tile][i] = value << (lane >> 2 & 1) * 16;
-    }
-  }
+    });
+  });
 }
 
 // Adds the product of half a group: decode(tile, pairs) gives a tile's pairs of two columns.
 template <int kTokenTiles, class Decode>
 PYLLMQ_DEVICE void multiply(int tiles, const uint32_t (&x)[kTokenTiles][2], const Decode& decode,
                             TileSums<kTokenTiles> (&sums)[kBlockTiles / kTokenTiles]) {
-  PYLLMQ_UNROLL
-  for (int tile = 0; tile < kBlockTiles / kTokenTiles; ++tile)
+  unrolled<kBlockTiles / kTokenTiles>([&](int tile) {
     if (tile < tiles) {
       uint32_t pairs[2][4];
       decode(tile, pairs);
-      PYLLMQ_UNROLL
-      for (int i = 0; i < 2; ++i) PYLLMQ_UNROLL
-      for (int column_tile = 0; column_tile < kTokenTiles; ++column_tile)
+      unrolled<2, kTokenTiles>([&](int i, int column_tile) {
         ptx::mma_m16n8k16(sums[tile][i][column_tile], pairs[0][2 * i], pairs[0][2 * i + 1], pairs[1][2 * i], pairs[1][2 * i + 1],
                           x[column_tile][0], x[column_tile][1]);
+      });
     }
+  });
 }
 
 // Where the columns of a width start in the staged x.
@@ -221,11 +216,10 @@ PYLLMQ_DEVICE void accumulate(const Work& w, uint8_t* ring, const uint16_t* x_sh
       const auto decode = [&](int tile, uint32_t (&pairs)[2][4]) {
         uint32_t codes[2];
         column_codes<kWidth>(tables + R::kTableBytes + tile * tile_bytes(kWidth), lane, half, codes);
-        PYLLMQ_UNROLL
-        for (int i = 0; i < 2; ++i) {
+        unrolled<2>([&](int i) {
           if (!R::kKeepTables) table[i].load(tables, lane % 4 + 8 * half + 4 * i);
           table[i].decode(codes[i], pairs[i]);
-        }
+        });
       };
       multiply<kTokenTiles>(tiles, x, decode, sums);
     }
@@ -266,8 +260,7 @@ PYLLMQ_DEVICE void accumulate_wide(const Work& w, uint8_t* ring, const uint16_t*
         uint32_t low[2], high[2];
         column_codes<4>(at, lane, half, low);
         column_codes<kWidth - 4>(at + tile_bytes(4), lane, half, high);
-        PYLLMQ_UNROLL
-        for (int i = 0; i < 2; ++i) MemoryTable<kWidth>{entries + i * (4 << kWidth)}.decode(low[i], high[i], pairs[i]);
+        unrolled<2>([&](int i) { MemoryTable<kWidth>{entries + i * (4 << kWidth)}.decode(low[i], high[i], pairs[i]); });
       };
       multiply<kTokenTiles>(tiles, x, decode, sums);
     }
@@ -284,19 +277,16 @@ PYLLMQ_DEVICE float* add_warps(const Work& w, Shared& shared, const TileSums<kTo
   for (int turn = 0; turn < kWarps; ++turn) {
     ptx::sync_block();  // before the first turn: every warp is done with its ring
     if (turn != warp) continue;
-    PYLLMQ_UNROLL
-    for (int column_tile = 0; column_tile < kTokenTiles; ++column_tile) {
+    unrolled<kTokenTiles>([&](int column_tile) {
       const int column = column_tile * 4 + lane % 4;
-      if (column >= w.columns()) continue;
-      PYLLMQ_UNROLL
-      for (int tile = 0; tile < kBlockTiles / kTokenTiles; ++tile) PYLLMQ_UNROLL
-      for (int e = 0; e < 8; ++e) {
+      if (column >= w.columns()) return;
+      unrolled<kBlockTiles / kTokenTiles, 8>([&](int tile, int e) {
         const int row = tile * kTileRows + e / 2 * 16 + lane / 4 * 2 + e % 2;
         float& to = total[column * kRows + row];
         const float sum = sums[tile][e / 4][column_tile][e % 4];
         to = turn == 0 ? sum : to + sum;
-      }
-    }
+      });
+    });
   }
   ptx::sync_block();
   return total;
@@ -312,7 +302,7 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, con
     for (int token = 0; token < w.tokens; ++token)
       for (int row = ptx::thread(); row < w.rows; row += kThreads) body(token, row);
   };
-  for_each_output([&](int token, int row) {
+  const auto sum_of = [&](int token, int row) {
     float sum = total[token * w.planes * kRows + row];
     if (w.planes == 2) sum += total[(token * 2 + 1) * kRows + row] * (1.0f / kLowPlane);
     sum *= shared.unscale[token];
@@ -322,20 +312,9 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, con
       sum += outlier_sum(h, a.call, w.token_begin + token, w.panel_begin, w.panel_end, w.block.tile_begin + in_block / kTileRows,
                          in_block % kTileRows);
     }
-    if (a.splits == 1)
-      store_y(a.call, w.token_begin + token, row_begin + row, sum);
-    else
-      a.call.partials[(w.split * a.call.tokens + w.token_begin + token) * a.call.rows + row_begin + row] = sum;
-  });
-  if (a.splits == 1) return;
-
-  uint32_t* counter = a.call.counters + w.token_begin / a.tokens_per_block * a.call.rows + row_begin;
-  if (!is_last_of(static_cast<uint32_t>(a.splits), counter, shared.arrived)) return;
-  for_each_output([&](int token, int row) {
-    const int64_t at = (w.token_begin + token) * a.call.rows + row_begin + row;
-    store_y(a.call, w.token_begin + token, row_begin + row,
-            sum_of_splits(a.call.partials + at, a.splits, a.call.tokens * a.call.rows));
-  });
+    return sum;
+  };
+  store_outputs(a.call, a.splits, w.split, a.tokens_per_block, w.token_begin, row_begin, shared.arrived, for_each_output, sum_of);
 }
 
 // An item is some rows of a row block, some tokens and a split; items that share a split follow each other, since they read

@@ -11,11 +11,11 @@
 // step: for every 8 rows eight sums per lane, added over the lanes by a transposing reduction. Sums of a unit lie in a
 // workspace until the warp that finishes a step's last unit adds them, in order. Widths 5..8 look up single weights in the
 // codebooks.
-#include <algorithm>
 
 #include "codebook/cuda/operand.h"
-#include "codebook/cuda/linear_outputs.cuh"
+#include "codebook/cuda/outliers.cuh"
 #include "codebook/cuda/decode.cuh"
+#include "linear_outputs.cuh"
 #include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 
@@ -127,12 +127,10 @@ PYLLMQ_DEVICE int word_offset(int lane) {
 template <int kWidth>
 PYLLMQ_DEVICE void load_codes(const uint8_t* first, uint32_t (&words)[kWidth]) {
   if constexpr (kWidth == 3) {
-    PYLLMQ_UNROLL
-    for (int j = 0; j < 3; ++j) words[j] = load_words<1>(first + 128 * j)[0];
+    unrolled<3>([&](int j) { words[j] = load_words<1>(first + 128 * j)[0]; });
   } else {
     const Words<kWidth> loaded = load_words<kWidth>(first);
-    PYLLMQ_UNROLL
-    for (int j = 0; j < kWidth; ++j) words[j] = loaded[j];
+    unrolled<kWidth>([&](int j) { words[j] = loaded[j]; });
   }
 }
 
@@ -146,12 +144,10 @@ PYLLMQ_DEVICE void index_halves(const uint32_t (&words)[kWidth], uint32_t (&halv
     halves[0] = words[0];
     halves[1] = words[1];
   } else if constexpr (kWidth == 3) {
-    PYLLMQ_UNROLL
-    for (int j = 0; j < 3; ++j) halves[j] = words[j] & 0x77777777u;
+    unrolled<3>([&](int j) { halves[j] = words[j] & 0x77777777u; });
     halves[3] = (words[0] >> 3 & 0x11111111u) | (words[1] >> 2 & 0x22222222u) | (words[2] >> 1 & 0x44444444u);
   } else {
-    PYLLMQ_UNROLL
-    for (int j = 0; j < 4; ++j) halves[j] = words[j];
+    unrolled<4>([&](int j) { halves[j] = words[j]; });
   }
 }
 
@@ -161,21 +157,19 @@ PYLLMQ_DEVICE void add_lookups(ptx::SharedAddress bank, uint32_t low, uint32_t h
   constexpr int kOffset = kTable * kMostEntries * 128;
   const uint32_t even = (low & 0x0F0F0F0Fu) | (high << 4 & 0xF0F0F0F0u);
   const uint32_t odd = (low >> 4 & 0x0F0F0F0Fu) | (high & 0xF0F0F0F0u);
-  PYLLMQ_UNROLL
-  for (int i = 0; i < 4; ++i) {
+  unrolled<4>([&](int i) {
     sums[2 * i] += ptx::load_shared<kOffset>(bank + ptx::permute(even, 0, 0x4440 + i) * 128);
     sums[2 * i + 1] += ptx::load_shared<kOffset>(bank + ptx::permute(odd, 0, 0x4440 + i) * 128);
-  }
+  });
 }
 
 // x of a lane's four columns in a group.
 PYLLMQ_DEVICE void load_x(const LayoutHeader& h, const LinearCall& call, int width, int64_t group, int t, float (&x)[4]) {
   const int32_t* columns = section<int32_t>(h, h.columns_offset) + h.first_slot[width] + group * kGroupColumns;
-  PYLLMQ_UNROLL
-  for (int j = 0; j < 4; ++j) {
+  unrolled<4>([&](int j) {
     const int32_t column = columns[t + 4 * j];
     x[j] = column < 0 ? 0.0f : load_element(call.x, static_cast<DType>(call.dtype), column);
-  }
+  });
 }
 
 // x times all entries of one column's codebook.
@@ -183,8 +177,7 @@ template <int kWidth>
 PYLLMQ_DEVICE void products_of(const uint8_t* group_table, int column, float x, float (&products)[1 << kWidth]) {
   RegisterTable<kWidth> table;
   table.load(group_table, column);
-  PYLLMQ_UNROLL
-  for (int code = 0; code < 1 << kWidth; ++code) {
+  unrolled<1 << kWidth>([&](int code) {
     uint32_t entry;
     if constexpr (kWidth <= 2) {
       entry = table.word[code / 2] >> (16 * (code % 2));
@@ -193,7 +186,7 @@ PYLLMQ_DEVICE void products_of(const uint8_t* group_table, int column, float x, 
       entry = ptx::permute(table.word[code / 4], table.word[kPlane + code / 4], (code % 4) | (4 + code % 4) << 4);
     }
     products[code] = x * ptx::fp16_to_fp32(static_cast<uint16_t>(entry));
-  }
+  });
 }
 
 // One column's codebook and x; entries are chosen at run time.
@@ -231,19 +224,16 @@ PYLLMQ_DEVICE void build_tables(const LayoutHeader& h, const LinearCall& call, S
       float products[2][kCodes];
       products_of<kWidth>(codebooks, t, x[0], products[0]);
       products_of<kWidth>(codebooks, t + 4, x[1], products[1]);
-      PYLLMQ_UNROLL
-      for (int i = 0; i < kLow; ++i) low[i] = products[0][i % kCodes] + products[1][i / kCodes % kCodes];
+      unrolled<kLow>([&](int i) { low[i] = products[0][i % kCodes] + products[1][i / kCodes % kCodes]; });
       if constexpr (kWidth == 1) {
         products_of<kWidth>(codebooks, t + 8, x[2], products[0]);
         products_of<kWidth>(codebooks, t + 12, x[3], products[1]);
-        PYLLMQ_UNROLL
-        for (int i = 0; i < kLow; ++i) low[i] += products[0][i / 4 % 2] + products[1][i / 8];
+        unrolled<kLow>([&](int i) { low[i] += products[0][i / 4 % 2] + products[1][i / 8]; });
       } else {
-        PYLLMQ_UNROLL
-        for (int i = 0; i < 2; ++i) {
+        unrolled<2>([&](int i) {
           above[i].table.load(codebooks, t + 8 + 4 * i);
           above[i].x = x[2 + i];
-        }
+        });
       }
     }
   }
@@ -252,8 +242,7 @@ PYLLMQ_DEVICE void build_tables(const LayoutHeader& h, const LinearCall& call, S
     float more = 0.0f;
     if constexpr (kWidth == 2) more = above[0].product(high % 4) + above[1].product(high / 4);
     if constexpr (kWidth > 2) more = above[0].product(high);
-    PYLLMQ_UNROLL
-    for (int i = 0; i < kLow; ++i) bank[(high * 16 + i) * 32] = low[i] + more;
+    unrolled<kLow>([&](int i) { bank[(high * 16 + i) * 32] = low[i] + more; });
   }
 }
 
@@ -334,16 +323,12 @@ PYLLMQ_DEVICE void run_narrow(const LayoutHeader& h, const Arguments& a, Shared&
     const int strip = (step < r.step_end ? step : r.step_end - 1) * a.step_strips;
     const TileCodes codes = tile_codes(h, r, kWidth, strip / kStrips);
     strip_words = codes.first + int64_t{r.first_group} * codes.group_bytes + word_offset<kWidth>(strip % kStrips * 4 + lane % 4);
-    PYLLMQ_UNROLL
-    for (int set = 0; set < kSets; ++set) {
+    unrolled<kSets>([&](int set) {
       const int group = set * kSetGroups + lane / 4;
       group_words[set] = group < r.group_end - r.first_group ? group * codes.group_bytes : 0;
-    }
+    });
   };
-  const auto load = [&] {
-    PYLLMQ_UNROLL
-    for (int set = 0; set < kSets; ++set) load_codes<kWidth>(strip_words + group_words[set], next[set]);
-  };
+  const auto load = [&] { unrolled<kSets>([&](int set) { load_codes<kWidth>(strip_words + group_words[set], next[set]); }); };
   build_tables<kWidth>(h, a.call, shared);
   seek(r.step_begin + ptx::thread() / 32);
   load();
@@ -351,17 +336,14 @@ PYLLMQ_DEVICE void run_narrow(const LayoutHeader& h, const Arguments& a, Shared&
   const ptx::SharedAddress bank = ptx::shared_address(shared.tables) + lane * 4;
   run_steps(h, a, shared, [&](int step, int i, float (&sums)[kStripRows]) {
     uint32_t words[kSets][kWidth];
-    PYLLMQ_UNROLL
-    for (int set = 0; set < kSets; ++set) PYLLMQ_UNROLL
-    for (int j = 0; j < kWidth; ++j) words[set][j] = next[set][j];
+    unrolled<kSets, kWidth>([&](int set, int j) { words[set][j] = next[set][j]; });
     if (i + 1 < a.step_strips)
       strip_words += word_offset<kWidth>(4);
     else
       seek(step + kWarps);
     load();
     uint32_t halves[kSets][4];
-    PYLLMQ_UNROLL
-    for (int set = 0; set < kSets; ++set) index_halves<kWidth>(words[set], halves[set]);
+    unrolled<kSets>([&](int set) { index_halves<kWidth>(words[set], halves[set]); });
     add_lookups<0>(bank, halves[0][0], halves[0][1], sums);
     add_lookups<1>(bank, halves[1][0], halves[1][1], sums);
     constexpr int kPair = kSets == 4 ? 0 : 2;  // tables 2 and 3: of two more sets, or of the other two columns
@@ -391,13 +373,12 @@ PYLLMQ_DEVICE void run_wide(const LayoutHeader& h, const Arguments& a, Shared& s
         uint32_t low[2], high[2], pairs[4];
         column_codes<4>(words, layout_lane, half, low);
         column_codes<kWidth - 4>(words + tile_bytes(4), layout_lane, half, high);
-        PYLLMQ_UNROLL
-        for (int j = 0; j < 2; ++j) {
+        unrolled<2>([&](int j) {
           MemoryTable<kWidth>{codebooks + ((t + 8 * half + 4 * j) << kWidth)}.decode(low[j], high[j], pairs);
-          PYLLMQ_UNROLL
-          for (int n = 0; n < kStripRows; ++n)
+          unrolled<kStripRows>([&](int n) {
             sums[n] += (half == 0 ? x[j] : x[2 + j]) * ptx::fp16_to_fp32(static_cast<uint16_t>(pairs[n / 2] >> (16 * (n % 2))));
-        }
+          });
+        });
       }
     }
   });

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
 #include "kmeans/cpu/split.h"
 #include "runtime/workspace.h"

@@ -2,7 +2,6 @@
 // Compiled by g++ (tests only) the same names come from emulator/emulator.h, and the kernel bodies run on a CPU.
 #pragma once
 #include <cstdint>
-#include <cstring>
 
 #ifdef __CUDACC__
 #define PYLLMQ_KERNEL __global__
@@ -195,6 +194,25 @@ PYLLMQ_DEVICE void store_element(void* to, DType dtype, int64_t index, float val
 PYLLMQ_DEVICE void store_nan(void* to, DType dtype, int64_t count, int threads) {
   for (int64_t i = ptx::block() * threads + ptx::thread(); i < count; i += ptx::blocks() * threads)
     store_element(to, dtype, i, ptx::bits_to_fp32(0x7FC00000u));
+}
+
+// act(0), act(1), ..., act(kCount - 1), unrolled; of two counts act(i, j).
+template <int kCount, class Act>
+PYLLMQ_DEVICE void unrolled(const Act& act) {
+  PYLLMQ_UNROLL
+  for (int i = 0; i < kCount; ++i) act(i);
+}
+template <int kOuter, int kInner, class Act>
+PYLLMQ_DEVICE void unrolled(const Act& act) {
+  PYLLMQ_UNROLL
+  for (int i = 0; i < kOuter; ++i) PYLLMQ_UNROLL
+  for (int j = 0; j < kInner; ++j) act(i, j);
+}
+
+// An array of a layout, by its place in the header.
+template <class T, class Header>
+PYLLMQ_DEVICE const T* section(const Header& h, int64_t offset) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(&h) + offset);
 }
 
 // N words at an address aligned to their size: one load instruction.

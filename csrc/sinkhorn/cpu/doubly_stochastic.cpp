@@ -6,16 +6,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "runtime/counting.h"
-#include "sinkhorn/cpu/sinkhorn.h"
-#include "runtime/thread_pool.h"
-#include "runtime/workspace.h"
+#include "sinkhorn/cpu/lane_groups.h"
 
 namespace pyllmq::cpu {
 namespace {
-
-constexpr int64_t kGrain = 4;
-constexpr double kNsPerEntry = 0.15;
 
 [[noreturn]] void refuse(const DoublyStochastic& call, int64_t first, int64_t lanes) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
@@ -29,18 +23,16 @@ constexpr double kNsPerEntry = 0.15;
                                     "logits have a NaN or +inf entry; allowed: finite, or -inf where the result must be 0");
       top = std::max(top, logits[e]);
     }
-    bool line = false;
-    for (int64_t i = 0; i < call.n; ++i) {
-      bool closed = true;
-      for (int64_t j = 0; j < call.m; ++j) closed &= logits[i * call.m + j] == -infinity;
-      line |= closed;
-    }
-    for (int64_t j = 0; j < call.m; ++j) {
-      bool closed = true;
-      for (int64_t i = 0; i < call.n; ++i) closed &= logits[i * call.m + j] == -infinity;
-      line |= closed;
-    }
-    if (line)
+    const auto any_closed = [&](int64_t lines, int64_t line_step, int64_t entries, int64_t entry_step) {
+      bool any = false;
+      for (int64_t line = 0; line < lines; ++line) {
+        bool closed = true;
+        for (int64_t e = 0; e < entries; ++e) closed &= logits[line * line_step + e * entry_step] == -infinity;
+        any |= closed;
+      }
+      return any;
+    };
+    if (any_closed(call.n, call.m, call.m, 1) || any_closed(call.m, 1, call.n, call.m))
       throw std::invalid_argument(where +
                                   "a row or column of logits is -inf throughout, so it cannot sum to 1; make an entry finite");
     if (!call.softmax_start && call.shift == Shift::none && top >= kLargestUnshifted)
@@ -52,17 +44,9 @@ constexpr double kNsPerEntry = 0.15;
 
 template <class Body>
 void for_groups(const DoublyStochastic& call, double passes, const Body& body) {
-  const int64_t width = sinkhorn_kernels().small_width, groups = ceil_div(call.problems, width);
   const double entries = static_cast<double>(call.problems) * static_cast<double>(call.n * call.m);
-  parallel_for(groups, kGrain, kNsPerEntry * entries * passes * static_cast<double>(call.iterations + 5),
-               [&](int64_t begin, int64_t end) {
-                 thread_local Workspace workspace;
-                 const int64_t floats = width * doubly_stochastic_room(call);
-                 for (int64_t group = begin; group < end; ++group) {
-                   workspace.reserve(4 * floats + 64);
-                   body(group * width, std::min(width, call.problems - group * width), workspace.take<float>(floats));
-                 }
-               });
+  const double cost_ns = kNsPerEntry * entries * passes * static_cast<double>(call.iterations + 5);
+  for_lane_groups(call.problems, sinkhorn_kernels().small_width * doubly_stochastic_room(call), cost_ns, body);
 }
 
 }  // namespace

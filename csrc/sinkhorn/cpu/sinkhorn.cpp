@@ -2,23 +2,18 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "runtime/counting.h"
-#include "runtime/isa.h"
-#include "runtime/thread_pool.h"
-#include "runtime/workspace.h"
+#include "sinkhorn/cpu/lane_groups.h"
 
 namespace pyllmq::cpu {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kSameMass = 1e-3;  // reference_sinkhorn.SAME_MASS
-constexpr double kNsPerEntry = 0.15;
 
 int64_t padded(int64_t count) { return rounded_up(count, kLanes); }
 
@@ -590,6 +585,23 @@ SmallProblem group_of(const SinkhornProblem& p, int64_t first, int64_t lanes, bo
   group.problems = lanes;
   return group;
 }
+SinkhornForward group_of(const SinkhornProblem& p, SinkhornForward out, int64_t first) {
+  out.plan += first * p.n * p.m;
+  out.u += first * p.n;
+  out.v += first * p.m;
+  out.count += first;
+  return out;
+}
+SinkhornBackward group_of(const SinkhornProblem& p, SinkhornBackward out, int64_t first) {
+  out.grad_plan += first * p.n * p.m;
+  out.grad_cost += first * p.n * p.m;
+  out.grad_u += first * p.n;
+  out.grad_v += first * p.m;
+  out.grad_a += first * p.n;
+  out.grad_b += first * p.m;
+  out.count += first;
+  return out;
+}
 
 bool has_no_zero(const float* marginal, int64_t stride, int64_t problems, int64_t count) {
   return std::all_of(marginal, marginal + (stride == 0 ? count : problems * count), [](float mass) { return mass > 0; });
@@ -622,22 +634,14 @@ void sinkhorn(const SinkhornProblem& p, const SinkhornForward& out) {
     });
     return;
   }
-  const int64_t width = kernels.small_width, groups = ceil_div(p.problems, width);
-  const int64_t grain = 4;
-  parallel_for(groups, grain, work, [&](int64_t begin, int64_t end) {
-    for (int64_t group = begin; group < end; ++group) {
-      const int64_t first = group * width, lanes = std::min(width, p.problems - first);
-      float* room = workspace_of(4 * small_room(p.n, p.m, 0) + 64).take<float>(small_room(p.n, p.m, 0));
-      const SmallLanes found =
-          kernels.small_forward(group_of(p, first, lanes, full), out.iterations, static_cast<float>(out.tolerance), room,
-                                out.plan + first * p.n * p.m, out.u + first * p.n, out.v + first * p.m, out.count + first);
-      if (full && (found.not_finite | found.again) == 0) continue;
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        if (!full || found.not_finite >> lane & 1) check_possible(p, first + lane);
-        if (!(found.again >> lane & 1)) continue;
-        Loop loop(p, kernels, workspace_of(Loop::bytes(p)));
-        forward_one(loop, p, out, first + lane);
-      }
+  for_lane_groups(p.problems, small_room(p.n, p.m, 0), work, [&](int64_t first, int64_t lanes, float* room) {
+    const SmallLanes found = kernels.small_forward(group_of(p, first, lanes, full), group_of(p, out, first), room);
+    if (full && (found.not_finite | found.again) == 0) return;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      if (!full || found.not_finite >> lane & 1) check_possible(p, first + lane);
+      if (!(found.again >> lane & 1)) continue;
+      Loop loop(p, kernels, workspace_of(Loop::bytes(p)));
+      forward_one(loop, p, out, first + lane);
     }
   });
 }
@@ -652,25 +656,13 @@ void sinkhorn_backward(const SinkhornProblem& p, const SinkhornBackward& out) {
     });
     return;
   }
-  const int64_t width = kernels.small_width, groups = ceil_div(p.problems, width);
-  const int64_t grain = 4, n = p.n, m = p.m;
-  const bool full = has_no_zero(p.a, p.a_stride, p.problems, n) && has_no_zero(p.b, p.b_stride, p.problems, m);
-  const int64_t floats = small_room(n, m, out.iterations);
-  parallel_for(groups, grain, work, [&](int64_t begin, int64_t end) {
-    for (int64_t group = begin; group < end; ++group) {
-      const int64_t first = group * width, lanes = std::min(width, p.problems - first);
-      int32_t count[kSmallWidth];
-      for (int64_t lane = 0; lane < lanes; ++lane) count[lane] = std::abs(out.count[first + lane]);
-      float* room = workspace_of(4 * floats + 64).take<float>(floats);
-      const uint32_t again =
-          kernels.small_backward(group_of(p, first, lanes, full), *std::max_element(count, count + lanes), count,
-                                 out.grad_plan + first * n * m, out.grad_u + first * n, out.grad_v + first * m, room,
-                                 out.grad_cost + first * n * m, out.grad_a + first * n, out.grad_b + first * m);
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        if (!(again >> lane & 1)) continue;
-        Adjoint adjoint(p, out, kernels, workspace_of(Adjoint::bytes(p, out.iterations)));
-        adjoint.run(first + lane);
-      }
+  const bool full = has_no_zero(p.a, p.a_stride, p.problems, p.n) && has_no_zero(p.b, p.b_stride, p.problems, p.m);
+  for_lane_groups(p.problems, small_room(p.n, p.m, out.iterations), work, [&](int64_t first, int64_t lanes, float* room) {
+    const uint32_t again = kernels.small_backward(group_of(p, first, lanes, full), group_of(p, out, first), room);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      if (!(again >> lane & 1)) continue;
+      Adjoint adjoint(p, out, kernels, workspace_of(Adjoint::bytes(p, out.iterations)));
+      adjoint.run(first + lane);
     }
   });
 }

@@ -86,13 +86,10 @@ struct SinkhornKernels {
                        float* row_sums, float* column_sums);
   void (*outer_sums)(const float* k, const OuterSums& sums, int64_t n, int64_t m, int64_t stride, float scale, bool add,
                      float* grad_cost);
-  // One problem per lane. room: small_room floats.
-  SmallLanes (*small_forward)(const SmallProblem& problem, int64_t iterations, float tolerance, float* room, float* plan,
-                              float* u, float* v, int32_t* count);
+  // One problem per lane. room: small_room floats. A tape is neither written nor read.
+  SmallLanes (*small_forward)(const SmallProblem& problem, const SinkhornForward& out, float* room);
   // Returns a bit per lane that must be done over by the general loop.
-  uint32_t (*small_backward)(const SmallProblem& problem, int64_t iterations, const int32_t* count, const float* grad_plan,
-                             const float* grad_u, const float* grad_v, float* room, float* grad_cost, float* grad_a,
-                             float* grad_b);
+  uint32_t (*small_backward)(const SmallProblem& problem, const SinkhornBackward& out, float* room);
   // doubly_stochastic of `lanes` problems from `first` on. Returns a bit per lane that must be refused, then out is untouched.
   uint32_t (*normalise)(const DoublyStochastic& call, int64_t first, int64_t lanes, float* room, float* out);
   void (*normalise_backward)(const DoublyStochastic& call, int64_t first, int64_t lanes, float* room, const float* gradient,

@@ -267,24 +267,19 @@ void outer_sums(const float* k, const OuterSums& sums, int64_t n, int64_t m, int
       const int64_t second = j + V::width < stride ? V::width : 0;
       R total[kRows][2];
       for (int64_t r = 0; r < kRows; ++r) total[r][0] = total[r][1] = V::set(0);
-      for (int64_t t = 0; t < sums.f_terms; ++t) {
-        const float* right = sums.r + t * sums.column_stride + j;
-        const R right0 = V::load(right), right1 = V::load(right + second);
-        for (int64_t r = 0; r < kRows; ++r) {
-          const R left = V::set(sums.f[t * sums.f_stride + row[r]]);
-          total[r][0] = V::fma(left, right0, total[r][0]);
-          total[r][1] = V::fma(left, right1, total[r][1]);
+      const auto add_terms = [&](int64_t terms, const float* of_rows, int64_t of_rows_stride, const float* of_columns) {
+        for (int64_t t = 0; t < terms; ++t) {
+          const float* right = of_columns + t * sums.column_stride + j;
+          const R right0 = V::load(right), right1 = V::load(right + second);
+          for (int64_t r = 0; r < kRows; ++r) {
+            const R left = V::set(of_rows[t * of_rows_stride + row[r]]);
+            total[r][0] = V::fma(left, right0, total[r][0]);
+            total[r][1] = V::fma(left, right1, total[r][1]);
+          }
         }
-      }
-      for (int64_t t = 0; t < sums.s_terms; ++t) {
-        const float* right = sums.g + t * sums.column_stride + j;
-        const R right0 = V::load(right), right1 = V::load(right + second);
-        for (int64_t r = 0; r < kRows; ++r) {
-          const R left = V::set(sums.s[t * sums.s_stride + row[r]]);
-          total[r][0] = V::fma(left, right0, total[r][0]);
-          total[r][1] = V::fma(left, right1, total[r][1]);
-        }
-      }
+      };
+      add_terms(sums.f_terms, sums.f, sums.f_stride, sums.r);
+      add_terms(sums.s_terms, sums.s, sums.s_stride, sums.g);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t part = 0; part < 2; ++part) {
           const int64_t column = j + part * V::width;
@@ -499,24 +494,23 @@ typename V::Flag small_iterate_of(const SmallState<V>& state, const SmallProblem
 }
 
 template <class V>
-SmallLanes small_forward(const SmallProblem& p, int64_t iterations, float tolerance, float* room, float* plan, float* u, float* v,
-                         int32_t* count) {
+SmallLanes small_forward(const SmallProblem& p, const SinkhornForward& out, float* room) {
   using S = SmallState<V>;
   const S state(p, room);
   float* f = S::take(room, p.n);
   float* g = S::take(room, p.m);
   alignas(64) float counted[V::width];
-  const auto iterate = tolerance > 0 ? small_iterate_of<V, false, true> : small_iterate_of<V, false, false>;
-  const auto beyond = iterate(state, p, iterations, tolerance, f, g, nullptr, counted);
+  const auto iterate = out.tolerance > 0 ? small_iterate_of<V, false, true> : small_iterate_of<V, false, false>;
+  const auto beyond = iterate(state, p, out.iterations, out.tolerance, f, g, nullptr, counted);
   for (int64_t i = 0; i < p.n; ++i)
     for (int64_t j = 0; j < p.m; ++j)
       S::put(state.k, i * p.m + j, V::mul(V::mul(S::at(f, i), S::at(state.k, i * p.m + j)), S::at(g, j)));
-  scatter<V>(state.k, p.n * p.m, p.lanes(), plan);
+  scatter<V>(state.k, p.n * p.m, p.lanes(), out.plan);
   for (int64_t i = 0; i < p.n; ++i) S::put(f, i, V::fma(logarithm<V>(S::at(f, i)), state.epsilon, S::at(state.row_floor, i)));
   for (int64_t j = 0; j < p.m; ++j) S::put(g, j, V::mul(logarithm<V>(S::at(g, j)), state.epsilon));
-  scatter<V>(f, p.n, p.lanes(), u);
-  scatter<V>(g, p.m, p.lanes(), v);
-  for (int64_t l = 0; l < p.lanes(); ++l) count[l] = static_cast<int32_t>(counted[l]);
+  scatter<V>(f, p.n, p.lanes(), out.u);
+  scatter<V>(g, p.m, p.lanes(), out.v);
+  for (int64_t l = 0; l < p.lanes(); ++l) out.count[l] = static_cast<int32_t>(counted[l]);
   const uint32_t taken = p.lanes() < 32 ? (uint32_t{1} << p.lanes()) - 1 : ~uint32_t{0};
   return {V::bits(beyond) & taken, ~V::bits(state.finite) & taken};
 }
@@ -603,8 +597,7 @@ void small_adjoint(const SmallAdjoint<V>& given, int64_t n_given, int64_t m_give
 }
 
 template <class V>
-uint32_t small_backward(const SmallProblem& p, int64_t iterations, const int32_t* count, const float* grad_plan,
-                        const float* grad_u, const float* grad_v, float* room, float* grad_cost, float* grad_a, float* grad_b) {
+uint32_t small_backward(const SmallProblem& p, const SinkhornBackward& out, float* room) {
   using R = typename V::R;
   using S = SmallState<V>;
   const int64_t n = p.n, m = p.m;
@@ -617,21 +610,26 @@ uint32_t small_backward(const SmallProblem& p, int64_t iterations, const int32_t
   float* gradient_b = S::take(room, m);
   float* outside_f = S::take(room, n);  // d loss / d u, and below d loss / d v
   float* outside_g = S::take(room, m);
-  float* tape = S::take(room, iterations * (n + m));
   alignas(64) float lane_count[V::width], unused[V::width];
-  for (int64_t l = 0; l < V::width; ++l) lane_count[l] = static_cast<float>(count[l < p.lanes() ? l : 0]);
+  int64_t iterations = 0;
+  for (int64_t l = 0; l < V::width; ++l) {
+    const int64_t taken = std::abs(out.count[l < p.lanes() ? l : 0]);
+    iterations = taken > iterations ? taken : iterations;
+    lane_count[l] = static_cast<float>(taken);
+  }
+  float* tape = S::take(room, iterations * (n + m));
   const R counted = V::load(lane_count);
-  gather<V>(grad_plan, n * m, n * m, p.lanes(), grad);
-  gather<V>(grad_u, n, n, p.lanes(), outside_f);
-  gather<V>(grad_v, m, m, p.lanes(), outside_g);
+  gather<V>(out.grad_plan, n * m, n * m, p.lanes(), grad);
+  gather<V>(out.grad_u, n, n, p.lanes(), outside_f);
+  gather<V>(out.grad_v, m, m, p.lanes(), outside_g);
   const auto beyond = small_iterate_of<V, true, false>(state, p, iterations, 0.0f, last_f, last_g, tape, unused);
   const SmallAdjoint<V> adjoint{state, counted, grad, through, gradient_a, gradient_b, outside_f, outside_g, tape};
   (n == 4 && m == 4 ? small_adjoint<V, 4, 4> : small_adjoint<V, 0, 0>)(adjoint, n, m, iterations);
   const R minus_inverse = V::div(V::set(-1), state.epsilon);
   for (int64_t e = 0; e < n * m; ++e) S::put(grad, e, V::mul(V::mul(S::at(through, e), S::at(state.k, e)), minus_inverse));
-  scatter<V>(grad, n * m, p.lanes(), grad_cost);
-  scatter<V>(gradient_a, n, p.lanes(), grad_a);
-  scatter<V>(gradient_b, m, p.lanes(), grad_b);
+  scatter<V>(grad, n * m, p.lanes(), out.grad_cost);
+  scatter<V>(gradient_a, n, p.lanes(), out.grad_a);
+  scatter<V>(gradient_b, m, p.lanes(), out.grad_b);
   return V::bits(beyond);
 }
 

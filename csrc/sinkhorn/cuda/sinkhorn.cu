@@ -246,31 +246,25 @@ struct Part {
   // Entries of kRows rows; 0 outside of the matrix.
   PYLLMQ_MEMBER void entries(int row, float (&e)[S::rows][S::columns]) const {
     if (row < resident) {
-      PYLLMQ_UNROLL
-      for (int r = 0; r < S::rows; ++r) PYLLMQ_UNROLL
-      for (int c = 0; c < S::columns; ++c) e[r][c] = k[(row + r) * S::width + column(c)];
+      unrolled<S::rows, S::columns>([&](int r, int c) { e[r][c] = k[(row + r) * S::width + column(c)]; });
     } else {
-      PYLLMQ_UNROLL
-      for (int r = 0; r < S::rows; ++r) PYLLMQ_UNROLL
-      for (int c = 0; c < S::columns; ++c) e[r][c] = row + r < rows && column(c) < m ? computed_entry(row + r, column(c)) : 0;
+      unrolled<S::rows, S::columns>(
+          [&](int r, int c) { e[r][c] = row + r < rows && column(c) < m ? computed_entry(row + r, column(c)) : 0; });
     }
   }
 
   // Sums over the threads that share a row, for all of them.
   PYLLMQ_MEMBER void add_up_rows(float (&dots)[S::rows]) {
     PYLLMQ_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2) PYLLMQ_UNROLL
-    for (int r = 0; r < S::rows; ++r) dots[r] += ptx::shuffle_xor(dots[r], mask);
+    for (int mask = 16; mask > 0; mask /= 2) unrolled<S::rows>([&](int r) { dots[r] += ptx::shuffle_xor(dots[r], mask); });
     if constexpr (S::shared_rows) {
       float* of_warps = scratch + (toggle++ & 1) * S::rows * S::warps;  // in turns: one barrier is enough
-      if (ptx::thread() % 32 == 0) PYLLMQ_UNROLL
-      for (int r = 0; r < S::rows; ++r) of_warps[r * S::warps + ptx::thread() / 32] = dots[r];
+      if (ptx::thread() % 32 == 0) unrolled<S::rows>([&](int r) { of_warps[r * S::warps + ptx::thread() / 32] = dots[r]; });
       ptx::sync_block();
-      PYLLMQ_UNROLL
-      for (int r = 0; r < S::rows; ++r) {
+      unrolled<S::rows>([&](int r) {
         dots[r] = 0;
         for (int warp = 0; warp < S::warps; ++warp) dots[r] += of_warps[r * S::warps + warp];
-      }
+      });
     }
   }
 
@@ -279,28 +273,23 @@ struct Part {
   template <bool kTwice, class Load, class Update>
   PYLLMQ_MEMBER void pass(const float* x, const Load& load, const Update& update) {
     float held[S::columns], totals[S::columns];
-    PYLLMQ_UNROLL
-    for (int c = 0; c < S::columns; ++c) {
+    unrolled<S::columns>([&](int c) {
       held[c] = x[column(c)];
       totals[c] = 0;
-    }
+    });
     for (int row = group() * S::rows; row < rows; row += S::groups * S::rows) {
       float e[S::rows][S::columns], again[kTwice ? S::rows : 1][S::columns], dots[S::rows];
       load(row, e, again);
-      PYLLMQ_UNROLL
-      for (int r = 0; r < S::rows; ++r) {
+      unrolled<S::rows>([&](int r) {
         dots[r] = 0;
-        PYLLMQ_UNROLL
-        for (int c = 0; c < S::columns; ++c) dots[r] = ptx::fma(e[r][c], held[c], dots[r]);
-      }
+        unrolled<S::columns>([&](int c) { dots[r] = ptx::fma(e[r][c], held[c], dots[r]); });
+      });
       add_up_rows(dots);
-      PYLLMQ_UNROLL
-      for (int r = 0; r < S::rows; ++r) {
+      unrolled<S::rows>([&](int r) {
         const float scaling = row + r < rows ? update(row + r, dots[r]) : 0;
-        PYLLMQ_UNROLL
-        for (int c = 0; c < S::columns; ++c)
-          totals[c] = ptx::fma(kTwice ? again[kTwice ? r : 0][c] : e[r][c], scaling, totals[c]);
-      }
+        unrolled<S::columns>(
+            [&](int c) { totals[c] = ptx::fma(kTwice ? again[kTwice ? r : 0][c] : e[r][c], scaling, totals[c]); });
+      });
     }
     add_up_columns(totals);
   }
@@ -325,16 +314,13 @@ struct Part {
 
   PYLLMQ_MEMBER void add_up_columns(const float (&totals)[S::columns]) {
     if constexpr (S::groups == 1) {
-      PYLLMQ_UNROLL
-      for (int c = 0; c < S::columns; ++c) sums[column(c)] = totals[c];
+      unrolled<S::columns>([&](int c) { sums[column(c)] = totals[c]; });
     } else {
-      PYLLMQ_UNROLL
-      for (int c = 0; c < S::columns; ++c) scratch[group() * S::width + column(c)] = totals[c];
+      unrolled<S::columns>([&](int c) { scratch[group() * S::width + column(c)] = totals[c]; });
       ptx::sync_block();
       for_columns([&](int j) {
         float sum = 0;
-        PYLLMQ_UNROLL
-        for (int other = 0; other < S::groups; ++other) sum += scratch[other * S::width + j];
+        unrolled<S::groups>([&](int other) { sum += scratch[other * S::width + j]; });
         sums[j] = sum;
       });
     }
@@ -582,10 +568,8 @@ struct Backward {
         p.g,
         [&](int row, auto& e, auto&) {
           p.entries(row, e);
-          PYLLMQ_UNROLL
-          for (int r = 0; r < S::rows; ++r) PYLLMQ_UNROLL
-          for (int c = 0; c < S::columns; ++c)
-            e[r][c] *= row + r < p.rows && p.column(c) < m ? gradient[(row + r) * m + p.column(c)] : 0;
+          unrolled<S::rows, S::columns>(
+              [&](int r, int c) { e[r][c] *= row + r < p.rows && p.column(c) < m ? gradient[(row + r) * m + p.column(c)] : 0; });
         },
         [&](int row, float sum) {
           const float f = p.f[row];
@@ -624,12 +608,11 @@ struct Backward {
         [&](int row, auto& e, auto& again) {
           p.entries(row, e);
           if constexpr (kMoved) {
-            PYLLMQ_UNROLL
-            for (int i = 0; i < S::rows; ++i) PYLLMQ_UNROLL
-            for (int c = 0; c < S::columns; ++c)
+            unrolled<S::rows, S::columns>([&](int i, int c) {
               again[i][c] = row + i < p.rows && p.column(c) < p.m ? entry_of_k(p.u[row + i], v_before[p.column(c)],
                                                                                p.cost_at(row + i, p.column(c)), p.prices.inverse)
                                                                   : 0;
+            });
           }
         },
         [&](int row, float sum) {
@@ -659,18 +642,14 @@ struct Backward {
     for (int row = p.group() * S::rows; row < p.rows; row += S::groups * S::rows) {
       float e[S::rows][S::columns], total[S::rows][S::columns];
       if (!kMoved) p.entries(row, e);
-      PYLLMQ_UNROLL
-      for (int i = 0; i < S::rows; ++i) PYLLMQ_UNROLL
-      for (int c = 0; c < S::columns; ++c) total[i][c] = 0;
+      unrolled<S::rows, S::columns>([&](int i, int c) { total[i][c] = 0; });
       for (int64_t t = 0; t <= last; ++t) {
-        PYLLMQ_UNROLL
-        for (int c = 0; c < S::columns; ++c) {
+        unrolled<S::columns>([&](int c) {
           const int j = p.column(c);
-          if (j >= m) continue;
+          if (j >= m) return;
           const float of_r = ptx::load_l2(all_r + t * m + j), before = g_before(t, j);
-          PYLLMQ_UNROLL
-          for (int i = 0; i < S::rows; ++i) {
-            if (row + i >= p.rows) continue;
+          unrolled<S::rows>([&](int i) {
+            if (row + i >= p.rows) return;
             float left = rows_of(t)[row + i], right = all_s[t * n + p.first_row + row + i];
             if (kMoved) {
               const float u = rows_of(t)[offsets + row + i], cost = p.cost_at(row + i, j);
@@ -678,21 +657,19 @@ struct Backward {
               right *= entry_of_k(u, offset_before(t, j), cost, p.prices.inverse);
             }
             total[i][c] = ptx::fma(left, of_r, ptx::fma(right, before, total[i][c]));
-          }
-        }
+          });
+        });
       }
-      PYLLMQ_UNROLL
-      for (int i = 0; i < S::rows; ++i) PYLLMQ_UNROLL
-      for (int c = 0; c < S::columns; ++c) {
+      unrolled<S::rows, S::columns>([&](int i, int c) {
         const int j = p.column(c);
-        if (row + i >= p.rows || j >= m) continue;
+        if (row + i >= p.rows || j >= m) return;
         float first = rows_of(last)[row + i] * columns_of(last)[j] * gradient[(row + i) * m + j];
         if (kMoved)
           first *= entry_of_k(rows_of(last)[offsets + row + i], columns_of(last)[offsets + j], p.cost_at(row + i, j),
                               p.prices.inverse);
         const float of_log_k = kMoved ? total[i][c] - first : (total[i][c] - first) * e[i][c];
         grad_cost[(row + i) * m + j] = of_log_k * p.prices.inverse;
-      }
+      });
     }
   }
 

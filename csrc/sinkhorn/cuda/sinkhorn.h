@@ -17,9 +17,6 @@ struct SinkhornRoom {
 // Whether blocks of the current device have room for such matrices.
 bool sinkhorn_fits(int64_t n, int64_t m);
 
-// Numbers on the tape for one iteration of one problem: f, g, and the offsets u, v where they moved.
-inline int64_t sinkhorn_tape(int64_t n, int64_t m) { return 2 * (n + m); }
-
 SinkhornRoom sinkhorn_room(const SinkhornProblem& call, int64_t backward_iterations);
 
 // Values are not looked at: what no plan exists for comes out as NaN, or as zeros in a line that may not send its mass.

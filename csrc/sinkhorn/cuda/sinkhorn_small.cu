@@ -64,21 +64,19 @@ struct Problem {
     cost = staged;
     prices = prices_of(call, problem);
     float largest = 1;
-    PYLLMQ_UNROLL
-    for (int i = 0; i < N; ++i) {
+    unrolled<N>([&](int i) {
       const float mass = i < n ? call.a[problem * call.a_stride + i] : 0;
       a.mass[i] = mass > 0 ? mass : 0;
       a.scaling[i] = 0;
       largest = larger(a.mass[i], largest);
-    }
-    PYLLMQ_UNROLL
-    for (int j = 0; j < N; ++j) {
+    });
+    unrolled<N>([&](int j) {
       const float mass = j < m ? call.b[problem * call.b_stride + j] : 0;
       b.mass[j] = mass > 0 ? mass : 0;
       b.scaling[j] = b.mass[j] > 0 ? 1 : 0;
       b.offset[j] = b.mass[j] > 0 ? 0 : -infinity();
       largest = larger(b.mass[j], largest);
-    }
+    });
     limit = largest * kLargeScaling;
     first_offsets<true>();
     build(a.offset, b.offset);
@@ -87,9 +85,7 @@ struct Problem {
   PYLLMQ_MEMBER float cost_at(int i, int j) const { return i < n && j < m ? cost[i * m + j] : infinity(); }
 
   PYLLMQ_MEMBER void build(const float (&u)[N], const float (&v)[N]) {
-    PYLLMQ_UNROLL
-    for (int i = 0; i < N; ++i) PYLLMQ_UNROLL
-    for (int j = 0; j < N; ++j) k[i][j] = entry_of_k(u[i], v[j], cost_at(i, j), prices.inverse);
+    unrolled<N, N>([&](int i, int j) { k[i][j] = entry_of_k(u[i], v[j], cost_at(i, j), prices.inverse); });
   }
 
   // Makes the largest entry of each line of K about 1.
@@ -97,21 +93,19 @@ struct Problem {
   PYLLMQ_MEMBER void first_offsets() {
     Side<N>& own = kRows ? a : b;
     const Side<N>& other = kRows ? b : a;
-    PYLLMQ_UNROLL
-    for (int i = 0; i < N; ++i) {
+    unrolled<N>([&](int i) {
       float low = infinity();
-      PYLLMQ_UNROLL
-      for (int j = 0; j < N; ++j)
+      unrolled<N>([&](int j) {
         if (other.offset[j] != -infinity()) low = smaller((kRows ? cost_at(i, j) : cost_at(j, i)) - other.offset[j], low);
+      });
       own.offset[i] = offset_of(own.mass[i], low);
-    }
+    });
   }
 
   template <bool kRows>
   PYLLMQ_MEMBER float line_sum(int i, const float (&x)[N]) const {
     float sum = 0;
-    PYLLMQ_UNROLL
-    for (int j = 0; j < N; ++j) sum = ptx::fma(kRows ? k[i][j] : k[j][i], x[j], sum);
+    unrolled<N>([&](int j) { sum = ptx::fma(kRows ? k[i][j] : k[j][i], x[j], sum); });
     return sum;
   }
 
@@ -121,12 +115,11 @@ struct Problem {
     Side<N>& own = kRows ? a : b;
     const Price& price = kRows ? prices.a : prices.b;
     float most = 0;
-    PYLLMQ_UNROLL
-    for (int i = 0; i < N; ++i) {
+    unrolled<N>([&](int i) {
       const float sum = line_sum<kRows>(i, kRows ? b.scaling : a.scaling);
       own.scaling[i] = price.scaling(own.mass[i], sum, own.offset[i], prices.inverse);
       most = larger(own.scaling[i], most);
-    }
+    });
     return !(most > limit);
   }
 
@@ -135,17 +128,15 @@ struct Problem {
   PYLLMQ_MEMBER void move() {
     Side<N>&own = kRows ? a : b, &other = kRows ? b : a;
     const Price& price = kRows ? prices.a : prices.b;
-    PYLLMQ_UNROLL
-    for (int j = 0; j < N; ++j) absorb(other.offset[j], other.scaling[j], prices.inverse);
+    unrolled<N>([&](int j) { absorb(other.offset[j], other.scaling[j], prices.inverse); });
     first_offsets<kRows>();
     build(a.offset, b.offset);
-    PYLLMQ_UNROLL
-    for (int i = 0; i < N; ++i) {
+    unrolled<N>([&](int i) {
       const float sum = line_sum<kRows>(i, other.scaling);
       const Pair pair = price.moved(own.mass[i], sum, own.offset[i], prices.inverse);
       own.offset[i] = pair.offset;
       own.scaling[i] = pair.scaling;
-    }
+    });
     if (!price.kept()) build(a.offset, b.offset);
   }
 };
@@ -162,20 +153,18 @@ struct Tape {
 template <int N>
 PYLLMQ_DEVICE void write_lines(const Tape& tape, int64_t iteration, int64_t from, const float (&rows)[N],
                                const float (&columns)[N]) {
-  PYLLMQ_UNROLL
-  for (int i = 0; i < N; ++i)
+  unrolled<N>([&](int i) {
     if (i < tape.n) tape.number(iteration, from + i) = rows[i];
-  PYLLMQ_UNROLL
-  for (int j = 0; j < N; ++j)
+  });
+  unrolled<N>([&](int j) {
     if (j < tape.m) tape.number(iteration, from + tape.n + j) = columns[j];
+  });
 }
 
 template <int N>
 PYLLMQ_DEVICE void read_lines(const Tape& tape, int64_t iteration, int64_t from, float (&rows)[N], float (&columns)[N]) {
-  PYLLMQ_UNROLL
-  for (int i = 0; i < N; ++i) rows[i] = i < tape.n ? tape.number(iteration, from + i) : 0;
-  PYLLMQ_UNROLL
-  for (int j = 0; j < N; ++j) columns[j] = j < tape.m ? tape.number(iteration, from + tape.n + j) : 0;
+  unrolled<N>([&](int i) { rows[i] = i < tape.n ? tape.number(iteration, from + i) : 0; });
+  unrolled<N>([&](int j) { columns[j] = j < tape.m ? tape.number(iteration, from + tape.n + j) : 0; });
 }
 
 // Iterations taken, negated if offsets moved.
@@ -183,8 +172,7 @@ template <int N, bool kStops>
 PYLLMQ_DEVICE int32_t iterate(Problem<N>& p, const SinkhornForward& out, const Tape& tape) {
   bool moved = false;
   float mass = 0;
-  PYLLMQ_UNROLL
-  for (int i = 0; i < N; ++i) mass += p.a.mass[i];
+  unrolled<N>([&](int i) { mass += p.a.mass[i]; });
   const auto begin_to_move = [&](int64_t iteration) {
     if (!moved && tape.at != nullptr)  // from now on the tape holds offsets, too
       for (int64_t t = 0; t < iteration; ++t) write_lines(tape, t, tape.n + tape.m, p.a.offset, p.b.offset);
@@ -194,11 +182,10 @@ PYLLMQ_DEVICE int32_t iterate(Problem<N>& p, const SinkhornForward& out, const T
   for (; t < out.iterations; ++t) {
     float scaling_before[N], offset_before[N];
     if (kStops) {
-      PYLLMQ_UNROLL
-      for (int i = 0; i < N; ++i) {
+      unrolled<N>([&](int i) {
         scaling_before[i] = p.a.scaling[i];
         offset_before[i] = p.a.offset[i];
-      }
+      });
     }
     if (!p.template step<true>()) {
       begin_to_move(t);
@@ -206,15 +193,13 @@ PYLLMQ_DEVICE int32_t iterate(Problem<N>& p, const SinkhornForward& out, const T
     }
     if (kStops && t > 0) {  // this row step shows what the rows of the plan before it sum to
       float missed = 0;
-      PYLLMQ_UNROLL
-      for (int i = 0; i < N; ++i) {
-        if (p.a.mass[i] == 0) continue;
+      unrolled<N>([&](int i) {
+        if (p.a.mass[i] == 0) return;
         if (moved) scaling_before[i] *= ptx::exp((offset_before[i] - p.a.offset[i]) * p.prices.inverse);
         missed += ptx::magnitude(p.a.mass[i] * scaling_before[i] / p.a.scaling[i] - p.a.mass[i]);
-      }
+      });
       if (missed <= out.tolerance * mass) {
-        PYLLMQ_UNROLL
-        for (int i = 0; i < N; ++i) p.a.scaling[i] = p.a.mass[i] > 0 ? scaling_before[i] : 0;
+        unrolled<N>([&](int i) { p.a.scaling[i] = p.a.mass[i] > 0 ? scaling_before[i] : 0; });
         break;
       }
     }
@@ -244,16 +229,15 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads) small_kernel(const SinkhornProble
       Problem<N> p;
       p.load(call, problem, mine);
       out.count[problem] = iterate<N, kStops>(p, out, Tape{out.tape, call.n, call.m, call.problems, problem});
-      PYLLMQ_UNROLL
-      for (int i = 0; i < N; ++i) PYLLMQ_UNROLL
-      for (int j = 0; j < N; ++j)
+      unrolled<N, N>([&](int i, int j) {
         if (i < n && j < m) mine[i * m + j] = p.a.scaling[i] * p.k[i][j] * p.b.scaling[j];
-      PYLLMQ_UNROLL
-      for (int i = 0; i < N; ++i)
+      });
+      unrolled<N>([&](int i) {
         if (i < n) out.u[problem * n + i] = potential(p.a.offset[i], p.a.scaling[i], p.prices.inverse);
-      PYLLMQ_UNROLL
-      for (int j = 0; j < N; ++j)
+      });
+      unrolled<N>([&](int j) {
         if (j < m) out.v[problem * m + j] = potential(p.b.offset[j], p.b.scaling[j], p.prices.inverse);
+      });
     }
     ptx::sync_block();
     unstage(staged, first, call.problems, entries, out.plan);
@@ -271,52 +255,45 @@ PYLLMQ_DEVICE void adjoint(Problem<N>& p, const SinkhornBackward& out, const Tap
   const float inverse = p.prices.inverse;
   float u[N], v[N], f[N], g[N], d_alpha[N], d_beta[N];
   float *grad_a = marginals, *grad_b = marginals + N * kThreads;  // in shared memory: 8 x 8 would spill
-  PYLLMQ_UNROLL
-  for (int i = 0; i < N; ++i) {
+  unrolled<N>([&](int i) {
     grad_a[i * kThreads] = grad_b[i * kThreads] = 0;
     u[i] = p.a.offset[i];
     v[i] = p.b.offset[i];
-  }
+  });
   read_lines(tape, last, 0, f, g);
   if (moved) {
     read_lines(tape, last, tape.n + tape.m, u, v);
     p.build(u, v);
   }
-  PYLLMQ_UNROLL
-  for (int j = 0; j < N; ++j) d_beta[j] = g[j] != 0 ? out.grad_v[problem * m + j] / inverse : 0;
-  PYLLMQ_UNROLL
-  for (int i = 0; i < N; ++i) {
+  unrolled<N>([&](int j) { d_beta[j] = g[j] != 0 ? out.grad_v[problem * m + j] / inverse : 0; });
+  unrolled<N>([&](int i) {
     d_alpha[i] = f[i] != 0 ? out.grad_u[problem * n + i] / inverse : 0;
-    PYLLMQ_UNROLL
-    for (int j = 0; j < N; ++j) {
-      if (i >= n || j >= m) continue;
+    unrolled<N>([&](int j) {
+      if (i >= n || j >= m) return;
       const float part = through[i * m + j] * (f[i] * p.k[i][j] * g[j]);
       through[i * m + j] = part;
       d_alpha[i] += part;
       d_beta[j] += part;
-    }
-  }
+    });
+  });
   for (int64_t t = last; t >= 0; --t) {
     if (moved && t < last) {
       read_lines(tape, t, tape.n + tape.m, u, v);
       p.build(u, v);
     }
-    PYLLMQ_UNROLL
-    for (int j = 0; j < N; ++j) {
+    unrolled<N>([&](int j) {
       if (g[j] != 0) grad_b[j * kThreads] += d_beta[j] / p.b.mass[j];
       d_beta[j] = g[j] * p.prices.b.share(d_beta[j], p.b.mass[j], v[j], g[j], inverse);
-    }
-    PYLLMQ_UNROLL
-    for (int i = 0; i < N; ++i) {
-      PYLLMQ_UNROLL
-      for (int j = 0; j < N; ++j) {
+    });
+    unrolled<N>([&](int i) {
+      unrolled<N>([&](int j) {
         const float part = f[i] * p.k[i][j] * d_beta[j];
         d_alpha[i] -= part;
         if (i < n && j < m) through[i * m + j] -= part;
-      }
+      });
       if (f[i] != 0) grad_a[i * kThreads] += d_alpha[i] / p.a.mass[i];
       d_alpha[i] = f[i] * p.prices.a.share(d_alpha[i], p.a.mass[i], u[i], f[i], inverse);
-    }
+    });
     float next_f[N];
     if (t > 0) {
       read_lines(tape, t - 1, 0, next_f, g);
@@ -326,39 +303,34 @@ PYLLMQ_DEVICE void adjoint(Problem<N>& p, const SinkhornBackward& out, const Tap
         p.build(u, v);
       }
     } else {
-      PYLLMQ_UNROLL
-      for (int j = 0; j < N; ++j) {
+      unrolled<N>([&](int j) {
         next_f[j] = 0;
         g[j] = p.b.mass[j] > 0 ? 1 : 0;
         v[j] = g[j] != 0 ? 0 : -infinity();
-      }
+      });
       if (moved) p.build(u, v);
     }
-    PYLLMQ_UNROLL
-    for (int j = 0; j < N; ++j) {
+    unrolled<N>([&](int j) {
       float sum = 0;
-      PYLLMQ_UNROLL
-      for (int i = 0; i < N; ++i) {
+      unrolled<N>([&](int i) {
         const float part = d_alpha[i] * p.k[i][j] * g[j];
         sum += part;
         if (i < n && j < m) through[i * m + j] -= part;
-      }
+      });
       d_beta[j] = -sum;
-    }
-    PYLLMQ_UNROLL
-    for (int i = 0; i < N; ++i) {
+    });
+    unrolled<N>([&](int i) {
       d_alpha[i] = 0;
       f[i] = next_f[i];
-    }
+    });
   }
-  PYLLMQ_UNROLL
-  for (int i = 0; i < N; ++i) {
-    PYLLMQ_UNROLL
-    for (int j = 0; j < N; ++j)
+  unrolled<N>([&](int i) {
+    unrolled<N>([&](int j) {
       if (i < n && j < m) through[i * m + j] *= -inverse;
+    });
     if (i < n) out.grad_a[problem * n + i] = grad_a[i * kThreads];
     if (i < m) out.grad_b[problem * m + i] = grad_b[i * kThreads];
-  }
+  });
 }
 
 template <int N>

@@ -116,22 +116,19 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 2)
       PYLLMQ_UNROLL
       for (int v = 0; v < kTileColumns; v += 4) {
         Words<4> p[4], q[4];
-        PYLLMQ_UNROLL
-        for (int i = 0; i < 4; ++i) {
+        unrolled<4>([&](int i) {
           p[i] = load_words<4>(&shared.p[mine + 16 * i][v]);
           q[i] = load_words<4>(&shared.q[other + 16 * i][v]);
-        }
-        PYLLMQ_UNROLL
-        for (int i = 0; i < 4; ++i) PYLLMQ_UNROLL
-        for (int j = 0; j < 4; ++j) PYLLMQ_UNROLL
-        for (int k = 0; k < 4; ++k) chunk[i][j] += ptx::magnitude(ptx::bits_to_fp32(p[i][k]) - ptx::bits_to_fp32(q[j][k]));
+        });
+        unrolled<4, 4>([&](int i, int j) {
+          unrolled<4>([&](int k) { chunk[i][j] += ptx::magnitude(ptx::bits_to_fp32(p[i][k]) - ptx::bits_to_fp32(q[j][k])); });
+        });
       }
-      if (tile % kChunkTiles == kChunkTiles - 1 || tile == tile_end - 1) PYLLMQ_UNROLL
-      for (int i = 0; i < 4; ++i) PYLLMQ_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        total[i][j] += chunk[i][j];
-        chunk[i][j] = 0;
-      }
+      if (tile % kChunkTiles == kChunkTiles - 1 || tile == tile_end - 1)
+        unrolled<4, 4>([&](int i, int j) {
+          total[i][j] += chunk[i][j];
+          chunk[i][j] = 0;
+        });
     }
     for (int i = 0; i < 4; ++i)
       for (int j = 0; j < 4; ++j) {
@@ -181,13 +178,12 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 3) signs_kernel(const Arguments a
     const int64_t column = item % column_blocks * kThreads + ptx::thread();
     const int64_t x_row = group.batch * a.x.rows + group.first_row;
     float p[kSignRows], sums[kSignRows];
-    PYLLMQ_UNROLL
-    for (int r = 0; r < kSignRows; ++r) {
+    unrolled<kSignRows>([&](int r) {
       sums[r] = p[r] = 0;
       if (r < group.rows && column < a.columns)
         p[r] = probability(a.x, x_row + r, column, a.columns, a.scale, a.x.statistics[2 * (x_row + r)],
                            a.x.statistics[2 * (x_row + r) + 1]);
-    }
+    });
     for (int64_t first = 0; first < a.y.rows; first += kStagedOthers) {
       const int others = static_cast<int>(a.y.rows - first < kStagedOthers ? a.y.rows - first : kStagedOthers);
       const int64_t y_row = group.batch * a.y.rows + first;
@@ -204,24 +200,22 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 3) signs_kernel(const Arguments a
       if (column >= a.columns) continue;
       for (int j = 0; j < others; ++j) {
         const float q = probability(a.y, y_row + j, column, a.columns, a.scale, shared.top[j], shared.inverse_sum[j]);
-        PYLLMQ_UNROLL
-        for (int r = 0; r < kSignRows; ++r) {
+        unrolled<kSignRows>([&](int r) {
           const float difference = p[r] - q;
           const uint32_t negative = ptx::fp32_to_bits(difference) & 0x80000000u;
           const float weight = ptx::bits_to_fp32(ptx::fp32_to_bits(shared.weight[j][r]) ^ negative);
           sums[r] += difference == 0 ? 0 : weight;
-        }
+        });
       }
     }
     ptx::sync_block();  // the sums of the item before have been read
-    PYLLMQ_UNROLL
-    for (int r = 0; r < kSignRows; ++r) {
+    unrolled<kSignRows>([&](int r) {
       if (r < group.rows && column < a.columns) h[(group.held + r) * a.columns + column] = sums[r];
       float dot = p[r] * sums[r];
       PYLLMQ_UNROLL
       for (int mask = 16; mask > 0; mask /= 2) dot += ptx::shuffle_xor(dot, mask);
       if (ptx::thread() % 32 == 0) shared.dots[ptx::thread() / 32][r] = dot;
-    }
+    });
     ptx::sync_block();
     if (ptx::thread() < group.rows) {
       float dot = 0;

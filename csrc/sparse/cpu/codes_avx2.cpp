@@ -9,6 +9,7 @@
 #include <immintrin.h>
 
 #include "codebook/cpu/planes_avx2.h"
+#include "runtime/instances.h"
 #include "runtime/prefetch.h"
 #include "sparse/cpu/linear.h"
 
@@ -34,11 +35,7 @@ float multiply_codebook(const uint16_t* codebook, const float* x, int64_t slots,
       largest = _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(product), _mm256_set1_epi32(0x7FFFFFFF)));
     }
   }
-  alignas(32) uint32_t lanes[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), largest);
-  uint32_t top = lanes[0];
-  for (int i = 1; i < 8; ++i) top = lanes[i] > top ? lanes[i] : top;
-  return bits_float(top);
+  return bits_float(largest_lane(largest));
 }
 
 inline PlanePairs operator^(const PlanePairs& a, const PlanePairs& b) {
@@ -194,9 +191,7 @@ void look_up_tokens(const CodeWork& work, const TokenTables* tokens) {
 template <TableKind Kind, int Bits>
 void look_up(const CodeWork& work) {
   constexpr int at_once = table_planes(Kind) == 2 ? 2 : 1;  // two tokens of two planes keep 8 of the 16 registers as sums
-  int64_t t = 0;
-  for (; t + at_once <= work.count; t += at_once) look_up_tokens<Kind, Bits, at_once>(work, work.tokens + t);
-  for (; t < work.count; ++t) look_up_tokens<Kind, Bits, 1>(work, work.tokens + t);
+  run_in_groups(instances<1, at_once>([]<int Tokens>() { return look_up_tokens<Kind, Bits, Tokens>; }), work);
 }
 
 template <TableKind Kind>

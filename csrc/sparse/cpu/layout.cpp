@@ -2,20 +2,17 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "runtime/counting.h"
-#include "runtime/half.h"
 #include "runtime/thread_pool.h"
+#include "sparse/packing.h"
 
 namespace pyllmq::cpu {
 namespace {
 
-constexpr uint64_t kMagic = 0x70732D716D6C6C79;  // "yllmq-sp"
-constexpr uint64_t kVersion = 2;
 constexpr int64_t kAlignment = 64;
 constexpr double kPackNsPerWeight = 1.5;
 constexpr int kMaskBytes = kCellColumns / 8;
@@ -24,10 +21,11 @@ constexpr int kMaskBytes = kCellColumns / 8;
 
 uint64_t checksum(SparseHeader header) {
   header.checksum = 0;
-  uint64_t hash = 0xCBF29CE484222325u, words[sizeof header / 8];
-  std::memcpy(words, &header, sizeof header);
-  for (uint64_t word : words) hash = (hash ^ word) * 0x100000001B3u;
-  return hash;
+  return hash_words(&header, sizeof header);
+}
+
+int64_t batch_bytes_of(const SparseHeader& h) {
+  return h.kind == SparseKind::sparse24 ? batch_bytes(h.values) : code_batch_bytes(static_cast<int>(h.bits));
 }
 
 // The kept columns of one row, block after block.
@@ -39,7 +37,7 @@ class RowMask {
   void take(int64_t block, uint8_t* bits) {
     std::memset(bits, 0, kMaskBytes);
     if (from_.mask != nullptr) {
-      const int64_t row_bytes = (from_.columns + 7) / 8, begin = block * kMaskBytes;
+      const int64_t row_bytes = from_.mask_row_bytes(), begin = block * kMaskBytes;
       std::memcpy(bits, from_.mask + row_ * row_bytes + begin, std::min<int64_t>(kMaskBytes, row_bytes - begin));
       const int64_t left = from_.columns - block * kCellColumns;
       if (left < kCellColumns && left % 8 != 0) bits[left / 8] &= static_cast<uint8_t>((1 << left % 8) - 1);
@@ -92,8 +90,6 @@ Plan make_plan(const SparseCheckpoint& from, double sparse_columns) {
   check_sparse_shape(refuse, from);
   Plan plan;
   SparseHeader& h = plan.header;
-  h.magic = kMagic;
-  h.version = kVersion;
   h.rows = from.rows;
   h.columns = from.columns;
   h.kept = from.kept;
@@ -138,10 +134,8 @@ Plan make_plan(const SparseCheckpoint& from, double sparse_columns) {
             plan.cells[cell] = offset;
             if (h.kind == SparseKind::bitmap)
               offset += (batches * kBatchColumns * 2 + kept[cell] * value_bytes(h.values) + 7) / 8 * 8;
-            else if (h.kind == SparseKind::sparse24)
-              offset += batches * batch_bytes(h.values);
             else
-              offset += batches * code_batch_bytes(static_cast<int>(h.bits));
+              offset += batches * batch_bytes_of(h);
           }
       }
   }
@@ -165,64 +159,42 @@ void walk_cell(ValueType type, int64_t slots, Visit&& visit) {
   }
 }
 
-void pack_bitmap_tile(const SparseCheckpoint& from, const Plan& plan, int64_t tile, uint8_t* layout) {
-  const SparseHeader& h = plan.header;
+template <Way way>
+void move_bitmap_tile(const SparseView& view, const SparseCheckpoint& c, int64_t tile) {
+  const SparseHeader& h = view.header();
   const int64_t size = value_bytes(h.values);
   for (int half = 0; half < 2; ++half) {
     const int64_t first = tile * kTileRows + half * kCellRows;
     std::vector<RowMask> masks;
     int64_t next[kCellRows] = {};
     for (int r = 0; r < kCellRows && first + r < h.rows; ++r) {
-      masks.emplace_back(from, first + r);
-      next[r] = from.row_offsets[first + r];
+      if (way == Way::pack) masks.emplace_back(c, first + r);
+      next[r] = view.row_offsets()[first + r];
     }
     for (int64_t block = 0; block < h.blocks; ++block) {
       uint8_t bits[kCellRows][kMaskBytes] = {};
       for (size_t r = 0; r < masks.size(); ++r) masks[r].take(block, bits[r]);
-      const int64_t columns = std::min(h.columns - block * kCellColumns, kCellColumns);
-      const int64_t slots = rounded_up(columns, kBatchColumns);
-      uint8_t* cell = layout + plan.cells[(tile * h.blocks + block) * 2 + half];
+      const int64_t slots = view.slots(block);
+      auto* cell = const_cast<uint8_t*>(view.cell(tile, block, half));
       uint8_t* value = cell + slots * 2;
-      std::memset(cell, 0, slots * 2);
+      if (way == Way::pack) std::memset(cell, 0, slots * 2);
       walk_cell(h.values, slots, [&](int row, int64_t slot, int64_t byte, int bit) {
-        if ((bits[row][slot / 8] >> slot % 8 & 1) == 0) return;
-        cell[byte] |= static_cast<uint8_t>(1 << bit);
-        std::memcpy(value, from.values + next[row]++ * size, size);
+        if (((way == Way::pack ? bits[row][slot / 8] >> slot % 8 : cell[byte] >> bit) & 1) == 0) return;
+        const int64_t place = next[row]++;
+        move<way>(value, c.values + place * size, size);
         value += size;
+        if (way == Way::pack)
+          cell[byte] |= static_cast<uint8_t>(1 << bit);
+        else
+          c.put_kept(first + row, block * kCellColumns + slot, place);
       });
       const int64_t used = value - cell;
-      std::memset(value, 0, (used + 7) / 8 * 8 - used);
+      if (way == Way::pack) std::memset(value, 0, rounded_up(used, 8) - used);
     }
   }
 }
 
-void unpack_bitmap_tile(const SparseView& view, const SparseCheckpoint& to, int64_t tile) {
-  const SparseHeader& h = view.header();
-  const int64_t size = value_bytes(h.values), row_bytes = (h.columns + 7) / 8;
-  for (int half = 0; half < 2; ++half) {
-    const int64_t first = tile * kTileRows + half * kCellRows;
-    int64_t next[kCellRows] = {};
-    for (int r = 0; r < kCellRows && first + r < h.rows; ++r) next[r] = view.row_offsets()[first + r];
-    for (int64_t block = 0; block < h.blocks; ++block) {
-      const int64_t slots = view.slots(block);
-      const uint8_t* cell = view.cell(tile, block, half);
-      const uint8_t* value = cell + slots * 2;
-      walk_cell(h.values, slots, [&](int row, int64_t slot, int64_t byte, int bit) {
-        if ((cell[byte] >> bit & 1) == 0) return;
-        const int64_t column = block * kCellColumns + slot, place = next[row]++;
-        std::memcpy(to.values + place * size, value, size);
-        value += size;
-        if (h.checkpoint_columns != 0)
-          put_column(to.column_numbers, static_cast<int>(h.checkpoint_columns), place, static_cast<uint32_t>(column));
-        else
-          to.mask[(first + row) * row_bytes + column / 8] |= static_cast<uint8_t>(1 << column % 8);
-      });
-    }
-  }
-}
-
-void pack_columns(const SparseCheckpoint& from, const Plan& plan, uint8_t* layout) {
-  const SparseHeader& h = plan.header;
+void pack_columns(const SparseCheckpoint& from, const SparseHeader& h, uint8_t* layout) {
   std::memcpy(layout + h.data_offset, from.values, h.kept * value_bytes(h.values));
   const int bytes = h.columns <= 65536 ? 2 : 4;
   for (int64_t row = 0; row < h.rows; ++row) {
@@ -242,138 +214,96 @@ void unpack_columns(const SparseView& view, const SparseCheckpoint& to) {
   const SparseHeader& h = view.header();
   std::memcpy(to.values, view.values(), h.kept * value_bytes(h.values));
   for (int64_t row = 0; row < h.rows; ++row)
-    for (int64_t i = view.row_offsets()[row]; i < view.row_offsets()[row + 1]; ++i) {
-      const uint32_t column = column_at(view.columns(), view.column_bytes(), i);
-      if (h.checkpoint_columns != 0)
-        put_column(to.column_numbers, static_cast<int>(h.checkpoint_columns), i, column);
-      else
-        to.mask[row * ((h.columns + 7) / 8) + column / 8] |= static_cast<uint8_t>(1 << column % 8);
-    }
+    for (int64_t i = view.row_offsets()[row]; i < view.row_offsets()[row + 1]; ++i)
+      to.put_kept(row, column_at(view.columns(), view.column_bytes(), i), i);
 }
 
 // --- 2:4 -----------------------------------------------------------------------------------------------------------
 
+template <class Visit>  // visit(row, group, its batch, row of the cell)
+void for_each_group(const SparseView& view, int64_t tile, const Visit& visit) {
+  const SparseHeader& h = view.header();
+  const int64_t bytes = batch_bytes_of(h), groups = sparse_groups(h.columns);
+  for (int64_t row = tile * kTileRows; row < std::min(h.rows, (tile + 1) * kTileRows); ++row)
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t block = group * 4 / kCellColumns, batch = group * 4 % kCellColumns / kBatchColumns;
+      const uint8_t* cell = view.cell(tile, block, static_cast<int>(row % kTileRows / kCellRows));
+      visit(row, group, const_cast<uint8_t*>(cell) + batch * bytes, static_cast<int>(row % kCellRows));
+    }
+}
+
 // Place of value `which` of a row in the values of a group, in elements.
 int64_t value_place(ValueType type, int row, int which) { return by_pairs(type) ? row * 2 + which : which * kCellRows + row; }
 
-void pack_24_tile(const SparseCheckpoint& from, const Plan& plan, int64_t tile, uint8_t* layout) {
-  const SparseHeader& h = plan.header;
-  const int64_t groups = sparse_groups(h.columns), size = value_bytes(h.values), row_bytes = (groups + 1) / 2;
-  for (int64_t row = tile * kTileRows; row < std::min(h.rows, (tile + 1) * kTileRows); ++row) {
-    const int r = static_cast<int>(row % kCellRows), half = static_cast<int>(row % kTileRows / kCellRows);
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t slot = group * 4, block = slot / kCellColumns, batch = slot % kCellColumns / kBatchColumns;
-      uint8_t* at = layout + plan.cells[(tile * h.blocks + block) * 2 + half] + batch * batch_bytes(h.values);
-      const uint32_t positions = static_cast<uint32_t>(read_nibble(from.positions + row * row_bytes, group));
-      reinterpret_cast<uint32_t*>(at)[r] |= positions << (4 * (group % 8));
-      uint8_t* values = at + 4 * kCellRows + group % 8 * 2 * kCellRows * size;
-      for (int which = 0; which < 2; ++which)
-        std::memcpy(values + value_place(h.values, r, which) * size, from.values + (row * groups * 2 + group * 2 + which) * size,
-                    size);
-    }
-  }
+template <Way way>
+void move_24_tile(const SparseView& view, const SparseCheckpoint& c, int64_t tile) {
+  const ValueType type = view.header().values;
+  const int64_t size = value_bytes(type);
+  for_each_group(view, tile, [&](int64_t row, int64_t group, uint8_t* batch, int r) {
+    uint32_t& positions = reinterpret_cast<uint32_t*>(batch)[r];
+    const int shift = static_cast<int>(4 * (group % 8));
+    if (way == Way::pack)
+      positions |= c.position_pair(row, group) << shift;
+    else
+      c.put_position_pair(row, group, positions >> shift & 15);
+    uint8_t* values = batch + 4 * kCellRows + group % 8 * 2 * kCellRows * size;
+    for (int which = 0; which < 2; ++which)
+      move<way>(values + value_place(type, r, which) * size, c.value24(row, group, which), size);
+  });
 }
 
-void unpack_24_tile(const SparseView& view, const SparseCheckpoint& to, int64_t tile) {
+// --- codes -----------------------------------------------------------------------------------------------------------
+
+void pack_codes_tile(const SparseView& view, const SparseCheckpoint& from, int64_t tile) {
   const SparseHeader& h = view.header();
-  const int64_t groups = sparse_groups(h.columns), size = value_bytes(h.values), row_bytes = (groups + 1) / 2;
-  for (int64_t row = tile * kTileRows; row < std::min(h.rows, (tile + 1) * kTileRows); ++row) {
-    const int r = static_cast<int>(row % kCellRows), half = static_cast<int>(row % kTileRows / kCellRows);
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t slot = group * 4, batch = slot % kCellColumns / kBatchColumns;
-      const uint8_t* at = view.cell(tile, slot / kCellColumns, half) + batch * batch_bytes(h.values);
-      const uint32_t positions = reinterpret_cast<const uint32_t*>(at)[r] >> (4 * (group % 8)) & 15;
-      to.positions[row * row_bytes + group / 2] |= static_cast<uint8_t>(positions << (4 * (group % 2)));
-      const uint8_t* values = at + 4 * kCellRows + group % 8 * 2 * kCellRows * size;
-      for (int which = 0; which < 2; ++which)
-        std::memcpy(to.values + (row * groups * 2 + group * 2 + which) * size, values + value_place(h.values, r, which) * size,
-                    size);
+  for_each_group(view, tile, [&](int64_t row, int64_t group, uint8_t* batch, int r) {
+    uint8_t* bytes = batch + code_byte(h.order, group, r);
+    const auto put = [&](int plane, uint32_t nibble) {
+      bytes[plane * 4 * kCellRows] |= static_cast<uint8_t>(nibble << (4 * (group % 2)));
+    };
+    const uint32_t positions = from.position_pair(row, group);
+    const uint32_t first = from.code(row, group, 0), second = from.code(row, group, 1);
+    if (h.bits == 2) {
+      put(0, first | (positions & 3) << 2);
+      put(1, second | positions >> 2 << 2);
+    } else {
+      put(0, positions);
+      put(1, first);
+      put(2, second);
     }
-  }
-}
-
-// --- codes ---------------------------------------------------------------------------------------------------------
-
-void pack_codes_tile(const SparseCheckpoint& from, const Plan& plan, int64_t tile, uint8_t* layout) {
-  const SparseHeader& h = plan.header;
-  const int bits = static_cast<int>(h.bits);
-  const int64_t groups = sparse_groups(h.columns), position_bytes = (groups + 1) / 2, code_bytes = (2 * groups * bits + 7) / 8;
-  for (int64_t row = tile * kTileRows; row < std::min(h.rows, (tile + 1) * kTileRows); ++row) {
-    const int r = static_cast<int>(row % kCellRows), half = static_cast<int>(row % kTileRows / kCellRows);
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t slot = group * 4, block = slot / kCellColumns, batch = slot % kCellColumns / kBatchColumns;
-      uint8_t* bytes = layout + plan.cells[(tile * h.blocks + block) * 2 + half] + batch * code_batch_bytes(bits) +
-                       code_byte(h.order, group, r);
-      const auto positions = static_cast<uint32_t>(read_nibble(from.positions + row * position_bytes, group));
-      const uint8_t* codes = from.codes + row * code_bytes;
-      const uint32_t code[2] = {code_at(codes, 2 * group, bits), code_at(codes, 2 * group + 1, bits)};
-      const auto put = [&](int plane, uint32_t nibble) {
-        bytes[plane * 4 * kCellRows] |= static_cast<uint8_t>(nibble << (4 * (group % 2)));
-      };
-      if (bits == 2) {
-        put(0, code[0] | (positions & 3) << 2);
-        put(1, code[1] | positions >> 2 << 2);
-      } else {
-        put(0, positions);
-        put(1, code[0]);
-        put(2, code[1]);
-      }
-    }
-  }
-}
-
-GroupCodes group_at(const SparseView& view, int64_t row, int64_t group) {
-  const int64_t block = group * 4 / kCellColumns;
-  const uint8_t* cell = view.cell(row / kTileRows, block, static_cast<int>(row % kTileRows / kCellRows));
-  return read_group(cell, view.header().order, view.header().bits, group - block * (kCellColumns / 4),
-                    static_cast<int>(row % kCellRows));
+  });
 }
 
 void unpack_codes_tile(const SparseView& view, const SparseCheckpoint& to, int64_t tile) {
   const SparseHeader& h = view.header();
-  const int64_t groups = sparse_groups(h.columns), position_bytes = (groups + 1) / 2;
-  const int64_t code_bytes = (2 * groups * h.bits + 7) / 8;
-  for (int64_t row = tile * kTileRows; row < std::min(h.rows, (tile + 1) * kTileRows); ++row)
-    for (int64_t group = 0; group < groups; ++group) {
-      const GroupCodes found = group_at(view, row, group);
-      to.positions[row * position_bytes + group / 2] |=
-          static_cast<uint8_t>((found.position[0] | found.position[1] << 2) << (4 * (group % 2)));
-      for (int which = 0; which < 2; ++which)
-        write_code(to.codes + row * code_bytes, 2 * group + which, h.bits, static_cast<uint32_t>(found.code[which]));
-    }
+  for_each_group(view, tile, [&](int64_t row, int64_t group, const uint8_t* batch, int r) {
+    const GroupCodes found = read_group(batch, h.order, h.bits, group % 8, r);
+    to.put_position_pair(row, group, static_cast<uint32_t>(found.position[0] | found.position[1] << 2));
+    for (int which = 0; which < 2; ++which) to.put_code(row, group, which, static_cast<uint32_t>(found.code[which]));
+  });
 }
 
-// What the codes of a row say at a column; 0 where they keep nothing.
-float decoded(const SparseView& view, int64_t row, int64_t column) {
-  const GroupCodes found = group_at(view, row, column / 4);
-  for (int which = 0; which < 2; ++which)
-    if (found.position[which] == column % 4)
-      return fp16_to_fp32(view.codebook()[(column << view.header().bits) + found.code[which]]);
-  return 0;
-}
-
-void pack_outliers(const SparseCheckpoint& from, const SparseView& view, const SparseHeader& h, uint8_t* layout) {
-  std::memcpy(layout + h.outlier_row_offsets_offset, from.outlier_row_offsets, (h.rows + 1) * 4);
-  std::memcpy(layout + h.outlier_values_offset, from.outlier_values, h.outliers * 2);
-  auto* columns = reinterpret_cast<uint32_t*>(layout + h.outlier_columns_offset);
-  auto* deltas = reinterpret_cast<float*>(layout + h.outlier_deltas_offset);
-  for (int64_t row = 0; row < h.rows; ++row)
-    for (int64_t i = from.outlier_row_offsets[row]; i < from.outlier_row_offsets[row + 1]; ++i) {
-      columns[i] = column_at(from.outlier_columns, from.column_bytes, i);
-      deltas[i] = fp16_to_fp32(from.outlier_values[i]) - decoded(view, row, columns[i]);
+// All tiles write all of theirs.
+template <Way way>
+void move_tiles(const SparseView& view, const SparseCheckpoint& c) {
+  const SparseHeader& h = view.header();
+  parallel_for(h.tiles, 1, kPackNsPerWeight * h.rows * h.columns, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      for (int64_t cell = 0; way == Way::pack && h.kind != SparseKind::bitmap && cell < 2 * h.blocks; ++cell)
+        std::memset(const_cast<uint8_t*>(view.cell(tile, cell / 2, static_cast<int>(cell % 2))), 0,
+                    view.slots(cell / 2) / kBatchColumns * batch_bytes_of(h));
+      if (h.kind == SparseKind::bitmap) move_bitmap_tile<way>(view, c, tile);
+      if (h.kind == SparseKind::sparse24) move_24_tile<way>(view, c, tile);
+      if (h.kind == SparseKind::codes) (way == Way::pack ? pack_codes_tile : unpack_codes_tile)(view, c, tile);
     }
+  });
 }
 
 }  // namespace
 
 SparseView::SparseView(const void* layout, int64_t layout_bytes) : base_(static_cast<const uint8_t*>(layout)) {
-  if (layout == nullptr || layout_bytes < static_cast<int64_t>(sizeof(SparseHeader)) ||
-      reinterpret_cast<uintptr_t>(layout) % kAlignment != 0)
-    refuse("needs a blob of at least " + std::to_string(sizeof(SparseHeader)) + " bytes, aligned to 64");
-  if (header().magic != kMagic || header().version != kVersion || header().checksum != checksum(header()))
-    refuse("the blob was not made by this version of pyllmq, or is damaged; pack the weight again");
-  if (header().bytes != layout_bytes)
-    refuse("the header says " + std::to_string(header().bytes) + " bytes, given: " + std::to_string(layout_bytes));
+  const auto& h = checked_header<SparseHeader>(refuse, layout, layout_bytes, kAlignment);
+  if (h.checksum != checksum(h)) refuse("the header is damaged (checksum); pack the weight again");
 }
 
 int64_t sparse_layout_bytes(const SparseCheckpoint& checkpoint, double sparse_columns) {
@@ -383,8 +313,7 @@ int64_t sparse_layout_bytes(const SparseCheckpoint& checkpoint, double sparse_co
 void sparse_layout_pack(void* to, int64_t layout_bytes, const SparseCheckpoint& from, double sparse_columns) {
   const Plan plan = make_plan(from, sparse_columns);
   const SparseHeader& h = plan.header;
-  if (layout_bytes != h.bytes)
-    refuse("the layout takes " + std::to_string(h.bytes) + " bytes, given: " + std::to_string(layout_bytes));
+  check_room(refuse, to, layout_bytes, h.bytes, kAlignment);
   auto* layout = static_cast<uint8_t*>(to);
   std::memset(layout, 0, h.data_offset);
   std::memcpy(layout, &h, sizeof h);
@@ -392,28 +321,11 @@ void sparse_layout_pack(void* to, int64_t layout_bytes, const SparseCheckpoint& 
   if (from.row_offsets != nullptr) std::memcpy(layout + h.row_offsets_offset, from.row_offsets, (h.rows + 1) * 4);
   if (h.has_scale) std::memcpy(layout + h.scale_offset, from.scale, h.rows * 4);
   if (h.kind == SparseKind::codes) std::memcpy(layout + h.codebook_offset, from.codebook, h.columns << (h.bits + 1));
-  if (h.kind == SparseKind::columns) {
-    pack_columns(from, plan, layout);
-  } else {
-    std::memset(layout + h.bytes - kReadAhead - kAlignment, 0, kReadAhead + kAlignment);
-    parallel_for(h.tiles, 1, kPackNsPerWeight * h.rows * h.columns, [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) {
-        if (h.kind == SparseKind::bitmap) {
-          pack_bitmap_tile(from, plan, tile, layout);
-          continue;
-        }
-        for (int64_t cell = tile * h.blocks * 2; cell < (tile + 1) * h.blocks * 2; ++cell) {
-          const int64_t block = cell / 2 % h.blocks, columns = std::min(h.columns - block * kCellColumns, kCellColumns);
-          const int64_t batches = ceil_div(columns, kBatchColumns);
-          std::memset(
-              layout + plan.cells[cell], 0,
-              batches * (h.kind == SparseKind::sparse24 ? batch_bytes(h.values) : code_batch_bytes(static_cast<int>(h.bits))));
-        }
-        h.kind == SparseKind::sparse24 ? pack_24_tile(from, plan, tile, layout) : pack_codes_tile(from, plan, tile, layout);
-      }
-    });
-  }
-  if (h.outliers > 0) pack_outliers(from, SparseView(layout, layout_bytes), h, layout);
+  const SparseView view(layout, layout_bytes);
+  if (h.kind == SparseKind::columns) return pack_columns(from, h, layout);
+  std::memset(layout + h.bytes - kReadAhead - kAlignment, 0, kReadAhead + kAlignment);
+  move_tiles<Way::pack>(view, from);
+  if (h.outliers > 0) pack_outliers(from, h, layout);
 }
 
 void sparse_layout_unpack(const SparseView& view, const SparseCheckpoint& to) {
@@ -422,19 +334,9 @@ void sparse_layout_unpack(const SparseView& view, const SparseCheckpoint& to) {
   if (to.row_offsets != nullptr) std::memcpy(to.row_offsets, view.row_offsets(), (h.rows + 1) * 4);
   if (to.scale != nullptr) std::memcpy(to.scale, view.scale(), h.rows * 4);
   if (to.codebook != nullptr) std::memcpy(to.codebook, view.codebook(), h.columns << (h.bits + 1));
-  if (h.outliers > 0) {
-    std::memcpy(to.outlier_row_offsets, view.outlier_row_offsets(), (h.rows + 1) * 4);
-    std::memcpy(to.outlier_values, view.outlier_values(), h.outliers * 2);
-    for (int64_t i = 0; i < h.outliers; ++i) put_column(to.outlier_columns, to.column_bytes, i, view.outlier_columns()[i]);
-  }
+  if (h.outliers > 0) unpack_outliers(h, view.base(), to);
   if (h.kind == SparseKind::columns) return unpack_columns(view, to);
-  parallel_for(h.tiles, 1, kPackNsPerWeight * h.rows * h.columns, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      if (h.kind == SparseKind::bitmap) unpack_bitmap_tile(view, to, tile);
-      if (h.kind == SparseKind::sparse24) unpack_24_tile(view, to, tile);
-      if (h.kind == SparseKind::codes) unpack_codes_tile(view, to, tile);
-    }
-  });
+  move_tiles<Way::unpack>(view, to);
 }
 
 }  // namespace pyllmq::cpu

@@ -38,7 +38,9 @@ static constexpr int64_t batch_bytes(ValueType type) { return 4 * kCellRows + kB
 static constexpr int64_t code_batch_bytes(int bits) { return (bits == 2 ? 2 : 3) * 4 * kCellRows; }
 
 struct SparseHeader {
-  uint64_t magic, version, checksum;
+  static constexpr uint64_t kMagic = 0x70732D716D6C6C79;  // "yllmq-sp"
+  static constexpr uint64_t kVersion = 2;
+  uint64_t magic = kMagic, version = kVersion, checksum;
   int64_t bytes, rows, columns, kept;
   SparseKind kind;
   ValueType values;
@@ -55,6 +57,7 @@ class SparseView {
  public:
   SparseView(const void* layout, int64_t layout_bytes);  // throws std::invalid_argument when the header does not fit
 
+  const uint8_t* base() const { return base_; }
   const SparseHeader& header() const { return *at<SparseHeader>(0); }
   int64_t slots(int64_t block) const {  // columns of a block, filled up to what kernels read at once
     const int64_t rest = header().columns - block * kCellColumns, columns = rest < kCellColumns ? rest : kCellColumns;

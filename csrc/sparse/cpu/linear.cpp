@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 
 #include "runtime/counting.h"
 #include "runtime/isa.h"
@@ -297,7 +296,7 @@ void run_more(const Problem& problem, const DecodeKernels& product, const BFloat
     auto* pairs = workspace.take<uint16_t>(kDecodedWeights);
     auto* sums = workspace.take<float>(kSparseStripTiles * tile_sums);
     std::fill_n(sums, chunk.tiles * tile_sums, 0.0f);
-    if (tiles != nullptr) tiles->begin_chunk(tokens);
+    if (tiles != nullptr) tiles->begin_chunk();
     for (int64_t block = 0; block < h.blocks; ++block)
       for (int64_t tile = 0; tile < chunk.tiles; ++tile) {
         const int64_t slots = problem.view.slots(block);
@@ -331,22 +330,7 @@ void run_more(const Problem& problem, const DecodeKernels& product, const BFloat
 
 // --- few kept weights ----------------------------------------------------------------------------------------------
 
-// x [tokens, columns] -> [group of kColumnTokens, columns, token], filled up with zeros.
-void transpose_tokens(const Problem& problem, float* to) {
-  const int64_t columns = problem.header().columns, groups = ceil_div(problem.tokens, kColumnTokens);
-  const double cost = kNsPerPackedElement * static_cast<double>(problem.tokens * columns);
-  parallel_for(groups, 1, cost, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      const int64_t count = std::min(kColumnTokens, problem.tokens - g * kColumnTokens);
-      const float* x = problem.x + g * kColumnTokens * columns;
-      float* group = to + g * kColumnTokens * columns;
-      for (int64_t c = 0; c < columns; ++c)
-        for (int64_t t = 0; t < kColumnTokens; ++t) group[c * kColumnTokens + t] = t < count ? x[t * columns + c] : 0.0f;
-    }
-  });
-}
-
-// transposed: as `transpose_tokens` made it; null where one token after the other costs less.
+// transposed: as `put_side_by_side` made it; null where one token after the other costs less.
 void run_columns(const Problem& problem, const float* transposed) {
   const SparseHeader& h = problem.header();
   const double cost = kNsPerGather * static_cast<double>(h.kept) * static_cast<double>(problem.tokens);
@@ -357,17 +341,17 @@ void run_columns(const Problem& problem, const float* transposed) {
     const int32_t* offsets = problem.view.row_offsets() + chunk.row;
     const auto values = [&](int64_t r) { return problem.view.values() + offsets[r] * value_bytes(h.values); };
     const auto columns = [&](int64_t r) { return problem.view.columns() + int64_t{offsets[r]} * bytes; };
-    alignas(64) float sums[kColumnTokens][kSparseStripTiles * kTileRows];
-    const int64_t group = transposed == nullptr ? 1 : kColumnTokens;
+    alignas(64) float sums[kTokensSideBySide][kSparseStripTiles * kTileRows];
+    const int64_t group = transposed == nullptr ? 1 : kTokensSideBySide;
     for (int64_t begin = 0; begin < problem.tokens; begin += group) {
       for (int64_t r = 0; r < chunk.rows; ++r) {
         const int64_t count = offsets[r + 1] - offsets[r];
         if (transposed == nullptr) {
           sums[0][r] = dot(values(r), columns(r), bytes, count, problem.x + begin * h.columns);
         } else {
-          alignas(64) float of_tokens[kColumnTokens];
+          alignas(64) float of_tokens[kTokensSideBySide];
           dot_tokens(values(r), columns(r), bytes, count, transposed + begin * h.columns, of_tokens);
-          for (int64_t t = 0; t < kColumnTokens; ++t) sums[t][r] = of_tokens[t];
+          for (int64_t t = 0; t < kTokensSideBySide; ++t) sums[t][r] = of_tokens[t];
         }
       }
       for (int64_t t = 0; t < std::min(group, problem.tokens - begin); ++t) store_rows(problem, begin + t, chunk, sums[t], false);
@@ -390,7 +374,7 @@ void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t
   int64_t packed = 0;
   const bool transposes = h.kind == SparseKind::columns && tokens >= kFewestTransposed;
   if (transposes)
-    packed = rounded_up(most, kColumnTokens) * h.columns * 4;
+    packed = rounded_up(most, kTokensSideBySide) * h.columns * 4;
   else if (in_tables)
     packed = few_code_bytes(h, table_kind(precision, x_dtype, h.order), tokens);
   else if (h.kind != SparseKind::columns)
@@ -414,7 +398,7 @@ void sparse_linear(const SparseView& view, const void* x, DType x_dtype, int64_t
     else
       problem.x = rows_in_fp32(problem.conversions, x, x_dtype, begin, problem.tokens, h.columns, x_fp32);
     if (h.kind == SparseKind::columns) {
-      if (transposes) transpose_tokens(problem, reinterpret_cast<float*>(packed_x));
+      if (transposes) put_side_by_side(problem.x, problem.tokens, h.columns, reinterpret_cast<float*>(packed_x));
       run_columns(problem, transposes ? reinterpret_cast<const float*>(packed_x) : nullptr);
     } else if (in_tables) {
       run_few_codes(problem, precision, packed_x);
@@ -454,16 +438,10 @@ void sparse_dequantize(const SparseView& view, void* out, DType dtype) {
           }
         }
     if (h.kind != SparseKind::columns) return;
-    const int column_bytes = view.column_bytes();
     for (int64_t r = begin * kTileRows; r < std::min(h.rows, end * kTileRows); ++r)
       for (int64_t i = view.row_offsets()[r]; i < view.row_offsets()[r + 1]; ++i) {
-        const int64_t column = column_bytes == 2 ? reinterpret_cast<const uint16_t*>(view.columns())[i]
-                                                 : reinterpret_cast<const uint32_t*>(view.columns())[i];
-        // A dot product with x = 1: the value, whatever its type.
-        const float one = 1.0f;
-        const uint32_t zero = 0;
-        float value = kSparseScalar.dot_columns[static_cast<int>(h.values)](view.values() + i * value_bytes(h.values),
-                                                                            reinterpret_cast<const uint8_t*>(&zero), 4, 1, &one);
+        const int64_t column = column_at(view.columns(), view.column_bytes(), i);
+        float value = value_at(h.values, view.values(), i);
         if (view.scale() != nullptr) value *= view.scale()[r];
         conversions.from_fp32[static_cast<int>(dtype)](&value, bytes + (r * h.columns + column) * element, 1);
       }

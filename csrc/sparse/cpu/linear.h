@@ -12,6 +12,10 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #include "codebook/cpu/linear.h"
 #include "codebook/cpu/decode.h"
 #include "runtime/half.h"
@@ -20,7 +24,6 @@
 namespace pyllmq::cpu {
 
 constexpr int64_t kMostFewTokens = 8;
-constexpr int64_t kColumnTokens = 16;  // side by side where each kept weight is multiplied on its own
 
 // x of the tokens of one block, padded with zeros, in the order that a kind's kernels read:
 //   bitmap     [slot, token]
@@ -41,6 +44,18 @@ struct CodeWork {
   const TokenTables* tokens;  // y: of the cell's half
   int64_t count;
 };
+
+static inline float value_at(ValueType type, const uint8_t* values, int64_t i) {
+  if (type == ValueType::fp32) return reinterpret_cast<const float*>(values)[i];
+  if (type == ValueType::int8) return reinterpret_cast<const int8_t*>(values)[i];
+  const uint16_t half = reinterpret_cast<const uint16_t*>(values)[i];
+  if (type == ValueType::bf16) return bf16_to_fp32(half);
+#if defined(__F16C__)
+  return _cvtsh_ss(half);
+#else
+  return fp16_to_fp32(half);
+#endif
+}
 
 // One row per TableKind.
 struct CodeTableKernels {
@@ -70,7 +85,7 @@ struct SparseKernels {
   void (*build_products)(const uint16_t* codebook, int bits, const float* x, float* products) = nullptr;
   // Sum over the kept weights of one row, by ValueType; columns uint16 or uint32.
   float (*dot_columns[4])(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x) = {};
-  // The same for kColumnTokens tokens at once: x [columns, kColumnTokens], sums [kColumnTokens].
+  // The same for kTokensSideBySide tokens at once: x [columns, kTokensSideBySide], sums [kTokensSideBySide].
   void (*dot_tokens[4])(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x,
                         float* sums) = {};
 };
@@ -90,7 +105,7 @@ struct BFloat16Tiles {
   int64_t (*packed_bytes)(int64_t tokens);  // of a block
   void (*pack_x)(const uint16_t* x, int64_t stride, int64_t tokens, int64_t columns, int64_t slots, uint16_t* packed);
   void (*multiply)(const uint16_t* pairs, const uint16_t* packed, int64_t slots, int64_t tokens, float* sums);
-  void (*begin_chunk)(int64_t tokens);
+  void (*begin_chunk)();
   void (*end_chunk)();
 };
 

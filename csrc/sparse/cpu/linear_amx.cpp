@@ -2,8 +2,7 @@
 // A product of two bf16 is exact in fp32, so this is the arithmetic of the other rows, but for subnormals, which are zero.
 #include <immintrin.h>
 
-#include <cstring>
-
+#include "runtime/amx_tiles.h"
 #include "runtime/counting.h"
 #include "runtime/prefetch.h"
 #include "sparse/cpu/linear.h"
@@ -87,24 +86,6 @@ void pack_x(const uint16_t* x, int64_t stride, int64_t tokens, int64_t columns, 
 }
 
 // Tiles 0..3: sums [2 groups of tokens][2 halves]; 4, 5: x of the two groups; 6, 7: weights of the two halves.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-void begin_chunk(int64_t) {
-  TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) {
-    config.row_bytes[tile] = 64;
-    config.rows[tile] = 16;
-  }
-  asm volatile("" ::"r"(&config) : "memory");  // gcc 12 believes that the next instruction reads 8 bytes of the 64
-  _tile_loadconfig(&config);
-}
-
-void end_chunk() { _tile_release(); }
-
 template <int Groups>
 void multiply_groups(const uint16_t* pairs, const uint16_t* x, int64_t slots, float* sums) {
   float* next_sums = sums + kTileTokens * kTileRows;
@@ -144,7 +125,7 @@ void multiply(const uint16_t* pairs, const uint16_t* packed, int64_t slots, int6
 
 }  // namespace
 
-const BFloat16Tiles kBFloat16TilesAmx = {pack_weights, expand_bitmap, expand_24,   packed_bytes,
-                                         pack_x,       multiply,      begin_chunk, end_chunk};
+const BFloat16Tiles kBFloat16TilesAmx = {
+    pack_weights, expand_bitmap, expand_24, packed_bytes, pack_x, multiply, [] { begin_tiles(kTileTokens); }, end_tiles};
 
 }  // namespace pyllmq::cpu

@@ -155,14 +155,6 @@ void expand_24(const uint8_t* cell, int64_t slots, float* weights) {
 
 // --- few kept weights ----------------------------------------------------------------------------------------------
 
-template <ValueType Type>
-inline float one_value(const uint8_t* values, int64_t i) {
-  if constexpr (Type == ValueType::fp32) return reinterpret_cast<const float*>(values)[i];
-  if constexpr (Type == ValueType::bf16) return bf16_to_fp32(reinterpret_cast<const uint16_t*>(values)[i]);
-  if constexpr (Type == ValueType::fp16) return _cvtsh_ss(reinterpret_cast<const uint16_t*>(values)[i]);
-  return reinterpret_cast<const int8_t*>(values)[i];
-}
-
 template <class Cells, ValueType Type>
 void dot_tokens(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x, float* sums) {
   using V = typename Cells::V;
@@ -171,7 +163,7 @@ void dot_tokens(const uint8_t* values, const uint8_t* columns, int column_bytes,
   for (auto& each : sum) each = V::set(0);
   const auto run = [&](auto* column) {
     const auto add = [&](int64_t i, typename V::R& to) {
-      to = V::fma(V::set(one_value<Type>(values, i)), V::load(x + column[i] * kColumnTokens), to);
+      to = V::fma(V::set(value_at(Type, values, i)), V::load(x + column[i] * kTokensSideBySide), to);
     };
     int64_t i = 0;
     for (; i + kChains <= count; i += kChains)

@@ -4,19 +4,11 @@ namespace pyllmq::cpu {
 namespace {
 
 template <ValueType Type>
-float read_value(const uint8_t* values, int64_t i) {
-  if constexpr (Type == ValueType::fp32) return reinterpret_cast<const float*>(values)[i];
-  if constexpr (Type == ValueType::bf16) return bf16_to_fp32(reinterpret_cast<const uint16_t*>(values)[i]);
-  if constexpr (Type == ValueType::fp16) return fp16_to_fp32(reinterpret_cast<const uint16_t*>(values)[i]);
-  if constexpr (Type == ValueType::int8) return reinterpret_cast<const int8_t*>(values)[i];
-}
-
-template <ValueType Type>
 void expand_bitmap(const uint8_t* cell, int64_t slots, float* weights) {
   const uint8_t* values = cell + slots * 2;
   int64_t next = 0;
   const auto put = [&](int64_t slot, int row, bool kept) {
-    weights[slot * kCellRows + row] = kept ? read_value<Type>(values, next++) : 0.0f;
+    weights[slot * kCellRows + row] = kept ? value_at(Type, values, next++) : 0.0f;
   };
   for (int64_t slot = 0; slot < slots; ++slot) {
     if constexpr (Type == ValueType::bf16) {
@@ -41,7 +33,7 @@ void expand_24(const uint8_t* cell, int64_t slots, float* weights) {
       for (int which = 0; which < 2; ++which) {
         const int64_t slot = group * 4 + (positions >> (2 * which) & 3);
         const int64_t place = Type == ValueType::bf16 ? row * 2 + which : which * kCellRows + row;
-        weights[slot * kCellRows + row] += read_value<Type>(values, place);
+        weights[slot * kCellRows + row] += value_at(Type, values, place);
       }
     }
   }
@@ -89,23 +81,19 @@ void build_products(const uint16_t* codebook, int bits, const float* x, float* p
   for (int i = 0; i < 4 << bits; ++i) products[i] = x[i >> bits] * fp16_to_fp32(codebook[i]);
 }
 
-uint32_t read_column(const uint8_t* columns, int column_bytes, int64_t i) {
-  return column_bytes == 2 ? reinterpret_cast<const uint16_t*>(columns)[i] : reinterpret_cast<const uint32_t*>(columns)[i];
-}
-
 template <ValueType Type>
 float dot_columns(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x) {
   float sum[4] = {};
-  for (int64_t i = 0; i < count; ++i) sum[i % 4] += read_value<Type>(values, i) * x[read_column(columns, column_bytes, i)];
+  for (int64_t i = 0; i < count; ++i) sum[i % 4] += value_at(Type, values, i) * x[column_at(columns, column_bytes, i)];
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 template <ValueType Type>
 void dot_tokens(const uint8_t* values, const uint8_t* columns, int column_bytes, int64_t count, const float* x, float* sums) {
-  for (int64_t t = 0; t < kColumnTokens; ++t) sums[t] = 0;
+  for (int64_t t = 0; t < kTokensSideBySide; ++t) sums[t] = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const float* own = x + read_column(columns, column_bytes, i) * kColumnTokens;
-    for (int64_t t = 0; t < kColumnTokens; ++t) sums[t] += read_value<Type>(values, i) * own[t];
+    const float* own = x + column_at(columns, column_bytes, i) * kTokensSideBySide;
+    for (int64_t t = 0; t < kTokensSideBySide; ++t) sums[t] += value_at(Type, values, i) * own[t];
   }
 }
 

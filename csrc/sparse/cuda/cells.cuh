@@ -44,8 +44,7 @@ struct Values24Cells {
   PYLLMQ_MEMBER static void multiply(const uint8_t* cell, const uint8_t*, const uint8_t*, int lane, const X& x,
                                      StripSums<kTokenTiles>& sums) {
     uint32_t positions[kStripTiles];
-    PYLLMQ_UNROLL
-    for (int tile = 0; tile < kStripTiles; ++tile) positions[tile] = position_words(cell)[tile * 32 + lane];
+    unrolled<kStripTiles>([&](int tile) { positions[tile] = position_words(cell)[tile * 32 + lane]; });
     multiply_step<0>(cell, lane, positions, x, sums);
     multiply_step<1>(cell, lane, positions, x, sums);
   }
@@ -56,14 +55,13 @@ struct Values24Cells {
     for (int tile = 0; tile < kStripTiles; ++tile) {
       uint32_t pairs[4];
       load(cell, step * kStripTiles + tile, lane, pairs);
-      PYLLMQ_UNROLL
-      for (int r = 0; r < 4; ++r) {
+      unrolled<4>([&](int r) {
         const uint32_t word = position_words(cell)[tile * 32 + lane / 4 * 4 + 2 * step + r / 2];
         const uint32_t kept = word >> (lane % 4 * 4 + r % 2 * 16);
         put(row_of(tile, lane, r), group_column(step, lane, r) + static_cast<int>(kept & 3), static_cast<uint16_t>(pairs[r]));
         put(row_of(tile, lane, r), group_column(step, lane, r) + static_cast<int>(kept >> 2 & 3),
             static_cast<uint16_t>(pairs[r] >> 16));
-      }
+      });
     }
   }
 
@@ -80,8 +78,7 @@ struct Values24Cells {
       int8_to_fp16(bytes[1], pairs[2], pairs[3]);
     } else {
       const Words<4> words = load_words<4>(from);
-      PYLLMQ_UNROLL
-      for (int r = 0; r < 4; ++r) pairs[r] = words[r];
+      unrolled<4>([&](int r) { pairs[r] = words[r]; });
     }
   }
 
@@ -90,14 +87,12 @@ struct Values24Cells {
                                           float (&sums)[kStripTiles][kTokenTiles][4]) {
     StepX<kTokenTiles> fragments;
     x(kStep, fragments);
-    PYLLMQ_UNROLL
-    for (int tile = 0; tile < kStripTiles; ++tile) {
+    unrolled<kStripTiles>([&](int tile) {
       uint32_t pairs[4];
       load(cell, kStep * kStripTiles + tile, lane, pairs);
-      PYLLMQ_UNROLL
-      for (int i = 0; i < kTokenTiles; ++i)
-        ptx::mma_sp_m16n8k32<kBf16, kStep>(sums[tile][i], pairs, fragments[i], positions[tile]);
-    }
+      unrolled<kTokenTiles>(
+          [&](int i) { ptx::mma_sp_m16n8k32<kBf16, kStep>(sums[tile][i], pairs, fragments[i], positions[tile]); });
+    });
   }
 };
 
@@ -128,14 +123,13 @@ struct Codes2Cells {
                                         const Put& put) {
     for (int tile = 0; tile < kStripTiles; ++tile) {
       const uint32_t kept = indices(cell, step, tile, lane);
-      PYLLMQ_UNROLL
-      for (int n = 0; n < kWeightsOfLane; ++n) {
+      unrolled<kWeightsOfLane>([&](int n) {
         const int r = n / 2;
         const uint32_t index = kept >> (4 * n) & 15;
         const uint8_t* table = tables + (step * 8 + lane % 4 + r / 2 * 4) * 32;
         put(row_of(tile, lane, r), group_column(step, lane, r) + static_cast<int>(index >> 2),
             static_cast<uint16_t>(table[index] | table[16 + index] << 8));
-      }
+      });
     }
   }
 
@@ -156,16 +150,14 @@ struct Codes2Cells {
     RegisterTable<4> near, far;  // of the lane's two groups
     near.load(tables, kStep * 8 + lane % 4);
     far.load(tables, kStep * 8 + lane % 4 + 4);
-    PYLLMQ_UNROLL
-    for (int tile = 0; tile < kStripTiles; ++tile) {
+    unrolled<kStripTiles>([&](int tile) {
       const uint32_t kept = indices(cell, kStep, tile, lane);
       uint32_t pairs[4];
       near.decode_four(kept, 0, pairs[0], pairs[1]);
       far.decode_four(kept, 16, pairs[2], pairs[3]);
       const uint32_t positions = reinterpret_cast<const uint32_t*>(cell)[128 + tile * 32 + lane];
-      PYLLMQ_UNROLL
-      for (int i = 0; i < kTokenTiles; ++i) ptx::mma_sp_m16n8k32<kBf16, kStep>(sums[tile][i], pairs, fragments[i], positions);
-    }
+      unrolled<kTokenTiles>([&](int i) { ptx::mma_sp_m16n8k32<kBf16, kStep>(sums[tile][i], pairs, fragments[i], positions); });
+    });
   }
 };
 
@@ -184,11 +176,10 @@ struct Codes4Cells {
 #pragma unroll 2
     for (int i = 0; i < 64; i += 8) {
       const Words<4> a = load_words<4>(near + 2 * i), b = load_words<4>(far + 2 * i);
-      PYLLMQ_UNROLL
-      for (int k = 0; k < 4; ++k) {
+      unrolled<4>([&](int k) {
         to[(i + 2 * k) * 32] = ptx::permute(a[k], b[k], 0x5410);
         to[(i + 2 * k + 1) * 32] = ptx::permute(a[k], b[k], 0x7632);
-      }
+      });
     }
   }
 
@@ -198,18 +189,16 @@ struct Codes4Cells {
     const ptx::SharedAddress entries = ptx::shared_address(own) + lane * 4;
     StepX<kTokenTiles> fragments;
     x(0, fragments);
-    PYLLMQ_UNROLL
-    for (int tile = 0; tile < kStripTiles; ++tile) {
+    unrolled<kStripTiles>([&](int tile) {
       const Words<2> quad = quad_positions(cell, tile, lane);
       uint32_t indices[2], pairs[4];
       both_indices(cell, quad, tile, lane, indices);
-      PYLLMQ_UNROLL
-      for (int r = 0; r < 4; ++r)
+      unrolled<4>([&](int r) {
         pairs[r] = ptx::permute(look_up(entries, indices[0], r), look_up(entries, indices[1], r), r < 2 ? 0x5410 : 0x7632);
+      });
       const uint32_t positions = lane % 2 == 0 ? quad[0] : quad[1];
-      PYLLMQ_UNROLL
-      for (int i = 0; i < kTokenTiles; ++i) ptx::mma_sp_m16n8k32<kBf16, 0>(sums[tile][i], pairs, fragments[i], positions);
-    }
+      unrolled<kTokenTiles>([&](int i) { ptx::mma_sp_m16n8k32<kBf16, 0>(sums[tile][i], pairs, fragments[i], positions); });
+    });
   }
 
   template <class Put>
@@ -218,13 +207,12 @@ struct Codes4Cells {
     for (int tile = 0; tile < kStripTiles; ++tile) {
       uint32_t indices[2];
       both_indices(cell, quad_positions(cell, tile, lane), tile, lane, indices);
-      PYLLMQ_UNROLL
-      for (int n = 0; n < kWeightsOfLane; ++n) {
+      unrolled<kWeightsOfLane>([&](int n) {
         const int r = n / 2;
         const uint32_t index = indices[n % 2] >> (8 * r) & 63;
         const int column = group_column(0, lane, r) + static_cast<int>(index >> 4);
         put(row_of(tile, lane, r), column, reinterpret_cast<const uint16_t*>(tables)[column * 16 + (index & 15)]);
-      }
+      });
     }
   }
 
@@ -265,19 +253,17 @@ struct BitmapCells {
     for (int step = 0; step < kColumns / kStepColumns; ++step) {
       StepX<kTokenTiles> fragments;
       x(step, fragments);
-      PYLLMQ_UNROLL
-      for (int half = 0; half < 2; ++half) {
+      unrolled<2>([&](int half) {
         const uint32_t mask = reinterpret_cast<const uint32_t*>(cell)[(step * 2 + half) * 32 + lane];
-        PYLLMQ_UNROLL
-        for (int tile = 0; tile < kStripTiles; ++tile) {
+        unrolled<kStripTiles>([&](int tile) {
           uint32_t pairs[4];
           take(mask >> (8 * tile), next, pairs);
-          PYLLMQ_UNROLL
-          for (int i = 0; i < kTokenTiles; ++i)
+          unrolled<kTokenTiles>([&](int i) {
             ptx::mma_m16n8k16<kBf16>(sums[tile][i], pairs[0], pairs[1], pairs[2], pairs[3], fragments[i][2 * half],
                                      fragments[i][2 * half + 1]);
-        }
-      }
+          });
+        });
+      });
     }
   }
 
@@ -290,10 +276,10 @@ struct BitmapCells {
       for (int tile = 0; tile < kStripTiles; ++tile) {
         uint32_t pairs[4];
         take(mask >> (8 * tile), next, pairs);
-        PYLLMQ_UNROLL
-        for (int n = 0; n < 8; ++n)
+        unrolled<8>([&](int n) {
           put(row_of(tile, lane, n / 2), step * kStepColumns + half * 16 + n / 4 * 8 + lane % 4 * 2 + n % 2,
               static_cast<uint16_t>(pairs[n / 2] >> (n % 2 * 16)));
+        });
       }
     }
   }
@@ -302,22 +288,20 @@ struct BitmapCells {
   // The eight weights of a tile and half step whose bits come first; what is not kept is 0.
   PYLLMQ_MEMBER static void take(uint32_t mask, const uint8_t*& next, uint32_t (&pairs)[4]) {
     uint32_t weights[8];
-    PYLLMQ_UNROLL
-    for (int n = 0; n < 8; ++n) {
+    unrolled<8>([&](int n) {
       weights[n] = 0;
       if ((mask >> n & 1) != 0) {
         weights[n] = kType == ValueType::int8 ? *next : *reinterpret_cast<const uint16_t*>(next);
         next += 32 * kValueBytes;
       }
-    }
+    });
     if constexpr (kType == ValueType::int8) {
       PYLLMQ_UNROLL
       for (int r = 0; r < 4; r += 2)
         int8_to_fp16(weights[2 * r] | weights[2 * r + 1] << 8 | weights[2 * r + 2] << 16 | weights[2 * r + 3] << 24, pairs[r],
                      pairs[r + 1]);
     } else {
-      PYLLMQ_UNROLL
-      for (int r = 0; r < 4; ++r) pairs[r] = ptx::permute(weights[2 * r], weights[2 * r + 1], 0x5410);
+      unrolled<4>([&](int r) { pairs[r] = ptx::permute(weights[2 * r], weights[2 * r + 1], 0x5410); });
     }
   }
 };

@@ -6,15 +6,12 @@
 // are added at the end of the row's panel. The next entries are loaded before these are multiplied.
 #include <algorithm>
 #include <limits>
-#include <stdexcept>
-#include <string>
 
-#include "codebook/cuda/linear_outputs.cuh"
+#include "linear_outputs.cuh"
 #include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
 #include "sparse/cuda/layout.h"
 #include "sparse/cuda/operand.h"
-#include "runtime/cuda/split_sums.cuh"
 
 namespace pyllmq::cuda {
 namespace {
@@ -37,11 +34,6 @@ struct Shared {
   float total[kTokens][kItemRows];
   uint32_t arrived;
 };
-
-template <class T>
-PYLLMQ_DEVICE const T* section(const SparseHeader& h, int64_t offset) {
-  return reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(&h) + offset);
-}
 
 // Eight entries of a lane as they are stored.
 template <ValueType kType>
@@ -82,8 +74,7 @@ PYLLMQ_DEVICE void add_row(const SparseHeader& h, const float (*x)[kTokens], int
     if (entry < end) next.load(values, steps, entry);
 
     int advance = 0;
-    PYLLMQ_UNROLL
-    for (int i = 0; i < kEntryGroup; ++i) advance += here ? now.step(i) : 0;
+    unrolled<kEntryGroup>([&](int i) { advance += here ? now.step(i) : 0; });
     uint32_t through = static_cast<uint32_t>(advance);  // this lane and those below
     PYLLMQ_UNROLL
     for (int distance = 1; distance < 32; distance *= 2) {
@@ -93,14 +84,12 @@ PYLLMQ_DEVICE void add_row(const SparseHeader& h, const float (*x)[kTokens], int
     int at = column + static_cast<int>(through) - advance;
     column += static_cast<int>(ptx::shuffle(through, 31));
     if (!here) continue;
-    PYLLMQ_UNROLL
-    for (int i = 0; i < kEntryGroup; ++i) {
+    unrolled<kEntryGroup>([&](int i) {
       at += now.step(i);
       const int place = at < kPanelColumns ? at : kPanelColumns;
       const float value = now.value(i);
-      PYLLMQ_UNROLL
-      for (int token = 0; token < kTokens; ++token) sums[token] = fmaf(value, x[place][token], sums[token]);
-    }
+      unrolled<kTokens>([&](int token) { sums[token] = fmaf(value, x[place][token], sums[token]); });
+    });
   }
 }
 
@@ -138,13 +127,12 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
         const uint32_t* begin = section<uint32_t>(h, h.begin_offset) + panel * (h.rows + 1) + row_begin + row;
         float sums[kTokens] = {};
         add_row<kType, kTokens>(h, shared.x, int64_t{begin[0]} * kEntryGroup, int64_t{begin[1]} * kEntryGroup, sums);
-        PYLLMQ_UNROLL
-        for (int token = 0; token < kTokens; ++token) {
+        unrolled<kTokens>([&](int token) {
           for (int mask = 16; mask > 0; mask /= 2) sums[token] += ptx::shuffle_xor(sums[token], mask);
-          if (lane != 0) continue;
+          if (lane != 0) return;
           float& to = shared.total[token][row];
           to = panel == first_panel ? sums[token] : to + sums[token];
-        }
+        });
       }
     }
     ptx::sync_block();
@@ -152,21 +140,11 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const auto for_each_output = [&](const auto& body) {
       for (int i = ptx::thread(); i < tokens * rows; i += kThreads) body(i / rows, i % rows);
     };
-    for_each_output([&](int token, int row) {
-      float sum = shared.total[token][row];
-      if (h.scale_offset != 0) sum *= section<float>(h, h.scale_offset)[row_begin + row];
-      if (a.splits == 1)
-        store_y(call, token_begin + token, row_begin + row, sum);
-      else
-        call.partials[(split * call.tokens + token_begin + token) * call.rows + row_begin + row] = sum;
-    });
-    if (a.splits == 1) continue;
-    uint32_t* counter = call.counters + token_begin / kTokens * call.rows + row_begin;
-    if (!is_last_of(static_cast<uint32_t>(a.splits), counter, shared.arrived)) continue;
-    for_each_output([&](int token, int row) {
-      const int64_t at = (token_begin + token) * call.rows + row_begin + row;
-      store_y(call, token_begin + token, row_begin + row, sum_of_splits(call.partials + at, a.splits, call.tokens * call.rows));
-    });
+    const auto sum_of = [&](int token, int row) {
+      const float sum = shared.total[token][row];
+      return h.scale_offset == 0 ? sum : sum * section<float>(h, h.scale_offset)[row_begin + row];
+    };
+    store_outputs(call, a.splits, split, kTokens, token_begin, row_begin, shared.arrived, for_each_output, sum_of);
   }
 }
 

@@ -1,8 +1,6 @@
 // A sparse layout -> dense matrix. A warp spreads one step of 32 columns of a strip at a time, or one row of a panel of
 // `columns`, over zeros in shared memory, and stores rows from there.
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "runtime/cuda/runtime.h"
 #include "sparse/cuda/cells.cuh"
@@ -23,20 +21,20 @@ struct Arguments {
   DType dtype;
 };
 
-PYLLMQ_DEVICE float scale_of(const SparseHeader& h, const uint8_t* layout, int64_t row) {
-  return h.scale_offset == 0 ? 1.0f : reinterpret_cast<const float*>(layout + h.scale_offset)[row];
+PYLLMQ_DEVICE float scale_of(const SparseHeader& h, int64_t row) {
+  return h.scale_offset == 0 ? 1.0f : section<float>(h, h.scale_offset)[row];
 }
 
 // The outliers of the rows in a range of columns, over what was stored there: one lane a row.
 PYLLMQ_DEVICE void store_outliers(const Arguments& a, const SparseHeader& h, int64_t row_begin, int64_t row_end, int64_t begin,
                                   int64_t end) {
   for (int64_t row = row_begin + ptx::thread() % 32; row < row_end; row += 32) {
-    const auto* of_row = reinterpret_cast<const uint32_t*>(a.layout + h.outlier_row_offsets_offset) + row;
+    const auto* of_row = section<uint32_t>(h, h.outlier_row_offsets_offset) + row;
     for (uint32_t i = of_row[0]; i < of_row[1]; ++i) {
-      const int64_t column = reinterpret_cast<const uint32_t*>(a.layout + h.outlier_columns_offset)[i];
+      const int64_t column = section<uint32_t>(h, h.outlier_columns_offset)[i];
       if (column >= begin && column < end)
         store_element(a.weight, a.dtype, row * h.columns + column,
-                      ptx::fp16_to_fp32(reinterpret_cast<const uint16_t*>(a.layout + h.outlier_values_offset)[i]));
+                      ptx::fp16_to_fp32(section<uint16_t>(h, h.outlier_values_offset)[i]));
     }
   }
 }
@@ -54,8 +52,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) sparse_
     const int rows = h.rows - row_begin < kStripRows ? static_cast<int>(h.rows - row_begin) : kStripRows;
     const uint8_t* at = a.layout + h.data_offset + item * h.stage_bytes;
     if (Cells::kKind == SparseKind::bitmap)
-      at = a.layout + h.data_offset +
-           int64_t{reinterpret_cast<const uint32_t*>(a.layout + h.begin_offset)[strip * (h.cells + 1) + cell]} * 16;
+      at = a.layout + h.data_offset + int64_t{section<uint32_t>(h, h.begin_offset)[strip * (h.cells + 1) + cell]} * 16;
     const uint8_t* tables = a.layout + h.codebook_offset + cell * Cells::kTableBytes;
     const uint8_t* next = nullptr;
     for (int step = 0; step < Cells::kColumns / kStepColumns; ++step) {
@@ -68,7 +65,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) sparse_
       for (int row = 0; column < h.columns && row < rows; ++row) {
         const uint16_t half = staged[row * kRowPitch + lane];
         const float weight = Cells::kBf16 ? bf16_to_fp32(half) : ptx::fp16_to_fp32(half);
-        store_element(a.weight, a.dtype, (row_begin + row) * h.columns + column, weight * scale_of(h, a.layout, row_begin + row));
+        store_element(a.weight, a.dtype, (row_begin + row) * h.columns + column, weight * scale_of(h, row_begin + row));
       }
       ptx::sync_warp();  // orders these stores before those of the outliers, too
     }
@@ -95,7 +92,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 3) sparse_columns_dequantize_kern
     const int columns = left < kPanelColumns ? static_cast<int>(left) : kPanelColumns;
     for (int column = lane; column < columns; column += 32) staged[column] = 0.0f;
     ptx::sync_warp();
-    const uint32_t* begin = reinterpret_cast<const uint32_t*>(a.layout + h.begin_offset) + panel * (h.rows + 1) + row;
+    const uint32_t* begin = section<uint32_t>(h, h.begin_offset) + panel * (h.rows + 1) + row;
     int before = 0;
     for (uint32_t turn = begin[0]; turn < begin[1]; turn += 32) {
       const bool here = turn + lane < begin[1];
@@ -117,8 +114,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 3) sparse_columns_dequantize_kern
     }
     ptx::sync_warp();
     for (int column = lane; column < columns; column += 32)
-      store_element(a.weight, a.dtype, row * h.columns + panel * kPanelColumns + column,
-                    staged[column] * scale_of(h, a.layout, row));
+      store_element(a.weight, a.dtype, row * h.columns + panel * kPanelColumns + column, staged[column] * scale_of(h, row));
     ptx::sync_warp();
   }
 }

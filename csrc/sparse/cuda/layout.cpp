@@ -6,40 +6,20 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "runtime/counting.h"
-#include "runtime/half.h"
+#include "runtime/cuda/host_threads.h"
+#include "sparse/packing.h"
 
 namespace pyllmq::cuda {
 namespace {
 
-constexpr int64_t kAlignment = 128;
-constexpr int64_t kWeightsPerThread = 1 << 20;  // below this, starting a thread costs more than it saves
+constexpr int64_t kAlignment = 128, kReadAlignment = 16, kHeaderAlignment = 8;
 constexpr int kLanes = 32;
 constexpr uint32_t kFirstTwo = 4;  // positions 0 and 1: of a group that is only there to fill up
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("sparse layout (cuda): " + why); }
-
-template <class T>
-T* at(uint8_t* base, int64_t offset) {
-  return reinterpret_cast<T*>(base + offset);
-}
-template <class T>
-const T* at(const uint8_t* base, int64_t offset) {
-  return reinterpret_cast<const T*>(base + offset);
-}
-
-template <class Body>  // body(first, behind the last)
-void for_each_part(const SparseHeader& h, int64_t count, Body&& body) {
-  const int64_t wanted = std::min<int64_t>(count, h.rows * h.columns / kWeightsPerThread + 1);
-  const int64_t threads = std::min<int64_t>(wanted, std::max(1u, std::thread::hardware_concurrency()));
-  std::vector<std::thread> others;
-  for (int64_t i = 1; i < threads; ++i) others.emplace_back([&, i] { body(i * count / threads, (i + 1) * count / threads); });
-  body(0, count / threads);
-  for (std::thread& other : others) other.join();
-}
 
 // --- where a weight stands in a cell of a strip ----------------------------------------------------------------------
 
@@ -74,11 +54,10 @@ PositionPlace position_place(int row, int64_t group, bool one_step) {
 template <class Visit>  // visit(column, place among the row's values), ascending
 void for_each_kept(const SparseCheckpoint& c, int64_t row, Visit&& visit) {
   if (c.kind == SparseKind::sparse24) {
-    const int64_t groups = sparse_groups(c.columns), row_bytes = (groups + 1) / 2;
-    for (int64_t group = 0; group < groups; ++group) {
-      const int positions = read_nibble(c.positions + row * row_bytes, group);
-      visit(group * 4 + (positions & 3), row * 2 * groups + 2 * group);
-      visit(group * 4 + (positions >> 2), row * 2 * groups + 2 * group + 1);
+    for (int64_t group = 0; group < c.groups(); ++group) {
+      const uint32_t positions = c.position_pair(row, group);
+      visit(group * 4 + (positions & 3), (row * c.groups() + group) * 2);
+      visit(group * 4 + (positions >> 2), (row * c.groups() + group) * 2 + 1);
     }
     return;
   }
@@ -87,7 +66,7 @@ void for_each_kept(const SparseCheckpoint& c, int64_t row, Visit&& visit) {
     for (; next < c.row_offsets[row + 1]; ++next) visit(int64_t{column_at(c.column_numbers, c.column_bytes, next)}, next);
     return;
   }
-  const uint8_t* mask = c.mask + row * ((c.columns + 7) / 8);
+  const uint8_t* mask = c.mask + row * c.mask_row_bytes();
   for (int64_t column = 0; column < c.columns; ++column)
     if (mask[column / 8] >> column % 8 & 1) visit(column, next++);
 }
@@ -114,7 +93,7 @@ std::vector<int> deepest_lanes(const SparseCheckpoint& c, const SparseHeader& h,
 
 std::vector<uint32_t> plan_bitmap(const SparseCheckpoint& c, SparseHeader& h) {
   std::vector<uint32_t> begin(h.strips * (h.cells + 1));
-  for_each_part(h, h.strips, [&](int64_t first, int64_t last) {
+  in_parts(h.rows * h.columns, h.strips, [&](int64_t first, int64_t last) {
     for (int64_t strip = first; strip < last; ++strip) {
       const std::vector<int> deepest = deepest_lanes(c, h, strip);
       for (int64_t cell = 0; cell < h.cells; ++cell)
@@ -155,7 +134,7 @@ void for_each_entry(const SparseCheckpoint& c, int64_t row, int64_t panels, Visi
 
 std::vector<uint32_t> plan_columns(const SparseCheckpoint& c, const SparseHeader& h) {
   std::vector<uint32_t> begin(h.cells * (h.rows + 1));
-  for_each_part(h, h.rows, [&](int64_t first, int64_t last) {
+  in_parts(h.rows * h.columns, h.rows, [&](int64_t first, int64_t last) {
     std::vector<uint32_t> entries(h.cells);
     for (int64_t row = first; row < last; ++row) {
       std::fill(entries.begin(), entries.end(), 0);
@@ -177,8 +156,6 @@ Plan make_plan(const SparseCheckpoint& c, double sparse_columns) {
   check_sparse_shape(refuse, c);
   Plan plan;
   SparseHeader& h = plan.header;
-  h.magic = kSparseMagic;
-  h.version = kSparseVersion;
   h.rows = c.rows;
   h.columns = c.columns;
   h.kept = c.kept;
@@ -221,8 +198,7 @@ Plan make_plan(const SparseCheckpoint& c, double sparse_columns) {
 }
 
 // A cell of a strip, of kinds whose cells have one size.
-template <class Byte>
-Byte* cell_of(Byte* base, const SparseHeader& h, int64_t strip, int64_t cell) {
+uint8_t* cell_of(uint8_t* base, const SparseHeader& h, int64_t strip, int64_t cell) {
   return base + h.data_offset + (strip * h.cells + cell) * h.stage_bytes;
 }
 
@@ -237,54 +213,36 @@ int values_before(const uint32_t* masks, const Place& p) {
   return n;
 }
 
-template <class Byte>
-Byte* bitmap_cell(Byte* base, const SparseHeader& h, int64_t strip, int64_t cell) {
+uint8_t* bitmap_cell(uint8_t* base, const SparseHeader& h, int64_t strip, int64_t cell) {
   return base + h.data_offset + int64_t{at<uint32_t>(base, h.begin_offset)[strip * (h.cells + 1) + cell]} * 16;
 }
 
-template <class Byte>
-Byte* value_in_bitmap(Byte* cell, const SparseHeader& h, const Place& p) {
-  return cell + kMaskBytes +
-         (int64_t{values_before(at<uint32_t>(static_cast<const uint8_t*>(cell), 0), p)} * kLanes + p.lane) *
-             value_bytes(h.values);
+uint8_t* value_in_bitmap(uint8_t* cell, const SparseHeader& h, const Place& p) {
+  return cell + kMaskBytes + (int64_t{values_before(at<uint32_t>(cell, 0), p)} * kLanes + p.lane) * value_bytes(h.values);
 }
 
-void pack_bitmap_strip(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base, int64_t strip) {
-  const int width = cell_columns(h.kind, 0);
-  const auto for_each = [&](auto&& body) {  // body(cell, place in it, place among the values)
-    for (int64_t row = strip * kStripRows; row < std::min(h.rows, (strip + 1) * kStripRows); ++row)
-      for_each_kept(c, row, [&](int64_t column, int64_t place) {
-        body(bitmap_cell(base, h, strip, column / width), place_of_column(static_cast<int>(row % kStripRows), column % width),
-             place);
-      });
+template <Way way>
+void move_bitmap_strip(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base, int64_t strip) {
+  const int64_t width = cell_columns(h.kind, 0), size = value_bytes(h.values);
+  const int64_t begin = strip * kStripRows, end = std::min(h.rows, begin + kStripRows);
+  const auto visit = [&](int64_t row, int64_t column, auto&& body) {  // body(cell, its place, the word of its mask)
+    uint8_t* cell = bitmap_cell(base, h, strip, column / width);
+    const Place p = place_of_column(static_cast<int>(row - begin), column % width);
+    body(cell, p, at<uint32_t>(cell, 0)[p.step * kLanes + p.lane]);
   };
-  for_each([](uint8_t* cell, const Place& p, int64_t) { at<uint32_t>(cell, 0)[p.step * kLanes + p.lane] |= 1u << mask_bit(p); });
-  const int64_t size = value_bytes(h.values);
-  for_each([&](uint8_t* cell, const Place& p, int64_t place) {
-    std::memcpy(value_in_bitmap(cell, h, p), c.values + place * size, size);
-  });
-}
-
-// In the checkpoint's mask or column numbers.
-void put_kept(const SparseCheckpoint& to, int64_t row, int64_t column, int64_t place) {
-  if (to.mask == nullptr)
-    put_column(to.column_numbers, to.column_bytes, place, static_cast<uint32_t>(column));
-  else
-    to.mask[row * ((to.columns + 7) / 8) + column / 8] |= static_cast<uint8_t>(1 << column % 8);
-}
-
-void unpack_bitmap_strip(const uint8_t* base, const SparseHeader& h, const SparseCheckpoint& to, int64_t strip) {
-  const int width = cell_columns(h.kind, 0);
-  const int64_t size = value_bytes(h.values);
-  for (int64_t row = strip * kStripRows; row < std::min(h.rows, (strip + 1) * kStripRows); ++row) {
-    int64_t next = to.row_offsets[row];
-    for (int64_t column = 0; column < h.columns; ++column) {
-      const uint8_t* cell = bitmap_cell(base, h, strip, column / width);
-      const Place p = place_of_column(static_cast<int>(row % kStripRows), column % width);
-      if ((at<uint32_t>(cell, 0)[p.step * kLanes + p.lane] >> mask_bit(p) & 1) == 0) continue;
-      std::memcpy(to.values + next * size, value_in_bitmap(cell, h, p), size);
-      put_kept(to, row, column, next++);
-    }
+  for (int64_t row = begin; way == Way::pack && row < end; ++row)
+    for_each_kept(c, row, [&](int64_t column, int64_t) {
+      visit(row, column, [](uint8_t*, const Place& p, uint32_t& mask) { mask |= 1u << mask_bit(p); });
+    });
+  for (int64_t row = begin; row < end; ++row) {
+    int64_t next = c.row_offsets[row];
+    for (int64_t column = 0; column < h.columns; ++column)
+      visit(row, column, [&](uint8_t* cell, const Place& p, uint32_t mask) {
+        if ((mask >> mask_bit(p) & 1) == 0) return;
+        move<way>(value_in_bitmap(cell, h, p), c.values + next * size, size);
+        if (way == Way::unpack) c.put_kept(row, column, next);
+        ++next;
+      });
   }
 }
 
@@ -293,7 +251,7 @@ void unpack_bitmap_strip(const uint8_t* base, const SparseHeader& h, const Spars
 void pack_columns(const SparseCheckpoint& c, const Plan& plan, uint8_t* base) {
   const SparseHeader& h = plan.header;
   const int64_t size = value_bytes(h.values);
-  for_each_part(h, h.rows, [&](int64_t first, int64_t last) {
+  in_parts(h.rows * h.columns, h.rows, [&](int64_t first, int64_t last) {
     std::vector<int64_t> next(h.cells);
     for (int64_t row = first; row < last; ++row) {
       for (int64_t panel = 0; panel < h.cells; ++panel)
@@ -308,11 +266,11 @@ void pack_columns(const SparseCheckpoint& c, const Plan& plan, uint8_t* base) {
 }
 
 void unpack_columns(const uint8_t* base, const SparseHeader& h, const SparseCheckpoint& to) {
-  const int64_t size = value_bytes(h.values), groups = sparse_groups(h.columns);
+  const int64_t size = value_bytes(h.values);
   const auto* begin = at<uint32_t>(base, h.begin_offset);
-  for_each_part(h, h.rows, [&](int64_t first, int64_t last) {
+  in_parts(h.rows * h.columns, h.rows, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-      int64_t place = h.checkpoint_kind == SparseKind::sparse24 ? row * 2 * groups : to.row_offsets[row];
+      int64_t place = h.checkpoint_kind == SparseKind::sparse24 ? row * 2 * to.groups() : to.row_offsets[row];
       for (int64_t panel = 0; panel < h.cells; ++panel) {
         int64_t column = panel * kPanelColumns;
         const uint32_t* range = begin + panel * (h.rows + 1) + row;
@@ -322,10 +280,9 @@ void unpack_columns(const uint8_t* base, const SparseHeader& h, const SparseChec
           if (step == kMoveOnly) continue;
           std::memcpy(to.values + place * size, base + h.data_offset + entry * size, size);
           if (h.checkpoint_kind == SparseKind::sparse24)
-            to.positions[row * ((groups + 1) / 2) + column / 8] |=
-                static_cast<uint8_t>(column % 4 << (4 * (column / 4 % 2) + 2 * (place % 2)));
+            to.put_position_pair(row, column / 4, static_cast<uint32_t>(column % 4 << 2 * (place % 2)));
           else
-            put_kept(to, row, column, place);
+            to.put_kept(row, column, place);
           ++place;
         }
       }
@@ -335,8 +292,8 @@ void unpack_columns(const uint8_t* base, const SparseHeader& h, const SparseChec
 
 // --- 2:4 -------------------------------------------------------------------------------------------------------------
 
-template <class Byte, class Visit>  // visit(row, group, the cell, row of the strip, group of the cell)
-void for_each_group(const SparseHeader& h, Byte* base, int64_t strip, Visit&& visit) {
+template <class Visit>  // visit(row, group, the cell, row of the strip, group of the cell)
+void for_each_group(const SparseHeader& h, uint8_t* base, int64_t strip, Visit&& visit) {
   const int64_t cell_groups = cell_columns(h.kind, h.bits) / 4;
   for (int64_t row = strip * kStripRows; row < std::min(h.rows, (strip + 1) * kStripRows); ++row)
     for (int64_t group = 0; group < sparse_groups(h.columns); ++group)
@@ -344,20 +301,19 @@ void for_each_group(const SparseHeader& h, Byte* base, int64_t strip, Visit&& vi
 }
 
 uint32_t* positions_in(uint8_t* cell, const SparseHeader& h) {
-  const int64_t before = h.kind == SparseKind::codes ? 512 : values24_bytes(h.values) - kPositionBytes;
-  return at<uint32_t>(cell, before);
+  return at<uint32_t>(cell, h.kind == SparseKind::codes ? 512 : values24_bytes(h.values) - kPositionBytes);
 }
-const uint32_t* positions_in(const uint8_t* cell, const SparseHeader& h) { return positions_in(const_cast<uint8_t*>(cell), h); }
 bool one_step(const SparseHeader& h) { return h.kind == SparseKind::codes && h.bits > 2; }
 
-void put_positions(uint8_t* cell, const SparseHeader& h, int row, int64_t group, uint32_t positions) {
-  const PositionPlace p = position_place(row, group, one_step(h));
+template <Way way>
+void move_positions(uint8_t* cell, const SparseHeader& h, int in_strip, int64_t in_cell, const SparseCheckpoint& c, int64_t row,
+                    int64_t group) {
+  const PositionPlace p = position_place(in_strip, in_cell, one_step(h));
   uint32_t& word = positions_in(cell, h)[p.word];
-  word = (word & ~(15u << p.shift)) | positions << p.shift;
-}
-int get_positions(const uint8_t* cell, const SparseHeader& h, int row, int64_t group) {
-  const PositionPlace p = position_place(row, group, one_step(h));
-  return static_cast<int>(positions_in(cell, h)[p.word] >> p.shift & 15);
+  if (way == Way::pack)
+    word = (word & ~(15u << p.shift)) | c.position_pair(row, group) << p.shift;
+  else
+    c.put_position_pair(row, group, word >> p.shift & 15);
 }
 
 // Every group is a valid one for mma.sp, also those beyond the weight.
@@ -367,31 +323,18 @@ void fill_positions(const SparseHeader& h, uint8_t* base, int64_t strip) {
     std::fill_n(positions_in(cell_of(base, h, strip, cell), h), words, kFirstTwo * 0x11111111u);
 }
 
-template <class Byte>
-Byte* value_in(Byte* cell, ValueType type, int row, int64_t group, int which) {
+uint8_t* value_in(uint8_t* cell, ValueType type, int row, int64_t group, int which) {
   const Place p = place_of_group(row, group);
   return cell + ((((p.step * kStripTiles + p.tile) * kLanes + p.lane) * 4 + p.r) * 2 + which) * value_bytes(type);
 }
 
-void pack_24_strip(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base, int64_t strip) {
-  const int64_t groups = sparse_groups(h.columns), size = value_bytes(h.values);
-  fill_positions(h, base, strip);
+template <Way way>
+void move_24_strip(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base, int64_t strip) {
+  if (way == Way::pack) fill_positions(h, base, strip);
   for_each_group(h, base, strip, [&](int64_t row, int64_t group, uint8_t* cell, int in_strip, int64_t in_cell) {
-    put_positions(cell, h, in_strip, in_cell, read_nibble(c.positions + row * ((groups + 1) / 2), group));
+    move_positions<way>(cell, h, in_strip, in_cell, c, row, group);
     for (int which = 0; which < 2; ++which)
-      std::memcpy(value_in(cell, h.values, in_strip, in_cell, which), c.values + ((row * groups + group) * 2 + which) * size,
-                  size);
-  });
-}
-
-void unpack_24_strip(const uint8_t* base, const SparseHeader& h, const SparseCheckpoint& to, int64_t strip) {
-  const int64_t groups = sparse_groups(h.columns), size = value_bytes(h.values);
-  for_each_group(h, base, strip, [&](int64_t row, int64_t group, const uint8_t* cell, int in_strip, int64_t in_cell) {
-    const int positions = get_positions(cell, h, in_strip, in_cell);
-    to.positions[row * ((groups + 1) / 2) + group / 2] |= static_cast<uint8_t>(positions << (4 * (group % 2)));
-    for (int which = 0; which < 2; ++which)
-      std::memcpy(to.values + ((row * groups + group) * 2 + which) * size, value_in(cell, h.values, in_strip, in_cell, which),
-                  size);
+      move<way>(value_in(cell, h.values, in_strip, in_cell, which), c.value24(row, group, which), value_bytes(h.values));
   });
 }
 
@@ -407,86 +350,51 @@ CodePlace code_place(const SparseHeader& h, int row, int64_t group, int which) {
   return {p.tile * kLanes + p.lane, h.bits == 2 ? nibble + 2 * static_cast<int>(p.step) : nibble};
 }
 
-void pack_codes_strip(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base, int64_t strip) {
-  const int64_t groups = sparse_groups(h.columns), code_bytes = (2 * groups * h.bits + 7) / 8;
-  fill_positions(h, base, strip);
+template <Way way>
+void move_codes_strip(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base, int64_t strip) {
+  if (way == Way::pack) fill_positions(h, base, strip);
   for_each_group(h, base, strip, [&](int64_t row, int64_t group, uint8_t* cell, int in_strip, int64_t in_cell) {
-    put_positions(cell, h, in_strip, in_cell, read_nibble(c.positions + row * ((groups + 1) / 2), group));
+    move_positions<way>(cell, h, in_strip, in_cell, c, row, group);
     for (int which = 0; which < 2; ++which) {
       const CodePlace p = code_place(h, in_strip, in_cell, which);
-      at<uint32_t>(cell, 0)[p.word] |= code_at(c.codes + row * code_bytes, 2 * group + which, h.bits) << p.shift;
+      uint32_t& word = at<uint32_t>(cell, 0)[p.word];
+      if (way == Way::pack)
+        word |= c.code(row, group, which) << p.shift;
+      else
+        c.put_code(row, group, which, word >> p.shift & ((1u << h.bits) - 1));
     }
   });
 }
 
-void unpack_codes_strip(const uint8_t* base, const SparseHeader& h, const SparseCheckpoint& to, int64_t strip) {
-  const int64_t groups = sparse_groups(h.columns), code_bytes = (2 * groups * h.bits + 7) / 8;
-  for_each_group(h, base, strip, [&](int64_t row, int64_t group, const uint8_t* cell, int in_strip, int64_t in_cell) {
-    const int positions = get_positions(cell, h, in_strip, in_cell);
-    to.positions[row * ((groups + 1) / 2) + group / 2] |= static_cast<uint8_t>(positions << (4 * (group % 2)));
-    for (int which = 0; which < 2; ++which) {
-      const CodePlace p = code_place(h, in_strip, in_cell, which);
-      const uint32_t code = at<uint32_t>(cell, 0)[p.word] >> p.shift & ((1u << h.bits) - 1);
-      write_code(to.codes + row * code_bytes, 2 * group + which, h.bits, code);
-    }
-  });
-}
-
-template <class Visit>  // visit(entry of the checkpoint's codebook, byte of its low half, byte of its high half)
-void for_each_entry_of_codebook(const SparseHeader& h, Visit&& visit) {
+template <Way way>
+void move_codebook(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base) {
   const int width = cell_columns(h.kind, h.bits);
-  for (int64_t column = 0; column < h.columns; ++column) {
-    const int64_t table = h.codebook_offset + column / width * cell_table_bytes(h.bits);
+  for (int64_t column = 0; column < h.columns; ++column)
     for (int64_t code = 0; code < 1 << h.bits; ++code) {
-      const int64_t entry = (column << h.bits) + code;
-      if (h.bits == 2) {
-        const int64_t low = table + column % width / 4 * 32 + code + 4 * (column % 4);
-        visit(entry, low, low + 16);
-      } else {
-        const int64_t low = table + (column % width * 16 + code) * 2;
-        visit(entry, low, low + 1);
-      }
+      uint8_t* table = base + h.codebook_offset + column / width * cell_table_bytes(h.bits);
+      auto* entry = reinterpret_cast<uint8_t*>(c.codebook + (column << h.bits) + code);
+      const bool planes = h.bits == 2;
+      table += planes ? column % width / 4 * 32 + code + 4 * (column % 4) : (column % width * 16 + code) * 2;
+      move<way>(table, entry, 1);
+      move<way>(table + (planes ? 16 : 1), entry + 1, 1);
     }
-  }
 }
 
-// What a checkpoint's codes say at a column; 0 where they keep nothing.
-float decoded(const SparseCheckpoint& c, int64_t row, int64_t column) {
-  const int64_t groups = sparse_groups(c.columns), group = column / 4;
-  const int positions = read_nibble(c.positions + row * ((groups + 1) / 2), group);
-  for (int which = 0; which < 2; ++which)
-    if ((positions >> (2 * which) & 3) == column % 4) {
-      const uint8_t* codes = c.codes + row * ((2 * groups * c.bits + 7) / 8);
-      return cpu::fp16_to_fp32(c.codebook[(column << c.bits) + code_at(codes, 2 * group + which, c.bits)]);
+template <Way way>
+void move_strips(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base) {
+  in_parts(h.rows * h.columns, h.strips, [&](int64_t first, int64_t last) {
+    for (int64_t strip = first; strip < last; ++strip) {
+      if (h.kind == SparseKind::bitmap) move_bitmap_strip<way>(c, h, base, strip);
+      if (h.kind == SparseKind::sparse24) move_24_strip<way>(c, h, base, strip);
+      if (h.kind == SparseKind::codes) move_codes_strip<way>(c, h, base, strip);
     }
-  return 0.0f;
-}
-
-void pack_outliers(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base) {
-  std::memcpy(base + h.outlier_row_offsets_offset, c.outlier_row_offsets, (h.rows + 1) * 4);
-  std::memcpy(base + h.outlier_values_offset, c.outlier_values, h.outliers * 2);
-  for (int64_t row = 0; row < h.rows; ++row)
-    for (int64_t i = c.outlier_row_offsets[row]; i < c.outlier_row_offsets[row + 1]; ++i) {
-      const uint32_t column = column_at(c.outlier_columns, c.column_bytes, i);
-      at<uint32_t>(base, h.outlier_columns_offset)[i] = column;
-      at<float>(base, h.outlier_deltas_offset)[i] = cpu::fp16_to_fp32(c.outlier_values[i]) - decoded(c, row, column);
-    }
+  });
 }
 
 }  // namespace
 
-const SparseHeader& checked_sparse_header(const void* layout, int64_t layout_bytes) {
-  if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % 8 != 0 ||
-      layout_bytes < static_cast<int64_t>(sizeof(SparseHeader)))
-    refuse("needs a blob of at least " + std::to_string(sizeof(SparseHeader)) +
-           " bytes, aligned to 8, given: " + std::to_string(layout_bytes));
-  const auto& h = *static_cast<const SparseHeader*>(layout);
-  if (h.magic != kSparseMagic || h.version != kSparseVersion)
-    refuse("the blob was not made by this version of pyllmq, or is damaged; pack the weight again");
-  if (h.bytes != layout_bytes)
-    refuse("the header says " + std::to_string(h.bytes) + " bytes, given: " + std::to_string(layout_bytes) +
-           "; the blob was cut or padded");
-  return h;
+const SparseHeader& sparse_header(const void* layout, int64_t layout_bytes) {
+  return checked_header<SparseHeader>(refuse, layout, layout_bytes, kHeaderAlignment);
 }
 
 int64_t sparse_layout_bytes(const SparseCheckpoint& checkpoint, double sparse_columns) {
@@ -496,55 +404,29 @@ int64_t sparse_layout_bytes(const SparseCheckpoint& checkpoint, double sparse_co
 void sparse_layout_pack(void* layout, int64_t layout_bytes, const SparseCheckpoint& c, double sparse_columns) {
   const Plan plan = make_plan(c, sparse_columns);
   const SparseHeader& h = plan.header;
-  if (layout == nullptr || reinterpret_cast<uintptr_t>(layout) % 16 != 0 || layout_bytes != h.bytes)
-    refuse("the buffer has " + std::to_string(layout_bytes) + " bytes; this weight needs " + std::to_string(h.bytes) +
-           ", aligned to 16");
+  check_room(refuse, layout, layout_bytes, h.bytes, kReadAlignment);
   auto* base = static_cast<uint8_t*>(layout);
   std::memset(base, 0, layout_bytes);
   std::memcpy(base, &h, sizeof h);
   if (!plan.begin.empty()) std::memcpy(base + h.begin_offset, plan.begin.data(), plan.begin.size() * 4);
   if (c.row_offsets != nullptr) std::memcpy(base + h.row_offsets_offset, c.row_offsets, (h.rows + 1) * 4);
   if (h.scale_offset != 0) std::memcpy(base + h.scale_offset, c.scale, h.rows * 4);
-  if (h.kind == SparseKind::codes)
-    for_each_entry_of_codebook(h, [&](int64_t entry, int64_t low, int64_t high) {
-      base[low] = static_cast<uint8_t>(c.codebook[entry]);
-      base[high] = static_cast<uint8_t>(c.codebook[entry] >> 8);
-    });
+  if (h.kind == SparseKind::codes) move_codebook<Way::pack>(c, h, base);
   if (h.outliers > 0) pack_outliers(c, h, base);
   if (h.kind == SparseKind::columns) return pack_columns(c, plan, base);
-  for_each_part(h, h.strips, [&](int64_t first, int64_t last) {
-    for (int64_t strip = first; strip < last; ++strip) {
-      if (h.kind == SparseKind::bitmap) pack_bitmap_strip(c, h, base, strip);
-      if (h.kind == SparseKind::sparse24) pack_24_strip(c, h, base, strip);
-      if (h.kind == SparseKind::codes) pack_codes_strip(c, h, base, strip);
-    }
-  });
+  move_strips<Way::pack>(c, h, base);
 }
 
 void sparse_layout_unpack(const void* layout, int64_t layout_bytes, const SparseCheckpoint& to) {
-  const SparseHeader& h = checked_sparse_header(layout, layout_bytes);
-  const auto* base = static_cast<const uint8_t*>(layout);
+  const SparseHeader& h = sparse_header(layout, layout_bytes);
+  auto* base = const_cast<uint8_t*>(static_cast<const uint8_t*>(layout));  // nothing is written there
   prepare_unpacking(refuse, h, h.checkpoint_kind, h.scale_offset != 0, to);
   if (to.scale != nullptr) std::memcpy(to.scale, base + h.scale_offset, h.rows * 4);
-  if (to.codebook != nullptr)
-    for_each_entry_of_codebook(h, [&](int64_t entry, int64_t low, int64_t high) {
-      to.codebook[entry] = static_cast<uint16_t>(base[low] | base[high] << 8);
-    });
-  if (h.outliers > 0) {
-    std::memcpy(to.outlier_row_offsets, base + h.outlier_row_offsets_offset, (h.rows + 1) * 4);
-    std::memcpy(to.outlier_values, base + h.outlier_values_offset, h.outliers * 2);
-    for (int64_t i = 0; i < h.outliers; ++i)
-      put_column(to.outlier_columns, to.column_bytes, i, at<uint32_t>(base, h.outlier_columns_offset)[i]);
-  }
+  if (to.codebook != nullptr) move_codebook<Way::unpack>(to, h, base);
+  if (h.outliers > 0) unpack_outliers(h, base, to);
   if (to.row_offsets != nullptr) std::memcpy(to.row_offsets, base + h.row_offsets_offset, (h.rows + 1) * 4);
   if (h.kind == SparseKind::columns) return unpack_columns(base, h, to);
-  for_each_part(h, h.strips, [&](int64_t first, int64_t last) {
-    for (int64_t strip = first; strip < last; ++strip) {
-      if (h.kind == SparseKind::bitmap) unpack_bitmap_strip(base, h, to, strip);
-      if (h.kind == SparseKind::sparse24) unpack_24_strip(base, h, to, strip);
-      if (h.kind == SparseKind::codes) unpack_codes_strip(base, h, to, strip);
-    }
-  });
+  move_strips<Way::unpack>(to, h, base);
 }
 
 }  // namespace pyllmq::cuda

@@ -41,11 +41,10 @@ constexpr int kPanelColumns = 4096;  // of `columns`: x of 4 tokens in fp32 is 6
 constexpr int kEntryGroup = 8;       // what a lane takes at once in `columns`
 constexpr int kMoveOnly = 255;
 
-constexpr uint64_t kSparseMagic = 0x73632D716D6C6C79;  // "yllmq-cs"
-constexpr uint64_t kSparseVersion = 1;
-
 struct SparseHeader {
-  uint64_t magic, version;
+  static constexpr uint64_t kMagic = 0x73632D716D6C6C79;  // "yllmq-cs"
+  static constexpr uint64_t kVersion = 1;
+  uint64_t magic = kMagic, version = kVersion;
   int64_t bytes, rows, columns, kept;
   SparseKind kind;             // of the layout
   SparseKind checkpoint_kind;  // of what it was made from: `columns` serves bitmap and sparse24
@@ -67,7 +66,7 @@ struct SparseHeader {
 };
 
 PYLLMQ_HOST_DEVICE bool describes(const SparseHeader& h, SparseKind kind, int64_t bytes, int64_t rows, int64_t columns) {
-  return h.magic == kSparseMagic && h.version == kSparseVersion && h.kind == kind && h.bytes == bytes && h.rows == rows &&
+  return h.magic == h.kMagic && h.version == h.kVersion && h.kind == kind && h.bytes == bytes && h.rows == rows &&
          h.columns == columns;
 }
 
@@ -87,6 +86,6 @@ void sparse_layout_pack(void* layout, int64_t layout_bytes, const SparseCheckpoi
 // Exactly what was packed, into the arrays of `checkpoint`.
 void sparse_layout_unpack(const void* layout, int64_t layout_bytes, const SparseCheckpoint& checkpoint);
 // `layout` needs to hold the header only.
-const SparseHeader& checked_sparse_header(const void* layout, int64_t layout_bytes);
+const SparseHeader& sparse_header(const void* layout, int64_t layout_bytes);
 
 }  // namespace pyllmq::cuda

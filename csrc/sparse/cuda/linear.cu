@@ -3,7 +3,7 @@
 //
 // A block takes up to 256 rows (four strips) and a range of cells of K; each of its warps takes every fourth cell, streams it
 // strip by strip through a ring in shared memory of its own, and keeps the sums of all rows in registers. Then the warps' sums
-// are added in order, outliers and scale applied; blocks that share rows leave their sums in a workspace (split_sums.cuh).
+// are added in order, outliers and scale applied; blocks that share rows leave their sums in a workspace (linear_outputs.cuh).
 //
 // The columns of a block's product are tokens, or planes of tokens: values in fp16 and codes meet x in fp16 as in
 // codebook_linear (fp16_planes.cuh); values in bf16 meet fp16 x as the sum of two, fp32 x as the sum of three bf16 numbers,
@@ -13,14 +13,11 @@
 
 #include <algorithm>
 #include <limits>
-#include <stdexcept>
-#include <string>
 
-#include "codebook/cuda/linear_outputs.cuh"
 #include "codebook/cuda/fp16_planes.cuh"
+#include "linear_outputs.cuh"
 #include "runtime/cuda/runtime.h"
 #include "sparse/cuda/cells.cuh"
-#include "runtime/cuda/split_sums.cuh"
 
 namespace pyllmq::cuda {
 namespace {
@@ -56,11 +53,6 @@ struct alignas(16) Shared {
   float unscale[kMostTokens];
   uint32_t arrived;
 };
-
-template <class T>
-PYLLMQ_DEVICE const T* section(const SparseHeader& h, int64_t offset) {
-  return reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(&h) + offset);
-}
 
 PYLLMQ_HOST_DEVICE int planes_of(bool bf16_values, DType x) {
   if (x == DType::fp32) return bf16_values ? 3 : 2;
@@ -147,14 +139,12 @@ struct Cursor {
 // x of this lane's column of the product in a step; columns that do not exist are 0.
 template <int kTokenTiles>
 PYLLMQ_DEVICE void load_x(const uint16_t* x_step, int columns, int lane, StepX<kTokenTiles>& x) {
-  PYLLMQ_UNROLL
-  for (int tile = 0; tile < kTokenTiles; ++tile) {
+  unrolled<kTokenTiles>([&](int tile) {
     const int column = tile * 8 + lane / 4;
     Words<4> words = {};
     if (column < columns) words = load_words<4>(x_step + column * kStepColumns + lane % 4 * 8);
-    PYLLMQ_UNROLL
-    for (int i = 0; i < 4; ++i) x[tile][i] = words[i];
-  }
+    unrolled<4>([&](int i) { x[tile][i] = words[i]; });
+  });
 }
 
 // Adds all cells of this warp to the sums.
@@ -175,9 +165,8 @@ PYLLMQ_DEVICE void accumulate(const Work& w, const Arguments& a, uint8_t* memory
       load_x<kTokenTiles>(x_shared + ((cell - w.cell_begin) * kSteps + step) * w.columns() * kStepColumns, w.columns(), lane,
                           fragments);
     };
-    PYLLMQ_UNROLL
-    for (int strip = 0; strip < kBlockStrips / kTokenTiles; ++strip) {
-      if (strip >= w.strips) continue;
+    unrolled<kBlockStrips / kTokenTiles>([&](int strip) {
+      if (strip >= w.strips) return;
       cursor.fetch(a, ring + (stage + Cells::kStages - 1) % Cells::kStages * a.stage_bytes, tables, lane);
       ptx::wait_async<Cells::kStages - 1>();
       ptx::sync_warp();
@@ -186,7 +175,7 @@ PYLLMQ_DEVICE void accumulate(const Work& w, const Arguments& a, uint8_t* memory
       Cells::template multiply<kTokenTiles>(ring + stage * a.stage_bytes, cell_tables, own, lane, x, sums[strip]);
       ptx::sync_warp();  // the next fetch overwrites this stage
       stage = (stage + 1) % Cells::kStages;
-    }
+    });
     table = (table + 1) % Cells::kStages;
   }
   ptx::wait_async<0>();
@@ -201,16 +190,14 @@ PYLLMQ_DEVICE void add_warps(const Work& w, const Arguments& a, float* total,
   for (int turn = 0; turn < a.warps; ++turn) {
     ptx::sync_block();  // before the first turn: every warp is done with its ring
     if (turn != warp) continue;
-    PYLLMQ_UNROLL
-    for (int strip = 0; strip < kBlockStrips / kTokenTiles; ++strip) PYLLMQ_UNROLL
-    for (int tile = 0; tile < kStripTiles; ++tile) PYLLMQ_UNROLL
-    for (int i = 0; i < kTokenTiles; ++i) PYLLMQ_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const int column = i * 8 + lane % 4 * 2 + e % 2;
-      if (column >= w.columns()) continue;
-      float& to = total[column * kRows + strip * kStripRows + tile * 16 + lane / 4 + e / 2 * 8];
-      to = turn == 0 ? sums[strip][tile][i][e] : to + sums[strip][tile][i][e];
-    }
+    unrolled<kBlockStrips / kTokenTiles, kStripTiles>([&](int strip, int tile) {
+      unrolled<kTokenTiles, 4>([&](int i, int e) {
+        const int column = i * 8 + lane % 4 * 2 + e % 2;
+        if (column >= w.columns()) return;
+        float& to = total[column * kRows + strip * kStripRows + tile * 16 + lane / 4 + e / 2 * 8];
+        to = turn == 0 ? sums[strip][tile][i][e] : to + sums[strip][tile][i][e];
+      });
+    });
   }
   ptx::sync_block();
 }
@@ -256,27 +243,17 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, flo
     for (int token = 0; token < w.tokens; ++token)
       for (int row = ptx::thread(); row < w.rows; row += threads) body(token, row);
   };
-  for_each_output([&](int token, int row) {
+  const auto sum_of = [&](int token, int row) {
     float sum = 0.0f, weight = 1.0f;
     for (int plane = 0; plane < w.planes; ++plane) {
       sum += total[(token * w.planes + plane) * kRows + row] * weight;
       if (!Cells::kBf16) weight *= 1.0f / kLowPlane;
     }
     sum *= shared.unscale[token];
-    if (h.scale_offset != 0) sum *= section<float>(h, h.scale_offset)[w.row_begin() + row];
-    if (a.splits == 1)
-      store_y(a.call, w.token_begin + token, w.row_begin() + row, sum);
-    else
-      a.call.partials[(w.split * a.call.tokens + w.token_begin + token) * a.call.rows + w.row_begin() + row] = sum;
-  });
-  if (a.splits == 1) return;
-  uint32_t* counter = a.call.counters + w.token_begin / a.tokens_per_block * a.call.rows + w.row_begin();
-  if (!is_last_of(static_cast<uint32_t>(a.splits), counter, shared.arrived)) return;
-  for_each_output([&](int token, int row) {
-    const int64_t at = (w.token_begin + token) * a.call.rows + w.row_begin() + row;
-    store_y(a.call, w.token_begin + token, w.row_begin() + row,
-            sum_of_splits(a.call.partials + at, a.splits, a.call.tokens * a.call.rows));
-  });
+    return h.scale_offset == 0 ? sum : sum * section<float>(h, h.scale_offset)[w.row_begin() + row];
+  };
+  store_outputs(a.call, a.splits, w.split, a.tokens_per_block, w.token_begin, w.row_begin(), shared.arrived, for_each_output,
+                sum_of);
 }
 
 // Items that share a split follow each other, since they read the same x and codebooks.

@@ -1,15 +1,10 @@
-// What the kernels of codebook_linear add to the product of the codes: outliers, bias, rounding.
+// What the outliers add to the product of the codes.
 #pragma once
 #include "codebook/cuda/layout.h"
 #include "linear_operand_cuda.h"
 #include "runtime/cuda/words.cuh"
 
 namespace pyllmq::cuda {
-
-template <class T>
-PYLLMQ_DEVICE const T* section(const LayoutHeader& h, int64_t offset) {
-  return reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(&h) + offset);
-}
 
 // What the outliers of one row of a tile in panels [panel_begin, panel_end) add for one token.
 PYLLMQ_DEVICE float outlier_sum(const LayoutHeader& h, const LinearCall& call, int64_t token, int64_t panel_begin,
@@ -26,11 +21,6 @@ PYLLMQ_DEVICE float outlier_sum(const LayoutHeader& h, const LinearCall& call, i
                           token * h.columns + section<int32_t>(h, h.outlier_columns_offset)[i]);
   }
   return sum;
-}
-
-PYLLMQ_DEVICE void store_y(const LinearCall& call, int64_t token, int64_t row, float sum) {
-  if (call.bias != nullptr) sum += load_element(call.bias, static_cast<DType>(call.bias_dtype), row);
-  store_element(call.y, static_cast<DType>(call.dtype), token * call.rows + row, sum);
 }
 
 }  // namespace pyllmq::cuda

@@ -1,0 +1,47 @@
+// How the kernels of packed Linears store y: bias, rounding, and the sums of blocks that share outputs.
+#pragma once
+#include "linear_operand_cuda.h"
+#include "runtime/cuda/words.cuh"
+
+namespace pyllmq::cuda {
+
+PYLLMQ_DEVICE void store_y(const LinearCall& call, int64_t token, int64_t row, float sum) {
+  if (call.bias != nullptr) sum += load_element(call.bias, static_cast<DType>(call.bias_dtype), row);
+  store_element(call.y, static_cast<DType>(call.dtype), token * call.rows + row, sum);
+}
+
+// Called by all threads of a block that has stored its sums; true in the block that comes last. The counter is 0 again then.
+PYLLMQ_DEVICE bool is_last_of(uint32_t splits, uint32_t* counter, uint32_t& shared_arrived) {
+  ptx::fence();
+  ptx::sync_block();
+  if (ptx::thread() == 0) shared_arrived = ptx::count_to(counter, splits - 1);
+  ptx::sync_block();
+  ptx::fence();
+  return shared_arrived == splits - 1;
+}
+
+// The outputs of a block from (token_begin, row_begin) on: sum_of(token, row) for what for_each(body) goes through. Blocks that
+// share outputs leave their sums in the workspace; the one that comes last adds them, in order.
+template <class ForEach, class SumOf>
+PYLLMQ_DEVICE void store_outputs(const LinearCall& call, int splits, int64_t split, int64_t tokens_per_block, int64_t token_begin,
+                                 int64_t row_begin, uint32_t& shared_arrived, const ForEach& for_each, const SumOf& sum_of) {
+  const int64_t stride = call.tokens * call.rows;
+  float* parts = call.partials + token_begin * call.rows + row_begin;
+  for_each([&](int token, int row) {
+    const float sum = sum_of(token, row);
+    if (splits == 1)
+      store_y(call, token_begin + token, row_begin + row, sum);
+    else
+      parts[split * stride + token * call.rows + row] = sum;
+  });
+  if (splits == 1) return;
+  uint32_t* counter = call.counters + token_begin / tokens_per_block * call.rows + row_begin;
+  if (!is_last_of(static_cast<uint32_t>(splits), counter, shared_arrived)) return;
+  for_each([&](int token, int row) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < splits; ++i) sum += ptx::load_l2(parts + i * stride + token * call.rows + row);
+    store_y(call, token_begin + token, row_begin + row, sum);
+  });
+}
+
+}  // namespace pyllmq::cuda

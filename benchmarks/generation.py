@@ -6,6 +6,7 @@ machine does meets all of them; the best turn counts.
 
 from __future__ import annotations
 
+import csv
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -293,41 +294,77 @@ def table(rows: Sequence[GenerationRow]) -> str:
     return "\n".join([*lines, "", *ratios(rows)])
 
 
-def ratios(rows: Sequence[GenerationRow]) -> list[str]:
-    """Lines of ours fused over the faster rival at the same bits, with the bar and the goal, where both were measured."""
-    lines = []
+@dataclass(frozen=True)
+class Compared:
+    """Ours over the faster rival (or torch's faster dtype) at about the same bits."""
 
-    def add(what: str, bits: str, ours: float, rivals: dict[str, float], bar: float, goal: float) -> None:
-        if rivals:
-            best = max(rivals, key=lambda name: rivals[name])
-            beside = f"{ours:8.1f} / {rivals[best]:6.1f} {best}"
-            lines.append(f"{what:24} {bits:>9} bits  {ours / rivals[best]:5.2f}  (bar {bar}, goal {goal})  {beside}")
+    what: str
+    bits: str
+    ours: float
+    rival: float
+    against: str
+    bar: float
+    goal: float
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.rival
+
+    def __str__(self) -> str:
+        bounds = f"(bar {self.bar}, goal {self.goal})"
+        return f"{self.what:24} {self.bits:>9} bits  {self.ratio:5.2f}  {bounds}  {self.ours:8.1f} / {self.rival:6.1f} {self.against}"
+
+
+def compared(rows: Sequence[GenerationRow]) -> list[Compared]:
+    """What was measured on both sides, ours fused."""
+    found = []
+
+    def add(
+        what: str, row: GenerationRow, speed: str, beside: Sequence[GenerationRow], bar: float, goal: float
+    ) -> None:
+        if beside:
+            best = max(beside, key=lambda other: float(getattr(other, speed)))
+            against = f"{best.system} {best.weights}"
+            found.append(Compared(what, row.weights, getattr(row, speed), getattr(best, speed), against, bar, goal))
 
     for row in rows:
         if row.system != "pyllmq" or not row.mode.startswith("fused"):
             continue
         beside = [other for other in rows if other.context == row.context]
         files = [r for r in beside if r.weights == SAME_BITS.get(row.weights[0]) and r.system in llama_cpp.PACKAGES]
-        at = f"decode at {row.context}"
         for what, bits, bar, goal in RATIOS:
             if bits != row.weights:
                 continue
             if what == "prompt" and row.context == rows[0].context:
-                names = {f"{r.system} {r.weights}": r.prompt_per_s for r in files}
-                add(f"prompt {row.mode}", bits, row.prompt_per_s, names, bar, goal)
+                add(f"prompt {row.mode}", row, "prompt_per_s", files, bar, goal)
             if what == ("decode long" if row.context >= LONG else "decode"):
-                names = {f"{r.system} {r.weights}": r.decode_per_s for r in files}
-                add(f"{at} {row.mode}", bits, row.decode_per_s, names, bar, goal)
-        dense = {f"torch {r.weights}": r.decode_per_s for r in beside if r.system == "torch"}
+                add(f"decode at {row.context} {row.mode}", row, "decode_per_s", files, bar, goal)
         if row.weights == "4":
-            add(f"{at} {row.mode}", "4", row.decode_per_s, dense, DENSE_BAR, DENSE_GOAL)
-        if row.context == rows[0].context:
+            dense = [r for r in beside if r.system == "torch"]
+            add(f"decode at {row.context} {row.mode}", row, "decode_per_s", dense, DENSE_BAR, DENSE_GOAL)
+    return found
+
+
+def ratios(rows: Sequence[GenerationRow]) -> list[str]:
+    """Lines of what was compared, and of memory."""
+    lines = [str(each) for each in compared(rows)]
+    for row in rows:
+        if row.system == "pyllmq" and row.mode.startswith("fused") and row.context == rows[0].context:
             allowed = PEAK_FACTOR * row.weights_mb + PEAK_MB
             lines.append(
                 f"{f'peak memory {row.mode}':24} {row.weights:>9} bits  {row.peak_mb:5.0f} MB "
                 f"(bar {allowed:.0f}: {PEAK_FACTOR} x weights + {PEAK_MB:.0f} MB)"
             )
     return lines
+
+
+def read(path: Path) -> list[GenerationRow]:
+    """The rows of a CSV; of each system at each context the last one."""
+    record.check_header(path, HEADER)
+    kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(GenerationRow)}
+    with path.open(newline="") as file:
+        rows = [GenerationRow(**{n: kinds[n](v) for n, v in cells.items()}) for cells in csv.DictReader(file)]
+    return list({(r.model, r.system, r.weights, r.mode, r.context): r for r in rows}.values())
 
 
 def draw(rows: Sequence[GenerationRow], png: Path) -> None:

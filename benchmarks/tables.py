@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import mean, pstdev
 
-from . import accuracy, goals, sparse
+from . import accuracy, generation, goals, sparse
 from .memory import READ_LIMIT
 from .providers import BASELINE
 from .record import Row, read
@@ -307,6 +307,52 @@ def streaming_table(what: str) -> str:
     )
 
 
+# ---- whole models -----------------------------------------------------------------------------------------------------
+
+
+def generation_rows() -> list[generation.GenerationRow]:
+    return generation.read(CSVS / "generation.csv")
+
+
+SHORT = ("4 fused high", "2.1+0.005 fused high", "2 fused high", "Q4_0", "Q2_K", "bfloat16")
+
+
+def generation_table(model: str, short: bool = False) -> str:
+    rows = [row for row in generation_rows() if row.model == model]
+    rows = [row for row in rows if not short or f"{row.weights} {row.mode}".strip() in SHORT]
+    of_system: dict[str, list[generation.GenerationRow]] = {}
+    for row in sorted(rows, key=lambda row: row.context):
+        of_system.setdefault(f"{row.system} {row.weights} {row.mode}".strip(), []).append(row)
+    lines = [
+        [
+            name, f"{some[0].weights_mb:.0f}", f"{some[0].peak_mb:.0f}", f"{some[0].prompt_per_s:.0f}",
+            *(f"{row.decode_per_s:.1f}" for row in some),
+        ]
+        for name, some in of_system.items()
+    ]  # fmt: skip
+    contexts = sorted({row.context for row in rows})
+    head = ["weights", "MB", "peak, MB", "prompt of 256, tokens/s", *(f"tokens/s at {context}" for context in contexts)]
+    return markdown(head, lines) + generation_machine(rows)
+
+
+def generation_ratios(model: str) -> str:
+    rows = [row for row in generation_rows() if row.model == model]
+    lines = [
+        [each.what, each.bits, f"{each.ratio:.2f}", f"{each.bar:g}", f"{each.goal:g}", each.against]
+        for each in generation.compared(rows)
+    ]
+    return markdown(["", "bits", "ratio", "bar", "goal", "against"], lines)
+
+
+def generation_machine(rows: Sequence[generation.GenerationRow]) -> str:
+    row = rows[-1]
+    return (
+        f"\n\nRandom weights of the shape of {row.model}, batch 1, random keys and values in the cache. Measured on {row.device}; "
+        f"{row.threads} threads; torch {row.torch}; {row.timestamp[:10]}. "
+        f"Other processes used at most {100 * max(r.others_cpu for r in rows):.0f} % of the CPUs."
+    )
+
+
 ENCODER_BITS = (2.1, 2.25, 2.5, 3.0, 3.25, 4.0)
 SQUARE = [(4096, 4096)]
 TABLES: dict[str, Callable[[], str]] = {
@@ -330,6 +376,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "pruning-causal": lambda: pruning_table("tiny_lm", 2),
     "streaming-ranks": lambda: streaming_table("ranks"),
     "streaming-memory": lambda: streaming_table("memory"),
+    "readme-generation": lambda: generation_table("TinyLlama-1.1B", short=True),
+    "generation": lambda: generation_table("TinyLlama-1.1B"),
+    "generation-ratios": lambda: generation_ratios("TinyLlama-1.1B"),
 }
 
 

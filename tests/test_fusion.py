@@ -669,6 +669,18 @@ def test_what_ran_ahead_does_not_count_for_blocks_that_are_left_out_or_changed()
     torch.testing.assert_close(fused, decoded(model, 5, another_weight), rtol=1e-4, atol=1e-4)
 
 
+def test_blocks_that_the_model_leaves_out_run_ahead_once():
+    model = four_blocks()
+    layers, ran = model.model.layers, []
+
+    def first_two(m, token):
+        m.model.layers = layers[:2] if token > 2 else layers
+        ran.append(ahead_of(model) and len(ahead_of(model).blocks))
+
+    decoded(model, 7, first_two)
+    assert ran == [None, None, 4, 4, 4, 2, 2]
+
+
 def test_a_generation_that_ended_leaves_no_cache_alive():
     model = four_blocks()
     cache = transformers.DynamicCache(config=model.config)

@@ -150,7 +150,9 @@ class FusedModule:
         names = self.arguments
         assert names.cache is not None
         seen = Given(given, names.x, names.cache)
-        last, self.shared.ahead = self.shared.last, None
+        last, ahead, self.shared.ahead = self.shared.last, self.shared.ahead, None
+        if ahead is not None and ahead.at < len(ahead.blocks):  # the model left some out: it may again
+            ahead.blocks[ahead.at - 1].behind = None
         if last is not None and last[0] is not self:
             follows = given[names.x] is last[2] and last[1].again(given) and self.runs_like(last[0])
             last[0].behind = self if follows else None

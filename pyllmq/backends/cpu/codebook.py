@@ -65,12 +65,11 @@ def packed_rows(weight: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tenso
     return rows
 
 
-def register_kernels() -> None:
-    register_layout(Layout("cpu", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
-    supports = reads(LAYOUT, runtime.takes_activations)
-    because = "tables of partial products or decode-once, by widths, tokens and precision (kPathCost)"
-    PACKED_LINEAR.register("cpu.codebook_linear", ORDER, supports, packed_linear, because)
-    because = "decodes at the speed of the stores"
-    PACKED_DEQUANTIZE.register("cpu.codebook_dequantize", ORDER, supports, packed_dequantize, because)
-    because = "reads the codes of those rows alone"
-    PACKED_ROWS.register("cpu.codebook_rows", ORDER, supports, packed_rows, because)
+register_layout(Layout("cpu", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
+supports = reads(LAYOUT, runtime.takes_activations)
+because = "tables of partial products or decode-once, by widths, tokens and precision (kPathCost)"
+PACKED_LINEAR.register("cpu.codebook_linear", ORDER, supports, packed_linear, because)
+because = "decodes at the speed of the stores"
+PACKED_DEQUANTIZE.register("cpu.codebook_dequantize", ORDER, supports, packed_dequantize, because)
+because = "reads the codes of those rows alone"
+PACKED_ROWS.register("cpu.codebook_rows", ORDER, supports, packed_rows, because)

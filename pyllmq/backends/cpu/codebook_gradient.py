@@ -51,11 +51,10 @@ def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
     return gradient
 
 
-def register_kernels() -> None:
-    supports = reads("checkpoint.codebook", runtime.on_cpu)
-    because = "training: the codebook changes at every step, a layout would be made anew"
-    PACKED_LINEAR.register("cpu.decode_checkpoint_and_matmul", ORDER, supports, decode_checkpoint_and_matmul, because)
-    because = "threaded, straight from the packed codes"
-    PACKED_DEQUANTIZE.register("cpu.decode_checkpoint", ORDER, supports, decode_checkpoint, because)
-    because = "threaded by columns, straight from the packed codes; sums in fp64"
-    CODEBOOK_GRADIENT.register("cpu.codebook_gradient", ORDER, supports, codebook_gradient, because)
+supports = reads("checkpoint.codebook", runtime.on_cpu)
+because = "training: the codebook changes at every step, a layout would be made anew"
+PACKED_LINEAR.register("cpu.decode_checkpoint_and_matmul", ORDER, supports, decode_checkpoint_and_matmul, because)
+because = "threaded, straight from the packed codes"
+PACKED_DEQUANTIZE.register("cpu.decode_checkpoint", ORDER, supports, decode_checkpoint, because)
+because = "threaded by columns, straight from the packed codes; sums in fp64"
+CODEBOOK_GRADIENT.register("cpu.codebook_gradient", ORDER, supports, codebook_gradient, because)

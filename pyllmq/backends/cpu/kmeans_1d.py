@@ -62,12 +62,9 @@ def _from_another_device(problem: Problem) -> Support:
     return (False, "needs values, not a meta tensor") if problem.device == "meta" else runtime.available()
 
 
-def register_kernels() -> None:
-    because = "a problem per thread"
-    KMEANS_1D.register("cpu.kmeans_1d", ORDER, runtime.on_cpu, kmeans_1d, because)
-    KMEANS_1D_ERRORS.register("cpu.kmeans_1d_errors", ORDER, runtime.on_cpu, kmeans_1d_errors, because)
-    because = "moving a value (5 bytes there and back) costs less than clustering it by plain torch"
-    KMEANS_1D.register("cpu.kmeans_1d_moved", ORDER_MOVED, _from_another_device, kmeans_1d, because)
-    KMEANS_1D_ERRORS.register(
-        "cpu.kmeans_1d_errors_moved", ORDER_MOVED, _from_another_device, kmeans_1d_errors, because
-    )
+because = "a problem per thread"
+KMEANS_1D.register("cpu.kmeans_1d", ORDER, runtime.on_cpu, kmeans_1d, because)
+KMEANS_1D_ERRORS.register("cpu.kmeans_1d_errors", ORDER, runtime.on_cpu, kmeans_1d_errors, because)
+because = "moving a value (5 bytes there and back) costs less than clustering it by plain torch"
+KMEANS_1D.register("cpu.kmeans_1d_moved", ORDER_MOVED, _from_another_device, kmeans_1d, because)
+KMEANS_1D_ERRORS.register("cpu.kmeans_1d_errors_moved", ORDER_MOVED, _from_another_device, kmeans_1d_errors, because)

@@ -56,8 +56,7 @@ def _problem(transport: Transport) -> dict[str, Any]:
     return problem(transport._replace(epsilon=transport.epsilon.contiguous()))
 
 
-def register_kernels() -> None:
-    because = "no exponential inside the loop; small problems one to a vector lane"
-    SINKHORN.register("cpu.sinkhorn", ORDER, runtime.takes_fp32, CpuSinkhorn(), because)
-    because = "the exact adjoint from T (n + m) saved numbers"
-    SINKHORN_BACKWARD.register("cpu.sinkhorn_backward", ORDER, runtime.takes_fp32, sinkhorn_backward, because)
+because = "no exponential inside the loop; small problems one to a vector lane"
+SINKHORN.register("cpu.sinkhorn", ORDER, runtime.takes_fp32, CpuSinkhorn(), because)
+because = "the exact adjoint from T (n + m) saved numbers"
+SINKHORN_BACKWARD.register("cpu.sinkhorn_backward", ORDER, runtime.takes_fp32, sinkhorn_backward, because)

@@ -37,11 +37,8 @@ def softmax_cdist_l1_backward(
     return logits_grad
 
 
-def register_kernels() -> None:
-    supports = runtime.takes_activations
-    because = "two instructions a pair, probabilities only in the cache"
-    SOFTMAX_CDIST_L1.register("cpu.softmax_cdist_l1", ORDER, supports, softmax_cdist_l1, because)
-    because = "three instructions a pair, probabilities only in the cache"
-    SOFTMAX_CDIST_L1_BACKWARD.register(
-        "cpu.softmax_cdist_l1_backward", ORDER, supports, softmax_cdist_l1_backward, because
-    )
+supports = runtime.takes_activations
+because = "two instructions a pair, probabilities only in the cache"
+SOFTMAX_CDIST_L1.register("cpu.softmax_cdist_l1", ORDER, supports, softmax_cdist_l1, because)
+because = "three instructions a pair, probabilities only in the cache"
+SOFTMAX_CDIST_L1_BACKWARD.register("cpu.softmax_cdist_l1_backward", ORDER, supports, softmax_cdist_l1_backward, because)

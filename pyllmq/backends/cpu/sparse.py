@@ -57,12 +57,11 @@ def packed_dequantize(weight: WeightOperand, dtype: torch.dtype) -> Tensor:
     return dense
 
 
-def register_kernels() -> None:
-    because = "the packed weight is read once for few tokens; expanded to the L1 cache and multiplied for more"
-    for kind in KINDS:
-        holds = weight_type(kind).fields
-        make, back = partial(prepack, kind), partial(from_blob, kind)
-        register_layout(Layout("cpu", kind, ORDER, holds, runtime.serves, make, unpack, back))
-        supports = reads(f"cpu.{kind}", runtime.takes_activations)
-        PACKED_LINEAR.register(f"cpu.{kind}_linear", ORDER, supports, packed_linear, because)
-        PACKED_DEQUANTIZE.register(f"cpu.{kind}_dequantize", ORDER, supports, packed_dequantize, because)
+because = "the packed weight is read once for few tokens; expanded to the L1 cache and multiplied for more"
+for kind in KINDS:
+    holds = weight_type(kind).fields
+    make, back = partial(prepack, kind), partial(from_blob, kind)
+    register_layout(Layout("cpu", kind, ORDER, holds, runtime.serves, make, unpack, back))
+    supports = reads(f"cpu.{kind}", runtime.takes_activations)
+    PACKED_LINEAR.register(f"cpu.{kind}_linear", ORDER, supports, packed_linear, because)
+    PACKED_DEQUANTIZE.register(f"cpu.{kind}_dequantize", ORDER, supports, packed_dequantize, because)

@@ -51,7 +51,6 @@ def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
     return gradient
 
 
-def register_kernels() -> None:
-    supports = reads("checkpoint.codebook", runtime.on_device)
-    because = "reads dL/dW and codes once, no atomics (predicted: at the speed of the loads)"
-    CODEBOOK_GRADIENT.register("cuda.codebook_gradient", ORDER, supports, codebook_gradient, because)
+supports = reads("checkpoint.codebook", runtime.on_device)
+because = "reads dL/dW and codes once, no atomics (predicted: at the speed of the loads)"
+CODEBOOK_GRADIENT.register("cuda.codebook_gradient", ORDER, supports, codebook_gradient, because)

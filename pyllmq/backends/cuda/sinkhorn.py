@@ -87,8 +87,7 @@ def _fits(problem: SinkhornProblem) -> Support:
     return fits, why
 
 
-def register_kernels() -> None:
-    because = "no exponential inside the loop, one pass and at most one meeting of blocks an iteration (predicted)"
-    SINKHORN.register("cuda.sinkhorn", ORDER, _fits, CudaSinkhorn(), because)
-    because = "the exact adjoint from the scalings of every iteration (predicted)"
-    SINKHORN_BACKWARD.register("cuda.sinkhorn_backward", ORDER, _fits, sinkhorn_backward, because)
+because = "no exponential inside the loop, one pass and at most one meeting of blocks an iteration (predicted)"
+SINKHORN.register("cuda.sinkhorn", ORDER, _fits, CudaSinkhorn(), because)
+because = "the exact adjoint from the scalings of every iteration (predicted)"
+SINKHORN_BACKWARD.register("cuda.sinkhorn_backward", ORDER, _fits, sinkhorn_backward, because)

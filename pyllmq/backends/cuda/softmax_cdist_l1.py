@@ -46,11 +46,10 @@ def softmax_cdist_l1_backward(
     return logits_grad
 
 
-def register_kernels() -> None:
-    supports = runtime.takes_activations
-    because = "two instructions a pair, probabilities only in shared memory (predicted)"
-    SOFTMAX_CDIST_L1.register("cuda.softmax_cdist_l1", ORDER, supports, softmax_cdist_l1, because)
-    because = "probabilities only in registers (predicted)"
-    SOFTMAX_CDIST_L1_BACKWARD.register(
-        "cuda.softmax_cdist_l1_backward", ORDER, supports, softmax_cdist_l1_backward, because
-    )
+supports = runtime.takes_activations
+because = "two instructions a pair, probabilities only in shared memory (predicted)"
+SOFTMAX_CDIST_L1.register("cuda.softmax_cdist_l1", ORDER, supports, softmax_cdist_l1, because)
+because = "probabilities only in registers (predicted)"
+SOFTMAX_CDIST_L1_BACKWARD.register(
+    "cuda.softmax_cdist_l1_backward", ORDER, supports, softmax_cdist_l1_backward, because
+)

@@ -35,6 +35,5 @@ def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
     return gradient.float()
 
 
-def register_kernels() -> None:
-    supports = reads("checkpoint.codebook", anything)
-    CODEBOOK_GRADIENT.register("reference.codebook_gradient", ORDER, supports, codebook_gradient, BECAUSE)
+supports = reads("checkpoint.codebook", anything)
+CODEBOOK_GRADIENT.register("reference.codebook_gradient", ORDER, supports, codebook_gradient, BECAUSE)

@@ -74,5 +74,4 @@ def _worst(lost: Tensor, keep: int) -> Tensor:
     return torch.zeros_like(lost, dtype=torch.bool).index_fill_(0, order[:keep], True)
 
 
-def register_kernels() -> None:
-    FIT_COLUMNS.register("reference.fit_columns", ORDER, finds_optimum(anything), fit_columns, BECAUSE)
+FIT_COLUMNS.register("reference.fit_columns", ORDER, finds_optimum(anything), fit_columns, BECAUSE)

@@ -139,7 +139,6 @@ def _nearest(values: Tensor, centroids: Tensor) -> Tensor:
     return first.to(torch.uint8)
 
 
-def register_kernels() -> None:
-    supports = finds_optimum(anything)
-    KMEANS_1D.register("reference.kmeans_1d", ORDER, supports, kmeans_1d, BECAUSE)
-    KMEANS_1D_ERRORS.register("reference.kmeans_1d_errors", ORDER, supports, kmeans_1d_errors, BECAUSE)
+supports = finds_optimum(anything)
+KMEANS_1D.register("reference.kmeans_1d", ORDER, supports, kmeans_1d, BECAUSE)
+KMEANS_1D_ERRORS.register("reference.kmeans_1d_errors", ORDER, supports, kmeans_1d_errors, BECAUSE)

@@ -178,7 +178,6 @@ def _no_zero(sums: Tensor) -> Tensor:
     return torch.where(sums > 0, sums, 1)
 
 
-def register_kernels() -> None:
-    because = "log domain in plain torch: runs anywhere, slowly"
-    SINKHORN.register("reference.sinkhorn", ORDER, anything, ReferenceSinkhorn(), because)
-    SINKHORN_BACKWARD.register("reference.sinkhorn_backward", ORDER, anything, sinkhorn_backward, because)
+because = "log domain in plain torch: runs anywhere, slowly"
+SINKHORN.register("reference.sinkhorn", ORDER, anything, ReferenceSinkhorn(), because)
+SINKHORN_BACKWARD.register("reference.sinkhorn_backward", ORDER, anything, sinkhorn_backward, because)

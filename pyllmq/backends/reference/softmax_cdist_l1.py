@@ -51,8 +51,7 @@ def _probabilities(logits: Tensor, statistics: Tensor, temperature: float) -> Te
     return ((logits.to(statistics.dtype) - largest) / temperature).exp() * inverse_sum
 
 
-def register_kernels() -> None:
-    SOFTMAX_CDIST_L1.register("reference.softmax_cdist_l1", ORDER, anything, softmax_cdist_l1, BECAUSE)
-    SOFTMAX_CDIST_L1_BACKWARD.register(
-        "reference.softmax_cdist_l1_backward", ORDER, anything, softmax_cdist_l1_backward, BECAUSE
-    )
+SOFTMAX_CDIST_L1.register("reference.softmax_cdist_l1", ORDER, anything, softmax_cdist_l1, BECAUSE)
+SOFTMAX_CDIST_L1_BACKWARD.register(
+    "reference.softmax_cdist_l1_backward", ORDER, anything, softmax_cdist_l1_backward, BECAUSE
+)

@@ -152,15 +152,14 @@ def packed_rows(weight: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tenso
     return runtime.launch("codebook_rows.codebook_rows", ids, CodebookLayout.of(weight), ids, dtype)
 
 
-def register_kernels() -> None:
-    register_layout(Layout("triton", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
-    because = "decodes on the way to the multiplication (limit predicted, not measured)"
-    few = reads(_BLOB.name, runtime.on_device, runtime.MAX_FUSED_TOKENS)
-    PACKED_LINEAR.register("triton.fused", ORDER, few, KERNELS.packed_linear, because)
-    any_number = reads(_BLOB.name, runtime.on_device)
-    because = "decoding is paid once for all tokens"
-    PACKED_LINEAR.register("triton.decode_and_matmul", ORDER + 1, any_number, KERNELS.decode_and_matmul, because)
-    because = "one pass over the codes, on any GPU that Triton knows"
-    PACKED_DEQUANTIZE.register("triton.dequantize", ORDER, any_number, KERNELS.packed_dequantize, because)
-    because = "reads the codes of those rows, by lines of neighbouring rows"
-    PACKED_ROWS.register("triton.rows", ORDER, any_number, packed_rows, because)
+register_layout(Layout("triton", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
+because = "decodes on the way to the multiplication (limit predicted, not measured)"
+few = reads(_BLOB.name, runtime.on_device, runtime.MAX_FUSED_TOKENS)
+PACKED_LINEAR.register("triton.fused", ORDER, few, KERNELS.packed_linear, because)
+any_number = reads(_BLOB.name, runtime.on_device)
+because = "decoding is paid once for all tokens"
+PACKED_LINEAR.register("triton.decode_and_matmul", ORDER + 1, any_number, KERNELS.decode_and_matmul, because)
+because = "one pass over the codes, on any GPU that Triton knows"
+PACKED_DEQUANTIZE.register("triton.dequantize", ORDER, any_number, KERNELS.packed_dequantize, because)
+because = "reads the codes of those rows, by lines of neighbouring rows"
+PACKED_ROWS.register("triton.rows", ORDER, any_number, packed_rows, because)

@@ -20,7 +20,6 @@ def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
     return runtime.launch("codebook_gradient.codebook_gradient", weight_gradient, weight_gradient, field)
 
 
-def register_kernels() -> None:
-    supports = reads("checkpoint.codebook", runtime.on_device)
-    because = "sums in registers where a column has at most 16 centroids, else atomics (predicted, not measured)"
-    CODEBOOK_GRADIENT.register("triton.codebook_gradient", ORDER, supports, codebook_gradient, because)
+supports = reads("checkpoint.codebook", runtime.on_device)
+because = "sums in registers where a column has at most 16 centroids, else atomics (predicted, not measured)"
+CODEBOOK_GRADIENT.register("triton.codebook_gradient", ORDER, supports, codebook_gradient, because)

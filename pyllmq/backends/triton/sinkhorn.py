@@ -48,13 +48,12 @@ def _in_registers(problem: SinkhornProblem) -> Support:
     return runtime.takes_fp32(problem)
 
 
-def register_kernels() -> None:
-    held = "all iterations in one launch, the matrix in registers (limit predicted, not measured)"
-    SINKHORN.register("triton.sinkhorn", ORDER, _in_registers, TritonSinkhorn("sinkhorn"), held)
-    backward = TritonSinkhornBackward("sinkhorn")
-    SINKHORN_BACKWARD.register("triton.sinkhorn_backward", ORDER, _in_registers, backward, held)
-    tiles = "any size; two launches an iteration"
-    any_size = runtime.takes_fp32
-    SINKHORN.register("triton.sinkhorn_tiles", ORDER + 1, any_size, TritonSinkhorn("sinkhorn_tiles"), tiles)
-    backward = TritonSinkhornBackward("sinkhorn_tiles")
-    SINKHORN_BACKWARD.register("triton.sinkhorn_tiles_backward", ORDER + 1, any_size, backward, tiles)
+held = "all iterations in one launch, the matrix in registers (limit predicted, not measured)"
+SINKHORN.register("triton.sinkhorn", ORDER, _in_registers, TritonSinkhorn("sinkhorn"), held)
+backward = TritonSinkhornBackward("sinkhorn")
+SINKHORN_BACKWARD.register("triton.sinkhorn_backward", ORDER, _in_registers, backward, held)
+tiles = "any size; two launches an iteration"
+any_size = runtime.takes_fp32
+SINKHORN.register("triton.sinkhorn_tiles", ORDER + 1, any_size, TritonSinkhorn("sinkhorn_tiles"), tiles)
+backward = TritonSinkhornBackward("sinkhorn_tiles")
+SINKHORN_BACKWARD.register("triton.sinkhorn_tiles_backward", ORDER + 1, any_size, backward, tiles)

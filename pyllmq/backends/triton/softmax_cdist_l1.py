@@ -22,11 +22,10 @@ def softmax_cdist_l1_backward(grad: Tensor, *given: Any) -> Tensor:
     return runtime.launch("softmax_cdist_l1.softmax_cdist_l1_backward", grad, grad, *given)
 
 
-def register_kernels() -> None:
-    supports = runtime.takes_activations
-    because = "two instructions a pair, no probabilities in memory (not measured)"
-    SOFTMAX_CDIST_L1.register("triton.softmax_cdist_l1", ORDER, supports, softmax_cdist_l1, because)
-    because = "no probabilities in memory (not measured)"
-    SOFTMAX_CDIST_L1_BACKWARD.register(
-        "triton.softmax_cdist_l1_backward", ORDER, supports, softmax_cdist_l1_backward, because
-    )
+supports = runtime.takes_activations
+because = "two instructions a pair, no probabilities in memory (not measured)"
+SOFTMAX_CDIST_L1.register("triton.softmax_cdist_l1", ORDER, supports, softmax_cdist_l1, because)
+because = "no probabilities in memory (not measured)"
+SOFTMAX_CDIST_L1_BACKWARD.register(
+    "triton.softmax_cdist_l1_backward", ORDER, supports, softmax_cdist_l1_backward, because
+)

@@ -184,15 +184,14 @@ def _checkpoint_of_codes(layout: SparseLayout, shapes: Shapes) -> dict[str, Tens
 KERNELS = LayoutKernels(SparseLayout.of, "sparse_linear.sparse_linear", "sparse_linear.sparse_dequantize")
 
 
-def register_kernels() -> None:
-    for kind in KINDS:
-        blob = Blob(kind, 7, _sections)
-        holds, make, layout = weight_type(kind).fields, partial(prepack, blob), blob.name
-        register_layout(Layout("triton", kind, ORDER, holds, runtime.serves, make, unpack, blob.open))
-        few, any_number = reads(layout, runtime.on_device, runtime.MAX_FUSED_TOKENS), reads(layout, runtime.on_device)
-        because = "spreads on the way to the multiplication (limit predicted, not measured)"
-        PACKED_LINEAR.register(f"{layout}_fused", ORDER, few, KERNELS.packed_linear, because)
-        because = "spreading is paid once for all tokens"
-        PACKED_LINEAR.register(f"{layout}_matmul", ORDER + 1, any_number, KERNELS.decode_and_matmul, because)
-        because = "one pass over the packed weight"
-        PACKED_DEQUANTIZE.register(f"{layout}_dequantize", ORDER, any_number, KERNELS.packed_dequantize, because)
+for kind in KINDS:
+    blob = Blob(kind, 7, _sections)
+    holds, make, layout = weight_type(kind).fields, partial(prepack, blob), blob.name
+    register_layout(Layout("triton", kind, ORDER, holds, runtime.serves, make, unpack, blob.open))
+    few, any_number = reads(layout, runtime.on_device, runtime.MAX_FUSED_TOKENS), reads(layout, runtime.on_device)
+    because = "spreads on the way to the multiplication (limit predicted, not measured)"
+    PACKED_LINEAR.register(f"{layout}_fused", ORDER, few, KERNELS.packed_linear, because)
+    because = "spreading is paid once for all tokens"
+    PACKED_LINEAR.register(f"{layout}_matmul", ORDER + 1, any_number, KERNELS.decode_and_matmul, because)
+    because = "one pass over the packed weight"
+    PACKED_DEQUANTIZE.register(f"{layout}_dequantize", ORDER, any_number, KERNELS.packed_dequantize, because)

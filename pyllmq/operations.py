@@ -113,25 +113,25 @@ UNPACK_CODES: Operation[Problem, UnpackCodes] = Operation("unpack_codes", Proble
 # ---- softmax_cdist_l1 -----------------------------------------------------------------------------------------------
 
 
+class Cdist(NamedTuple):
+    """Logits [batch, rows, V] of two sides, and for each of their rows (largest logit, 1 / sum of exponentials), [batch, rows, 2]."""
+
+    logits: Tensor
+    other_logits: Tensor
+    statistics: Tensor
+    other_statistics: Tensor
+    temperature: float
+
+
 class SoftmaxCdistL1(Protocol):
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor, temperature: float, /
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[batch, B, V] and [batch, C, V] -> distances [batch, B, C], and for each row of either side (largest logit,
-        1 / sum of exponentials), [batch, rows, 2]; in fp32, fp64 for fp64."""
+        """[batch, B, V] and [batch, C, V] -> distances [batch, B, C] and the statistics of either side; in fp32, fp64 for fp64."""
 
 
 class SoftmaxCdistL1Backward(Protocol):
-    def __call__(
-        self,
-        grad: Tensor,
-        logits: Tensor,
-        other_logits: Tensor,
-        statistics: Tensor,
-        other_statistics: Tensor,
-        temperature: float,
-        /,
-    ) -> Tensor:
+    def __call__(self, grad: Tensor, sides: Cdist, /) -> Tensor:
         """grad [batch, B, C] -> the gradient of `logits`, in their shape and dtype."""
 
 
@@ -158,23 +158,22 @@ def finds_optimum(then: Callable[[Problem], Support]) -> Callable[[ClusterProble
     return supports
 
 
+class Points(NamedTuple):
+    """C problems: values fp32 [C, n], weights fp32 [C, n] or [n], both contiguous, to be clustered into each number of `ks`."""
+
+    values: Tensor
+    weights: Tensor | None
+    ks: Sequence[int]
+    method: str
+
+
 class KMeans1d(Protocol):
-    def __call__(
-        self,
-        values: Tensor,
-        weights: Tensor | None,
-        ks: Sequence[int],
-        method: str,
-        seed: int,
-        half_centroids: bool,
-        packed: bool,
-        /,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """values fp32 [C, n], weights fp32 [C, n] or [n], both contiguous -> for each k (centroids fp32 [C, k], codes)."""
+    def __call__(self, points: Points, seed: int, half_centroids: bool, packed: bool, /) -> list[tuple[Tensor, Tensor]]:
+        """-> for each k (centroids fp32 [C, k], codes)."""
 
 
 class KMeans1dErrors(Protocol):
-    def __call__(self, values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str, /) -> Tensor:
+    def __call__(self, points: Points, /) -> Tensor:
         """-> fp64 [C, len(ks)]."""
 
 

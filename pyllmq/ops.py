@@ -27,6 +27,7 @@ from .operations import (
     SOFTMAX_CDIST_L1,
     SOFTMAX_CDIST_L1_BACKWARD,
     UNPACK_CODES,
+    Cdist,
     check_precision,
 )
 
@@ -606,8 +607,8 @@ def _softmax_cdist_l1_gradients(ctx: Any, grad: Tensor, *_: object) -> _Gradient
 def _softmax_cdist_l1_backward(grad: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
     *others, temperature = arguments
     kernel = SOFTMAX_CDIST_L1_BACKWARD.kernel_for(logits.device.type, logits.dtype)
-    grad, mine, other, *statistics = (_as_batch(each) for each in (grad, logits, *others))
-    return kernel(grad, mine, other, statistics[0], statistics[1], temperature).view(logits.shape)
+    grad, *sides = (_as_batch(each) for each in (grad, logits, *others))
+    return kernel(grad, Cdist(*sides, temperature)).view(logits.shape)
 
 
 define(

@@ -114,7 +114,7 @@ UNPACK_CODES: Operation[Problem, UnpackCodes] = Operation("unpack_codes", Proble
 
 
 class Cdist(NamedTuple):
-    """Logits [batch, rows, V] of two sides, and for each of their rows (largest logit, 1 / sum of exponentials), [batch, rows, 2]."""
+    """Logits [batch, rows, V] of two sides; statistics of each row: (largest logit, 1 / sum of exponentials), [batch, rows, 2]."""
 
     logits: Tensor
     other_logits: Tensor

@@ -90,7 +90,7 @@ class PackedRows(Protocol):
 
 class CodebookGradient(Protocol):
     def __call__(self, weight_gradient: Tensor, weight: WeightOperand, /) -> Tensor:
-        """dL/dW fp32 [N, K], a weight in the layout checkpoint.codebook -> dL/dcodebook fp32 [segments, entries]."""
+        """dL/dW fp32 [N, K], 0 at outliers, a weight in the layout checkpoint.codebook -> dL/dcodebook fp32 [segments, entries]."""
 
 
 class PackCodes(Protocol):

@@ -41,9 +41,6 @@ def decode_checkpoint_and_matmul(x: Tensor, weight: WeightOperand, bias: Tensor 
 
 def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
     checkpoint, row_scale, field = _checkpoint(weight)
-    if field["outlier_values"].numel():
-        weight_gradient = weight_gradient.clone()
-        weight_gradient[outlier_places(field)] = 0
     weight_gradient = weight_gradient.contiguous()
     gradient = torch.empty(field["codebook"].shape, dtype=torch.float32, device=runtime.DEVICE)
     pointers = row_scale.data_ptr(), weight_gradient.data_ptr(), gradient.data_ptr()

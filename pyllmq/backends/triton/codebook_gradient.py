@@ -7,16 +7,12 @@ from torch import Tensor
 from ...formats.codebook import CodebookWeight
 from ...layouts import WeightOperand
 from ...operations import CODEBOOK_GRADIENT, reads
-from ...structure import outlier_places
 from . import runtime
 from .runtime import ORDER
 
 
 def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
     field = CodebookWeight.named(weight)
-    if field["outlier_values"].numel():
-        weight_gradient = weight_gradient.clone()
-        weight_gradient[outlier_places(field)] = 0
     return runtime.launch("codebook_gradient.codebook_gradient", weight_gradient, weight_gradient, field)
 
 

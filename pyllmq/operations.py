@@ -237,17 +237,18 @@ class Sinkhorn(Protocol):
         """How many numbers the backward pass wants of each iteration; 0: it runs the loop again."""
 
 
+class Arriving(NamedTuple):
+    """What the backward pass of sinkhorn is given: tape and count of the loop, and the gradients of what came out of it."""
+
+    tape: Tensor
+    count: Tensor
+    grad_plan: Tensor
+    grad_u: Tensor
+    grad_v: Tensor
+
+
 class SinkhornBackward(Protocol):
-    def __call__(
-        self,
-        transport: Transport,
-        tape: Tensor,
-        count: Tensor,
-        grad_plan: Tensor,
-        grad_u: Tensor,
-        grad_v: Tensor,
-        /,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, transport: Transport, arriving: Arriving, /) -> tuple[Tensor, Tensor, Tensor]:
         """-> gradients of (cost, a, b), one for each problem."""
 
 

@@ -16,6 +16,7 @@ from .operations import (
     DOUBLY_STOCHASTIC_BACKWARD,
     SINKHORN,
     SINKHORN_BACKWARD,
+    Arriving,
     Normalisation,
     Transport,
 )
@@ -253,8 +254,8 @@ _EAGER_SINKHORN = eager_function(_sinkhorn, _sinkhorn_backward_of, _sinkhorn_set
 def _sinkhorn_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     cost, a, b, epsilon, tape, count, *arriving, rho_a, rho_b = arguments
     kernel = SINKHORN_BACKWARD.kernel_for(cost.device.type, cost.dtype, *cost.shape[1:])
-    grad_plan, grad_u, grad_v = (grad.contiguous() for grad in arriving)
-    return kernel(Transport(cost, a, b, epsilon, rho_a, rho_b), tape, count, grad_plan, grad_u, grad_v)
+    gradients = (grad.contiguous() for grad in arriving)
+    return kernel(Transport(cost, a, b, epsilon, rho_a, rho_b), Arriving(tape, count, *gradients))
 
 
 def _sinkhorn_backward_fake(cost: Tensor, a: Tensor, b: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:

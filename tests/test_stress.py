@@ -15,7 +15,7 @@ from torch import Tensor
 from pyllmq import BitmapWeight, Sparse24CodebookLinear, Sparse24Weight
 from pyllmq.dispatch import Kernel, rows
 from pyllmq.layouts import machine_layout
-from pyllmq.operations import Cdist, ColumnBlock, Normalisation, Points, Transport
+from pyllmq.operations import Arriving, Cdist, ColumnBlock, Normalisation, Points, Transport
 from pyllmq.packing import mask_24, unstructured_mask
 
 from .oracle import random_case
@@ -121,7 +121,7 @@ def calls() -> dict[str, Call]:
         epsilon = torch.full((problems,), 0.1)
         transport = Transport(wide, a, b, epsilon, torch.inf, torch.inf)
         plan, u, v, count = ROWS["cpu.sinkhorn"].run(transport, 9, 0.0, tape)
-        return list(run(transport, tape, count, plan, u, v))
+        return list(run(transport, Arriving(tape, count, plan, u, v)))
 
     how = Normalisation(12, False, True, "line", 0.0, 1e-6)
     found: dict[str, Call] = {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...operations import SINKHORN, SINKHORN_BACKWARD, Transport
+from ...operations import SINKHORN, SINKHORN_BACKWARD, Arriving, Transport
 from ..batches import problem, room
 from . import runtime
 from .runtime import ORDER
@@ -32,23 +32,19 @@ class CpuSinkhorn:
         return plan, u, v, count
 
 
-def sinkhorn_backward(
-    transport: Transport, tape: Tensor, count: Tensor, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def sinkhorn_backward(transport: Transport, arriving: Arriving) -> tuple[Tensor, Tensor, Tensor]:
     grad_cost, grad_a, grad_b = room(transport.cost)
     if len(grad_cost):
-        runtime.kernels().sinkhorn_backward(
+        tape, count = arriving.tape, arriving.count
+        given = {
             **_problem(transport),
-            iterations=tape.shape[1] if tape.numel() else int(count.abs().max()),
-            tape=tape,
-            count=count,
-            grad_plan=grad_plan,
-            grad_u=grad_u,
-            grad_v=grad_v,
-            grad_cost=grad_cost,
-            grad_a=grad_a,
-            grad_b=grad_b,
-        )
+            **arriving._asdict(),
+            "grad_cost": grad_cost,
+            "grad_a": grad_a,
+            "grad_b": grad_b,
+        }
+        iterations = tape.shape[1] if tape.numel() else int(count.abs().max())
+        runtime.kernels().sinkhorn_backward(iterations=iterations, **given)
     return grad_cost, grad_a, grad_b
 
 

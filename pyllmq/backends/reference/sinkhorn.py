@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...operations import SINKHORN, SINKHORN_BACKWARD, Transport, anything
+from ...operations import SINKHORN, SINKHORN_BACKWARD, Arriving, Transport, anything
 from .rows import ORDER
 
 SAME_MASS = 1e-3
@@ -138,11 +138,10 @@ class ReferenceSinkhorn:
         return loop.plan(alpha, beta), epsilon.unsqueeze(-1) * alpha, epsilon.unsqueeze(-1) * beta, count
 
 
-def sinkhorn_backward(
-    transport: Transport, tape: Tensor, count: Tensor, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def sinkhorn_backward(transport: Transport, arriving: Arriving) -> tuple[Tensor, Tensor, Tensor]:
     """Exact gradients of the loop as it ran: (cost, a, b). Steps that a problem did not take have no gradient."""
     cost, a, b, epsilon, _, _ = transport
+    _, count, grad_plan, grad_u, grad_v = arriving
     loop = _Loop.of(transport)
     count = count.abs()
     iterations = int(count.max()) if count.numel() else 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...dispatch import Support
-from ...operations import SINKHORN, SINKHORN_BACKWARD, SinkhornProblem, Transport
+from ...operations import SINKHORN, SINKHORN_BACKWARD, Arriving, SinkhornProblem, Transport
 from . import runtime
 from .runtime import ORDER
 
@@ -34,11 +34,9 @@ class TritonSinkhorn:
 class TritonSinkhornBackward:
     kernels: str
 
-    def __call__(
-        self, transport: Transport, tape: Tensor, count: Tensor, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        given = (*transport[:4], tape, count, grad_plan, grad_u, grad_v, *transport[4:])
-        return runtime.launch(f"{self.kernels}.sinkhorn_backward", tape, *given)
+    def __call__(self, transport: Transport, arriving: Arriving) -> tuple[Tensor, Tensor, Tensor]:
+        given = (*transport[:4], *arriving, *transport[4:])
+        return runtime.launch(f"{self.kernels}.sinkhorn_backward", arriving.tape, *given)
 
 
 def _in_registers(problem: SinkhornProblem) -> Support:

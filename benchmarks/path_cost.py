@@ -43,7 +43,7 @@ def packed(shape: tuple[int, int], bits: str) -> WeightOperand:
 
 def call(operand: WeightOperand, x: torch.Tensor, y: torch.Tensor, path: str, precision: str) -> None:
     backends.cpu.runtime.kernels()
-    bound = backends.cpu.runtime.bound(operand, "CodebookOperand")
+    bound = backends.cpu.runtime.bound(operand)
     precision_code = PRECISIONS.index(precision)
     bound.linear_by(PATHS.index(path), x.data_ptr(), 0, x.shape[0], 0, 0, y.data_ptr(), precision_code)
 

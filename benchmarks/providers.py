@@ -340,7 +340,7 @@ def _codebook_layer(
     operand: layouts.WeightOperand, nbytes: int, dtype: torch.dtype, precision: str, dense: Callable[[], Tensor]
 ) -> Layer:
     def copy() -> Layer:
-        if operand.layout == backends.cpu.codebook.LAYOUT:
+        if operand.layout == "cpu.codebook":
             moved = backends.cpu.runtime.copy_layout(operand)
         else:
             moved = replace(operand, tensors=tuple(tensor.clone() for tensor in operand.tensors), bound=None)
@@ -348,7 +348,7 @@ def _codebook_layer(
 
     def kernel(m: int) -> str:
         name = dispatch.choose(operations.WeightProblem("packed_linear", "cpu", dtype, operand.layout, m)).name
-        if operand.layout != backends.cpu.codebook.LAYOUT:
+        if operand.layout != "cpu.codebook":
             return name
         return f"{name} ({backends.cpu.codebook.linear_path(operand, dtype, m, precision)})"
 

@@ -142,7 +142,7 @@ def _operand(linear: nn.Module) -> Any:
     if isinstance(linear, PackedLinear):
         operand = linear.operand()
         if operand.layout.startswith("cpu."):
-            return cpu.bound(operand, "CodebookOperand" if operand.kind == "codebook" else "SparseOperand")
+            return cpu.bound(operand)
         raise NotBoundError(f"a weight is laid out as {operand.layout!r}, not for the CPU's kernels")
     weight = dense_weight(linear)
     if weight.is_contiguous() and weight.dtype in cpu.DTYPE_CODE and weight.is_cpu:

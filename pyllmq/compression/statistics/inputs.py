@@ -183,7 +183,7 @@ class _OutputErrors:
     """Collects, for the Linears of some groups, what the dense block has at their places beyond what the block has."""
 
     def __init__(self, run: CalibrationRun, groups: list[Group], once: bool) -> None:
-        self.run, self.dense, self.once = run, run.dense_block, once
+        self.run, self.dense, self.once = run, run.loop.dense_block, once
         self.members = [(i, name) for i, group in enumerate(groups) for name in group] if self.dense else []
         self.had: dict[str, Tensor] = {}
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}

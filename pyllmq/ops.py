@@ -42,18 +42,18 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup: Callable[..., None] | None = None,
-) -> None:
-    """An operation of the library `pyllmq`, on every device; with `backward`, a differentiable one."""
+) -> Any:
+    """An operation of the library `pyllmq`, on every device; with `backward`, a differentiable one.
+
+    Returns it with its gradient, for eager calls: the autograd of torch.library costs 200 us.
+    """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyllmq::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(f"pyllmq::{name}", backward, setup_context=setup, lib=_library)
-
-
-def eager_function(run: Callable[..., Any], backward: Callable[..., Any], setup: Callable[..., None]) -> Any:
-    """`run` with its gradient, for eager calls: the autograd of torch.library costs 200 us."""
+    if backward is None or setup is None:
+        return run
+    torch.library.register_autograd(f"pyllmq::{name}", backward, setup_context=setup, lib=_library)
     parts = {"forward": staticmethod(run), "backward": staticmethod(backward), "setup_context": staticmethod(setup)}
     return type(run.__name__, (torch.autograd.Function,), parts).apply  # type: ignore[attr-defined]
 

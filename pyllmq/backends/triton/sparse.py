@@ -23,7 +23,7 @@ from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_la
 from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, reads
 from ...structure import OUTLIER_KEYS, weight_type
 from . import runtime
-from .runtime import ORDER, Blob, LayoutKernels, Section
+from .runtime import ORDER, Blob, LayoutKernels, Section, outlier_sections, outlier_words
 
 KINDS = ("bitmap", "sparse24", "sparse24_codebook")
 
@@ -76,14 +76,9 @@ def _sections(rows: int, columns: int, header: list[int]) -> list[Section]:
     is_24, kept, value_type, has_scale, bits, outliers, wide = header
     groups, words, dtype = -(-columns // 4), -(-columns // 32), _VALUE_TYPES[value_type]
     scale = ((rows * has_scale,), torch.float32)
-    none, none_int, none_half = ((0,), torch.uint8), ((0,), torch.int32), ((0,), torch.float16)
-    coded = [
-        ((columns, 1 << bits), torch.float16) if bits else none_half,
-        ((rows + 1 if outliers else 0,), torch.int32),
-        ((outliers,), torch.int32 if wide else torch.uint16),
-        ((outliers,), torch.float16),
-        ((outliers,), torch.float16),
-    ]
+    none, none_int = ((0,), torch.uint8), ((0,), torch.int32)
+    codebook = ((columns, 1 << bits) if bits else (0,), torch.float16)
+    coded = [codebook, *outlier_sections(rows, outliers, wide)]
     if is_24:
         values = ((2, -(-groups * bits // 8) if bits else groups, rows), dtype)
         return [values, ((-(-groups // 2), rows), torch.uint8), none_int, none_int, none_int, scale, *coded]
@@ -95,9 +90,7 @@ def prepack(blob: Blob, field: Fields, shape: Shape) -> WeightOperand:
     codes, scale = "codes" in field, field.get("scale")
     values = field["codes" if codes else "values"]
     header = [int(blob.kind != "bitmap"), values.numel(), _VALUE_TYPES.index(values.dtype), int(scale is not None)]
-    outliers = field["outlier_values"].numel() if "outlier_values" in field else 0
-    wide = bool(outliers) and field["outlier_columns"].dtype == torch.int32
-    header += [field["codebook"].shape[1].bit_length() - 1 if codes else 0, outliers, int(wide)]
+    header += [field["codebook"].shape[1].bit_length() - 1 if codes else 0, *outlier_words(field)]
     packed = blob.make(shape, header, values.device)
     layout = SparseLayout.of(packed)
     if scale is not None:

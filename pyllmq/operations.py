@@ -241,7 +241,7 @@ class Arriving(NamedTuple):
     """What the backward pass of sinkhorn is given: tape and count of the loop, and the gradients of what came out of it."""
 
     tape: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # not how often a tuple holds something
     grad_plan: Tensor
     grad_u: Tensor
     grad_v: Tensor

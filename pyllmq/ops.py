@@ -583,8 +583,8 @@ def _softmax_cdist_l1_gradients(ctx: Any, grad: Tensor, *_: object) -> _Gradient
 def _softmax_cdist_l1_backward(grad: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
     *others, temperature = arguments
     kernel = SOFTMAX_CDIST_L1_BACKWARD.kernel_for(logits.device.type, logits.dtype)
-    grad, *sides = (_as_batch(each) for each in (grad, logits, *others))
-    return kernel(grad, Cdist(*sides, temperature)).view(logits.shape)
+    grad, mine, other, statistics, other_statistics = (_as_batch(each) for each in (grad, logits, *others))
+    return kernel(grad, Cdist(mine, other, statistics, other_statistics, temperature)).view(logits.shape)
 
 
 define(

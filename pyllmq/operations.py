@@ -216,7 +216,8 @@ class SinkhornProblem(Problem):
 class Transport(NamedTuple):
     """Problems of entropic transport: cost [B, n, m], a [B, n], b [B, m], epsilon [B], in fp32 or fp64.
 
-    The batch of cost, a and b may be expanded. rho is the price of missing a marginal, infinite where it is kept exactly.
+    The batch of cost, a and b may be expanded, epsilon is contiguous. rho is the price of missing a marginal, infinite where it
+    is kept exactly.
     """
 
     cost: Tensor

@@ -90,7 +90,7 @@ def sinkhorn(
         _flat(cost.to(work), batch, n, m),
         flat_a,
         flat_a if b is a else _flat(b, batch, m),
-        _flat(epsilon.to(cost.device, work), batch)
+        _flat(epsilon.to(cost.device, work), batch).contiguous()
         if isinstance(epsilon, Tensor)
         else torch.full((problems,), epsilon, dtype=work, device=cost.device),
     )

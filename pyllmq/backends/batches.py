@@ -12,10 +12,11 @@ from ..operations import Transport
 
 def problem(transport: Transport) -> dict[str, Any]:
     """The fields of SinkhornProblem (csrc/sinkhorn/problem.h)."""
-    fields: dict[str, Any] = dict(zip(("problems", "n", "m"), transport.cost.shape, strict=True))
-    for name in ("cost", "a", "b", "epsilon"):
-        fields[name], fields[f"{name}_stride"] = _laid_out(getattr(transport, name))
-    return fields | {"rho_a": transport.rho_a, "rho_b": transport.rho_b}
+    problems, n, m = transport.cost.shape
+    fields: dict[str, Any] = {"problems": problems, "n": n, "m": m, "rho_a": transport.rho_a, "rho_b": transport.rho_b}
+    for name, tensor in zip(("cost", "a", "b", "epsilon"), transport[:4], strict=True):
+        fields[name], fields[name + "_stride"] = _laid_out(tensor)
+    return fields
 
 
 def room(cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_la
 from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, PACKED_ROWS, reads
 from ..checkpoints import codebook_checkpoint
 from . import runtime
-from .runtime import DTYPE_CODE, ORDER, PRECISION_CODE
+from .runtime import DTYPE_CODE, ORDER
 
 from_blob = partial(runtime.from_blob, "codebook")
 
@@ -32,11 +32,6 @@ def unpack(weight: WeightOperand, shapes: Shapes, beside: Fields) -> dict[str, T
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=runtime.DEVICE)
     runtime.bound(weight).codes(codes.data_ptr())
     return pack_widths(codes, beside["column_bits"])
-
-
-def linear_path(weight: WeightOperand, dtype: torch.dtype, tokens: int, precision: str) -> str:
-    """What `runtime.packed_linear` does for this many tokens: "tables" of partial products, or "decode" once and multiply."""
-    return runtime.bound(weight).path(DTYPE_CODE[dtype], tokens, PRECISION_CODE[precision])
 
 
 def packed_dequantize(weight: WeightOperand, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 from contextlib import suppress
-from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -65,12 +64,6 @@ def empty_layout(size: int) -> Tensor:
     with suppress(OSError):  # a kernel without transparent huge pages: slower, nothing else
         memory.madvise(mmap.MADV_HUGEPAGE, start, whole_pages)  # not the rest: a half-used huge page would waste memory
     return whole[start : start + size]
-
-
-def copy_layout(operand: WeightOperand) -> WeightOperand:
-    """The same weight in memory of its own."""
-    (blob,) = operand.tensors
-    return replace(operand, tensors=(empty_layout(blob.numel()).copy_(blob),), bound=None)
 
 
 def from_blob(kind: str, blob: Tensor, shape: Shape) -> WeightOperand:

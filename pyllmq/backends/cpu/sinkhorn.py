@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -28,7 +26,7 @@ class CpuSinkhorn:
         count = torch.empty(len(plan), dtype=torch.int32, device=runtime.DEVICE)
         if len(plan):
             results = {"plan": plan, "u": u, "v": v, "tape": tape, "count": count}
-            runtime.kernels().sinkhorn(**_problem(transport), iterations=iterations, tolerance=tolerance, **results)
+            runtime.kernels().sinkhorn(**problem(transport), iterations=iterations, tolerance=tolerance, **results)
         return plan, u, v, count
 
 
@@ -36,20 +34,11 @@ def sinkhorn_backward(transport: Transport, arriving: Arriving) -> tuple[Tensor,
     grad_cost, grad_a, grad_b = room(transport.cost)
     if len(grad_cost):
         tape, count = arriving.tape, arriving.count
-        given = {
-            **_problem(transport),
-            **arriving._asdict(),
-            "grad_cost": grad_cost,
-            "grad_a": grad_a,
-            "grad_b": grad_b,
-        }
+        gradients = {"grad_cost": grad_cost, "grad_a": grad_a, "grad_b": grad_b}
+        given = problem(transport) | arriving._asdict() | gradients
         iterations = tape.shape[1] if tape.numel() else int(count.abs().max())
         runtime.kernels().sinkhorn_backward(iterations=iterations, **given)
     return grad_cost, grad_a, grad_b
-
-
-def _problem(transport: Transport) -> dict[str, Any]:
-    return problem(transport._replace(epsilon=transport.epsilon.contiguous()))
 
 
 because = "no exponential inside the loop; small problems one to a vector lane"

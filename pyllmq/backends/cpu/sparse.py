@@ -10,11 +10,9 @@ from torch import Tensor
 from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
 from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, reads
 from ...structure import weight_type
-from ..checkpoints import sparse_checkpoint
+from ..checkpoints import SPARSE_KINDS, sparse_checkpoint
 from . import runtime
 from .runtime import DTYPE_CODE, ORDER
-
-KINDS = ("bitmap", "sparse24", "sparse24_codebook")
 
 FEW_KEPT = {"scalar": 0.12, "avx2": 0.22, "avx512": 0.12, "amx": 0.12}
 """A bitmap that keeps a smaller share of its weights is laid out as column numbers: gathers cost by the kept weight, masks by
@@ -48,7 +46,7 @@ def packed_dequantize(weight: WeightOperand, dtype: torch.dtype) -> Tensor:
 
 
 because = "the packed weight is read once for few tokens; expanded to the L1 cache and multiplied for more"
-for kind in KINDS:
+for kind in SPARSE_KINDS:
     holds = weight_type(kind).fields
     make, back = partial(prepack, kind), partial(runtime.from_blob, kind)
     register_layout(Layout("cpu", kind, ORDER, holds, runtime.serves, make, unpack, back))

@@ -16,11 +16,9 @@ from ...dispatch import Support
 from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
 from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, WeightProblem, reads
 from ...structure import weight_type
-from ..checkpoints import sparse_checkpoint
+from ..checkpoints import SPARSE_KINDS, sparse_checkpoint
 from . import runtime
 from .runtime import ORDER
-
-KINDS = ("bitmap", "sparse24", "sparse24_codebook")
 
 FEW_KEPT = 0.25
 """A bitmap that keeps a smaller share of its weights is laid out as column numbers. Predicted from the bytes: at 25 % kept in 16
@@ -126,7 +124,7 @@ def _as_cells(problem: WeightProblem) -> Support:
     return runtime.takes_activations(problem)
 
 
-for kind in KINDS:
+for kind in SPARSE_KINDS:
     make, back = partial(prepack, kind), partial(from_blob, kind)
     register_layout(Layout("cuda", kind, ORDER, weight_type(kind).fields, runtime.serves, make, unpack, back))
     layout = f"cuda.{kind}"

@@ -22,10 +22,9 @@ from ...formats.codes import pack_codes, unpack_codes
 from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
 from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, reads
 from ...structure import OUTLIER_KEYS, weight_type
+from ..checkpoints import SPARSE_KINDS
 from . import runtime
 from .runtime import ORDER, Blob, LayoutKernels, Section, outlier_sections, outlier_words
-
-KINDS = ("bitmap", "sparse24", "sparse24_codebook")
 
 _VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 
@@ -177,7 +176,7 @@ def _checkpoint_of_codes(layout: SparseLayout, shapes: Shapes) -> dict[str, Tens
 KERNELS = LayoutKernels(SparseLayout.of, "sparse_linear.sparse_linear", "sparse_linear.sparse_dequantize")
 
 
-for kind in KINDS:
+for kind in SPARSE_KINDS:
     blob = Blob(kind, 7, _sections)
     holds, make, layout = weight_type(kind).fields, partial(prepack, blob), blob.name
     register_layout(Layout("triton", kind, ORDER, holds, runtime.serves, make, unpack, blob.open))

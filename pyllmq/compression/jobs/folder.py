@@ -161,14 +161,10 @@ def versions() -> dict[str, str]:
     import safetensors
     import transformers
 
-    from ...version import __version__
+    from ... import version
 
-    return {
-        "pyllmq": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-    }
+    named = {"pyllmq": version, "torch": torch, "transformers": transformers, "safetensors": safetensors}
+    return {name: module.__version__ for name, module in named.items()}
 
 
 def open_manifest(target: Path, signature: Mapping[str, Any], resume: bool) -> Manifest:

@@ -85,6 +85,7 @@ def plan_folder(
     method = method_of(config)
     streamed, task = open_task(source, method, include, exclude, embeddings, head)
     method.plan = method.make_plan(task.linears)
+    dense = bytes_beside(streamed.model, task.linears, task.ends, indexed=True)
     weights = sum(dense_weight(module).numel() for module in task.linears.values())
     blocks = [stage for stage in task.stages if stage.linears]
     batches, runs, packed_bytes = [], 0, method.planned_bytes()
@@ -96,7 +97,6 @@ def plan_folder(
     else:
         spent = _time_weight(streamed, task)
         packed_bytes = round(spent.packed_bytes * weights)
-    dense = bytes_beside(streamed.model, task.linears, task.ends, indexed=True)
     target = Path(output).resolve()
     exists = next(folder for folder in target.parents if folder.exists())
     in_blocks = [sum(p.numel() for p in stage.block.parameters()) for stage in task.stages if stage.block is not None]

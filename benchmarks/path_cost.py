@@ -19,7 +19,7 @@ from pyllmq import backends
 from pyllmq.layouts import WeightOperand
 from pyllmq.operations import PRECISIONS
 
-from .providers import Widths, activations, dense_weight, pack_normal
+from .providers import Widths, activations, dense_weight, linear_path, pack_normal
 
 ISAS = ("scalar", "avx2", "avx512", "amx")
 WIDTHS = range(1, 9)
@@ -43,7 +43,7 @@ def packed(shape: tuple[int, int], bits: str) -> WeightOperand:
 
 def call(operand: WeightOperand, x: torch.Tensor, y: torch.Tensor, path: str, precision: str) -> None:
     backends.cpu.runtime.kernels()
-    bound = backends.cpu.runtime.bound(operand, "CodebookOperand")
+    bound = backends.cpu.runtime.bound(operand)
     precision_code = PRECISIONS.index(precision)
     bound.linear_by(PATHS.index(path), x.data_ptr(), 0, x.shape[0], 0, 0, y.data_ptr(), precision_code)
 
@@ -108,7 +108,7 @@ def check(isa: str) -> bool:
             cells = []
             for tokens in CHECK_TOKENS:
                 us = both_paths_us(operand, tokens, precision)
-                chosen = backends.cpu.codebook.linear_path(operand, torch.float32, tokens, precision)
+                chosen = linear_path(operand, torch.float32, tokens, precision)
                 ratio = us[chosen] / min(us.values())
                 worst = max(worst, ratio)
                 cells.append(f"{tokens}:{chosen[0]} {ratio:.2f}")

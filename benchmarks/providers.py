@@ -336,21 +336,33 @@ _PERMITTED = {"exact": 0.0, "high": 2e-4, "fast": 2e-2}
 """Precision -> relative error that it permits beyond that (operations.PRECISIONS)."""
 
 
+def copy_of_layout(operand: layouts.WeightOperand) -> layouts.WeightOperand:
+    """The same weight in memory of its own, laid out for the CPU."""
+    (blob,) = operand.tensors
+    return replace(operand, tensors=(backends.cpu.runtime.empty_layout(blob.numel()).copy_(blob),), bound=None)
+
+
+def linear_path(operand: layouts.WeightOperand, dtype: torch.dtype, tokens: int, precision: str) -> str:
+    """What the CPU does for this many tokens: "tables" of partial products, or "decode" once and multiply."""
+    runtime = backends.cpu.runtime
+    return runtime.bound(operand).path(runtime.DTYPE_CODE[dtype], tokens, runtime.PRECISION_CODE[precision])
+
+
 def _codebook_layer(
     operand: layouts.WeightOperand, nbytes: int, dtype: torch.dtype, precision: str, dense: Callable[[], Tensor]
 ) -> Layer:
     def copy() -> Layer:
-        if operand.layout == backends.cpu.codebook.LAYOUT:
-            moved = backends.cpu.runtime.copy_layout(operand)
+        if operand.layout == "cpu.codebook":
+            moved = copy_of_layout(operand)
         else:
             moved = replace(operand, tensors=tuple(tensor.clone() for tensor in operand.tensors), bound=None)
         return _codebook_layer(moved, nbytes, dtype, precision, dense)
 
     def kernel(m: int) -> str:
         name = dispatch.choose(operations.WeightProblem("packed_linear", "cpu", dtype, operand.layout, m)).name
-        if operand.layout != backends.cpu.codebook.LAYOUT:
+        if operand.layout != "cpu.codebook":
             return name
-        return f"{name} ({backends.cpu.codebook.linear_path(operand, dtype, m, precision)})"
+        return f"{name} ({linear_path(operand, dtype, m, precision)})"
 
     return Layer(lambda x: ops.codebook_linear(x, operand, None, precision), dense, copy, nbytes, dtype, kernel)
 

@@ -13,12 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyllmq import backends, dispatch, layouts, operations, ops
+from pyllmq import dispatch, layouts, operations, ops
 from pyllmq.formats import BitmapWeight, PackedWeight, Sparse24CodebookWeight, Sparse24Weight
 from pyllmq.operations import DEFAULT_PRECISION
 from pyllmq.packing import mask_24
 
-from .providers import BASELINE, RIVALS, Layer, Provider, _always, _pyllmq_available, _pyllmq_isa, _torch_isa
+from .providers import (
+    BASELINE,
+    RIVALS,
+    Layer,
+    Provider,
+    _always,
+    _pyllmq_available,
+    _pyllmq_isa,
+    _torch_isa,
+    copy_of_layout,
+)
 from .record import Row, read
 
 OP = "sparse_linear"
@@ -91,7 +101,7 @@ def _layer(
     dense: Callable[[], Tensor],
 ) -> Layer:
     def copy() -> Layer:
-        return _layer(backends.cpu.runtime.copy_layout(operand), nbytes, linear, dtype, dense)
+        return _layer(copy_of_layout(operand), nbytes, linear, dtype, dense)
 
     def kernel(m: int) -> str:
         return dispatch.choose(operations.WeightProblem("packed_linear", "cpu", dtype, operand.layout, m)).name

@@ -151,121 +151,37 @@ class Norm:
     def __init__(self, kind: str, eps: float, weight: list[float] = ..., bias: list[float] = ...) -> None: ...
 
 class KeyValueCache:
-    """keys [batch, kv_heads, capacity, head_size] and values [batch, kv_heads, capacity, value_size] of one dtype, as addresses;
-    strides of batch, head and position in elements, elements of a head side by side. Owned by the caller, who must keep
-    them as long as this."""
+    """csrc/decode_step/attention_step.h; keys and values as addresses. Owned by the caller, who must keep them as long as this."""
 
-    def __init__(
-        self,
-        *,
-        keys: int,
-        values: int,
-        dtype: int,
-        batch: int,
-        kv_heads: int,
-        capacity: int,
-        head_size: int,
-        value_size: int,
-        key_strides: tuple[int, int, int],
-        value_strides: tuple[int, int, int],
-    ) -> None: ...
+    def __init__(self, **fields: Any) -> None: ...
 
 class StepTokens:
-    """The tokens of one call, the same for all blocks: [batch, queries] of them.
+    """csrc/decode_step/attention_step.h, and the dtype of x, y and residual. cos, sin and mask are addresses or 0, and may be left
+    out like starts; mask_strides: of batch and query, in elements. The memory must outlive this."""
 
-    dtype: of x, y and residual. cos, sin: the addresses of fp32 [batch * queries, rotary_size / 2], one number for each
-    rotated pair, or 0. starts: for each sequence the first key that is no padding; empty: 0. mask: 0, or the address of fp32
-    [batch, queries, past + queries] with mask_strides of batch and query in elements, added to the scores; it alone then
-    says which key a query sees: window, causality and starts of the step do not apply. -inf hides a key; a query that sees
-    no key gets 0. The memory must outlive this.
-    """
-
-    def __init__(
-        self,
-        *,
-        batch: int,
-        queries: int,
-        dtype: int,
-        cos: int = 0,
-        sin: int = 0,
-        starts: list[int] = ...,
-        mask: int = 0,
-        mask_strides: tuple[int, int] = ...,
-    ) -> None: ...
+    def __init__(self, **fields: Any) -> None: ...
 
 class AttentionStep:
-    """y = residual + multiplier * output_norm(attention(norm(x)) W_out^T + output_bias); csrc/decode_step/attention_step.h.
+    """csrc/decode_step/attention_step.h. Fields that have a default there may be left out.
 
-    inputs: Linears of one input with rows for q, k and v; input_bias of all their rows, one after the other. q_rows, k_rows,
-    v_rows: (operand, first row, rows from one head to the next). q_norm, k_norm, v_norm: over each head (weight of one
-    head, or of all heads), or with norms_span_heads over all heads of a token. rotary: "none", "halves", "interleaved".
-    scale: of q k^T; a factor of q behind its Linear goes in here, too. window: keys that a query sees, its own included;
-    0: all. sinks: for each head the logit of a key without value. precision: 0 exact, 1 high, 2 fast; may be set later.
-    Sizes that do not fit raise ValueError.
+    inputs, output: operands. input_bias: of all rows of the inputs, one after the other; output_bias, output_norm, multiplier.
+    q_rows, k_rows, v_rows: (operand, first row, rows from one head to the next). rotary: "none", "halves", "interleaved".
+    precision: 0 exact, 1 high, 2 fast; may be set later. Sizes that do not fit raise ValueError.
     """
 
     precision: int
-    def __init__(
-        self,
-        *,
-        inputs: tuple[LinearOperand, ...],
-        q_rows: tuple[int, int, int],
-        k_rows: tuple[int, int, int],
-        v_rows: tuple[int, int, int],
-        heads: int,
-        kv_heads: int,
-        head_size: int,
-        value_size: int,
-        scale: float,
-        output: LinearOperand,
-        norm: Norm | None = None,
-        input_bias: list[float] = ...,
-        q_norm: Norm | None = None,
-        k_norm: Norm | None = None,
-        v_norm: Norm | None = None,
-        norms_span_heads: bool = False,
-        norms_after_rotary: bool = False,
-        rotary: str = "none",
-        rotary_size: int = 0,
-        soft_cap: float = 0.0,
-        window: int = 0,
-        causal: bool = True,
-        sinks: list[float] = ...,
-        output_bias: list[float] = ...,
-        output_norm: Norm | None = None,
-        multiplier: float = 1.0,
-        precision: int = 1,
-    ) -> None: ...
+    def __init__(self, **fields: Any) -> None: ...
     def __call__(self, x: int, y: int, tokens: StepTokens, cache: KeyValueCache, past: int, residual: int = 0) -> None:
         """x, y, residual: the addresses of [batch, queries, hidden], contiguous, of the dtype of `tokens`; y may be x or the
         residual, 0 is no residual. Writes keys and values at positions past..past + queries of the cache and attends
         over the cache up to there."""
 
 class MlpStep:
-    """y = residual + multiplier * output_norm((activation(gate) * up) W_down^T + output_bias), gate and up of norm(x).
-
-    inputs, input_bias, output_...: as for AttentionStep. gate_rows, up_rows: (operand, first row, rows from one unit to the
-    next); without up_rows the activation of the gate rows alone. activation: "silu", "gelu", "gelu_tanh", "relu" or
-    "relu_squared". units: the width between the Linears.
-    """
+    """csrc/decode_step/mlp_step.h; fields as of AttentionStep, gate_rows and up_rows with rows from one unit to the next. Without
+    up_rows the activation ("silu", "gelu", "gelu_tanh", "relu" or "relu_squared") of the gate rows alone."""
 
     precision: int
-    def __init__(
-        self,
-        *,
-        inputs: tuple[LinearOperand, ...],
-        units: int,
-        gate_rows: tuple[int, int, int],
-        activation: str,
-        output: LinearOperand,
-        up_rows: tuple[int, int, int] | None = None,
-        norm: Norm | None = None,
-        input_bias: list[float] = ...,
-        output_bias: list[float] = ...,
-        output_norm: Norm | None = None,
-        multiplier: float = 1.0,
-        precision: int = 1,
-    ) -> None: ...
+    def __init__(self, **fields: Any) -> None: ...
     def __call__(self, x: int, y: int, tokens: StepTokens, residual: int = 0) -> None: ...
 
 class BlockRun:

@@ -67,89 +67,76 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     e = commands.add_parser(
         "eval", help="perplexity and tokens/s of a causal model, packed or dense", formatter_class=_Help
     )
-    e.add_argument("folder", metavar="DIR")
-    e.add_argument("--text", metavar="FILE", help="UTF-8 text file; default: prose of CPython's reference manual")
-    e.add_argument("--seqlen", type=int, default=512, metavar="L", help="tokens per window")
-    e.add_argument("--max-tokens", type=int, default=None, metavar="T", help="evaluate only the first T tokens")
-    e.add_argument("--precision", choices=PRECISIONS, help="of the packed layers' arithmetic; default high")
-    e.add_argument("--tasks", metavar="T,T", help="instead: tasks of lm-evaluation-harness, such as piqa,arc_easy")
-    e.add_argument("--task-folder", metavar="DIR", help="with --tasks: folder of task files of your own")
-    e.add_argument(
-        "--fewshot", type=int, metavar="N", help="with --tasks: examples before each question; default the task's"
-    )
-    e.add_argument("--limit", type=int, metavar="N", help="with --tasks: only the first N questions of each")
-    e.add_argument("--batch-size", type=int, default=8, metavar="N", help="with --tasks: questions at a time")
-    e.add_argument("--json", action="store_true", help="print one JSON line")
     e.set_defaults(run=run_eval)
+    e.add_argument("folder", metavar="DIR")
+    _value(e, "--text FILE", "UTF-8 text file; default: prose of CPython's reference manual")
+    _value(e, "--seqlen L", "tokens per window", int, 512)
+    _value(e, "--max-tokens T", "evaluate only the first T tokens", int)
+    _precision(e)
+    _value(e, "--tasks T,T", "instead: tasks of lm-evaluation-harness, such as piqa,arc_easy")
+    _value(e, "--task-folder DIR", "with --tasks: folder of task files of your own")
+    _value(e, "--fewshot N", "with --tasks: examples before each question; default the task's", int)
+    _value(e, "--limit N", "with --tasks: only the first N questions of each", int)
+    _value(e, "--batch-size N", "with --tasks: questions at a time", int, 8)
+    _switch(e, "--json", "print one JSON line")
 
     g = commands.add_parser("generate", help="continue a prompt", formatter_class=_Help)
+    g.set_defaults(run=run_generate)
     g.add_argument("folder", metavar="DIR")
     g.add_argument("--prompt", required=True)
-    g.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to add")
-    g.add_argument("--precision", choices=PRECISIONS, help="of the packed layers' arithmetic; default high")
-    g.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
-    g.add_argument("--seed", type=int, default=0, help="seed for --sample")
-    g.set_defaults(run=run_generate)
+    _value(g, "--max-new-tokens N", "tokens to add", int, 64)
+    _precision(g)
+    _switch(g, "--sample", "sample instead of taking the likeliest token")
+    _value(g, "--seed SEED", "seed for --sample", int, 0)
 
     i = commands.add_parser(
         "inspect", help="per-layer bits and bytes of a packed folder; loads no weights", formatter_class=_Help
     )
-    i.add_argument("folder", metavar="DIR")
-    i.add_argument("--json", action="store_true", help="print JSON")
-    i.add_argument(
-        "--fused",
-        action="store_true",
-        help="instead: load it, and say which modules generate as native steps, and why others not",
-    )
     i.set_defaults(run=run_inspect)
+    i.add_argument("folder", metavar="DIR")
+    _switch(i, "--json", "print JSON")
+    _switch(i, "--fused", "instead: load it, and say which modules generate as native steps, and why others not")
 
     b = commands.add_parser("bench", help="kernels beside their rivals", formatter_class=_Help)
-    b.add_argument("--op", default="codebook_linear", choices=["codebook_linear", "sparse_linear"], help="operation")
-    b.add_argument("--shapes", default="llama-2-7b", help="model names or NxK, comma separated")
-    b.add_argument(
-        "--bits",
-        help="widths, comma separated; 2.1 mixes 2 and 4 bits, 2.1+0.005 keeps outliers; default 2,3,4, with --model 4",
-    )
-    b.add_argument("--m", default="1,8,512", metavar="M,M", help="numbers of tokens")
-    b.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure")
-    b.add_argument(
-        "--precision", default="high", metavar="P,P", help="of our arithmetic: exact, high, fast, comma separated"
-    )
-    b.add_argument(
-        "--csv",
-        metavar="FILE",
-        help="append the rows to this file; '' for none; default pyllmq_bench.csv, with --model pyllmq_bench_model.csv, with "
-        "--rivals pyllmq_bench_generation.csv",
-    )
-    b.add_argument("--plot", metavar="FILE", help="draw this PNG from the CSV")
-    b.add_argument(
-        "--goals",
-        action="store_true",
-        help="instead: the ratios that the kernels are built to reach, beside the measured",
-    )
-    b.add_argument(
-        "--model",
-        metavar="DIR|SHAPE",
-        help="instead: a whole model. DIR: packed beside dense; what DIR is not is made from it. With --rivals, or the name of a "
-        "shape (TinyLlama-1.1B, Llama-3.2-1B, Qwen3-0.6B): fused, unfused, torch and rivals, with random weights",
-    )
-    b.add_argument(
-        "--rivals", metavar="R,R", help="with --model: llama.cpp, ik_llama.cpp or none; default for a shape: both"
-    )
-    b.add_argument(
-        "--timeline",
-        metavar="FILE",
-        help="with --model: instead draw one token of it, fused, on a time line into this PNG",
-    )
-    b.add_argument("--keep", metavar="DIR", help="with --rivals: folder for the GGUF files, to be used again")
-    b.add_argument(
-        "--lengths", default="32,128", metavar="L,L", help="with --model: new tokens; encoders: sentences a batch"
-    )
     b.set_defaults(run=run_bench)
+    b.add_argument("--op", default="codebook_linear", choices=["codebook_linear", "sparse_linear"], help="operation")
+    _value(b, "--shapes SHAPES", "model names or NxK, comma separated", default="llama-2-7b")
+    widths = "widths, comma separated; 2.1 mixes 2 and 4 bits, 2.1+0.005 keeps outliers; default 2,3,4, with --model 4"
+    _value(b, "--bits BITS", widths)
+    _value(b, "--m M,M", "numbers of tokens", default="1,8,512")
+    b.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure")
+    _value(b, "--precision P,P", "of our arithmetic: exact, high, fast, comma separated", default="high")
+    files = "default pyllmq_bench.csv, with --model pyllmq_bench_model.csv, with --rivals pyllmq_bench_generation.csv"
+    _value(b, "--csv FILE", f"append the rows to this file; '' for none; {files}")
+    _value(b, "--plot FILE", "draw this PNG from the CSV")
+    _switch(b, "--goals", "instead: the ratios that the kernels are built to reach, beside the measured")
+    model = (
+        "instead: a whole model. DIR: packed beside dense; what DIR is not is made from it. With --rivals, or the name of a "
+        "shape (TinyLlama-1.1B, Llama-3.2-1B, Qwen3-0.6B): fused, unfused, torch and rivals, with random weights"
+    )
+    _value(b, "--model DIR|SHAPE", model)
+    _value(b, "--rivals R,R", "with --model: llama.cpp, ik_llama.cpp or none; default for a shape: both")
+    _value(b, "--timeline FILE", "with --model: instead draw one token of it, fused, on a time line into this PNG")
+    _value(b, "--keep DIR", "with --rivals: folder for the GGUF files, to be used again")
+    _value(b, "--lengths L,L", "with --model: new tokens; encoders: sentences a batch", default="32,128")
 
     d = commands.add_parser("doctor", help="versions, back ends found, and why one is missing", formatter_class=_Help)
     d.set_defaults(run=run_doctor)
     return parser
+
+
+def _value(parser: Any, words: str, text: str, kind: Any = None, default: Any = None, action: str = "store") -> None:
+    """An option with a value, "--word METAVAR"."""
+    word, metavar = words.split()
+    parser.add_argument(word, metavar=metavar, type=kind, default=default, action=action, help=text)
+
+
+def _switch(parser: argparse.ArgumentParser, word: str, text: str) -> None:
+    parser.add_argument(word, action="store_true", help=text)
+
+
+def _precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the packed layers' arithmetic; default high")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -177,57 +164,29 @@ def _add_compress(commands: Any, arguments: Sequence[str]) -> None:
     )
     c.set_defaults(run=run_compress)
     c.add_argument("source", metavar="SRC", help="folder of a transformers model (config.json, safetensors, tokenizer)")
-    c.add_argument(
-        "output", metavar="OUT", help="folder to write; an earlier packed folder of that name is replaced at the end"
-    )
-    c.add_argument("--method", default=DEFAULT_METHOD, metavar="WORD", help="how to compress, see below")
-    c.add_argument(
-        "--plugin", action="append", metavar="MODULE", help="import this module, which registers a method (repeatable)"
-    )
-    c.add_argument(
-        "--calibration",
-        metavar="FILE",
-        help="UTF-8 text file, or self: the model writes the text (causal models); default: prose of CPython's reference manual",
-    )
-    c.add_argument("--samples", type=int, metavar="N", help="calibration windows (encoders: sentences); default 128")
-    c.add_argument("--seqlen", type=int, metavar="L", help="tokens per window; default 512")
-    c.add_argument(
-        "--include", action="append", metavar="PATTERN", help="compress only Linears of this name (repeatable)"
-    )
-    c.add_argument(
-        "--exclude",
-        action="append",
-        metavar="PATTERN",
-        help="leave these Linears dense, besides output heads (repeatable)",
-    )
-    c.add_argument(
-        "--embeddings", type=int, metavar="BITS", help="pack the input embeddings too, at so many bits (1 to 8)"
-    )
-    c.add_argument(
-        "--head", type=int, metavar="BITS", help="pack the output head too; one that is tied goes with the embeddings"
-    )
-    c.add_argument(
-        "--resume", action="store_true", help="go on with the same command after it was ended, to the same bytes"
-    )
-    c.add_argument("--dry-run", action="store_true", help="print what would be done, sizes and an estimate of the time")
-    c.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="with methods without calibration: processes, each on one file of SRC at a time; default 1",
-    )
-    c.add_argument(
-        "--in-memory",
-        action="store_true",
-        help="hold the whole model instead of one block; needed for --tune and --calibration self; cannot be resumed",
-    )
-    c.add_argument(
-        "--architecture",
-        metavar="CLASS",
-        help="transformers class of the model, such as LlamaForCausalLM; default: as config.json says",
-    )
-    c.add_argument("--report", metavar="FILE", help="also write the per-layer report as JSON")
-    c.add_argument("--quiet", action="store_true", help="no progress bar, no per-layer table")
+    folder = "folder to write; an earlier packed folder of that name is replaced at the end"
+    c.add_argument("output", metavar="OUT", help=folder)
+    _value(c, "--method WORD", "how to compress, see below", default=DEFAULT_METHOD)
+    _value(c, "--plugin MODULE", "import this module, which registers a method (repeatable)", action="append")
+    text = "UTF-8 text file, or self: the model writes the text (causal models); default: prose of CPython's reference manual"
+    _value(c, "--calibration FILE", text)
+    _value(c, "--samples N", "calibration windows (encoders: sentences); default 128", int)
+    _value(c, "--seqlen L", "tokens per window; default 512", int)
+    _value(c, "--include PATTERN", "compress only Linears of this name (repeatable)", action="append")
+    dense = "leave these Linears dense, besides output heads (repeatable)"
+    _value(c, "--exclude PATTERN", dense, action="append")
+    _value(c, "--embeddings BITS", "pack the input embeddings too, at so many bits (1 to 8)", int)
+    _value(c, "--head BITS", "pack the output head too; one that is tied goes with the embeddings", int)
+    _switch(c, "--resume", "go on with the same command after it was ended, to the same bytes")
+    _switch(c, "--dry-run", "print what would be done, sizes and an estimate of the time")
+    workers = "with methods without calibration: processes, each on one file of SRC at a time; default 1"
+    _value(c, "--workers N", workers, int)
+    whole = "hold the whole model instead of one block; needed for --tune and --calibration self; cannot be resumed"
+    _switch(c, "--in-memory", whole)
+    architecture = "transformers class of the model, such as LlamaForCausalLM; default: as config.json says"
+    _value(c, "--architecture CLASS", architecture)
+    _value(c, "--report FILE", "also write the per-layer report as JSON")
+    _switch(c, "--quiet", "no progress bar, no per-layer table")
     if "compress" in arguments:
         _add_method_options(c, arguments)
 
@@ -347,14 +306,10 @@ def run_compress(given: argparse.Namespace) -> int:
             f"--workers {given.workers} does not go with --method {given.method} with these settings, which needs calibration: "
             f"use torchrun for several processes, or choose --method {_words(calibration=False)}"
         )
-    for option, value in (
-        ("--calibration", given.calibration),
-        ("--samples", given.samples),
-        ("--seqlen", given.seqlen),
-    ):
-        if value is not None and not needs.calibration:
+    for word in ("calibration", "samples", "seqlen"):
+        if (value := getattr(given, word)) is not None and not needs.calibration:
             raise ValueError(
-                f"{option} {value} does not go with --method {given.method} with these settings, which looks at weights alone; "
+                f"--{word} {value} does not go with --method {given.method} with these settings, which looks at weights alone; "
                 f"choose --method {_words(calibration=True)}"
             )
     reason = "--in-memory was given" if given.in_memory else needs.whole_model
@@ -649,13 +604,12 @@ def run_bench(given: argparse.Namespace) -> int:
     if given.model and (given.rivals or not Path(given.model).is_dir()):
         from .benchmarks.generation import RIVALS, run_generation
 
-        csv = "pyllmq_bench_generation.csv" if given.csv is None else given.csv
         run_generation(
             given.model,
             bits=given.bits or "4,2,2.1+0.005",
             rivals=given.rivals.split(",") if given.rivals else RIVALS[1:],
             precision=precision,
-            csv=csv or None,
+            csv=_csv(given, "pyllmq_bench_generation.csv"),
             plot=given.plot,
             keep=given.keep,
         )
@@ -663,15 +617,14 @@ def run_bench(given: argparse.Namespace) -> int:
     if given.model:
         from .benchmarks.model import run_model
 
-        csv = "pyllmq_bench_model.csv" if given.csv is None else given.csv
-        lengths = _integers("--lengths", given.lengths)
-        run_model(given.model, bits=given.bits or "4", lengths=lengths, precision=precision, csv=csv or None)
+        csv, lengths = _csv(given, "pyllmq_bench_model.csv"), _integers("--lengths", given.lengths)
+        run_model(given.model, bits=given.bits or "4", lengths=lengths, precision=precision, csv=csv)
         return 0
-    csv = "pyllmq_bench.csv" if given.csv is None else given.csv
+    csv = _csv(given, "pyllmq_bench.csv")
     if given.goals:
         from .benchmarks.goals import run_goals
 
-        run_goals(csv=csv or None)
+        run_goals(csv=csv)
         return 0
     from .benchmarks.run import run
 
@@ -682,10 +635,14 @@ def run_bench(given: argparse.Namespace) -> int:
         tokens=_integers("--m", given.m),
         device=given.device,
         precision=precision,
-        csv=csv or None,
+        csv=csv,
         plot=given.plot,
     )
     return 0
+
+
+def _csv(given: argparse.Namespace, default: str) -> str | None:
+    return (default if given.csv is None else given.csv) or None
 
 
 def _integers(name: str, text: str) -> list[int]:

@@ -8,7 +8,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .operations import FIT_COLUMNS, KMEANS_1D, KMEANS_1D_ERRORS, ColumnBlock
+from .operations import FIT_COLUMNS, KMEANS_1D, KMEANS_1D_ERRORS, ColumnBlock, Points
 
 METHODS = ("exact", "windowed", "lloyd")
 MAX_CLUSTERS = 256
@@ -88,7 +88,7 @@ def kmeans_1d(
 
     half = centroid_dtype == torch.float16
     kernel = KMEANS_1D.kernel_for(points.device.type, points.dtype, method)
-    found = kernel(points, weights, ks, method, seed, half, packed)
+    found = kernel(Points(points, weights, ks, method), seed, half, packed)
     if half:
         _check_fits_half([centroids for centroids, _ in found], points)
     found = [(centroids.to(centroid_dtype), codes) for centroids, codes in found]
@@ -113,7 +113,8 @@ def kmeans_1d_errors(values: Tensor, k: Sequence[int], weights: Tensor | None = 
     frame = _frame(values, points)
     if frame is not None:
         points = frame.points
-    errors = KMEANS_1D_ERRORS.kernel_for(points.device.type, points.dtype, method)(points, weights, ks, method)
+    kernel = KMEANS_1D_ERRORS.kernel_for(points.device.type, points.dtype, method)
+    errors = kernel(Points(points, weights, ks, method))
     return errors if frame is None else torch.ldexp(errors, 2 * frame.exponent)
 
 

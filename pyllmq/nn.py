@@ -1,22 +1,13 @@
 """Packed layers: drop-in replacements for `torch.nn.Linear` and `torch.nn.Embedding`; each format's stand in formats/."""
 
-from .formats.bitmap import SparseLinear
-from .formats.codebook import CodebookEmbedding, CodebookLinear
-from .formats.sparse24 import Sparse24Linear
-from .formats.sparse24_codebook import Sparse24CodebookLinear
-from .layers.embedding import PackedEmbedding
-from .layers.linear import PackedComposite, PackedLinear, PackedModule, packed_modules, set_precision
-
-__all__ = [
-    "CodebookEmbedding",
-    "CodebookLinear",
-    "PackedComposite",
-    "PackedEmbedding",
-    "PackedLinear",
-    "PackedModule",
-    "Sparse24CodebookLinear",
-    "Sparse24Linear",
-    "SparseLinear",
-    "packed_modules",
-    "set_precision",
-]
+from .formats.bitmap import SparseLinear as SparseLinear
+from .formats.codebook import CodebookEmbedding as CodebookEmbedding
+from .formats.codebook import CodebookLinear as CodebookLinear
+from .formats.sparse24 import Sparse24Linear as Sparse24Linear
+from .formats.sparse24_codebook import Sparse24CodebookLinear as Sparse24CodebookLinear
+from .layers.embedding import PackedEmbedding as PackedEmbedding
+from .layers.linear import PackedComposite as PackedComposite
+from .layers.linear import PackedLinear as PackedLinear
+from .layers.linear import PackedModule as PackedModule
+from .layers.linear import packed_modules as packed_modules
+from .layers.linear import set_precision as set_precision

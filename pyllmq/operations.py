@@ -90,7 +90,7 @@ class PackedRows(Protocol):
 
 class CodebookGradient(Protocol):
     def __call__(self, weight_gradient: Tensor, weight: WeightOperand, /) -> Tensor:
-        """dL/dW fp32 [N, K], a weight in the layout checkpoint.codebook -> dL/dcodebook fp32 [segments, entries]."""
+        """dL/dW fp32 [N, K], 0 at outliers, a weight in the layout checkpoint.codebook -> dL/dcodebook fp32 [segments, entries]."""
 
 
 class PackCodes(Protocol):
@@ -113,25 +113,25 @@ UNPACK_CODES: Operation[Problem, UnpackCodes] = Operation("unpack_codes", Proble
 # ---- softmax_cdist_l1 -----------------------------------------------------------------------------------------------
 
 
+class Cdist(NamedTuple):
+    """Logits [batch, rows, V] of two sides; statistics of each row: (largest logit, 1 / sum of exponentials), [batch, rows, 2]."""
+
+    logits: Tensor
+    other_logits: Tensor
+    statistics: Tensor
+    other_statistics: Tensor
+    temperature: float
+
+
 class SoftmaxCdistL1(Protocol):
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor, temperature: float, /
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[batch, B, V] and [batch, C, V] -> distances [batch, B, C], and for each row of either side (largest logit,
-        1 / sum of exponentials), [batch, rows, 2]; in fp32, fp64 for fp64."""
+        """[batch, B, V] and [batch, C, V] -> distances [batch, B, C] and the statistics of either side; in fp32, fp64 for fp64."""
 
 
 class SoftmaxCdistL1Backward(Protocol):
-    def __call__(
-        self,
-        grad: Tensor,
-        logits: Tensor,
-        other_logits: Tensor,
-        statistics: Tensor,
-        other_statistics: Tensor,
-        temperature: float,
-        /,
-    ) -> Tensor:
+    def __call__(self, grad: Tensor, sides: Cdist, /) -> Tensor:
         """grad [batch, B, C] -> the gradient of `logits`, in their shape and dtype."""
 
 
@@ -158,23 +158,22 @@ def finds_optimum(then: Callable[[Problem], Support]) -> Callable[[ClusterProble
     return supports
 
 
+class Points(NamedTuple):
+    """C problems: values fp32 [C, n], weights fp32 [C, n] or [n], both contiguous, to be clustered into each number of `ks`."""
+
+    values: Tensor
+    weights: Tensor | None
+    ks: Sequence[int]
+    method: str
+
+
 class KMeans1d(Protocol):
-    def __call__(
-        self,
-        values: Tensor,
-        weights: Tensor | None,
-        ks: Sequence[int],
-        method: str,
-        seed: int,
-        half_centroids: bool,
-        packed: bool,
-        /,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """values fp32 [C, n], weights fp32 [C, n] or [n], both contiguous -> for each k (centroids fp32 [C, k], codes)."""
+    def __call__(self, points: Points, seed: int, half_centroids: bool, packed: bool, /) -> list[tuple[Tensor, Tensor]]:
+        """-> for each k (centroids fp32 [C, k], codes)."""
 
 
 class KMeans1dErrors(Protocol):
-    def __call__(self, values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str, /) -> Tensor:
+    def __call__(self, points: Points, /) -> Tensor:
         """-> fp64 [C, len(ks)]."""
 
 
@@ -217,7 +216,8 @@ class SinkhornProblem(Problem):
 class Transport(NamedTuple):
     """Problems of entropic transport: cost [B, n, m], a [B, n], b [B, m], epsilon [B], in fp32 or fp64.
 
-    The batch of cost, a and b may be expanded. rho is the price of missing a marginal, infinite where it is kept exactly.
+    The batch of cost, a and b may be expanded, epsilon is contiguous. rho is the price of missing a marginal, infinite where it
+    is kept exactly.
     """
 
     cost: Tensor
@@ -238,17 +238,18 @@ class Sinkhorn(Protocol):
         """How many numbers the backward pass wants of each iteration; 0: it runs the loop again."""
 
 
+class Arriving(NamedTuple):
+    """What the backward pass of sinkhorn is given: tape and count of the loop, and the gradients of what came out of it."""
+
+    tape: Tensor
+    count: Tensor  # type: ignore[assignment]  # not how often a tuple holds something
+    grad_plan: Tensor
+    grad_u: Tensor
+    grad_v: Tensor
+
+
 class SinkhornBackward(Protocol):
-    def __call__(
-        self,
-        transport: Transport,
-        tape: Tensor,
-        count: Tensor,
-        grad_plan: Tensor,
-        grad_u: Tensor,
-        grad_v: Tensor,
-        /,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, transport: Transport, arriving: Arriving, /) -> tuple[Tensor, Tensor, Tensor]:
         """-> gradients of (cost, a, b), one for each problem."""
 
 

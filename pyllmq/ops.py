@@ -27,6 +27,7 @@ from .operations import (
     SOFTMAX_CDIST_L1,
     SOFTMAX_CDIST_L1_BACKWARD,
     UNPACK_CODES,
+    Cdist,
     check_precision,
 )
 
@@ -41,18 +42,18 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup: Callable[..., None] | None = None,
-) -> None:
-    """An operation of the library `pyllmq`, on every device; with `backward`, a differentiable one."""
+) -> Any:
+    """An operation of the library `pyllmq`, on every device; with `backward`, a differentiable one.
+
+    Returns it with its gradient, for eager calls: the autograd of torch.library costs 200 us.
+    """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyllmq::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(f"pyllmq::{name}", backward, setup_context=setup, lib=_library)
-
-
-def eager_function(run: Callable[..., Any], backward: Callable[..., Any], setup: Callable[..., None]) -> Any:
-    """`run` with its gradient, for eager calls: the autograd of torch.library costs 200 us."""
+    if backward is None or setup is None:
+        return run
+    torch.library.register_autograd(f"pyllmq::{name}", backward, setup_context=setup, lib=_library)
     parts = {"forward": staticmethod(run), "backward": staticmethod(backward), "setup_context": staticmethod(setup)}
     return type(run.__name__, (torch.autograd.Function,), parts).apply  # type: ignore[attr-defined]
 
@@ -104,6 +105,8 @@ class PackedWeight(Protocol):
     def operand(self) -> WeightOperand: ...
 
 
+Weight = PackedWeight | WeightOperand
+
 Gradients = Callable[[Tensor, WeightOperand], dict[str, Tensor]]
 """dL/dW fp32 [N, K] and a checkpoint operand -> the gradients of those of its tensors that ask for one, by name."""
 _GRADIENTS: dict[str, tuple[Sequence[str], Gradients]] = {}
@@ -121,9 +124,7 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 # ---- y = x W^T + bias -----------------------------------------------------------------------------------------------
 
 
-def packed_linear(
-    x: Tensor, weight: PackedWeight | WeightOperand, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION
-) -> Tensor:
+def packed_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION) -> Tensor:
     """y = x W^T + bias, W a packed weight of any format.
 
     Args:
@@ -158,9 +159,7 @@ def packed_linear(
         x.requires_grad or (bias is not None and bias.requires_grad) or _trains(operand)
     )
     if wants_grad or torch.compiler.is_compiling() or type(x) is not Tensor:
-        return torch.ops.pyllmq.packed_linear(
-            x, operand.tensors, operand.kind, operand.layout, operand.meta, operand.shape, bias, precision
-        )
+        return torch.ops.pyllmq.packed_linear(x, *_arguments_of(operand), bias, precision)
     return _run_linear(x, operand, bias, precision)
 
 
@@ -187,10 +186,15 @@ def _packed_linear(x: Tensor, *arguments: Any) -> Tensor:
     return torch.ops.aten._unsafe_view(y, list(y.shape))
 
 
+def _arguments_of(operand: WeightOperand) -> tuple[Any, ...]:
+    """Of an operation of the library, as _WEIGHT names them."""
+    return operand.tensors, operand.kind, operand.layout, operand.meta, operand.shape
+
+
 def operand_of(
     tensors: Sequence[Tensor], kind: str, layout: str, meta: Sequence[int], shape: Sequence[int]
 ) -> WeightOperand:
-    """From the arguments of an operation of the library."""
+    """Its inverse."""
     return WeightOperand(kind, layout, tuple(tensors), tuple(meta), (shape[0], shape[1]))
 
 
@@ -211,9 +215,7 @@ def _packed_linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     name = "packed_linear with a trained weight"
     if ctx.needs_input_grad[0]:
         with torch.no_grad():
-            dense = torch.ops.pyllmq.packed_dequantize(
-                operand.tensors, operand.kind, operand.layout, operand.meta, operand.shape, torch.float32
-            )
+            dense = torch.ops.pyllmq.packed_dequantize(*_arguments_of(operand), torch.float32)
         grad_x = (grad.float() @ dense).to(grad.dtype)  # its derivative in dL/dy is torch's own
         if trained:
             of_x = grad_x
@@ -252,14 +254,12 @@ def _gradients_of_tensors(
 # ---- W ----------------------------------------------------------------------------------------------------------------
 
 
-def packed_dequantize(weight: PackedWeight | WeightOperand, dtype: torch.dtype = torch.float32) -> Tensor:
+def packed_dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The dense matrix [N, K] that a packed weight of any format stands for, in float32, bfloat16 or float16."""
     operand = weight if isinstance(weight, WeightOperand) else weight.operand()
     if dtype not in ACTIVATION_DTYPES:
         raise TypeError(f"dtype is {dtype}; allowed: {_names(ACTIVATION_DTYPES)}")
-    return torch.ops.pyllmq.packed_dequantize(
-        operand.tensors, operand.kind, operand.layout, operand.meta, operand.shape, dtype
-    )
+    return torch.ops.pyllmq.packed_dequantize(*_arguments_of(operand), dtype)
 
 
 def _packed_dequantize(*arguments: Any) -> Tensor:
@@ -289,7 +289,7 @@ define(
 ID_DTYPES = (torch.int64, torch.int32)
 
 
-def packed_rows(weight: PackedWeight | WeightOperand, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def packed_rows(weight: Weight, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The rows of a packed weight [N, K] that `ids` name: what an embedding looks up.
 
     Args:
@@ -312,9 +312,7 @@ def packed_rows(weight: PackedWeight | WeightOperand, ids: Tensor, dtype: torch.
         raise TypeError(f"dtype is {dtype}; allowed: {_names(ACTIVATION_DTYPES)}")
     wants_grad = torch.is_grad_enabled() and _trains(operand)
     if wants_grad or torch.compiler.is_compiling() or type(ids) is not Tensor:
-        return torch.ops.pyllmq.packed_rows(
-            operand.tensors, operand.kind, operand.layout, operand.meta, operand.shape, ids, dtype
-        )
+        return torch.ops.pyllmq.packed_rows(*_arguments_of(operand), ids, dtype)
     return _run_rows(operand, ids, dtype)
 
 
@@ -326,34 +324,15 @@ def _run_rows(operand: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tensor
     return kernel(operand, ids.reshape(-1).long().contiguous(), dtype).view(*ids.shape, operand.shape[1])
 
 
-def _packed_rows(
-    weight: list[Tensor],
-    kind: str,
-    layout: str,
-    meta: Sequence[int],
-    shape: Sequence[int],
-    ids: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    y = _run_rows(operand_of(weight, kind, layout, meta, shape), ids, dtype)
+def _packed_rows(*arguments: Any) -> Tensor:
+    *weight, ids, dtype = arguments
+    y = _run_rows(operand_of(*weight), ids, dtype)
     return torch.ops.aten._unsafe_view(y, list(y.shape))
 
 
-def _packed_rows_fake(
-    weight: list[Tensor],
-    kind: str,
-    layout: str,
-    meta: list[int],
-    shape: list[int],
-    ids: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    return ids.new_empty(*ids.shape, shape[1], dtype=dtype)
-
-
 def _packed_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, kind, layout, meta, shape, ids, _ = inputs
-    ctx.operand = operand_of(weight, kind, layout, meta, shape)
+    *weight, ids, _ = inputs
+    ctx.operand = operand_of(*weight)
     ctx.save_for_backward(ids)
 
 
@@ -375,7 +354,7 @@ def _packed_rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 define(
     f"packed_rows({_WEIGHT}, Tensor ids, ScalarType dtype) -> Tensor",
     _packed_rows,
-    _packed_rows_fake,
+    lambda weight, kind, layout, meta, shape, ids, dtype: ids.new_empty(*ids.shape, shape[1], dtype=dtype),
     _packed_rows_backward,
     _packed_rows_setup,
 )
@@ -384,7 +363,7 @@ define(
 # ---- the same of one format -------------------------------------------------------------------------------------------
 
 
-def _taken_by(op: str, weight: PackedWeight | WeightOperand) -> PackedWeight | WeightOperand:
+def _taken_by(op: str, weight: Weight) -> Weight:
     kind = op.rpartition("_")[0]
     if weight.kind != kind:
         raise NoKernelError(f"{op} takes weights of the format {kind!r}, this is {weight.kind!r}; see packed_linear")
@@ -392,7 +371,7 @@ def _taken_by(op: str, weight: PackedWeight | WeightOperand) -> PackedWeight | W
 
 
 def codebook_linear(
-    x: Tensor, weight: PackedWeight | WeightOperand, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION
+    x: Tensor, weight: Weight, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION
 ) -> Tensor:
     """`packed_linear` of a codebook weight (`CodebookWeight` or its `operand()`).
 
@@ -401,43 +380,41 @@ def codebook_linear(
     return packed_linear(x, _taken_by("codebook_linear", weight), bias, precision)
 
 
-def bitmap_linear(
-    x: Tensor, weight: PackedWeight | WeightOperand, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION
-) -> Tensor:
+def bitmap_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION) -> Tensor:
     """`packed_linear` of a sparse weight of any pattern (`BitmapWeight` or its `operand()`)."""
     return packed_linear(x, _taken_by("bitmap_linear", weight), bias, precision)
 
 
 def sparse24_linear(
-    x: Tensor, weight: PackedWeight | WeightOperand, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION
+    x: Tensor, weight: Weight, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION
 ) -> Tensor:
     """`packed_linear` of a 2:4 sparse weight (`Sparse24Weight` or its `operand()`)."""
     return packed_linear(x, _taken_by("sparse24_linear", weight), bias, precision)
 
 
 def sparse24_codebook_linear(
-    x: Tensor, weight: PackedWeight | WeightOperand, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION
+    x: Tensor, weight: Weight, bias: Tensor | None = None, precision: str = DEFAULT_PRECISION
 ) -> Tensor:
     """`packed_linear` of a 2:4 sparse weight of codes (`Sparse24CodebookWeight` or its `operand()`)."""
     return packed_linear(x, _taken_by("sparse24_codebook_linear", weight), bias, precision)
 
 
-def codebook_dequantize(weight: PackedWeight | WeightOperand, dtype: torch.dtype = torch.float32) -> Tensor:
+def codebook_dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """`packed_dequantize` of a codebook weight."""
     return packed_dequantize(_taken_by("codebook_dequantize", weight), dtype)
 
 
-def bitmap_dequantize(weight: PackedWeight | WeightOperand, dtype: torch.dtype = torch.float32) -> Tensor:
+def bitmap_dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """`packed_dequantize` of a sparse weight of any pattern."""
     return packed_dequantize(_taken_by("bitmap_dequantize", weight), dtype)
 
 
-def sparse24_dequantize(weight: PackedWeight | WeightOperand, dtype: torch.dtype = torch.float32) -> Tensor:
+def sparse24_dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """`packed_dequantize` of a 2:4 sparse weight."""
     return packed_dequantize(_taken_by("sparse24_dequantize", weight), dtype)
 
 
-def sparse24_codebook_dequantize(weight: PackedWeight | WeightOperand, dtype: torch.dtype = torch.float32) -> Tensor:
+def sparse24_codebook_dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """`packed_dequantize` of a 2:4 sparse weight of codes."""
     return packed_dequantize(_taken_by("sparse24_codebook_dequantize", weight), dtype)
 
@@ -606,8 +583,8 @@ def _softmax_cdist_l1_gradients(ctx: Any, grad: Tensor, *_: object) -> _Gradient
 def _softmax_cdist_l1_backward(grad: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
     *others, temperature = arguments
     kernel = SOFTMAX_CDIST_L1_BACKWARD.kernel_for(logits.device.type, logits.dtype)
-    grad, mine, other, *statistics = (_as_batch(each) for each in (grad, logits, *others))
-    return kernel(grad, mine, other, statistics[0], statistics[1], temperature).view(logits.shape)
+    grad, mine, other, statistics, other_statistics = (_as_batch(each) for each in (grad, logits, *others))
+    return kernel(grad, Cdist(mine, other, statistics, other_statistics, temperature)).view(logits.shape)
 
 
 define(

@@ -64,13 +64,8 @@ def outlier_mask(columns: Tensor, fraction: float) -> Tensor:
     """Bool [K, n]: in each row of `columns` the round(n * fraction) extreme values, half at either end (the odd one on top)."""
     count = round(columns.shape[1] * fraction)
     mask = torch.zeros_like(columns, dtype=torch.bool)
-    low = count // 2
-    high = count - low
-    if low:
-        mask.scatter_(1, columns.topk(low, largest=False).indices, True)
-    if high:
-        mask.scatter_(1, columns.topk(high).indices, True)
-    return mask
+    mask.scatter_(1, columns.topk(count // 2, largest=False).indices, True)
+    return mask.scatter_(1, columns.topk(count - count // 2).indices, True)
 
 
 def column_codes(

@@ -16,10 +16,11 @@ from .operations import (
     DOUBLY_STOCHASTIC_BACKWARD,
     SINKHORN,
     SINKHORN_BACKWARD,
+    Arriving,
     Normalisation,
     Transport,
 )
-from .ops import define, differentiable_once, eager_function
+from .ops import define, differentiable_once
 
 COST_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GRADIENTS = ("unroll", "implicit", "envelope")
@@ -89,17 +90,14 @@ def sinkhorn(
         _flat(cost.to(work), batch, n, m),
         flat_a,
         flat_a if b is a else _flat(b, batch, m),
-        _flat(epsilon.to(cost.device, work), batch)
+        _flat(epsilon.to(cost.device, work), batch).contiguous()
         if isinstance(epsilon, Tensor)
         else torch.full((problems,), epsilon, dtype=work, device=cost.device),
     )
     followed = tuple(tensor.detach() for tensor in arguments) if grad == "envelope" else arguments
     wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in followed)
-    operation: Any = _sinkhorn
-    if not _is_eager(followed[0]):
-        operation = torch.ops.pyllmq.sinkhorn
-    elif wants_grad:
-        operation = _EAGER_SINKHORN
+    eager: Any = _sinkhorn_with_gradient if wants_grad else _sinkhorn
+    operation = eager if _is_eager(followed[0]) else torch.ops.pyllmq.sinkhorn
     how = (iterations, float(tolerance or 0), rho_a, rho_b, grad if wants_grad else "none")
     plan, u, v, *_ = operation(*followed, *how)
     if output == "plan":
@@ -111,7 +109,7 @@ def sinkhorn(
         slope = _value_at_fixed_potentials(plan, u, v, arguments, rho_a, rho_b)
         if slope.requires_grad:  # fixed potentials have no second derivative
             slope.register_hook(lambda grad: differentiable_once("sinkhorn", lambda: (grad,), (grad, *arguments))[0])
-        value = value + _without_value(slope)
+        value = value + (slope - slope.detach())  # 0, with the gradient of the slope
     return value.view(batch)
 
 
@@ -247,21 +245,18 @@ def _sinkhorn_backward_of(
     return *found, None, None, None, None, None, None
 
 
-_EAGER_SINKHORN = eager_function(_sinkhorn, _sinkhorn_backward_of, _sinkhorn_setup)
-
-
 def _sinkhorn_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     cost, a, b, epsilon, tape, count, *arriving, rho_a, rho_b = arguments
     kernel = SINKHORN_BACKWARD.kernel_for(cost.device.type, cost.dtype, *cost.shape[1:])
-    grad_plan, grad_u, grad_v = (grad.contiguous() for grad in arriving)
-    return kernel(Transport(cost, a, b, epsilon, rho_a, rho_b), tape, count, grad_plan, grad_u, grad_v)
+    gradients = (grad.contiguous() for grad in arriving)
+    return kernel(Transport(cost, a, b, epsilon, rho_a, rho_b), Arriving(tape, count, *gradients))
 
 
 def _sinkhorn_backward_fake(cost: Tensor, a: Tensor, b: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return cost.new_empty(cost.shape), torch.empty_like(a), torch.empty_like(b)
 
 
-define(
+_sinkhorn_with_gradient = define(
     "sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor epsilon, int iterations, float tolerance, float rho_a, float rho_b, "
     "str grad) -> (Tensor plan, Tensor u, Tensor v, Tensor tape, Tensor count)",
     _sinkhorn,
@@ -294,11 +289,11 @@ def _implicit_gradients(
     through_plan = work * grad_plan
     grad_alpha = through_plan.sum(-1) + torch.where(rows > 0, scale * grad_u, 0)
     grad_beta = through_plan.sum(-2) + torch.where(columns > 0, scale * grad_v, 0)
-    rows_damped = _no_zero(rows) * (1 if math.isinf(rho_a) else 1 + scale / rho_a)
-    columns_damped = _no_zero(columns) * (1 if math.isinf(rho_b) else 1 + scale / rho_b)
+    rows_damped = no_zero(rows) * (1 if math.isinf(rho_a) else 1 + scale / rho_a)
+    columns_damped = no_zero(columns) * (1 if math.isinf(rho_b) else 1 + scale / rho_b)
     schur = torch.diag_embed(columns_damped) - work.transpose(-1, -2) @ (work / rows_damped.unsqueeze(-1))
     if math.isinf(rho_a) and math.isinf(rho_b):
-        schur = schur + columns.unsqueeze(-1) * (columns / _no_zero(columns.sum(-1, keepdim=True))).unsqueeze(-2)
+        schur = schur + columns.unsqueeze(-1) * (columns / no_zero(columns.sum(-1, keepdim=True))).unsqueeze(-2)
     right = grad_beta - (work.transpose(-1, -2) @ (grad_alpha / rows_damped).unsqueeze(-1)).squeeze(-1)
     y = torch.linalg.solve(schur, right.unsqueeze(-1)).squeeze(-1)
     x = (grad_alpha - (work @ y.unsqueeze(-1)).squeeze(-1)) / rows_damped
@@ -308,7 +303,7 @@ def _implicit_gradients(
     return grad_cost.to(plan.dtype), grad_a.to(plan.dtype), grad_b.to(plan.dtype)
 
 
-def _no_zero(sums: Tensor) -> Tensor:
+def no_zero(sums: Tensor) -> Tensor:
     return torch.where(sums > 0, sums, 1)
 
 
@@ -342,16 +337,11 @@ def _value_at_fixed_potentials(
     cost, a, b, epsilon = arguments
     slope_a, slope_b = (
         _marginal_term(_relative(potential, mass, epsilon), rho).detach()
-        + epsilon.unsqueeze(-1) * (other.sum(-1, keepdim=True) - plan.sum(over) / _no_zero(mass)).detach()
+        + epsilon.unsqueeze(-1) * (other.sum(-1, keepdim=True) - plan.sum(over) / no_zero(mass)).detach()
         for potential, mass, other, over, rho in ((u, a, b, -1, rho_a), (v, b, a, -2, rho_b))
     )
     transport = (plan * torch.where(cost < torch.inf, cost, 0)).sum((-1, -2))
     return transport + (slope_a * a).sum(-1) + (slope_b * b).sum(-1)
-
-
-def _without_value(number: Tensor) -> Tensor:
-    """0, with the gradient of `number`."""
-    return number - number.detach()
 
 
 # ---- doubly_stochastic ----------------------------------------------------------------------------------------------
@@ -404,11 +394,9 @@ def doubly_stochastic(
     how = Normalisation(
         iterations, first == "columns", start == "softmax", shift, float(matrix_epsilon), float(division_epsilon)
     )
-    operation: Any = _doubly_stochastic
-    if not _is_eager(logits):
-        operation = torch.ops.pyllmq.doubly_stochastic
-    elif torch.is_grad_enabled() and logits.requires_grad:
-        operation = _EAGER_DOUBLY_STOCHASTIC
+    wants_grad = torch.is_grad_enabled() and logits.requires_grad
+    eager: Any = _doubly_stochastic_with_gradient if wants_grad else _doubly_stochastic
+    operation = eager if _is_eager(logits) else torch.ops.pyllmq.doubly_stochastic
     return operation(matrices, *how).view(logits.shape).to(logits.dtype)
 
 
@@ -429,16 +417,13 @@ def _doubly_stochastic_backward_of(ctx: Any, grad: Tensor) -> tuple[Tensor | Non
     return *found, *[None] * len(ctx.how)
 
 
-_EAGER_DOUBLY_STOCHASTIC = eager_function(_doubly_stochastic, _doubly_stochastic_backward_of, _doubly_stochastic_setup)
-
-
 def _doubly_stochastic_backward(logits: Tensor, grad: Tensor, *how: Any) -> Tensor:
     kernel = DOUBLY_STOCHASTIC_BACKWARD.kernel_for(logits.device.type, logits.dtype, *logits.shape[1:])
     return kernel(logits, grad.contiguous(), Normalisation(*how)).contiguous()
 
 
 _HOW = "int iterations, bool columns_first, bool softmax_start, str shift, float matrix_epsilon, float division_epsilon"
-define(
+_doubly_stochastic_with_gradient = define(
     f"doubly_stochastic(Tensor logits, {_HOW}) -> Tensor",
     _doubly_stochastic,
     lambda logits, *_: logits.new_empty(logits.shape),

@@ -103,4 +103,4 @@ def test_a_model_without_text_and_bad_settings() -> None:
         calibration.self_generated(Scripted([1], set()), Words(), 1, 5, prefixes=["1"])
     with pytest.raises(ValueError, match="samples is 0, seqlen 2, prefix_tokens 2"):
         calibration.self_generated(Scripted([1], set()), Words(), 0, 2)
-    assert math.isclose(calibration.Sampling().drop, 0.2)
+    assert math.isclose(calibration.DROP, 0.2)

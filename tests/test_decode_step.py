@@ -698,7 +698,7 @@ def packed(kind: str, rows: int, columns: int) -> tuple[object, Tensor, Tensor]:
     if kind == "codebook":
         case = random_case(rows, columns, (2, 3, 4, 8), segments=2, outliers=0.01)
         operand = case.weight.operand()
-        return cpu.bound(operand, "CodebookOperand"), case.dense.float(), operand.tensors[0]
+        return cpu.bound(operand), case.dense.float(), operand.tensors[0]
     weight = torch.randn(rows, columns).bfloat16()
     if kind == "bitmap":
         mask = unstructured_mask(weight, 0.5)
@@ -709,7 +709,7 @@ def packed(kind: str, rows: int, columns: int) -> tuple[object, Tensor, Tensor]:
     else:
         weight, dense = random_codes(rows, columns, 3)
     operand = weight.operand()
-    return cpu.bound(operand, "SparseOperand"), dense.float(), operand.tensors[0]
+    return cpu.bound(operand), dense.float(), operand.tensors[0]
 
 
 @pytest.mark.parametrize("isa", ISAS)

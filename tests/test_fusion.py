@@ -19,6 +19,7 @@ from pyllmq.fusion.grammar import fit
 from pyllmq.fusion.modules import FusedModule
 from pyllmq.fusion.record import record_model
 from pyllmq.nn import PackedLinear
+from tests import fusion_reference
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 transformers = pytest.importorskip("transformers")
@@ -295,14 +296,14 @@ def test_steps_are_as_their_reference(family):
         return replace(form, linears=linears[:-1], output=replace(form.output, linear=linears[-1]))
 
     wide = [t.double() for t in (x, *past, cos, sin, mask)]
-    expected, keys, values = steps.attention(in_fp64(form), *wide, residual=wide[0])
+    expected, keys, values = fusion_reference.attention(in_fp64(form), *wide, residual=wide[0])
     layer = growing_layer(filled_cache(0, *past), 0)
     y = torch.empty_like(x)
     native.Attention(form)(x, y, native.make_tokens(x, cos, sin, mask, form.rotary), layer, residual=True)
     for ours, exact in ((y, expected), (layer.keys, keys), (layer.values, values)):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
     if fitting.mlp is not None:
-        expected = steps.mlp(in_fp64(fitting.mlp), wide[0], y.double())
+        expected = fusion_reference.mlp(in_fp64(fitting.mlp), wide[0], y.double())
         native.Mlp(fitting.mlp)(x, y, native.make_tokens(x, None, None, None, form.rotary), residual=True)
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 

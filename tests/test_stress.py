@@ -15,7 +15,7 @@ from torch import Tensor
 from pyllmq import BitmapWeight, Sparse24CodebookLinear, Sparse24Weight
 from pyllmq.dispatch import Kernel, rows
 from pyllmq.layouts import machine_layout
-from pyllmq.operations import ColumnBlock, Normalisation, Transport
+from pyllmq.operations import Arriving, Cdist, ColumnBlock, Normalisation, Points, Transport
 from pyllmq.packing import mask_24, unstructured_mask
 
 from .oracle import random_case
@@ -75,12 +75,12 @@ def calls() -> dict[str, Call]:
 
     def cdist_backward(run):
         _, *statistics = ROWS["cpu.softmax_cdist_l1"].run(student, teacher, 2.0)
-        return [run(grad, student, teacher, *statistics, 2.0)]
+        return [run(grad, Cdist(student, teacher, *statistics, 2.0))]
 
     def kmeans(run):
         found = []
         for method, weights in itertools.product(("exact", "windowed", "lloyd"), (None, importance)):
-            for pair in run(points, weights, (3, 16, 100), method, 7, False, True):
+            for pair in run(Points(points, weights, (3, 16, 100), method), 7, False, True):
                 found.extend(pair)
         return found
 
@@ -121,7 +121,7 @@ def calls() -> dict[str, Call]:
         epsilon = torch.full((problems,), 0.1)
         transport = Transport(wide, a, b, epsilon, torch.inf, torch.inf)
         plan, u, v, count = ROWS["cpu.sinkhorn"].run(transport, 9, 0.0, tape)
-        return list(run(transport, tape, count, plan, u, v))
+        return list(run(transport, Arriving(tape, count, plan, u, v)))
 
     how = Normalisation(12, False, True, "line", 0.0, 1e-6)
     found: dict[str, Call] = {
@@ -137,8 +137,8 @@ def calls() -> dict[str, Call]:
         "cpu.softmax_cdist_l1_backward": cdist_backward,
         "cpu.kmeans_1d": kmeans,
         "cpu.kmeans_1d_moved": kmeans,
-        "cpu.kmeans_1d_errors": lambda run: [run(points, importance, range(1, 17), "exact")],
-        "cpu.kmeans_1d_errors_moved": lambda run: [run(points, None, range(1, 17), "windowed")],
+        "cpu.kmeans_1d_errors": lambda run: [run(Points(points, importance, range(1, 17), "exact"))],
+        "cpu.kmeans_1d_errors_moved": lambda run: [run(Points(points, None, range(1, 17), "windowed"))],
         "cpu.fit_columns": fit_columns,
         "cpu.sinkhorn": sinkhorn,
         "cpu.sinkhorn_backward": sinkhorn_backward,

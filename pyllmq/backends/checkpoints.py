@@ -10,6 +10,8 @@ import torch
 from ..formats.codebook import CODES
 from ..layouts import Fields, Shape
 
+SPARSE_KINDS = ("bitmap", "sparse24", "sparse24_codebook")
+
 VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 """Place: ValueType in csrc/sparse/shape.h."""
 

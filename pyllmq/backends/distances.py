@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operations import ACTIVATION_DTYPES
+from ..operations import ACTIVATION_DTYPES, Cdist
 
 
 def room(logits: Tensor, other_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,15 +22,9 @@ def room(logits: Tensor, other_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return distance, statistics, other_statistics
 
 
-def cdist(
-    extension: ModuleType,
-    logits: Tensor,
-    other_logits: Tensor,
-    statistics: Tensor,
-    other_statistics: Tensor,
-    temperature: float,
-) -> Any:
+def bound(extension: ModuleType, sides: Cdist) -> Any:
     """The extension's Cdist, the sides x and y; it keeps the tensors alive. Statistics that are written must be contiguous."""
+    logits, other_logits, statistics, other_statistics, temperature = sides
     batch, rows, columns = logits.shape
     return extension.Cdist(
         x=logits.contiguous(),

@@ -6,7 +6,6 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,17 +114,11 @@ def self_written(model: Any, tokenizer: Any, samples: int, seqlen: int, progress
     return self_generated(model, tokenizer, samples, min(seqlen, _positions(model) or seqlen), progress=progress)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a model continues its prefixes for `self_generated`; the defaults are those of arXiv 2410.17711."""
-
-    prefix_tokens: int = 2
-    temperature: float = 0.6
-    top_p: float = 0.95
-    top_k: int = 50
-    repetition_penalty: float = 1.2
-    drop: float = 0.2
-    """Share of the texts that is thrown away, those of the highest perplexity for the model itself."""
+SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.2}
+"""How a model continues its prefixes for `self_generated`: as arXiv 2410.17711 does, like the next two."""
+PREFIX_TOKENS = 2
+DROP = 0.2
+"""Share of the texts that is thrown away, those of the highest perplexity for the model itself."""
 
 
 def self_generated(
@@ -135,7 +128,6 @@ def self_generated(
     seqlen: int,
     *,
     prefixes: Sequence[str] | None = None,
-    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     seed: int = 0,
     batch_size: int = 16,
     progress: bool = False,
@@ -146,16 +138,16 @@ def self_generated(
     end of text. Texts that it finds unlikely are dropped; the others are strung together and cut.
 
     Raises:
-        ValueError: samples, seqlen or a sampling setting out of range, or a model that ends its texts at once.
+        ValueError: samples or seqlen out of range, or a model that ends its texts at once.
     """
-    if samples < 1 or seqlen <= sampling.prefix_tokens or sampling.prefix_tokens < 1 or not 0 <= sampling.drop < 1:
+    if samples < 1 or seqlen <= PREFIX_TOKENS:
         raise ValueError(
-            f"samples is {samples}, seqlen {seqlen}, prefix_tokens {sampling.prefix_tokens} and drop {sampling.drop}; samples and "
-            "prefix_tokens must be at least 1, seqlen above prefix_tokens, drop from 0 to below 1"
+            f"samples is {samples}, seqlen {seqlen}, prefix_tokens {PREFIX_TOKENS}; samples must be at least 1, seqlen above "
+            "prefix_tokens"
         )
     device = next(model.parameters()).device
-    starts = _starts(tokenizer, builtin_paragraphs() if prefixes is None else prefixes, sampling.prefix_tokens, seed)
-    training, wanted, texts, found = model.training, samples * seqlen / (1 - sampling.drop), [], 0
+    starts = _starts(tokenizer, builtin_paragraphs() if prefixes is None else prefixes, PREFIX_TOKENS, seed)
+    training, wanted, texts, found = model.training, samples * seqlen / (1 - DROP), [], 0
     model.eval()
     try:
         with torch.random.fork_rng(), tqdm(total=round(wanted), disable=not progress, unit="token") as bar:
@@ -168,12 +160,12 @@ def self_generated(
                         "texts early; ask for fewer or shorter windows, or give text of your own"
                     )
                 chosen = [starts[i % len(starts)] for i in range(begin, begin + batch_size)]
-                for text, surprise in _continued(model, tokenizer, torch.stack(chosen).to(device), seqlen, sampling):
+                for text, surprise in _continued(model, tokenizer, torch.stack(chosen).to(device), seqlen):
                     texts.append((surprise, text))
                     found += len(text)
                     bar.update(len(text))
                 texts_by_surprise = sorted(range(len(texts)), key=lambda i: texts[i][0])
-                kept = sorted(texts_by_surprise[: math.ceil((1 - sampling.drop) * len(texts))])
+                kept = sorted(texts_by_surprise[: math.ceil((1 - DROP) * len(texts))])
                 stream = torch.cat([texts[i][1] for i in kept])
                 if len(stream) >= samples * seqlen:
                     break
@@ -193,16 +185,13 @@ def _starts(tokenizer: Any, prefixes: Sequence[str], tokens: int, seed: int) -> 
 
 
 @torch.no_grad()
-def _continued(
-    model: Any, tokenizer: Any, starts: Tensor, seqlen: int, sampling: Sampling
-) -> list[tuple[Tensor, float]]:
+def _continued(model: Any, tokenizer: Any, starts: Tensor, seqlen: int) -> list[tuple[Tensor, float]]:
     """(token ids on the CPU, mean negative log-likelihood of those that were not given) of each continued start."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(ends[0]) if len(ends) else 0
     given = starts.shape[1]
-    how = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
-    how |= {"do_sample": True, "max_new_tokens": seqlen - given, "pad_token_id": pad}
+    how = SAMPLING | {"do_sample": True, "max_new_tokens": seqlen - given, "pad_token_id": pad}
     ids = model.generate(starts, attention_mask=torch.ones_like(starts), **how)
     ended = torch.isin(ids[:, given:], ends.to(ids.device)).int()
     real = torch.cat([torch.ones_like(starts), (ended.cumsum(1) - ended == 0).to(starts)], 1)

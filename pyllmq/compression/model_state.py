@@ -42,10 +42,8 @@ def gradients_for(model: nn.Module, wanted: Iterable[torch.Tensor] = ()) -> Iter
         with torch.enable_grad():
             yield
     finally:
-        for (
-            name,
-            parameter,
-        ) in model.named_parameters():  # by name: a streamed model has others each time that it loads them
+        # By name: a streamed model has others each time that it loads them.
+        for name, parameter in model.named_parameters():
             parameter.requires_grad_(before[name])
 
 
@@ -55,6 +53,15 @@ def hooked(handles: Iterable[RemovableHandle]) -> ExitStack:
     for handle in handles:
         hooks.enter_context(handle)
     return hooks
+
+
+def seeing_inputs(modules: Iterable[tuple[str, nn.Module]], see: Callable[[str, torch.Tensor], None]) -> ExitStack:
+    """While it is open, `see(name, x)` is called with the input of each of these modules before it runs."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: see(name, args[0] if args else kwargs["input"])
+
+    return hooked(module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in modules)
 
 
 @contextmanager

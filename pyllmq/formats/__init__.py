@@ -1,43 +1,22 @@
 """Checkpoint formats: what stands in a safetensors file, byte by byte. No machine layout is ever part of one."""
 
-from __future__ import annotations
-
-from ..layers.linear import layer_type
-from ..structure import (
-    CompositeStructure,
-    FormatError,
-    PackedWeight,
-    Structure,
-    kinds,
-    register_format,
-    structure_from_dict,
-    weight_type,
-)
-from .bitmap import BitmapStructure, BitmapWeight
-from .codebook import CodebookStructure, CodebookWeight
-from .sparse24 import Sparse24Structure, Sparse24Weight
-from .sparse24_codebook import Sparse24CodebookStructure, Sparse24CodebookWeight
-
-__all__ = [
-    "FORMAT_VERSION",
-    "BitmapStructure",
-    "BitmapWeight",
-    "CodebookStructure",
-    "CodebookWeight",
-    "CompositeStructure",
-    "FormatError",
-    "PackedWeight",
-    "Sparse24CodebookStructure",
-    "Sparse24CodebookWeight",
-    "Sparse24Structure",
-    "Sparse24Weight",
-    "Structure",
-    "kinds",
-    "layer_type",
-    "register_format",
-    "structure_from_dict",
-    "weight_type",
-]
+from ..layers.linear import layer_type as layer_type
+from ..structure import CompositeStructure as CompositeStructure
+from ..structure import FormatError as FormatError
+from ..structure import PackedWeight as PackedWeight
+from ..structure import Structure as Structure
+from ..structure import kinds as kinds
+from ..structure import register_format as register_format
+from ..structure import structure_from_dict as structure_from_dict
+from ..structure import weight_type as weight_type
+from .bitmap import BitmapStructure as BitmapStructure
+from .bitmap import BitmapWeight as BitmapWeight
+from .codebook import CodebookStructure as CodebookStructure
+from .codebook import CodebookWeight as CodebookWeight
+from .sparse24 import Sparse24Structure as Sparse24Structure
+from .sparse24 import Sparse24Weight as Sparse24Weight
+from .sparse24_codebook import Sparse24CodebookStructure as Sparse24CodebookStructure
+from .sparse24_codebook import Sparse24CodebookWeight as Sparse24CodebookWeight
 
 FORMAT_VERSION = 1
 """Of all of them: what `config.json` says."""

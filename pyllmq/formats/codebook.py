@@ -425,7 +425,11 @@ def codebook_gradient(weight_gradient: Tensor, weight: CodebookWeight | WeightOp
 
 def _codebook_gradient(weight_gradient: Tensor, weight: list[Tensor], layout: str) -> Tensor:
     operand = ops.operand_of(weight, "codebook", layout, (), weight_gradient.shape)
-    return CODEBOOK_GRADIENT.kernel_for(weight_gradient.device.type, torch.float32, layout)(weight_gradient, operand)
+    kernel = CODEBOOK_GRADIENT.kernel_for(weight_gradient.device.type, torch.float32, layout)
+    field = CodebookWeight.named(operand)
+    if field["outlier_values"].numel():
+        weight_gradient = weight_gradient.index_put(outlier_places(field), weight_gradient.new_zeros(()))
+    return kernel(weight_gradient, operand)
 
 
 def _no_second_derivative(*_: object) -> None:

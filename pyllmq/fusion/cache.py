@@ -99,21 +99,8 @@ class GrowingLayer(DynamicLayer):
         self.grown = (_Grown(), _Grown())
         super().__init__(**kwargs)
 
-    @property
-    def keys(self) -> Tensor | None:
-        return self.grown[0].view()
-
-    @keys.setter
-    def keys(self, tensor: Tensor | None) -> None:
-        self.grown[0].put(tensor)
-
-    @property
-    def values(self) -> Tensor | None:
-        return self.grown[1].view()
-
-    @values.setter
-    def values(self, tensor: Tensor | None) -> None:
-        self.grown[1].put(tensor)
+    keys = property(lambda self: self.grown[0].view(), lambda self, tensor: self.grown[0].put(tensor))
+    values = property(lambda self: self.grown[1].view(), lambda self, tensor: self.grown[1].put(tensor))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.grows_with(key_states, value_states):

@@ -14,7 +14,7 @@ from ..layers.linear import PackedLinear
 from ..linears import dense_weight
 from ..operations import PRECISIONS
 from .cache import GrowingLayer
-from .steps import NONE, AttentionForm, MlpForm, Norm, Rotary, Rows
+from .steps import NONE, AttentionForm, MlpForm, Norm, Rotary
 
 
 class NotBoundError(Exception):
@@ -57,31 +57,9 @@ class Attention:
     """One attention module, or its part of a block."""
 
     def __init__(self, form: AttentionForm) -> None:
-        self.form = form
-        self.operands = [_operand(linear) for linear in (*form.linears, form.output.linear)]
-        self.step = cpu.kernels().AttentionStep(
-            inputs=tuple(self.operands[:-1]),
-            input_bias=_biases(form.linears, self.operands[:-1]),
-            q_rows=_rows(form.q_rows),
-            k_rows=_rows(form.k_rows),
-            v_rows=_rows(form.v_rows),
-            heads=form.heads,
-            kv_heads=form.kv_heads,
-            head_size=form.head_size,
-            value_size=form.value_size,
-            scale=form.scale,
-            norm=_norm(form.norm),
-            q_norm=_norm(form.q_norm),
-            k_norm=_norm(form.k_norm),
-            norms_span_heads=form.norms_span_heads,
-            norms_after_rotary=form.norms_after_rotary,
-            rotary=form.rotary.style,
-            rotary_size=form.rotary.size,
-            soft_cap=form.soft_cap,
-            sinks=[] if form.sinks is None else form.sinks.tolist(),
-            precision=_precision((*form.linears, form.output.linear)),
-            **_output(form, self.operands),
-        )
+        sinks = [] if form.sinks is None else form.sinks.tolist()
+        given = _fields(form) | {"rotary": form.rotary.style, "rotary_size": form.rotary.size, "sinks": sinks}
+        self.form, self.step = form, cpu.kernels().AttentionStep(**given)
         self.cache: tuple[Any, Any] = (None, None)
 
     def __call__(self, x: Tensor, y: Tensor, tokens: Tokens, layer: GrowingLayer, residual: bool) -> None:
@@ -123,19 +101,7 @@ class Mlp:
     """One MLP module, or its part of a block."""
 
     def __init__(self, form: MlpForm) -> None:
-        self.form = form
-        self.operands = [_operand(linear) for linear in (*form.linears, form.output.linear)]
-        self.step = cpu.kernels().MlpStep(
-            inputs=tuple(self.operands[:-1]),
-            input_bias=_biases(form.linears, self.operands[:-1]),
-            units=form.units,
-            gate_rows=_rows(form.gate_rows),
-            up_rows=None if form.up_rows is None else _rows(form.up_rows),
-            activation=form.activation,
-            norm=_norm(form.norm),
-            precision=_precision((*form.linears, form.output.linear)),
-            **_output(form, self.operands),
-        )
+        self.form, self.step = form, cpu.kernels().MlpStep(**_fields(form))
 
     def __call__(self, x: Tensor, y: Tensor, tokens: Tokens, residual: bool) -> None:
         """y = MLP of x, added to y or not."""
@@ -143,11 +109,28 @@ class Mlp:
         self.step(x.data_ptr(), pointer, tokens.native, pointer if residual else 0)
 
 
+def _fields(form: AttentionForm | MlpForm) -> dict[str, Any]:
+    """Of a form, by the names that its step has for them."""
+    output, linears = form.output, (*form.linears, form.output.linear)
+    operands = [_operand(linear) for linear in linears]
+    given = {name: _norm(value) if isinstance(value, Norm) else value for name, value in vars(form).items()}
+    del given["linears"]
+    return given | {
+        "inputs": tuple(operands[:-1]),
+        "input_bias": _biases(form.linears, operands[:-1]),
+        "output": operands[-1],
+        "output_bias": _biases([output.linear], operands[-1:]),
+        "output_norm": _norm(output.norm),
+        "multiplier": output.multiplier,
+        "precision": _precision(linears),
+    }
+
+
 def _operand(linear: nn.Module) -> Any:
     if isinstance(linear, PackedLinear):
         operand = linear.operand()
         if operand.layout.startswith("cpu."):
-            return cpu.bound(operand, "CodebookOperand" if operand.kind == "codebook" else "SparseOperand")
+            return cpu.bound(operand)
         raise NotBoundError(f"a weight is laid out as {operand.layout!r}, not for the CPU's kernels")
     weight = dense_weight(linear)
     if weight.is_contiguous() and weight.dtype in cpu.DTYPE_CODE and weight.is_cpu:
@@ -166,25 +149,11 @@ def _biases(linears: Sequence[nn.Module], operands: Sequence[Any]) -> list[float
     return torch.cat(parts).tolist()
 
 
-def _output(form: AttentionForm | MlpForm, operands: list[Any]) -> dict[str, Any]:
-    output = form.output
-    return {
-        "output": operands[-1],
-        "output_bias": _biases([output.linear], operands[-1:]),
-        "output_norm": _norm(output.norm),
-        "multiplier": output.multiplier,
-    }
-
-
 def _norm(norm: Norm) -> Any:
     if norm.kind == NONE:
         return None
     numbers = [[] if t is None else t.flatten().tolist() for t in (norm.weight, norm.bias)]
     return cpu.kernels().Norm(norm.kind, norm.eps, *numbers)
-
-
-def _rows(rows: Rows) -> tuple[int, int, int]:
-    return rows.linear, rows.first, rows.stride
 
 
 def _precision(linears: Sequence[nn.Module]) -> int:

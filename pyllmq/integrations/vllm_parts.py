@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import CodebookWeight, FormatError, PackedWeight, Structure, weight_type
+from ..formats import CodebookWeight, FormatError, PackedWeight, Structure
+from ..structure import of_module, weight_of
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,8 @@ def with_dense(
 
 
 def _checked(name: str, structure: Structure, tensors: Mapping[str, Tensor]) -> PackedWeight:
-    try:
-        return weight_type(structure.kind).from_tensors(tensors, structure.out_features, structure.in_features)
-    except FormatError as error:
-        raise FormatError(f"{name}: {error}") from error
+    with of_module(name):
+        return weight_of(structure, tensors)
 
 
 def _incomplete(names: Iterable[str]) -> FormatError:

@@ -198,17 +198,9 @@ class PackedLayer(PackedModule):
         for key, tensor in self._checkpoint_tensors().items():
             destination[prefix + key] = tensor
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         """Takes any valid packed weight of this layer's shape and format: other widths or outliers than before are fine."""
+        _, _, missing_keys, unexpected_keys, error_msgs = more
         given = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         bias = given.pop("bias", None)
         if self.bias is None and bias is not None:
@@ -238,11 +230,8 @@ class PackedLayer(PackedModule):
         moves = fn(torch.empty(0, dtype=torch.uint8, device=device)).device != device
         if moves and self._operand is not None:
             self._set_weight(self.packed_weight())  # a machine layout belongs to one device
-        floats = {
-            key: buffer.dtype
-            for key, buffer in self._buffers.items()
-            if buffer is not None and buffer.is_floating_point()
-        }
+        buffers = self._buffers.items()
+        floats = {key: buffer.dtype for key, buffer in buffers if buffer is not None and buffer.is_floating_point()}
         for key, dtype in floats.items():
             self._buffers[key] = self._buffers[key].view(_INTEGER_OF_SIZE[dtype.itemsize])  # type: ignore[union-attr]
         super()._apply(fn, recurse)

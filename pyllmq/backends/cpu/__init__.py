@@ -4,7 +4,7 @@ A machine layout is one uint8 blob that starts with a header (magic, version, si
 holds everything but the bias. See docs/kernels-cpu.md.
 """
 
-from . import (
+from . import (  # noqa: F401  (for their rows)
     codebook,
     codebook_gradient,
     doubly_stochastic,
@@ -16,18 +16,3 @@ from . import (
     sparse,
 )
 from .runtime import available as available
-
-
-def register_kernels() -> None:
-    for module in (
-        codebook,
-        codebook_gradient,
-        sparse,
-        pack_codes,
-        softmax_cdist_l1,
-        kmeans_1d,
-        fit_columns,
-        sinkhorn,
-        doubly_stochastic,
-    ):
-        module.register_kernels()

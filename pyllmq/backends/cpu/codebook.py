@@ -13,16 +13,9 @@ from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_la
 from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, PACKED_ROWS, reads
 from ..checkpoints import codebook_checkpoint
 from . import runtime
-from .runtime import DTYPE_CODE, ORDER, PRECISION_CODE
+from .runtime import DTYPE_CODE, ORDER
 
-LAYOUT = "cpu.codebook"
-
-OPERAND = "CodebookOperand"
-"""Class of the extension that runs this layout."""
-
-
-def from_blob(blob: Tensor, shape: Shape) -> WeightOperand:
-    return WeightOperand("codebook", LAYOUT, (blob,), (), shape)
+from_blob = partial(runtime.from_blob, "codebook")
 
 
 def prepack(field: Fields, shape: Shape) -> WeightOperand:
@@ -37,20 +30,12 @@ def prepack(field: Fields, shape: Shape) -> WeightOperand:
 def unpack(weight: WeightOperand, shapes: Shapes, beside: Fields) -> dict[str, Tensor]:
     runtime.kernels()
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=runtime.DEVICE)
-    runtime.bound(weight, OPERAND).codes(codes.data_ptr())
+    runtime.bound(weight).codes(codes.data_ptr())
     return pack_widths(codes, beside["column_bits"])
 
 
-packed_linear = partial(runtime.run_linear, OPERAND)
-
-
-def linear_path(weight: WeightOperand, dtype: torch.dtype, tokens: int, precision: str) -> str:
-    """What `packed_linear` does for this many tokens: "tables" of partial products, or "decode" once and multiply."""
-    return runtime.bound(weight, OPERAND).path(DTYPE_CODE[dtype], tokens, PRECISION_CODE[precision])
-
-
 def packed_dequantize(weight: WeightOperand, dtype: torch.dtype) -> Tensor:
-    operand = runtime.bound(weight, OPERAND)
+    operand = runtime.bound(weight)
     runtime.kernels()
     dense = torch.empty(weight.shape, dtype=dtype, device=runtime.DEVICE)
     operand.dequantize(0, weight.shape[0], dense.data_ptr(), DTYPE_CODE[dtype])
@@ -58,19 +43,18 @@ def packed_dequantize(weight: WeightOperand, dtype: torch.dtype) -> Tensor:
 
 
 def packed_rows(weight: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    operand = runtime.bound(weight, OPERAND)
+    operand = runtime.bound(weight)
     runtime.kernels()
     rows = torch.empty(ids.shape[0], weight.shape[1], dtype=dtype, device=runtime.DEVICE)
     operand.row_values(ids.data_ptr(), ids.shape[0], rows.data_ptr(), DTYPE_CODE[dtype])
     return rows
 
 
-def register_kernels() -> None:
-    register_layout(Layout("cpu", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
-    supports = reads(LAYOUT, runtime.takes_activations)
-    because = "tables of partial products or decode-once, by widths, tokens and precision (kPathCost)"
-    PACKED_LINEAR.register("cpu.codebook_linear", ORDER, supports, packed_linear, because)
-    because = "decodes at the speed of the stores"
-    PACKED_DEQUANTIZE.register("cpu.codebook_dequantize", ORDER, supports, packed_dequantize, because)
-    because = "reads the codes of those rows alone"
-    PACKED_ROWS.register("cpu.codebook_rows", ORDER, supports, packed_rows, because)
+register_layout(Layout("cpu", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
+supports = reads("cpu.codebook", runtime.takes_activations)
+because = "tables of partial products or decode-once, by widths, tokens and precision (kPathCost)"
+PACKED_LINEAR.register("cpu.codebook_linear", ORDER, supports, runtime.packed_linear, because)
+because = "decodes at the speed of the stores"
+PACKED_DEQUANTIZE.register("cpu.codebook_dequantize", ORDER, supports, packed_dequantize, because)
+because = "reads the codes of those rows alone"
+PACKED_ROWS.register("cpu.codebook_rows", ORDER, supports, packed_rows, because)

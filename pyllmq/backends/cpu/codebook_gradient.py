@@ -41,9 +41,6 @@ def decode_checkpoint_and_matmul(x: Tensor, weight: WeightOperand, bias: Tensor 
 
 def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
     checkpoint, row_scale, field = _checkpoint(weight)
-    if field["outlier_values"].numel():
-        weight_gradient = weight_gradient.clone()
-        weight_gradient[outlier_places(field)] = 0
     weight_gradient = weight_gradient.contiguous()
     gradient = torch.empty(field["codebook"].shape, dtype=torch.float32, device=runtime.DEVICE)
     pointers = row_scale.data_ptr(), weight_gradient.data_ptr(), gradient.data_ptr()
@@ -51,11 +48,10 @@ def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
     return gradient
 
 
-def register_kernels() -> None:
-    supports = reads("checkpoint.codebook", runtime.on_cpu)
-    because = "training: the codebook changes at every step, a layout would be made anew"
-    PACKED_LINEAR.register("cpu.decode_checkpoint_and_matmul", ORDER, supports, decode_checkpoint_and_matmul, because)
-    because = "threaded, straight from the packed codes"
-    PACKED_DEQUANTIZE.register("cpu.decode_checkpoint", ORDER, supports, decode_checkpoint, because)
-    because = "threaded by columns, straight from the packed codes; sums in fp64"
-    CODEBOOK_GRADIENT.register("cpu.codebook_gradient", ORDER, supports, codebook_gradient, because)
+supports = reads("checkpoint.codebook", runtime.on_cpu)
+because = "training: the codebook changes at every step, a layout would be made anew"
+PACKED_LINEAR.register("cpu.decode_checkpoint_and_matmul", ORDER, supports, decode_checkpoint_and_matmul, because)
+because = "threaded, straight from the packed codes"
+PACKED_DEQUANTIZE.register("cpu.decode_checkpoint", ORDER, supports, decode_checkpoint, because)
+because = "threaded by columns, straight from the packed codes; sums in fp64"
+CODEBOOK_GRADIENT.register("cpu.codebook_gradient", ORDER, supports, codebook_gradient, because)

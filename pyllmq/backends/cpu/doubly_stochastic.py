@@ -44,10 +44,9 @@ def _few_entries(problem: SinkhornProblem) -> Support:
     return runtime.takes_fp32(problem)
 
 
-def register_kernels() -> None:
-    because = "a problem to a vector lane, 4 x 4 in registers"
-    DOUBLY_STOCHASTIC.register("cpu.doubly_stochastic", ORDER, _few_entries, doubly_stochastic, because)
-    because = "the exact adjoint, which undoes the divisions as it goes back: no matrix is kept"
-    DOUBLY_STOCHASTIC_BACKWARD.register(
-        "cpu.doubly_stochastic_backward", ORDER, _few_entries, doubly_stochastic_backward, because
-    )
+because = "a problem to a vector lane, 4 x 4 in registers"
+DOUBLY_STOCHASTIC.register("cpu.doubly_stochastic", ORDER, _few_entries, doubly_stochastic, because)
+because = "the exact adjoint, which undoes the divisions as it goes back: no matrix is kept"
+DOUBLY_STOCHASTIC_BACKWARD.register(
+    "cpu.doubly_stochastic_backward", ORDER, _few_entries, doubly_stochastic_backward, because
+)

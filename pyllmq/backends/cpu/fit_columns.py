@@ -25,6 +25,5 @@ def fit_columns(columns: ColumnBlock, method: str, descend: bool) -> tuple[Tenso
     return moves, decrease
 
 
-def register_kernels() -> None:
-    because = "a block of columns without a step of Python: 4 of 5 parts of the time went there at N = 384"
-    FIT_COLUMNS.register("cpu.fit_columns", ORDER, runtime.on_cpu, fit_columns, because)
+because = "a block of columns without a step of Python: 4 of 5 parts of the time went there at N = 384"
+FIT_COLUMNS.register("cpu.fit_columns", ORDER, runtime.on_cpu, fit_columns, because)

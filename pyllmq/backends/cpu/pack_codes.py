@@ -27,6 +27,5 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return codes
 
 
-def register_kernels() -> None:
-    PACK_CODES.register("cpu.pack_codes", ORDER, runtime.on_cpu, pack_codes, "threaded")
-    UNPACK_CODES.register("cpu.unpack_codes", ORDER, runtime.on_cpu, unpack_codes, "threaded")
+PACK_CODES.register("cpu.pack_codes", ORDER, runtime.on_cpu, pack_codes, "threaded")
+UNPACK_CODES.register("cpu.unpack_codes", ORDER, runtime.on_cpu, unpack_codes, "threaded")

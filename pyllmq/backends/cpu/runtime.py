@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 from contextlib import suppress
-from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Problem, Support
-from ...layouts import WeightOperand
+from ...layouts import Shape, WeightOperand
 from ...operations import ACTIVATION_DTYPES, PRECISIONS, takes
 
 DEVICE = "cpu"
@@ -67,22 +66,21 @@ def empty_layout(size: int) -> Tensor:
     return whole[start : start + size]
 
 
-def copy_layout(operand: WeightOperand) -> WeightOperand:
-    """The same weight in memory of its own."""
-    (blob,) = operand.tensors
-    return replace(operand, tensors=(empty_layout(blob.numel()).copy_(blob),), bound=None)
+def from_blob(kind: str, blob: Tensor, shape: Shape) -> WeightOperand:
+    return WeightOperand(kind, f"cpu.{kind}", (blob,), (), shape)
 
 
-def bound(weight: WeightOperand, operand_type: str) -> Any:
+def bound(weight: WeightOperand) -> Any:
     """The `_cpu.CodebookOperand` or `_cpu.SparseOperand` of a layout: its header is checked here, once.
 
-    Raises ValueError where the memory holds no intact layout of that type, or one of another shape: kernels read x and write y
+    Raises ValueError where the memory holds no intact layout of that kind, or one of another shape: kernels read x and write y
     by it.
     """
     operand = weight.bound
     if operand is None or not operand.is_intact:
         (blob,) = weight.tensors
-        operand = getattr(extension(), operand_type)(blob.data_ptr(), blob.numel())
+        operand_type = extension().CodebookOperand if weight.kind == "codebook" else extension().SparseOperand
+        operand = operand_type(blob.data_ptr(), blob.numel())
         if (operand.rows, operand.columns) != weight.shape:
             raise ValueError(
                 f"the layout holds a weight of shape {[operand.rows, operand.columns]}, but was given as {list(weight.shape)}"
@@ -91,9 +89,9 @@ def bound(weight: WeightOperand, operand_type: str) -> Any:
     return operand
 
 
-def run_linear(operand_type: str, x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
+def packed_linear(x: Tensor, weight: WeightOperand, bias: Tensor | None, precision: str) -> Tensor:
     """y = x W^T + bias by a layout of any kind."""
-    operand = bound(weight, operand_type)
+    operand = bound(weight)
     kernels()
     x = x.contiguous()
     tokens, dtype = x.shape[0], x.dtype

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ...operations import SINKHORN, SINKHORN_BACKWARD, Transport
+from ...operations import SINKHORN, SINKHORN_BACKWARD, Arriving, Transport
 from ..batches import problem, room
 from . import runtime
 from .runtime import ORDER
@@ -28,36 +26,22 @@ class CpuSinkhorn:
         count = torch.empty(len(plan), dtype=torch.int32, device=runtime.DEVICE)
         if len(plan):
             results = {"plan": plan, "u": u, "v": v, "tape": tape, "count": count}
-            runtime.kernels().sinkhorn(**_problem(transport), iterations=iterations, tolerance=tolerance, **results)
+            runtime.kernels().sinkhorn(**problem(transport), iterations=iterations, tolerance=tolerance, **results)
         return plan, u, v, count
 
 
-def sinkhorn_backward(
-    transport: Transport, tape: Tensor, count: Tensor, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def sinkhorn_backward(transport: Transport, arriving: Arriving) -> tuple[Tensor, Tensor, Tensor]:
     grad_cost, grad_a, grad_b = room(transport.cost)
     if len(grad_cost):
-        runtime.kernels().sinkhorn_backward(
-            **_problem(transport),
-            iterations=tape.shape[1] if tape.numel() else int(count.abs().max()),
-            tape=tape,
-            count=count,
-            grad_plan=grad_plan,
-            grad_u=grad_u,
-            grad_v=grad_v,
-            grad_cost=grad_cost,
-            grad_a=grad_a,
-            grad_b=grad_b,
-        )
+        tape, count = arriving.tape, arriving.count
+        gradients = {"grad_cost": grad_cost, "grad_a": grad_a, "grad_b": grad_b}
+        given = problem(transport) | arriving._asdict() | gradients
+        iterations = tape.shape[1] if tape.numel() else int(count.abs().max())
+        runtime.kernels().sinkhorn_backward(iterations=iterations, **given)
     return grad_cost, grad_a, grad_b
 
 
-def _problem(transport: Transport) -> dict[str, Any]:
-    return problem(transport._replace(epsilon=transport.epsilon.contiguous()))
-
-
-def register_kernels() -> None:
-    because = "no exponential inside the loop; small problems one to a vector lane"
-    SINKHORN.register("cpu.sinkhorn", ORDER, runtime.takes_fp32, CpuSinkhorn(), because)
-    because = "the exact adjoint from T (n + m) saved numbers"
-    SINKHORN_BACKWARD.register("cpu.sinkhorn_backward", ORDER, runtime.takes_fp32, sinkhorn_backward, because)
+because = "no exponential inside the loop; small problems one to a vector lane"
+SINKHORN.register("cpu.sinkhorn", ORDER, runtime.takes_fp32, CpuSinkhorn(), because)
+because = "the exact adjoint from T (n + m) saved numbers"
+SINKHORN_BACKWARD.register("cpu.sinkhorn_backward", ORDER, runtime.takes_fp32, sinkhorn_backward, because)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...operations import SOFTMAX_CDIST_L1, SOFTMAX_CDIST_L1_BACKWARD
-from ..distances import cdist, room
+from ...operations import SOFTMAX_CDIST_L1, SOFTMAX_CDIST_L1_BACKWARD, Cdist
+from ..distances import bound, room
 from . import runtime
 from .runtime import ORDER
 
@@ -17,31 +17,21 @@ def softmax_cdist_l1(
     _cpu = runtime.kernels()
     student_logits, teacher_logits = student_logits.contiguous(), teacher_logits.contiguous()
     distance, statistics, teacher_statistics = room(student_logits, teacher_logits)
-    call = cdist(_cpu, student_logits, teacher_logits, statistics, teacher_statistics, temperature)
+    call = bound(_cpu, Cdist(student_logits, teacher_logits, statistics, teacher_statistics, temperature))
     _cpu.softmax_cdist_l1(call, distance.data_ptr())
     return distance, statistics, teacher_statistics
 
 
-def softmax_cdist_l1_backward(
-    grad: Tensor,
-    logits: Tensor,
-    other_logits: Tensor,
-    statistics: Tensor,
-    other_statistics: Tensor,
-    temperature: float,
-) -> Tensor:
+def softmax_cdist_l1_backward(grad: Tensor, sides: Cdist) -> Tensor:
     _cpu = runtime.kernels()
-    call = cdist(_cpu, logits, other_logits, statistics, other_statistics, temperature)
-    grad, logits_grad = grad.contiguous(), torch.empty(logits.shape, dtype=logits.dtype, device=runtime.DEVICE)
+    call, grad = bound(_cpu, sides), grad.contiguous()
+    logits_grad = torch.empty(sides.logits.shape, dtype=sides.logits.dtype, device=runtime.DEVICE)
     _cpu.softmax_cdist_l1_backward(call, grad.data_ptr(), logits_grad.data_ptr())
     return logits_grad
 
 
-def register_kernels() -> None:
-    supports = runtime.takes_activations
-    because = "two instructions a pair, probabilities only in the cache"
-    SOFTMAX_CDIST_L1.register("cpu.softmax_cdist_l1", ORDER, supports, softmax_cdist_l1, because)
-    because = "three instructions a pair, probabilities only in the cache"
-    SOFTMAX_CDIST_L1_BACKWARD.register(
-        "cpu.softmax_cdist_l1_backward", ORDER, supports, softmax_cdist_l1_backward, because
-    )
+supports = runtime.takes_activations
+because = "two instructions a pair, probabilities only in the cache"
+SOFTMAX_CDIST_L1.register("cpu.softmax_cdist_l1", ORDER, supports, softmax_cdist_l1, because)
+because = "three instructions a pair, probabilities only in the cache"
+SOFTMAX_CDIST_L1_BACKWARD.register("cpu.softmax_cdist_l1_backward", ORDER, supports, softmax_cdist_l1_backward, because)

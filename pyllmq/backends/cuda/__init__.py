@@ -4,10 +4,5 @@ A machine layout is one uint8 blob in device memory, made on the host when a lay
 but the bias. Nothing here waits for the device, so calls can be captured in CUDA graphs. See docs/kernels-cuda.md.
 """
 
-from . import codebook, codebook_gradient, kmeans_1d, pack_codes, sinkhorn, softmax_cdist_l1, sparse
+from . import codebook, codebook_gradient, kmeans_1d, pack_codes, sinkhorn, softmax_cdist_l1, sparse  # noqa: F401  (for their rows)
 from .runtime import available as available
-
-
-def register_kernels() -> None:
-    for module in (codebook, codebook_gradient, sparse, pack_codes, softmax_cdist_l1, kmeans_1d, sinkhorn):
-        module.register_kernels()

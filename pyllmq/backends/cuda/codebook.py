@@ -94,18 +94,17 @@ def _one_token(problem: WeightProblem) -> Support:
     return fits, why
 
 
-def register_kernels() -> None:
-    register_layout(Layout("cuda", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
-    because = (
-        "for one token a lookup replaces 2 or 4 products: at 2 and 4 bits half the integer work of cuda.fused (counted)"
-    )
-    PACKED_LINEAR.register("cuda.tables", ORDER, _one_token, packed_linear_tables, because)
-    because = "reads only the codes, decodes in registers (predicted: best to 64 tokens)"
-    few = reads(LAYOUT, runtime.takes_activations, MAX_FUSED_TOKENS)
-    PACKED_LINEAR.register("cuda.fused", ORDER + 1, few, packed_linear, because)
-    because = "decoding is paid once, the product is cuBLAS's (predicted)"
-    PACKED_LINEAR.register("cuda.dequantize_matmul", ORDER + 2, _any_number, dequantize_matmul, because)
-    because = "decodes at the speed of the stores (predicted)"
-    PACKED_DEQUANTIZE.register("cuda.dequantize", ORDER, _any_number, packed_dequantize, because)
-    because = "the only one for this layout: it decodes the whole vocabulary for any number of ids"
-    PACKED_ROWS.register("cuda.dequantize_rows", ORDER, _any_number, dequantize_rows, because)
+register_layout(Layout("cuda", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
+because = (
+    "for one token a lookup replaces 2 or 4 products: at 2 and 4 bits half the integer work of cuda.fused (counted)"
+)
+PACKED_LINEAR.register("cuda.tables", ORDER, _one_token, packed_linear_tables, because)
+because = "reads only the codes, decodes in registers (predicted: best to 64 tokens)"
+few = reads(LAYOUT, runtime.takes_activations, MAX_FUSED_TOKENS)
+PACKED_LINEAR.register("cuda.fused", ORDER + 1, few, packed_linear, because)
+because = "decoding is paid once, the product is cuBLAS's (predicted)"
+PACKED_LINEAR.register("cuda.dequantize_matmul", ORDER + 2, _any_number, dequantize_matmul, because)
+because = "decodes at the speed of the stores (predicted)"
+PACKED_DEQUANTIZE.register("cuda.dequantize", ORDER, _any_number, packed_dequantize, because)
+because = "the only one for this layout: it decodes the whole vocabulary for any number of ids"
+PACKED_ROWS.register("cuda.dequantize_rows", ORDER, _any_number, dequantize_rows, because)

@@ -8,7 +8,6 @@ from torch import Tensor
 from ...formats.codebook import CODES, CodebookWeight
 from ...layouts import WeightOperand
 from ...operations import CODEBOOK_GRADIENT, reads
-from ...structure import outlier_places
 from . import runtime
 from .runtime import DTYPE_CODE, ORDER
 
@@ -17,9 +16,6 @@ def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
     """Sums in fp32, in one order: the same call gives the same bits. What the kernel looks up is found on the device."""
     field = {name: t.detach().contiguous() for name, t in CodebookWeight.named(weight).items()}
     device, column_bits, scale = weight_gradient.device, field["column_bits"].long(), field["row_scale"]
-    if field["outlier_values"].numel():
-        weight_gradient = weight_gradient.clone()
-        weight_gradient[outlier_places(field)] = 0
     weight_gradient = weight_gradient.contiguous()
     segments, entries = field["codebook"].shape
     segment_starts = torch.nn.functional.pad(field["segment_rows"].long().cumsum(0), (1, 0))
@@ -51,7 +47,6 @@ def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
     return gradient
 
 
-def register_kernels() -> None:
-    supports = reads("checkpoint.codebook", runtime.on_device)
-    because = "reads dL/dW and codes once, no atomics (predicted: at the speed of the loads)"
-    CODEBOOK_GRADIENT.register("cuda.codebook_gradient", ORDER, supports, codebook_gradient, because)
+supports = reads("checkpoint.codebook", runtime.on_device)
+because = "reads dL/dW and codes once, no atomics (predicted: at the speed of the loads)"
+CODEBOOK_GRADIENT.register("cuda.codebook_gradient", ORDER, supports, codebook_gradient, because)

@@ -33,9 +33,8 @@ def kmeans_1d_layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
     return best
 
 
-def register_kernels() -> None:
-    supports = finds_optimum(runtime.on_device)
-    because = "a block per problem; torch sorts and looks codes up"
-    KMEANS_1D.register("cuda.kmeans_1d", ORDER, supports, partial(kmeans_1d, find_layers=kmeans_1d_layers), because)
-    errors = partial(kmeans_1d_errors, find_layers=kmeans_1d_layers)
-    KMEANS_1D_ERRORS.register("cuda.kmeans_1d_errors", ORDER, supports, errors, "a block per problem; torch sorts")
+supports = finds_optimum(runtime.on_device)
+because = "a block per problem; torch sorts and looks codes up"
+KMEANS_1D.register("cuda.kmeans_1d", ORDER, supports, partial(kmeans_1d, find_layers=kmeans_1d_layers), because)
+errors = partial(kmeans_1d_errors, find_layers=kmeans_1d_layers)
+KMEANS_1D_ERRORS.register("cuda.kmeans_1d_errors", ORDER, supports, errors, "a block per problem; torch sorts")

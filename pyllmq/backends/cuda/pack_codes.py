@@ -34,6 +34,5 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return codes
 
 
-def register_kernels() -> None:
-    PACK_CODES.register("cuda.pack_codes", ORDER, runtime.on_device, pack_codes, "one thread per byte")
-    UNPACK_CODES.register("cuda.unpack_codes", ORDER, runtime.on_device, unpack_codes, "one thread per byte")
+PACK_CODES.register("cuda.pack_codes", ORDER, runtime.on_device, pack_codes, "one thread per byte")
+UNPACK_CODES.register("cuda.unpack_codes", ORDER, runtime.on_device, unpack_codes, "one thread per byte")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Support
-from ...operations import SINKHORN, SINKHORN_BACKWARD, SinkhornProblem, Transport, takes
+from ...operations import SINKHORN, SINKHORN_BACKWARD, Arriving, SinkhornProblem, Transport, takes
 from ..batches import problem, room
 from . import runtime
 from .runtime import ORDER
@@ -47,26 +47,14 @@ class CudaSinkhorn:
         return plan, u, v, count
 
 
-def sinkhorn_backward(
-    transport: Transport, tape: Tensor, count: Tensor, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def sinkhorn_backward(transport: Transport, arriving: Arriving) -> tuple[Tensor, Tensor, Tensor]:
     grad_cost, grad_a, grad_b = room(transport.cost)
     if len(grad_cost):
         with runtime.current(grad_cost.device):
-            call, around = _call(transport, tape.shape[1])
-            runtime.extension().sinkhorn_backward(
-                call,
-                iterations=tape.shape[1],
-                tape=tape,
-                count=count,
-                grad_plan=grad_plan,
-                grad_u=grad_u,
-                grad_v=grad_v,
-                grad_cost=grad_cost,
-                grad_a=grad_a,
-                grad_b=grad_b,
-                **around,
-            )
+            iterations = arriving.tape.shape[1]
+            call, around = _call(transport, iterations)
+            given = {**arriving._asdict(), "grad_cost": grad_cost, "grad_a": grad_a, "grad_b": grad_b, **around}
+            runtime.extension().sinkhorn_backward(call, iterations=iterations, **given)
     return grad_cost, grad_a, grad_b
 
 
@@ -87,8 +75,7 @@ def _fits(problem: SinkhornProblem) -> Support:
     return fits, why
 
 
-def register_kernels() -> None:
-    because = "no exponential inside the loop, one pass and at most one meeting of blocks an iteration (predicted)"
-    SINKHORN.register("cuda.sinkhorn", ORDER, _fits, CudaSinkhorn(), because)
-    because = "the exact adjoint from the scalings of every iteration (predicted)"
-    SINKHORN_BACKWARD.register("cuda.sinkhorn_backward", ORDER, _fits, sinkhorn_backward, because)
+because = "no exponential inside the loop, one pass and at most one meeting of blocks an iteration (predicted)"
+SINKHORN.register("cuda.sinkhorn", ORDER, _fits, CudaSinkhorn(), because)
+because = "the exact adjoint from the scalings of every iteration (predicted)"
+SINKHORN_BACKWARD.register("cuda.sinkhorn_backward", ORDER, _fits, sinkhorn_backward, because)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...operations import SOFTMAX_CDIST_L1, SOFTMAX_CDIST_L1_BACKWARD
-from ..distances import cdist, room
+from ...operations import SOFTMAX_CDIST_L1, SOFTMAX_CDIST_L1_BACKWARD, Cdist
+from ..distances import bound, room
 from . import runtime
 from .runtime import ORDER
 
@@ -17,26 +17,19 @@ def softmax_cdist_l1(
     _cuda, device = runtime.extension(), student_logits.device
     distance, statistics, teacher_statistics = room(student_logits, teacher_logits)
     if distance.numel():
-        call = cdist(_cuda, student_logits, teacher_logits, statistics, teacher_statistics, temperature)
+        call = bound(_cuda, Cdist(student_logits, teacher_logits, statistics, teacher_statistics, temperature))
         with runtime.current(device):
             workspace = torch.empty(_cuda.softmax_cdist_l1_workspace(call), dtype=torch.float32, device=device)
             _cuda.softmax_cdist_l1(call, distance.data_ptr(), workspace.data_ptr(), runtime.stream(device))
     return distance, statistics, teacher_statistics
 
 
-def softmax_cdist_l1_backward(
-    grad: Tensor,
-    logits: Tensor,
-    other_logits: Tensor,
-    statistics: Tensor,
-    other_statistics: Tensor,
-    temperature: float,
-) -> Tensor:
+def softmax_cdist_l1_backward(grad: Tensor, sides: Cdist) -> Tensor:
     if not grad.numel():
-        return torch.zeros_like(logits)
-    _cuda, device, grad = runtime.extension(), logits.device, grad.contiguous()
-    call = cdist(_cuda, logits, other_logits, statistics, other_statistics, temperature)
-    logits_grad = torch.empty(logits.shape, dtype=logits.dtype, device=device)
+        return torch.zeros_like(sides.logits)
+    _cuda, device, grad = runtime.extension(), grad.device, grad.contiguous()
+    call = bound(_cuda, sides)
+    logits_grad = torch.empty(sides.logits.shape, dtype=sides.logits.dtype, device=device)
     with runtime.current(device):
         elements = _cuda.softmax_cdist_l1_backward_workspace(call)
         workspace = torch.empty(elements, dtype=torch.float32, device=device)
@@ -46,11 +39,10 @@ def softmax_cdist_l1_backward(
     return logits_grad
 
 
-def register_kernels() -> None:
-    supports = runtime.takes_activations
-    because = "two instructions a pair, probabilities only in shared memory (predicted)"
-    SOFTMAX_CDIST_L1.register("cuda.softmax_cdist_l1", ORDER, supports, softmax_cdist_l1, because)
-    because = "probabilities only in registers (predicted)"
-    SOFTMAX_CDIST_L1_BACKWARD.register(
-        "cuda.softmax_cdist_l1_backward", ORDER, supports, softmax_cdist_l1_backward, because
-    )
+supports = runtime.takes_activations
+because = "two instructions a pair, probabilities only in shared memory (predicted)"
+SOFTMAX_CDIST_L1.register("cuda.softmax_cdist_l1", ORDER, supports, softmax_cdist_l1, because)
+because = "probabilities only in registers (predicted)"
+SOFTMAX_CDIST_L1_BACKWARD.register(
+    "cuda.softmax_cdist_l1_backward", ORDER, supports, softmax_cdist_l1_backward, because
+)

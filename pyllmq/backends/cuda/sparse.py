@@ -16,11 +16,9 @@ from ...dispatch import Support
 from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
 from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, WeightProblem, reads
 from ...structure import weight_type
-from ..checkpoints import sparse_checkpoint
+from ..checkpoints import SPARSE_KINDS, sparse_checkpoint
 from . import runtime
 from .runtime import ORDER
-
-KINDS = ("bitmap", "sparse24", "sparse24_codebook")
 
 FEW_KEPT = 0.25
 """A bitmap that keeps a smaller share of its weights is laid out as column numbers. Predicted from the bytes: at 25 % kept in 16
@@ -126,18 +124,17 @@ def _as_cells(problem: WeightProblem) -> Support:
     return runtime.takes_activations(problem)
 
 
-def register_kernels() -> None:
-    for kind in KINDS:
-        make, back = partial(prepack, kind), partial(from_blob, kind)
-        register_layout(Layout("cuda", kind, ORDER, weight_type(kind).fields, runtime.serves, make, unpack, back))
-        layout = f"cuda.{kind}"
-        few, any_number = reads(layout, _as_cells, MAX_FUSED_TOKENS), reads(layout, runtime.takes_activations)
-        PACKED_LINEAR.register(f"{layout}_fused", ORDER, few, packed_linear, _FUSED[kind])
-        if kind != "sparse24_codebook":
-            few = reads(layout, _as_columns, MAX_COLUMNS_TOKENS)
-            because = "the work is that of the kept weights: predicted best below 25 % kept, and for fp32 values"
-            PACKED_LINEAR.register(f"{layout}_columns", ORDER, few, packed_linear, because)
-        because = "spreading is paid once, the product is cuBLAS's (predicted)"
-        PACKED_LINEAR.register(f"{layout}_matmul", ORDER + 1, any_number, dequantize_matmul, because)
-        because = "one pass over the packed weight (predicted)"
-        PACKED_DEQUANTIZE.register(f"{layout}_dequantize", ORDER, any_number, packed_dequantize, because)
+for kind in SPARSE_KINDS:
+    make, back = partial(prepack, kind), partial(from_blob, kind)
+    register_layout(Layout("cuda", kind, ORDER, weight_type(kind).fields, runtime.serves, make, unpack, back))
+    layout = f"cuda.{kind}"
+    few, any_number = reads(layout, _as_cells, MAX_FUSED_TOKENS), reads(layout, runtime.takes_activations)
+    PACKED_LINEAR.register(f"{layout}_fused", ORDER, few, packed_linear, _FUSED[kind])
+    if kind != "sparse24_codebook":
+        few = reads(layout, _as_columns, MAX_COLUMNS_TOKENS)
+        because = "the work is that of the kept weights: predicted best below 25 % kept, and for fp32 values"
+        PACKED_LINEAR.register(f"{layout}_columns", ORDER, few, packed_linear, because)
+    because = "spreading is paid once, the product is cuBLAS's (predicted)"
+    PACKED_LINEAR.register(f"{layout}_matmul", ORDER + 1, any_number, dequantize_matmul, because)
+    because = "one pass over the packed weight (predicted)"
+    PACKED_DEQUANTIZE.register(f"{layout}_dequantize", ORDER, any_number, packed_dequantize, because)

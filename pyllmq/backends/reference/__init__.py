@@ -3,7 +3,7 @@
 Its rows are the last of each operation: they run anywhere, and serve where nothing faster does.
 """
 
-from . import (
+from . import (  # noqa: F401  (for their rows)
     codebook_gradient,
     doubly_stochastic,
     fit_columns,
@@ -18,18 +18,3 @@ from . import (
 
 def available() -> tuple[bool, str]:
     return True, "plain torch, any device"
-
-
-def register_kernels() -> None:
-    for module in (
-        packed_linear,
-        packed_rows,
-        codebook_gradient,
-        pack_codes,
-        softmax_cdist_l1,
-        kmeans_1d,
-        fit_columns,
-        sinkhorn,
-        doubly_stochastic,
-    ):
-        module.register_kernels()

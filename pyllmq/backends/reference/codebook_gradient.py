@@ -9,12 +9,10 @@ from ...formats.codebook import WIDTHS, CodebookWeight
 from ...formats.codes import unpack_codes
 from ...layouts import WeightOperand
 from ...operations import CODEBOOK_GRADIENT, anything, reads
-from ...structure import outlier_places
 from .rows import BECAUSE, ORDER
 
 
 def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
-    """dL/dcodebook [segments, entries] from dL/dW [N, K]: for each entry the sum over the weights that use it."""
     field = CodebookWeight.named(weight)
     column_bits = field["column_bits"].long()
     first_entry = torch.cumsum(1 << column_bits, 0) - (1 << column_bits)
@@ -22,9 +20,6 @@ def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
     scaled = weight_gradient.double()
     if field["row_scale"].numel():
         scaled = scaled * field["row_scale"].double()[:, None]
-    if field["outlier_values"].numel():
-        scaled = scaled.clone()
-        scaled[outlier_places(field)] = 0
     gradient = torch.zeros(field["codebook"].shape, dtype=torch.float64, device=weight_gradient.device)
     for bits in WIDTHS:
         columns = torch.nonzero(column_bits == bits).flatten()
@@ -35,6 +30,5 @@ def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
     return gradient.float()
 
 
-def register_kernels() -> None:
-    supports = reads("checkpoint.codebook", anything)
-    CODEBOOK_GRADIENT.register("reference.codebook_gradient", ORDER, supports, codebook_gradient, BECAUSE)
+supports = reads("checkpoint.codebook", anything)
+CODEBOOK_GRADIENT.register("reference.codebook_gradient", ORDER, supports, codebook_gradient, BECAUSE)

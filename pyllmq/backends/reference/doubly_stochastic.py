@@ -53,8 +53,7 @@ def doubly_stochastic_backward(logits: Tensor, grad: Tensor, how: Normalisation)
         return torch.autograd.grad(doubly_stochastic(again, how), again, grad)[0]
 
 
-def register_kernels() -> None:
-    DOUBLY_STOCHASTIC.register("reference.doubly_stochastic", ORDER, anything, doubly_stochastic, BECAUSE)
-    DOUBLY_STOCHASTIC_BACKWARD.register(
-        "reference.doubly_stochastic_backward", ORDER, anything, doubly_stochastic_backward, BECAUSE
-    )
+DOUBLY_STOCHASTIC.register("reference.doubly_stochastic", ORDER, anything, doubly_stochastic, BECAUSE)
+DOUBLY_STOCHASTIC_BACKWARD.register(
+    "reference.doubly_stochastic_backward", ORDER, anything, doubly_stochastic_backward, BECAUSE
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...operations import FIT_COLUMNS, ColumnBlock, anything, finds_optimum
+from ...operations import FIT_COLUMNS, ColumnBlock, Points, anything, finds_optimum
 from .kmeans_1d import kmeans_1d
 from .rows import BECAUSE, ORDER
 
@@ -56,7 +56,8 @@ def _fit(columns: ColumnBlock, j: int, target: Tensor, method: str) -> tuple[Ten
         kept = _worst(importance * (points - mean.float()).square(), keep)
     for _ in range(TRIM_ROUNDS if keep else 1):
         weights = importance.masked_fill(kept, 0.0) if keep else importance
-        ((centroids, codes),) = kmeans_1d(points[None], weights, [1 << int(columns.bits[j])], method, 0, True, False)
+        column = Points(points[None], weights, [1 << int(columns.bits[j])], method)
+        ((centroids, codes),) = kmeans_1d(column, 0, True, False)
         book, code = centroids[0], codes[0]
         if not keep:
             break
@@ -74,5 +75,4 @@ def _worst(lost: Tensor, keep: int) -> Tensor:
     return torch.zeros_like(lost, dtype=torch.bool).index_fill_(0, order[:keep], True)
 
 
-def register_kernels() -> None:
-    FIT_COLUMNS.register("reference.fit_columns", ORDER, finds_optimum(anything), fit_columns, BECAUSE)
+FIT_COLUMNS.register("reference.fit_columns", ORDER, finds_optimum(anything), fit_columns, BECAUSE)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ...formats.codes import pack_codes
-from ...operations import KMEANS_1D, KMEANS_1D_ERRORS, anything, finds_optimum
+from ...operations import KMEANS_1D, KMEANS_1D_ERRORS, Points, anything, finds_optimum
 from .rows import BECAUSE, ORDER
 
 SPLIT_BYTES = 1 << 22
@@ -45,35 +45,24 @@ def _share(sums: Tensor, masses: Tensor) -> Tensor:
 
 
 def kmeans_1d(
-    values: Tensor,
-    weights: Tensor | None,
-    ks: Sequence[int],
-    method: str,
-    seed: int,
-    half_centroids: bool,
-    packed: bool,
-    find_layers: Layers = layers,
+    points: Points, seed: int, half_centroids: bool, packed: bool, find_layers: Layers = layers
 ) -> list[tuple[Tensor, Tensor]]:
     """The optimum, for "windowed", too. `find_layers` is all that a GPU back end has to replace."""
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in ks]
-    for part, part_weights in _parts(values, weights, max(ks)):
-        for i, (k, means, _) in enumerate(_clusterings(part, part_weights, ks, find_layers)):
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in points.ks]
+    for part in _parts(points):
+        for i, (k, means, _) in enumerate(_clusterings(part, find_layers)):
             centroids = _distinct_first(means.float())
             if half_centroids:
                 centroids = centroids.half().float()
-            codes = _nearest(part, centroids)
+            codes = _nearest(part.values, centroids)
             bits = max(1, (k - 1).bit_length())
             found[i].append((centroids, pack_codes(codes, bits) if packed else codes))
     return [(torch.cat([c for c, _ in parts]), torch.cat([q for _, q in parts])) for parts in found]
 
 
-def kmeans_1d_errors(
-    values: Tensor, weights: Tensor | None, ks: Sequence[int], method: str, find_layers: Layers = layers
-) -> Tensor:
-    parts = _parts(values, weights, max(ks))
-    return torch.cat(
-        [torch.stack([error for _, _, error in _clusterings(*part, ks, find_layers)], 1) for part in parts]
-    )
+def kmeans_1d_errors(points: Points, find_layers: Layers = layers) -> Tensor:
+    parts = _parts(points)
+    return torch.cat([torch.stack([error for _, _, error in _clusterings(part, find_layers)], 1) for part in parts])
 
 
 KMEANS_TABLE_BYTES = 1 << 30
@@ -81,18 +70,18 @@ KMEANS_TABLE_BYTES = 1 << 30
 k = 16, 28 for each multiprocessor of the largest devices."""
 
 
-def _parts(values: Tensor, weights: Tensor | None, k_max: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    problems, n = values.shape
-    step = max(1, KMEANS_TABLE_BYTES // (4 * (n + 1) * (k_max + 1)))
+def _parts(points: Points) -> Iterator[Points]:
+    (problems, n), weights = points.values.shape, points.weights
+    step = max(1, KMEANS_TABLE_BYTES // (4 * (n + 1) * (max(points.ks) + 1)))
     for begin in range(0, max(problems, 1), step):
         part = slice(begin, begin + step)
-        yield values[part], weights if weights is None or weights.dim() == 1 else weights[part]
+        of_part = weights if weights is None or weights.dim() == 1 else weights[part]
+        yield points._replace(values=points.values[part], weights=of_part)
 
 
-def _clusterings(
-    values: Tensor, weights: Tensor | None, ks: Sequence[int], find_layers: Layers
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _clusterings(part: Points, find_layers: Layers) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(k, means [C, k] ascending, errors [C]) in fp64 for each k."""
+    values, weights, ks, _ = part
     points, order = values.double().sort(1)
     mass = torch.ones_like(points) if weights is None else weights.double().expand_as(points).gather(1, order)
     if weights is not None:  # a point without weight is made a copy of the last one that has some: it changes nothing
@@ -139,7 +128,6 @@ def _nearest(values: Tensor, centroids: Tensor) -> Tensor:
     return first.to(torch.uint8)
 
 
-def register_kernels() -> None:
-    supports = finds_optimum(anything)
-    KMEANS_1D.register("reference.kmeans_1d", ORDER, supports, kmeans_1d, BECAUSE)
-    KMEANS_1D_ERRORS.register("reference.kmeans_1d_errors", ORDER, supports, kmeans_1d_errors, BECAUSE)
+supports = finds_optimum(anything)
+KMEANS_1D.register("reference.kmeans_1d", ORDER, supports, kmeans_1d, BECAUSE)
+KMEANS_1D_ERRORS.register("reference.kmeans_1d_errors", ORDER, supports, kmeans_1d_errors, BECAUSE)

@@ -4,7 +4,5 @@ from ...formats.codes import pack_codes, unpack_codes
 from ...operations import PACK_CODES, UNPACK_CODES, anything
 from .rows import BECAUSE, ORDER
 
-
-def register_kernels() -> None:
-    PACK_CODES.register("reference.pack_codes", ORDER, anything, pack_codes, BECAUSE)
-    UNPACK_CODES.register("reference.unpack_codes", ORDER, anything, unpack_codes, BECAUSE)
+PACK_CODES.register("reference.pack_codes", ORDER, anything, pack_codes, BECAUSE)
+UNPACK_CODES.register("reference.unpack_codes", ORDER, anything, unpack_codes, BECAUSE)

@@ -29,6 +29,5 @@ def reads_checkpoint(problem: WeightProblem) -> Support:
     return True, ""
 
 
-def register_kernels() -> None:
-    PACKED_LINEAR.register("reference.packed_linear", ORDER, reads_checkpoint, packed_linear, BECAUSE)
-    PACKED_DEQUANTIZE.register("reference.packed_dequantize", ORDER, reads_checkpoint, packed_dequantize, BECAUSE)
+PACKED_LINEAR.register("reference.packed_linear", ORDER, reads_checkpoint, packed_linear, BECAUSE)
+PACKED_DEQUANTIZE.register("reference.packed_dequantize", ORDER, reads_checkpoint, packed_dequantize, BECAUSE)

@@ -22,5 +22,4 @@ def packed_rows(weight: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tenso
     return rows.masked_fill(outside[:, None], torch.nan)
 
 
-def register_kernels() -> None:
-    PACKED_ROWS.register("reference.packed_rows", ORDER, reads_checkpoint, packed_rows, BECAUSE)
+PACKED_ROWS.register("reference.packed_rows", ORDER, reads_checkpoint, packed_rows, BECAUSE)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...operations import SINKHORN, SINKHORN_BACKWARD, Transport, anything
+from ...operations import SINKHORN, SINKHORN_BACKWARD, Arriving, Transport, anything
+from ...transport import no_zero
 from .rows import ORDER
 
 SAME_MASS = 1e-3
@@ -138,11 +139,10 @@ class ReferenceSinkhorn:
         return loop.plan(alpha, beta), epsilon.unsqueeze(-1) * alpha, epsilon.unsqueeze(-1) * beta, count
 
 
-def sinkhorn_backward(
-    transport: Transport, tape: Tensor, count: Tensor, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def sinkhorn_backward(transport: Transport, arriving: Arriving) -> tuple[Tensor, Tensor, Tensor]:
     """Exact gradients of the loop as it ran: (cost, a, b). Steps that a problem did not take have no gradient."""
     cost, a, b, epsilon, _, _ = transport
+    _, count, grad_plan, grad_u, grad_v = arriving
     loop = _Loop.of(transport)
     count = count.abs()
     iterations = int(count.max()) if count.numel() else 0
@@ -160,25 +160,20 @@ def sinkhorn_backward(
         grad_cost += torch.where(last.unsqueeze(-1), through_plan, 0)
 
         grad_b += torch.where(runs & loop.columns, grad_beta / b, 0)
-        share = loop.damp_b.unsqueeze(-1) * plan / _no_zero(plan.sum(-2, keepdim=True))
+        share = loop.damp_b.unsqueeze(-1) * plan / no_zero(plan.sum(-2, keepdim=True))
         passed = torch.where(runs.unsqueeze(-1), share * grad_beta.unsqueeze(-2), 0)
         grad_cost -= passed
         grad_alpha = grad_alpha - passed.sum(-1)
 
         grad_a += torch.where(runs & loop.rows, grad_alpha / a, 0)
         plan = loop.plan(alpha, steps[step - 1][1] if step else loop.start())
-        share = loop.damp_a.unsqueeze(-1) * plan / _no_zero(plan.sum(-1, keepdim=True))
+        share = loop.damp_a.unsqueeze(-1) * plan / no_zero(plan.sum(-1, keepdim=True))
         passed = torch.where(runs.unsqueeze(-1), share * grad_alpha.unsqueeze(-1), 0)
         grad_cost -= passed
         grad_beta = -passed.sum(-2)
     return -grad_cost / epsilon[:, None, None], grad_a, grad_b
 
 
-def _no_zero(sums: Tensor) -> Tensor:
-    return torch.where(sums > 0, sums, 1)
-
-
-def register_kernels() -> None:
-    because = "log domain in plain torch: runs anywhere, slowly"
-    SINKHORN.register("reference.sinkhorn", ORDER, anything, ReferenceSinkhorn(), because)
-    SINKHORN_BACKWARD.register("reference.sinkhorn_backward", ORDER, anything, sinkhorn_backward, because)
+because = "log domain in plain torch: runs anywhere, slowly"
+SINKHORN.register("reference.sinkhorn", ORDER, anything, ReferenceSinkhorn(), because)
+SINKHORN_BACKWARD.register("reference.sinkhorn_backward", ORDER, anything, sinkhorn_backward, because)

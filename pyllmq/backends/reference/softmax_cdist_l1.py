@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...operations import SOFTMAX_CDIST_L1, SOFTMAX_CDIST_L1_BACKWARD, anything
+from ...operations import SOFTMAX_CDIST_L1, SOFTMAX_CDIST_L1_BACKWARD, Cdist, anything
 from .rows import BECAUSE, ORDER
 
 
@@ -23,21 +23,14 @@ def softmax_cdist_l1(
     return distance, statistics, teacher_statistics
 
 
-def softmax_cdist_l1_backward(
-    grad: Tensor,
-    logits: Tensor,
-    other_logits: Tensor,
-    statistics: Tensor,
-    other_statistics: Tensor,
-    temperature: float,
-) -> Tensor:
-    mine = _probabilities(logits, statistics, temperature)
-    other = _probabilities(other_logits, other_statistics, temperature)
+def softmax_cdist_l1_backward(grad: Tensor, sides: Cdist) -> Tensor:
+    mine = _probabilities(sides.logits, sides.statistics, sides.temperature)
+    other = _probabilities(sides.other_logits, sides.other_statistics, sides.temperature)
     grad_mine = torch.zeros_like(mine)
     for row in range(other.shape[1]):  # one at a time: all of them are [batch, B, C, V]
         grad_mine += grad[:, :, row, None] * (mine - other[:, row, None]).sign()
     centred = grad_mine - (mine * grad_mine).sum(-1, keepdim=True)
-    return (mine * centred / temperature).to(logits.dtype)
+    return (mine * centred / sides.temperature).to(sides.logits.dtype)
 
 
 def _softmax_statistics(logits: Tensor, temperature: float) -> Tensor:
@@ -51,8 +44,7 @@ def _probabilities(logits: Tensor, statistics: Tensor, temperature: float) -> Te
     return ((logits.to(statistics.dtype) - largest) / temperature).exp() * inverse_sum
 
 
-def register_kernels() -> None:
-    SOFTMAX_CDIST_L1.register("reference.softmax_cdist_l1", ORDER, anything, softmax_cdist_l1, BECAUSE)
-    SOFTMAX_CDIST_L1_BACKWARD.register(
-        "reference.softmax_cdist_l1_backward", ORDER, anything, softmax_cdist_l1_backward, BECAUSE
-    )
+SOFTMAX_CDIST_L1.register("reference.softmax_cdist_l1", ORDER, anything, softmax_cdist_l1, BECAUSE)
+SOFTMAX_CDIST_L1_BACKWARD.register(
+    "reference.softmax_cdist_l1_backward", ORDER, anything, softmax_cdist_l1_backward, BECAUSE
+)

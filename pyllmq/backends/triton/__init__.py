@@ -5,10 +5,5 @@ operations. With TRITON_INTERPRET=1 the kernels run on the CPU, slowly, for test
 docs/kernels-triton.md.
 """
 
-from . import codebook, codebook_gradient, kmeans_1d, pack_codes, sinkhorn, softmax_cdist_l1, sparse
+from . import codebook, codebook_gradient, kmeans_1d, pack_codes, sinkhorn, softmax_cdist_l1, sparse  # noqa: F401  (for their rows)
 from .runtime import available as available
-
-
-def register_kernels() -> None:
-    for module in (codebook, codebook_gradient, sparse, pack_codes, softmax_cdist_l1, kmeans_1d, sinkhorn):
-        module.register_kernels()

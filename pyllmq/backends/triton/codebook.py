@@ -13,7 +13,7 @@ from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_la
 from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, PACKED_ROWS, reads
 from ...structure import OUTLIER_KEYS
 from . import runtime
-from .runtime import ORDER, Blob, LayoutKernels, Section
+from .runtime import ORDER, Blob, LayoutKernels, Section, outlier_sections, outlier_words
 
 # ---- the layout -----------------------------------------------------------------------------------------------------
 
@@ -76,15 +76,9 @@ class CodebookLayout:
 
 
 def _sections(rows: int, columns: int, header: list[int]) -> list[Section]:
-    segments, outliers, row_scale, wide, *counts = header
-    sections: list[Section] = [
-        ((rows,), torch.int32),
-        ((rows * row_scale,), torch.float16),
-        ((rows + 1 if outliers else 0,), torch.int32),
-        ((outliers,), torch.int32 if wide else torch.uint16),
-        ((outliers,), torch.float16),
-        ((outliers,), torch.float16),
-    ]
+    segments, row_scale, outliers, wide, *counts = header
+    sections: list[Section] = [((rows,), torch.int32), ((rows * row_scale,), torch.float16)]
+    sections += outlier_sections(rows, outliers, wide)
     for bits, count in zip(WIDTHS, counts, strict=True):
         if count:
             sections.append(((-(-count * bits // 8), rows), torch.uint8))
@@ -100,9 +94,7 @@ from_blob = _BLOB.open
 def prepack(field: Fields, shape: Shape) -> WeightOperand:
     column_bits, segment_rows = field["column_bits"].long(), field["segment_rows"].long()
     counts = torch.bincount(column_bits, minlength=9)[1:9].tolist()
-    outliers = field["outlier_values"].numel() if "outlier_values" in field else 0
-    wide = bool(outliers) and field["outlier_columns"].dtype == torch.int32
-    header = [len(segment_rows), outliers, int("row_scale" in field), int(wide), *counts]
+    header = [len(segment_rows), int("row_scale" in field), *outlier_words(field), *counts]
     packed = _BLOB.make(shape, header, column_bits.device)
     layout = CodebookLayout.of(packed)
 
@@ -116,7 +108,7 @@ def prepack(field: Fields, shape: Shape) -> WeightOperand:
         group.columns.copy_(columns_of)
         entry = first_entry[columns_of, None] + torch.arange(1 << group.bits, device=layout.blob.device)
         group.codebook.copy_(field["codebook"][:, entry])
-    if outliers:
+    if layout.outliers:
         for name in OUTLIER_KEYS:
             getattr(layout, name).copy_(field[name])
         layout.outlier_replaced.copy_(_centroids_under_outliers(layout))
@@ -152,15 +144,14 @@ def packed_rows(weight: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tenso
     return runtime.launch("codebook_rows.codebook_rows", ids, CodebookLayout.of(weight), ids, dtype)
 
 
-def register_kernels() -> None:
-    register_layout(Layout("triton", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
-    because = "decodes on the way to the multiplication (limit predicted, not measured)"
-    few = reads(_BLOB.name, runtime.on_device, runtime.MAX_FUSED_TOKENS)
-    PACKED_LINEAR.register("triton.fused", ORDER, few, KERNELS.packed_linear, because)
-    any_number = reads(_BLOB.name, runtime.on_device)
-    because = "decoding is paid once for all tokens"
-    PACKED_LINEAR.register("triton.decode_and_matmul", ORDER + 1, any_number, KERNELS.decode_and_matmul, because)
-    because = "one pass over the codes, on any GPU that Triton knows"
-    PACKED_DEQUANTIZE.register("triton.dequantize", ORDER, any_number, KERNELS.packed_dequantize, because)
-    because = "reads the codes of those rows, by lines of neighbouring rows"
-    PACKED_ROWS.register("triton.rows", ORDER, any_number, packed_rows, because)
+register_layout(Layout("triton", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
+because = "decodes on the way to the multiplication (limit predicted, not measured)"
+few = reads(_BLOB.name, runtime.on_device, runtime.MAX_FUSED_TOKENS)
+PACKED_LINEAR.register("triton.fused", ORDER, few, KERNELS.packed_linear, because)
+any_number = reads(_BLOB.name, runtime.on_device)
+because = "decoding is paid once for all tokens"
+PACKED_LINEAR.register("triton.decode_and_matmul", ORDER + 1, any_number, KERNELS.decode_and_matmul, because)
+because = "one pass over the codes, on any GPU that Triton knows"
+PACKED_DEQUANTIZE.register("triton.dequantize", ORDER, any_number, KERNELS.packed_dequantize, because)
+because = "reads the codes of those rows, by lines of neighbouring rows"
+PACKED_ROWS.register("triton.rows", ORDER, any_number, packed_rows, because)

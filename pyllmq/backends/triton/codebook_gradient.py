@@ -7,20 +7,15 @@ from torch import Tensor
 from ...formats.codebook import CodebookWeight
 from ...layouts import WeightOperand
 from ...operations import CODEBOOK_GRADIENT, reads
-from ...structure import outlier_places
 from . import runtime
 from .runtime import ORDER
 
 
 def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
     field = CodebookWeight.named(weight)
-    if field["outlier_values"].numel():
-        weight_gradient = weight_gradient.clone()
-        weight_gradient[outlier_places(field)] = 0
     return runtime.launch("codebook_gradient.codebook_gradient", weight_gradient, weight_gradient, field)
 
 
-def register_kernels() -> None:
-    supports = reads("checkpoint.codebook", runtime.on_device)
-    because = "sums in registers where a column has at most 16 centroids, else atomics (predicted, not measured)"
-    CODEBOOK_GRADIENT.register("triton.codebook_gradient", ORDER, supports, codebook_gradient, because)
+supports = reads("checkpoint.codebook", runtime.on_device)
+because = "sums in registers where a column has at most 16 centroids, else atomics (predicted, not measured)"
+CODEBOOK_GRADIENT.register("triton.codebook_gradient", ORDER, supports, codebook_gradient, because)

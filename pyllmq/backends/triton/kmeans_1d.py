@@ -17,10 +17,9 @@ def kmeans_1d_layers(sums: Tensor, masses: Tensor, k_max: int) -> Tensor:
     return runtime.launch("kmeans_1d.kmeans_1d_layers", sums, sums, masses, k_max)
 
 
-def register_kernels() -> None:
-    supports = finds_optimum(runtime.on_device)
-    because = "a launch per level of the dynamic program; torch sorts and looks codes up"
-    KMEANS_1D.register("triton.kmeans_1d", ORDER, supports, partial(kmeans_1d, find_layers=kmeans_1d_layers), because)
-    errors = partial(kmeans_1d_errors, find_layers=kmeans_1d_layers)
-    because = "a launch per level of the dynamic program; torch sorts"
-    KMEANS_1D_ERRORS.register("triton.kmeans_1d_errors", ORDER, supports, errors, because)
+supports = finds_optimum(runtime.on_device)
+because = "a launch per level of the dynamic program; torch sorts and looks codes up"
+KMEANS_1D.register("triton.kmeans_1d", ORDER, supports, partial(kmeans_1d, find_layers=kmeans_1d_layers), because)
+errors = partial(kmeans_1d_errors, find_layers=kmeans_1d_layers)
+because = "a launch per level of the dynamic program; torch sorts"
+KMEANS_1D_ERRORS.register("triton.kmeans_1d_errors", ORDER, supports, errors, because)

@@ -5,9 +5,7 @@ from ...operations import PACK_CODES, UNPACK_CODES
 from . import runtime
 from .runtime import ORDER
 
-
-def register_kernels() -> None:
-    because = "plain torch: once, when a weight is made"
-    PACK_CODES.register("triton.pack_codes", ORDER, runtime.on_device, pack_codes, because)
-    because = "plain torch: never in a forward"
-    UNPACK_CODES.register("triton.unpack_codes", ORDER, runtime.on_device, unpack_codes, because)
+because = "plain torch: once, when a weight is made"
+PACK_CODES.register("triton.pack_codes", ORDER, runtime.on_device, pack_codes, because)
+because = "plain torch: never in a forward"
+UNPACK_CODES.register("triton.unpack_codes", ORDER, runtime.on_device, unpack_codes, because)

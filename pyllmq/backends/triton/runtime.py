@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Problem, Support
-from ...layouts import Shape, WeightOperand
+from ...layouts import Fields, Shape, WeightOperand
 from ...operations import ACTIVATION_DTYPES, takes
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -71,6 +71,19 @@ def launch(name: str, device_of: Tensor, *arguments: Any) -> Any:
 # ---- machine layouts --------------------------------------------------------------------------------------------------
 
 Section = tuple[tuple[int, ...], torch.dtype]
+
+
+def outlier_words(field: Fields) -> list[int]:
+    """(how many, whether their columns are int32), words of a header."""
+    columns = field.get("outlier_columns")
+    return [0, 0] if columns is None else [columns.numel(), int(columns.dtype == torch.int32)]
+
+
+def outlier_sections(rows: int, outliers: int, wide: int) -> list[Section]:
+    """Row offsets, columns, values, and what the code under each says."""
+    columns = ((outliers,), torch.int32 if wide else torch.uint16)
+    half = ((outliers,), torch.float16)
+    return [((rows + 1 if outliers else 0,), torch.int32), columns, half, half]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...dispatch import Support
-from ...operations import SINKHORN, SINKHORN_BACKWARD, SinkhornProblem, Transport
+from ...operations import SINKHORN, SINKHORN_BACKWARD, Arriving, SinkhornProblem, Transport
 from . import runtime
 from .runtime import ORDER
 
@@ -34,11 +34,9 @@ class TritonSinkhorn:
 class TritonSinkhornBackward:
     kernels: str
 
-    def __call__(
-        self, transport: Transport, tape: Tensor, count: Tensor, grad_plan: Tensor, grad_u: Tensor, grad_v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        given = (*transport[:4], tape, count, grad_plan, grad_u, grad_v, *transport[4:])
-        return runtime.launch(f"{self.kernels}.sinkhorn_backward", tape, *given)
+    def __call__(self, transport: Transport, arriving: Arriving) -> tuple[Tensor, Tensor, Tensor]:
+        given = (*transport[:4], *arriving, *transport[4:])
+        return runtime.launch(f"{self.kernels}.sinkhorn_backward", arriving.tape, *given)
 
 
 def _in_registers(problem: SinkhornProblem) -> Support:
@@ -48,13 +46,12 @@ def _in_registers(problem: SinkhornProblem) -> Support:
     return runtime.takes_fp32(problem)
 
 
-def register_kernels() -> None:
-    held = "all iterations in one launch, the matrix in registers (limit predicted, not measured)"
-    SINKHORN.register("triton.sinkhorn", ORDER, _in_registers, TritonSinkhorn("sinkhorn"), held)
-    backward = TritonSinkhornBackward("sinkhorn")
-    SINKHORN_BACKWARD.register("triton.sinkhorn_backward", ORDER, _in_registers, backward, held)
-    tiles = "any size; two launches an iteration"
-    any_size = runtime.takes_fp32
-    SINKHORN.register("triton.sinkhorn_tiles", ORDER + 1, any_size, TritonSinkhorn("sinkhorn_tiles"), tiles)
-    backward = TritonSinkhornBackward("sinkhorn_tiles")
-    SINKHORN_BACKWARD.register("triton.sinkhorn_tiles_backward", ORDER + 1, any_size, backward, tiles)
+held = "all iterations in one launch, the matrix in registers (limit predicted, not measured)"
+SINKHORN.register("triton.sinkhorn", ORDER, _in_registers, TritonSinkhorn("sinkhorn"), held)
+backward = TritonSinkhornBackward("sinkhorn")
+SINKHORN_BACKWARD.register("triton.sinkhorn_backward", ORDER, _in_registers, backward, held)
+tiles = "any size; two launches an iteration"
+any_size = runtime.takes_fp32
+SINKHORN.register("triton.sinkhorn_tiles", ORDER + 1, any_size, TritonSinkhorn("sinkhorn_tiles"), tiles)
+backward = TritonSinkhornBackward("sinkhorn_tiles")
+SINKHORN_BACKWARD.register("triton.sinkhorn_tiles_backward", ORDER + 1, any_size, backward, tiles)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from ...operations import SOFTMAX_CDIST_L1, SOFTMAX_CDIST_L1_BACKWARD
+from ...operations import SOFTMAX_CDIST_L1, SOFTMAX_CDIST_L1_BACKWARD, Cdist
 from . import runtime
 from .runtime import ORDER
 
@@ -18,15 +16,14 @@ def softmax_cdist_l1(
     return runtime.launch("softmax_cdist_l1.softmax_cdist_l1", student_logits, *given)
 
 
-def softmax_cdist_l1_backward(grad: Tensor, *given: Any) -> Tensor:
-    return runtime.launch("softmax_cdist_l1.softmax_cdist_l1_backward", grad, grad, *given)
+def softmax_cdist_l1_backward(grad: Tensor, sides: Cdist) -> Tensor:
+    return runtime.launch("softmax_cdist_l1.softmax_cdist_l1_backward", grad, grad, *sides)
 
 
-def register_kernels() -> None:
-    supports = runtime.takes_activations
-    because = "two instructions a pair, no probabilities in memory (not measured)"
-    SOFTMAX_CDIST_L1.register("triton.softmax_cdist_l1", ORDER, supports, softmax_cdist_l1, because)
-    because = "no probabilities in memory (not measured)"
-    SOFTMAX_CDIST_L1_BACKWARD.register(
-        "triton.softmax_cdist_l1_backward", ORDER, supports, softmax_cdist_l1_backward, because
-    )
+supports = runtime.takes_activations
+because = "two instructions a pair, no probabilities in memory (not measured)"
+SOFTMAX_CDIST_L1.register("triton.softmax_cdist_l1", ORDER, supports, softmax_cdist_l1, because)
+because = "no probabilities in memory (not measured)"
+SOFTMAX_CDIST_L1_BACKWARD.register(
+    "triton.softmax_cdist_l1_backward", ORDER, supports, softmax_cdist_l1_backward, because
+)

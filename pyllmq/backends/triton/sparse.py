@@ -22,10 +22,9 @@ from ...formats.codes import pack_codes, unpack_codes
 from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
 from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, reads
 from ...structure import OUTLIER_KEYS, weight_type
+from ..checkpoints import SPARSE_KINDS
 from . import runtime
-from .runtime import ORDER, Blob, LayoutKernels, Section
-
-KINDS = ("bitmap", "sparse24", "sparse24_codebook")
+from .runtime import ORDER, Blob, LayoutKernels, Section, outlier_sections, outlier_words
 
 _VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 
@@ -76,14 +75,9 @@ def _sections(rows: int, columns: int, header: list[int]) -> list[Section]:
     is_24, kept, value_type, has_scale, bits, outliers, wide = header
     groups, words, dtype = -(-columns // 4), -(-columns // 32), _VALUE_TYPES[value_type]
     scale = ((rows * has_scale,), torch.float32)
-    none, none_int, none_half = ((0,), torch.uint8), ((0,), torch.int32), ((0,), torch.float16)
-    coded = [
-        ((columns, 1 << bits), torch.float16) if bits else none_half,
-        ((rows + 1 if outliers else 0,), torch.int32),
-        ((outliers,), torch.int32 if wide else torch.uint16),
-        ((outliers,), torch.float16),
-        ((outliers,), torch.float16),
-    ]
+    none, none_int = ((0,), torch.uint8), ((0,), torch.int32)
+    codebook = ((columns, 1 << bits) if bits else (0,), torch.float16)
+    coded = [codebook, *outlier_sections(rows, outliers, wide)]
     if is_24:
         values = ((2, -(-groups * bits // 8) if bits else groups, rows), dtype)
         return [values, ((-(-groups // 2), rows), torch.uint8), none_int, none_int, none_int, scale, *coded]
@@ -95,9 +89,7 @@ def prepack(blob: Blob, field: Fields, shape: Shape) -> WeightOperand:
     codes, scale = "codes" in field, field.get("scale")
     values = field["codes" if codes else "values"]
     header = [int(blob.kind != "bitmap"), values.numel(), _VALUE_TYPES.index(values.dtype), int(scale is not None)]
-    outliers = field["outlier_values"].numel() if "outlier_values" in field else 0
-    wide = bool(outliers) and field["outlier_columns"].dtype == torch.int32
-    header += [field["codebook"].shape[1].bit_length() - 1 if codes else 0, outliers, int(wide)]
+    header += [field["codebook"].shape[1].bit_length() - 1 if codes else 0, *outlier_words(field)]
     packed = blob.make(shape, header, values.device)
     layout = SparseLayout.of(packed)
     if scale is not None:
@@ -184,15 +176,14 @@ def _checkpoint_of_codes(layout: SparseLayout, shapes: Shapes) -> dict[str, Tens
 KERNELS = LayoutKernels(SparseLayout.of, "sparse_linear.sparse_linear", "sparse_linear.sparse_dequantize")
 
 
-def register_kernels() -> None:
-    for kind in KINDS:
-        blob = Blob(kind, 7, _sections)
-        holds, make, layout = weight_type(kind).fields, partial(prepack, blob), blob.name
-        register_layout(Layout("triton", kind, ORDER, holds, runtime.serves, make, unpack, blob.open))
-        few, any_number = reads(layout, runtime.on_device, runtime.MAX_FUSED_TOKENS), reads(layout, runtime.on_device)
-        because = "spreads on the way to the multiplication (limit predicted, not measured)"
-        PACKED_LINEAR.register(f"{layout}_fused", ORDER, few, KERNELS.packed_linear, because)
-        because = "spreading is paid once for all tokens"
-        PACKED_LINEAR.register(f"{layout}_matmul", ORDER + 1, any_number, KERNELS.decode_and_matmul, because)
-        because = "one pass over the packed weight"
-        PACKED_DEQUANTIZE.register(f"{layout}_dequantize", ORDER, any_number, KERNELS.packed_dequantize, because)
+for kind in SPARSE_KINDS:
+    blob = Blob(kind, 7, _sections)
+    holds, make, layout = weight_type(kind).fields, partial(prepack, blob), blob.name
+    register_layout(Layout("triton", kind, ORDER, holds, runtime.serves, make, unpack, blob.open))
+    few, any_number = reads(layout, runtime.on_device, runtime.MAX_FUSED_TOKENS), reads(layout, runtime.on_device)
+    because = "spreads on the way to the multiplication (limit predicted, not measured)"
+    PACKED_LINEAR.register(f"{layout}_fused", ORDER, few, KERNELS.packed_linear, because)
+    because = "spreading is paid once for all tokens"
+    PACKED_LINEAR.register(f"{layout}_matmul", ORDER + 1, any_number, KERNELS.decode_and_matmul, because)
+    because = "one pass over the packed weight"
+    PACKED_DEQUANTIZE.register(f"{layout}_dequantize", ORDER, any_number, KERNELS.packed_dequantize, because)

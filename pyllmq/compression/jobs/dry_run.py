@@ -16,14 +16,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...config import MethodConfig
-from ...experts import stacks_of
 from ...linears import DEFAULT_EXCLUDE, dense_weight
 from ..calibration import as_batches
 from ..methods import StaysDenseError, method_of
 from ..model_state import quiet_eval
 from ..statistics.blocks import BlockLoop, Stage
 from ..statistics.inputs import Group, InputStatistics, visit_groups
-from .in_memory import DESCRIPTION_BYTES, INDEX_BYTES
+from .in_memory import bytes_beside
 from .job import Job, Task, open_task
 
 
@@ -86,6 +85,7 @@ def plan_folder(
     method = method_of(config)
     streamed, task = open_task(source, method, include, exclude, embeddings, head)
     method.plan = method.make_plan(task.linears)
+    dense = bytes_beside(streamed.model, task.linears, task.ends, indexed=True)
     weights = sum(dense_weight(module).numel() for module in task.linears.values())
     blocks = [stage for stage in task.stages if stage.linears]
     batches, runs, packed_bytes = [], 0, method.planned_bytes()
@@ -97,14 +97,8 @@ def plan_folder(
     else:
         spent = _time_weight(streamed, task)
         packed_bytes = round(spent.packed_bytes * weights)
-    sizes = {n: t.numel() * t.element_size() for n, t in streamed.model.state_dict().items()}
-    packed = {*task.linears, *(name for end in task.ends for name in (*end.heads, *end.embeddings))}
-    stacks = stacks_of(streamed.model, set(task.linears))
-    dense = sum(size for name, size in sizes.items() if name.rpartition(".")[0] not in packed and name not in stacks)
-    dense += sum(end.nbytes for end in task.ends)
     target = Path(output).resolve()
     exists = next(folder for folder in target.parents if folder.exists())
-    described = (DESCRIPTION_BYTES + INDEX_BYTES) * len(task.names)
     in_blocks = [sum(p.numel() for p in stage.block.parameters()) for stage in task.stages if stage.block is not None]
     return FolderPlan(
         blocks=len(blocks),
@@ -112,7 +106,7 @@ def plan_folder(
         weights=weights,
         target=method.summary(),
         source_bytes=sum(file.stat().st_size for file in streamed.files),
-        output_bytes=None if packed_bytes is None else dense + packed_bytes + described,
+        output_bytes=None if packed_bytes is None else dense + packed_bytes,
         block_bytes=4 * max(in_blocks, default=0),
         hidden_bytes=round(spent.hidden_bytes * len(batches) * (1 + method.needs.dense_block)),
         free_bytes=shutil.disk_usage(exists).free,

@@ -7,7 +7,6 @@ what its inputs are, a tied weight by both at once; without, it is k-means with 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from ...linears import (
 from ..methods.column_codebook import ColumnCodebookConfig, compress_linears
 from ..methods.kmeans import KMeans, KMeansConfig
 from ..methods.method import CompressedLinear
+from ..model_state import seeing_inputs
 from ..statistics.inputs import InputStatistics, input_statistics
 from ..statistics.run import CalibrationRun
 
@@ -97,13 +97,11 @@ def find_ends(model: nn.Module, embeddings: int | None, head: int | None, chosen
         raise ValueError(f"embeddings is {embeddings}, but {type(model).__name__} has no embedding of token ids")
     if head:
         outputs = output_layers(model)
-        names = [
-            n
-            for n, m in linear_modules(model)
-            if isinstance(m, nn.Linear) and (n in outputs or matches(n, DEFAULT_EXCLUDE))
-        ]
-        found |= {n: End(n, model.get_submodule(n), head, {n: model.get_submodule(n)}, {}) for n in names
-                  if n not in tied and n not in set(chosen)}  # fmt: skip
+        taken = {*tied, *chosen}
+        for name, linear in linear_modules(model):
+            is_head = isinstance(linear, nn.Linear) and (name in outputs or matches(name, DEFAULT_EXCLUDE))
+            if is_head and name not in taken:
+                found[name] = End(name, linear, head, {name: linear}, {})
         if not any(end.heads for end in found.values()):
             raise ValueError(f"head is {head}, but {type(model).__name__} has no output head that is dense")
     return list(found.values())
@@ -146,19 +144,12 @@ def _token_counts(ends: Sequence[End], run: CalibrationRun, forward: Callable[[i
     counts = {end.name: torch.zeros(len(end.weight), dtype=torch.float64) for end in ends}
     current = 0
 
-    def counter(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            ids = args[0] if args else kwargs["input"]
-            mask = run.batches[current].get("attention_mask")
-            real = ids if mask is None or mask.shape != ids.shape else ids[mask.bool()]
-            counts[name] += torch.bincount(real.flatten().cpu(), minlength=len(counts[name]))
+    def see(name: str, ids: Tensor) -> None:
+        mask = run.batches[current].get("attention_mask")
+        real = ids if mask is None or mask.shape != ids.shape else ids[mask.bool()]
+        counts[name] += torch.bincount(real.flatten().cpu(), minlength=len(counts[name]))
 
-        return hook
-
-    with ExitStack() as hooks:
-        for end in ends:
-            for module in {id(each): each for each in end.embeddings.values()}.values():
-                hooks.callback(module.register_forward_pre_hook(counter(end.name), with_kwargs=True).remove)
+    with seeing_inputs(((end.name, module) for end in ends for module in set(end.embeddings.values())), see):
         for current in range(len(run.batches) if ends else 0):
             forward(current)
     return {name: run.ranks.sum_(found).float() for name, found in counts.items()}

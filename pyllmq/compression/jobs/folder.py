@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,6 @@ from .job import Job, check_finite, open_task, warn
 from .manifest import (
     Manifest,
     batches_digest,
-    numbered,
     source_signature,
     sync,
     working_folder,
@@ -162,14 +161,10 @@ def versions() -> dict[str, str]:
     import safetensors
     import transformers
 
-    from ...version import __version__
+    from ... import version
 
-    return {
-        "pyllmq": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-    }
+    named = {"pyllmq": version, "torch": torch, "transformers": transformers, "safetensors": safetensors}
+    return {name: module.__version__ for name, module in named.items()}
 
 
 def open_manifest(target: Path, signature: Mapping[str, Any], resume: bool) -> Manifest:
@@ -190,6 +185,8 @@ class FolderJob:
         self.job, self.streamed, self.manifest, self.started = job, streamed, manifest, started
         self.method, self.report, self.loop, self.ranks = job.task.method, job.task.report, job.run.loop, job.run.ranks
         self.earlier = manifest.finished[-1]["seconds"] if manifest.finished else 0.0
+        self.hidden, self.dense = (HiddenStates(manifest.place, kind, self.ranks) for kind in ("hidden", "dense"))
+        """What the blocks give out, and what the dense ones do."""
         self.chain, self.hand_on = Chain([]), False
         """The chain in hand."""
 
@@ -214,7 +211,7 @@ class FolderJob:
                 found = output_gradients_by_block(self.loop, chains, job.task.linears, hidden, rows, self.ranks)
             except NoLossError as error:
                 for stage in (stage for chain in chains for stage in chain.stages):
-                    hidden.of(stage.name).remove()
+                    hidden.remove(stage.name)
                 warn(self.report, without_gradients(error))
             else:
                 found = found.limited_to(which)
@@ -240,9 +237,9 @@ class FolderJob:
         begin = sum(name in finished for name in names)
         hidden = dense = None
         if begin and (hand_on or begin < len(names)):
-            hidden = self._hidden(names[begin - 1]).read()
+            hidden = self.hidden.read(names[begin - 1])
             if self.method.needs.dense_block and begin < len(names):
-                dense = self._hidden(names[begin - 1], "dense").read()
+                dense = self.dense.read(names[begin - 1])
         if begin == len(names):
             self.loop.finish(chain, hidden)
             return
@@ -263,9 +260,9 @@ class FolderJob:
         unit, job, report = stage.name, self.job, self.report
         last = stage.block is None or stage is self.chain.stages[-1]
         if hidden and (self.hand_on or not last):
-            self._hidden(unit).write(hidden)
+            self.hidden.write(unit, hidden)
         if dense and not last:
-            self._hidden(unit, "dense").write(dense)
+            self.dense.write(unit, dense)
         self.ranks.gather(None)  # all of them are written
         layers = report.layers[sum(len(entry["layers"]) for entry in self.manifest.finished) :]
         replaced = {name: job.task.model.get_submodule(name) for name in job.replaced}
@@ -277,8 +274,8 @@ class FolderJob:
         # Those behind the last block of a chain stay: they are what the model goes on with after it.
         before = 0 if stage.block is None else self.chain.stages.index(stage)
         if before:
-            self._hidden(self.chain.stages[before - 1].name).remove()
-            self._hidden(self.chain.stages[before - 1].name, "dense").remove()
+            for states in (self.hidden, self.dense):
+                states.remove(self.chain.stages[before - 1].name)
         job.put_back()
 
     def copy_the_rest(self) -> None:
@@ -305,10 +302,6 @@ class FolderJob:
         file = SINGLE if len(units) == 1 else part
         write_tensors(self.manifest.folder / file, self.streamed.checkpoint_tensors(unit))
         self.manifest.add(unit, file, entry)
-
-    def _hidden(self, unit: str, kind: str = "hidden") -> HiddenStates:
-        """`kind` "dense": what the dense blocks give out."""
-        return HiddenStates(self.manifest.place, kind, self.ranks).of(unit)
 
 
 def put_finished(
@@ -353,23 +346,18 @@ class HiddenStates:
     place: Path
     kind: str
     ranks: Ranks
-    unit: str = ""
 
-    @property
-    def file(self) -> Path:
-        return self.place / f"{self.kind}.{self.unit}.{self.ranks.rank}.safetensors"
+    def file(self, unit: str) -> Path:
+        return self.place / f"{self.kind}.{unit}.{self.ranks.rank}.safetensors"
 
-    def of(self, unit: str) -> HiddenStates:
-        return replace(self, unit=unit)
+    def write(self, unit: str, hidden: Sequence[Tensor]) -> None:
+        write_tensors(self.file(unit), {f"{i:06d}": tensor.contiguous() for i, tensor in enumerate(hidden)})
 
-    def write(self, hidden: Sequence[Tensor]) -> None:
-        write_tensors(self.file, numbered(hidden))
+    def read(self, unit: str) -> list[Tensor]:
+        return list(_read(self.file(unit)).values())
 
-    def read(self) -> list[Tensor]:
-        return list(_read(self.file).values())
-
-    def remove(self) -> None:
-        self.file.unlink(missing_ok=True)
+    def remove(self, unit: str) -> None:
+        self.file(unit).unlink(missing_ok=True)
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from ..statistics.inputs import Group, InputStatistics
 from ..statistics.inputs import visit_groups as visit_stage
 from ..statistics.loss_gradients import NoLossError, output_gradients
 from ..statistics.run import CalibrationRun
-from .ends import find_ends, pack_end
+from .ends import End, find_ends, pack_end
 from .job import Job, Task, check_finite, not_included, stays_dense, warn
 
 DESCRIPTION_BYTES = 960
@@ -191,6 +191,20 @@ def visit_groups(
             )
 
 
+def bytes_beside(model: nn.Module, linears: Mapping[str, nn.Module], ends: Sequence[End], indexed: bool) -> int:
+    """Bytes of a packed folder but for the packed Linears' tensors: what stays dense, packed ends, descriptions.
+
+    The experts of `model` must have been taken apart. `indexed`: it has several safetensors files and an index.
+    """
+    packed = {id(module.weight) for module in (*linears.values(), *(end.module for end in ends))}
+    stacks = stacks_of(model, set(linears))
+    # Tied tensors are stored once. On the meta device only their identity tells.
+    tensors = {id(t): t for key, t in model.state_dict(keep_vars=True).items() if key not in stacks}
+    dense = sum(t.numel() * t.element_size() for tensor, t in tensors.items() if tensor not in packed)
+    described = (DESCRIPTION_BYTES + INDEX_BYTES * indexed) * (len(linears) + len(ends))
+    return dense + sum(end.nbytes for end in ends) + described
+
+
 def bits_for_size(
     model: nn.Module,
     nbytes: int,
@@ -210,19 +224,11 @@ def bits_for_size(
     take_apart(model)
     chosen = select_linears(model, include, not_included(include, exclude))
     stages = find_stages(model, chosen, include is not None)
-    linears = [m for stage in stages for m in stage.linears.values()]
-    weights = [dense_weight(module) for module in linears]
-    ends = find_ends(model, embeddings, head, chosen)
-    packed = {id(module.weight) for module in (*linears, *(end.module for end in ends))}
-    # Tied tensors are stored once. On the meta device only their identity tells.
-    stacks = stacks_of(model, {name for stage in stages for name in stage.linears})
-    tensors = {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if key not in stacks}
+    linears = {name: module for stage in stages for name, module in stage.linears.items()}
+    weights = sum(dense_weight(module).numel() for module in linears.values())
+    dense = other_files + bytes_beside(model, linears, find_ends(model, embeddings, head, chosen), indexed)
     put_together(model)
-    rest = {id(t): t.numel() * t.element_size() for t in tensors.values()}
-    dense = sum(size for tensor, size in rest.items() if tensor not in packed) + other_files
-    dense += sum(end.nbytes for end in ends)
-    dense += (DESCRIPTION_BYTES + INDEX_BYTES * indexed) * (len(linears) + len(ends))
-    bits = 8 * (nbytes - dense) / max(1, sum(w.numel() for w in weights))
+    bits = 8 * (nbytes - dense) / max(1, weights)
     if not 1.1 <= bits <= 8:
         raise ValueError(
             f"{nbytes} bytes leave {max(bits, 0.0):.3f} bits per weight beside {dense} bytes that stay dense or are copied (of "

@@ -7,20 +7,16 @@ an installed package names it as an entry point of the group `pyllmq.methods`, s
 from .claq import CLAQ
 from .column_codebook import ColumnCodebook
 from .kmeans import KMeans
-from .method import METHODS, CompressedLinear, Method, Needs, Registered, StaysDenseError, method_of, register
+from .method import METHODS as METHODS
+from .method import CompressedLinear as CompressedLinear
+from .method import Method as Method
+from .method import Needs as Needs
+from .method import Registered as Registered
+from .method import StaysDenseError as StaysDenseError
+from .method import method_of as method_of
+from .method import register as register
 from .pack import Pack
 from .sparse import Sparse
-
-__all__ = [
-    "METHODS",
-    "CompressedLinear",
-    "Method",
-    "Needs",
-    "Registered",
-    "StaysDenseError",
-    "method_of",
-    "register",
-]
 
 register("column-codebook", ColumnCodebook)
 register("claq", CLAQ)

@@ -240,7 +240,7 @@ def plan_sparsity(run: CalibrationRun, config: SparseConfig, chains: Sequence[Ch
         outliers = _outlier_shares(run, chains, unit)
         shares = allocation.by_outliers(outliers, sizes, config.share, config.spread)
     else:
-        traces = trace_per_weight(run.model, linears, run.batches, str(config.allocation))
+        traces = trace_per_weight(run.loop.model, linears, run.batches, str(config.allocation))
         sums = {key: sum(traces[name] for name in names) for key, names in members.items()}
         shares = allocation.by_rank(sums, sizes, config.share, config.spread)
     return {name: shares[key] for name, key in unit.items()}

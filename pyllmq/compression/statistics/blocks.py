@@ -299,10 +299,7 @@ class BlockLoop:
     def run_model(self, index: int) -> Any:
         """The model's output for a batch; blocks of chains that are done give out what they gave then."""
 
-        def stub(name: str, call: Call) -> Tensor | None:
-            return self._done(name, index, call.hidden)
-
-        with self._stubs(stub):
+        with self._stubs(lambda name, call: self._done(name, index, call.hidden)):
             return self.model(**self.batches[index])
 
     def _done(self, name: str, index: int, hidden: Tensor) -> Tensor | None:

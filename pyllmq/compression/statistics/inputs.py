@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...linears import dense_weight
 from ...memory import return_freed
 from ..calibration import Batch
-from ..model_state import hooked
+from ..model_state import seeing_inputs
 from .asymmetric import AsymmetricTarget, Enough, watch
 from .blocks import Stage
 from .run import CalibrationRun
@@ -77,11 +77,6 @@ def visit_groups(
             visit({name: module}, InputStatistics(identity, reached=False))
 
 
-def _hooked(linears: Mapping[str, nn.Module], hook: Callable[[str], Callable[..., None]]) -> ExitStack:
-    """`hook(name)` is called with the module and its arguments before each of these Linears runs."""
-    return hooked(module.register_forward_pre_hook(hook(name)) for name, module in linears.items())
-
-
 def group_by_input(run: CalibrationRun, stage: Stage, forward: Callable[[int], Any]) -> tuple[list[Group], set[str]]:
     """The stage's Linears in the order in which they run, those that are given the very same tensor in one group.
 
@@ -92,22 +87,18 @@ def group_by_input(run: CalibrationRun, stage: Stage, forward: Callable[[int], A
     of_batch: Counter[str] = Counter()
     repeated: set[str] = set()
 
-    def recorder(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            of_batch[name] += 1
-            if of_batch[name] > 1:
-                repeated.add(name)
-            if name in seen:
-                return
-            seen.add(name)
-            x = args[0]
-            # The dict keeps every input alive, so that no address is used twice.
-            _, members = groups.setdefault((x.data_ptr(), x.shape, x._version), (x, {}))
-            members[name] = module
+    def see(name: str, x: Tensor) -> None:
+        of_batch[name] += 1
+        if of_batch[name] > 1:
+            repeated.add(name)
+        if name in seen:
+            return
+        seen.add(name)
+        # The dict keeps every input alive, so that no address is used twice.
+        _, members = groups.setdefault((x.data_ptr(), x.shape, x._version), (x, {}))
+        members[name] = stage.linears[name]
 
-        return hook
-
-    with _hooked(stage.linears, recorder):
+    with seeing_inputs(stage.linears.items(), see):
         for index in range(len(run.batches)):
             of_batch.clear()
             forward(index)
@@ -147,27 +138,24 @@ def input_statistics(
         if once and len(seen) == len(groups) and errors.known():
             raise Enough
 
-    def recorder(name: str) -> Callable[..., None]:
+    def see(name: str, given: Tensor) -> None:
         i = leaders[name]
+        tokens = _real_tokens(given, run.batches[current], name)
+        s = _token_weights(run, name, current, given.shape[:-1])
+        # An expert may be sent other tokens than in the dense model.
+        if s is not None and s.numel() != len(tokens):
+            s = None
+        for x, share in _by_tokens(tokens, s):
+            weighted = x if share is None else x * share
+            # Added in the product: a second [K, K] is 0.5 GB at K = 11008.
+            sums[i].addmm_(weighted.T, x)
+            totals[i].add_(weighted.sum(0))
+        counts[i] += len(tokens) if s is None else float(s.sum())
+        seen[i] = tokens, s
+        end_where_known()
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            tokens = _real_tokens(args[0], run.batches[current], name)
-            s = _token_weights(run, name, current, args[0].shape[:-1])
-            # An expert may be sent other tokens than in the dense model.
-            if s is not None and s.numel() != len(tokens):
-                s = None
-            for x, share in _by_tokens(tokens, s):
-                weighted = x if share is None else x * share
-                # Added in the product: a second [K, K] is 0.5 GB at K = 11008.
-                sums[i].addmm_(weighted.T, x)
-                totals[i].add_(weighted.sum(0))
-            counts[i] += len(tokens) if s is None else float(s.sum())
-            seen[i] = tokens, s
-            end_where_known()
-
-        return hook
-
-    with _hooked({name: groups[i][name] for name, i in leaders.items()}, recorder), errors.watched(end_where_known):
+    first_of_groups = ((name, groups[i][name]) for name, i in leaders.items())
+    with seeing_inputs(first_of_groups, see), errors.watched(end_where_known):
         for current in range(len(run.batches)):
             seen.clear()
             with suppress(Enough):
@@ -195,7 +183,7 @@ class _OutputErrors:
     """Collects, for the Linears of some groups, what the dense block has at their places beyond what the block has."""
 
     def __init__(self, run: CalibrationRun, groups: list[Group], once: bool) -> None:
-        self.run, self.dense, self.once = run, run.dense_block, once
+        self.run, self.dense, self.once = run, run.loop.dense_block, once
         self.members = [(i, name) for i, group in enumerate(groups) for name in group] if self.dense else []
         self.had: dict[str, Tensor] = {}
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -247,14 +235,11 @@ def input_norms(
     sums = {name: torch.zeros_like(dense_weight(module)[0], dtype=torch.float32) for name, module in linears.items()}
     current = 0
 
-    def recorder(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            for x in _real_tokens(args[0], run.batches[current], name).split(TOKENS):
-                sums[name] += x.float().square().sum(0)
+    def see(name: str, given: Tensor) -> None:
+        for x in _real_tokens(given, run.batches[current], name).split(TOKENS):
+            sums[name] += x.float().square().sum(0)
 
-        return hook
-
-    with _hooked(linears, recorder):
+    with seeing_inputs(linears.items(), see):
         for current in range(len(run.batches)):  # noqa: B007  (read by the hooks)
             forward(current)
     for name, total in sums.items():

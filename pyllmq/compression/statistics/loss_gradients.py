@@ -93,7 +93,7 @@ def output_gradients_by_block(
     """The same with one block in memory at a time: forward through all blocks, then back through them.
 
     Args:
-        stored: `stored.of(block)` keeps the inputs of a block between the two ways: write, read, remove.
+        stored: keeps the inputs of a block by its name between the two ways: write, read, remove.
         rows: the number of texts in each batch of all processes.
 
     Raises:
@@ -108,7 +108,7 @@ def output_gradients_by_block(
     recorded = loop.record(chains[0])
     hidden = [calls[0].hidden for calls in recorded]
     for i, stage in enumerate(stages):
-        stored.of(stage.name).write(hidden)
+        stored.write(stage.name, hidden)
         with loop.weights.loaded(stage.name):
             for index in range(len(batches)):
                 hidden[index] = recorded[index][i].run(_block(stage), hidden[index])
@@ -133,8 +133,8 @@ def output_gradients_by_block(
                 return_freed()
         hidden.clear()
         for i, stage in reversed(list(enumerate(stages))):
-            inputs = stored.of(stage.name).read()
-            stored.of(stage.name).remove()
+            inputs = stored.read(stage.name)
+            stored.remove(stage.name)
             with loop.weights.loaded(stage.name):
                 for watched.index, found in enumerate(gradients):
                     leaf = inputs[watched.index].requires_grad_()

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
-
 from ..calibration import Batch
 from ..ranks import ALONE, Ranks
-from .asymmetric import DenseBlock
 from .blocks import BlockLoop
 from .loss_gradients import LossGradients
 
@@ -28,14 +25,5 @@ class CalibrationRun:
     """Hessians are the mean of x x^T, and the mean of x comes with them where all Linears have a bias; else 2/n sum x x^T."""
 
     @property
-    def model(self) -> nn.Module:
-        return self.loop.model
-
-    @property
     def batches(self) -> Sequence[Batch]:
         return self.loop.batches
-
-    @property
-    def dense_block(self) -> DenseBlock | None:
-        """The block in hand as it was before compression; None in a walk without."""
-        return self.loop.dense_block

@@ -32,10 +32,10 @@ void prepare_unpacking(Refuse refuse, const Header& h, SparseKind kind, bool has
 
 // What a checkpoint's codes say at a column; 0 where they keep nothing.
 inline float decoded(const SparseCheckpoint& c, int64_t row, int64_t column) {
-  const uint32_t positions = c.position_pair(row, column / 4);
+  const Row24 own = c.row24(row);
   for (int which = 0; which < 2; ++which)
-    if ((positions >> (2 * which) & 3) == column % 4)
-      return cpu::fp16_to_fp32(c.codebook[(column << c.bits) + c.code(row, column / 4, which)]);
+    if ((own.position_pair(column / 4) >> (2 * which) & 3) == column % 4)
+      return cpu::fp16_to_fp32(c.codebook[(column << c.bits) + own.code(column / 4, which)]);
   return 0.0f;
 }
 

@@ -25,8 +25,33 @@ static inline void put_column(uint8_t* columns, int bytes, int64_t i, uint32_t c
     reinterpret_cast<uint16_t*>(columns)[i] = static_cast<uint16_t>(column);
 }
 
-// A weight as it stands in a checkpoint (docs/formats.md), all arrays contiguous; what a format lacks is null. What is put over
-// zeros is put once.
+// A row of 2:4 as it stands in a checkpoint; what is put over zeros is put once.
+struct Row24 {
+  uint8_t *positions, *values, *codes;
+  int64_t value_bytes, bits;
+
+  uint32_t position_pair(int64_t group) const {  // first | second << 2
+    return positions[group / 2] >> (4 * (group % 2)) & 15;
+  }
+  void put_position_pair(int64_t group, uint32_t pair) const {  // over zeros
+    positions[group / 2] |= static_cast<uint8_t>(pair << (4 * (group % 2)));
+  }
+  uint8_t* value(int64_t group, int which) const { return values + (2 * group + which) * value_bytes; }
+  uint32_t code(int64_t group, int which) const {  // within two bytes
+    const int64_t bit = (2 * group + which) * bits;
+    const uint8_t* from = codes + bit / 8;
+    const uint32_t high = bit % 8 + bits > 8 ? from[1] << (8 - bit % 8) : 0;
+    return (from[0] >> (bit % 8) | high) & ((1u << bits) - 1);
+  }
+  void put_code(int64_t group, int which, uint32_t code) const {  // over zeros
+    const int64_t bit = (2 * group + which) * bits;
+    uint8_t* to = codes + bit / 8;
+    to[0] |= static_cast<uint8_t>(code << (bit % 8));
+    if (code << (bit % 8) >> 8) to[1] |= static_cast<uint8_t>(code << (bit % 8) >> 8);
+  }
+};
+
+// A weight as it stands in a checkpoint (docs/formats.md), all arrays contiguous; what a format lacks is null.
 struct SparseCheckpoint {
   SparseKind kind;  // bitmap, sparse24 or codes
   ValueType value_type;
@@ -56,27 +81,10 @@ struct SparseCheckpoint {
     else
       mask[row * mask_row_bytes() + column / 8] |= static_cast<uint8_t>(1 << column % 8);
   }
-  // Of a group of 2:4: first position | second << 2.
-  uint32_t position_pair(int64_t row, int64_t group) const {
-    return positions[row * position_row_bytes() + group / 2] >> (4 * (group % 2)) & 15;
-  }
-  void put_position_pair(int64_t row, int64_t group, uint32_t pair) const {  // over zeros
-    positions[row * position_row_bytes() + group / 2] |= static_cast<uint8_t>(pair << (4 * (group % 2)));
-  }
-  uint8_t* value24(int64_t row, int64_t group, int which) const {
-    return values + ((row * groups() + group) * 2 + which) * value_bytes(value_type);
-  }
-  uint32_t code(int64_t row, int64_t group, int which) const {  // within two bytes
-    const int64_t bit = (2 * group + which) * bits;
-    const uint8_t* from = codes + row * code_row_bytes() + bit / 8;
-    const uint32_t high = bit % 8 + bits > 8 ? from[1] << (8 - bit % 8) : 0;
-    return (from[0] >> (bit % 8) | high) & ((1u << bits) - 1);
-  }
-  void put_code(int64_t row, int64_t group, int which, uint32_t code) const {  // over zeros
-    const int64_t bit = (2 * group + which) * bits;
-    uint8_t* to = codes + row * code_row_bytes() + bit / 8;
-    to[0] |= static_cast<uint8_t>(code << (bit % 8));
-    if (code << (bit % 8) >> 8) to[1] |= static_cast<uint8_t>(code << (bit % 8) >> 8);
+  Row24 row24(int64_t row) const {
+    const int64_t size = values == nullptr ? 0 : value_bytes(value_type);
+    return {positions + row * position_row_bytes(), values + row * 2 * groups() * size, codes + row * code_row_bytes(), size,
+            bits};
   }
 };
 

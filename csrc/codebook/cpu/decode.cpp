@@ -385,10 +385,10 @@ void put_side_by_side(const float* x, int64_t tokens, int64_t columns, float* to
       const float* from = x + g * side * columns;
       float* group = to + g * side * columns;
       // Line by line: tokens may lie 4 KiB apart, and 16 lines with one place in the L1 cache would push each other out.
+      if (count < side) std::fill_n(group, columns * side, 0.0f);
       for (int64_t line = 0; line < columns; line += side)
-        for (int64_t t = 0; t < side; ++t)
-          for (int64_t c = line; c < std::min(columns, line + side); ++c)
-            group[c * side + t] = t < count ? from[t * columns + c] : 0.0f;
+        for (int64_t t = 0; t < count; ++t)
+          for (int64_t c = line; c < std::min(columns, line + side); ++c) group[c * side + t] = from[t * columns + c];
     }
   });
 }

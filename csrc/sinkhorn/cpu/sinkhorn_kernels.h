@@ -267,17 +267,18 @@ void outer_sums(const float* k, const OuterSums& sums, int64_t n, int64_t m, int
       const int64_t second = j + V::width < stride ? V::width : 0;
       R total[kRows][2];
       for (int64_t r = 0; r < kRows; ++r) total[r][0] = total[r][1] = V::set(0);
-      const auto add_terms = [&](int64_t terms, const float* of_rows, int64_t of_rows_stride, const float* of_columns) {
-        for (int64_t t = 0; t < terms; ++t) {
-          const float* right = of_columns + t * sums.column_stride + j;
-          const R right0 = V::load(right), right1 = V::load(right + second);
-          for (int64_t r = 0; r < kRows; ++r) {
-            const R left = V::set(of_rows[t * of_rows_stride + row[r]]);
-            total[r][0] = V::fma(left, right0, total[r][0]);
-            total[r][1] = V::fma(left, right1, total[r][1]);
-          }
-        }
-      };
+      const auto add_terms = [&](int64_t terms, const float* of_rows, int64_t of_rows_stride, const float* of_columns)
+                                 __attribute__((always_inline)) {
+                                   for (int64_t t = 0; t < terms; ++t) {
+                                     const float* right = of_columns + t * sums.column_stride + j;
+                                     const R right0 = V::load(right), right1 = V::load(right + second);
+                                     for (int64_t r = 0; r < kRows; ++r) {
+                                       const R left = V::set(of_rows[t * of_rows_stride + row[r]]);
+                                       total[r][0] = V::fma(left, right0, total[r][0]);
+                                       total[r][1] = V::fma(left, right1, total[r][1]);
+                                     }
+                                   }
+                                 };
       add_terms(sums.f_terms, sums.f, sums.f_stride, sums.r);
       add_terms(sums.s_terms, sums.s, sums.s_stride, sums.g);
       for (int64_t r = 0; r < rows; ++r)

@@ -9,7 +9,6 @@
 #include <immintrin.h>
 
 #include "codebook/cpu/planes_avx2.h"
-#include "runtime/instances.h"
 #include "runtime/prefetch.h"
 #include "sparse/cpu/linear.h"
 
@@ -191,7 +190,9 @@ void look_up_tokens(const CodeWork& work, const TokenTables* tokens) {
 template <TableKind Kind, int Bits>
 void look_up(const CodeWork& work) {
   constexpr int at_once = table_planes(Kind) == 2 ? 2 : 1;  // two tokens of two planes keep 8 of the 16 registers as sums
-  run_in_groups(instances<1, at_once>([]<int Tokens>() { return look_up_tokens<Kind, Bits, Tokens>; }), work);
+  int64_t t = 0;
+  for (; t + at_once <= work.count; t += at_once) look_up_tokens<Kind, Bits, at_once>(work, work.tokens + t);
+  for (; t < work.count; ++t) look_up_tokens<Kind, Bits, 1>(work, work.tokens + t);
 }
 
 template <TableKind Kind>

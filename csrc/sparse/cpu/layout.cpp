@@ -220,16 +220,19 @@ void unpack_columns(const SparseView& view, const SparseCheckpoint& to) {
 
 // --- 2:4 -----------------------------------------------------------------------------------------------------------
 
-template <class Visit>  // visit(row, group, its batch, row of the cell)
-void for_each_group(const SparseView& view, int64_t tile, const Visit& visit) {
-  const SparseHeader& h = view.header();
-  const int64_t bytes = batch_bytes_of(h), groups = sparse_groups(h.columns);
-  for (int64_t row = tile * kTileRows; row < std::min(h.rows, (tile + 1) * kTileRows); ++row)
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t block = group * 4 / kCellColumns, batch = group * 4 % kCellColumns / kBatchColumns;
-      const uint8_t* cell = view.cell(tile, block, static_cast<int>(row % kTileRows / kCellRows));
-      visit(row, group, const_cast<uint8_t*>(cell) + batch * bytes, static_cast<int>(row % kCellRows));
+template <class Visit>  // visit(row of the checkpoint, group, its batch, row of the cell)
+void for_each_group(const SparseView& view, const SparseCheckpoint& c, int64_t tile, const Visit& visit) {
+  const int64_t bytes = batch_bytes_of(view.header()), groups = c.groups(), end = std::min(c.rows, (tile + 1) * kTileRows);
+  constexpr int64_t batch_groups = kBatchColumns / 4, cell_batches = kCellColumns / kBatchColumns;
+  for (int64_t row = tile * kTileRows; row < end; ++row) {
+    const Row24 own = c.row24(row);
+    for (int64_t batch = 0; batch * batch_groups < groups; ++batch) {
+      const uint8_t* cell = view.cell(tile, batch / cell_batches, static_cast<int>(row % kTileRows / kCellRows));
+      auto* at = const_cast<uint8_t*>(cell) + batch % cell_batches * bytes;
+      for (int64_t group = batch * batch_groups; group < std::min(groups, (batch + 1) * batch_groups); ++group)
+        visit(own, group, at, static_cast<int>(row % kCellRows));
     }
+  }
 }
 
 // Place of value `which` of a row in the values of a group, in elements.
@@ -239,31 +242,29 @@ template <Way way>
 void move_24_tile(const SparseView& view, const SparseCheckpoint& c, int64_t tile) {
   const ValueType type = view.header().values;
   const int64_t size = value_bytes(type);
-  for_each_group(view, tile, [&](int64_t row, int64_t group, uint8_t* batch, int r) {
+  for_each_group(view, c, tile, [=](const Row24& own, int64_t group, uint8_t* batch, int r) {
     uint32_t& positions = reinterpret_cast<uint32_t*>(batch)[r];
     const int shift = static_cast<int>(4 * (group % 8));
     if (way == Way::pack)
-      positions |= c.position_pair(row, group) << shift;
+      positions |= own.position_pair(group) << shift;
     else
-      c.put_position_pair(row, group, positions >> shift & 15);
+      own.put_position_pair(group, positions >> shift & 15);
     uint8_t* values = batch + 4 * kCellRows + group % 8 * 2 * kCellRows * size;
-    for (int which = 0; which < 2; ++which)
-      move<way>(values + value_place(type, r, which) * size, c.value24(row, group, which), size);
+    for (int which = 0; which < 2; ++which) move<way>(values + value_place(type, r, which) * size, own.value(group, which), size);
   });
 }
 
 // --- codes -----------------------------------------------------------------------------------------------------------
 
 void pack_codes_tile(const SparseView& view, const SparseCheckpoint& from, int64_t tile) {
-  const SparseHeader& h = view.header();
-  for_each_group(view, tile, [&](int64_t row, int64_t group, uint8_t* batch, int r) {
-    uint8_t* bytes = batch + code_byte(h.order, group, r);
+  const StepOrder order = view.header().order;
+  for_each_group(view, from, tile, [=](const Row24& own, int64_t group, uint8_t* batch, int r) {
+    uint8_t* bytes = batch + code_byte(order, group, r);
     const auto put = [&](int plane, uint32_t nibble) {
       bytes[plane * 4 * kCellRows] |= static_cast<uint8_t>(nibble << (4 * (group % 2)));
     };
-    const uint32_t positions = from.position_pair(row, group);
-    const uint32_t first = from.code(row, group, 0), second = from.code(row, group, 1);
-    if (h.bits == 2) {
+    const uint32_t positions = own.position_pair(group), first = own.code(group, 0), second = own.code(group, 1);
+    if (own.bits == 2) {
       put(0, first | (positions & 3) << 2);
       put(1, second | positions >> 2 << 2);
     } else {
@@ -275,11 +276,11 @@ void pack_codes_tile(const SparseView& view, const SparseCheckpoint& from, int64
 }
 
 void unpack_codes_tile(const SparseView& view, const SparseCheckpoint& to, int64_t tile) {
-  const SparseHeader& h = view.header();
-  for_each_group(view, tile, [&](int64_t row, int64_t group, const uint8_t* batch, int r) {
-    const GroupCodes found = read_group(batch, h.order, h.bits, group % 8, r);
-    to.put_position_pair(row, group, static_cast<uint32_t>(found.position[0] | found.position[1] << 2));
-    for (int which = 0; which < 2; ++which) to.put_code(row, group, which, static_cast<uint32_t>(found.code[which]));
+  const StepOrder order = view.header().order;
+  for_each_group(view, to, tile, [=](const Row24& own, int64_t group, const uint8_t* batch, int r) {
+    const GroupCodes found = read_group(batch, order, own.bits, group % 8, r);
+    own.put_position_pair(group, static_cast<uint32_t>(found.position[0] | found.position[1] << 2));
+    for (int which = 0; which < 2; ++which) own.put_code(group, which, static_cast<uint32_t>(found.code[which]));
   });
 }
 

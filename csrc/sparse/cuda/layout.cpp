@@ -54,10 +54,10 @@ PositionPlace position_place(int row, int64_t group, bool one_step) {
 template <class Visit>  // visit(column, place among the row's values), ascending
 void for_each_kept(const SparseCheckpoint& c, int64_t row, Visit&& visit) {
   if (c.kind == SparseKind::sparse24) {
-    for (int64_t group = 0; group < c.groups(); ++group) {
-      const uint32_t positions = c.position_pair(row, group);
-      visit(group * 4 + (positions & 3), (row * c.groups() + group) * 2);
-      visit(group * 4 + (positions >> 2), (row * c.groups() + group) * 2 + 1);
+    const Row24 own = c.row24(row);
+    for (int64_t group = 0, place = row * c.groups() * 2; group < c.groups(); ++group, place += 2) {
+      visit(group * 4 + (own.position_pair(group) & 3), place);
+      visit(group * 4 + (own.position_pair(group) >> 2), place + 1);
     }
     return;
   }
@@ -270,7 +270,8 @@ void unpack_columns(const uint8_t* base, const SparseHeader& h, const SparseChec
   const auto* begin = at<uint32_t>(base, h.begin_offset);
   in_parts(h.rows * h.columns, h.rows, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-      int64_t place = h.checkpoint_kind == SparseKind::sparse24 ? row * 2 * to.groups() : to.row_offsets[row];
+      const bool is_24 = h.checkpoint_kind == SparseKind::sparse24;
+      int64_t place = is_24 ? row * 2 * to.groups() : to.row_offsets[row];
       for (int64_t panel = 0; panel < h.cells; ++panel) {
         int64_t column = panel * kPanelColumns;
         const uint32_t* range = begin + panel * (h.rows + 1) + row;
@@ -279,8 +280,8 @@ void unpack_columns(const uint8_t* base, const SparseHeader& h, const SparseChec
           column += step;
           if (step == kMoveOnly) continue;
           std::memcpy(to.values + place * size, base + h.data_offset + entry * size, size);
-          if (h.checkpoint_kind == SparseKind::sparse24)
-            to.put_position_pair(row, column / 4, static_cast<uint32_t>(column % 4 << 2 * (place % 2)));
+          if (is_24)
+            to.row24(row).put_position_pair(column / 4, static_cast<uint32_t>(column % 4 << 2 * (place % 2)));
           else
             to.put_kept(row, column, place);
           ++place;
@@ -292,12 +293,14 @@ void unpack_columns(const uint8_t* base, const SparseHeader& h, const SparseChec
 
 // --- 2:4 -------------------------------------------------------------------------------------------------------------
 
-template <class Visit>  // visit(row, group, the cell, row of the strip, group of the cell)
-void for_each_group(const SparseHeader& h, uint8_t* base, int64_t strip, Visit&& visit) {
-  const int64_t cell_groups = cell_columns(h.kind, h.bits) / 4;
-  for (int64_t row = strip * kStripRows; row < std::min(h.rows, (strip + 1) * kStripRows); ++row)
-    for (int64_t group = 0; group < sparse_groups(h.columns); ++group)
-      visit(row, group, cell_of(base, h, strip, group / cell_groups), static_cast<int>(row % kStripRows), group % cell_groups);
+template <class Visit>  // visit(row of the checkpoint, group, the cell, row of the strip, group of the cell)
+void for_each_group(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base, int64_t strip, Visit&& visit) {
+  const int64_t cell_groups = cell_columns(h.kind, h.bits) / 4, groups = c.groups();
+  for (int64_t row = strip * kStripRows; row < std::min(h.rows, (strip + 1) * kStripRows); ++row) {
+    const Row24 own = c.row24(row);
+    for (int64_t group = 0; group < groups; ++group)
+      visit(own, group, cell_of(base, h, strip, group / cell_groups), static_cast<int>(row % kStripRows), group % cell_groups);
+  }
 }
 
 uint32_t* positions_in(uint8_t* cell, const SparseHeader& h) {
@@ -306,14 +309,13 @@ uint32_t* positions_in(uint8_t* cell, const SparseHeader& h) {
 bool one_step(const SparseHeader& h) { return h.kind == SparseKind::codes && h.bits > 2; }
 
 template <Way way>
-void move_positions(uint8_t* cell, const SparseHeader& h, int in_strip, int64_t in_cell, const SparseCheckpoint& c, int64_t row,
-                    int64_t group) {
+void move_positions(uint8_t* cell, const SparseHeader& h, int in_strip, int64_t in_cell, const Row24& own, int64_t group) {
   const PositionPlace p = position_place(in_strip, in_cell, one_step(h));
   uint32_t& word = positions_in(cell, h)[p.word];
   if (way == Way::pack)
-    word = (word & ~(15u << p.shift)) | c.position_pair(row, group) << p.shift;
+    word = (word & ~(15u << p.shift)) | own.position_pair(group) << p.shift;
   else
-    c.put_position_pair(row, group, word >> p.shift & 15);
+    own.put_position_pair(group, word >> p.shift & 15);
 }
 
 // Every group is a valid one for mma.sp, also those beyond the weight.
@@ -331,10 +333,10 @@ uint8_t* value_in(uint8_t* cell, ValueType type, int row, int64_t group, int whi
 template <Way way>
 void move_24_strip(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base, int64_t strip) {
   if (way == Way::pack) fill_positions(h, base, strip);
-  for_each_group(h, base, strip, [&](int64_t row, int64_t group, uint8_t* cell, int in_strip, int64_t in_cell) {
-    move_positions<way>(cell, h, in_strip, in_cell, c, row, group);
+  for_each_group(c, h, base, strip, [&](const Row24& own, int64_t group, uint8_t* cell, int in_strip, int64_t in_cell) {
+    move_positions<way>(cell, h, in_strip, in_cell, own, group);
     for (int which = 0; which < 2; ++which)
-      move<way>(value_in(cell, h.values, in_strip, in_cell, which), c.value24(row, group, which), value_bytes(h.values));
+      move<way>(value_in(cell, h.values, in_strip, in_cell, which), own.value(group, which), own.value_bytes);
   });
 }
 
@@ -353,15 +355,15 @@ CodePlace code_place(const SparseHeader& h, int row, int64_t group, int which) {
 template <Way way>
 void move_codes_strip(const SparseCheckpoint& c, const SparseHeader& h, uint8_t* base, int64_t strip) {
   if (way == Way::pack) fill_positions(h, base, strip);
-  for_each_group(h, base, strip, [&](int64_t row, int64_t group, uint8_t* cell, int in_strip, int64_t in_cell) {
-    move_positions<way>(cell, h, in_strip, in_cell, c, row, group);
+  for_each_group(c, h, base, strip, [&](const Row24& own, int64_t group, uint8_t* cell, int in_strip, int64_t in_cell) {
+    move_positions<way>(cell, h, in_strip, in_cell, own, group);
     for (int which = 0; which < 2; ++which) {
       const CodePlace p = code_place(h, in_strip, in_cell, which);
       uint32_t& word = at<uint32_t>(cell, 0)[p.word];
       if (way == Way::pack)
-        word |= c.code(row, group, which) << p.shift;
+        word |= own.code(group, which) << p.shift;
       else
-        c.put_code(row, group, which, word >> p.shift & ((1u << h.bits) - 1));
+        own.put_code(group, which, word >> p.shift & ((1u << h.bits) - 1));
     }
   });
 }

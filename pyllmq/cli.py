@@ -571,7 +571,7 @@ def _run_tasks(model: Any, tokenizer: Any, given: argparse.Namespace) -> int:
 def run_generate(given: argparse.Namespace) -> int:
     import torch
 
-    from .evaluate import within_positions
+    from .compression.calibration import within_positions
 
     model, tokenizer = _load_causal(given)
     torch.manual_seed(given.seed)

@@ -370,6 +370,11 @@ NEGLIGIBLE = 2.0**-11
 """Rows below this share of the largest value are smaller than the fp16 rounding of that value."""
 
 
+def power_of_two(reach: float) -> float:
+    """A scale that fp16 holds and that takes nothing from values: up to `reach`, they are at most about 1 once divided by it."""
+    return max(FP16_LEAST, math.ldexp(1.0, math.frexp(reach)[1]))
+
+
 def lost_in_fp16(values: Tensor) -> Tensor:
     """Bool [rows]: rows of `values` [rows, n] that fp16 would distort by more than FP16_LOSS of their largest value."""
     return (values - values.half().float()).abs().amax(-1) > FP16_LOSS * values.abs().amax(-1)

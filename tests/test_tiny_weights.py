@@ -121,8 +121,25 @@ def test_compressors_with_row_scales_serve_them(preset):
     assert compressed_error(2.0**-23, config) < 1.5 * compressed_error(1.0, config) + 1e-3
 
 
-def test_other_compressors_refuse_them():
-    with pytest.raises(ValueError, match="so small that fp16 codebooks lose more than 1 %.*ColumnCodebookConfig"):
-        compressed_error(1e-7, pyllmq.CLAQConfig(bits=4))
+@pytest.mark.parametrize(
+    "config",
+    [
+        pyllmq.CLAQConfig(bits=4),
+        pyllmq.CLAQConfig(bits=4.12, outliers=0.01),  # they have no scale: those of tiny weights are coded
+        pyllmq.CLAQConfig(bits=4, published=True),
+        pyllmq.SparseConfig(sparsity=0.5, quantize=pyllmq.CLAQConfig(bits=4)),
+    ],
+    ids=["claq", "outliers", "published", "pruned"],
+)
+@pytest.mark.parametrize("scale", [2.0**-23, 2.0**-33])
+def test_calibrated_codebooks_scale_by_themselves(config, scale):
+    assert compressed_error(scale, config) < 1.5 * compressed_error(1.0, config) + 2e-2
+
+
+def test_formats_without_a_scale_refuse_them():
+    with pytest.raises(
+        ValueError, match="so small that fp16 codebooks lose more than 1 %.*no 2:4 pattern beside codes"
+    ):
+        compressed_error(1e-7, pyllmq.SparseConfig(None, "2:4", quantize=pyllmq.CLAQConfig(bits=4)))
     with pytest.raises(ValueError, match="'blocks.0.down' reaches .* too small for fp16: .* set values to"):
         compressed_error(1e-7, pyllmq.SparseConfig(sparsity=0.5, values="float16"))

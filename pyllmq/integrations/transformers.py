@@ -174,12 +174,18 @@ def class_of(architectures: Any) -> Any:
 def dense_class(folder: str | os.PathLike[str], config: Mapping[str, Any], architecture: str | None = None) -> Any:
     """The transformers class of a dense folder: `architecture`, or the one that its config.json names.
 
-    Raises ValueError if there is no such class: another one would leave out its head, or fill it with random numbers.
+    Raises ValueError if there is no such class: another one would leave out its head, or fill it with random numbers; or if there
+    is an adapter in the folder, which is no part of the weights.
     """
     from transformers import __version__
 
     from .transformers_internals import classes_for
 
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json) beside the model's weights; merge it into them with PEFT "
+            "(merge_and_unload), or take that file away to go without it"
+        )
     names = config.get("architectures")
     found = class_of(names if architecture is None else [architecture])
     if found is not None:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ...config import MethodConfig
 from ...experts import put_together, stacks_of, take_apart
 from ...linears import DEFAULT_EXCLUDE, dense_weight, select_linears
-from ..calibration import as_batches
+from ..calibration import as_batches, within_positions
 from ..methods import StaysDenseError, method_of
 from ..methods.pack import PackConfig
 from ..model_state import quiet_eval
@@ -103,7 +103,7 @@ def compress(
         batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
         job = Job(task, task.run(BlockLoop(model, batches[0] if batches else {}, batches)), bar)
         try:
-            with quiet_eval(model), torch.no_grad():
+            with quiet_eval(model), torch.no_grad(), within_positions(model, batches):
                 (_calibrate if batches else _pack_all)(job)
             if original is not None:
                 text = batches if tuning is None else as_batches(tuning)

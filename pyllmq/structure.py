@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .layouts import CHECKPOINT, Fields, Shape, Shapes, WeightOperand, layout_for
+from .layouts import CHECKPOINT, Fields, Shape, Shapes, WeightOperand, for_kernels, layout_for
 
 MAX_UINT16_COLUMNS = 1 << 16
 
@@ -340,12 +340,6 @@ def expect_all(tensors: Fields, shapes: Shapes) -> None:
             raise FormatError(
                 f"{key} holds values that are not finite: the file is damaged, or was written from broken weights"
             )
-
-
-def for_kernels(tensor: Tensor) -> Tensor:
-    """Contiguous, at an address that its dtype asks for: a file of another writer may hold tensors at any offset."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
 
 
 def column_dtype(in_features: int) -> torch.dtype:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..layers.embedding import PackedEmbedding
 from ..layers.linear import PackedLinear, dense_and_bias
-from ..layouts import Fields, Shape, Shapes, WeightOperand
+from ..layouts import Fields, Shape, Shapes, WeightOperand, readable
 from ..operations import CODEBOOK_GRADIENT
 from ..packing import column_codes
 from ..structure import (
@@ -425,7 +425,9 @@ def codebook_gradient(weight_gradient: Tensor, weight: CodebookWeight | WeightOp
 
 def _codebook_gradient(weight_gradient: Tensor, weight: list[Tensor], layout: str) -> Tensor:
     operand = ops.operand_of(weight, "codebook", layout, (), weight_gradient.shape)
-    return CODEBOOK_GRADIENT.kernel_for(weight_gradient.device.type, torch.float32, layout)(weight_gradient, operand)
+    return CODEBOOK_GRADIENT.kernel_for(weight_gradient.device.type, torch.float32, layout)(
+        readable(weight_gradient), operand
+    )
 
 
 def _no_second_derivative(*_: object) -> None:

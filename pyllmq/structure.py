@@ -361,7 +361,7 @@ FP16_LEAST = 2.0**-24
 FP16_LOSS = 0.01
 """Most that storing may take from the largest value of a row or codebook, as a share of it."""
 NEGLIGIBLE = 2.0**-11
-"""Rows below this share of the largest value are smaller than the fp16 rounding of that value."""
+"""Rows and columns below this share of the largest value are smaller than the fp16 rounding of that value."""
 
 
 def power_of_two(reach: float) -> float:

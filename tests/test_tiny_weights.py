@@ -40,6 +40,16 @@ def test_one_tiny_row_beside_others():
     assert float((packed[3] - weight[3]).norm() / weight[3].norm()) < 0.2
 
 
+@pytest.mark.parametrize("row_scale", [False, True])
+def test_a_dead_column_is_no_reason_to_refuse_a_weight(row_scale):
+    weight = weight_of(0.02)
+    weight[:, 5] *= 1e-9
+    weight[:, 9] = 0
+    layer = pyllmq.CodebookLinear.from_dense(weight, bits=4, row_scale=row_scale)
+    assert relative_error(layer, weight) < 0.1
+    assert float(layer.dequantize()[:, [5, 9]].abs().max()) < 1e-7
+
+
 REFUSALS = {
     "bitmap": lambda w: pyllmq.SparseLinear.from_dense(w, 0.1, value_dtype=torch.float16),
     "2:4": lambda w: pyllmq.Sparse24Linear.from_dense(w, value_dtype=torch.float16),

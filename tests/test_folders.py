@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -285,6 +286,31 @@ def test_the_weights_are_those_that_transformers_takes(tmp_path):
     packed = pyllmq.from_pretrained(tmp_path / "packed")
     assert torch.equal(packed.model.embed_tokens.weight, model.model.embed_tokens.weight)
     assert sorted(file.name for file in (tmp_path / "packed").glob("model*")) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            {"num_attention_heads": 3},
+            "config.json of .* describes no model .*not a multiple of the number of attention heads",
+        ),
+        ({"hidden_size": "64"}, "config.json of .* describes no model .*expected int, got str"),
+        ({"transformers_weights": "other.safetensors"}, "names 'other.safetensors' as its weights"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"is quantized already \(gptq\)"),
+        ({"quantization_config": None}, None),
+    ],
+)
+def test_what_config_json_says_of_a_dense_folder(tmp_path, entries, message, capsys):
+    source = tmp_path / "source"
+    models.tiny_llama(num_hidden_layers=1).save_pretrained(source)
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    command = ["compress", str(source), str(tmp_path / "packed"), "--method", "kmeans", "--quiet"]
+    for more in ([], ["--in-memory"]):
+        assert main([*command, *more]) == (0 if message is None else 1)
+        assert message is None or re.search(message, capsys.readouterr().err)
+    assert (tmp_path / "packed").exists() == (message is None)
 
 
 def test_an_adapter_beside_the_weights_is_refused(tmp_path):

@@ -19,7 +19,7 @@ from ..linears import is_transposed_linear
 from ..memory import page_out
 from ..weights import OUTSIDE, Weights
 from . import transformers_internals as internals
-from .transformers import dense_class, expect_complete, load_on_meta, quiet_transformers
+from .transformers import dense_class, expect_complete, load_on_meta, quiet_transformers, valid_config
 
 
 class StreamedModel(Weights):
@@ -197,12 +197,14 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 def _skeleton(folder: Path, headers: Mapping[str, Header], device: torch.device, architecture: str | None) -> Any:
     config = read_config(folder)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise ValueError(
             f"{folder} is quantized already ({quantization_method(config)}); compress the dense model that it was made from"
         )
     model_class = dense_class(folder, config, architecture)
-    model, info = load_on_meta(model_class, model_class.config_class.from_pretrained(folder), headers, folder)
+    with valid_config(folder):
+        described = model_class.config_class.from_pretrained(folder)
+    model, info = load_on_meta(model_class, described, headers, folder)
     expect_complete(folder, model, info)
     internals.fill_computed_buffers(model, device)
     return model

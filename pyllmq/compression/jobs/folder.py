@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...config import MethodConfig
+from ...dispatch import plain_defaults
 from ...folders import INDEX, SINGLE, copy_others, opened, put_folder, read_headers
 from ...formats import structure_from_dict
 from ...layers.linear import PackedModule
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from ...integrations.checkpoint import StreamedModel
 
 
+@plain_defaults()
 def compress_folder(
     source: Any,
     output: str | os.PathLike[str],

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...config import MethodConfig
+from ...dispatch import plain_defaults
 from ...experts import put_together, stacks_of, take_apart
 from ...linears import DEFAULT_EXCLUDE, dense_weight, select_linears
 from ..calibration import as_batches, within_positions
@@ -34,6 +35,7 @@ INDEX_BYTES = 700
 """What its eight tensors add to the index of a folder of several safetensors files."""
 
 
+@plain_defaults()
 def compress(
     model: nn.Module,
     config: MethodConfig,
@@ -169,6 +171,7 @@ def pack_pruned(
     return compress(model, PackConfig(values), include=include, exclude=exclude, progress=False)
 
 
+@plain_defaults()
 def visit_groups(
     model: nn.Module,
     calibration: Iterable[Any],

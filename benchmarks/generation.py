@@ -311,8 +311,8 @@ class Compared:
         return self.ours / self.rival
 
     def __str__(self) -> str:
-        bounds = f"(bar {self.bar}, goal {self.goal})"
-        return f"{self.what:24} {self.bits:>9} bits  {self.ratio:5.2f}  {bounds}  {self.ours:8.1f} / {self.rival:6.1f} {self.against}"
+        bounds, rival = f"(bar {self.bar}, goal {self.goal})", f"{self.rival:6.1f} {self.against}"
+        return f"{self.what:24} {self.bits:>9} bits  {self.ratio:5.2f}  {bounds}  {self.ours:8.1f} / {rival}"
 
 
 def compared(rows: Sequence[GenerationRow]) -> list[Compared]:

@@ -281,7 +281,7 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
 
 def run_compress(given: argparse.Namespace) -> int:
     from .compression.methods import METHODS, method_of
-    from .folders import is_packed, read_config
+    from .folders import is_packed, quantization_method, read_config
 
     settings = _settings(given)
     size = settings.pop("size", None)
@@ -289,7 +289,7 @@ def run_compress(given: argparse.Namespace) -> int:
         raise ValueError(f"--bits {settings['bits']:g} and --size {size} are two targets; give one of them")
     config = METHODS[given.method].config(settings)
     needs = method_of(config).needs
-    read_config(given.source)
+    quantized = quantization_method(read_config(given.source))
     output = Path(given.output)
     if output.resolve() == Path(given.source).resolve():
         raise ValueError(f"SRC and OUT are the same folder, {output}; give another OUT")
@@ -301,6 +301,10 @@ def run_compress(given: argparse.Namespace) -> int:
         raise FileNotFoundError(f"--report is {given.report}, and there is no folder {folder}; make it first")
     if is_packed(given.source):
         raise ValueError(f"{given.source} is already packed; compress the dense model that it was made from")
+    if quantized is not None:
+        raise ValueError(
+            f"{given.source} is quantized already ({quantized}); compress the dense model that it was made from"
+        )
     if needs.calibration and given.workers is not None:
         raise ValueError(
             f"--workers {given.workers} does not go with --method {given.method} with these settings, which needs calibration: "
@@ -526,7 +530,7 @@ def _run_tasks(model: Any, tokenizer: Any, given: argparse.Namespace) -> int:
 def run_generate(given: argparse.Namespace) -> int:
     import torch
 
-    from .evaluate import within_positions
+    from .compression.calibration import within_positions
 
     model, tokenizer = _load_causal(given)
     torch.manual_seed(given.seed)

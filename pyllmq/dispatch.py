@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
@@ -132,3 +132,16 @@ def use_backend(name: str) -> Iterator[None]:
     finally:
         _forced_backend = before
         clear_cache()
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """torch's defaults as nobody changed them: float32, on the CPU. Loaders change both for a while."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        # Where nothing changes it is left alone: it costs 1 us at every call of torch.
+        with nullcontext() if device.type == "cpu" else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)

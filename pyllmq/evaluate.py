@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .compression.calibration import Batch
-
-
-@contextmanager
-def within_positions(model: Any, tokens: int) -> Iterator[None]:
-    """Says which limit a model of learned positions was asked to exceed, which torch reports as a bare IndexError."""
-    try:
-        yield
-    except IndexError as error:
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is None or tokens <= limit:
-            raise
-        raise ValueError(
-            f"{tokens} tokens were asked for, and the model has {limit} positions; ask for fewer"
-        ) from error
+from .compression.calibration import Batch, within_positions
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -232,6 +233,26 @@ def read_headers(files: Iterable[Folder]) -> dict[str, Header]:
     return found
 
 
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights, those that transformers takes. Raises FileNotFoundError if they are not there."""
+    there = [name for name in (SINGLE, INDEX, PICKLED_SINGLE, PICKLED_INDEX) if (folder / name).is_file()]
+    if not there:
+        raise FileNotFoundError(
+            f"{folder} has no weights: none of {SINGLE}, {INDEX}, {PICKLED_SINGLE}, {PICKLED_INDEX} is there"
+        )
+    first = folder / there[0]
+    if there[0] not in (INDEX, PICKLED_INDEX):
+        return [first]
+    try:
+        files = [folder / name for name in sorted(set(json.loads(first.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise FormatError(f"{first} cannot be read ({error!r}); the folder is damaged") from error
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, which {first} names; copy it again")
+    return files
+
+
 @dataclass(frozen=True)
 class PackedFolder:
     """A packed folder that was opened: config.json and all headers, compared with each other. No weights."""
@@ -247,10 +268,7 @@ class PackedFolder:
         config = read_config(folder)
         expect_packed(folder, config)
         description = Description.parse(config["quantization_config"])
-        files = sorted(Path(folder).glob("*.safetensors"))
-        if not files:
-            raise FormatError(f"{folder} has no safetensors file; the folder is incomplete")
-        return cls(Path(folder), config, description, description.check(files))
+        return cls(Path(folder), config, description, description.check(checkpoint_files(Path(folder))))
 
     @property
     def structures(self) -> dict[str, Structure]:
@@ -296,7 +314,12 @@ def put_folder(part: Path, target: Path) -> None:
 
 # ---- what else is in a folder ---------------------------------------------------------------------------------------
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf")
+_REPLACED = (
+    *("config.json", "*.index.json", "model*.safetensors", "pytorch_model*.bin", "consolidated*"),
+    *("tf_model*", "flax_model*", "rust_model*", "*.ckpt", "*.onnx", "*.gguf"),
+    *("training_args.bin", "optimizer*", "scheduler*", "rng_state*", "scaler.pt"),
+)
+"""In the first level of a model's folder: its dense weights by every name that they have, and what training leaves behind."""
 _WEIGHT_FOLDERS = ("onnx", "openvino", "original", "coreml")
 """In the first level of a model's folder: the same dense weights again, which a packed folder replaces."""
 
@@ -304,10 +327,12 @@ _WEIGHT_FOLDERS = ("onnx", "openvino", "original", "coreml")
 def other_files(folder: Path, skip: Collection[Path] = ()) -> list[Path]:
     """What a model's folder holds besides config.json and weights, relative to it: tokenizer, pooling, chat template, licence.
 
-    Weights in folders below belong to modules of their own (sentence-transformers' dense layers). Hidden files, training
-    checkpoints, other packed folders and what is no plain file are left out, links to files are followed.
+    Weights of other names (BGE-M3's `sparse_linear.pt`), and those in folders below, belong to modules of their own. Hidden files,
+    training checkpoints, other packed folders and what is no plain file are left out, links to files are followed.
     """
     found = []
+    with suppress(FileNotFoundError, FormatError):
+        skip = {*skip, *checkpoint_files(folder)}
     for place, folders, files in os.walk(folder):
         top = Path(place) == folder
         folders[:] = sorted(
@@ -319,9 +344,10 @@ def other_files(folder: Path, skip: Collection[Path] = ()) -> list[Path]:
             and not _is_packed_below(Path(place, name))
         )
         for name in sorted(files):
-            replaced = top and (name == "config.json" or name.endswith((*_WEIGHTS, ".index.json")))
-            if not name.startswith(".") and not replaced and Path(place, name).is_file():
-                found.append(Path(place, name).relative_to(folder))
+            file = Path(place, name)
+            replaced = top and (file in skip or any(fnmatchcase(name, pattern) for pattern in _REPLACED))
+            if not name.startswith(".") and not replaced and file.is_file():
+                found.append(file.relative_to(folder))
     return found
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from .layouts import for_kernels
 from .operations import FIT_COLUMNS, KMEANS_1D, KMEANS_1D_ERRORS, ColumnBlock, Points
 
 METHODS = ("exact", "windowed", "lloyd")
@@ -220,7 +221,7 @@ def _checked_points(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Ten
     problems, n = values.shape
     if not 1 <= n <= MAX_POINTS:
         raise ValueError(f"values has n = {n} values per problem; allowed: 1 to {MAX_POINTS}")
-    points = values.detach().to(torch.float32).contiguous()
+    points = for_kernels(values.detach().to(torch.float32))
     _require_range(points, "values", "finite in float32", float("-inf"))
     if weights is None:
         return points, None
@@ -230,7 +231,7 @@ def _checked_points(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Ten
         raise TypeError(f"weights is {given}; it must be a floating-point tensor [C, n] or [n]")
     if tuple(weights.shape) not in ((problems, n), (n,)):
         raise ValueError(f"weights has the shape {tuple(weights.shape)}; allowed: [{problems}, {n}] or [{n}]")
-    weights = weights.detach().to(points.device, torch.float32).contiguous()
+    weights = for_kernels(weights.detach().to(points.device, torch.float32))
     _require_range(weights, "weights", "finite in float32 and >= 0", 0.0)
     if problems:
         largest = weights.amax(-1)

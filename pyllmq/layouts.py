@@ -24,6 +24,18 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Key -> (shape, dtype) of every tensor that a checkpoint holds for a weight."""
 
 
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its memory does not hold its values: torch may negate them only as they are read
+    (`z.conj().imag`), and `frombuffer` and files of other writers put them at addresses that no kernel takes."""
+    tensor = tensor.resolve_neg()
+    return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
+
+
+def for_kernels(tensor: Tensor) -> Tensor:
+    """The same, and contiguous."""
+    return readable(tensor.contiguous())
+
+
 @dataclass(eq=False)
 class WeightOperand:
     """A packed weight as kernels read it: `tensors` and `meta`, whose meaning `layout` names, of a matrix `shape` [N, K]."""

@@ -21,7 +21,8 @@ def load_model(folder: Folder, architecture: str | None = None, fuse: bool = Tru
         return integration.from_pretrained(folder, fuse=fuse, **kwargs)
     model_class = integration.dense_class(folder, read_config(folder), architecture)
     arguments = {"dtype": "auto", **kwargs, "output_loading_info": True}
-    model, info = model_class.from_pretrained(folder, **arguments)
+    with integration.valid_config(folder):
+        model, info = model_class.from_pretrained(folder, **arguments)
     integration.expect_complete(folder, model, info)
     if unused := sorted(info["unexpected_keys"]):
         warnings.warn(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import NoKernelError
-from .layouts import CHECKPOINT, WeightOperand
+from .layouts import CHECKPOINT, WeightOperand, for_kernels, readable
 from .operations import (
     ACTIVATION_DTYPES,
     DEFAULT_PRECISION,
@@ -175,7 +175,7 @@ def _run_linear(x: Tensor, operand: WeightOperand, bias: Tensor | None, precisio
         raise ValueError(f"x is on {x.device}{bias_place}, the weight on {device}; move them to one device")
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     kernel = PACKED_LINEAR.kernel_for(device.type, x.dtype, operand.layout, rows.shape[0], operand.meta)
-    y = kernel(rows, operand, None if bias is None else bias.contiguous(), precision)
+    y = kernel(readable(rows), operand, None if bias is None else for_kernels(bias), precision)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], operand.shape[0])
 
 
@@ -321,7 +321,7 @@ def _run_rows(operand: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tensor
     if ids.device != device:
         raise ValueError(f"ids are on {ids.device}, the weight on {device}; move them to one device")
     kernel = PACKED_ROWS.kernel_for(device.type, dtype, operand.layout, 0, operand.meta)
-    return kernel(operand, ids.reshape(-1).long().contiguous(), dtype).view(*ids.shape, operand.shape[1])
+    return kernel(operand, for_kernels(ids.reshape(-1).long()), dtype).view(*ids.shape, operand.shape[1])
 
 
 def _packed_rows(*arguments: Any) -> Tensor:
@@ -538,7 +538,7 @@ def _check_logits(student: Tensor, teacher: Tensor, temperature: float) -> None:
 
 def _as_batch(logits: Tensor) -> Tensor:
     """[..., rows, V] -> [batch, rows, V]."""
-    return logits.reshape(math.prod(logits.shape[:-2]), *logits.shape[-2:])
+    return readable(logits.reshape(math.prod(logits.shape[:-2]), *logits.shape[-2:]))
 
 
 def _softmax_cdist_l1(

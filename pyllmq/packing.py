@@ -5,14 +5,13 @@ What comes out are the arguments of the formats' `pack`.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .kmeans import kmeans_1d
-from .structure import FP16_LEAST, lost_in_fp16
+from .structure import FP16_LEAST, NEGLIGIBLE, lost_in_fp16, power_of_two
 
 MAX_OUTLIER_FRACTION = 0.5
 
@@ -110,11 +109,20 @@ def column_codes(
             )
         importance *= row_weights.float().cpu()
 
-    centroids, codes = _fit(columns if scale is None else columns / scale, column_bits, importance)
-    reach = float(columns.abs().max()) if n and k else 0.0
-    if scale is None and reach < 1 and any(bool(lost_in_fp16(book[None])) for book in centroids):
-        scale = torch.full((n,), max(FP16_LEAST, math.ldexp(1.0, math.frexp(reach)[1])))
+    scaled = columns if scale is None else columns / scale
+    centroids, codes = _fit(scaled, column_bits, importance)
+    by_column = scaled.abs().amax(1)
+    reach = float(by_column.max())
+    counts = (by_column > NEGLIGIBLE * reach).tolist()
+    if (
+        scale is None
+        and reach < 1
+        and any(c and bool(lost_in_fp16(b[None])) for c, b in zip(counts, centroids, strict=True))
+    ):
+        scale = torch.full((n,), power_of_two(reach))
         centroids, codes = _fit(columns / scale, column_bits, importance)
+    # A dead column is what fp16 leaves of it, and no reason to refuse the weight.
+    centroids = [book if c else book.half().float() for c, book in zip(counts, centroids, strict=True)]
     return {
         "codes": codes.T.contiguous(),
         "codebook": torch.cat(centroids),

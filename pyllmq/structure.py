@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .layouts import CHECKPOINT, Fields, Shape, Shapes, WeightOperand, layout_for
+from .layouts import CHECKPOINT, Fields, Shape, Shapes, WeightOperand, for_kernels, layout_for
 
 MAX_UINT16_COLUMNS = 1 << 16
 
@@ -342,12 +342,6 @@ def expect_all(tensors: Fields, shapes: Shapes) -> None:
             )
 
 
-def for_kernels(tensor: Tensor) -> Tensor:
-    """Contiguous, at an address that its dtype asks for: a file of another writer may hold tensors at any offset."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
-
-
 def column_dtype(in_features: int) -> torch.dtype:
     """Of column numbers."""
     return torch.uint16 if in_features <= MAX_UINT16_COLUMNS else torch.int32
@@ -367,7 +361,12 @@ FP16_LEAST = 2.0**-24
 FP16_LOSS = 0.01
 """Most that storing may take from the largest value of a row or codebook, as a share of it."""
 NEGLIGIBLE = 2.0**-11
-"""Rows below this share of the largest value are smaller than the fp16 rounding of that value."""
+"""Rows and columns below this share of the largest value are smaller than the fp16 rounding of that value."""
+
+
+def power_of_two(reach: float) -> float:
+    """A scale that fp16 holds and that takes nothing from values: up to `reach`, they are at most about 1 once divided by it."""
+    return max(FP16_LEAST, math.ldexp(1.0, math.frexp(reach)[1]))
 
 
 def lost_in_fp16(values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layouts import readable
 from .operations import (
     DOUBLY_STOCHASTIC,
     DOUBLY_STOCHASTIC_BACKWARD,
@@ -74,6 +75,8 @@ def sinkhorn(
     _check_choices(iterations, tolerance, grad, output)
     rho_a, rho_b = _marginal_prices(unbalanced)
     _check_cost(cost)
+    if _is_eager(cost):
+        cost = readable(cost)
     work = torch.float64 if cost.dtype == torch.float64 else torch.float32
     if mask is not None:
         cost = _masked(cost, mask)
@@ -171,7 +174,8 @@ def _marginal(
         raise TypeError(f"{name} is {given.dtype}; it must be floating-point")
     if given.device != cost.device:
         raise ValueError(f"{name} is on {given.device}, cost on {cost.device}; move them to one device")
-    return given.to(work)
+    given = given.to(work)
+    return readable(given) if _is_eager(given) else given
 
 
 def _flat(given: Tensor, batch: tuple[int, ...], *line: int) -> Tensor:
@@ -391,6 +395,8 @@ def doubly_stochastic(
     _check_cost(logits)
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32
     matrices = logits.to(work).reshape(-1, *logits.shape[-2:])
+    if _is_eager(logits):
+        matrices = readable(matrices)
     how = Normalisation(
         iterations, first == "columns", start == "softmax", shift, float(matrix_epsilon), float(division_epsilon)
     )

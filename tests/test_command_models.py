@@ -285,6 +285,22 @@ def test_more_tokens_than_positions(tmp_path, capsys) -> None:
     assert "--prompt is '', which has no tokens; give at least one" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("make", "limit"), [(models.tiny_gpt2, 256), (short_bert, 32), (short_roberta, 29)])
+def test_batches_longer_than_the_positions(tmp_path, make, limit) -> None:
+    """By index (GPT-2), by the shape of a buffer (BERT), counted from the padding's id on (RoBERTa)."""
+    make().save_pretrained(tmp_path / "source")
+    config = pyllmq.CLAQConfig(bits=2)
+    jobs = (
+        lambda batches: pyllmq.compress(make(), config, batches, progress=False),
+        lambda batches: pyllmq.compress_folder(tmp_path / "source", tmp_path / "out", config, batches, progress=False),
+    )
+    said = f"{limit + 1} tokens were asked for, and the model has {limit} positions"
+    for job in jobs:
+        job([torch.randint(3, 60, (1, 8)), torch.randint(3, 60, (1, limit))])
+        with pytest.raises(ValueError, match=said):
+            job([torch.randint(3, 60, (1, 8)), torch.randint(3, 60, (1, limit + 1))])
+
+
 def test_what_cannot_work_is_refused_before_the_work(llama, tmp_path, capsys) -> None:
     assert main(["compress", str(llama), str(llama), "--method", "kmeans"]) == 1
     assert "SRC and OUT are the same folder" in capsys.readouterr().err

@@ -252,9 +252,27 @@ def test_experts_that_no_token_reaches():
             return self.layers[0]["used"](x)
 
     model = Router()
-    with pytest.warns(UserWarning, match="layers.0.unused was never run"):
+    with pytest.warns(UserWarning, match="layers.0.unused was never run by the calibration data; it is compressed by"):
         run(model, [{"x": torch.randn(32, 8)}])
     assert packed_names(model) == {"layers.0.used", "layers.0.unused"}
+
+
+def test_the_layer_whose_weight_torch_attention_reads_is_named_so():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2)])
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    with pytest.warns(
+        UserWarning, match="self_attn.out_proj was never run .*: torch's attention reads its weight instead"
+    ):
+        report = run(Encoder(), [{"x": torch.randn(2, 6, 16)}])
+    assert sum("never run" in said for said in report.warnings) == 2
 
 
 def test_report_is_saved_whole(tmp_path):

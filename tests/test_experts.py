@@ -143,6 +143,7 @@ def test_experts_that_no_token_reaches_are_named():
     with pytest.warns(UserWarning, match="experts.expert_. was never run|experts.expert_._up was never run"):
         report = pyllmq.compress(model, pyllmq.CLAQConfig(bits=4), batches, progress=False)
     assert sum("never run by the calibration data" in warning for warning in report.warnings) >= 4
+    assert all("no token was routed to this expert" in said for said in report.warnings if "never run" in said)
 
 
 def test_a_failed_job_leaves_the_model_as_it_was(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -240,8 +241,10 @@ def test_code_in_a_folder_never_runs(tmp_path, model_type, monkeypatch):
 # ---- what else is in a folder ---------------------------------------------------------------------------------------
 
 OTHERS = ("modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "LICENSE",
-          "README.md", "chat_template.jinja", "preprocessor_config.json", "tokenizer.model", "sub/deep/file.txt")  # fmt: skip
-REPLACED = ("pytorch_model.bin", "model.onnx", "onnx/model.onnx", "tf_model.h5", ".git/config", "checkpoint-5/x.bin")
+          "README.md", "chat_template.jinja", "preprocessor_config.json", "tokenizer.model", "sub/deep/file.txt",
+          "sparse_linear.pt", "other.safetensors")  # fmt: skip
+REPLACED = ("pytorch_model.bin", "model.onnx", "onnx/model.onnx", "tf_model.h5", ".git/config", "checkpoint-5/x.bin",
+            "consolidated.00.pth", "optimizer.pt")  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -268,6 +271,55 @@ def test_everything_else_is_copied(tmp_path, way, capsys):
     assert main(["inspect", str(output)]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in OTHERS)
+
+
+def test_the_weights_are_those_that_transformers_takes(tmp_path):
+    """An index of an earlier save is left beside a single file."""
+    torch.manual_seed(2)
+    source = tmp_path / "source"
+    models.tiny_llama(num_hidden_layers=1).save_pretrained(source, max_shard_size="100KB")
+    assert (source / "model.safetensors.index.json").exists()
+    model = models.tiny_llama(num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "newer")
+    shutil.copy(tmp_path / "newer" / "model.safetensors", source)
+    by_files(source, tmp_path / "packed", None)
+    packed = pyllmq.from_pretrained(tmp_path / "packed")
+    assert torch.equal(packed.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert sorted(file.name for file in (tmp_path / "packed").glob("model*")) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            {"num_attention_heads": 3},
+            "config.json of .* describes no model .*not a multiple of the number of attention heads",
+        ),
+        ({"hidden_size": "64"}, "config.json of .* describes no model .*expected int, got str"),
+        ({"transformers_weights": "other.safetensors"}, "names 'other.safetensors' as its weights"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"is quantized already \(gptq\)"),
+        ({"quantization_config": None}, None),
+    ],
+)
+def test_what_config_json_says_of_a_dense_folder(tmp_path, entries, message, capsys):
+    source = tmp_path / "source"
+    models.tiny_llama(num_hidden_layers=1).save_pretrained(source)
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    command = ["compress", str(source), str(tmp_path / "packed"), "--method", "kmeans", "--quiet"]
+    for more in ([], ["--in-memory"]):
+        assert main([*command, *more]) == (0 if message is None else 1)
+        assert message is None or re.search(message, capsys.readouterr().err)
+    assert (tmp_path / "packed").exists() == (message is None)
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    models.tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "adapter_config.json").write_text("{}")
+    for way in WAYS:
+        with pytest.raises(ValueError, match=r"adapter_config.json\) beside the model's weights; merge it"):
+            way(tmp_path / "source", tmp_path / "packed", models.token_batches(1, 12))
+    assert not (tmp_path / "packed").exists()
 
 
 # ---- pickled weights ------------------------------------------------------------------------------------------------

@@ -40,6 +40,16 @@ def test_one_tiny_row_beside_others():
     assert float((packed[3] - weight[3]).norm() / weight[3].norm()) < 0.2
 
 
+@pytest.mark.parametrize("row_scale", [False, True])
+def test_a_dead_column_is_no_reason_to_refuse_a_weight(row_scale):
+    weight = weight_of(0.02)
+    weight[:, 5] *= 1e-9
+    weight[:, 9] = 0
+    layer = pyllmq.CodebookLinear.from_dense(weight, bits=4, row_scale=row_scale)
+    assert relative_error(layer, weight) < 0.1
+    assert float(layer.dequantize()[:, [5, 9]].abs().max()) < 1e-7
+
+
 REFUSALS = {
     "bitmap": lambda w: pyllmq.SparseLinear.from_dense(w, 0.1, value_dtype=torch.float16),
     "2:4": lambda w: pyllmq.Sparse24Linear.from_dense(w, value_dtype=torch.float16),
@@ -121,8 +131,25 @@ def test_compressors_with_row_scales_serve_them(preset):
     assert compressed_error(2.0**-23, config) < 1.5 * compressed_error(1.0, config) + 1e-3
 
 
-def test_other_compressors_refuse_them():
-    with pytest.raises(ValueError, match="so small that fp16 codebooks lose more than 1 %.*ColumnCodebookConfig"):
-        compressed_error(1e-7, pyllmq.CLAQConfig(bits=4))
+@pytest.mark.parametrize(
+    "config",
+    [
+        pyllmq.CLAQConfig(bits=4),
+        pyllmq.CLAQConfig(bits=4.12, outliers=0.01),  # they have no scale: those of tiny weights are coded
+        pyllmq.CLAQConfig(bits=4, published=True),
+        pyllmq.SparseConfig(sparsity=0.5, quantize=pyllmq.CLAQConfig(bits=4)),
+    ],
+    ids=["claq", "outliers", "published", "pruned"],
+)
+@pytest.mark.parametrize("scale", [2.0**-23, 2.0**-33])
+def test_calibrated_codebooks_scale_by_themselves(config, scale):
+    assert compressed_error(scale, config) < 1.5 * compressed_error(1.0, config) + 2e-2
+
+
+def test_formats_without_a_scale_refuse_them():
+    with pytest.raises(
+        ValueError, match="so small that fp16 codebooks lose more than 1 %.*no 2:4 pattern beside codes"
+    ):
+        compressed_error(1e-7, pyllmq.SparseConfig(None, "2:4", quantize=pyllmq.CLAQConfig(bits=4)))
     with pytest.raises(ValueError, match="'blocks.0.down' reaches .* too small for fp16: .* set values to"):
         compressed_error(1e-7, pyllmq.SparseConfig(sparsity=0.5, values="float16"))

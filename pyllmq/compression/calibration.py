@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,8 +78,7 @@ def batches_of_text(model: Any, tokenizer: Any, text: str | None, samples: int, 
     None is the text that is on every machine. No window is longer than the model's positions. Decoders that have ids of their
     own are given those of the encoder, shifted by one.
     """
-    positions = _positions(model)
-    seqlen = seqlen if positions is None else min(seqlen, positions)
+    seqlen = min(seqlen, positions(model) or seqlen)
     if is_causal(model):
         whole = "\n\n".join(builtin_paragraphs()) if text is None else text
         return token_windows(tokenizer, whole, samples, seqlen)
@@ -97,9 +97,30 @@ def batches_of_text(model: Any, tokenizer: Any, text: str | None, samples: int, 
     return batches
 
 
-def _positions(model: Any) -> int | None:
+@contextmanager
+def within_positions(model: Any, tokens: int | Iterable[Batch]) -> Iterator[None]:
+    """Says which limit a model of learned positions was asked to exceed, where torch reports an index or a size.
+
+    `tokens`: how many, or the batches with them.
+    """
+    if not isinstance(tokens, int):
+        tokens = max((batch["input_ids"].shape[-1] for batch in tokens if "input_ids" in batch), default=0)
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        limit = positions(model)
+        said = isinstance(error, IndexError) or any(words in str(error) for words in ("size of", "out of bounds"))
+        if limit is None or tokens <= limit or not said:
+            raise
+        raise ValueError(f"{tokens} tokens were asked for, and the model has {limit} positions; give fewer") from error
+
+
+def positions(model: Any) -> int | None:
     """How many tokens the model has positions for; None: any number."""
-    limits = [getattr(model.config, "max_position_embeddings", None)]
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):  # of a model of images and text
+        config = config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None)]
     for name, module in model.named_modules():
         # RoBERTa and its kin count from the padding's id on.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
@@ -111,7 +132,7 @@ def self_written(model: Any, tokenizer: Any, samples: int, seqlen: int, progress
     """`self_generated` in windows that the model has positions for. Raises ValueError for a model that writes no text."""
     if not is_causal(model):
         raise ValueError(f"{type(model).__name__} writes no text; --calibration self needs a causal language model")
-    return self_generated(model, tokenizer, samples, min(seqlen, _positions(model) or seqlen), progress=progress)
+    return self_generated(model, tokenizer, samples, min(seqlen, positions(model) or seqlen), progress=progress)
 
 
 SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.2}

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..layers.embedding import PackedEmbedding
 from ..layers.linear import PackedLinear, dense_and_bias
-from ..layouts import Fields, Shape, Shapes, WeightOperand
+from ..layouts import Fields, Shape, Shapes, WeightOperand, readable
 from ..operations import CODEBOOK_GRADIENT
 from ..packing import column_codes
 from ..structure import (
@@ -429,7 +429,7 @@ def _codebook_gradient(weight_gradient: Tensor, weight: list[Tensor], layout: st
     field = CodebookWeight.named(operand)
     if field["outlier_values"].numel():
         weight_gradient = weight_gradient.index_put(outlier_places(field), weight_gradient.new_zeros(()))
-    return kernel(weight_gradient, operand)
+    return kernel(readable(weight_gradient), operand)
 
 
 def _no_second_derivative(*_: object) -> None:

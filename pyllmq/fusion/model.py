@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.cpu import runtime as cpu
+from ..dispatch import plain_defaults
 from ..layers.linear import PackedLinear
 from . import FUSED
 from .attention_functions import as_implemented, attention_implementation, mask_as_implemented
@@ -27,6 +28,7 @@ _AGREES = {"exact": 1e-4, "high": 2e-3, "fast": 6e-2}
 """Relative error of a step's part of the output, beside four units in the last place of the output. A wrong form is off by 1."""
 
 
+@plain_defaults()
 def fuse(model: nn.Module) -> dict[str, str]:
     unfuse(model)
     # It may be called within generate, which goes on with its own random numbers.

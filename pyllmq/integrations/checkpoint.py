@@ -6,7 +6,6 @@ then filled from the files, one at a time, by the same functions that `from_pret
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,44 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..folders import (
-    INDEX,
-    PICKLED_INDEX,
-    PICKLED_SINGLE,
-    SINGLE,
-    Folder,
-    Header,
-    opened,
-    quantization_method,
-    read_config,
-    read_headers,
-)
+from ..folders import Folder, Header, checkpoint_files, opened, quantization_method, read_config, read_headers
 from ..formats import FormatError
 from ..linears import is_transposed_linear
 from ..memory import page_out
 from ..weights import OUTSIDE, Weights
 from . import transformers_internals as internals
-from .transformers import dense_class, expect_complete, load_on_meta, quiet_transformers
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The weight files of a dense model, as its index lists them. Raises FileNotFoundError if they are not there."""
-    there = [name for name in (INDEX, SINGLE, PICKLED_INDEX, PICKLED_SINGLE) if (folder / name).is_file()]
-    if not there:
-        raise FileNotFoundError(
-            f"{folder} has no weights: none of {SINGLE}, {INDEX}, {PICKLED_SINGLE}, {PICKLED_INDEX} is there"
-        )
-    first = folder / there[0]
-    if there[0] not in (INDEX, PICKLED_INDEX):
-        return [first]
-    try:
-        files = [folder / name for name in sorted(set(json.loads(first.read_text())["weight_map"].values()))]
-    except (ValueError, KeyError, AttributeError) as error:
-        raise FormatError(f"{first} cannot be read ({error!r}); the folder is damaged") from error
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing, which {first} names; copy it again")
-    return files
+from .transformers import dense_class, expect_complete, load_on_meta, quiet_transformers, valid_config
 
 
 class StreamedModel(Weights):
@@ -229,12 +197,14 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 def _skeleton(folder: Path, headers: Mapping[str, Header], device: torch.device, architecture: str | None) -> Any:
     config = read_config(folder)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise ValueError(
             f"{folder} is quantized already ({quantization_method(config)}); compress the dense model that it was made from"
         )
     model_class = dense_class(folder, config, architecture)
-    model, info = load_on_meta(model_class, model_class.config_class.from_pretrained(folder), headers, folder)
+    with valid_config(folder):
+        described = model_class.config_class.from_pretrained(folder)
+    model, info = load_on_meta(model_class, described, headers, folder)
     expect_complete(folder, model, info)
     internals.fill_computed_buffers(model, device)
     return model

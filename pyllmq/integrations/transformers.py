@@ -159,7 +159,22 @@ def open_config(folder: str | os.PathLike[str], **arguments: Any) -> Any:
         if str(said.get("model_type")) not in CONFIG_MAPPING:
             own = "; the code that the folder brings (auto_map) is never executed" if "auto_map" in said else ""
             raise ValueError(f"{folder}: transformers {__version__} has no model_type {said.get('model_type')!r}{own}")
-    return AutoConfig.from_pretrained(folder, **{"trust_remote_code": False, **arguments})
+    with valid_config(folder):
+        return AutoConfig.from_pretrained(folder, **{"trust_remote_code": False, **arguments})
+
+
+@contextmanager
+def valid_config(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Says which folder's config.json it is that transformers does not take, as an error that commands print in a line."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except StrictDataclassError as error:
+        said = " ".join(str(error).split())
+        raise FormatError(
+            f"config.json of {folder} describes no model ({said}); copy it again, or repair it"
+        ) from error
 
 
 def class_of(architectures: Any) -> Any:
@@ -174,12 +189,23 @@ def class_of(architectures: Any) -> Any:
 def dense_class(folder: str | os.PathLike[str], config: Mapping[str, Any], architecture: str | None = None) -> Any:
     """The transformers class of a dense folder: `architecture`, or the one that its config.json names.
 
-    Raises ValueError if there is no such class: another one would leave out its head, or fill it with random numbers.
+    Raises ValueError if there is no such class: another one would leave out its head, or fill it with random numbers; for an
+    adapter in the folder, which is no part of the weights; for weights in a file of another name.
     """
     from transformers import __version__
 
     from .transformers_internals import classes_for
 
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json) beside the model's weights; merge it into them with PEFT "
+            "(merge_and_unload), or take that file away to go without it"
+        )
+    if (file := config.get("transformers_weights")) is not None:
+        raise ValueError(
+            f"config.json of {folder} names {file!r} as its weights (transformers_weights); call the file "
+            "model.safetensors and take the entry away"
+        )
     names = config.get("architectures")
     found = class_of(names if architecture is None else [architecture])
     if found is not None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..layouts import CHECKPOINT, WeightOperand, machine_layout
+from ..layouts import CHECKPOINT, WeightOperand, for_kernels, machine_layout
 from ..operations import ACTIVATION_DTYPES, DEFAULT_PRECISION, check_precision
-from ..structure import CompositeStructure, FormatError, PackedWeight, Structure, for_kernels, format_of, of_module
+from ..structure import CompositeStructure, FormatError, PackedWeight, Structure, format_of, of_module
 from .lazy_weight import LazyWeight
 
 if TYPE_CHECKING:
@@ -315,14 +315,22 @@ class TiedLinear(_Precision, nn.Module):
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32}
 
 
+WEIGHT_DTYPES = (*ACTIVATION_DTYPES, torch.float64)
+"""Of dense weights that are packed."""
+
+
 def dense_and_bias(linear_or_weight: nn.Linear | Tensor) -> tuple[Tensor, Tensor | None]:
     """(W [N, K], bias) of a layer or a matrix, detached."""
-    if isinstance(linear_or_weight, nn.Linear):
-        bias = linear_or_weight.bias
-        return linear_or_weight.weight.detach(), None if bias is None else bias.detach()
-    if not isinstance(linear_or_weight, Tensor) or linear_or_weight.dim() != 2:
-        raise ValueError(f"from_dense takes an nn.Linear or a matrix [N, K], not {type(linear_or_weight).__name__}")
-    return linear_or_weight.detach(), None
+    linear = isinstance(linear_or_weight, nn.Linear)
+    weight = linear_or_weight.weight if linear else linear_or_weight
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.numel():
+        given = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"from_dense takes an nn.Linear or a matrix [N, K] that is not empty, not {given}")
+    if weight.dtype not in WEIGHT_DTYPES or weight.is_meta:
+        allowed = ", ".join(map(str, WEIGHT_DTYPES))
+        raise ValueError(f"the weight is {weight.dtype} on {weight.device}; allowed: {allowed}, with values")
+    bias = linear_or_weight.bias if linear else None
+    return weight.detach(), None if bias is None else bias.detach()
 
 
 def layer_type(kind: str) -> type[Any]:

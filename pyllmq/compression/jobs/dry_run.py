@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...config import MethodConfig
+from ...dispatch import plain_defaults
 from ...linears import DEFAULT_EXCLUDE, dense_weight
 from ..calibration import as_batches
 from ..methods import StaysDenseError, method_of
@@ -67,6 +68,7 @@ class _Timed(Exception):
     """Ends the walk of a dry run."""
 
 
+@plain_defaults()
 def plan_folder(
     source: Any,
     output: str | os.PathLike[str],

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...config import MethodConfig
+from ...dispatch import plain_defaults
 from ...folders import opened
 from ...linears import DEFAULT_EXCLUDE, LeftDense, is_transposed_linear
 from ...memory import peak_memory
@@ -39,6 +40,7 @@ class FileResult:
     peak_memory: int = 0
 
 
+@plain_defaults()
 def compress_files(
     source: Any,
     output: str | os.PathLike[str],

@@ -16,13 +16,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...config import MethodConfig
+from ...dispatch import plain_defaults
 from ...folders import INDEX, SINGLE, copy_others, opened, put_folder, read_headers
 from ...formats import structure_from_dict
 from ...layers.linear import PackedModule
 from ...linears import DEFAULT_EXCLUDE
 from ...memory import peak_memory
 from ...weights import OUTSIDE
-from ..calibration import Batch, as_batches
+from ..calibration import Batch, as_batches, within_positions
 from ..methods import method_of
 from ..model_state import quiet_eval
 from ..ranks import ALONE, Ranks
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from ...integrations.checkpoint import StreamedModel
 
 
+@plain_defaults()
 def compress_folder(
     source: Any,
     output: str | os.PathLike[str],
@@ -118,7 +120,7 @@ def compress_folder(
         done = sum(len(entry["layers"]) for entry in manifest.finished)
         bar = tqdm(total=len(task.names), initial=done, disable=not (progress and ranks.first), unit="layer")
         folder = FolderJob(Job(task, task.run(loop, ranks), bar), streamed, manifest, started)
-        with quiet_eval(model), torch.no_grad(), bar:
+        with quiet_eval(model), torch.no_grad(), within_positions(model, all_batches), bar:
             chains = loop.find_chains(task.stages, lambda stage: check_finite(stage.linears))
             folder.plan(chains, [len(next(iter(batch.values()))) for batch in all_batches])
             folder.restore()

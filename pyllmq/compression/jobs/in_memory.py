@@ -12,9 +12,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...config import MethodConfig
+from ...dispatch import plain_defaults
 from ...experts import put_together, stacks_of, take_apart
 from ...linears import DEFAULT_EXCLUDE, dense_weight, select_linears
-from ..calibration import as_batches
+from ..calibration import as_batches, within_positions
 from ..methods import StaysDenseError, method_of
 from ..methods.pack import PackConfig
 from ..model_state import quiet_eval
@@ -34,6 +35,7 @@ INDEX_BYTES = 700
 """What its eight tensors add to the index of a folder of several safetensors files."""
 
 
+@plain_defaults()
 def compress(
     model: nn.Module,
     config: MethodConfig,
@@ -103,7 +105,7 @@ def compress(
         batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
         job = Job(task, task.run(BlockLoop(model, batches[0] if batches else {}, batches)), bar)
         try:
-            with quiet_eval(model), torch.no_grad():
+            with quiet_eval(model), torch.no_grad(), within_positions(model, batches):
                 (_calibrate if batches else _pack_all)(job)
             if original is not None:
                 text = batches if tuning is None else as_batches(tuning)
@@ -169,6 +171,7 @@ def pack_pruned(
     return compress(model, PackConfig(values), include=include, exclude=exclude, progress=False)
 
 
+@plain_defaults()
 def visit_groups(
     model: nn.Module,
     calibration: Iterable[Any],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...experts import take_apart
+from ...experts import ExpertLinear, take_apart
 from ...formats import layer_type
 from ...layers.embedding import embedding_type, put_embedding
 from ...linears import (
@@ -168,15 +168,19 @@ class Job:
     def compress_group(self, group: Group, inputs: InputStatistics) -> None:
         """Put packed layers in the place of Linears that share an input."""
         if not inputs.reached:
-            names = ", ".join(group)
-            warn(
-                self.task.report,
-                f"{names} was never run by the calibration data (torch's attention reads the weight of its out_proj instead); it "
-                "is compressed by its weights alone",
-            )
+            for name, module in group.items():
+                warn(self.task.report, f"{self._why_never_run(name, module)}; it is compressed by its weights alone")
         weights = {name: dense_weight(module) for name, module in group.items()}
         for name, done in self.task.method.compress_group(weights, inputs, self.run).items():
             self.replace(name, group[name], done)
+
+    def _why_never_run(self, name: str, module: nn.Module) -> str:
+        said = f"{name} was never run by the calibration data"
+        if isinstance(module, ExpertLinear) or matches(name, ["experts"]):
+            return f"{said}: no token was routed to this expert, give more text"
+        if isinstance(self.task.model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            return f"{said}: torch's attention reads its weight instead"
+        return said
 
     def replace(self, name: str, module: nn.Module, done: CompressedLinear) -> None:
         dense = dense_weight(module)

@@ -20,7 +20,7 @@ from ...config import Between, MethodConfig
 from ...formats import CodebookWeight
 from ...kmeans import kmeans_1d
 from ...packing import count_not_finite
-from ...structure import FP16_LEAST, FP16_LOSS, NEGLIGIBLE
+from ...structure import FP16_LEAST, FP16_LOSS, NEGLIGIBLE, power_of_two
 from ..ranks import ALONE, Ranks
 from ..solver import bits as allocation
 from ..solver.hessian import PANEL, factor_hessian, output_error
@@ -46,6 +46,9 @@ class CLAQConfig(MethodConfig):
     Source: CLAQ (arXiv 2405.17233) and its released code. The points that the paper names, as `bits` / `outliers`:
     2, 3, 4 (one width); 2.1, 2.2, 2.5, 3.1 (Adaptive Precision); 2.12 / 0.005, 2.24 / 0.01, 3.12 / 0.005, 3.23 / 0.01
     (with Outlier Reservation).
+
+    A Linear whose columns are too small for fp16 (below 3e-6) gets one power of two as its scale, and keeps no outliers, which have
+    none.
     """
 
     bits: Annotated[float, Between(1, 8)]
@@ -160,7 +163,7 @@ def compress_linears(
     if not weights:
         raise ValueError("weights is empty; it must map at least one name to a tensor [N, K]")
     for name, weight in weights.items():
-        check_weight(name, weight, hessian)
+        check_weight(name, weight, hessian, row_scale=True)
 
     started = time.perf_counter()
     factor = factor_hessian(hessian, config.damping, config.act_order)
@@ -215,6 +218,11 @@ class CodebookColumns(ColumnQuantizer):
         zero_entry: bool = False,
     ) -> None:
         rows, size = weight.shape
+        by_column = _largest_of_columns(weight)
+        self.scale = power_of_two(float(by_column.max())) if bool(_too_small(by_column, FP16_TINY).any()) else 1.0
+        """Codebooks hold the weights divided by it."""
+        if self.scale != 1:
+            shares = torch.zeros_like(shares)
         self.zero_entry = zero_entry
         self.name, self.method, self.column_bits = name, config.kmeans, bits
         self.bits, self.shares = bits.tolist(), shares.tolist()
@@ -236,6 +244,7 @@ class CodebookColumns(ColumnQuantizer):
         """
         share = self.shares[column] if self.shares_at is None else self.shares_at[position]
         clusters = 1 << self.bits[column]
+        values = values / self.scale
         if pruned is not None:
             values, clusters = values.masked_fill(pruned, 0), clusters - self.zero_entry
         outliers = None
@@ -262,7 +271,7 @@ class CodebookColumns(ColumnQuantizer):
             stored = torch.where(outliers, half.float(), stored)
             if not bool(torch.isfinite(stored).all()):
                 raise outgrown(self.name, column, values)
-        return stored
+        return stored * self.scale
 
     def _cluster(self, column: int, values: Tensor, clusters: int, inliers: Tensor | None) -> tuple[Tensor, Tensor]:
         """fp16 [clusters] and uint8 [N]."""
@@ -292,7 +301,10 @@ class CodebookColumns(ColumnQuantizer):
 
     def pack(self) -> CodebookWeight:
         codebook = torch.cat([self.codebooks[column] for column in range(len(self.bits))])
-        return CodebookWeight.pack(self.codes.t().contiguous(), codebook, self.column_bits, **self.outliers())
+        scale = None if self.scale == 1 else torch.full((self.codes.shape[1],), self.scale)
+        return CodebookWeight.pack(
+            self.codes.t().contiguous(), codebook, self.column_bits, row_scale=scale, **self.outliers()
+        )
 
     def outliers(self) -> dict[str, Tensor]:
         """The arguments of a format's `pack`; none where there are no outliers."""
@@ -336,7 +348,7 @@ def outgrown(name: str, column: int, values: Tensor) -> ValueError:
 def check_weight(name: str, weight: Tensor, hessian: Tensor, row_scale: bool = False) -> None:
     """`check_matrix`, and that fp16 codebooks can hold the weight, each row divided by a scale in fp16 if there are such."""
     check_matrix(name, weight, hessian)
-    by_column = torch.stack([part.detach().abs().amax(0) for part in weight.split(PANEL)]).amax(0).float()
+    by_column = _largest_of_columns(weight)
     largest = float(by_column.max())
     if largest > FP16_MAX:
         raise ValueError(
@@ -344,14 +356,24 @@ def check_weight(name: str, weight: Tensor, hessian: Tensor, row_scale: bool = F
             "Rescale the weight first"
         )
     limit = FP16_TINY * (FP16_LEAST if row_scale else 1)
-    tiny = (by_column > 0) & (by_column < limit) & (by_column > NEGLIGIBLE * largest)
+    tiny = _too_small(by_column, limit)
     if bool(tiny.any()):
         column = int(tiny.nonzero()[0])
         raise ValueError(
             f"{int(tiny.sum())} columns of {name!r} are so small that fp16 codebooks lose more than 1 % of them "
-            f"(column {column}: at most {float(by_column[column]):g}, limit {limit:.2g}). Rescale the weight, or take "
-            "a method that scales rows: ColumnCodebookConfig, or KMeansConfig"
+            f"(column {column}: at most {float(by_column[column]):g}, limit {limit:.2g}). Rescale the weight"
+            f"{'' if row_scale else ', or take a format that scales rows: no 2:4 pattern beside codes'}"
         )
+
+
+def _largest_of_columns(weight: Tensor) -> Tensor:
+    """The largest magnitude of each column, float32 [K]."""
+    return torch.stack([part.detach().abs().amax(0) for part in weight.split(PANEL)]).amax(0).float()
+
+
+def _too_small(by_column: Tensor, limit: float) -> Tensor:
+    """Bool [K]: columns below `limit` that count beside the largest."""
+    return (by_column > 0) & (by_column < limit) & (by_column > NEGLIGIBLE * by_column.max())
 
 
 def check_matrix(name: str, weight: Tensor, hessian: Tensor) -> None:

@@ -288,8 +288,11 @@ def prune_linears(
         raise ValueError("weights is empty; it must map at least one name to a tensor [N, K]")
     value_dtype = dtype if config.values is None else getattr(torch, config.values)
     for name, weight in weights.items():
-        (check_matrix if config.quantize is None else check_weight)(name, weight, hessian)
-        if config.quantize is None and value_dtype == torch.float16:  # before a sweep rounds to it
+        if config.quantize is not None:
+            check_weight(name, weight, hessian, row_scale=config.pattern != "2:4")
+            continue
+        check_matrix(name, weight, hessian)
+        if value_dtype == torch.float16:  # before a sweep rounds to it
             require_fp16(f"the weight of {name!r}", weight, "set values to 'bfloat16', 'float32' or 'int8'")
     started = time.perf_counter()
     factor, plans = None, {}

@@ -117,7 +117,7 @@ def within_positions(model: Any, tokens: int | Iterable[Batch]) -> Iterator[None
 
 def positions(model: Any) -> int | None:
     """How many tokens the model has positions for; None: any number."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):  # of a model of images and text
         config = config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None)]

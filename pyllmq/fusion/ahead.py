@@ -75,8 +75,9 @@ class Ahead:
             return None
         if not (x.is_contiguous() and block.is_undisturbed()):
             return None
-        layer: Any = given[self.given.cache_name].layers[block.arguments.cache_layer]
-        if layer is None or layer is not self.layers[at][0]() or layer.extent() != self.layers[at][1]:
+        layer, extent = self.layers[at][0](), self.layers[at][1]
+        of_cache = given[self.given.cache_name].layers[block.arguments.cache_layer]
+        if layer is None or layer is not of_cache or layer.extent() != extent:
             return None
         if not cpu.kernels().same_bytes(x.data_ptr(), self.copies + (at - 1) * self.nbytes, self.nbytes):
             return None

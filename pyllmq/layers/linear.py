@@ -321,15 +321,16 @@ WEIGHT_DTYPES = (*ACTIVATION_DTYPES, torch.float64)
 
 def dense_and_bias(linear_or_weight: nn.Linear | Tensor) -> tuple[Tensor, Tensor | None]:
     """(W [N, K], bias) of a layer or a matrix, detached."""
-    linear = isinstance(linear_or_weight, nn.Linear)
-    weight = linear_or_weight.weight if linear else linear_or_weight
+    weight: Any = linear_or_weight
+    bias: Tensor | None = None
+    if isinstance(linear_or_weight, nn.Linear):
+        weight, bias = linear_or_weight.weight, linear_or_weight.bias
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.numel():
         given = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"from_dense takes an nn.Linear or a matrix [N, K] that is not empty, not {given}")
     if weight.dtype not in WEIGHT_DTYPES or weight.is_meta:
         allowed = ", ".join(map(str, WEIGHT_DTYPES))
         raise ValueError(f"the weight is {weight.dtype} on {weight.device}; allowed: {allowed}, with values")
-    bias = linear_or_weight.bias if linear else None
     return weight.detach(), None if bias is None else bias.detach()
 
 

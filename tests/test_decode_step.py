@@ -821,6 +821,12 @@ def test_sizes_that_do_not_fit_are_refused(changed, message):
         Attention().native(**changed)
 
 
+def test_a_run_takes_a_cache_for_each_block():
+    tokens = _cpu.StepTokens(batch=1, queries=1, dtype=0)
+    with pytest.raises(ValueError, match="there are 0 blocks, 0 caches and 1 pasts"):
+        _cpu.BlockRun([])(0, 0, 0, tokens, (), (7,))
+
+
 def test_arguments_that_are_missing_or_unknown():
     with pytest.raises(TypeError, match="unknown keyword argument 'slope'"):
         Attention().native(slope=1.0)

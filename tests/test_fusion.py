@@ -670,6 +670,34 @@ def test_what_ran_ahead_does_not_count_for_blocks_that_are_left_out_or_changed()
     torch.testing.assert_close(fused, decoded(model, 5, another_weight), rtol=1e-4, atol=1e-4)
 
 
+def test_a_state_guard_sees_every_kind_of_change():
+    from pyllmq import _cpu
+
+    value, tensor = object(), torch.zeros(3)
+    state, hooks = {"there": value}, {}
+
+    def guard(version):
+        slots = [(state, "there", value), (state, "absent", ...)]
+        return _cpu.StateGuard(slots, [hooks], [(tensor, tensor.data_ptr(), version)])
+
+    plain, counted = guard(None), guard(tensor._version)
+    assert plain.holds() and counted.holds()
+    for change, undo in (
+        (lambda: state.update(there=object()), lambda: state.update(there=value)),
+        (lambda: state.pop("there"), lambda: state.update(there=value)),
+        (lambda: state.update(absent=None), lambda: state.pop("absent")),
+        (lambda: hooks.update({1: None}), hooks.clear),
+    ):
+        change()
+        assert not plain.holds() and not counted.holds()
+        undo()
+        assert plain.holds() and counted.holds()
+    tensor.add_(1)
+    assert plain.holds() and not counted.holds()
+    tensor.data = torch.zeros(3)
+    assert not plain.holds()
+
+
 def test_blocks_that_the_model_leaves_out_run_ahead_once():
     model = four_blocks()
     layers, ran = model.model.layers, []

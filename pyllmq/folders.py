@@ -245,7 +245,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return [first]
     try:
         files = [folder / name for name in sorted(set(json.loads(first.read_text())["weight_map"].values()))]
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise FormatError(f"{first} cannot be read ({error!r}); the folder is damaged") from error
     for file in files:
         if not file.is_file():

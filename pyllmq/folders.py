@@ -249,7 +249,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
         raise FormatError(f"{first} cannot be read ({error!r}); the folder is damaged") from error
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file} cannot be read: {first} names it, and no such file is there; copy it again")
+            raise FileNotFoundError(
+                f"{file} cannot be read: {first} names it, and no such file is there; copy it again"
+            )
     return files
 
 

@@ -96,8 +96,10 @@ class FusedModule:
     # ---- a call -----------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.own_forward(*args, **kwargs)
         given = kwargs if not args else dict(zip(self.arguments.order, args, strict=False)) | kwargs
-        y = None if torch.compiler.is_compiling() else self.served(**given)
+        y = self.served(**given)
         return self.own_forward(*args, **kwargs) if y is None else y
 
     def served(self, **given: Any) -> Any:

@@ -85,7 +85,7 @@ class Found:
 
     first_token_s: list[float]
     token_s: list[float]
-    peak: int | None = None
+    peak: int = 0
 
 
 def run_generation(
@@ -145,7 +145,7 @@ def run_generation(
                     decode_per_s=1 / min(taken.token_s),
                     prompt_per_s=prompt / min(taken.first_token_s),
                     first_token_s=min(taken.first_token_s),
-                    peak_mb=float("nan") if taken.peak is None else taken.peak / 1e6,
+                    peak_mb=taken.peak / 1e6,
                     rounds=rounds,
                     others_cpu=others.share(),
                     threads=threads,

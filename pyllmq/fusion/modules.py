@@ -107,7 +107,7 @@ class FusedModule:
         ahead = self.shared.ahead
         made = None if ahead is None else ahead.take(self, given)
         if ahead is not None and made is not None:
-            self._remember(ahead.given, made)
+            self.shared.last = (self, ahead.given, made)
             return self.wrap(made)
         names = self.arguments
         layer: Any = None if names.cache is None else growing_layer(given.get(names.cache), names.cache_layer)
@@ -126,9 +126,10 @@ class FusedModule:
                     return None
             if layer is None or not _reaches(layer, shape, mask, cos):
                 return None
-        if not self._is_usual(given):
+        held = self.guard.holds()
+        if not self._is_usual(given, held):
             return None
-        if not (self.guard.holds() or self._is_current()):
+        if not (held or self._is_current()):
             self.shared.fuse_again()
             return None
         tokens = self.shared.tokens_of(x, shape, cos, sin, mask, self.rotary)
@@ -173,11 +174,8 @@ class FusedModule:
         else:
             self.shared.ahead = Ahead(blocks, layers, seen, x, tokens)
             y = self.shared.ahead.outputs[0]
-        self._remember(seen, y)
+        self.shared.last = (self, seen, y)
         return y
-
-    def _remember(self, given: Given, y: Tensor) -> None:
-        self.shared.last = (self, given, y)
 
     def runs_like(self, other: FusedModule) -> bool:
         """Do both find x, cache, mask and positions under the same names, and prepare tokens alike?"""
@@ -199,8 +197,8 @@ class FusedModule:
         """Nothing that a step was made for has changed, and nobody watches; what this block is given was checked."""
         return undisturbed() and self.guard.holds()
 
-    def _is_usual(self, given: dict[str, Any]) -> bool:
-        """Nobody watches what happens inside, asks for gradients or for anything that was not recorded."""
+    def _is_usual(self, given: dict[str, Any], held: bool) -> bool:
+        """Nobody watches what happens inside, asks for gradients or for what was not recorded. `held`: does the guard hold?"""
         for name in given:
             if name not in self.known:
                 value, recorded = given[name], self.arguments.flags.get(name)
@@ -208,7 +206,7 @@ class FusedModule:
                     return False
         if not undisturbed():
             return False
-        if self.guard.holds():
+        if held:
             return True
         if self.module.training or implementation_of(self.config) != self.implementation:
             return False

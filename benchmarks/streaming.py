@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 from pyllmq import ColumnCodebookConfig, SparseConfig, compress_folder
 from pyllmq.benchmarks import record
@@ -124,16 +124,14 @@ def work(job: dict[str, Any]) -> None:
 
 
 def run_job(job: dict[str, Any], processes: int) -> dict[str, float]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(dir=Path(job["source"]).parent) as place:
         command = [sys.executable, "-W", "ignore", "-m", "pyllmq.benchmarks.streaming", "work"]
         command.append(json.dumps(job | {"output": f"{place}/out"}))
         started = []
         for rank in range(processes):
-            environment = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment |= {"OMP_NUM_THREADS": job["threads"]}
+            environment = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+            environment |= {"OMP_NUM_THREADS": job["threads"], "TORCHELASTIC_USE_AGENT_STORE": True}
             variables = os.environ | {name: str(value) for name, value in environment.items()}
             started.append(subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True))
         printed = [process.communicate()[0] for process in started]

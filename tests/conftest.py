@@ -1,4 +1,5 @@
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,7 +19,7 @@ SEED = int(os.environ.get("PYLLMQ_TEST_SEED", "0"))
 """Shifts every test's random numbers, those of tests that seed torch themselves too: `make test-seeds`."""
 
 ISA = os.environ.get("PYLLMQ_TEST_ISA")
-"""The instruction set that every test begins with, instead of this machine's best."""
+"""The instruction set that every test begins with, instead of this machine's best. Cases that name another are left out."""
 
 THREADS = torch.get_num_threads()
 
@@ -26,11 +27,6 @@ SEED_STEP = 1_000_003  # far from the small numbers that tests choose
 
 
 OF_FILES = {
-    "quick": (
-        "test_codebook_format", "test_codebook_linear", "test_cpu_decode", "test_cpu_layout", "test_dispatch", "test_format_parts",
-        "test_kmeans_1d", "test_nn", "test_pack_codes", "test_softmax_cdist_l1", "test_sparse_formats",
-        "test_sparse_linear",
-    ),
     "transformers": ("test_compress", "test_parallel", "test_peft", "test_stream", "test_transformers"),
     "seeds": ("test_column_loop", "test_columns"),
 }  # fmt: skip
@@ -42,7 +38,7 @@ SLOW = ("torchrun", "tp_size=2", "parallel.")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Puts the marks on, before pytest chooses by them."""
     here = Path(__file__).parent
     missing = [name for names in OF_FILES.values() for name in names if not (here / f"{name}.py").exists()]
@@ -54,6 +50,18 @@ def pytest_collection_modifyitems(items):
         for mark, names in OF_FILES.items():
             if item.path.parent == here and item.path.stem in names:
                 item.add_marker(mark)
+    if ISA:
+        config.hook.pytest_deselected(items=[item for item in items if of_another_isa(item)])
+        items[:] = [item for item in items if not of_another_isa(item)]
+
+
+def of_another_isa(item):
+    """Does this test choose an instruction set itself that is not `ISA`, or none (the emulated GPU: the best one runs those)?"""
+    from pyllmq import _cpu
+
+    best, *rest = _cpu.supported_isas()
+    named = set(re.split(r"[-\[\]]", item.name)) & {best, *rest}
+    return ISA not in named if named else "cuda" in item.path.stem and best != ISA
 
 
 def pytest_sessionstart(session):

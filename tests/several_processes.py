@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from kill_and_resume import digests, write_model
+from torch.distributed import TCPStore
 
 from pyllmq import ColumnCodebookConfig, SparseConfig, compress_folder
 from pyllmq.compression.jobs.folder import FolderJob
@@ -38,6 +38,7 @@ def batches(count: int = 5) -> list[torch.Tensor]:
 
 def work(rank: int, size: int, port: int, log: Path, arguments: tuple[Any, ...], resume: bool, dies: bool) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     hessians: list[torch.Tensor] = []
@@ -70,15 +71,14 @@ def job(
     size: int, place: Path, name: str, method: str, *, resume: bool = False, dies: bool = False
 ) -> list[dict[str, Any]]:
     """What each process says of itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # As torchrun does it: a port that was free a moment ago may be another test's by now, and both would wait for ever.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     logs = [place / f"{name}.{rank}.json" for rank in range(size)]
     for log in logs:
         log.unlink(missing_ok=True)
     arguments = (place / "source", place / name, method)
     processes = [
-        CONTEXT.Process(target=work, args=(rank, size, port, logs[rank], arguments, resume, dies))
+        CONTEXT.Process(target=work, args=(rank, size, store.port, logs[rank], arguments, resume, dies))
         for rank in range(size)
     ]
     for process in processes:

@@ -1,8 +1,6 @@
 """The command line as a user meets it: each command on a small real folder, and errors that help."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from pyllmq.cli import main
 from pyllmq.folders import PackedFolder
 
 from . import models
+from .new_process import run_python
 
 SMALL = ["--samples", "4", "--seqlen", "32", "--quiet"]
 
@@ -184,7 +183,7 @@ def test_doctor(capsys):
 
 def test_module_and_help(capsys):
     commands = ("compress", "eval", "generate", "inspect", "bench", "doctor")
-    done = subprocess.run([sys.executable, "-m", "pyllmq", "--help"], capture_output=True, text=True)
+    done = run_python("-m", "pyllmq", "--help")
     assert done.returncode == 0 and all(command in done.stdout for command in commands)
     for command in commands:
         with pytest.raises(SystemExit, match="^0$"):

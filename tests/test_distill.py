@@ -1,11 +1,11 @@
 """examples/distill.py, a few steps of it: what it prints and writes, and that a second run trains nothing."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .new_process import run_python
 
 DISTILL = Path(__file__).parent.parent / "examples" / "distill.py"
 
@@ -13,10 +13,9 @@ DISTILL = Path(__file__).parent.parent / "examples" / "distill.py"
 @pytest.mark.slow
 def test_distil_with_and_without_the_term(tmp_path):
     command = [
-        sys.executable,
-        str(DISTILL),
+        DISTILL,
         "--out",
-        str(tmp_path),
+        tmp_path,
         "--teacher-steps",
         "3",
         "--steps",
@@ -24,7 +23,7 @@ def test_distil_with_and_without_the_term(tmp_path):
         "--seeds",
         "1",
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python(*command)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.txt").read_text()
     assert table in done.stdout
@@ -39,5 +38,5 @@ def test_distil_with_and_without_the_term(tmp_path):
     assert all(1 < row["perplexity"] < 2000 and row["kl"] > 0 and 0 <= row["agreement"] <= 1 for row in found)
     assert (tmp_path / "teacher" / "model.safetensors").exists() and not list(tmp_path.glob("*.part"))
     written = {path: path.stat().st_mtime_ns for path in (*results, tmp_path / "teacher" / "model.safetensors")}
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = run_python(*command)
     assert table in again.stdout and all(path.stat().st_mtime_ns == at for path, at in written.items())

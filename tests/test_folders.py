@@ -4,8 +4,6 @@ import json
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from pyllmq.folders import PackedFolder, checkpoint_files
 from pyllmq.integrations.checkpoint import StreamedModel
 
 from . import models
+from .new_process import run_python
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
 
@@ -394,7 +393,7 @@ def test_a_packed_model_can_be_pickled_whole(tmp_path):
         f"import torch; m = torch.load({str(tmp_path / 'whole.pt')!r}, weights_only=False); "
         f"m.save_pretrained({str(tmp_path / 'again')!r}); print(repr(m(torch.arange(8)[None]).logits.double().sum().item()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == model(ids).logits.double().sum().item()
     assert PackedFolder.open(tmp_path / "again").description == PackedFolder.open(tmp_path / "m").description

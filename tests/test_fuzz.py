@@ -3,8 +3,6 @@
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,16 +12,16 @@ from hypothesis import strategies as st
 from pyllmq.formats import FormatError, structure_from_dict
 
 from .damage import DAMAGES, damaged
+from .new_process import run_python
 
-FOLDERS = int(os.environ.get("PYLLMQ_FOLDERS", "300"))
+FOLDERS = int(os.environ.get("PYLLMQ_FOLDERS", "150"))
 
 
 @pytest.mark.kernels
 def test_malformed_folders():
     # In a process of its own: its children are forked from one that has computed nothing.
     script = Path(__file__).with_name("fuzz_folders.py")
-    command = [sys.executable, "-W", "ignore", str(script), "--folders", str(FOLDERS)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python(script, "--folders", FOLDERS)
     assert done.returncode == 0, done.stderr[-5000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["loaded"] + found["refused by pyllmq"] + found["refused by another"] == FOLDERS

@@ -66,8 +66,10 @@ def test_goals_run_on_small_shapes(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks Linux and glibc what is resident")
-@pytest.mark.parametrize("precision", ["high", "fast"])
-@pytest.mark.parametrize("m", [1, 8])
+@pytest.mark.parametrize(
+    ("m", "precision"),
+    [(1, "high"), (8, "fast"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "fast"), (8, "high")))],
+)
 def test_extra_memory_of_a_call_is_bounded(m, precision):
     """x, y and the tables of a few tokens: nothing of the size of the weight, 17 MB at 8 bits here, 67 MB decoded."""
     extra, packed, output = goals.peak_of_one_call(4096, 4096, m, "8", precision)
@@ -77,7 +79,7 @@ def test_extra_memory_of_a_call_is_bounded(m, precision):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks Linux and glibc what is resident")
-@pytest.mark.parametrize("bits", ["2", "4"])
+@pytest.mark.parametrize("bits", [pytest.param("2", marks=pytest.mark.slow), "4"])
 def test_many_tokens_are_multiplied_in_passes(bits):
     """Packed x and the sums of all tokens together would be as large as y."""
     extra, packed, output = goals.peak_of_one_call(4096, 4096, 512, bits, "high")

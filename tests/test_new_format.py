@@ -68,8 +68,6 @@ import copy  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import random  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -78,6 +76,7 @@ import pyllmq  # noqa: E402
 from pyllmq import functional, parallel  # noqa: E402
 
 from . import models  # noqa: E402
+from .new_process import run_python  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,8 +85,7 @@ def in_a_new_process(code: str, *arguments: object) -> str:
     """With this format registered."""
     code = f"import tests.{Path(__file__).stem}\n" + code
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = run_python("-c", code, *arguments, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -156,8 +154,8 @@ def test_inspect_names_it(tmp_path):
 
 def test_a_process_without_the_format_says_what_it_reads(tmp_path):
     packed_model(tmp_path / "packed")
-    command = [sys.executable, "-m", "pyllmq", "inspect", str(tmp_path / "packed")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = run_python("-m", "pyllmq", "inspect", tmp_path / "packed", cwd=ROOT, env=environment)
     assert (
         done.returncode != 0
         and "kind is 'int8_rows'; this version of pyllmq reads: 'bitmap', 'codebook'" in done.stderr

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import pyllmq
 from pyllmq import CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseLinear, parallel
 
 from . import models
+from .new_process import run_python
 
 ROOT = Path(__file__).parent.parent
 BERT_STYLES = {
@@ -115,8 +114,7 @@ def cases(tmp_path_factory):
 def outcome(request, cases):
     """What rank 0 of 2 or 4 processes found, by case; every rank has to end well."""
     ranks = request.param
-    command = [sys.executable, "-m", "tests.parallel_ranks", str(ranks), str(cases), *CASES]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = run_python("-m", "tests.parallel_ranks", ranks, cases, *CASES, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return ranks, {name: json.loads((cases / f"{name}.{ranks}.json").read_text()) for name in CASES}
 

@@ -1,8 +1,6 @@
 """Several processes of one job: the same result but for the order of sums, and no lost work where one of them dies."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +8,13 @@ import torch
 
 from pyllmq.compression.ranks import Ranks
 
+from .new_process import run_python
+
 
 @pytest.fixture(scope="module")
 def found():
     script = Path(__file__).with_name("several_processes.py")
-    done = subprocess.run([sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, timeout=900)
+    done = run_python(script)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -5,8 +5,6 @@ and enough tiles that one block is split over tasks. Left out: more than two blo
 """
 
 import math
-import os
-import re
 from contextlib import contextmanager
 
 import pytest
@@ -19,10 +17,8 @@ from pyllmq.backends.cpu import runtime as cpu
 from pyllmq.functional import softmax_cdist_l1
 
 from .oracle import assert_as_good_as_torch
-from .test_triton import assert_passes_in_the_interpreter, compiled, needs_triton
 
 pytestmark = pytest.mark.kernels
-not_sanitized = pytest.mark.skipif("PYLLMQ_SANITIZED" in os.environ, reason="Triton's machine code is not sanitized")
 
 ISAS = cpu.kernels().supported_isas()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -307,40 +303,3 @@ def test_errors_name_what_was_given_and_what_is_allowed():
             softmax_cdist_l1(*arguments)
     with pyllmq.use_backend("cpu"), pytest.raises(pyllmq.NoKernelError, match="float16, not torch.float64"):
         softmax_cdist_l1(student.double(), teacher.double(), 1.0)
-
-
-# ---- Triton, without a GPU ------------------------------------------------------------------------------------------
-
-
-@needs_triton
-@not_sanitized
-def test_in_the_interpreter():
-    assert_passes_in_the_interpreter("triton_softmax_cdist_l1.py", 10)
-
-
-@needs_triton
-@not_sanitized
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_kernels_compile_without_spills(arch, dtype, tmp_path, monkeypatch):
-    from pyllmq.triton_kernels import softmax_cdist_l1 as kernels
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    logits, others = (
-        ("x", "y", "logits", "out"),
-        ("x_statistics", "y_statistics", "statistics", "parts", "gradient", "h", "dots"),
-    )
-    types = dict.fromkeys(logits, "*{x}") | dict.fromkeys(others, "*fp32") | {"scale": "fp32"}
-    sign = {"IN_PLACE": dtype == "fp32", "ROWS": kernels.SIGN_ROWS, "COLUMNS": kernels.SIGN_COLUMNS}
-    for kernel, constants in (
-        (kernels._row_statistics, {"BLOCK": kernels.STATISTICS_BLOCK}),
-        (
-            kernels._distances,
-            {"ROWS": kernels.ROWS, "OTHER_ROWS": kernels.OTHER_ROWS, "COLUMNS": kernels.COLUMNS},
-        ),
-        (kernels._signs, sign | {"OTHER_ROWS": kernels.SIGN_OTHER_ROWS}),
-        (kernels._softmax_gradient, sign),
-    ):
-        resources, code = compiled(kernel, constants, x=dtype, arch=arch, stages=3, types=types)
-        assert resources["stack"] == resources["local"] == 0, f"{kernel.__name__}: {resources}"
-        assert not re.findall(r"\b(?:LDL|STL)\b", code), kernel.__name__

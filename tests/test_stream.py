@@ -2,10 +2,8 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -28,6 +26,7 @@ from pyllmq.weights import OUTSIDE
 
 from . import models
 from .kill_and_resume import digests, ended_after
+from .new_process import run_python
 
 FAST = ColumnCodebookConfig.preset("fast", 3)
 KILLS = int(os.environ.get("PYLLMQ_KILLS", "4"))
@@ -185,8 +184,7 @@ def test_gradients_block_by_block(tmp_path, make):
 def test_killed_at_random_moments_and_resumed():
     # In a process of its own: after a backward pass here, forked children could make none.
     script = Path(__file__).with_name("kill_and_resume.py")
-    command = [sys.executable, "-W", "ignore", str(script), "--kills", str(KILLS)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python(script, "--kills", KILLS)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert sum(found["kills"].values()) >= KILLS and found["resumed"] and found["folders compared"]
@@ -319,10 +317,9 @@ def test_damaged_and_unfit_sources(tmp_path):
 
 def limited(nbytes: int, *arguments: str) -> subprocess.CompletedProcess:
     """The command in a process that can write no file above `nbytes`: what a full disk does."""
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "pyllmq", *arguments], capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes)),
-    )  # fmt: skip
+    code = "import resource, sys; from pyllmq.cli import main; limit = int(sys.argv.pop(1)); "
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); sys.exit(main())"
+    return run_python("-c", code, nbytes, *arguments)
 
 
 def test_a_full_disk_and_then_more_room(tmp_path):

@@ -25,6 +25,10 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+ARCHITECTURES = pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
+"""One is compiled each time: it shows nearly all that goes wrong, in half of the minute."""
+
+
 def assert_passes_in_the_interpreter(name, more_than):
     """In a process of its own: triton decides at its import whether it interprets."""
     file = Path(__file__).with_name(name)
@@ -104,7 +108,7 @@ def default_tiles(op):
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 90])
+@ARCHITECTURES
 @pytest.mark.parametrize(
     ("tile", "bits"),
     [case for case in default_tiles("codebook_linear") if case[1] in (2, 3, 8)],
@@ -126,7 +130,7 @@ def test_linear_compiles_without_spills(arch, tile, bits):
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 90])
+@ARCHITECTURES
 @pytest.mark.parametrize("bits", [1, 3, 4, 8])
 def test_dequantize_compiles_without_spills(arch, bits):
     from pyllmq.triton_kernels.codebook_dequantize import _decode
@@ -140,7 +144,7 @@ def test_dequantize_compiles_without_spills(arch, bits):
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 90])
+@ARCHITECTURES
 def test_the_small_kernels_compile_without_spills(arch):
     from pyllmq.triton_kernels.codebook_dequantize import put_outliers
     from pyllmq.triton_kernels.codebook_linear import add_parts, multiply_outliers
@@ -154,8 +158,8 @@ def test_the_small_kernels_compile_without_spills(arch):
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("x", ["bf16", "fp32"])
+@ARCHITECTURES
+@pytest.mark.parametrize("x", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_the_sparse_kernels_compile_without_spills(arch, x):
     from pyllmq.triton_kernels import sparse_linear as sparse
 
@@ -180,7 +184,7 @@ def test_the_sparse_kernels_compile_without_spills(arch, x):
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 90])
+@ARCHITECTURES
 def test_kmeans_1d_compiles_without_spills(arch):
     from pyllmq.triton_kernels.kmeans_1d import _level
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .test_triton import assert_passes_in_the_interpreter
+from .test_triton import ARCHITECTURES, assert_passes_in_the_interpreter
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -18,7 +18,7 @@ def test_interpreter():
 
 
 @pytest.mark.parametrize("block", [1, 4, 16, 32, 64])
-@pytest.mark.parametrize("arch", [80, 90])
+@ARCHITECTURES
 @pytest.mark.parametrize("name", ["_forward", "_backward"])
 def test_compiled_without_spills(name, block, arch, tmp_path, monkeypatch):
     from pyllmq.triton_kernels import sinkhorn
@@ -29,7 +29,7 @@ def test_compiled_without_spills(name, block, arch, tmp_path, monkeypatch):
     assert_no_spills(getattr(sinkhorn, name), constants, sinkhorn.warps(block, block), arch, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@ARCHITECTURES
 @pytest.mark.parametrize("name", ["_rows", "_columns", "_results", "_adjoint_rows", "_adjoint_columns"])
 def test_tiles_compiled_without_spills(name, arch, tmp_path, monkeypatch):
     from pyllmq.triton_kernels import sinkhorn_tiles as tiles

@@ -27,7 +27,7 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda tensor, **options: empty_like(tensor, **options).fill_(math.nan))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 5), (16, 16, 32), (17, 5, 130), (9, 20, 1100)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 5), (16, 16, 32), (17, 5, 130), (5, 5, 1100)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_distances_and_both_gradients(shape, dtype):
     rows, teacher_rows, columns = shape

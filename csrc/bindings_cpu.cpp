@@ -376,7 +376,7 @@ InputLinears input_of(Keywords& arguments, const py::tuple& inputs) {
 
 OutputLinear output_of(Keywords& arguments, const py::object& output) {
   return {output.cast<const LinearOperand*>(), arguments.take<Floats>("output_bias", {}), norm_of(arguments, "output_norm"),
-          arguments.take<float>("multiplier", 1)};
+          arguments.take<float>("multiplier", 1), arguments.take<bool>("norm_last", false)};
 }
 
 Bound<AttentionStep> bound_attention_step(const py::kwargs& given) {

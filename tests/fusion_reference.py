@@ -59,5 +59,8 @@ def mlp(form: MlpForm, x: Tensor, residual: Tensor | None = None) -> Tensor:
 
 
 def _output(form: AttentionForm | MlpForm, x: Tensor, residual: Tensor | None) -> Tensor:
-    y = form.output.multiplier * form.output.norm(form.output.linear(x))
-    return y if residual is None else residual + y
+    output = form.output
+    y = output.linear(x)
+    y = output.multiplier * (y if output.norm_last else output.norm(y))
+    y = y if residual is None else residual + y
+    return output.norm(y) if output.norm_last else y

@@ -308,8 +308,8 @@ def test_descent_ends_where_no_column_can_do_better() -> None:
     hessian = correlated_hessian(8, 40, seed=5)
     weight, ones = torch.randn(9, 8), torch.ones(9)
     quantizer, factor = NearestOfThree(ones), factor_hessian(hessian)
-    done = refine_columns(weight, weight.round(), factor, quantizer, cycles=50, tolerance=0.0)
-    assert len(done.decreases) < 50 and done.decreases[-1] == 0
+    done = refine_columns(weight, weight.round(), factor, quantizer, cycles=50, tolerance=1e-12)
+    assert len(done.decreases) < 50 and done.decreases[-1] <= 1e-12 * done.decreases[0]
     reached = damped_objective(weight, done.quantized, hessian, factor.damping, ones)
     damped = hessian + factor.damping * hessian.diagonal().mean() * torch.eye(8)
     for column in range(8):

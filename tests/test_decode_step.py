@@ -110,6 +110,14 @@ def floats(tensor: Tensor | None) -> list[float]:
 # --- attention -----------------------------------------------------------------------------------------------------------
 
 
+def way_out(form: Attention | Mlp, y: Tensor, residual: Tensor | None) -> Tensor:
+    """From the last Linear's output to the step's."""
+    norm = form.norm_after or (lambda y: y)
+    y = (y if form.norm_last else norm(y)) * form.multiplier
+    y = y if residual is None else y + residual
+    return norm(y) if form.norm_last else y
+
+
 @dataclass
 class Attention:
     """One form, and random weights for it."""
@@ -132,6 +140,7 @@ class Attention:
     sinks: bool = False
     bias: bool = False
     output_norm: str = ""
+    norm_last: bool = False  # of the sum with the residual
     multiplier: float = 1.0
     residual: bool = True
     scale: float = 0.3
@@ -218,9 +227,7 @@ class Attention:
         weights = torch.softmax(scores, -1).nan_to_num(nan=0.0)[..., : keys.shape[-2]]
         context = (weights @ values).transpose(1, 2).flatten(-2)
         y = linear(context, self.out, self.out_bias, order)
-        y = y if self.norm_after is None else self.norm_after(y)
-        y = y * self.multiplier
-        return y if residual is None else y + residual
+        return way_out(self, y, residual)
 
     def native(self, **changed) -> _cpu.AttentionStep:
         d, v, h, g = self.head_size, self.value_size, self.heads, self.kv_heads
@@ -268,6 +275,7 @@ class Attention:
             "output_bias": floats(self.out_bias),
             "output_norm": native(self.norm_after),
             "multiplier": self.multiplier,
+            "norm_last": self.norm_last,
             "precision": 0,
         }
         return _cpu.AttentionStep(**{**given, **changed})
@@ -403,7 +411,16 @@ FORMS = {
     "gpt_oss": {"sinks": True, "window": 33, "bias": True, "heads": 16},
     "gpt_neox": {"layout": "mixed", "kv_heads": 4, "rotary_size": 4, "norm_kind": "layer", "bias": True},
     "gpt2": {"layout": "one", "kv_heads": 4, "rotary": "none", "norm_kind": "layer", "bias": True},
-    "bert": {"causal": False, "kv_heads": 4, "rotary": "none", "norm_kind": "", "output_norm": "layer", "bias": True},
+    "bert": {
+        "causal": False,
+        "kv_heads": 4,
+        "rotary": "none",
+        "norm_kind": "",
+        "output_norm": "layer",
+        "bias": True,
+        "norm_last": True,
+    },
+    "no sum": {"output_norm": "rms", "norm_last": True, "residual": False},
     "one head of keys": {"heads": 11, "kv_heads": 1, "head_size": 9, "value_size": 5, "rotary_size": 6},
     "wide heads": {"heads": 2, "kv_heads": 2, "head_size": 192, "value_size": 128, "rotary_size": 64},
     "widest heads": {"heads": 3, "kv_heads": 1, "head_size": 256},
@@ -550,6 +567,7 @@ class Mlp:
     norm_kind: str = "rms"
     bias: bool = False
     output_norm: str = ""
+    norm_last: bool = False  # of the sum with the residual
     multiplier: float = 1.0
     residual: bool = True
 
@@ -567,8 +585,7 @@ class Mlp:
         gate, *up = (linear(h, w, b, order) for w, b in zip(self.weights, self.biases, strict=True))
         a = ACTIVATIONS[self.activation](gate)
         y = linear(a * up[0] if up else a, self.down, self.down_bias, order)
-        y = (y if self.norm_after is None else self.norm_after(y)) * self.multiplier
-        return y if residual is None else y + residual
+        return way_out(self, y, residual)
 
     def native(self, **changed) -> _cpu.MlpStep:
         n = self.units
@@ -597,6 +614,7 @@ class Mlp:
             "output_bias": floats(self.down_bias),
             "output_norm": native(self.norm_after),
             "multiplier": self.multiplier,
+            "norm_last": self.norm_last,
             "precision": 0,
         }
         return _cpu.MlpStep(**{**given, **changed})
@@ -614,7 +632,14 @@ MLP_FORMS = {
     "phi3": {"layout": "stacked"},
     "gpt_oss": {"layout": "interleaved", "bias": True},
     "gemma2": {"activation": "gelu_tanh", "output_norm": "rms"},
-    "bert": {"layout": "plain", "activation": "gelu", "bias": True, "norm_kind": "", "output_norm": "layer"},
+    "bert": {
+        "layout": "plain",
+        "activation": "gelu",
+        "bias": True,
+        "norm_kind": "",
+        "output_norm": "layer",
+        "norm_last": True,
+    },
     "gpt2": {"layout": "plain", "activation": "gelu_tanh", "bias": True, "norm_kind": "layer"},
     "opt": {"layout": "plain", "activation": "relu", "bias": True, "norm_kind": "layer"},
     "nemotron": {"layout": "plain", "activation": "relu_squared", "norm_kind": "layer"},

@@ -140,6 +140,77 @@ def assert_close_to_oracle(fused, unfused, oracle):
     assert ((fused - oracle).norm() / scale) <= 2 * ((unfused - oracle).norm() / scale) + 2e-6
 
 
+# ---- encoders -------------------------------------------------------------------------------------------------------
+
+ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
+
+
+def tiny_encoder(family):
+    config = transformers.AutoConfig.for_model(family, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                               intermediate_size=96, vocab_size=128, dim=64, n_layers=2, n_heads=4,
+                                               hidden_dim=96, embedding_size=64, hidden_act="gelu")  # fmt: skip
+    return randomized(transformers.AutoModel.from_config(config).eval())
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+@torch.no_grad()
+def test_encoders(family):
+    model = packed(tiny_encoder(family))
+    oracle = in_fp64(model)
+    inputs = (
+        padded_batch(),
+        padded_batch(left=False),
+        {"input_ids": torch.randint(3, 128, (1, 1))},
+        {"input_ids": torch.randint(3, 128, (5, 33))},
+    )
+    before = [model(**given)[0] for given in inputs]
+    found = pyllmq.fuse(model)
+    assert list(found.values()) == ["fused"] * 2 and all(name.rpartition(".")[2].isdigit() for name in found)
+    with counted() as counts:
+        for given, unfused in zip(inputs, before, strict=True):
+            seen = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
+            exact = oracle(**given)[0]
+            assert_close_to_oracle(*(t[seen].double() for t in (model(**given)[0], unfused, exact)))
+    assert counts == {"attention": 2 * len(inputs), "mlp": 2 * len(inputs)}
+
+
+@torch.no_grad()
+def test_an_encoder_takes_its_own_way_where_a_step_would_not_do():
+    model = packed(tiny_encoder("bert"))
+    ids = torch.randint(3, 128, (9, 60))
+    before = model(ids)[0]
+    pyllmq.fuse(model)
+    with counted() as counts:
+        assert torch.equal(model(ids)[0], before)  # 540 tokens
+        model.set_attn_implementation("eager")
+        assert len(model(ids[:1, :5], output_attentions=True).attentions) == 2
+        model.set_attn_implementation("sdpa")
+        handle = model.encoder.layer[0].intermediate.dense.register_forward_hook(lambda *_: None)
+        model(ids[:1, :5])
+        handle.remove()
+    assert counts == {"attention": 1, "mlp": 1}  # the second layer, beside the watched one
+    with counted() as counts, torch.enable_grad():
+        model(ids[:1, :5])
+    assert counts == {"attention": 0, "mlp": 0}
+    states = model(ids[:1, :5], output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    pyllmq.unfuse(model)
+    for ours, theirs in zip(states, model(ids[:1, :5], output_hidden_states=True).hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_encoder_of_this_kind_says_why():
+    config = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "vocab_size": 128,
+    }
+    albert = transformers.AlbertModel(transformers.AlbertConfig(**config, embedding_size=16)).eval()
+    assert "it is called more than once for a token" in pyllmq.fuse(packed(albert)).values()
+
+
 # ---- families -------------------------------------------------------------------------------------------------------
 
 
@@ -250,17 +321,14 @@ def test_soft_cap_follows_the_attention_implementation():
         assert counts["attention"] == 0
 
 
-def test_encoders_and_encoder_decoders_run_as_before():
-    for model, inputs in (
-        (tiny_bert(), {"input_ids": torch.randint(3, 128, (2, 7))}),
-        (tiny_t5(), {"input_ids": torch.randint(3, 128, (2, 7)), "decoder_input_ids": torch.randint(3, 128, (2, 3))}),
-    ):
-        packed(randomized(model))
-        with torch.no_grad():
-            before = model(**inputs)[0]
-            pyllmq.fuse(model)
-            assert report(model)
-            torch.testing.assert_close(model(**inputs)[0], before, rtol=1e-4, atol=1e-4)
+def test_encoder_decoders_run_as_before():
+    model = packed(randomized(tiny_t5()))
+    inputs = {"input_ids": torch.randint(3, 128, (2, 7)), "decoder_input_ids": torch.randint(3, 128, (2, 3))}
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        pyllmq.fuse(model)
+        assert report(model)
+        torch.testing.assert_close(model(**inputs)[0], before, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_takes_no_token_ids_says_so():
@@ -408,7 +476,7 @@ def test_copies_and_pickles_are_whole_and_not_fused(llama, tmp_path):
         assert set(pyllmq.fuse(other).values()) == {"fused"}
 
 
-def test_loading_fuses_models_that_generate(llama, tmp_path):
+def test_loading_fuses(llama, tmp_path):
     pyllmq.save_pretrained(llama, tmp_path / "llama")
     inputs = padded_batch()
     unfused = pyllmq.from_pretrained(tmp_path / "llama", fuse=False)
@@ -425,7 +493,7 @@ def test_loading_fuses_models_that_generate(llama, tmp_path):
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "llama" / name).read_bytes()
     encoder = packed(tiny_bert())
     pyllmq.save_pretrained(encoder, tmp_path / "bert")
-    assert report(pyllmq.from_pretrained(tmp_path / "bert")) == {}
+    assert set(report(pyllmq.from_pretrained(tmp_path / "bert")).values()) == {"fused"}
 
 
 @pytest.mark.parametrize("bits", [[2], [4], [2, 3, 4, 5]])

@@ -4,7 +4,7 @@
 //   q, k, v = rows of the Linears of h; norms of q, k and v; rotary positions of q and k
 //   cache[past, past + queries) = k, v
 //   c       = softmax(scale * q k^T, soft cap, mask, sinks) v      over the cache
-//   y       = residual + multiplier * norm(c W_out^T + bias)
+//   y       = residual + multiplier * norm(c W_out^T + bias), or the norm of that sum
 //
 // Everything between two Linears is fp32. Keys and values are rounded to the dtype of the cache.
 #pragma once

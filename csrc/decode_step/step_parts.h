@@ -24,12 +24,13 @@ struct InputLinears {
   std::vector<float> bias;                     // of all rows of all operands; empty: none
 };
 
-// y = residual + multiplier * norm(x W^T + bias)
+// y = residual + multiplier * norm(x W^T + bias), or with norm_last norm(residual + multiplier * (x W^T + bias))
 struct OutputLinear {
   const LinearOperand* operand = nullptr;  // owned by the caller
   std::vector<float> bias;                 // empty: none
   Norm norm;
   float multiplier = 1;
+  bool norm_last = false;
 };
 
 // x, y and residual [tokens, hidden] of one dtype. residual: null, or added to the result, x or anything else; y may lie

@@ -18,7 +18,8 @@ FUSED = "fused"
 
 
 def fuse(model: nn.Module) -> dict[str, str]:
-    """Let attention and MLP modules run as native steps where they take a few tokens (1 to 8 of 1 to 8 sequences) on a CPU.
+    """Let attention and MLP modules run as native steps on a CPU: of a decoder where they take a few tokens (1 to 8 of 1 to 8
+    sequences), of an encoder of BERT's kind whole blocks of up to 512 tokens.
 
     What a module does is recorded, matched to what the steps know, and compared with the module's own output on random input;
     what does not fit or does not agree stays as it is. In place, a state of the model in memory: parameters, modules,

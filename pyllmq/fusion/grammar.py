@@ -30,12 +30,17 @@ _BETWEEN_LINEARS = {
     "mlp": _VIEWS | _ARITHMETIC | {"silu", "gelu", "relu", "tanh", "pow", "square", "sigmoid", "erf"},
     "block": _VIEWS | _ARITHMETIC,
 }
+_BETWEEN_LINEARS["encoder"] = set().union(*_BETWEEN_LINEARS.values())
 _ATTENTION_OPTIONS = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "sliding_window", "softcap",
                       "s_aux", "is_causal"}  # fmt: skip
 
 
 class NotFittingError(Exception):
     """The message says where the module leaves the grammar."""
+
+
+class NoBlockError(NotFittingError):
+    """It is more or less than one attention and one MLP."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +97,22 @@ def fit(record: Record) -> tuple[list[Fitting], dict[str, str]]:
     modules = [call for call in record.calls if call.module is not None and not is_linear(call.module)]
     for note in (call for call in record.calls if call.module is None):
         around = [c for c in modules if c.start < note.start < c.stop]
-        if around and note.name == "attention":
+        if around and note.name == "attention" and _sees_itself(note):
+            whys: dict[str, str] = {}
+            for call in reversed(around):
+                try:
+                    found[call] = _encoder_block(record, call, note)
+                    break
+                except NoBlockError:
+                    continue
+                except NotFittingError as error:
+                    whys[call.name] = str(error)
+            else:
+                name, why = next(
+                    iter(whys.items()), (around[-1].name, "it is in no block of one attention and one MLP")
+                )
+                reasons[name] = why
+        elif around and note.name == "attention":
             attempt(around[-1], _attention, note)
         elif around:
             reasons.setdefault(around[-1].name, "its attention is not transformers' attention interface")
@@ -127,23 +147,43 @@ def _attention(record: Record, call: Call, marker: Call) -> Fitting:
     updates = [c for c in inside if c.module is None and c.name == "cache"]
     if len(updates) != 1:
         raise NotFittingError("it keeps no keys and values, or several" if before else "it has no Linear of its own")
+    if len(behind) != 1:
+        raise NotFittingError("its attention does not go straight into one Linear")
+    update, out = updates[0], behind[0]
+    if marker.arguments["key"].shape[2] != PROMPT + marker.arguments["query"].shape[2]:
+        raise NotFittingError("its attention sees other keys than those of the cache")
+    form, positions, norms = _attention_form(
+        record, call, marker, before, out, (update.arguments["key"], update.arguments["value"])
+    )
+    multiplier = _factor(call.y, out.y)
+    if multiplier is None or not record.comes_from(call.y, [out.y], call.start):
+        raise NotFittingError("something follows its last Linear")
+    form = replace(form, output=replace(form.output, multiplier=multiplier))
+    _expect(record.operations_of(call, [*before, out, *norms]), "attention")
+    arguments = _arguments(call, before[0].x, marker.arguments["attention_mask"], positions, update)
+    return Fitting(call.name, _module(call), arguments, form, None, _wraps(call), _module(call), call.arguments)
+
+
+def _attention_form(
+    record: Record, call: Call, marker: Call, before: list[Call], out: Call, keys_values: tuple[Tensor, Tensor]
+) -> tuple[AttentionForm, str | None, list[Call]]:
+    """(the form; the name of the argument that has the rotary positions; the norms of q and k) of Linears `before` and behind the
+    attention, whose keys and values of this call are given."""
     if not before or any(not _same(c.x, before[0].x) for c in before):
         raise NotFittingError("its Linears do not share one input")
-    if len(behind) != 1 or not _same(behind[0].x, marker.output.flatten(2)):
+    if not _same(out.x, marker.output.flatten(2)):
         raise NotFittingError("its attention does not go straight into one Linear")
-    x, update, out = before[0].x, updates[0], behind[0]
+    x = before[0].x
     query, options = marker.arguments["query"], marker.arguments
     given = [id(v) for v in call.arguments.values()]
     strange = {n for n, v in options.items() if n not in _ATTENTION_OPTIONS and v is not None and id(v) not in given}
     if strange:
         raise NotFittingError(f"its attention is given {', '.join(sorted(strange))}")
-    q, k, v = (t.transpose(1, 2) for t in (query, update.arguments["key"], update.arguments["value"]))
+    q, k, v = (t.transpose(1, 2) for t in (query, *keys_values))
     heads, kv_heads, size, value_size = q.shape[2], k.shape[2], k.shape[3], v.shape[3]
-    if options["key"].shape[2] != PROMPT + q.shape[1]:
-        raise NotFittingError("its attention sees other keys than those of the cache")
     outputs = [c.y for c in before]
     positions, tables = _position_tables(call)
-    norm_calls = [c for c in inside if _may_be_norm(c)]
+    norm_calls = [c for c in record.inside(call) if _may_be_norm(c) and c.stop < marker.start]
     norms = {c: norm for c in norm_calls if (norm := _fit_norm(c)) is not None}
 
     v_rows = next(
@@ -161,12 +201,7 @@ def _attention(record: Record, call: Call, marker: Call) -> Fitting:
     sources = [x, *outputs, *(tables if rotated and tables else ())]
     if not all(record.comes_from(t, sources, call.start) for t in (q, k, v)):
         raise NotFittingError("its queries, keys or values depend on more than x and rotary positions")
-
-    multiplier = _factor(call.y, out.y)
-    if multiplier is None or not record.comes_from(call.y, [out.y], call.start):
-        raise NotFittingError("something follows its last Linear")
     used = [c for c in (found_q.norm, found_k.norm) if c is not None]
-    _expect(record.operations_of(call, [*before, out, *used]), "attention")
     scale = options.get("scaling")
     sinks = options.get("s_aux")
     form = AttentionForm(
@@ -179,7 +214,7 @@ def _attention(record: Record, call: Call, marker: Call) -> Fitting:
         size,
         value_size,
         float((size**-0.5 if scale is None else scale) * found_q.factor),
-        Output(_module(out), multiplier=multiplier),
+        Output(_module(out)),
         q_norm=norms[found_q.norm] if found_q.norm else Norm(),
         k_norm=norms[found_k.norm] if found_k.norm else Norm(),
         norms_span_heads=found_q.spans or found_k.spans,
@@ -188,8 +223,7 @@ def _attention(record: Record, call: Call, marker: Call) -> Fitting:
         soft_cap=float(options.get("softcap") or 0),
         sinks=None if sinks is None else sinks.float().flatten(),
     )
-    arguments = _arguments(call, x, marker.arguments["attention_mask"], positions if rotated else None, update)
-    return Fitting(call.name, _module(call), arguments, form, None, _wraps(call), _module(call), call.arguments)
+    return form, positions if rotated else None, used
 
 
 def _rows(outputs: list[Tensor], count: int, size: int) -> Iterator[Rows]:
@@ -277,6 +311,17 @@ def _position_tables(call: Call) -> tuple[str | None, tuple[Tensor, Tensor] | No
 
 def _mlp(record: Record, call: Call, linears: list[Call]) -> Fitting:
     *before, out = linears
+    form = _mlp_form(record, call, before, out)
+    multiplier = _factor(call.y, out.y)
+    if multiplier is None or not record.comes_from(call.y, [out.y], call.start):
+        raise NotFittingError("something follows its last Linear")
+    form = replace(form, output=replace(form.output, multiplier=multiplier))
+    _expect(record.operations_of(call, linears), "mlp")
+    arguments = _arguments(call, before[0].x)
+    return Fitting(call.name, _module(call), arguments, None, form, _wraps(call), None, call.arguments)
+
+
+def _mlp_form(record: Record, call: Call, before: list[Call], out: Call) -> MlpForm:
     if any(not _same(c.x, before[0].x) for c in before):
         raise NotFittingError("its Linears do not share one input")
     outputs, wanted = [c.y for c in before], out.x
@@ -290,17 +335,9 @@ def _mlp(record: Record, call: Call, linears: list[Call]) -> Fitting:
             break
     else:
         raise NotFittingError("between its Linears stands no activation that is known")
-    multiplier = _factor(call.y, out.y)
-    if multiplier is None or not record.comes_from(call.y, [out.y], call.start):
-        raise NotFittingError("something follows its last Linear")
     if not record.comes_from(wanted, outputs, call.start):
         raise NotFittingError("its activations depend on more than x")
-    _expect(record.operations_of(call, linears), "mlp")
-    form = MlpForm(
-        tuple(_module(c) for c in before), units, gate, up, activation, Output(_module(out), multiplier=multiplier)
-    )
-    arguments = _arguments(call, before[0].x)
-    return Fitting(call.name, _module(call), arguments, None, form, _wraps(call), None, call.arguments)
+    return MlpForm(tuple(_module(c) for c in before), units, gate, up, activation, Output(_module(out)))
 
 
 def _gates(outputs: list[Tensor], units: int) -> list[tuple[Rows, Rows | None]]:
@@ -350,6 +387,68 @@ def _block(record: Record, call: Call, attention: Call, mlp: Call, found: dict[C
     return Fitting(
         call.name, _module(call), arguments, a, m, _wraps(call), _module(attention), call.arguments, parallel
     )
+
+
+def _sees_itself(marker: Call) -> bool:
+    """Is it attention of all tokens to all tokens of the call, as in an encoder?"""
+    options = marker.arguments
+    causal = options.get("is_causal")
+    causal = getattr(options["module"], "is_causal", True) if causal is None else causal
+    return not causal and options["key"].shape[2] == options["query"].shape[2]
+
+
+def _encoder_block(record: Record, call: Call, marker: Call) -> Fitting:
+    """Without a cache: h = x + attention(x), y = h + mlp(h), with a norm before each part or behind each sum."""
+    inside = record.inside(call)
+    linears = [c for c in inside if c.module is not None and is_linear(c.module)]
+    before, behind = [c for c in linears if c.stop < marker.start], [c for c in linears if c.start > marker.start]
+    if len(behind) not in (3, 4) or not before:
+        raise NoBlockError
+    (out, *to_units, down), x, x_mlp = behind, call.x, behind[1].x
+    options = marker.arguments
+    attention, positions, norms = _attention_form(record, call, marker, before, out, (options["key"], options["value"]))
+    mlp = _mlp_form(record, call, to_units, down)
+    others = [c for c in inside if _may_be_norm(c) and c not in norms]
+    norm = {c: n for c in others if (n := _fit_norm(c)) is not None}
+
+    def one(wanted: Callable[[Call], bool]) -> Call | None:
+        return next((c for c in norm if wanted(c)), None)
+
+    into_mlp = one(lambda c: _same(c.y, x_mlp))
+    last = one(lambda c: _same(c.y, call.y))
+    first = None if _same(before[0].x, x) else one(lambda c: _same(c.y, before[0].x) and _same(c.x, x))
+    h = x_mlp if into_mlp is None else into_mlp.x
+    factor = _factor(h, out.y, x)
+    if factor is None or (first is None and not _same(before[0].x, x)):
+        raise NotFittingError("attention is not added to x")
+    behind_sums = last is not None and into_mlp is not None and first is None
+    start, end = (x_mlp, last.x) if behind_sums and last else (h, call.y)
+    factor_mlp = _factor(end, down.y, start)
+    if factor_mlp is None or not record.comes_from(call.y, [x, out.y, down.y], call.start):
+        raise NotFittingError("its MLP is not added to what attention made")
+    used = [c for c in (first, into_mlp, last if behind_sums else None) if c is not None]
+    _expect(record.operations_of(call, [*linears, *norms, *used]), "encoder")
+
+    def output(linear: Call, behind: Call | None, factor: float) -> Output:
+        after = norm[behind] if behind_sums and behind is not None else Norm()
+        return Output(_module(linear), after, factor, norm_last=behind_sums)
+
+    attention = replace(
+        attention,
+        norm=norm[first] if first is not None else Norm(),
+        output=output(out, into_mlp, factor),
+        causal=False,
+    )
+    mlp = replace(
+        mlp,
+        norm=norm[into_mlp] if into_mlp is not None and not behind_sums else Norm(),
+        output=output(down, last, factor_mlp),
+    )
+    arguments = _arguments(call, x, options["attention_mask"], positions)
+    if (options["attention_mask"] is None) != (arguments.mask is None):
+        raise NotFittingError("it is not given the mask that it uses")
+    asks = [c for c in record.calls if c.module is not None and c.start < marker.start < c.stop][-1]
+    return Fitting(call.name, _module(call), arguments, attention, mlp, _wraps(call), _module(asks), call.arguments)
 
 
 def _residual(x: Tensor, part: Call, norms: list[Call]) -> tuple[Call | None, Call | None]:

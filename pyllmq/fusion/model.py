@@ -125,13 +125,13 @@ def _difference(candidate: Fitting, fused: FusedModule) -> tuple[float, float]:
     given = {name: cast(value) for name, value in candidate.example.items()}
     x = given[names.x] = torch.randn(given[names.x].shape).to(dtype)
     caches: list[Any] = [None, None]
-    if candidate.attention is not None:
+    if candidate.attention is not None and names.mask is not None:
+        given[names.mask] = mask_as_implemented(given[names.mask], fused.implementation, dtype)
+    if candidate.attention is not None and names.cache is not None:
         form = candidate.attention
         sizes = [(x.shape[0], form.kv_heads, PROMPT, size) for size in (form.head_size, form.value_size)]
         past = [torch.randn(size).to(dtype) for size in sizes]
         caches = [filled_cache(names.cache_layer, *past) for _ in range(2)]
-        mask = names.mask or ""
-        given[mask] = mask_as_implemented(given[mask], fused.implementation, dtype)
     theirs, ours = (
         forward(**(given | ({} if cache is None else {names.cache or "": cache})))
         for forward, cache in ((fused.own_forward, caches[0]), (fused.served, caches[1]))

@@ -21,6 +21,8 @@ from .steps import Rotary
 MOST_QUERIES, MOST_SEQUENCES = 8, 8
 """Of a call that is made as native steps. More tokens are a prompt: there torch's attention and the packed layers' own calls
 for many tokens are faster."""
+MOST_ENCODED = 512
+"""Tokens of a call of an encoder's block that is made as native steps."""
 
 _WRAPS: dict[str, Callable[[Tensor], Any]] = {
     "y": lambda y: y,
@@ -41,6 +43,8 @@ class Shared:
         self.last: tuple[FusedModule, Given, Tensor] | None = None
         """The whole block that ran last, what it was given and what it made."""
         self.tokens: list[tuple[Any, ...]] = []
+        self.room: native.Room | None = None
+        """For the keys and values of a call that keeps none."""
 
     def tokens_of(self, x: Tensor, shape: torch.Size, cos: Any, sin: Any, mask: Any, rotary: Rotary) -> native.Tokens:
         """`rotary` is one of `rotaries`."""
@@ -75,6 +79,7 @@ class FusedModule:
         rotary = Rotary() if fitting.attention is None else fitting.attention.rotary
         self.rotary = shared.rotaries.setdefault(rotary, rotary)
         self.residual = fitting.attention is not None and fitting.mlp is not None
+        self.encodes = fitting.attention is not None and fitting.arguments.cache is None
         self.in_sequence = self.residual and not fitting.parallel
         self.weights = self._weights()
         self.guard = self._guard()
@@ -115,7 +120,7 @@ class FusedModule:
         if type(x) is not Tensor or x.dtype not in cpu.DTYPE_CODE or not x.is_cpu:
             return None
         shape = x.shape
-        if len(shape) != 3 or not 0 < shape[0] <= MOST_SEQUENCES or not 0 < shape[1] <= MOST_QUERIES:
+        if len(shape) != 3 or not self._is_small(*shape[:2]):
             return None
         cos = sin = mask = None
         if self.attention is not None:
@@ -124,7 +129,8 @@ class FusedModule:
                 cos, sin = given.get(names.positions) or (None, None)
                 if not isinstance(cos, Tensor):
                     return None
-            if layer is None or not _reaches(layer, shape, mask, cos):
+            reaches = _covers(shape, mask, cos) if self.encodes else layer and _reaches(layer, shape, mask, cos)
+            if not reaches:
                 return None
         held = self.guard.holds()
         if not self._is_usual(given, held):
@@ -135,14 +141,21 @@ class FusedModule:
         tokens = self.shared.tokens_of(x, shape, cos, sin, mask, self.rotary)
         cpu.kernels()  # as many threads as torch has
         x = x.contiguous()
-        if self.residual:
+        if self.residual and not self.encodes:
             return self.wrap(self._with_those_behind(given, x, tokens, layer))
         y = torch.empty_like(x)
         self._run(x, y, tokens, layer)
         return self.wrap(y)
 
+    def _is_small(self, sequences: int, queries: int) -> bool:
+        if self.encodes:
+            return 0 < sequences * queries <= MOST_ENCODED
+        return 0 < sequences <= MOST_SEQUENCES and 0 < queries <= MOST_QUERIES
+
     def _run(self, x: Tensor, y: Tensor, tokens: native.Tokens, layer: Any) -> None:
-        if self.attention is not None:
+        if self.attention is not None and self.encodes:
+            self.shared.room = self.attention.encode(x, y, tokens, self.shared.room)
+        elif self.attention is not None:
             self.attention(x, y, tokens, layer, self.residual)
         if self.mlp is not None:
             self.mlp(y if self.in_sequence else x, y, tokens, self.residual)
@@ -277,9 +290,21 @@ def _reaches(layer: GrowingLayer, shape: torch.Size, mask: Any, cos: Any) -> boo
         return False
     if buffer.shape[0] != batch or buffer.dtype not in cpu.DTYPE_CODE or not buffer.is_cpu:
         return False
-    if cos is not None and (cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != queries):
-        return False
-    if mask is None:
-        return queries == 1
+    return _positions_fit(shape, cos) and (queries == 1 if mask is None else _mask_fits(shape, mask, keys.length))
+
+
+def _covers(shape: torch.Size, mask: Any, cos: Any) -> bool:
+    """Can an encoder's step attend to its own tokens, for x of this shape, where mask and positions are these?"""
+    return _positions_fit(shape, cos) and (mask is None or _mask_fits(shape, mask, 0))
+
+
+def _positions_fit(shape: torch.Size, cos: Any) -> bool:
+    return cos is None or (cos.dim() == 3 and cos.shape[0] in (1, shape[0]) and cos.shape[1] == shape[1])
+
+
+def _mask_fits(shape: torch.Size, mask: Any, past: int) -> bool:
     sizes = mask.shape if isinstance(mask, Tensor) else ()
-    return len(sizes) == 4 and sizes[0] in (1, batch) and sizes[1:] == (1, queries, keys.length + queries)
+    batch, queries, _ = shape
+    if len(sizes) != 4 or sizes[0] not in (1, batch) or sizes[1] != 1 or sizes[3] != past + queries:
+        return False
+    return sizes[2] == queries or (sizes[2] == 1 and past == 0)

@@ -46,11 +46,20 @@ def make_tokens(x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor 
     if mask is not None:
         if mask.dtype == torch.bool:
             mask = mask.new_zeros(mask.shape, dtype=torch.float32).masked_fill_(mask.logical_not(), -torch.inf)
-        keep.append(mask[:, 0].float().contiguous())
+        keep.append(mask[:, 0].float().expand(-1, queries, -1).contiguous())
         strides = (0 if mask.shape[0] == 1 else keep[-1].stride(0), keep[-1].stride(1))
         given |= {"mask": keep[-1].data_ptr(), "mask_strides": strides}
     native = cpu.kernels().StepTokens(batch=batch, queries=queries, dtype=cpu.DTYPE_CODE[x.dtype], **given)
     return Tokens(batch, queries, native, tuple(keep), None if mask is None else mask.shape[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class Room:
+    """Memory for keys and values that nobody keeps."""
+
+    sizes: tuple[int, ...]
+    native: Any
+    keep: tuple[Tensor, Tensor]
 
 
 class Attention:
@@ -69,6 +78,17 @@ class Attention:
         self.step(pointer, y.data_ptr(), tokens.native, cache, past, pointer if residual else 0)
         layer.committed(tokens.queries)
 
+    def encode(self, x: Tensor, y: Tensor, tokens: Tokens, room: Room | None) -> Room:
+        """y = x and attention of the tokens of x to each other. -> the room used: `room` where it fits."""
+        form = self.form
+        sizes = (tokens.batch, form.kv_heads, tokens.queries, form.head_size, form.value_size)
+        if room is None or room.sizes != sizes:
+            keys, values = (torch.empty(*sizes[:3], size, dtype=torch.float32, device=cpu.DEVICE) for size in sizes[3:])
+            room = Room(sizes, _cache(keys, values), (keys, values))
+        pointer = x.data_ptr()
+        self.step(pointer, y.data_ptr(), tokens.native, room.native, 0, pointer)
+        return room
+
     def place(self, layer: GrowingLayer, queries: int) -> tuple[Any, int]:
         """The memory of a layer with room for so many tokens more, and how many it holds."""
         layer.reserve(queries)
@@ -77,24 +97,24 @@ class Attention:
         # Another cache may come to lie at the address of one that is gone.
         place = (keys.pointer(), values.pointer(), keys.start, buffer.shape, buffer.dtype)
         if self.cache[0] != place:
-            self.cache = (place, self._bound(layer))
+            self.cache = (place, _cache(*(grown.memory() for grown in layer.grown)))
         return self.cache[1], keys.length
 
-    def _bound(self, layer: GrowingLayer) -> Any:
-        keys, values = (grown.memory() for grown in layer.grown)
-        batch, heads, capacity, size = keys.shape
-        return cpu.kernels().KeyValueCache(
-            keys=keys.data_ptr(),
-            values=values.data_ptr(),
-            dtype=cpu.DTYPE_CODE[keys.dtype],
-            batch=batch,
-            kv_heads=heads,
-            capacity=capacity,
-            head_size=size,
-            value_size=values.shape[3],
-            key_strides=keys.stride()[:3],
-            value_strides=values.stride()[:3],
-        )
+
+def _cache(keys: Tensor, values: Tensor) -> Any:
+    batch, heads, capacity, size = keys.shape
+    return cpu.kernels().KeyValueCache(
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        dtype=cpu.DTYPE_CODE[keys.dtype],
+        batch=batch,
+        kv_heads=heads,
+        capacity=capacity,
+        head_size=size,
+        value_size=values.shape[3],
+        key_strides=keys.stride()[:3],
+        value_strides=values.stride()[:3],
+    )
 
 
 class Mlp:
@@ -122,6 +142,7 @@ def _fields(form: AttentionForm | MlpForm) -> dict[str, Any]:
         "output_bias": _biases([output.linear], operands[-1:]),
         "output_norm": _norm(output.norm),
         "multiplier": output.multiplier,
+        "norm_last": output.norm_last,
         "precision": _precision(linears),
     }
 

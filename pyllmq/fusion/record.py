@@ -190,6 +190,11 @@ def _calls(shadow: nn.Module, model: nn.Module, record: Record) -> Iterator[None
             handle.remove()
 
 
+def _encodes(model: nn.Module) -> bool:
+    """Is none of its attention causal? Models of BERT's kind take a cache, too, and as encoders do not fill it."""
+    return {module.is_causal for module in model.modules() if hasattr(module, "is_causal")} == {False}
+
+
 def record_model(model: nn.Module) -> Record:
     """A few tokens through the model, in its cache a few more before them."""
     main = getattr(model, "main_input_name", "input_ids")
@@ -206,13 +211,17 @@ def record_model(model: nn.Module) -> Record:
         try:
             shadow = _shadow(model)
             inputs: dict[str, Any] = {"input_ids": ids}
+            takes = inspect.signature(shadow.forward).parameters
             if getattr(shadow.config, "is_encoder_decoder", False):
                 inputs["decoder_input_ids"] = ids
-            elif "past_key_values" in inspect.signature(shadow.forward).parameters:
+            elif "past_key_values" in takes and not _encodes(shadow):
                 cache = recording_cache(shadow.config, note)
                 shadow(input_ids=ids[:, :PROMPT], past_key_values=cache, use_cache=True)
                 inputs = {"input_ids": ids[:, PROMPT:], "past_key_values": cache, "use_cache": True}
                 record.calls.clear()
+            elif "attention_mask" in takes:
+                inputs["attention_mask"] = torch.ones_like(ids)
+                inputs["attention_mask"][-1, -1] = 0  # padding: without any there would be no mask
             with _calls(shadow, model, record), _Operations(record):
                 shadow(**inputs)
         except Exception as error:  # whatever a model of any kind may raise: it stays as it is

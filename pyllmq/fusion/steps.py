@@ -86,16 +86,18 @@ class Rotary:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """y = residual + multiplier * norm(linear(x))"""
+    """y = residual + multiplier * norm(linear(x)), or with `norm_last` norm(residual + multiplier * linear(x))"""
 
     linear: nn.Module
     norm: Norm = Norm()
     multiplier: float = 1.0
+    norm_last: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionForm:
-    """q, k, v = rows of linears(norm(x)); norms of q and k; rotary positions; attention to the cache; output."""
+    """q, k, v = rows of linears(norm(x)); norms of q and k; rotary positions; attention to the cache, or not causal to the
+    call's own tokens; output."""
 
     linears: tuple[nn.Module, ...]
     q_rows: Rows
@@ -115,6 +117,7 @@ class AttentionForm:
     rotary: Rotary = Rotary()
     soft_cap: float = 0.0
     sinks: Tensor | None = None  # fp32 [heads]
+    causal: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,8 +89,8 @@ def from_pretrained(
     Args:
         folder: as written by `save_pretrained`.
         auto_class: for example `transformers.AutoModelForCausalLM`; None takes the class that config.json names.
-        fuse: let the blocks of a model that generates run a few tokens as two native calls where it lies on a CPU, see
-            `pyllmq.fuse`; `pyllmq.fusion.report` says which do.
+        fuse: let the blocks of a model run a few tokens as two native calls where it lies on a CPU, see `pyllmq.fuse`;
+            `pyllmq.fusion.report` says which do.
         kwargs: passed on to transformers.
 
     Raises FormatError for a folder that is damaged, incomplete, of an unknown version, or not packed at all. Tensors that only an
@@ -106,7 +106,7 @@ def from_pretrained(
         model, info = model_class.from_pretrained(folder, **arguments)
     if auto_class is None and not info_wanted:
         expect_complete(folder, model, info)
-    if fuse and getattr(model, "can_generate", lambda: False)():
+    if fuse:
         fusion.fuse(model)
     return (model, info) if info_wanted else model  # type: ignore[return-value]
 

@@ -169,13 +169,15 @@ void finish(const OutputLinear& output, const float* x, const StepCall& call, Pr
   parallel_for(call.tokens, 1, elements_cost(call.tokens, rows), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       float* y = out + t * rows;
-      if (output.norm.kind != NormKind::none) normalize(output.norm, y, rows, 0, y);
+      const bool has_norm = output.norm.kind != NormKind::none;
+      if (has_norm && !output.norm_last) normalize(output.norm, y, rows, 0, y);
       if (output.multiplier != 1)
         for (int64_t i = 0; i < rows; ++i) y[i] *= output.multiplier;
       if (call.residual != nullptr) {
         const float* residual = rows_in_fp32(conversions, call.residual, call.dtype, t, 1, rows, converted + t * rows);
         for (int64_t i = 0; i < rows; ++i) y[i] += residual[i];
       }
+      if (has_norm && output.norm_last) normalize(output.norm, y, rows, 0, y);
       conversions.from_fp32[static_cast<int>(call.dtype)](y, static_cast<uint8_t*>(call.y) + t * rows * element_bytes(call.dtype),
                                                           rows);
     }

@@ -55,7 +55,9 @@ def check(weight, x, bias=None, columns=False, factor=2.0):
         assert operand.layout == f"cuda.{weight.kind}" and bool(operand.meta[0]) == columns
         actual = LINEAR[type(weight)](x, packed, bias)
     exact = x.double() @ dense.T + (0 if bias is None else bias.double())
-    orders = [torch.randperm(x.shape[1]) for _ in range(4 if exact.numel() >= 4096 else 16 if exact.numel() >= 64 else 64)]
+    orders = [
+        torch.randperm(x.shape[1]) for _ in range(4 if exact.numel() >= 4096 else 16 if exact.numel() >= 64 else 64)
+    ]
     torchs = [
         torch.nn.functional.linear(x[:, order], dense.to(x.dtype)[:, order], None if bias is None else bias.to(x.dtype))
         for order in orders

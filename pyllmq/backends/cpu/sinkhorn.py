@@ -23,8 +23,9 @@ class CpuSinkhorn:
         self, transport: Transport, iterations: int, tolerance: float, tape: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         plan, u, v = room(transport.cost)
-        count = torch.empty(len(plan), dtype=torch.int32, device=runtime.DEVICE)
-        if len(plan):
+        problems = transport.cost.shape[0]  # len() of a tensor asks whether torch.jit traces: 2 us
+        count = torch.empty(problems, dtype=torch.int32, device=runtime.DEVICE)
+        if problems:
             results = {"plan": plan, "u": u, "v": v, "tape": tape, "count": count}
             runtime.kernels().sinkhorn(**problem(transport), iterations=iterations, tolerance=tolerance, **results)
         return plan, u, v, count
@@ -32,7 +33,7 @@ class CpuSinkhorn:
 
 def sinkhorn_backward(transport: Transport, arriving: Arriving) -> tuple[Tensor, Tensor, Tensor]:
     grad_cost, grad_a, grad_b = room(transport.cost)
-    if len(grad_cost):
+    if grad_cost.shape[0]:
         tape, count = arriving.tape, arriving.count
         gradients = {"grad_cost": grad_cost, "grad_a": grad_a, "grad_b": grad_b}
         given = problem(transport) | arriving._asdict() | gradients

@@ -71,6 +71,8 @@ def check(packed, x, bias=None, precision=DEFAULT_PRECISION):
     allowed = {"exact": 0, "high": 2e-4, "fast": 2e-2}[precision] if "Codebook" in type(packed).__name__ else 0
     product = x.double() @ dense.T  # a bias may cancel it, and what the precision permits is of the product
     size = max(float(truth.norm()), float(product.norm())) + 1e-30
+    if dense.numel() < 16:
+        allowed *= 10  # it is of the largest entry that a codebook has, and a few codes may all be of small ones
     error, torchs_error = float((y.double() - truth).norm()), float((torchs.double() - truth).norm())
     # fp32: where few rows hold anything, 333 products added one after another were off by 3.6e-7, torch's by 0.7e-7
     ulp = {torch.float32: 5e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}[x.dtype]

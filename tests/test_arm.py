@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 import pyllmq
 from pyllmq import _cpu
+from pyllmq.packing import mask_24
 
 from .oracle import assert_as_good_as_torch
 from .test_cpu_layout import DTYPE_CODES, MAX_ERROR, PATHS, PRECISIONS, WIDTHS, Weight
 from .test_sinkhorn import exact_gradients, marginal
 from .test_softmax_cdist_l1 import check_gradient, exact_distance
-from .test_sparse_linear import dense_of, make_all
+from .test_sparse_formats import random_codes
 
 pytestmark = pytest.mark.arm
 
@@ -37,8 +38,6 @@ ISAS = {
     "max": ["neon_i8mm", "neon_dotprod", "neon", "scalar"],
 }
 """By processor as qemu names it: without dot product, with it, with byte matrix products."""
-
-BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
 def qemu() -> str | None:
@@ -108,8 +107,9 @@ def run(cpu: str, cases: list[Case], folder: Path) -> None:
         assert results.read() == b""
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=["cortex-a53", "max"])
 def cpu(request):
+    """The two between which all instruction sets lie."""
     return request.param
 
 
@@ -184,8 +184,19 @@ def test_codebook_linear(cpu, path, tmp_path):
             check_linear(out["y"], weight, x, bias, 1.2e-2 if in_bytes else MAX_ERROR[precision])
             if path == "tables" or precision == "exact":
                 assert same_bits(out["y"], here), (isa, case.numbers)
-        if cpu == "max":
-            assert same_bits(case.found["neon_i8mm"]["y"], case.found["neon_dotprod"]["y"]), case.numbers
+
+
+@pytest.mark.parametrize("cpu", ISAS)
+def test_each_processor_gets_its_kernels(cpu, tmp_path):
+    """`fast` is int8 from sdot on, and smmla gives the same bits."""
+    weight, x = Weight(64, 300, [4, 3]), torch.randn(9, 300)
+    case = linear_case(weight, x, None, "decode", "fast")
+    run(cpu, [case], tmp_path)
+    fp32 = in_this_process(weight, x, None, "decode", "exact")
+    for isa in ISAS[cpu]:
+        assert same_bits(case.found[isa]["y"], fp32) == (isa in ("neon", "scalar")), isa
+    if cpu == "max":
+        assert same_bits(case.found["neon_i8mm"]["y"], case.found["neon_dotprod"]["y"])
 
 
 @pytest.mark.parametrize("path", ["tables", "decode"])
@@ -255,11 +266,24 @@ def sparse_case(packed, numbers: dict[str, float], arrays: dict[str, Tensor | No
     return Case("sparse", {**given, **numbers}, {**tensors, **arrays}, out)
 
 
+def sparse_weights(n: int, k: int):
+    """(weight, the fp64 matrix that it stands for)."""
+    for values in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+        weight = torch.randn(n, k)
+        for packed in (
+            pyllmq.BitmapWeight.pack(weight, torch.rand(n, k) < 0.5, values),
+            pyllmq.Sparse24Weight.pack(weight, mask_24(weight), values),
+        ):
+            with pyllmq.use_backend("reference"):
+                yield packed, packed.dequantize().double()
+    for bits in (2, 3, 4):
+        yield random_codes(n, k, bits, 0.02)
+
+
 @pytest.mark.parametrize("n,k", [(5, 3), (70, 515)])
 def test_sparse_linear_and_dequantize(cpu, n, k, tmp_path):
     cases = []
-    for packed in make_all(n, k):
-        dense = dense_of(packed)
+    for packed, dense in sparse_weights(n, k):
         for tokens, dtype, precision in (
             (1, torch.float32, "high"),
             (3, torch.bfloat16, "fast"),

@@ -11,7 +11,6 @@ namespace pyllmq::cpu {
 // products (sdot; Cortex-A75, Neoverse N1, Apple A11 and later); neon_i8mm: and byte matrix products (smmla; Neoverse V1 and N2,
 // Apple M2 and later). Each includes those before it on its architecture.
 enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, amx = 3, neon = 4, neon_dotprod = 5, neon_i8mm = 6 };
-constexpr int kIsas = 7;
 
 const char* isa_name(Isa isa);
 std::vector<Isa> supported_isas();  // compiled in and usable on this machine, best first

@@ -31,7 +31,7 @@ demo: $(BUILT)
 bench: $(BUILT)
 	$(PYTEST) benchmarks
 
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 lint: $(BUILT)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .

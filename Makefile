@@ -16,7 +16,7 @@ PARALLEL := -n $(WORKERS) --dist worksteal
 .PHONY: arm test slow quick demo bench lint format sanitize fuzz sanitized-build test-seeds test-oldest coverage docs wheel test-wheel clean
 
 test: $(BUILT)
-	$(PYTEST) $(PARALLEL) -m "not slow"
+	$(PYTEST) $(PARALLEL) -m "not slow and not arm"
 
 slow: $(BUILT)
 	$(PYTEST) $(PARALLEL) -m slow

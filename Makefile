@@ -13,10 +13,10 @@ OLDEST := .venv-oldest
 PYTEST := $(RUN)/python -m pytest
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: test slow quick demo bench lint format sanitize fuzz sanitized-build test-seeds test-oldest coverage docs wheel test-wheel clean
+.PHONY: arm test slow quick demo bench lint format sanitize fuzz sanitized-build test-seeds test-oldest coverage docs wheel test-wheel clean
 
 test: $(BUILT)
-	$(PYTEST) $(PARALLEL) -m "not slow"
+	$(PYTEST) $(PARALLEL) -m "not slow and not arm"
 
 slow: $(BUILT)
 	$(PYTEST) $(PARALLEL) -m slow
@@ -33,7 +33,7 @@ demo: $(BUILT)
 bench: $(BUILT)
 	$(PYTEST) benchmarks
 
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 lint: $(BUILT)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
@@ -60,6 +60,11 @@ fuzz: sanitized-build
 
 sanitized-build: $(BUILT)
 	PYLLMQ_CUDA=0 PYLLMQ_DEBUG=1 CXXFLAGS="$(SANITIZE)" $(RUN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+
+# The kernels for 64-bit ARM under an emulator, and once more under AddressSanitizer: docs/kernels-arm.md.
+arm: $(BUILT)
+	$(PYTEST) $(PARALLEL) -q -m arm
+	PYLLMQ_ARM_SANITIZE=1 $(PYTEST) $(PARALLEL) -q -m arm -k "max"
 
 # The tests whose inputs are random, with other numbers and on each instruction set of this machine: none may pass by luck.
 SEEDED = $(shell grep -l 'mark.kernels' tests/test_*.py) tests/test_columns.py tests/test_column_loop.py

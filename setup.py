@@ -11,7 +11,8 @@ PYLLMQ_DEBUG=1         keep symbols and assertions, and line numbers in CUDA cod
 CXX, CXXFLAGS          the C++ compiler; flags appended to every C++ compile and to the link (sanitizers)
 MAX_JOBS               parallel compiles, default: all cores
 ccache is used where it is found. PYLLMQ_CUDA=emulated builds pyllmq._cuda alone, for the CPU, as the tests do
-(tests/cuda_emulator.py).
+(tests/cuda_emulator.py). `CXX=<cross compiler> setup.py build_driver` builds the kernels and tests/arm_driver.cpp as a program,
+without Python (tests/test_arm.py).
 """
 
 import ctypes
@@ -25,7 +26,7 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -54,18 +55,42 @@ NVCC_FLAGS = [
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     *(["-lineinfo"] if DEBUG else ["-DNDEBUG"]),
 ]
-# Instruction sets are switched on per file, by the end of its name, and chosen at run time: no global -march. Elsewhere
-# than on x86 those files are left out and the scalar kernels run.
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def compiler_command():
+    return shlex.split(os.environ.get("CXX", "c++" if sys.platform == "darwin" else "g++"))
+
+
+def target_machine():
+    """What the compiler compiles for, which is another machine where it is a cross compiler."""
+    try:
+        target = subprocess.run(
+            [*compiler_command(), "-dumpmachine"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return platform.machine().lower()  # no compiler: an sdist, say
+    return target.split("-")[0].replace("arm64", "aarch64")
+
+
+# Instruction sets are switched on per file, by the end of its name, and chosen at run time: no global -march. Files of another
+# architecture are left out; on one that is not here the scalar kernels run.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [
     *AVX2,
     *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vbmi2", "vnni")),
     "-Wno-uninitialized",  # gcc 12 warns about its own AVX-512 headers (GCC bug 105593)
 ]
-ISA_FLAGS = {"_avx2": AVX2, "_avx512": AVX512, "_amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]}
+ISA_FLAGS_OF = {
+    "x86_64": {"_avx2": AVX2, "_avx512": AVX512, "_amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]},
+    "aarch64": {"_neon": [], "_dotprod": ["-march=armv8.2-a+dotprod"], "_i8mm": ["-march=armv8.2-a+dotprod+i8mm"]},
+}
+ISA_FLAGS = ISA_FLAGS_OF.get(target_machine(), {})
+FOREIGN = tuple(suffix for flags in ISA_FLAGS_OF.values() for suffix in flags if suffix not in ISA_FLAGS)
 # What a file *_simd.cpp is compiled for, each with the vectors that csrc/runtime/simd.h has for that instruction set.
-SIMD_FLAGS = {"scalar": [], **({"avx2": AVX2, "avx512": AVX512} if X86 else {})}
+SIMD_FLAGS = {
+    "scalar": [],
+    **{isa: ISA_FLAGS[f"_{isa}"] for isa in ("avx2", "avx512", "neon") if f"_{isa}" in ISA_FLAGS},
+}
 
 CUDA = os.environ.get("PYLLMQ_CUDA", "auto")
 DEFAULT_ARCHS = ["80+PTX", "90a"]
@@ -126,10 +151,6 @@ def cuda_build():
     return nvcc, wanted_archs(nvcc, capabilities)
 
 
-def compiler_command():
-    return shlex.split(os.environ.get("CXX", "g++"))
-
-
 def cached(compiler):
     """The compiler's command behind ccache, where there is one and nobody named it already."""
     ccache = shutil.which("ccache")
@@ -182,6 +203,8 @@ def compile_command(source, cuda, isa=None):
 
 
 def link_command(cuda):
+    if sys.platform == "darwin":  # Python's own symbols are found when it loads the bundle
+        return [*compiler_command(), "-bundle", "-undefined", "dynamic_lookup", "-Wl,-dead_strip", *EXTRA]
     strip = [] if DEBUG else ["--strip-all"]
     if cuda:  # nvcc knows where its own static cudart lies, whatever the toolkit's layout
         linker = ",".join(["--exclude-libs,ALL,--gc-sections", *strip])
@@ -200,38 +223,69 @@ def edge(rule, inputs, output, command):
     return f"build {escaped(output)}: {rule} {' '.join(map(escaped, inputs))}\n  command_line = {shell}\n"
 
 
+def compile_edges(sources, objects_folder, cuda=None):
+    """One for each source, or for each instruction set that a *_simd.cpp is compiled for; and the objects."""
+    lines, objects = [], []
+    for source in map(Path, sources):
+        for isa in SIMD_FLAGS if source.stem.endswith("_simd") else [None]:
+            name = f"{source.name}.{isa}.o" if isa else f"{source.name}.o"
+            objects.append(objects_folder / source.with_name(name))
+            lines.append(edge("compile", [source], objects[-1], compile_command(source, cuda, isa)))
+    return lines, objects
+
+
+def run_ninja(base, folder, edges, verbose):
+    lines = [
+        f"builddir = {str(folder).replace('$', '$$')}",
+        "rule compile\n  command = $command_line -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        "rule link\n  command = $command_line $in -o $out",
+        *edges,
+    ]
+    written = ROOT / folder / "build.ninja"
+    written.parent.mkdir(parents=True, exist_ok=True)
+    written.write_text("\n".join(lines))
+
+    ninja = [find_ninja(), "-C", str(ROOT), "-f", str(folder / "build.ninja")]
+    commands = subprocess.run([*ninja, "-t", "compdb", "compile"], capture_output=True, text=True, check=True).stdout
+    (ROOT / base / "compile_commands.json").write_text(commands[commands.index("[\n") :])
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    sys.stdout.flush()
+    status = subprocess.run([*ninja, "-j", jobs, *([] if verbose else ["--quiet"])]).returncode
+    if status:
+        raise SystemExit(f"the build failed (ninja's exit code {status}); each command that failed stands above")
+
+
 class BuildExtension(build_ext):
     def build_extensions(self):
         base = Path(self.get_finalized_command("build").build_base)
         folder = base / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        lines = [
-            f"builddir = {str(folder).replace('$', '$$')}",
-            "rule compile\n  command = $command_line -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            "rule link\n  command = $command_line $in -o $out",
-        ]
+        edges = []
         for ext in self.extensions:
             cuda = cuda_build() if ext.name == "pyllmq._cuda" else None
-            objects = []
-            for source in map(Path, ext.sources):
-                for isa in SIMD_FLAGS if source.stem.endswith("_simd") else [None]:
-                    name = f"{source.name}.{isa}.o" if isa else f"{source.name}.o"
-                    objects.append(folder / ext.name / source.with_name(name))
-                    lines.append(edge("compile", [source], objects[-1], compile_command(source, cuda, isa)))
-            lines.append(edge("link", objects, os.path.abspath(self.get_ext_fullpath(ext.name)), link_command(cuda)))
-        written = ROOT / folder / "build.ninja"
-        written.parent.mkdir(parents=True, exist_ok=True)
-        written.write_text("\n".join(lines))
+            lines, objects = compile_edges(ext.sources, folder / ext.name, cuda)
+            target = os.path.abspath(self.get_ext_fullpath(ext.name))
+            edges += [*lines, edge("link", objects, target, link_command(cuda))]
+        run_ninja(base, folder, edges, self.verbose)
 
-        ninja = [find_ninja(), "-C", str(ROOT), "-f", str(folder / "build.ninja")]
-        commands = subprocess.run(
-            [*ninja, "-t", "compdb", "compile"], capture_output=True, text=True, check=True
-        ).stdout
-        (ROOT / base / "compile_commands.json").write_text(commands[commands.index("[\n") :])
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        sys.stdout.flush()
-        status = subprocess.run([*ninja, "-j", jobs, *([] if self.verbose else ["--quiet"])]).returncode
-        if status:
-            raise SystemExit(f"the build failed (ninja's exit code {status}); each command that failed stands above")
+
+class BuildDriver(Command):
+    """Kernels and tests/arm_driver.cpp as one program BASE/driver, for the machine that CXX compiles for."""
+
+    description = "build the test driver of the CPU kernels, a program without Python"
+    user_options = [("build-base=", None, "folder of objects and program")]
+
+    def initialize_options(self):
+        self.build_base = "build/driver"
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        base = Path(self.build_base)
+        kernels = [source for source in cpu_extension.sources if "bindings" not in source]
+        lines, objects = compile_edges([*kernels, "tests/arm_driver.cpp"], base / "objects")
+        link = [*compiler_command(), "-pthread", "-static-libstdc++", "-static-libgcc", *EXTRA]
+        run_ninja(base, base, [*lines, edge("link", objects, os.path.abspath(base / "driver"), link)], self.verbose)
 
 
 def sources(of_cuda, *suffixes):
@@ -242,7 +296,7 @@ def sources(of_cuda, *suffixes):
         is_cuda = emulator or "cuda" in path.parts or path.stem == "bindings_cuda"
         if path.suffix not in suffixes or is_cuda != of_cuda:
             continue
-        if not X86 and path.stem.endswith(tuple(ISA_FLAGS)):
+        if path.stem.endswith(FOREIGN):
             continue
         if path.name == "runtime.cu" if CUDA == "emulated" else emulator:
             continue  # the emulator's runtime.cpp stands for runtime.cu
@@ -256,4 +310,5 @@ by_setting = {"emulated": [cuda_extension], "0": [cpu_extension]}
 extensions = by_setting.get(CUDA) or [cpu_extension, *([cuda_extension] if cuda_build() else [])]
 
 packages = {*find_packages(str(ROOT), include=["pyllmq", "pyllmq.*"]), "pyllmq.triton_kernels", "pyllmq.benchmarks"}
-setup(packages=sorted(packages), ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
+commands = {"build_ext": BuildExtension, "build_driver": BuildDriver}
+setup(packages=sorted(packages), ext_modules=extensions, cmdclass=commands)

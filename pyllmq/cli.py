@@ -673,6 +673,13 @@ def run_doctor(given: argparse.Namespace) -> int:
     for name, (ok, why) in backends.report().items():
         print(f"  {name:<10} {'works' if ok else 'missing'}: {why}")
     ok, why = backends.cpu.runtime.available()
+    if ok:
+        from .backends.cpu.instruction_sets import FASTER, SERVED
+
+        isa = backends.cpu.runtime.extension().isa()
+        print(f"kernels of pyllmq._cpu on this processor ({isa}); faster would be {FASTER[isa]}:")
+        for operation, row in SERVED[isa].items():
+            print(f"  {operation:<43}{row}")
     print(f"blocks of a few tokens as native steps (pyllmq.fuse): {'works' if ok else 'missing'}: {why}")
     print("codebook_linear with fp16 activations runs here, by device and number of tokens:")
     broken = False

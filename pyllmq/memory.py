@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -13,21 +16,29 @@ MADV_PAGEOUT = 21
 """Of Linux 5.4 and later; other systems refuse it and keep the pages."""
 
 
+def _of_libc(name: str) -> Any:
+    """A function of the C library, None where the system has none of that name."""
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
+
+
 def peak_memory() -> int:
-    """Most bytes of RAM that this process held so far."""
+    """Most bytes of RAM that this process held so far; 0 where the system does not say (Windows)."""
     try:
         # ru_maxrss begins with what the parent held when it started this process.
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
     except (OSError, IndexError):
-        import resource  # Unix alone has it
-
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            import resource  # Unix alone has it
+        except ImportError:
+            return 0
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def return_freed() -> None:
     """Give the system what glibc keeps of freed tensors below 32 MB: 0.16 of 2.4 GB with the block of a 7B model."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = _of_libc("malloc_trim")
     if trim is not None:
         trim(0)
 
@@ -37,7 +48,7 @@ def page_out(tensors: Iterable[Tensor]) -> None:
 
     Of weights that are a mapped file, the pages are dropped and read again: 0.4 GB of a block of a 7B model in 0.2 s.
     """
-    advise = getattr(ctypes.CDLL(None), "madvise", None)
+    advise = _of_libc("madvise")
     if advise is None:
         return
     for tensor in tensors:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pyllmq
+from pyllmq import _cpu
 from pyllmq.cli import main
 from pyllmq.folders import PackedFolder
 
@@ -175,6 +176,8 @@ def test_doctor(capsys):
         "cuda       missing",
         "reference  works",
         "native steps (pyllmq.fuse): works: ",
+        f"kernels of pyllmq._cpu on this processor ({_cpu.isa()}); faster would be ",
+        f"codebook, few tokens{'':23}{'avx512' if _cpu.isa() == 'amx' else _cpu.isa().split('_')[0]}\n",
         "cpu        layout cpu.codebook\n             cpu.codebook_linear for 1, 2, 16, 64, 65, 512: tables of partial products",
         "cuda       layout checkpoint.codebook\n             reference.packed_linear for 1, 2, 16, 64, 65, 512: last row",
     ):

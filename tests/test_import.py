@@ -27,6 +27,20 @@ def test_the_folders_at_the_top_import_under_pyllmq():
     run("import pyllmq.triton_kernels, pyllmq.benchmarks")
 
 
+def test_it_imports_and_computes_without_what_linux_alone_has():
+    """As on Windows, or on macOS before the extension is built: the back end 'reference' serves."""
+    code = (
+        "import sys, mmap, torch\n"
+        "for name in ('fcntl', 'resource', 'pyllmq._cpu'): sys.modules[name] = None\n"
+        "for name in [n for n in vars(mmap) if n.startswith(('MADV', 'MAP_'))]: delattr(mmap, name)\n"
+        "import pyllmq, pyllmq.memory, pyllmq.compression.jobs.manifest\n"
+        "weight = pyllmq.Sparse24Weight.pack(torch.ones(4, 8), torch.tensor([1, 1, 0, 0] * 2).bool().expand(4, 8))\n"
+        "assert float(pyllmq.functional.sparse24_linear(torch.ones(1, 8), weight)[0, 0]) == 4.0\n"
+        "pyllmq.memory.return_freed(); pyllmq.memory.peak_memory()"
+    )
+    assert run(code) == ("", "")
+
+
 def test_public_names_exist():
     run("import pyllmq; [getattr(m, name) for m in (pyllmq, pyllmq.functional) for name in m.__all__]")
 

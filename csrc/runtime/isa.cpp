@@ -4,6 +4,10 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include <atomic>
@@ -30,12 +34,32 @@ bool amx_granted() {
   return false;
 #endif
 }
+#elif defined(__aarch64__)
+// The kernel says what a processor has: bits of getauxval on Linux, names on macOS. Elsewhere nothing is taken for granted.
+#if defined(__linux__)
+bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }  // HWCAP_ASIMDDP
+bool has_i8mm() { return getauxval(AT_HWCAP2) >> 13 & 1; }    // HWCAP2_I8MM
+#elif defined(__APPLE__)
+bool has(const char* feature) {
+  int found = 0;
+  size_t bytes = sizeof found;
+  return sysctlbyname(feature, &found, &bytes, nullptr, 0) == 0 && found != 0;
+}
+bool has_dotprod() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has("hw.optional.arm.FEAT_I8MM"); }
+#else
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+#endif
 #endif
 
 }  // namespace
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::neon_i8mm: return "neon_i8mm";
+    case Isa::neon_dotprod: return "neon_dotprod";
+    case Isa::neon: return "neon";
     case Isa::amx: return "amx";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";
@@ -55,6 +79,10 @@ std::vector<Isa> supported_isas() {
   if (avx512 && amx_granted()) found.push_back(Isa::amx);
   if (avx512) found.push_back(Isa::avx512);
   if (avx2) found.push_back(Isa::avx2);
+#elif defined(__aarch64__)
+  if (has_dotprod() && has_i8mm()) found.push_back(Isa::neon_i8mm);
+  if (has_dotprod()) found.push_back(Isa::neon_dotprod);
+  found.push_back(Isa::neon);
 #endif
   found.push_back(Isa::scalar);
   return found;

@@ -6,12 +6,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "runtime/half.h"
 #include "runtime/isa.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace pyllmq::cpu {
@@ -510,6 +513,209 @@ struct Twice {
   static Flag same(Index v, int n) { return {V::same(v.x, n), V::same(v.y, n)}; }
   static R look_up_four(const float* four, Index v) { return {V::look_up_four(four, v.x), V::look_up_four(four, v.y)}; }
 };
+
+#if defined(__aarch64__)
+// The 4 numbers of one register. Two of them are the vector of NEON: its 32 registers of 16 bytes are AVX2's 16 of 32, so
+// that what is written for 8 lanes and 16 registers fits, and sums run in the same order.
+struct Quad {
+  using R = float32x4_t;
+  using Index = int32x4_t;
+  using Flag = uint32x4_t;
+  static constexpr int64_t width = 4;
+
+  static R set(float x) { return vdupq_n_f32(x); }
+  static R load(const float* from) { return vld1q_f32(from); }
+  static R load_part(const float* from, int64_t left, float missing) {
+    if (left >= 4) return load(from);
+    float part[4] = {missing, missing, missing, missing};
+    for (int64_t i = 0; i < left; ++i) part[i] = from[i];
+    return load(part);
+  }
+  static void store(float* to, R x) { vst1q_f32(to, x); }
+  static void store_part(float* to, int64_t left, R x) {
+    if (left >= 4) return store(to, x);
+    float part[4];
+    store(part, x);
+    for (int64_t i = 0; i < left; ++i) to[i] = part[i];
+  }
+  static R add(R x, R y) { return vaddq_f32(x, y); }
+  static R sub(R x, R y) { return vsubq_f32(x, y); }
+  static R mul(R x, R y) { return vmulq_f32(x, y); }
+  static R div(R x, R y) { return vdivq_f32(x, y); }
+  static R fma(R x, R y, R z) { return vfmaq_f32(z, x, y); }
+  static R min(R x, R y) { return vbslq_f32(vcltq_f32(x, y), x, y); }  // vminq gives NaN where one of the two is
+  static R max(R x, R y) { return vbslq_f32(vcgtq_f32(x, y), x, y); }
+  static R round(R x) { return vrndnq_f32(x); }
+  static R reciprocal(R x) { return vdivq_f32(set(1), x); }
+  static R quotient(R x, R y) { return vdivq_f32(x, y); }
+  static void split(R x, R& n, R& m) {
+    const Index bits = vreinterpretq_s32_f32(x), shifted = vsubq_s32(bits, vdupq_n_s32(0x3F3504F3));
+    n = vcvtq_f32_s32(vshrq_n_s32(shifted, 23));  // m in [sqrt 1/2, sqrt 2)
+    m = vreinterpretq_f32_s32(vsubq_s32(bits, vandq_s32(shifted, vdupq_n_s32(static_cast<int>(0xFF800000)))));
+  }
+  static R scale2(R x, R n) {
+    const Index exponent = vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23);
+    return vmulq_f32(x, vreinterpretq_f32_s32(exponent));
+  }
+  static R exponent(R cost, double u, const double* v, double inverse) {
+    const float64x2_t row = vdupq_n_f64(u), scale = vdupq_n_f64(inverse);
+    const float64x2_t low = vsubq_f64(vaddq_f64(row, vld1q_f64(v)), vcvt_f64_f32(vget_low_f32(cost)));
+    const float64x2_t high = vsubq_f64(vaddq_f64(row, vld1q_f64(v + 2)), vcvt_high_f64_f32(cost));
+    return vcvt_high_f32_f64(vcvt_f32_f64(vmulq_f64(low, scale)), vmulq_f64(high, scale));
+  }
+  static Four sums(R s0, R s1, R s2, R s3) { return Four(vpaddq_f32(vpaddq_f32(s0, s1), vpaddq_f32(s2, s3))); }
+  template <class Fold>
+  static float fold(R x, Fold pair) {
+    const float32x2_t half = pair(vget_low_f32(x), vget_high_f32(x));
+    return vget_lane_f32(pair(half, vdup_lane_f32(half, 1)), 0);
+  }
+  static float total(R x) {
+    return fold(x, [](float32x2_t p, float32x2_t q) { return vadd_f32(p, q); });
+  }
+  static float least(R x) {
+    return fold(x, [](float32x2_t p, float32x2_t q) { return vbsl_f32(vclt_f32(p, q), p, q); });
+  }
+  static float most(R x) {
+    return fold(x, [](float32x2_t p, float32x2_t q) { return vbsl_f32(vcgt_f32(p, q), p, q); });
+  }
+  static void transpose(R* r) {
+    const float32x4x2_t a = vtrnq_f32(r[0], r[1]), b = vtrnq_f32(r[2], r[3]);
+    r[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+    r[1] = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+    r[2] = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+    r[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+  }
+
+  static Flag above(R x, R y) { return vcgtq_f32(x, y); }
+  static Flag at_least(R x, R y) { return vcgeq_f32(x, y); }
+  static Flag not_below(R x, R y) { return vmvnq_u32(vcltq_f32(x, y)); }
+  static Flag equal(R x, R y) { return vceqq_f32(x, y); }
+  static Flag either(Flag x, Flag y) { return vorrq_u32(x, y); }
+  static Flag both(Flag x, Flag y) { return vandq_u32(x, y); }
+  static R select(Flag flag, R yes, R no) { return vbslq_f32(flag, yes, no); }
+  static R zero_unless(Flag flag, R x) { return vreinterpretq_f32_u32(vandq_u32(flag, vreinterpretq_u32_f32(x))); }
+  static bool any(Flag flag) { return vmaxvq_u32(flag) != 0; }
+  static uint32_t bits(Flag flag) { return vaddvq_u32(vandq_u32(flag, uint32x4_t{1, 2, 4, 8})); }
+
+  static R load_fp16(const void* from) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(static_cast<const uint16_t*>(from))));
+  }
+  static R load_int8(const void* from) {
+    int8_t eight[8] = {};
+    std::memcpy(eight, from, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(eight)))));
+  }
+  static R first_bf16(Index pairs) { return vreinterpretq_f32_s32(vshlq_n_s32(pairs, 16)); }
+  static R second_bf16(Index pairs) {
+    return vreinterpretq_f32_s32(vandq_s32(pairs, vdupq_n_s32(static_cast<int>(0xFFFF0000u))));
+  }
+
+  static Index load_index(const void* from) { return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(from))); }
+  static Index shifted_right(Index x, int bits) {
+    return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(x), vdupq_n_s32(-bits)));
+  }
+  static Index low_bits(Index x, int mask) { return vandq_s32(x, index(mask)); }
+  static Flag same(Index x, int n) { return vceqq_s32(x, index(n)); }
+  static Index index(int x) { return vdupq_n_s32(x); }
+  static Index plus(Index x, int n) { return vaddq_s32(x, index(n)); }
+  static Index add_where(Flag flag, Index x, int n) { return vaddq_s32(x, vandq_s32(vreinterpretq_s32_u32(flag), index(n))); }
+  // The four bytes of a number at once.
+  static uint8x16_t number_bytes(Index at) { return vreinterpretq_u8_s32(vmlaq_s32(index(0x03020100), at, index(0x04040404))); }
+  static R look_up_four(const float* four, Index x) {
+    return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(load(four)), number_bytes(low_bits(x, 3))));
+  }
+  static R look_up(const float* table, Index at) {
+    const uint8x16x4_t bytes = {{vreinterpretq_u8_f32(load(table)), vreinterpretq_u8_f32(load(table + 4)),
+                                 vreinterpretq_u8_f32(load(table + 8)), vreinterpretq_u8_f32(load(table + 12))}};
+    return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, number_bytes(at)));
+  }
+};
+
+template <>
+struct Vector<Isa::neon> : Twice<Quad> {
+  static R exponent(R cost, double u, const double* v, double inverse) {
+    return {Quad::exponent(cost.x, u, v, inverse), Quad::exponent(cost.y, u, v + 4, inverse)};
+  }
+  static void transpose(R* r) {
+    for (int rows = 0; rows < 8; rows += 4) {
+      float32x4_t left[4], right[4];
+      for (int i = 0; i < 4; ++i) left[i] = r[rows + i].x, right[i] = r[rows + i].y;
+      Quad::transpose(left);
+      Quad::transpose(right);
+      for (int i = 0; i < 4; ++i) r[rows + i] = {left[i], right[i]};
+    }
+    for (int i = 0; i < 4; ++i) std::swap(r[i].y, r[4 + i].x);
+  }
+  // Four lines of 8 lanes to 8 times four numbers, lane by lane.
+  static void transpose_fours(R* r) {
+    float32x4_t low[4], high[4];
+    for (int i = 0; i < 4; ++i) low[i] = r[i].x, high[i] = r[i].y;
+    Quad::transpose(low);
+    Quad::transpose(high);
+    for (int i = 0; i < 2; ++i) r[i] = {low[2 * i], low[2 * i + 1]}, r[2 + i] = {high[2 * i], high[2 * i + 1]};
+  }
+  static float least(R v) { return Quad::least(Quad::min(v.x, v.y)); }
+
+  static Flag no_flag() { return {vdupq_n_u32(0), vdupq_n_u32(0)}; }
+  static Flag is_nan(R v) { return {vmvnq_u32(vceqq_f32(v.x, v.x)), vmvnq_u32(vceqq_f32(v.y, v.y))}; }
+  static Flag either(Flag v, Flag w) { return {Quad::either(v.x, w.x), Quad::either(v.y, w.y)}; }
+
+  static Index index(int n) { return {Quad::index(n), Quad::index(n)}; }
+  static Index plus(Index v, int n) { return {Quad::plus(v.x, n), Quad::plus(v.y, n)}; }
+  static Index add_where(Flag flag, Index v, int n) { return {Quad::add_where(flag.x, v.x, n), Quad::add_where(flag.y, v.y, n)}; }
+  static R look_up(const float* table, Index at) { return {Quad::look_up(table, at.x), Quad::look_up(table, at.y)}; }
+  static void store_bytes(uint8_t* to, int64_t left, Index at, const uint8_t* table) {
+    const int16x8_t words = vcombine_s16(vmovn_s32(at.x), vmovn_s32(at.y));
+    const uint8x8_t bytes = vqtbl1_u8(vld1q_u8(table), vreinterpret_u8_s8(vmovn_s16(words)));
+    if (left >= 8) return vst1_u8(to, bytes);
+    uint8_t part[8];
+    vst1_u8(part, bytes);
+    for (int64_t i = 0; i < left; ++i) to[i] = part[i];
+  }
+
+  // Numbers of 64 bits: fp64, and the places of candidates.
+  struct Wide {
+    struct R {
+      float64x2_t x, y;
+    };
+    struct Place {
+      int64x2_t x, y;
+    };
+    struct Flag {
+      uint64x2_t x, y;
+    };
+    static constexpr int width = 4;
+
+    static R set(double v) { return {vdupq_n_f64(v), vdupq_n_f64(v)}; }
+    static R load(const double* from) { return {vld1q_f64(from), vld1q_f64(from + 2)}; }
+    static R load_backwards(const double* last) {
+      const float64x2_t low = vld1q_f64(last - 1), high = vld1q_f64(last - 3);
+      return {vextq_f64(low, low, 1), vextq_f64(high, high, 1)};
+    }
+    static void store(double* to, R v) {
+      vst1q_f64(to, v.x);
+      vst1q_f64(to + 2, v.y);
+    }
+    static R add(R v, R w) { return {vaddq_f64(v.x, w.x), vaddq_f64(v.y, w.y)}; }
+    static R sub(R v, R w) { return {vsubq_f64(v.x, w.x), vsubq_f64(v.y, w.y)}; }
+    static R mul(R v, R w) { return {vmulq_f64(v.x, w.x), vmulq_f64(v.y, w.y)}; }
+    static R div(R v, R w) { return {vdivq_f64(v.x, w.x), vdivq_f64(v.y, w.y)}; }
+    static Place place(int64_t v) { return {vdupq_n_s64(v), vdupq_n_s64(v)}; }
+    static Place place_from(int64_t first) { return later(place(first), {int64x2_t{0, 1}, int64x2_t{2, 3}}); }
+    static Place later(Place v, Place w) { return {vaddq_s64(v.x, w.x), vaddq_s64(v.y, w.y)}; }
+    static void store(int64_t* to, Place v) {
+      vst1q_s64(to, v.x);
+      vst1q_s64(to + 2, v.y);
+    }
+    static Flag above(R v, R w) { return {vcgtq_f64(v.x, w.x), vcgtq_f64(v.y, w.y)}; }
+    static R select(Flag flag, R yes, R no) { return {vbslq_f64(flag.x, yes.x, no.x), vbslq_f64(flag.y, yes.y, no.y)}; }
+    static Place select(Flag flag, Place yes, Place no) {
+      return {vbslq_s64(flag.x, yes.x, no.x), vbslq_s64(flag.y, yes.y, no.y)};
+    }
+  };
+};
+using Neon = Vector<Isa::neon>;
+#endif
 
 #if defined(PYLLMQ_ISA)
 using V = Vector<Isa::PYLLMQ_ISA>;

@@ -38,6 +38,8 @@ bool is_hot() { return hot_regions.load() > 0 || std::chrono::steady_clock::now(
 void pause_cpu() {
 #if defined(__x86_64__)
   _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("isb");  // `yield` does nothing on most cores, this waits some 10 ns, as x86's pause does
 #endif
 }
 

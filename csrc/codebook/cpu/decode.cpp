@@ -364,6 +364,12 @@ const DecodeKernels& decode_kernels(StepOrder order, Precision precision) {
   if (isa >= Isa::avx512 && order == StepOrder::fours)
     return fp32 ? kDecodeAvx512 : precision == Precision::fast ? kDecodeInt8Avx512 : kDecodeInt16Avx512;
   if (isa >= Isa::avx2 && order == StepOrder::rows) return fp32 ? kDecodeAvx2 : kDecodeInt16Avx2;
+#elif defined(__aarch64__)
+  const Isa isa = active_isa();
+  if (isa >= Isa::neon && order == StepOrder::rows) {
+    if (precision != Precision::fast || isa == Isa::neon) return kDecodeNeon;
+    return isa == Isa::neon_i8mm ? kDecodeInt8I8mm : kDecodeInt8Dotprod;
+  }
 #endif
   return kDecodeScalar;  // int16 was slower than fp32 there at every width
 }

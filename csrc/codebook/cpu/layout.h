@@ -14,7 +14,7 @@
 //
 // The order of the steps is that of the instruction set that packs the layout:
 //
-//   rows    byte r of step i at 32 i + r: 32 rows side by side, for shuffles that look up one table per register (AVX2)
+//   rows    byte r of step i at 32 i + r: 32 rows side by side, for shuffles that look up one table per register (AVX2, NEON)
 //   fours   byte r of step i at 128 (i / 4) + 4 r + i % 4: four steps of a row side by side, for registers that hold
 //           four tables, and multiply-add that sums four bytes (AVX-512). Width 3: steps of four blocks side by side.
 //

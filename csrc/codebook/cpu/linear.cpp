@@ -73,6 +73,8 @@ const LinearKernels& linear_kernels(StepOrder order) {
 #if defined(__x86_64__)
   if (active_isa() >= Isa::avx512 && order == StepOrder::fours) return kLinearAvx512;
   if (active_isa() != Isa::scalar && order == StepOrder::rows) return kLinearAvx2;
+#elif defined(__aarch64__)
+  if (active_isa() != Isa::scalar && order == StepOrder::rows) return kLinearNeon;
 #endif
   return kLinearScalar;
 }
@@ -340,7 +342,7 @@ LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Pre
   // Costs were measured with fp32 x; tables of other types may have fewer planes.
   const double planes = static_cast<double>(table_planes(table_kind(precision, dtype, view.header().order))) /
                         table_planes(table_kind(precision, DType::fp32, view.header().order));
-  const PathCost& cost = kPathCost[static_cast<int>(kernel_isa(view.header().order))][static_cast<int>(precision)];
+  const PathCost cost = path_cost(kernel_isa(view.header().order), precision);
   double tables = 0, decode = 0;
   for (int64_t p = 0; p < view.header().panels; ++p) {
     const PanelRecord& panel = view.panel(p);
@@ -355,6 +357,8 @@ LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Pre
 const RowKernels& row_kernels() {
 #if defined(__x86_64__)
   if (active_isa() != Isa::scalar) return kRowAvx2;
+#elif defined(__aarch64__)
+  if (active_isa() != Isa::scalar) return kRowNeon;
 #endif
   return kRowScalar;
 }

@@ -102,6 +102,7 @@ struct LinearKernels {
 
 extern const LinearKernels kLinearScalar;  // reads both orders
 extern const LinearKernels kLinearAvx2;    // rows
+extern const LinearKernels kLinearNeon;    // rows
 extern const LinearKernels kLinearAvx512;  // fours
 
 // What all paths do to x and y. One row per ISA.
@@ -117,6 +118,7 @@ struct RowKernels {
 
 extern const RowKernels kRowScalar;
 extern const RowKernels kRowAvx2;
+extern const RowKernels kRowNeon;
 const RowKernels& row_kernels();  // of the active ISA
 
 // Rows [begin, begin + count) of x [., columns] in fp32: x itself where it is fp32, else converted into `converted`.

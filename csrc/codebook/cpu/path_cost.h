@@ -1,6 +1,8 @@
 // What a weight costs by tables and by decoding, as `python -m pyllmq.benchmarks.path_cost` prints it: an Intel server of 2 cores
 // with AMX, 4096 x 4096 (scalar 128 x 512), fits of 1..32 tokens.
 #pragma once
+#include "linear_operand.h"
+#include "runtime/isa.h"
 
 namespace pyllmq::cpu {
 
@@ -12,8 +14,8 @@ struct PathCost {
   double decode_token[8];  // per token: multiplying
 };
 
-constexpr PathCost kPathCost[4][3] = {
-    // [Isa][Precision]
+constexpr PathCost kMeasuredCost[4][3] = {
+    // [Isa][Precision], x86-64
     {
         // scalar
         {{82, 101, 28, 95.9, 119, 93.7, 106, 125},
@@ -75,5 +77,21 @@ constexpr PathCost kPathCost[4][3] = {
          {0.717, 0.965, 1.11, 1.18, 0.613, 0.753, 0.698, 0.643}},  // fast
     },
 };
+
+// ARM was never measured. What decides is the ratio of tables to decoding, and that is taken from AVX2, whose inner loops take as
+// many instructions for each byte of a register (docs/kernels-arm.md): tables as there; decoded in fp32, or in bytes, whose
+// multiply-adds are 4 (sdot) or 8 (smmla) to one of fp32.
+constexpr PathCost path_cost(Isa isa, Precision precision) {
+  if (isa < Isa::neon) return kMeasuredCost[static_cast<int>(isa)][static_cast<int>(precision)];
+  const auto& avx2 = kMeasuredCost[static_cast<int>(Isa::avx2)];
+  const PathCost &tables = avx2[static_cast<int>(precision)], &fp32 = avx2[static_cast<int>(Precision::exact)];
+  const double faster = precision != Precision::fast || isa == Isa::neon ? 1 : isa == Isa::neon_dotprod ? 4 : 8;
+  PathCost cost = tables;
+  for (int w = 0; w < 8; ++w) {
+    cost.decode[w] = fp32.decode[w];
+    cost.decode_token[w] = fp32.decode_token[w] / faster;
+  }
+  return cost;
+}
 
 }  // namespace pyllmq::cpu

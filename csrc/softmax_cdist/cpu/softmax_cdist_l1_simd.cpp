@@ -102,6 +102,12 @@ void overlaps(const float* p, int p_rows, const float* q, int q_rows, float* ove
 inline __m512 sign(__m512 x) { return _mm512_fixupimm_ps(x, x, _mm512_set1_epi32(static_cast<int>(0xA9A9A822)), 0); }
 #elif !defined(__AVX2__)
 inline float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : x; }
+#if defined(__aarch64__)
+inline Neon::R sign(Neon::R x) {
+  const Neon::R zero = Neon::set(0);
+  return Neon::select(Neon::above(x, zero), Neon::set(1), Neon::select(Neon::above(zero, x), Neon::set(-1), x));
+}
+#endif
 #endif
 
 #if defined(__AVX2__) && !defined(__AVX512F__)

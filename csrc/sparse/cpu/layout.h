@@ -16,7 +16,7 @@
 //   codes      batches of 8 groups, in planes of 64 bytes. A row has 4 bytes of a plane, nibble g of them for group g.
 //              2 bits: a plane for the first kept weights, code | position << 2, then one for the second ones. 3 and 4
 //              bits: a plane of positions, then one of codes for the first and one for the second kept weights.
-//              StepOrder::fours: byte b of row r at 4 r + b, a dword per row; rows: at 16 b + r, for byte shuffles (AVX2)
+//              StepOrder::fours: byte b of row r at 4 r + b, a dword per row; rows: at 16 b + r, for byte shuffles (AVX2, NEON)
 //   columns    for few kept weights: row by row a column number and a value for each, no cells
 //
 // Columns beyond the weight's are empty, values and codebook entries there zero.

@@ -22,15 +22,17 @@ constexpr double kNsPerPackedElement = 0.5;
 constexpr double kNsPerGather = 0.4;
 
 const SparseKernels& sparse_kernels(const SparseHeader& h) {
+  [[maybe_unused]] const auto reads = [&](StepOrder order) { return h.kind != SparseKind::codes || h.order == order; };
 #if defined(__x86_64__)
-  const auto reads = [&](StepOrder order) { return h.kind != SparseKind::codes || h.order == order; };
   if (active_isa() >= Isa::avx512 && reads(StepOrder::fours)) return kSparseAvx512;
   if (active_isa() != Isa::scalar && reads(StepOrder::rows)) return kSparseAvx2;
+#elif defined(__aarch64__)
+  if (active_isa() != Isa::scalar && reads(StepOrder::rows)) return kSparseNeon;
 #endif
   return kSparseScalar;
 }
 
-const BFloat16Tiles* bfloat16_tiles(const SparseView& view, DType x_dtype) {
+const BFloat16Tiles* bfloat16_tiles([[maybe_unused]] const SparseView& view, [[maybe_unused]] DType x_dtype) {
 #if defined(__x86_64__)
   const ValueType values = view.header().values;
   const bool exact = view.header().kind != SparseKind::codes && (values == ValueType::bf16 || values == ValueType::int8);

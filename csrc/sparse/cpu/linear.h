@@ -3,7 +3,7 @@
 //  * few tokens   the packed weight is read once: a column (or pair) of 16 rows is expanded in registers and multiplied
 //                 by the broadcast x of all tokens. 2:4 expands nothing: the positions of a group pick from its four x
 //                 by an in-lane permute. Codes are looked up in tables of partial products x_k * C_k[c] of the group: in
-//                 fp32, or (AVX2) by byte shuffles in fixed point cut into planes, as codebook/cpu/linear.h describes them.
+//                 fp32, or (AVX2, NEON) by byte shuffles in fixed point cut into planes, as codebook/cpu/linear.h describes them.
 //  * more tokens  32 rows x 256 columns are expanded into the L1 cache once and multiplied by all tokens, with the
 //                 register-blocked product of codebook/cpu/decode.h; bf16 x and values of at most 8 bits significand
 //                 (bf16, int8) by AMX tiles, whose products are exact as well.
@@ -93,7 +93,9 @@ struct SparseKernels {
 extern const SparseKernels kSparseScalar;  // reads codes in both orders
 extern const SparseKernels kSparseAvx2;    // rows
 extern const SparseKernels kSparseAvx512;  // fours
+extern const SparseKernels kSparseNeon;    // rows
 extern const CodeTableKernels kCodeTablesAvx2[kTableKinds];
+extern const CodeTableKernels kCodeTablesNeon[kTableKinds];
 
 // AMX: fp32 weights that are exact in bf16 [slots, 16] -> bf16 pairs [slots / 2, 16, 2]; x bf16 [tokens, stride] ->
 // [group of 16 tokens, slots / 32, 16, 32]; sums [tokens filled up to 16, kTileRows] += both halves.

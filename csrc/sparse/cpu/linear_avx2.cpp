@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "runtime/prefetch.h"
+#include "sparse/cpu/expand_tables.h"
 #include "sparse/cpu/linear_cells.h"
 
 namespace pyllmq::cpu {
@@ -13,26 +14,6 @@ namespace {
 inline void prefetch(const void* at) { cpu::prefetch(at, kCellsAvx2); }
 
 using V = Twice<Avx2>;
-
-// Where bit i of the byte is set: which value goes there; else zero (the top bit).
-struct ExpandTables {
-  alignas(64) uint8_t halves[256][16];
-  alignas(64) uint8_t bytes[256][8];
-};
-
-constexpr ExpandTables make_tables() {
-  ExpandTables tables{};
-  for (int mask = 0; mask < 256; ++mask)
-    for (int bit = 0, next = 0; bit < 8; ++bit) {
-      const bool kept = mask >> bit & 1;
-      tables.halves[mask][2 * bit] = static_cast<uint8_t>(kept ? 2 * next : 0x80);
-      tables.halves[mask][2 * bit + 1] = static_cast<uint8_t>(kept ? 2 * next + 1 : 0x80);
-      tables.bytes[mask][bit] = static_cast<uint8_t>(kept ? next : 0x80);
-      next += kept;
-    }
-  return tables;
-}
-constexpr ExpandTables kExpand = make_tables();
 
 inline __m128i load_16(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 inline __m128i load_8(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }

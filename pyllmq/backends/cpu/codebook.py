@@ -52,7 +52,7 @@ def packed_rows(weight: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tenso
 
 register_layout(Layout("cpu", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
 supports = reads("cpu.codebook", runtime.takes_activations)
-because = "tables of partial products or decode-once, by widths, tokens and precision (kPathCost)"
+because = "tables of partial products or decode-once, by widths, tokens and precision (path_cost.h)"
 PACKED_LINEAR.register("cpu.codebook_linear", ORDER, supports, runtime.packed_linear, because)
 because = "decodes at the speed of the stores"
 PACKED_DEQUANTIZE.register("cpu.codebook_dequantize", ORDER, supports, packed_dequantize, because)

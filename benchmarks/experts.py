@@ -179,7 +179,9 @@ def _run_shape(
         routings = routes(shape, m)
         copied = 4 * m * shape.choices * shape.weights
         if copied > MOST_COPIED:
-            print(f"note: torch batched_mm is not measured at M = {m} of {shape.name}: it copies {copied >> 20} MiB a call")
+            print(
+                f"note: torch batched_mm is not measured at M = {m} of {shape.name}: it copies {copied >> 20} MiB a call"
+            )
         running = {name: layer for name, layer in layers.items() if name != "torch batched_mm" or copied <= MOST_COPIED}
         errors = {name: check(name, layer, shape, routings[0]) for name, layer in running.items()}
         calls: dict[str, Sequence[Callable[[], object]]] = {

@@ -151,7 +151,9 @@ class RoutedExperts(nn.Module):
 
 
 def _fp32_bias(linear: PackedLinear) -> Tensor:
-    return torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach().float()
+    if linear.bias is None:
+        return torch.zeros(linear.out_features, dtype=torch.float32, device="cpu")
+    return linear.bias.detach().float()
 
 
 def gate_of(dense: Any) -> Gate | None:
@@ -162,7 +164,8 @@ def gate_of(dense: Any) -> Gate | None:
     limits = [math.inf, *(value for name, value in number.items() if "limit" in name)]
     scales = [(1.0, 0.0), *((value, 1.0) for name, value in number.items() if "alpha" in name)]
     # Both sides of every limit, alone and against each other.
-    values = torch.cat([torch.linspace(-6, 6, 25), *(torch.tensor([-2 * v, 2 * v]) for v in limits if v < math.inf)])
+    ends = [end for limit in limits if limit < math.inf for end in (-2 * limit, 2 * limit)]
+    values = torch.tensor([x / 2 for x in range(-12, 13)] + ends, dtype=torch.float32, device="cpu")
     pairs = torch.cartesian_prod(values, values)
     h = torch.cat([pairs, pairs.flip(0, 1)], -1)  # two units: their order shows
     try:

@@ -17,13 +17,9 @@ from ..folders import Folder, Header, checkpoint_files, opened, quantization_met
 from ..formats import FormatError
 from ..linears import is_transposed_linear
 from ..memory import page_out
-from ..weights import OUTSIDE, Weights
+from ..weights import OUTSIDE, MadeFromOthersError, Weights
 from . import transformers_internals as internals
 from .transformers import dense_class, expect_complete, load_on_meta, quiet_transformers, valid_config
-
-
-class MadeFromOthersError(ValueError):
-    """A weight that no tensor of the files is: transformers merges, splits or stacks those of the files as it loads."""
 
 
 class StreamedModel(Weights):

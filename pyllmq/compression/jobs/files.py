@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,9 @@ from tqdm.auto import tqdm
 from ...config import MethodConfig
 from ...dispatch import plain_defaults
 from ...folders import opened
-from ...integrations.checkpoint import MadeFromOthersError, StreamedModel
-from ...integrations.transformers import expect_own_names
 from ...linears import DEFAULT_EXCLUDE, LeftDense, is_transposed_linear
 from ...memory import peak_memory
-from ...weights import OUTSIDE
+from ...weights import OUTSIDE, MadeFromOthersError
 from ..methods import StaysDenseError, method_of
 from ..report import CompressionReport, LayerReport
 from ..statistics.blocks import BlockLoop, Stage
@@ -31,6 +29,9 @@ from .ends import pack_end
 from .folder import FolderJob, job_signature, open_manifest, put_finished
 from .job import Job, Task, layer_report, open_task, warn
 from .manifest import Manifest, write_tensors
+
+if TYPE_CHECKING:
+    from ...integrations.checkpoint import StreamedModel
 
 
 @dataclass
@@ -127,6 +128,8 @@ def _compress_blocks(
     progress: bool,
 ) -> CompressionReport:
     """Block by block as transformers loads them, in this process."""
+    from ...integrations.transformers import expect_own_names
+
     names = expect_own_names(streamed.model, task.names)
     manifest = open_manifest(target, signature, resume)
     job = task.run(BlockLoop(streamed.model, {}, [], streamed))

@@ -70,7 +70,7 @@ class ExpertShape:
 
         size: dict[str, Any] = {"hidden_size": self.hidden}
         if self.family == "qwen3_moe":
-            moe = {"num_experts": self.experts, "moe_intermediate_size": self.intermediate}
+            moe: dict[str, Any] = {"num_experts": self.experts, "moe_intermediate_size": self.intermediate}
             return Qwen3MoeExperts(Qwen3MoeConfig(**size, **moe))
         size |= {"num_local_experts": self.experts, "intermediate_size": self.intermediate}
         if self.family == "mixtral":

@@ -7,7 +7,7 @@ Every class that transformers' `use_experts_implementation` decorates is known b
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from itertools import product
 from typing import Any
 
@@ -128,13 +128,9 @@ class RoutedExperts(nn.Module):
 
     def _made(self, gate: Gate) -> PackedExperts:
         ups, downs = zip(*map(self._linears, range(self.experts)), strict=True)
-        biases = [
-            None if all(each.bias is None for each in part) else torch.stack([_fp32_bias(each) for each in part])
-            for part in (ups, downs)
-        ]
         precision = min((each.precision for each in (*ups, *downs)), key=PRECISIONS.index)
-        operands = (tuple(each.operand() for each in part) for part in (ups, downs))
-        return PackedExperts(*operands, gate, *biases, precision)
+        up, down = (tuple(each.operand() for each in part) for part in (ups, downs))
+        return PackedExperts(up, down, gate, _stacked_biases(ups), _stacked_biases(downs), precision)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": None}
@@ -150,10 +146,12 @@ class RoutedExperts(nn.Module):
             destination.pop(prefix + name, None)
 
 
-def _fp32_bias(linear: PackedLinear) -> Tensor:
-    if linear.bias is None:
-        return torch.zeros(linear.out_features, dtype=torch.float32, device="cpu")
-    return linear.bias.detach().float()
+def _stacked_biases(linears: Sequence[PackedLinear]) -> Tensor | None:
+    """fp32 [experts, rows]."""
+    if all(each.bias is None for each in linears):
+        return None
+    zeros = torch.zeros(linears[0].out_features, dtype=torch.float32, device="cpu")
+    return torch.stack([zeros if each.bias is None else each.bias.detach().float() for each in linears])
 
 
 def gate_of(dense: Any) -> Gate | None:

@@ -37,6 +37,15 @@ def ram_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def free_bytes() -> int:
+    """What the system can give without swapping; the RAM where it does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return int(found[1]) << 10 if found else ram_bytes()
+
+
 def cold_bytes_for(providers: int, cache_bytes: int, ram: int) -> tuple[int, str]:
     """Bytes of copies for each of so many providers, and a note where RAM allows fewer than the caches ask for."""
     wanted = max(COLD_BYTES, 2 * cache_bytes)

@@ -31,6 +31,7 @@
 #include "decode_step/attention_step.h"
 #include "decode_step/cpu/dense_operand.h"
 #include "decode_step/mlp_step.h"
+#include "experts/routed_experts.h"
 
 namespace pyllmq::cpu {
 namespace {
@@ -367,6 +368,8 @@ Rows rows_of(const std::array<int64_t, 3>& rows) {
   return {rows[0], rows[1], rows[2]};
 }
 
+const std::vector<std::string> kActivations = {"silu", "gelu", "gelu_tanh", "relu", "relu_squared"};
+
 using Three = std::array<int64_t, 3>;
 using Floats = std::vector<float>;
 
@@ -424,8 +427,7 @@ Bound<MlpStep> bound_mlp_step(const py::kwargs& given) {
                .gate_rows = rows_of<UnitRows>(gate),
                .up_rows = rows_of<UnitRows>(up.value_or(gate)),
                .gated = up.has_value(),
-               .activation = choice<Activation>("activation", arguments.take<std::string>("activation"),
-                                                {"silu", "gelu", "gelu_tanh", "relu", "relu_squared"}),
+               .activation = choice<Activation>("activation", arguments.take<std::string>("activation"), kActivations),
                .output = output_of(arguments, output),
                .precision = precision_of(arguments.take<int>("precision", 1))};
   arguments.finish();
@@ -537,6 +539,45 @@ void bind_decode_step(py::module_& m) {
       arg("a"), arg("b"), arg("bytes"));
 }
 
+// --- experts -------------------------------------------------------------------------------------------------------
+
+Bound<RoutedExperts> bound_routed_experts(const py::kwargs& given) {
+  Keywords arguments(given);
+  using Two = std::array<int64_t, 2>;
+  const auto up = arguments.take<py::tuple>("up"), down = arguments.take<py::tuple>("down");
+  const auto gate_rows = arguments.take<Two>("gate_rows");
+  const auto up_rows = arguments.take<std::optional<Two>>("up_rows");
+  RoutedExperts experts{.up = up.cast<std::vector<const LinearOperand*>>(),
+                        .down = down.cast<std::vector<const LinearOperand*>>(),
+                        .up_bias = arguments.take<Floats>("up_bias"),
+                        .down_bias = arguments.take<Floats>("down_bias"),
+                        .units = arguments.take<int64_t>("units"),
+                        .gate_rows = {gate_rows[0], gate_rows[1]},
+                        .up_rows = up_rows ? GateRows{(*up_rows)[0], (*up_rows)[1]} : GateRows{},
+                        .gated = up_rows.has_value(),
+                        .activation = choice<Activation>("activation", arguments.take<std::string>("activation"), kActivations),
+                        .limit = arguments.take<float>("limit"),
+                        .alpha = arguments.take<float>("alpha"),
+                        .offset = arguments.take<float>("offset"),
+                        .precision = precision_of(arguments.take<int>("precision"))};
+  arguments.finish();
+  check_routed_experts(experts);
+  return {std::move(experts), py::make_tuple(up, down)};
+}
+
+void bind_experts(py::module_& m) {
+  bind_step(m, "RoutedExperts", &bound_routed_experts)
+      .def(
+          "__call__",
+          [](const Bound<RoutedExperts>& bound, Pointer x, Pointer y, int dtype, int64_t tokens, int64_t choices, Pointer index,
+             Pointer weights) {
+            const DType type = dtype_of(dtype);
+            routed_experts(bound.step,
+                           {elements(x, type), elements(y, type), type, tokens, choices, as<int64_t>(index), as<float>(weights)});
+          },
+          arg("x"), arg("y"), arg("dtype"), arg("tokens"), arg("choices"), arg("index"), arg("weights"), NoGil());
+}
+
 }  // namespace
 }  // namespace pyllmq::cpu
 
@@ -554,4 +595,5 @@ PYBIND11_MODULE(_cpu, m) {
   pyllmq::cpu::bind_doubly_stochastic(m);
   pyllmq::cpu::bind_softmax_cdist_l1(m);
   pyllmq::cpu::bind_decode_step(m);
+  pyllmq::cpu::bind_experts(m);
 }

@@ -297,7 +297,7 @@ def house() -> Picture:
         ("models", "swap, integrations, loading, parallel", GOLD),
         ("public views, layers", "functional, nn, layers of packed layers", BLUE),
         ("back ends", "reference, cpu, cuda, triton: rows of kernels and layouts", RED),
-        ("formats", "one file per kind: structure, weight, reference decode, layer", BLUE),
+        ("formats, experts", "one file per kind: structure, weight, reference decode, layer", BLUE),
         ("packing", "packing without data, losses, structures, k-means, transport", BLUE),
         ("operations", "schemas, gradients, layouts, the table of kernels", BLUE),
         ("kernels", "csrc (no Python, no torch), triton_kernels", RED),

@@ -184,6 +184,14 @@ class MlpStep:
     def __init__(self, **fields: Any) -> None: ...
     def __call__(self, x: int, y: int, tokens: StepTokens, residual: int = 0) -> None: ...
 
+class RoutedExperts:
+    """csrc/experts/routed_experts.h. Fields as there; gate_rows and up_rows (first, stride), up_rows None: no gate."""
+
+    precision: int
+    def __init__(self, **fields: Any) -> None: ...
+    def __call__(self, x: int, y: int, dtype: int, tokens: int, choices: int, index: int, weights: int) -> None:
+        """x, y: the addresses of [tokens, hidden] of dtype; index int64 and weights fp32 [tokens, choices]."""
+
 class BlockRun:
     """Blocks one after the other: for each an attention step, an MLP step, both with their residuals, and whether the MLP reads
     what the attention made (else x, beside it)."""

@@ -99,11 +99,15 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     b = commands.add_parser("bench", help="kernels beside their rivals", formatter_class=_Help)
     b.set_defaults(run=run_bench)
-    b.add_argument("--op", default="codebook_linear", choices=["codebook_linear", "sparse_linear"], help="operation")
+    ops = ["codebook_linear", "sparse_linear", "experts"]
+    b.add_argument("--op", default="codebook_linear", choices=ops, help="operation")
     _value(b, "--shapes SHAPES", "model names or NxK, comma separated", default="llama-2-7b")
     widths = "widths, comma separated; 2.1 mixes 2 and 4 bits, 2.1+0.005 keeps outliers; default 2,3,4, with --model 4"
     _value(b, "--bits BITS", widths)
-    _value(b, "--m M,M", "numbers of tokens", default="1,8,512")
+    _value(b, "--m M,M", "numbers of tokens; default 1,8,512, with --op experts 1,64")
+    _value(
+        b, "--experts N", "with --op experts: at most so many in a layer; default: as many as memory holds in fp32", int
+    )
     b.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure")
     _value(b, "--precision P,P", "of our arithmetic: exact, high, fast, comma separated", default="high")
     files = "default pyllmq_bench.csv, with --model pyllmq_bench_model.csv, with --rivals pyllmq_bench_generation.csv"
@@ -630,13 +634,25 @@ def run_bench(given: argparse.Namespace) -> int:
 
         run_goals(csv=csv)
         return 0
+    if given.op == "experts":
+        from .benchmarks.experts import run_experts
+
+        run_experts(
+            given.shapes.split(","),
+            (given.bits or "3,4").split(","),
+            _integers("--m", given.m or "1,64"),
+            given.experts,
+            precision[0],
+            csv,
+        )
+        return 0
     from .benchmarks.run import run
 
     run(
         op=given.op,
         shapes=given.shapes.split(","),
         bits=(given.bits or "2,3,4").split(","),
-        tokens=_integers("--m", given.m),
+        tokens=_integers("--m", given.m or "1,8,512"),
         device=given.device,
         precision=precision,
         csv=csv,

@@ -5,12 +5,14 @@ Kernels get checked arguments: dtypes and shapes as their `Protocol` says, on on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .dispatch import Operation, Problem, Support
 from .layouts import WeightOperand
@@ -88,6 +90,94 @@ class PackedRows(Protocol):
         """ids int64 [M], contiguous -> rows [M, K]. An id outside of 0..N-1: IndexError on a CPU, a row of NaN on a GPU."""
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "relu_squared": lambda x: functional.relu(x).square(),
+}
+"""Those that native steps know."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What an expert does between its Linears, to h [..., rows of up] = [gate, up], or gate and up in turn:
+
+    act(alpha * min(gate, limit)) / alpha * (clamp(up, -limit, limit) + offset); not gated: act(h).
+    """
+
+    activation: str
+    gated: bool = True
+    interleaved: bool = False
+    limit: float = math.inf
+    alpha: float = 1.0
+    offset: float = 0.0
+
+    def __call__(self, h: Tensor) -> Tensor:
+        act = ACTIVATIONS[self.activation]
+        if not self.gated:
+            return act(h)
+        gate, up = (h[..., ::2], h[..., 1::2]) if self.interleaved else h.chunk(2, -1)
+        bounded = up.clamp(-self.limit, self.limit) + self.offset
+        return act(self.alpha * gate.clamp(max=self.limit)) / self.alpha * bounded
+
+
+@dataclass(eq=False)
+class PackedExperts:
+    """All experts of a layer: operands by expert, each of any kind and width; biases fp32 [experts, rows] or None."""
+
+    up: tuple[WeightOperand, ...]
+    """Gate and up in one weight, as `gate` says."""
+    down: tuple[WeightOperand, ...]
+    gate: Gate
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    precision: str = DEFAULT_PRECISION
+    bound: Any = field(default=None, repr=False)
+    """What the back end made of them at the first call. Never copied."""
+
+    def __post_init__(self) -> None:
+        self.layouts = tuple(sorted({operand.layout for operand in (*self.up, *self.down)}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "bound": None}
+
+
+@dataclass(frozen=True)
+class ExpertsProblem(Problem):
+    """`layouts` are those of all experts' operands."""
+
+    layouts: tuple[str, ...]
+
+
+def by_expert(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    experts: int,
+    run: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """The weighted sum of each token's experts, one expert after the other: `run(expert, its tokens' states)`."""
+    total = torch.zeros_like(hidden_states)
+    for index in top_k_index.unique().tolist():
+        if index == experts:
+            continue
+        if not 0 <= index < experts:
+            raise IndexError(f"a token was sent to expert {index}; allowed: 0 to {experts - 1}")
+        token, place = torch.where(top_k_index == index)
+        weighted = run(index, hidden_states[token]) * top_k_weights[token, place, None]
+        total.index_add_(0, token, weighted.to(total.dtype))
+    return total
+
+
+class RoutedExperts(Protocol):
+    def __call__(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: PackedExperts, /
+    ) -> Tensor:
+        """[tokens, hidden], index int64 and weights [tokens, k], all contiguous -> [tokens, hidden]. Raises IndexError."""
+
+
 class CodebookGradient(Protocol):
     def __call__(self, weight_gradient: Tensor, weight: WeightOperand, /) -> Tensor:
         """dL/dW fp32 [N, K], 0 at outliers, a weight in the layout checkpoint.codebook -> dL/dcodebook fp32 [segments, entries]."""
@@ -105,6 +195,7 @@ class UnpackCodes(Protocol):
 PACKED_LINEAR: Operation[WeightProblem, PackedLinear] = Operation("packed_linear", WeightProblem)
 PACKED_DEQUANTIZE: Operation[WeightProblem, PackedDequantize] = Operation("packed_dequantize", WeightProblem)
 PACKED_ROWS: Operation[WeightProblem, PackedRows] = Operation("packed_rows", WeightProblem)
+ROUTED_EXPERTS: Operation[ExpertsProblem, RoutedExperts] = Operation("routed_experts", ExpertsProblem)
 CODEBOOK_GRADIENT: Operation[WeightProblem, CodebookGradient] = Operation("codebook_gradient", WeightProblem)
 PACK_CODES: Operation[Problem, PackCodes] = Operation("pack_codes", Problem)
 UNPACK_CODES: Operation[Problem, UnpackCodes] = Operation("unpack_codes", Problem)

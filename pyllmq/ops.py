@@ -24,10 +24,12 @@ from .operations import (
     PACKED_LINEAR,
     PACKED_ROWS,
     PRECISIONS,
+    ROUTED_EXPERTS,
     SOFTMAX_CDIST_L1,
     SOFTMAX_CDIST_L1_BACKWARD,
     UNPACK_CODES,
     Cdist,
+    PackedExperts,
     check_precision,
 )
 
@@ -358,6 +360,49 @@ define(
     _packed_rows_backward,
     _packed_rows_setup,
 )
+
+
+# ---- experts ------------------------------------------------------------------------------------------------------------
+
+
+def routed_experts(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: PackedExperts) -> Tensor:
+    """The weighted sum of each token's experts; of all experts only the chosen ones are read. Without gradients.
+
+    Args:
+        hidden_states: [tokens, hidden], float32, bfloat16 or float16, on the experts' device.
+        top_k_index: int64 or int32 [tokens, k]: 0 to E - 1, or E for none.
+        top_k_weights: [tokens, k], of any float dtype.
+        experts: operands, biases and gate of all E.
+
+    Returns:
+        [tokens, hidden] in the dtype of hidden_states.
+
+    Raises:
+        IndexError: an index outside of 0 to E. ValueError: shapes or devices that do not fit. TypeError: a dtype is not allowed.
+    """
+    up = experts.up[0]
+    if hidden_states.dim() != 2 or hidden_states.shape[1] != up.shape[1]:
+        raise ValueError(
+            f"hidden_states has shape {tuple(hidden_states.shape)}; it must be [tokens, hidden] = [tokens, {up.shape[1]}]"
+        )
+    for name, given in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
+        if given.dim() != 2 or given.shape != top_k_index.shape or given.shape[0] != hidden_states.shape[0]:
+            raise ValueError(
+                f"{name} has shape {tuple(given.shape)}; it must be [tokens, k], {len(hidden_states)} tokens"
+            )
+    if hidden_states.dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"hidden_states is {hidden_states.dtype}; allowed: {_names(ACTIVATION_DTYPES)}")
+    if top_k_index.dtype not in ID_DTYPES:
+        raise TypeError(f"top_k_index is {top_k_index.dtype}; allowed: {_names(ID_DTYPES)}")
+    device = up.tensors[0].device
+    if not hidden_states.device == top_k_index.device == top_k_weights.device == device:
+        raise ValueError(
+            f"hidden_states are on {hidden_states.device}, top_k_index on {top_k_index.device}, top_k_weights on "
+            f"{top_k_weights.device}, the experts on {device}; move them to one device"
+        )
+    kernel = ROUTED_EXPERTS.kernel_for(device.type, hidden_states.dtype, experts.layouts)
+    index, weights = for_kernels(top_k_index.long()), for_kernels(top_k_weights.detach().float())
+    return kernel(for_kernels(hidden_states.detach()), index, weights, experts)
 
 
 # ---- the same of one format -------------------------------------------------------------------------------------------

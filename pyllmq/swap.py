@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from .experts import put_together, take_apart
 from .integrations.transformers import mark_packed
 from .layers.embedding import PackedEmbedding, put_embedding
 from .linears import DEFAULT_EXCLUDE, as_linear, input_embeddings, replace_module, select_linears
@@ -19,13 +20,16 @@ def swap_linear(
 ) -> list[str]:
     """Replace Linears in place by `make_layer(linear)`, for example ``lambda l: CodebookLinear.from_dense(l, bits=3)``.
 
-    All new layers are made before the first is put in: if one fails, the model is as it was. Returns the names swapped.
+    Stacked experts are taken apart: each projection of each is a Linear (`pyllmq.experts`). All new layers are made before the
+    first is put in: if one fails, the model is as it was. Returns the names swapped.
     """
-    made = {}
-    for name, module in select_linears(model, include, exclude).items():
-        made[name] = make_layer(as_linear(module))
-    for name, layer in made.items():
-        replace_module(model, name, layer)
+    take_apart(model)
+    try:
+        made = {name: make_layer(as_linear(module)) for name, module in select_linears(model, include, exclude).items()}
+        for name, layer in made.items():
+            replace_module(model, name, layer)
+    finally:
+        put_together(model)
     mark_packed(model)
     return list(made)
 

@@ -9,6 +9,10 @@ OUTSIDE = ""
 """Unit of everything that is in no block."""
 
 
+class MadeFromOthersError(ValueError):
+    """A weight that no tensor of the files is: transformers merges, splits or stacks those of the files as it loads."""
+
+
 class Weights:
     """Where the weights are while they are not worked on: in this class, always in memory."""
 

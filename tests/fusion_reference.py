@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyllmq.fusion.steps import ACTIVATIONS, AttentionForm, MlpForm, Norm
+from pyllmq.fusion.steps import AttentionForm, MlpForm, Norm
+from pyllmq.operations import ACTIVATIONS
 
 
 def attention(

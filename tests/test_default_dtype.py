@@ -8,6 +8,7 @@ from torch import nn
 
 import pyllmq
 from pyllmq import functional
+from pyllmq.operations import Gate, PackedExperts
 
 from .oracle import built_in_kinds, random_case
 
@@ -59,6 +60,8 @@ def calls():
     student, teacher, grad = torch.randn(2, 5, 301), torch.randn(2, 4, 301), torch.randn(33, 41)
     labels, mask = torch.randint(0, 301, (2, 5)), torch.rand(32, 64) < 0.5
     codes = torch.randint(0, 8, (9, 21), dtype=torch.uint8)
+    case_up, case_down = random_case(20, 41, (3,)), random_case(41, 10, (4,))
+    index = torch.tensor([[0, 2], [1, 3], [2, 1]], device="cpu")
     bits = torch.randint(1, 5, (64,))
     linear = nn.Linear(64, 32)
 
@@ -86,6 +89,10 @@ def calls():
         )
         return block, moves, decrease, state
 
+    def experts():
+        up, down = (tuple(other.weight.operand() for _ in range(3)) for other in (case_up, case_down))
+        return PackedExperts(up, down, Gate("silu"))
+
     loss = pyllmq.losses.SinkhornDistillationLoss(weight=1.0)
     return {
         "sinkhorn": lambda: gradients(pyllmq.sinkhorn, cost),
@@ -105,6 +112,9 @@ def calls():
         "distillation": lambda: loss(student, teacher[:, [0, 1, 2, 3, 0]], labels),
         "pack_codes": lambda: functional.unpack_codes(functional.pack_codes(codes, 3), 3, 21),
         "packed_rows": lambda: functional.packed_rows(case.weight, torch.tensor([[3, 0, 32]], device="cpu")),
+        "routed_experts": lambda: functional.routed_experts(
+            x[:, :41].contiguous(), index, x[:, :2].contiguous(), experts()
+        ),
         "codebook_gradient": lambda: functional.codebook_gradient(grad, case.weight.checkpoint_operand()),
         "codebook": lambda: layer(pyllmq.CodebookLinear.from_dense(linear, 3, outlier_fraction=0.05, row_scale=True)),
         "codebook, column_bits": lambda: layer(pyllmq.CodebookLinear.from_dense(linear, column_bits=bits)),

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import pyllmq
+from pyllmq.compression.jobs.in_memory import visit_groups
+from pyllmq.compression.statistics.inputs import PRIOR_TOKENS
 from pyllmq.experts import RoutedExperts, put_together, take_apart
 
 from .test_new_format import in_a_new_process
@@ -108,6 +110,99 @@ def test_other_formats(config, tmp_path):
     assert expert_layers(model)[0].packed_stacks() == []
     pyllmq.save_pretrained(model, tmp_path / "packed")
     assert torch.equal(logits(pyllmq.from_pretrained(tmp_path / "packed", fuse=False)), logits(model))
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_by_weights_alone_block_by_block(family, tmp_path, monkeypatch):
+    from pyllmq.compression.jobs import folder
+    from pyllmq.compression.jobs.files import compress_files
+
+    model = make(family)
+    model.save_pretrained(tmp_path / "dense")
+    config, ends = pyllmq.KMeansConfig(4), {"embeddings": 8, "head": 8}
+    report = compress_files(tmp_path / "dense", tmp_path / "packed", config, **ends, progress=False)
+    in_memory = pyllmq.compress(model, config, progress=False, **ends)
+    assert {layer.name for layer in report.layers} == {layer.name for layer in in_memory.layers}
+    assert not report.warnings and all("router" in i.name or "gate" in i.name for i in report.left_dense if not i.asked)
+    assert torch.equal(logits(pyllmq.from_pretrained(tmp_path / "packed", fuse=False)), logits(model))
+
+    def ended(self, unit, entry, write=folder.FolderJob._write):
+        if len(self.manifest.finished) == 2:
+            raise KeyboardInterrupt
+        write(self, unit, entry)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(folder.FolderJob, "_write", ended)
+        compress_files(tmp_path / "dense", tmp_path / "again", config, **ends, progress=False)
+    resumed = compress_files(tmp_path / "dense", tmp_path / "again", config, **ends, resume=True, progress=False)
+    assert [layer.name for layer in resumed.layers] == [layer.name for layer in report.layers]
+    for file in (tmp_path / "packed").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_swap_linear_packs_stacks():
+    model = make("Qwen3Moe")
+    before, experts = logits(model), model.model.layers[0].mlp.experts
+
+    def fail(linear):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        pyllmq.swap_linear(model, fail)
+    assert model.model.layers[0].mlp.experts is experts and torch.equal(logits(model), before)
+    swapped = pyllmq.swap_linear(model, lambda linear: pyllmq.CodebookLinear.from_dense(linear, bits=6))
+    assert "model.layers.1.mlp.experts.expert_3_down" in swapped
+    assert not any(parameter.dim() == 3 for parameter in model.parameters())
+    assert 0 < float((logits(model) - before).norm() / before.norm()) < 0.05
+    other = make("Qwen3Moe")
+    kept = pyllmq.swap_linear(
+        other, lambda linear: pyllmq.CodebookLinear.from_dense(linear, bits=6), exclude=["experts"]
+    )
+    assert not any("experts" in name for name in kept) and not expert_layers(other)
+
+
+def test_statistics_of_an_expert_are_shrunk_to_those_of_its_layer():
+    model = make("Qwen3Moe").double()
+    batches = [torch.randint(0, 128, (3, 24)) for _ in range(2)]
+    take_apart(model)
+    layer = expert_layers(model)[0]
+    inputs = {name: [] for name, _ in layer.named_children()}
+    handles = [c.register_forward_pre_hook(lambda _, x, n=n: inputs[n].append(x[0])) for n, c in layer.named_children()]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for handle in handles:
+        handle.remove()
+    found = {}
+    visit_groups(model, batches, lambda group, inputs: found.update(dict.fromkeys(group, inputs)))
+    for part, size in (("up", 64), ("down", 48)):
+        names = [f"expert_{e}_{part}" for e in range(4)]
+        of_each = {name: torch.cat(inputs[name]) if inputs[name] else torch.empty(0, size) for name in names}
+        pool = torch.cat(list(of_each.values()))
+        pooled = pool.T @ pool / len(pool)
+        for name, x in of_each.items():
+            expected = 2 * (x.T @ x + PRIOR_TOKENS * size * pooled) / (len(x) + PRIOR_TOKENS * size)
+            got = found[f"model.layers.0.mlp.experts.{name}"]
+            torch.testing.assert_close(got.hessian.double(), expected.double(), rtol=1e-4, atol=1e-6)
+            assert got.reached == bool(len(x))
+
+
+def test_an_expert_without_tokens_takes_the_statistics_of_its_layer():
+    model = make("Mixtral", num_local_experts=6)
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data[:3] *= 100
+        layer.mlp.gate.weight.data[3:] = 0
+    take_apart(model)
+    found = {}
+    visit_groups(
+        model, [torch.randint(0, 128, (1, 2))], lambda group, inputs: found.update(dict.fromkeys(group, inputs))
+    )
+    unreached = [inputs for name, inputs in found.items() if ".experts." in name and not inputs.reached]
+    assert unreached
+    for inputs in unreached:
+        assert not torch.equal(inputs.hessian, torch.eye(len(inputs.hessian))) and bool(
+            inputs.hessian.diagonal().sum() > 0
+        )
 
 
 def test_only_the_experts_that_tokens_were_sent_to_run():

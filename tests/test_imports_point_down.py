@@ -15,13 +15,13 @@ PACKAGE = ROOT / "pyllmq"
 
 FLOORS = (
     ("dispatch", "linears", "memory", "version", "weights", "integrations.transformers_internals", "_cpu", "_cuda"),
-    ("layouts", "experts"),
+    ("layouts",),
     ("operations",),
     ("ops",),
     ("structure", "kmeans", "transport"),
     ("packing", "losses"),
     ("layers",),
-    ("formats",),
+    ("formats", "experts"),
     ("triton_kernels",),
     ("backends",),
     ("functional", "nn", "config", "folders", "tensor_parallel", "fusion"),

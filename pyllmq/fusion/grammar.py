@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..operations import ACTIVATIONS
 from .record import PROMPT, Call, Record, is_linear
-from .steps import ACTIVATIONS, HALVES, INTERLEAVED, LAYER, RMS, AttentionForm, MlpForm, Norm, Output, Rotary, Rows
+from .steps import HALVES, INTERLEAVED, LAYER, RMS, AttentionForm, MlpForm, Norm, Output, Rotary, Rows
 
 _VIEWS = {
     *("view", "_unsafe_view", "transpose", "expand", "unsqueeze", "t", "slice", "alias", "detach", "clone", "_to_copy"),

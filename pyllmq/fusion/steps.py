@@ -5,24 +5,14 @@ The forms are what `grammar` finds in a record and what the native steps are mad
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 NONE, RMS, LAYER = "none", "rms", "layer"
 HALVES, INTERLEAVED = "halves", "interleaved"
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-    "relu_squared": lambda x: functional.relu(x).square(),
-}
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from ..folders import Folder, Header, checkpoint_files, opened, quantization_met
 from ..formats import FormatError
 from ..linears import is_transposed_linear
 from ..memory import page_out
-from ..weights import OUTSIDE, Weights
+from ..weights import OUTSIDE, MadeFromOthersError, Weights
 from . import transformers_internals as internals
 from .transformers import dense_class, expect_complete, load_on_meta, quiet_transformers, valid_config
 
@@ -82,7 +82,7 @@ class StreamedModel(Weights):
             )
 
     def weight_keys(self, linears: Mapping[str, nn.Module]) -> dict[str, str]:
-        """Name of each Linear -> key of its weight in the checkpoint. Raises ValueError if that is no tensor of its own there."""
+        """Linear -> key of its weight in the checkpoint. Raises MadeFromOthersError if that is no tensor of its own."""
         keys: dict[str, list[str]] = {}
         for key, target in self._targets.items():
             keys.setdefault(target, []).append(key)
@@ -93,14 +93,14 @@ class StreamedModel(Weights):
             if len(sources) == 1 and sources[0].endswith("weight") and self.headers[sources[0]].shape == shape:
                 found[name] = sources[0]
                 continue
-            raise ValueError(
+            raise MadeFromOthersError(
                 f"{name}.weight is no tensor of its own in {self.folder}, transformers makes it from others; take a calibrated "
                 "method, hold the whole model in memory (--in-memory), or leave it out (--exclude)"
             )
         return found
 
     def weight_of(self, name: str, module: nn.Module) -> Tensor:
-        """The weight [N, K] of one Linear, read from its file. Raises ValueError as `weight_keys` does."""
+        """The weight [N, K] of one Linear, read from its file. Raises MadeFromOthersError as `weight_keys`."""
         (key,) = self.weight_keys({name: module}).values()
         stored = self._read([key])[key]
         return stored.T if is_transposed_linear(module) else stored

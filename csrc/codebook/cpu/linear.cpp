@@ -395,29 +395,37 @@ void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64
   }
 }
 
-bool codebook_linears(const std::vector<LinearOfSame>& linears, const float* x, int64_t tokens, Precision precision) {
-  if (tokens > kMaxTokenBlock) return false;
+std::vector<size_t> codebook_linears(const std::vector<LinearOfMany>& linears, Precision precision) {
   std::vector<Problem> problems;
-  problems.reserve(linears.size());
+  std::vector<float*> outputs;
+  std::vector<size_t> rest;
   int64_t need = 0;
-  for (const LinearOfSame& linear : linears) {
-    if (cheaper_path(linear.view, DType::fp32, tokens, precision) == LinearPath::decode) return false;
-    Problem& problem = problems.emplace_back(problem_of(linear.view, DType::fp32, tokens, precision));
-    if (problem.groups.size() > 1) return false;
-    problem.tokens = tokens;
-    problem.x = x;
-    problem.bias = linear.bias;
-    need += Memory(problem).need();
+  for (size_t i = 0; i < linears.size(); ++i) {
+    const LinearOfMany& linear = linears[i];
+    if (linear.tokens <= kMaxTokenBlock &&
+        cheaper_path(linear.view, DType::fp32, linear.tokens, precision) == LinearPath::tables) {
+      Problem problem = problem_of(linear.view, DType::fp32, linear.tokens, precision);
+      if (problem.groups.size() == 1) {
+        problem.tokens = linear.tokens;
+        problem.x = linear.x;
+        problem.bias = linear.bias;
+        need += Memory(problem).need();
+        problems.push_back(std::move(problem));
+        outputs.push_back(linear.y);
+        continue;
+      }
+    }
+    rest.push_back(i);
   }
   thread_local Workspace workspace;
   workspace.reserve(need);
   std::vector<GroupRun> runs;
   for (size_t i = 0; i < problems.size(); ++i) {
     Memory(problems[i]).give(problems[i], workspace);
-    runs.push_back({problems[i], problems[i].groups[0], linears[i].y});
+    runs.push_back({problems[i], problems[i].groups[0], outputs[i]});
   }
   run_groups(runs);
-  return true;
+  return rest;
 }
 
 }  // namespace pyllmq::cpu

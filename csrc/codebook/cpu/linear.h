@@ -136,15 +136,17 @@ LinearPath cheaper_path(const LayoutView& view, DType dtype, int64_t tokens, Pre
 void codebook_linear(const LayoutView& view, const void* x, DType x_dtype, int64_t tokens, const void* bias, DType bias_dtype,
                      void* y, LinearPath path, Precision precision);
 
-// One of several Linears of the same x; y [tokens, rows], bias [rows] or null.
-struct LinearOfSame {
+// One of several Linears; x [tokens, columns] and y [tokens, rows] in fp32, bias [rows] or null; tokens > 0.
+struct LinearOfMany {
   const LayoutView& view;
+  const float* x;
+  int64_t tokens;
   const float* bias;
   float* y;
 };
 
-// Those of a block's q, k and v, or gate and up, side by side on all threads: the same bits as one after the other. False, and
-// nothing is done, where one of them needs another path or more tables than live at once.
-bool codebook_linears(const std::vector<LinearOfSame>& linears, const float* x, int64_t tokens, Precision precision);
+// Those of a block's q, k and v, of gate and up, or of experts, side by side on all threads: the same bits as one after the
+// other. Returns the places of those that were not run: they need another path, or more tables than live at once.
+std::vector<size_t> codebook_linears(const std::vector<LinearOfMany>& linears, Precision precision);
 
 }  // namespace pyllmq::cpu

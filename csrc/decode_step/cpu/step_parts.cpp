@@ -139,23 +139,21 @@ std::vector<float*> project(const InputLinears& input, const Norm& norm, const S
   }
   const Traced traced(Part::linear);
   std::vector<float*> outputs;
-  std::vector<LinearOfSame> together;
+  std::vector<const float*> biases;
+  std::vector<LinearOfMany> together;
   const float* bias = input.bias.empty() ? nullptr : input.bias.data();
-  const auto bias_of_next = [&](const LinearOperand& operand) {
-    return std::exchange(bias, bias == nullptr ? nullptr : bias + operand.rows());
-  };
   for (const LinearOperand* operand : input.operands) {
     outputs.push_back(scratch.take(call.tokens * operand->rows()));
+    biases.push_back(bias);
     if (const auto* codebook = dynamic_cast<const CodebookOperand*>(operand))
-      together.push_back({codebook->view(), bias_of_next(*operand), outputs.back()});
+      together.push_back({codebook->view(), h, call.tokens, bias, outputs.back()});
+    if (bias != nullptr) bias += operand->rows();
   }
-  if (together.size() > 1 && together.size() == outputs.size() && codebook_linears(together, h, call.tokens, precision))
-    return outputs;
-  bias = input.bias.empty() ? nullptr : input.bias.data();
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    const LinearOperand& operand = *input.operands[i];
-    operand.linear(h, DType::fp32, call.tokens, bias_of_next(operand), DType::fp32, outputs[i], precision);
-  }
+  std::vector<size_t> rest(outputs.size());
+  std::iota(rest.begin(), rest.end(), size_t{0});
+  if (together.size() > 1 && together.size() == outputs.size()) rest = codebook_linears(together, precision);
+  for (const size_t i : rest)
+    input.operands[i]->linear(h, DType::fp32, call.tokens, biases[i], DType::fp32, outputs[i], precision);
   return outputs;
 }
 

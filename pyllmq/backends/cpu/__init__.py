@@ -11,6 +11,7 @@ from . import (  # noqa: F401  (for their rows)
     fit_columns,
     kmeans_1d,
     pack_codes,
+    routed_experts,
     sinkhorn,
     softmax_cdist_l1,
     sparse,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 from contextlib import suppress
 from functools import cache
 from types import ModuleType
@@ -49,21 +50,57 @@ def kernels() -> ModuleType:
 
 
 HUGE_PAGE = 2 << 20
-"""Bytes. A layout of at least one such page gets memory of its own, aligned to it and advised to the kernel as huge pages:
-4096x4096 at 4 bits from memory takes 246 us on them and 359 on pages of 4 KiB (AVX-512, 2 threads)."""
+"""Bytes. Layouts get memory that is aligned to such pages and advised to the kernel as huge pages: 4096x4096 at 4 bits from memory
+takes 246 us on them and 359 on pages of 4 KiB (AVX-512, 2 threads)."""
+
+SHARED_PAGES = 8
+"""Huge pages that layouts smaller than one share, such as those of experts. They are free when the last of these layouts is."""
+
+
+SMALL_LAYOUT = 64 << 10
+"""Bytes. A smaller layout fits in the caches of a core and gets ordinary memory."""
+
+
+class _SharedPages:
+    """Where the next small layout goes."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.memory: mmap.mmap | None = None
+        self.used = self.end = 0
+
+    def take(self, size: int) -> Tensor:
+        with self.lock:
+            if self.memory is None or self.used + size > self.end:
+                self.memory, self.used = _huge_pages(SHARED_PAGES)
+                self.end = self.used + SHARED_PAGES * HUGE_PAGE
+            begin, self.used = self.used, self.used + size + -size % ALIGNMENT
+            return torch.frombuffer(self.memory, dtype=torch.uint8, count=size, offset=begin)
+
+
+ALIGNMENT = 64
+_shared_pages = _SharedPages()
 
 
 def empty_layout(size: int) -> Tensor:
     """Uninitialised uint8 memory for a layout, aligned to 64 bytes."""
-    whole_pages = size // HUGE_PAGE * HUGE_PAGE
-    if whole_pages == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size < SMALL_LAYOUT or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8, device=DEVICE)
-    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory` alive
-    start = -whole.data_ptr() % HUGE_PAGE
+    if size < HUGE_PAGE:
+        return _shared_pages.take(size)
+    memory, start = _huge_pages(size // HUGE_PAGE, size % HUGE_PAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start)
+
+
+def _huge_pages(pages: int, more: int = 0) -> tuple[mmap.mmap, int]:
+    """Memory, and where in it so many huge pages begin, with `more` bytes behind them."""
+    memory = mmap.mmap(-1, (pages + 1) * HUGE_PAGE + more, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE
     with suppress(OSError):  # a kernel without transparent huge pages: slower, nothing else
-        memory.madvise(mmap.MADV_HUGEPAGE, start, whole_pages)  # not the rest: a half-used huge page would waste memory
-    return whole[start : start + size]
+        memory.madvise(
+            mmap.MADV_HUGEPAGE, start, pages * HUGE_PAGE
+        )  # not the rest: a half-used huge page would waste memory
+    return memory, start
 
 
 def from_blob(kind: str, blob: Tensor, shape: Shape) -> WeightOperand:

@@ -11,6 +11,7 @@ from . import (  # noqa: F401  (for their rows)
     pack_codes,
     packed_linear,
     packed_rows,
+    routed_experts,
     sinkhorn,
     softmax_cdist_l1,
 )

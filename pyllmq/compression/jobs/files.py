@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,12 +21,17 @@ from ...dispatch import plain_defaults
 from ...folders import opened
 from ...linears import DEFAULT_EXCLUDE, LeftDense, is_transposed_linear
 from ...memory import peak_memory
+from ...weights import OUTSIDE, MadeFromOthersError
 from ..methods import StaysDenseError, method_of
 from ..report import CompressionReport, LayerReport
+from ..statistics.blocks import BlockLoop, Stage
 from .ends import pack_end
-from .folder import job_signature, open_manifest, put_finished
-from .job import layer_report, open_task, warn
+from .folder import FolderJob, job_signature, open_manifest, put_finished
+from .job import Job, Task, layer_report, open_task, warn
 from .manifest import Manifest, write_tensors
+
+if TYPE_CHECKING:
+    from ...integrations.checkpoint import StreamedModel
 
 
 @dataclass
@@ -61,7 +66,8 @@ def compress_files(
         source: folder of a transformers model, or a `StreamedModel` of one.
         config: of a method that needs no calibration: `KMeansConfig`, a `SparseConfig` of the method "magnitude" that neither
             quantizes nor allocates, or one of your own.
-        workers: processes, each of which works on one file of the checkpoint at a time; the machine's threads are shared out.
+        workers: processes, each of which works on one file of the checkpoint at a time; the machine's threads are shared out. A
+            checkpoint whose tensors transformers merges or stacks as it loads (experts) goes block by block in one process.
         others: as for `compress_folder`, like the arguments not named here.
 
     Raises:
@@ -78,11 +84,14 @@ def compress_files(
     ends = {end.name: end for end in task.ends}
     if streamed.without_place:
         warn(report, streamed.copied_as_they_are())
-    weight_keys = streamed.weight_keys(planned | {name: end.module for name, end in ends.items()})
-    linears = {key: (name, is_transposed_linear(planned[name])) for name, key in weight_keys.items() if name in planned}
-    of_ends = {key: (name, ends[name].bits) for name, key in weight_keys.items() if name in ends}
     target = Path(output).resolve()
     signature = job_signature(streamed.folder, config, task.names) | {"ends": {n: end.bits for n, end in ends.items()}}
+    try:
+        weight_keys = streamed.weight_keys(planned | {name: end.module for name, end in ends.items()})
+    except MadeFromOthersError:  # experts that transformers stacks
+        return _compress_blocks(streamed, task, target, signature, others, resume, progress)
+    linears = {key: (name, is_transposed_linear(planned[name])) for name, key in weight_keys.items() if name in planned}
+    of_ends = {key: (name, ends[name].bits) for name, key in weight_keys.items() if name in ends}
     manifest = open_manifest(target, signature, resume)
     known = {entry["unit"] for entry in manifest.finished}
     todo = [file for file in streamed.files if file.name not in known]
@@ -107,6 +116,39 @@ def compress_files(
     put_finished(manifest, streamed, target, others, names)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _compress_blocks(
+    streamed: StreamedModel,
+    task: Task,
+    target: Path,
+    signature: Mapping[str, Any],
+    others: Sequence[Any],
+    resume: bool,
+    progress: bool,
+) -> CompressionReport:
+    """Block by block as transformers loads them, in this process."""
+    from ...integrations.transformers import expect_own_names
+
+    names = expect_own_names(streamed.model, task.names)
+    manifest = open_manifest(target, signature, resume)
+    job = task.run(BlockLoop(streamed.model, {}, [], streamed))
+    with manifest.locked(), tqdm(total=len(task.names), disable=not progress, unit="layer") as bar:
+        folder = FolderJob(Job(task, job, bar), streamed, manifest, time.perf_counter())
+        folder.restore()
+        bar.update(len(task.report.layers))
+        finished = {entry["unit"] for entry in manifest.finished}
+        for unit in (*streamed.blocks, OUTSIDE):
+            linears = {n: module for n, module in task.linears.items() if streamed.unit_of(f"{n}.weight") == unit}
+            if unit not in finished:
+                block = None if unit == OUTSIDE else streamed.model.get_submodule(unit)
+                folder.pack(Stage(unit, block, linears, task.ends if unit == OUTSIDE else ()))
+        if not any(layer.name in task.linears for layer in task.report.layers):
+            manifest.remove()
+            raise task.nothing_packed()
+        task.report.seconds, task.report.peak_memory = folder.seconds(), peak_memory()
+        put_finished(manifest, streamed, target, others, names)
+    return task.report
 
 
 def _work(

@@ -20,18 +20,19 @@ from ...dispatch import plain_defaults
 from ...folders import INDEX, SINGLE, copy_others, opened, put_folder, read_headers
 from ...formats import structure_from_dict
 from ...layers.linear import PackedModule
-from ...linears import DEFAULT_EXCLUDE
+from ...linears import DEFAULT_EXCLUDE, LeftDense, dense_weight
 from ...memory import peak_memory
 from ...weights import OUTSIDE
 from ..calibration import Batch, as_batches, within_positions
-from ..methods import method_of
+from ..methods import StaysDenseError, method_of
 from ..model_state import quiet_eval
 from ..ranks import ALONE, Ranks
 from ..report import CompressionReport, LayerReport
 from ..statistics.blocks import BlockLoop, Chain, Stage
 from ..statistics.loss_gradients import LossGradients, NoLossError, output_gradients_by_block
+from .ends import pack_end
 from .in_memory import without_gradients
-from .job import Job, check_finite, open_task, warn
+from .job import Job, check_finite, open_task, stays_dense, warn
 from .manifest import (
     Manifest,
     batches_digest,
@@ -231,6 +232,7 @@ class FolderJob:
         for entry in self.manifest.finished:
             self.report.layers += [LayerReport(**row) for row in entry["layers"]]
             self.report.warnings[:] = entry["warnings"]
+            self.report.left_dense[:] = [LeftDense(**row) for row in entry["left_dense"]]
             self.method.carried = entry["carried"]
 
     def compress_chain(self, chain: Chain, hand_on: bool) -> None:
@@ -256,6 +258,21 @@ class FolderJob:
             dense=dense,
             asymmetric=self.method.needs.dense_block,
         )
+
+    def pack(self, stage: Stage) -> None:
+        """A unit by its weights alone."""
+        task = self.job.task
+        self.chain, self.hand_on = Chain([stage]), False
+        with self.streamed.loaded(stage.name):
+            check_finite(stage.linears)
+            for name, module in stage.linears.items():
+                try:
+                    self.job.replace(name, module, self.method.compress_weight(name, dense_weight(module)))
+                except StaysDenseError as why:
+                    task.report.left_dense.append(stays_dense(name, module, str(why)))
+            for end in stage.ends:
+                self.job.replace_end(end, pack_end(end.name, end.weight, end.bits))
+            self.finish(stage, [], [])
 
     def finish(self, stage: Stage, hidden: list[Tensor], dense: list[Tensor]) -> None:
         """Write a unit, then the hidden states behind it, then its entry in the manifest."""
@@ -294,6 +311,7 @@ class FolderJob:
             "layers": [asdict(layer) for layer in layers],
             "structures": dict(structures),
             "warnings": list(self.report.warnings),
+            "left_dense": [asdict(item) for item in self.report.left_dense],
             "carried": self.method.carried,
             "seconds": self.seconds(),
         }

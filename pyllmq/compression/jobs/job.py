@@ -169,7 +169,12 @@ class Job:
         """Put packed layers in the place of Linears that share an input."""
         if not inputs.reached:
             for name, module in group.items():
-                warn(self.task.report, f"{self._why_never_run(name, module)}; it is compressed by its weights alone")
+                instead = (
+                    "the inputs of its layer's other experts"
+                    if isinstance(module, ExpertLinear)
+                    else "its weights alone"
+                )
+                warn(self.task.report, f"{self._why_never_run(name, module)}; it is compressed by {instead}")
         weights = {name: dense_weight(module) for name, module in group.items()}
         for name, done in self.task.method.compress_group(weights, inputs, self.run).items():
             self.replace(name, group[name], done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...experts import ExpertLinear
 from ...linears import dense_weight
 from ...memory import return_freed
 from ..calibration import Batch
@@ -22,6 +24,13 @@ from .run import CalibrationRun
 
 TOKENS = 1024
 """That are added to a Hessian at a time: with 512 it is read and written so often that it costs an eighth more."""
+
+EXPERT_HESSIANS = 256 << 20
+"""Bytes of experts' Hessians that are summed in one pass through the block."""
+
+PRIOR_TOKENS = 1.0
+"""What the pooled inputs of a layer's experts count in those of one expert, in tokens for each input. Of an expert with n tokens
+and K inputs: H = (sum of its x x^T + PRIOR_TOKENS K pooled H) / (n + PRIOR_TOKENS K)."""
 
 Group = dict[str, nn.Module]
 """Name -> Linears that share an input."""
@@ -38,7 +47,7 @@ class InputStatistics:
     targets: Mapping[str, AsymmetricTarget] = field(default_factory=dict)
     """name -> the error of the model before it that its output should make up for; Linears that are not named: nothing."""
     reached: bool = True
-    """False: no calibration token reached these Linears, and the Hessian is the identity."""
+    """False: no calibration token reached these Linears; the Hessian is that of the layer's experts, elsewhere the identity."""
 
     def take_hessian(self) -> Tensor:
         """The Hessian, to be written on. Raises RuntimeError the second time."""
@@ -64,17 +73,42 @@ def visit_groups(
         return_freed()
 
     groups, repeated = group_by_input(run, stage, forward)
-    at_a_time = [[group] for group in groups] if run.sequential else [groups]
-    for some in at_a_time:
-        for group, inputs in zip(some, input_statistics(run, some, repeated, forward), strict=True):
+    pools: dict[Any, _Sums] = {}
+    for some in _at_a_time(groups) if run.sequential else [groups]:
+        for key in dict.fromkeys(map(_pool_of, some)):
+            if key is not None and key not in pools:
+                pools[key] = _pooled(run, stage, key, forward)
+        for group, inputs in zip(some, input_statistics(run, some, repeated, forward, pools), strict=True):
             rest()
             visit(group, inputs)
     reached = {name for group in groups for name in group}
     for name, module in stage.linears.items():
         if name not in reached:
             weight = dense_weight(module)
-            identity = torch.eye(weight.shape[1], device=weight.device)
-            visit({name: module}, InputStatistics(identity, reached=False))
+            pool = pools.get(_pool_of({name: module}))
+            if pool is None:
+                inputs = InputStatistics(torch.eye(weight.shape[1], device=weight.device), reached=False)
+            else:
+                inputs = _means(run, pool.copy(), {name: module}, {})
+                inputs.reached = False
+            visit({name: module}, inputs)
+
+
+def _pool_of(group: Group) -> Any:
+    """What is the same for all experts whose inputs are alike: their stack and the parameter in it. None: no expert."""
+    module = next(iter(group.values()))
+    return (module.stack, module.parameter) if isinstance(module, ExpertLinear) else None
+
+
+def _at_a_time(groups: list[Group]) -> Iterator[list[Group]]:
+    """Groups whose statistics are taken in one pass: each alone, but experts, of which none is the other's input, in numbers."""
+    left = list(groups)
+    while left:
+        key, size = _pool_of(left[0]), 4 * dense_weight(next(iter(left[0].values()))).shape[1] ** 2
+        alike = [group for group in left if key is not None and _pool_of(group) == key] or left[:1]
+        for first in range(0, len(alike), most := max(1, EXPERT_HESSIANS // size)):
+            yield alike[first : first + most]
+        left = [group for group in left if not any(group is other for other in alike)]
 
 
 def group_by_input(run: CalibrationRun, stage: Stage, forward: Callable[[int], Any]) -> tuple[list[Group], set[str]]:
@@ -115,20 +149,74 @@ def group_by_input(run: CalibrationRun, stage: Stage, forward: Callable[[int], A
     return found, repeated
 
 
+class _Sums:
+    """Of x x^T and of x over the tokens of an input, fp32 [K, K] and [K], and how many they are."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        self.total = torch.zeros_like(dense_weight(linear)[0], dtype=torch.float32)
+        self.products = self.total.new_zeros(len(self.total), len(self.total))
+        self.count = 0.0
+
+    def add(self, tokens: Tensor, weights: Tensor | None) -> None:
+        for x, share in _by_tokens(tokens, weights):
+            weighted = x if share is None else x * share
+            # Added in the product: a second [K, K] is 0.5 GB at K = 11008.
+            self.products.addmm_(weighted.T, x)
+            self.total.add_(weighted.sum(0))
+        self.count += len(tokens) if weights is None else float(weights.sum())
+
+    def of_all_ranks(self, run: CalibrationRun, name: str) -> None:
+        run.ranks.sum_(self.products)
+        run.ranks.sum_(self.total)
+        self.count = float(run.ranks.sum_(torch.tensor([self.count], dtype=torch.float64)))
+        _expect_finite(name, self.products.diagonal())
+
+    def shrink_to(self, pool: _Sums) -> None:
+        prior = PRIOR_TOKENS * len(self.total)
+        self.products.add_(pool.products, alpha=prior / pool.count)
+        self.total.add_(pool.total, alpha=prior / pool.count)
+        self.count += prior
+
+    def copy(self) -> _Sums:
+        """To be written on."""
+        copied = copy.copy(self)
+        copied.products, copied.total = self.products.clone(), self.total.clone()
+        return copied
+
+
+def _pooled(run: CalibrationRun, stage: Stage, key: Any, forward: Callable[[int], Any]) -> _Sums:
+    """Over the inputs of all experts of a layer: a token counts once for each expert that it is sent to."""
+    members = {name: module for name, module in stage.linears.items() if _pool_of({name: module}) == key}
+    sums = _Sums(next(iter(members.values())))
+    current = 0
+
+    def see(name: str, given: Tensor) -> None:
+        tokens = _real_tokens(given, run.batches[current], name)
+        sums.add(tokens, _weights_of(run, name, current, given, tokens))
+
+    with seeing_inputs(members.items(), see):
+        for current in range(len(run.batches)):  # noqa: B007  (read by the hooks)
+            forward(current)
+    sums.of_all_ranks(run, next(iter(members)))
+    return sums
+
+
 def input_statistics(
-    run: CalibrationRun, groups: list[Group], repeated: set[str], forward: Callable[[int], Any]
+    run: CalibrationRun,
+    groups: list[Group],
+    repeated: set[str],
+    forward: Callable[[int], Any],
+    pools: Mapping[Any, _Sums] | None = None,
 ) -> list[InputStatistics]:
     """H, fp32 [K, K], a sum of x x^T over the calibration tokens, and their mean, for the common input of each group; beside the
-    dense block also the error of each output so far.
+    dense block also the error of each output so far. Those of experts are shrunk to their pool.
 
     The forward pass stops as soon as every requested statistic is complete (for q, k, v: before attention). `repeated` name
     Linears that run more than once.
     """
     once = repeated.isdisjoint(name for group in groups for name in group)
     leaders = {next(iter(group)): i for i, group in enumerate(groups)}
-    zeros = [torch.zeros_like(dense_weight(groups[i][name])[0], dtype=torch.float32) for name, i in leaders.items()]
-    sums, totals = [zero.new_zeros(len(zero), len(zero)) for zero in zeros], zeros
-    counts = torch.zeros(len(groups), dtype=torch.float64)
+    sums = [_Sums(groups[i][name]) for name, i in leaders.items()]
     errors = _OutputErrors(run, groups, once)
     seen: dict[int, tuple[Tensor, Tensor | None]] = {}
     current = 0
@@ -141,16 +229,8 @@ def input_statistics(
     def see(name: str, given: Tensor) -> None:
         i = leaders[name]
         tokens = _real_tokens(given, run.batches[current], name)
-        s = _token_weights(run, name, current, given.shape[:-1])
-        # An expert may be sent other tokens than in the dense model.
-        if s is not None and s.numel() != len(tokens):
-            s = None
-        for x, share in _by_tokens(tokens, s):
-            weighted = x if share is None else x * share
-            # Added in the product: a second [K, K] is 0.5 GB at K = 11008.
-            sums[i].addmm_(weighted.T, x)
-            totals[i].add_(weighted.sum(0))
-        counts[i] += len(tokens) if s is None else float(s.sum())
+        s = _weights_of(run, name, current, given, tokens)
+        sums[i].add(tokens, s)
         seen[i] = tokens, s
         end_where_known()
 
@@ -162,21 +242,24 @@ def input_statistics(
                 forward(current)
             errors.add(current, seen)
     found = []
-    for i, (products, total, count) in enumerate(zip(sums, totals, run.ranks.sum_(counts).tolist(), strict=True)):
-        if count == 0:
-            raise ValueError(
-                f"the calibration data reaches {next(iter(groups[i]))} with no token; is the attention_mask all zero?"
-            )
-        run.ranks.sum_(products)
-        run.ranks.sum_(total)
-        _expect_finite(next(iter(groups[i])), products.diagonal())
-        if not run.covariance:
-            found.append(InputStatistics(products.mul_(2.0 / count)))
-            continue
-        biased = all(isinstance(module.bias, Tensor) for module in groups[i].values())
-        mean = total.div_(count) if biased else None
-        found.append(InputStatistics(products.div_(count), mean, errors.of(groups[i], count)))
+    for group, of_group in zip(groups, sums, strict=True):
+        name = next(iter(group))
+        of_group.of_all_ranks(run, name)
+        if of_group.count == 0:
+            raise ValueError(f"the calibration data reaches {name} with no token; is the attention_mask all zero?")
+        targets = errors.of(group, of_group.count) if run.covariance else {}
+        if pools and (pool := pools.get(_pool_of(group))) is not None:
+            of_group.shrink_to(pool)
+        found.append(_means(run, of_group, group, targets))
     return found
+
+
+def _means(run: CalibrationRun, sums: _Sums, group: Group, targets: Mapping[str, AsymmetricTarget]) -> InputStatistics:
+    if not run.covariance:
+        return InputStatistics(sums.products.mul_(2.0 / sums.count))
+    biased = all(isinstance(module.bias, Tensor) for module in group.values())
+    mean = sums.total.div_(sums.count) if biased else None
+    return InputStatistics(sums.products.div_(sums.count), mean, targets)
 
 
 class _OutputErrors:
@@ -281,6 +364,12 @@ def _token_weights(run: CalibrationRun, name: str, current: int, shape: torch.Si
         return None
     mask = _token_mask(run.batches[current], name)
     return weights if mask is None or mask.shape != shape else weights[mask.bool()]
+
+
+def _weights_of(run: CalibrationRun, name: str, current: int, given: Tensor, tokens: Tensor) -> Tensor | None:
+    """Of the real tokens of an input; None where an expert is sent other tokens than in the dense model."""
+    s = _token_weights(run, name, current, given.shape[:-1])
+    return None if s is not None and s.numel() != len(tokens) else s
 
 
 def _token_mask(batch: Batch, name: str) -> Tensor | None:

@@ -17,6 +17,7 @@ from .compression.jobs.in_memory import compress, pack_pruned
 from .compression.methods.claq import CLAQConfig
 from .compression.methods.column_codebook import ColumnCodebookConfig
 from .compression.methods.kmeans import KMeansConfig
+from .compression.methods.low_rank import LowRankConfig
 from .compression.methods.pack import PackConfig
 from .compression.methods.sparse import SparseConfig
 from .compression.report import CompressionReport, LayerReport
@@ -33,7 +34,15 @@ from .formats import (
 from .fusion import fuse, unfuse
 from .integrations.transformers import from_pretrained, on_import, save_pretrained
 from .kmeans import kmeans_1d, kmeans_1d_errors
-from .nn import CodebookEmbedding, CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseLinear, set_precision
+from .nn import (
+    CodebookEmbedding,
+    CodebookLinear,
+    LowRankLinear,
+    Sparse24CodebookLinear,
+    Sparse24Linear,
+    SparseLinear,
+    set_precision,
+)
 from .ops import softmax_cdist_l1
 from .swap import swap_embedding, swap_linear
 from .transport import doubly_stochastic, sinkhorn
@@ -51,6 +60,8 @@ __all__ = [
     "FormatError",
     "KMeansConfig",
     "LayerReport",
+    "LowRankConfig",
+    "LowRankLinear",
     "NoKernelError",
     "PackConfig",
     "Sparse24CodebookLinear",

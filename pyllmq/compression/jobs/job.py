@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...experts import ExpertLinear, take_apart
-from ...formats import layer_type
+from ...formats import PackedWeight, layer_type
 from ...layers.embedding import embedding_type, put_embedding
 from ...linears import (
     DEFAULT_EXCLUDE,
@@ -171,8 +171,13 @@ class Job:
             for name, module in group.items():
                 warn(self.task.report, f"{self._why_never_run(name, module)}; it is compressed by its weights alone")
         weights = {name: dense_weight(module) for name, module in group.items()}
-        for name, done in self.task.method.compress_group(weights, inputs, self.run).items():
-            self.replace(name, group[name], done)
+        found = self.task.method.compress_group(weights, inputs, self.run)
+        for name, module in group.items():
+            if name in found:
+                self.replace(name, module, found[name])
+            else:
+                self.task.report.left_dense.append(stays_dense(name, module, "would gain nothing"))
+                self.bar.update()
 
     def _why_never_run(self, name: str, module: nn.Module) -> str:
         said = f"{name} was never run by the calibration data"
@@ -200,6 +205,7 @@ class Job:
             self.replace(end.name, end.module, done)
             return
         dense = end.weight
+        assert isinstance(done.weight, PackedWeight)
         packed = embedding_type(done.weight.kind).from_weight(done.weight.to(dense.device), None, dense.dtype)
         self.replaced |= put_embedding(self.task.model, end.name, packed)
         self.task.report.layers.append(layer_report(end.name, dense, done))

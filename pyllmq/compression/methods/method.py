@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor, nn
 
 from ...config import MethodConfig, Option, options_of
-from ...formats import PackedWeight
+from ...formats import LowRankWeight, PackedWeight
 from ...packing import count_not_finite
 from ..solver.hessian import output_error
 from ..statistics.blocks import Chain
@@ -42,7 +42,7 @@ class Needs:
 
 @dataclass(frozen=True, eq=False)
 class CompressedLinear:
-    weight: PackedWeight
+    weight: PackedWeight | LowRankWeight
     error: float
     """tr(E H E^T) / tr(W H W^T) with the Hessian given, undamped; without calibration H is the identity."""
     seconds: float
@@ -127,7 +127,7 @@ class Method(Generic[Settings]):
     def compress_group(
         self, weights: Mapping[str, Tensor], inputs: InputStatistics, run: CalibrationRun
     ) -> dict[str, CompressedLinear]:
-        """Compress Linears that share one input, shared out among `run.ranks`.
+        """Compress Linears that share one input, shared out among `run.ranks`; those that are not in the result stay dense.
 
         Args:
             weights: name -> [N_i, K], in the dtype of the model; not to be changed.

@@ -5,6 +5,7 @@ y = outer (inner x) + bias,   inner [r, K], outer [N, r]
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -165,6 +166,8 @@ class LowRankLinear(PackedComposite):
 
     inner: PackedModule
     outer: PackedModule
+    _whole = False
+    """All tensors are there."""
 
     @classmethod
     def from_factors(
@@ -205,6 +208,10 @@ class LowRankLinear(PackedComposite):
         layer.prepare()
         return layer
 
+    def prepare(self) -> None:
+        super().prepare()
+        self._whole = True
+
     @property
     def rank(self) -> int:
         return self.inner.out_features
@@ -216,13 +223,13 @@ class LowRankLinear(PackedComposite):
 
     @property
     def weight(self) -> Tensor:
-        """As `PackedLayer.weight`: decoded when values are read."""
-        tensor = next(tensor for _, tensor in (*self.outer.named_parameters(), *self.outer.named_buffers()))
-        if tensor.is_meta:
+        """As `PackedLayer.weight`: decoded when values are read, and empty while a checkpoint is being loaded."""
+        if not self._whole:
             return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
         if torch.compiler.is_compiling():
             return self.dequantize()
-        return LazyWeight(self.dequantize, (self.out_features, self.in_features), self._dtype, tensor.device)
+        device = next(itertools.chain(self.outer.parameters(), self.outer.buffers())).device
+        return LazyWeight(self.dequantize, (self.out_features, self.in_features), self._dtype, device)
 
     @property
     def _dtype(self) -> torch.dtype:

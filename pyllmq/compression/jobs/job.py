@@ -113,6 +113,12 @@ class Task:
         needs = self.method.needs
         return CalibrationRun(loop, ranks, sequential=needs.sequential, covariance=needs.covariance)
 
+    def note_dense(self) -> None:
+        """Into the report, at the end: what the method left as it was."""
+        packed = {layer.name for layer in self.report.layers}
+        left = [(name, module) for name, module in self.linears.items() if name not in packed]
+        self.report.left_dense += [stays_dense(name, module, "would gain nothing") for name, module in left]
+
     def nothing_packed(self) -> ValueError:
         first = next(((item.name, item.why) for item in self.report.left_dense if item.name in self.linears), None)
         return ValueError(f"none of {len(self.linears)} Linears {self.method.nothing_packed} ({first})")
@@ -176,7 +182,6 @@ class Job:
             if name in found:
                 self.replace(name, module, found[name])
             else:
-                self.task.report.left_dense.append(stays_dense(name, module, "would gain nothing"))
                 self.bar.update()
 
     def _why_never_run(self, name: str, module: nn.Module) -> str:

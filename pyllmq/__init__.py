@@ -20,6 +20,7 @@ from .compression.methods.kmeans import KMeansConfig
 from .compression.methods.low_rank import LowRankConfig
 from .compression.methods.pack import PackConfig
 from .compression.methods.sparse import SparseConfig
+from .compression.methods.vocabulary import VocabularyConfig, VocabularyReport, prune_vocabulary
 from .compression.report import CompressionReport, LayerReport
 from .compression.tune import tune_blocks, tune_codebooks
 from .dispatch import NoKernelError, use_backend
@@ -70,6 +71,8 @@ __all__ = [
     "Sparse24Weight",
     "SparseConfig",
     "SparseLinear",
+    "VocabularyConfig",
+    "VocabularyReport",
     "compress",
     "compress_files",
     "compress_folder",
@@ -82,6 +85,7 @@ __all__ = [
     "losses",
     "pack_pruned",
     "parallel",
+    "prune_vocabulary",
     "save_pretrained",
     "set_precision",
     "sinkhorn",

@@ -305,6 +305,8 @@ def run_compress(given: argparse.Namespace) -> int:
         raise ValueError(
             f"{given.source} is quantized already ({quantized}); compress the dense model that it was made from"
         )
+    if method_of(config).reshapes:
+        return _reshape(given, config)
     if needs.calibration and given.workers is not None:
         raise ValueError(
             f"--workers {given.workers} does not go with --method {given.method} with these settings, which needs calibration: "
@@ -345,6 +347,38 @@ def _names(given: argparse.Namespace) -> dict[str, Any]:
         "embeddings": given.embeddings,
         "head": given.head,
     }
+
+
+def _reshape(given: argparse.Namespace, config: MethodConfig) -> int:
+    """A smaller dense folder, for transformers as it is."""
+    from .compression.calibration import in_parts
+    from .compression.methods import method_of
+    from .compression.methods.vocabulary import stale_files
+    from .folders import copy_others, new_folder
+    from .loading import load_model, load_tokenizer
+
+    for word in ("include", "exclude", "embeddings", "head", "samples", "seqlen", "workers", "resume", "report"):
+        if (value := getattr(given, word)) not in (None, False):
+            raise ValueError(
+                f"--{word} {value} does not go with --method {given.method}, which packs no layer; leave it out"
+            )
+    if given.calibration == "self":
+        raise ValueError(f"--calibration self does not go with --method {given.method}; give a file of text")
+    model, tokenizer = load_model(given.source, given.architecture), load_tokenizer(given.source)
+    tokenizer, report = method_of(config).reshape(model, tokenizer, in_parts(_text(given.calibration)))
+    print(report)
+    if given.dry_run:
+        print("nothing was written")
+        return 0
+    with new_folder(given.output) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        written = {file.name for file in part.iterdir()}
+        copy_others(Path(given.source), part, skip=(Path(given.output),))
+        for name in stale_files(tokenizer) - written:
+            (part / name).unlink(missing_ok=True)
+    print(f"written to {given.output}; load it with transformers")
+    return 0
 
 
 def _compress_in_memory(given: argparse.Namespace, config: MethodConfig, size: str | None) -> int:

@@ -72,6 +72,8 @@ class Method(Generic[Settings]):
     """`config.bits` counts everything stored, so that the command line can choose it by `--size`."""
     outside_blocks: ClassVar[bool] = False
     """Linears outside the repeated blocks are packed too, and those with a tied weight stay dense."""
+    reshapes: ClassVar[bool] = False
+    """It makes a smaller dense model and packs nothing: `reshape` is all that it defines."""
     nothing_packed: ClassVar[str] = "can be packed"
     """Ends the sentence "none of 14 Linears", where all stay dense."""
 
@@ -137,6 +139,10 @@ class Method(Generic[Settings]):
         return run.ranks.merge(
             {name: self.compress_weight(name, weight, inputs.hessian) for name, weight in mine.items()}, list(weights)
         )
+
+    def reshape(self, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> tuple[Any, Any]:
+        """Make the model smaller, in place; gives the tokenizer that goes with it, and a report."""
+        raise NotImplementedError(f"{type(self).__name__} packs layers")
 
     def pack(self, weight: Tensor) -> PackedWeight:
         """Pack a weight [N, K] by itself. Raises StaysDenseError where that gains nothing."""

@@ -2,7 +2,7 @@
 
 Every setting keeps the same share of the parameters of all Linears; 1 - cosine of the sentence embeddings says what that costs.
 Texts are those of benchmarks/accuracy.py: calibration and judging sentences are disjoint. `--speed` times a layer of two factors
-beside torch's dense one instead.
+beside torch's dense one instead, in CPU time of one thread, so that other work on the machine hardly matters.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Speed:
     m: int
     rank: int
     dense_us: float
-    """torch's fp32 F.linear; median of single calls, interleaved with the other's."""
+    """torch's fp32 F.linear: CPU time of one thread, median of single calls, interleaved with the other's."""
     low_rank_us: float
     ratio: float
     others_cpu: float
@@ -107,7 +107,8 @@ class Speed:
     timestamp: str
 
 
-def time_layer(n: int, k: int, m: int, keep: float = 0.5, budget_s: float = 3.0) -> Speed:
+def time_layer(n: int, k: int, m: int, keep: float = 0.5, budget_s: float = 0.8) -> Speed:
+    torch.set_num_threads(1)
     rank = int(keep * n * k / (n + k)) // 8 * 8
     copies = cold_copies(4 * n * k) if m < 64 else 1
     denses = [nn.Linear(k, n) for _ in range(copies)]
@@ -120,7 +121,7 @@ def time_layer(n: int, k: int, m: int, keep: float = 0.5, budget_s: float = 3.0)
             name: [lambda layer=layer: layer(x) for layer in some]
             for name, some in (("dense", denses), ("split", splits))
         }
-        samples = measure(calls, budget_s=budget_s)
+        samples = measure(calls, budget_s=budget_s, clock=time.thread_time_ns)
     dense, split = (samples[name].percentile_us(50) for name in ("dense", "split"))
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return Speed(

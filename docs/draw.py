@@ -296,6 +296,21 @@ def low_rank() -> Picture:
     return p
 
 
+def structured() -> Picture:
+    p = Picture(760, 210)
+    p.text(10, 22, "A channel of an MLP: a row of those that write it, a column of the one that reads it", "start")
+    for i in range(6):
+        gone = i in (1, 4)
+        p.box(40, 44 + 22 * i, 130, 18, "", RED if gone else BLUE)
+        p.box(190, 44 + 22 * i, 130, 18, "", RED if gone else BLUE)
+        p.box(470 + 28 * i, 50, 22, 110, "", RED if gone else GOLD)
+    p.text(105, 196, "gate")
+    p.text(255, 196, "up")
+    p.arrow(330, 105, 455, 105, "act(gate) · up")
+    p.text(554, 196, "down: what stays is solved again")
+    return p
+
+
 def streaming() -> Picture:
     p = Picture(760, 230)
     p.text(10, 22, "One block of the model is in memory at a time", "start")
@@ -349,6 +364,7 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "column-codebook": column_codebook,
     "pruning-sweep": pruning_sweep,
     "low-rank": low_rank,
+    "structured": structured,
     "streaming": streaming,
     "house": house,
 }

@@ -20,6 +20,7 @@ from .compression.methods.kmeans import KMeansConfig
 from .compression.methods.low_rank import LowRankConfig
 from .compression.methods.pack import PackConfig
 from .compression.methods.sparse import SparseConfig
+from .compression.methods.structured import StructuredConfig, StructuredReport, prune_structured
 from .compression.methods.vocabulary import VocabularyConfig, VocabularyReport, prune_vocabulary
 from .compression.report import CompressionReport, LayerReport
 from .compression.tune import tune_blocks, tune_codebooks
@@ -71,6 +72,8 @@ __all__ = [
     "Sparse24Weight",
     "SparseConfig",
     "SparseLinear",
+    "StructuredConfig",
+    "StructuredReport",
     "VocabularyConfig",
     "VocabularyReport",
     "compress",
@@ -85,6 +88,7 @@ __all__ = [
     "losses",
     "pack_pruned",
     "parallel",
+    "prune_structured",
     "prune_vocabulary",
     "save_pretrained",
     "set_precision",

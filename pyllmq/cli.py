@@ -335,7 +335,8 @@ def _words(calibration: bool) -> str:
     """The methods that need calibration with the settings that they have by default, or those that do not."""
     from .compression.methods import METHODS, method_of
 
-    return " or ".join(w for w, m in METHODS.items() if method_of(m.config({})).needs.calibration == calibration)
+    found = {word: method_of(registered.config({})) for word, registered in METHODS.items()}
+    return " or ".join(w for w, m in found.items() if m.needs.calibration == calibration and not m.reshapes)
 
 
 def _names(given: argparse.Namespace) -> dict[str, Any]:
@@ -351,13 +352,14 @@ def _names(given: argparse.Namespace) -> dict[str, Any]:
 
 def _reshape(given: argparse.Namespace, config: MethodConfig) -> int:
     """A smaller dense folder, for transformers as it is."""
-    from .compression.calibration import in_parts
     from .compression.methods import method_of
     from .compression.methods.vocabulary import stale_files
     from .folders import copy_others, new_folder
     from .loading import load_model, load_tokenizer
 
-    for word in ("include", "exclude", "embeddings", "head", "samples", "seqlen", "workers", "resume", "report"):
+    method = method_of(config)
+    words = ("include", "exclude", "embeddings", "head", "workers", "resume", "report")
+    for word in (*words, *(() if method.needs.calibration else ("samples", "seqlen"))):
         if (value := getattr(given, word)) not in (None, False):
             raise ValueError(
                 f"--{word} {value} does not go with --method {given.method}, which packs no layer; leave it out"
@@ -365,7 +367,8 @@ def _reshape(given: argparse.Namespace, config: MethodConfig) -> int:
     if given.calibration == "self":
         raise ValueError(f"--calibration self does not go with --method {given.method}; give a file of text")
     model, tokenizer = load_model(given.source, given.architecture), load_tokenizer(given.source)
-    tokenizer, report = method_of(config).reshape(model, tokenizer, in_parts(_text(given.calibration)))
+    text, samples, seqlen = _text(given.calibration), *_windows(given)
+    tokenizer, report = method.reshape(model, tokenizer, text, samples, seqlen)
     print(report)
     if given.dry_run:
         print("nothing was written")
@@ -476,12 +479,16 @@ def _calibration_batches(model: Any, given: argparse.Namespace) -> list[dict[str
     except ValueError as error:
         other = f"--method {_words(calibration=False)}"
         raise ValueError(f"{error}. Methods without calibration need no tokenizer: {other}") from error
-    samples = 128 if given.samples is None else given.samples
-    seqlen = 512 if given.seqlen is None else given.seqlen
+    samples, seqlen = _windows(given)
     if given.calibration == "self":
         return calibration.self_written(model, tokenizer, samples, seqlen, progress=not given.quiet)
     text = None if given.calibration is None else _text(given.calibration)
     return calibration.batches_of_text(model, tokenizer, text, samples, seqlen)
+
+
+def _windows(given: argparse.Namespace) -> tuple[int, int]:
+    """(how many of the calibration text, how long)."""
+    return 128 if given.samples is None else given.samples, 512 if given.seqlen is None else given.seqlen
 
 
 def _text(file: str | None) -> str:

@@ -157,7 +157,7 @@ def where_the_pages_run(dense, tmp_path, monkeypatch):
 def little(words):
     """The same command on little text, with few steps."""
     if words[1] == "compress":
-        without_text = "--workers" in words or "pack" in words or "vocabulary" in words
+        without_text = "--workers" in words or {"pack", "vocabulary"} & set(words)
         few_steps = ["--tune", "2"] if "--tune" in words or "best" in words else []
         return ["--quiet", *few_steps, *([] if without_text else ["--samples", "2", "--seqlen", "16"])]
     return {"eval": ["--max-tokens", "60"], "generate": ["--max-new-tokens", "2"]}.get(words[1], [])

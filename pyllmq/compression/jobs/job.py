@@ -66,8 +66,8 @@ class Task:
         """Raises ValueError if there is nothing to compress, or one of the Linears may not be; warns of much that stays dense."""
         if method.reshapes:
             raise ValueError(
-                f"{type(method.config).__name__} makes a smaller dense model and packs nothing; take pyllmq.prune_vocabulary, or "
-                f"pyllmq compress --method {method.name}"
+                f"{type(method.config).__name__} makes a smaller dense model and packs nothing; take "
+                f"pyllmq.prune_{method.name}, or pyllmq compress --method {method.name}"
             )
         take_apart(model)
         exclude = not_included(include, exclude)

@@ -18,6 +18,7 @@ from .method import method_of as method_of
 from .method import register as register
 from .pack import Pack
 from .sparse import Sparse
+from .structured import Structured
 from .vocabulary import Vocabulary
 
 register("column-codebook", ColumnCodebook)
@@ -29,4 +30,5 @@ register("sparsegpt", Sparse, method="sparsegpt")
 register("mixed-sparsity", Sparse, method="mixed")
 register("low-rank", LowRank)
 register("pack", Pack)
+register("structured", Structured)
 register("vocabulary", Vocabulary)

@@ -140,8 +140,12 @@ class Method(Generic[Settings]):
             {name: self.compress_weight(name, weight, inputs.hessian) for name, weight in mine.items()}, list(weights)
         )
 
-    def reshape(self, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> tuple[Any, Any]:
-        """Make the model smaller, in place; gives the tokenizer that goes with it, and a report."""
+    def reshape(self, model: nn.Module, tokenizer: Any, text: str, samples: int, seqlen: int) -> tuple[Any, Any]:
+        """Make the model smaller, in place; gives the tokenizer that goes with it, and a report.
+
+        Args:
+            samples, seqlen: of the calibration, if it `needs` one.
+        """
         raise NotImplementedError(f"{type(self).__name__} packs layers")
 
     def pack(self, weight: Tensor) -> PackedWeight:

@@ -21,6 +21,7 @@ from torch import nn
 
 from ...config import Between, MethodConfig
 from ...layers.linear import packed_modules
+from ..calibration import in_parts
 from .method import Method, Needs
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -69,10 +70,15 @@ class Vocabulary(Method[VocabularyConfig]):
 
     @property
     def needs(self) -> Needs:
-        return Needs(whole_model="a smaller vocabulary changes the embedding, the head and the tokenizer at once")
+        return Needs(
+            calibration=False,
+            whole_model="a smaller vocabulary changes the embedding, the head and the tokenizer at once",
+        )
 
-    def reshape(self, model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> tuple[Any, VocabularyReport]:
-        return prune_vocabulary(model, tokenizer, texts, size=self.config.vocabulary_size)
+    def reshape(
+        self, model: nn.Module, tokenizer: Any, text: str, samples: int, seqlen: int
+    ) -> tuple[Any, VocabularyReport]:
+        return prune_vocabulary(model, tokenizer, in_parts(text), size=self.config.vocabulary_size)
 
 
 def prune_vocabulary(

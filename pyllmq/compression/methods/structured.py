@@ -168,9 +168,9 @@ def _mlps(stage: Stage, forward: Callable[[int], Any]) -> Iterator[tuple[str, tu
         width = x.shape[-1]
         writers: dict[str, None] = {}
         for channel in range(0, width, max(1, width // PROBED)):
-            gradients = torch.autograd.grad(
-                x[..., channel].sum(), list(outputs.values()), retain_graph=True, allow_unused=True
-            )
+            with torch.enable_grad():
+                total = x[..., channel].sum()
+            gradients = torch.autograd.grad(total, list(outputs.values()), retain_graph=True, allow_unused=True)
             reached = {
                 name: g.flatten(0, -2).abs().amax(0)
                 for name, g in zip(outputs, gradients, strict=True)

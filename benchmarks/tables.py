@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import mean, pstdev
 
-from . import accuracy, generation, goals, sparse
+from . import accuracy, generation, goals, low_rank, sparse
 from .memory import READ_LIMIT
 from .providers import BASELINE
 from .record import Row, read
@@ -281,6 +281,44 @@ def pruning_table(model: str, digits: int) -> str:
     return markdown([any_row["metric"], "50 % pruned", "60 % pruned", "2:4"], [dense, *lines])
 
 
+LOW_RANK = {
+    "whitened": "whitened by C, the same share of each Linear (SVD-LLM)",
+    "centred": "+ covariance, bias correction",
+    "row weights": "+ row weights by the loss",
+    "price": "+ ranks at one price",
+    "price, ridge target": "+ ridge target: the default",
+    "search, ridge target": 'the default with `allocation="search"`',
+}
+
+
+def low_rank_table() -> str:
+    rows = low_rank.read(CSVS / "low_rank.csv")
+    lines = []
+    for method, label in LOW_RANK.items():
+        cells = []
+        for keep in low_rank.KEEPS:
+            found = [row.damage for row in rows if (row.method, row.keep) == (method, keep)]
+            spread = f" +-{pstdev(found):.4f}" if len(found) > 1 else ""
+            cells += [f"{mean(found):.4f}{spread}" if found else NOTHING, str(len(found))]
+        lines.append([label, *cells])
+    return markdown(["parameters kept", *(cell for keep in low_rank.KEEPS for cell in (f"{keep:g}", "draws"))], lines)
+
+
+def low_rank_speed_table() -> str:
+    with (CSVS / "low_rank_speed.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = [
+        [f"{row['n']} x {row['k']}, rank {row['rank']}", row["m"], f"{float(row['dense_us']):.0f} us",
+         f"{float(row['low_rank_us']):.0f} us", times(float(row["ratio"]))]
+        for row in rows
+    ]  # fmt: skip
+    first, busy = rows[0], max(float(row["others_cpu"]) for row in rows)
+    return markdown(["N x K", "tokens (M)", "dense", "low rank", "ratio"], lines) + (
+        f"\n\nMeasured on {first['device']}; {first['threads']} threads; torch {first['torch']}; {first['timestamp'][:10]}. Other "
+        f"processes used at most {100 * busy:.0f} % of the CPUs."
+    )
+
+
 def streaming_table(what: str) -> str:
     with (CSVS / "streaming.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["what"] == what]
@@ -374,6 +412,8 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "pruning-encoder": lambda: pruning_table(accuracy.BUNDLED, 4),
     "pruning-causal": lambda: pruning_table("tiny_lm", 2),
+    "low-rank": low_rank_table,
+    "low-rank-speed": low_rank_speed_table,
     "streaming-ranks": lambda: streaming_table("ranks"),
     "streaming-memory": lambda: streaming_table("memory"),
     "readme-generation": lambda: generation_table("TinyLlama-1.1B", short=True),

@@ -272,6 +272,45 @@ def pruning_sweep() -> Picture:
     return p
 
 
+def low_rank() -> Picture:
+    p = Picture(760, 200)
+    p.text(10, 22, "y = W x:  N K numbers", "start")
+    p.box(20, 40, 150, 100, "W\nN x K", GREY)
+    p.arrow(180, 90, 300, 90, "project outputs")
+    p.text(320, 22, "y' = outer (inner x):  r (N + K) numbers", "start")
+    p.box(320, 40, 44, 100, "outer\nN x r", BLUE)
+    p.box(376, 40, 150, 34, "inner  r x K", BLUE)
+    p.text(376, 96, "the r directions of the weighted", "start")
+    p.text(376, 113, "outputs with the most variance", "start")
+    p.text(590, 22, "what each direction loses", "start")
+    for i, height in enumerate((92, 66, 48, 30, 20, 12, 8, 5)):
+        p.box(594 + 19 * i, 142 - height, 15, height, "", BLUE if i < 4 else RED)
+    p.text(632, 162, "bought")
+    p.text(708, 162, "lost")
+    p.text(
+        10,
+        188,
+        "one price for a direction's N + K numbers, in all Linears: red sums, on the scale of the model's loss, are the least",
+        "start",
+    )
+    return p
+
+
+def structured() -> Picture:
+    p = Picture(760, 210)
+    p.text(10, 22, "A channel of an MLP: a row of those that write it, a column of the one that reads it", "start")
+    for i in range(6):
+        gone = i in (1, 4)
+        p.box(40, 44 + 22 * i, 130, 18, "", RED if gone else BLUE)
+        p.box(190, 44 + 22 * i, 130, 18, "", RED if gone else BLUE)
+        p.box(470 + 28 * i, 50, 22, 110, "", RED if gone else GOLD)
+    p.text(105, 196, "gate")
+    p.text(255, 196, "up")
+    p.arrow(330, 105, 455, 105, "act(gate) · up")
+    p.text(554, 196, "down: what stays is solved again")
+    return p
+
+
 def streaming() -> Picture:
     p = Picture(760, 230)
     p.text(10, 22, "One block of the model is in memory at a time", "start")
@@ -324,6 +363,8 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "column-sweep": column_sweep,
     "column-codebook": column_codebook,
     "pruning-sweep": pruning_sweep,
+    "low-rank": low_rank,
+    "structured": structured,
     "streaming": streaming,
     "house": house,
 }

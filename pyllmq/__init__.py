@@ -17,8 +17,11 @@ from .compression.jobs.in_memory import compress, pack_pruned
 from .compression.methods.claq import CLAQConfig
 from .compression.methods.column_codebook import ColumnCodebookConfig
 from .compression.methods.kmeans import KMeansConfig
+from .compression.methods.low_rank import LowRankConfig
 from .compression.methods.pack import PackConfig
 from .compression.methods.sparse import SparseConfig
+from .compression.methods.structured import StructuredConfig, StructuredReport, prune_structured
+from .compression.methods.vocabulary import VocabularyConfig, VocabularyReport, prune_vocabulary
 from .compression.report import CompressionReport, LayerReport
 from .compression.tune import tune_blocks, tune_codebooks
 from .dispatch import NoKernelError, use_backend
@@ -33,7 +36,15 @@ from .formats import (
 from .fusion import fuse, unfuse
 from .integrations.transformers import from_pretrained, on_import, save_pretrained
 from .kmeans import kmeans_1d, kmeans_1d_errors
-from .nn import CodebookEmbedding, CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseLinear, set_precision
+from .nn import (
+    CodebookEmbedding,
+    CodebookLinear,
+    LowRankLinear,
+    Sparse24CodebookLinear,
+    Sparse24Linear,
+    SparseLinear,
+    set_precision,
+)
 from .ops import softmax_cdist_l1
 from .swap import swap_embedding, swap_linear
 from .transport import doubly_stochastic, sinkhorn
@@ -51,6 +62,8 @@ __all__ = [
     "FormatError",
     "KMeansConfig",
     "LayerReport",
+    "LowRankConfig",
+    "LowRankLinear",
     "NoKernelError",
     "PackConfig",
     "Sparse24CodebookLinear",
@@ -59,6 +72,10 @@ __all__ = [
     "Sparse24Weight",
     "SparseConfig",
     "SparseLinear",
+    "StructuredConfig",
+    "StructuredReport",
+    "VocabularyConfig",
+    "VocabularyReport",
     "compress",
     "compress_files",
     "compress_folder",
@@ -71,6 +88,8 @@ __all__ = [
     "losses",
     "pack_pruned",
     "parallel",
+    "prune_structured",
+    "prune_vocabulary",
     "save_pretrained",
     "set_precision",
     "sinkhorn",

@@ -309,6 +309,8 @@ def run_compress(given: argparse.Namespace) -> int:
         raise ValueError(
             f"{given.source} is quantized already ({quantized}); compress the dense model that it was made from"
         )
+    if method_of(config).reshapes:
+        return _reshape(given, config)
     if needs.calibration and given.workers is not None:
         raise ValueError(
             f"--workers {given.workers} does not go with --method {given.method} with these settings, which needs calibration: "
@@ -337,7 +339,8 @@ def _words(calibration: bool) -> str:
     """The methods that need calibration with the settings that they have by default, or those that do not."""
     from .compression.methods import METHODS, method_of
 
-    return " or ".join(w for w, m in METHODS.items() if method_of(m.config({})).needs.calibration == calibration)
+    found = {word: method_of(registered.config({})) for word, registered in METHODS.items()}
+    return " or ".join(w for w, m in found.items() if m.needs.calibration == calibration and not m.reshapes)
 
 
 def _names(given: argparse.Namespace) -> dict[str, Any]:
@@ -349,6 +352,40 @@ def _names(given: argparse.Namespace) -> dict[str, Any]:
         "embeddings": given.embeddings,
         "head": given.head,
     }
+
+
+def _reshape(given: argparse.Namespace, config: MethodConfig) -> int:
+    """A smaller dense folder, for transformers as it is."""
+    from .compression.methods import method_of
+    from .compression.methods.vocabulary import stale_files
+    from .folders import copy_others, new_folder
+    from .loading import load_model, load_tokenizer
+
+    method = method_of(config)
+    words = ("include", "exclude", "embeddings", "head", "workers", "resume", "report")
+    for word in (*words, *(() if method.needs.calibration else ("samples", "seqlen"))):
+        if (value := getattr(given, word)) not in (None, False):
+            raise ValueError(
+                f"--{word} {value} does not go with --method {given.method}, which packs no layer; leave it out"
+            )
+    if given.calibration == "self":
+        raise ValueError(f"--calibration self does not go with --method {given.method}; give a file of text")
+    model, tokenizer = load_model(given.source, given.architecture), load_tokenizer(given.source)
+    text, samples, seqlen = _text(given.calibration), *_windows(given)
+    tokenizer, report = method.reshape(model, tokenizer, text, samples, seqlen)
+    print(report)
+    if given.dry_run:
+        print("nothing was written")
+        return 0
+    with new_folder(given.output) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        written = {file.name for file in part.iterdir()}
+        copy_others(Path(given.source), part, skip=(Path(given.output),))
+        for name in stale_files(tokenizer) - written:
+            (part / name).unlink(missing_ok=True)
+    print(f"written to {given.output}; load it with transformers")
+    return 0
 
 
 def _compress_in_memory(given: argparse.Namespace, config: MethodConfig, size: str | None) -> int:
@@ -446,12 +483,16 @@ def _calibration_batches(model: Any, given: argparse.Namespace) -> list[dict[str
     except ValueError as error:
         other = f"--method {_words(calibration=False)}"
         raise ValueError(f"{error}. Methods without calibration need no tokenizer: {other}") from error
-    samples = 128 if given.samples is None else given.samples
-    seqlen = 512 if given.seqlen is None else given.seqlen
+    samples, seqlen = _windows(given)
     if given.calibration == "self":
         return calibration.self_written(model, tokenizer, samples, seqlen, progress=not given.quiet)
     text = None if given.calibration is None else _text(given.calibration)
     return calibration.batches_of_text(model, tokenizer, text, samples, seqlen)
+
+
+def _windows(given: argparse.Namespace) -> tuple[int, int]:
+    """(how many of the calibration text, how long)."""
+    return 128 if given.samples is None else given.samples, 512 if given.seqlen is None else given.seqlen
 
 
 def _text(file: str | None) -> str:

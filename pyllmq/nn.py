@@ -3,6 +3,7 @@
 from .formats.bitmap import SparseLinear as SparseLinear
 from .formats.codebook import CodebookEmbedding as CodebookEmbedding
 from .formats.codebook import CodebookLinear as CodebookLinear
+from .formats.low_rank import LowRankLinear as LowRankLinear
 from .formats.sparse24 import Sparse24Linear as Sparse24Linear
 from .formats.sparse24_codebook import Sparse24CodebookLinear as Sparse24CodebookLinear
 from .layers.embedding import PackedEmbedding as PackedEmbedding

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyllmq import CodebookWeight, formats
+from pyllmq.structure import format_of
 
 
 @dataclass
@@ -90,5 +91,6 @@ def assert_as_good_as_torch(
 
 
 def built_in_kinds() -> list[str]:
-    """The formats of the package: tests register others, for the whole process."""
-    return [kind for kind in formats.kinds() if formats.layer_type(kind).__module__.startswith("pyllmq.")]
+    """The formats of the package that kernels read: tests register others, for the whole process; composites have no kernel."""
+    known = {kind: format_of(kind) for kind in formats.kinds()}
+    return [kind for kind, f in known.items() if f.weight is not None and f.layer.__module__.startswith("pyllmq.")]

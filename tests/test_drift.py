@@ -76,7 +76,7 @@ def test_the_target_is_a_ridge_regression(biased: bool) -> None:
     factor = factor_hessian(covariance, damping)
 
     def target(error: AsymmetricTarget | None, share: float) -> Tensor:
-        return as_matrix(columns._target(weight, error, mean, factor, share), factor.order)
+        return as_matrix(columns.ridge_target(weight, error, mean, factor, share), factor.order)
 
     error = AsymmetricTarget(products, e.mean(0))
     found = target(error, 1.0)

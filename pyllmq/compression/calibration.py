@@ -39,6 +39,16 @@ def builtin_sentences() -> list[str]:
     return list(dict.fromkeys(s for s in found if 6 <= len(s.split()) <= 60))
 
 
+def in_parts(text: str, characters: int = 1 << 14) -> list[str]:
+    """A text in parts that end with a line, each of about so many characters; nothing of it is lost."""
+    parts = [""]
+    for line in text.splitlines(keepends=True):
+        if len(parts[-1]) >= characters:
+            parts.append("")
+        parts[-1] += line
+    return parts
+
+
 def sentence_batches(
     tokenizer: Any, sentences: Sequence[str], batch_size: int = 16, max_length: int = 128
 ) -> list[Batch]:

@@ -71,7 +71,10 @@ def tune_codebooks(
     order = _endless_order(len(batches), seed)
 
     def loss() -> Tensor:
-        return _mismatch(model, dense, {key: value.to(device) for key, value in batches[next(order)].items()})
+        batch = {key: value.to(device) for key, value in batches[next(order)].items()}
+        with torch.no_grad():
+            wanted = dense(**batch)
+        return mismatch(model(**batch), wanted, batch.get("attention_mask"))
 
     # transformers' own switch for this works in training mode only.
     again = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
@@ -281,11 +284,8 @@ def _schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _mismatch(model: nn.Module, dense: nn.Module, batch: Batch) -> Tensor:
-    with torch.no_grad():
-        wanted = dense(**batch)
-    given = model(**batch)
-    mask = batch.get("attention_mask")
+def mismatch(given: Any, wanted: Any, mask: Tensor | None) -> Tensor:
+    """How far a model's output is from the one wanted, over the tokens of the mask [B, L]."""
     if getattr(wanted, "logits", None) is not None and wanted.logits.dim() == 3:
         target, found = wanted.logits.float().log_softmax(-1), given.logits.float().log_softmax(-1)
         divergence = (target.exp() * (target - found)).sum(-1)

@@ -13,6 +13,8 @@ from .bitmap import BitmapStructure as BitmapStructure
 from .bitmap import BitmapWeight as BitmapWeight
 from .codebook import CodebookStructure as CodebookStructure
 from .codebook import CodebookWeight as CodebookWeight
+from .low_rank import LowRankStructure as LowRankStructure
+from .low_rank import LowRankWeight as LowRankWeight
 from .sparse24 import Sparse24Structure as Sparse24Structure
 from .sparse24 import Sparse24Weight as Sparse24Weight
 from .sparse24_codebook import Sparse24CodebookStructure as Sparse24CodebookStructure

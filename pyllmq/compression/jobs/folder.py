@@ -128,6 +128,7 @@ def compress_folder(
             for i, chain in enumerate(chains):
                 folder.compress_chain(chain, hand_on=i + 1 < len(chains))
             folder.copy_the_rest()
+            task.note_dense()
         task.report.seconds = folder.seconds()
         task.report.peak_memory = max(ranks.gather(peak_memory()))
         ranks.from_first(lambda: put_finished(manifest, streamed, target, others, names))

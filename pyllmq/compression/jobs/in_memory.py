@@ -145,6 +145,7 @@ def _calibrate(job: Job) -> None:
     method.plan = method.make_plan(task.linears, chains, job.run)
     for i, chain in enumerate(chains):
         loop.walk(chain, job.compress_stage, hand_on=i + 1 < len(chains), asymmetric=method.needs.dense_block)
+    task.note_dense()
 
 
 def without_gradients(error: NoLossError) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...experts import ExpertLinear, take_apart
-from ...formats import layer_type
+from ...formats import PackedWeight, layer_type
 from ...layers.embedding import embedding_type, put_embedding
 from ...linears import (
     DEFAULT_EXCLUDE,
@@ -64,6 +64,11 @@ class Task:
         head: int | None = None,
     ) -> Task:
         """Raises ValueError if there is nothing to compress, or one of the Linears may not be; warns of much that stays dense."""
+        if method.reshapes:
+            raise ValueError(
+                f"{type(method.config).__name__} makes a smaller dense model and packs nothing; take "
+                f"pyllmq.prune_{method.name}, or pyllmq compress --method {method.name}"
+            )
         take_apart(model)
         exclude = not_included(include, exclude)
         chosen = select_linears(model, include, exclude)
@@ -112,6 +117,12 @@ class Task:
     def run(self, loop: BlockLoop, ranks: Ranks = ALONE) -> CalibrationRun:
         needs = self.method.needs
         return CalibrationRun(loop, ranks, sequential=needs.sequential, covariance=needs.covariance)
+
+    def note_dense(self) -> None:
+        """Into the report, at the end: what the method left as it was."""
+        packed = {layer.name for layer in self.report.layers}
+        left = [(name, module) for name, module in self.linears.items() if name not in packed]
+        self.report.left_dense += [stays_dense(name, module, "would gain nothing") for name, module in left]
 
     def nothing_packed(self) -> ValueError:
         first = next(((item.name, item.why) for item in self.report.left_dense if item.name in self.linears), None)
@@ -176,8 +187,12 @@ class Job:
                 )
                 warn(self.task.report, f"{self._why_never_run(name, module)}; it is compressed by {instead}")
         weights = {name: dense_weight(module) for name, module in group.items()}
-        for name, done in self.task.method.compress_group(weights, inputs, self.run).items():
-            self.replace(name, group[name], done)
+        found = self.task.method.compress_group(weights, inputs, self.run)
+        for name, module in group.items():
+            if name in found:
+                self.replace(name, module, found[name])
+            else:
+                self.bar.update()
 
     def _why_never_run(self, name: str, module: nn.Module) -> str:
         said = f"{name} was never run by the calibration data"
@@ -205,6 +220,7 @@ class Job:
             self.replace(end.name, end.module, done)
             return
         dense = end.weight
+        assert isinstance(done.weight, PackedWeight)
         packed = embedding_type(done.weight.kind).from_weight(done.weight.to(dense.device), None, dense.dtype)
         self.replaced |= put_embedding(self.task.model, end.name, packed)
         self.task.report.layers.append(layer_report(end.name, dense, done))

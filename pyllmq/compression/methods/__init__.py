@@ -7,6 +7,7 @@ an installed package names it as an entry point of the group `pyllmq.methods`, s
 from .claq import CLAQ
 from .column_codebook import ColumnCodebook
 from .kmeans import KMeans
+from .low_rank import LowRank
 from .method import METHODS as METHODS
 from .method import CompressedLinear as CompressedLinear
 from .method import Method as Method
@@ -17,6 +18,8 @@ from .method import method_of as method_of
 from .method import register as register
 from .pack import Pack
 from .sparse import Sparse
+from .structured import Structured
+from .vocabulary import Vocabulary
 
 register("column-codebook", ColumnCodebook)
 register("claq", CLAQ)
@@ -25,4 +28,7 @@ register("magnitude", Sparse, method="magnitude")
 register("wanda", Sparse, method="wanda")
 register("sparsegpt", Sparse, method="sparsegpt")
 register("mixed-sparsity", Sparse, method="mixed")
+register("low-rank", LowRank)
 register("pack", Pack)
+register("structured", Structured)
+register("vocabulary", Vocabulary)

@@ -222,7 +222,7 @@ def compress_linears(
     del hessian
     fits = {}
     for name, weight in dense.items():
-        target = _target(weight, inputs.targets.get(name), mean, factor, config.propagation)
+        target = ridge_target(weight, inputs.targets.get(name), mean, factor, config.propagation)
         fits[name] = ColumnFits(name, target, (row_weights or {}).get(name), config.row_scale, config.kmeans)
     # Outliers have no scale: those of a Linear below fp16 would become 0.
     reaches = (float(weight.abs().max()) for weight in dense.values())
@@ -251,7 +251,7 @@ def compress_linears(
         packed = columns.pack(quantized)
         bias_change = None
         if mean is not None:
-            bias_change = _mean_output(weight, quantized, mean)
+            bias_change = mean_output(weight, quantized, mean)
             if name in inputs.targets:
                 bias_change += inputs.targets[name].mean.cpu()
         seconds = time.perf_counter() - started + shared_seconds
@@ -260,7 +260,7 @@ def compress_linears(
     return ranks.merge(compressed, list(weights))
 
 
-def _target(
+def ridge_target(
     weight: Tensor, error: AsymmetricTarget | None, mean: Tensor | None, factor: HessianFactor, share: float
 ) -> Tensor:
     """W + share * mean(e x^T) H^-1, H damped, in the form of `as_columns`: its output comes closest to W x + e.
@@ -280,7 +280,7 @@ def _target(
     return rows
 
 
-def _mean_output(dense: Tensor, quantized: Tensor, mean: Tensor) -> Tensor:
+def mean_output(dense: Tensor, quantized: Tensor, mean: Tensor) -> Tensor:
     """(dense - quantized) mean, float32 [N]."""
     parts = zip(dense.split(PANEL), quantized.split(PANEL), strict=True)
     return torch.cat([(before.float() - after) @ mean for before, after in parts])

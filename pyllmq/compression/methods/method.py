@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor, nn
 
 from ...config import MethodConfig, Option, options_of
-from ...formats import PackedWeight
+from ...formats import LowRankWeight, PackedWeight
 from ...packing import count_not_finite
 from ..solver.hessian import output_error
 from ..statistics.blocks import Chain
@@ -42,7 +42,7 @@ class Needs:
 
 @dataclass(frozen=True, eq=False)
 class CompressedLinear:
-    weight: PackedWeight
+    weight: PackedWeight | LowRankWeight
     error: float
     """tr(E H E^T) / tr(W H W^T) with the Hessian given, undamped; without calibration H is the identity."""
     seconds: float
@@ -72,6 +72,8 @@ class Method(Generic[Settings]):
     """`config.bits` counts everything stored, so that the command line can choose it by `--size`."""
     outside_blocks: ClassVar[bool] = False
     """Linears outside the repeated blocks are packed too, and those with a tied weight stay dense."""
+    reshapes: ClassVar[bool] = False
+    """It makes a smaller dense model and packs nothing: `reshape` is all that it defines."""
     nothing_packed: ClassVar[str] = "can be packed"
     """Ends the sentence "none of 14 Linears", where all stay dense."""
 
@@ -127,7 +129,7 @@ class Method(Generic[Settings]):
     def compress_group(
         self, weights: Mapping[str, Tensor], inputs: InputStatistics, run: CalibrationRun
     ) -> dict[str, CompressedLinear]:
-        """Compress Linears that share one input, shared out among `run.ranks`.
+        """Compress Linears that share one input, shared out among `run.ranks`; those that are not in the result stay dense.
 
         Args:
             weights: name -> [N_i, K], in the dtype of the model; not to be changed.
@@ -137,6 +139,14 @@ class Method(Generic[Settings]):
         return run.ranks.merge(
             {name: self.compress_weight(name, weight, inputs.hessian) for name, weight in mine.items()}, list(weights)
         )
+
+    def reshape(self, model: nn.Module, tokenizer: Any, text: str, samples: int, seqlen: int) -> tuple[Any, Any]:
+        """Make the model smaller, in place; gives the tokenizer that goes with it, and a report.
+
+        Args:
+            samples, seqlen: of the calibration, if it `needs` one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} packs layers")
 
     def pack(self, weight: Tensor) -> PackedWeight:
         """Pack a weight [N, K] by itself. Raises StaysDenseError where that gains nothing."""

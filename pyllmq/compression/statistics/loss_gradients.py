@@ -40,12 +40,15 @@ class LossGradients:
     """name -> float32 [N], mean 1."""
     token_weights: dict[str, list[Tensor]] = field(default_factory=dict)
     """name -> for each batch float32, shaped as the Linear's input without its last dimension; mean 1 over all batches."""
+    scales: dict[str, float] = field(default_factory=dict)
+    """name -> the squared gradient, summed over all tokens, mean of the rows: what compares one Linear with another."""
 
     def tensors(self) -> dict[str, Tensor]:
         """For a safetensors file."""
         rows = {f"rows {name}": weights for name, weights in self.row_weights.items()}
         tokens = {f"tokens {name} {i:06d}": w for name, all_ in self.token_weights.items() for i, w in enumerate(all_)}
-        return rows | tokens
+        scales = {f"scale {name}": torch.tensor(scale, dtype=torch.float64) for name, scale in self.scales.items()}
+        return rows | tokens | scales
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LossGradients:
@@ -55,19 +58,21 @@ class LossGradients:
             kind, name, *_ = key.split(" ")
             if kind == "rows":
                 found.row_weights[name] = tensors[key]
+            elif kind == "scale":
+                found.scales[name] = float(tensors[key])
             else:
                 found.token_weights.setdefault(name, []).append(tensors[key])
         return found
 
     def shared(self, ranks: Ranks) -> LossGradients:
         """With the token weights of this process's batches alone."""
-        return LossGradients(self.row_weights, {name: ranks.share(all_) for name, all_ in self.token_weights.items()})
+        tokens = {name: ranks.share(all_) for name, all_ in self.token_weights.items()}
+        return LossGradients(self.row_weights, tokens, self.scales)
 
     def limited_to(self, which: str) -> LossGradients:
         """Those of "rows", "tokens" or "rows+tokens" alone."""
-        return LossGradients(
-            self.row_weights if "rows" in which else {}, self.token_weights if "tokens" in which else {}
-        )
+        rows, tokens = self.row_weights if "rows" in which else {}, self.token_weights if "tokens" in which else {}
+        return LossGradients(rows, tokens, self.scales)
 
 
 def output_gradients(model: nn.Module, linears: Mapping[str, nn.Module], batches: Sequence[Batch]) -> LossGradients:
@@ -190,7 +195,8 @@ class _Watched:
         found = LossGradients()
         for name in self.linears:
             if parts := [squares[name] for squares, _ in shares if name in squares]:
-                found.row_weights[name] = _limited(torch.stack(parts).sum(0))
+                total = torch.stack(parts).sum(0)
+                found.row_weights[name], found.scales[name] = _limited(total), float(total.mean())
             if all(name in known for _, known in shares):
                 all_tokens = ranks.interleaved([known[name] for _, known in shares])
                 limited = _limited(torch.cat([of_batch.flatten() for of_batch in all_tokens]))

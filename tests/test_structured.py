@@ -1,0 +1,139 @@
+"""Fewer MLP channels: nothing is lost where channels are spare, and the choice is that of optimal brain surgery."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import pyllmq
+from pyllmq import StructuredConfig, prune_structured
+from pyllmq.cli import main
+from pyllmq.compression.methods.structured import kept_channels
+
+from . import models
+from .test_methods import SMALL
+
+MLP = {
+    "tiny_llama": ("gate_proj", "up_proj", "down_proj"),
+    "tiny_gemma3": ("gate_proj", "up_proj", "down_proj"),
+    "tiny_bert": ("intermediate.dense", "output.dense"),
+    "tiny_gpt2": ("mlp.c_fc", "mlp.c_proj"),
+    "tiny_t5": ("wi", "wo"),
+}
+
+
+def with_spare_channels(model, names):
+    """A quarter of the channels of each MLP are copies of others, and a quarter is never read."""
+    for name, module in model.named_modules():
+        if name.endswith(names) and "attention" not in name and hasattr(module, "weight"):
+            transposed = not isinstance(module, nn.Linear)
+            weight = module.weight.data.t() if transposed else module.weight.data
+            if name.endswith(names[-1]):
+                quarter = weight.shape[1] // 4
+                weight[:, -quarter:] = 0
+            else:
+                quarter = len(weight) // 4
+                weight[quarter : 2 * quarter] = weight[:quarter]
+                if module.bias is not None:
+                    module.bias.data[quarter : 2 * quarter] = module.bias.data[:quarter]
+    return model
+
+
+def inputs_of(model):
+    text = models.token_batches(6, 24)
+    return [
+        {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}) for ids in text
+    ]
+
+
+@pytest.mark.parametrize("make", MLP)
+def test_spare_channels_go_and_nothing_is_lost(make, tmp_path):
+    torch.manual_seed(0)
+    model = with_spare_channels(getattr(models, make)(), MLP[make])
+    batches = inputs_of(model)
+    with torch.no_grad():
+        wanted = model(**batches[0])[0]
+    report = prune_structured(model, StructuredConfig(0.5, multiple=16, damping=1e-7), batches)
+    assert len(report.groups) == sum(
+        name.endswith(MLP[make][-1]) and "attention" not in name
+        for name, m in model.named_modules()
+        if hasattr(m, "weight")
+    )
+    assert all(group.after == group.before // 2 and group.error < 1e-5 for group in report.groups)
+    assert report.parameters_after == sum(p.numel() for p in model.parameters()) < report.parameters_before
+    model.save_pretrained(tmp_path)
+    for narrow in (model, type(model).from_pretrained(tmp_path).eval()):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                narrow(**batches[0])[0], wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max()))
+            )
+
+
+def test_all_channels_are_the_same_model():
+    model = models.tiny_bert()
+    batches = inputs_of(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    prune_structured(model, StructuredConfig(1.0), batches)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("count", [11, 6])
+def test_channels_are_those_of_a_brute_force_search(count):
+    """One step at a time: each removes the channel whose loss, all others solved again, is least."""
+    weight = torch.randn(9, 12, dtype=torch.float64)
+    x = torch.randn(80, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
+    covariance = x.t() @ x / 80
+
+    def loss(kept):
+        found = torch.linalg.solve(covariance[kept][:, kept], covariance[kept] @ weight.t()).t()
+        lost = weight.clone()
+        lost[:, kept] -= found
+        return float(((lost @ covariance) * lost).sum())
+
+    kept = list(range(12))
+    while len(kept) > count:
+        kept = min(([k for k in kept if k != j] for j in kept), key=loss)
+    assert kept_channels(weight.clone(), torch.linalg.inv(covariance), count).tolist() == kept
+
+
+def test_what_cannot_be_pruned():
+    batches = models.token_batches(2, 8)
+    with pytest.raises(ValueError, match="keep is 0.05; allowed: a number, 0.1 to 1"):
+        StructuredConfig(0.05)
+    packed = models.tiny_llama()
+    pyllmq.swap_linear(packed, lambda linear: pyllmq.CodebookLinear.from_dense(linear, 4))
+    with pytest.raises(ValueError, match="is packed already"):
+        prune_structured(packed, StructuredConfig(), batches)
+    with pytest.raises(ValueError, match="packs nothing; take pyllmq.prune_structured"):
+        pyllmq.compress(models.tiny_llama(), StructuredConfig(), batches)
+    model = models.tiny_llama()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.config.intermediate_size = 127  # it does not say how wide the MLPs are
+    with pytest.raises(ValueError, match="no setting of LlamaConfig says that the MLPs are 64 wide"):
+        prune_structured(model, StructuredConfig(0.5), batches)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert model.model.layers[0].mlp.down_proj.in_features == 128
+
+
+def test_the_command_writes_a_plain_folder(tmp_path, capsys):
+    source, out = tmp_path / "dense", tmp_path / "narrow"
+    models.tiny_llama().save_pretrained(source)
+    models.tiny_tokenizer().save_pretrained(source)
+    assert main(["compress", str(source), str(out), "--method", "structured", "--keep", "0.5", *SMALL]) == 0
+    assert "128 channels -> 64" in capsys.readouterr().out
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert not any(name.startswith("pyllmq") for name in sys.modules) and model.config.intermediate_size == 64
+print(model(torch.arange(5)[None]).logits.shape)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out)], capture_output=True, text=True, cwd=tmp_path, env=os.environ
+    )
+    assert done.returncode == 0 and "[1, 5, 512]" in done.stdout, done.stderr

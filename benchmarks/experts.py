@@ -264,7 +264,8 @@ def check(name: str, layer: Layer, shape: ExpertShape, routing: Routing) -> floa
 
 def _biases(module: Any, expert: int) -> tuple[Tensor, Tensor]:
     if isinstance(module, RoutedExperts):
-        return tuple(module.get_submodule(f"expert_{expert}_{part}").bias.double() for part in (UP, DOWN))
+        up, down = (module.get_parameter(f"expert_{expert}_{part}.bias").double() for part in (UP, DOWN))
+        return up, down
     return module.gate_up_proj_bias[expert].double(), module.down_proj_bias[expert].double()
 
 
@@ -305,5 +306,5 @@ def _row(
         relative_error=error,
         others_cpu=others_cpu,
         isa=backends.cpu.runtime.kernels().isa(),
-        **record.environment(),  # type: ignore[arg-type]
+        **record.environment(),
     )

@@ -60,7 +60,7 @@ def kept_share(model: nn.Module, dense: nn.Module, exclude: Sequence[str]) -> fl
     linears = select_linears(dense, None, exclude)
     held = sum(parameter.numel() for name in linears for parameter in model.get_submodule(name).parameters())
     biases = sum(module.bias.numel() for module in linears.values() if isinstance(module.bias, torch.Tensor))
-    return (held - biases) / sum(module.weight.numel() for module in linears.values())  # type: ignore[union-attr, operator, misc]
+    return (held - biases) / sum(module.weight.numel() for module in linears.values())  # type: ignore[operator, misc]
 
 
 def run(subject: Subject, method: str, keep: float, draw: int) -> Result:

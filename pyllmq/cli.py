@@ -756,8 +756,8 @@ def run_doctor(given: argparse.Namespace) -> int:
         for kernel, numbers in tokens.items():
             print(f"  {'':<10} {kernel.name} for {', '.join(numbers)}: {kernel.because}")
     print("kernels, in the order in which they are tried:")
-    for row in rows():
-        print(f"  {row.op:<20} {row.name:<32} {row.because}")
+    for each in rows():
+        print(f"  {each.op:<20} {each.name:<32} {each.because}")
     return int(broken)
 
 

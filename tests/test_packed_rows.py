@@ -140,7 +140,7 @@ def test_an_embedding_is_what_its_weight_says():
 
 def test_rows_that_count_more_come_closer():
     torch.manual_seed(3)
-    dense = nn.Embedding(400, 16)
+    dense = nn.Embedding(400, 96)
     often = torch.where(torch.arange(400) < 40, 1000.0, 1.0)
     alike, weighted = (
         CodebookEmbedding.from_dense(dense, 2, row_weights=w).dequantize() - dense.weight for w in (None, often)

@@ -291,9 +291,7 @@ void for_each_tile(const LayoutHeader& header, const SegmentRecord* segments, do
 
 }  // namespace
 
-StepOrder native_order() {
-  return active_isa() == Isa::avx512 || active_isa() == Isa::amx ? StepOrder::fours : StepOrder::rows;
-}
+StepOrder native_order() { return active_isa() == Isa::avx512 || active_isa() == Isa::amx ? StepOrder::fours : StepOrder::rows; }
 
 LayoutView::LayoutView(const void* layout, int64_t layout_bytes) : base_(static_cast<const uint8_t*>(layout)) {
   const auto& h = checked_header<LayoutHeader>(refuse, layout, layout_bytes, kAlignment);

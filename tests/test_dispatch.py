@@ -12,7 +12,7 @@ from pyllmq.backends.cuda import codebook as cuda_codebook
 from pyllmq.backends.cuda import runtime as cuda_runtime
 from pyllmq.backends.cuda import sinkhorn as cuda_sinkhorn
 from pyllmq.dispatch import Operation, Problem, choose
-from pyllmq.operations import ClusterProblem, SinkhornProblem, WeightProblem
+from pyllmq.operations import ClusterProblem, ExpertsProblem, SinkhornProblem, WeightProblem
 
 F32, F16, BF16, U8 = torch.float32, torch.float16, torch.bfloat16, torch.uint8
 SPARSE = ("bitmap", "sparse24", "sparse24_codebook")
@@ -66,6 +66,8 @@ PROBLEMS = {
     **{f"triton.{kind}_fused": linear(f"triton.{kind}", "cuda", BF16, 64) for kind in SPARSE},
     **{f"triton.{kind}_matmul": linear(f"triton.{kind}", "cuda", BF16, 65) for kind in SPARSE},
     **{f"triton.{kind}_dequantize": dequantize(f"triton.{kind}", "cuda", BF16) for kind in SPARSE},
+    "cpu.routed_experts": ExpertsProblem("routed_experts", "cpu", F32, ("cpu.bitmap", "cpu.codebook")),
+    "reference.routed_experts": ExpertsProblem("routed_experts", "meta", F32, ("checkpoint.codebook",)),
     "cpu.codebook_gradient": gradient("cpu"),
     "cuda.codebook_gradient": gradient("cuda"),
     "triton.codebook_gradient": gradient("cuda"),

@@ -85,7 +85,8 @@ CASES = {
     # Every expert of every token: with a choice, rounding would choose.
     "packed-tied": (lambda: packed_ends(llama(tie_word_embeddings=True)), mixed_widths, ("lm_head",), None),
     "packed-experts": (lambda: packed_experts(num_hidden_layers=1, num_experts_per_tok=4), mixed_widths, ("lm_head",), None),
-    "experts": (lambda: models.tiny_mixtral(num_hidden_layers=1, num_experts_per_tok=4), mixed_widths, ("lm_head",), None),
+    "experts": (lambda: models.tiny_mixtral(num_hidden_layers=1, num_experts_per_tok=4), mixed_widths,
+                ("lm_head", "experts"), None),
 }  # fmt: skip
 
 

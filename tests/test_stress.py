@@ -15,7 +15,7 @@ from torch import Tensor
 from pyllmq import BitmapWeight, Sparse24CodebookLinear, Sparse24Weight
 from pyllmq.dispatch import Kernel, rows
 from pyllmq.layouts import machine_layout
-from pyllmq.operations import Arriving, Cdist, ColumnBlock, Normalisation, Points, Transport
+from pyllmq.operations import Arriving, Cdist, ColumnBlock, Gate, Normalisation, PackedExperts, Points, Transport
 from pyllmq.packing import mask_24, unstructured_mask
 
 from .oracle import random_case
@@ -123,6 +123,14 @@ def calls() -> dict[str, Call]:
         plan, u, v, count = ROWS["cpu.sinkhorn"].run(transport, 9, 0.0, tape)
         return list(run(transport, Arriving(tape, count, plan, u, v)))
 
+    hidden, choices = torch.randn(50, 72), torch.stack([torch.randperm(5)[:2] for _ in range(50)])
+    shapes = ((80, 72), (72, 40))
+    up, down = ([random_case(n, k, (2, 4), outliers=0.01).weight.prepack() for _ in range(5)] for n, k in shapes)
+
+    def routed_experts(run):
+        experts = PackedExperts(tuple(up), tuple(down), Gate("silu"))
+        return [run(hidden[:tokens], choices[:tokens], torch.ones(tokens, 2), experts) for tokens in (1, 50)]
+
     how = Normalisation(12, False, True, "line", 0.0, 1e-6)
     found: dict[str, Call] = {
         "cpu.codebook_linear": linear(case.weight),
@@ -131,6 +139,7 @@ def calls() -> dict[str, Call]:
         "cpu.decode_checkpoint": lambda run: [run(stored, dtype) for dtype in DTYPES],
         "cpu.decode_checkpoint_and_matmul": lambda run: [run(x, stored, None, "high")],
         "cpu.codebook_gradient": gradient,
+        "cpu.routed_experts": routed_experts,
         "cpu.pack_codes": lambda run: [run(codes, bits) for bits in (3, 5, 8)],
         "cpu.unpack_codes": lambda run: [run(packed, 3, 301), run(packed, 8, 113)],
         "cpu.softmax_cdist_l1": lambda run: list(run(student, teacher, 2.0)),

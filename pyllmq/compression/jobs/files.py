@@ -89,6 +89,9 @@ def compress_files(
     try:
         weight_keys = streamed.weight_keys(planned | {name: end.module for name, end in ends.items()})
     except MadeFromOthersError:  # experts that transformers stacks
+        if workers > 1:
+            text = f"workers={workers} is not used: {streamed.folder} holds experts that transformers stacks as it loads them, "
+            warn(report, text + "so blocks are compressed one after the other in one process")
         return _compress_blocks(streamed, task, target, signature, others, resume, progress)
     linears = {key: (name, is_transposed_linear(planned[name])) for name, key in weight_keys.items() if name in planned}
     of_ends = {key: (name, ends[name].bits) for name, key in weight_keys.items() if name in ends}

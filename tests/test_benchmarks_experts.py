@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import experts, record
-from benchmarks.experts import SHAPES, Layer, check, fitting, routes, run_experts
+from pyllmq.benchmarks import experts, record
+from pyllmq.benchmarks.experts import SHAPES, Layer, check, fitting, routes, run_experts
 
 pytestmark = pytest.mark.transformers
 

@@ -13,7 +13,7 @@ OLDEST := .venv-oldest
 PYTEST := $(RUN)/python -m pytest
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: arm test slow quick demo bench lint format sanitize fuzz sanitized-build test-seeds test-oldest coverage docs wheel test-wheel clean
+.PHONY: arm sanitize-arm test slow quick demo bench lint format sanitize fuzz sanitized-build test-seeds test-oldest coverage docs wheel test-wheel clean
 
 test: $(BUILT)
 	$(PYTEST) $(PARALLEL) -m "not slow and not arm"
@@ -61,9 +61,11 @@ fuzz: sanitized-build
 sanitized-build: $(BUILT)
 	PYLLMQ_CUDA=0 PYLLMQ_DEBUG=1 CXXFLAGS="$(SANITIZE)" $(RUN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 
-# The kernels for 64-bit ARM under an emulator, and once more under AddressSanitizer: docs/kernels-arm.md.
+# The kernels for 64-bit ARM under an emulator, plain and under AddressSanitizer: docs/kernels-arm.md.
 arm: $(BUILT)
 	$(PYTEST) $(PARALLEL) -q -m arm
+
+sanitize-arm: $(BUILT)
 	PYLLMQ_ARM_SANITIZE=1 $(PYTEST) $(PARALLEL) -q -m arm -k "max"
 
 # The tests whose inputs are random, with other numbers and on each instruction set of this machine: none may pass by luck.

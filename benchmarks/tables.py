@@ -391,6 +391,23 @@ def generation_machine(rows: Sequence[generation.GenerationRow]) -> str:
     )
 
 
+def sentences_table() -> str:
+    with (CSVS / "models.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["unit"] == "sentence"]
+    head = ["sentences a call", "precision", "dense, sentences/s", "packed", "ratio"]
+    lines = [
+        [r["length"], r["precision"], f"{float(r['dense_per_s']):.0f}", f"{float(r['packed_per_s']):.0f}",
+         times(float(r["ratio"]))]
+        for r in rows
+    ]  # fmt: skip
+    first = rows[0]
+    bits = float(first["bits_per_weight"])
+    return markdown(head, lines) + (
+        f"\n\nPacked without data, {bits:.1f} bits a weight with codebooks. Measured on {first['device']}; {first['threads']} "
+        f"threads; torch {first['torch']}; {first['timestamp'][:10]}."
+    )
+
+
 ENCODER_BITS = (2.1, 2.25, 2.5, 3.0, 3.25, 4.0)
 SQUARE = [(4096, 4096)]
 TABLES: dict[str, Callable[[], str]] = {
@@ -416,6 +433,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "low-rank-speed": low_rank_speed_table,
     "streaming-ranks": lambda: streaming_table("ranks"),
     "streaming-memory": lambda: streaming_table("memory"),
+    "sentences": sentences_table,
     "readme-generation": lambda: generation_table("TinyLlama-1.1B", short=True),
     "generation": lambda: generation_table("TinyLlama-1.1B"),
     "generation-ratios": lambda: generation_ratios("TinyLlama-1.1B"),

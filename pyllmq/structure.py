@@ -124,8 +124,31 @@ class CompositeStructure(Structure):
 # ---- packed weights -------------------------------------------------------------------------------------------------
 
 
+class OfStructure:
+    """What a weight knows by its structure."""
+
+    structure: Any
+
+    @property
+    def out_features(self) -> int:
+        return self.structure.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.structure.in_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored, all tensors together."""
+        return self.structure.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.structure.bits_per_weight
+
+
 @dataclass(frozen=True, eq=False)
-class PackedWeight:
+class PackedWeight(OfStructure):
     """One packed matrix in checkpoint form: `tensors` are those that `structure` asks for, checked."""
 
     structure: Any
@@ -210,23 +233,6 @@ class PackedWeight:
     @property
     def kind(self) -> str:
         return self.structure_type.kind
-
-    @property
-    def out_features(self) -> int:
-        return self.structure.out_features
-
-    @property
-    def in_features(self) -> int:
-        return self.structure.in_features
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes stored, all tensors together."""
-        return self.structure.nbytes
-
-    @property
-    def bits_per_weight(self) -> float:
-        return self.structure.bits_per_weight
 
     @property
     def device(self) -> torch.device:

@@ -6,13 +6,15 @@ import json
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from pyllmq.formats import FormatError, structure_from_dict
+from pyllmq.folders import PackedFolder
+from pyllmq.formats import FormatError, layer_type, structure_from_dict
 
 Files = dict[str, bytes]
 INDEX = "model.safetensors.index.json"
@@ -28,6 +30,24 @@ ADDED: tuple[tuple[str, Any], ...] = (
     ("auto_map", {"AutoModelForCausalLM": "modeling.Model", "AutoConfig": "modeling.Config"}),
     ("part_of_ranks", 2), ("dtype", "float16"), ("quantization_config", {}), ("kind", "codebook"), ("unknown", 1),
 )  # fmt: skip
+
+
+def refused_of(folder: Path, count: int, place: Path) -> int:
+    """How many of so many damaged copies of a packed folder are refused, rather than become layers; nothing else happens."""
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    refused = 0
+    for seed in range(count):
+        files, _ = damaged(random.Random(seed), whole)
+        copy = place / f"damaged{seed}"
+        copy.mkdir()
+        for name, content in files.items():
+            (copy / name).write_bytes(content)
+        try:
+            for structure in PackedFolder.open(copy).structures.values():
+                layer_type(structure.kind)(structure)
+        except (ValueError, OSError):
+            refused += 1
+    return refused
 
 
 def damaged(chance: random.Random, files: Files) -> tuple[Files, list[str]]:

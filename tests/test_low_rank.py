@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import random
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from pyllmq.formats import structure_from_dict
 from pyllmq.layers.linear import packed_modules
 
 from . import models
-from .damage import damaged
+from .damage import refused_of
 from .kill_and_resume import digests
 from .test_methods import SMALL, ended_after_one
 
@@ -141,19 +140,7 @@ def test_damaged_folders_give_an_error_or_a_model(tmp_path):
     model = models.tiny_llama(num_hidden_layers=1)
     pyllmq.swap_linear(model, halved)
     pyllmq.save_pretrained(model, tmp_path / "m")
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
-    refused = 0
-    for seed in range(30):
-        files, _ = damaged(random.Random(seed), whole)
-        folder = tmp_path / f"damaged{seed}"
-        folder.mkdir()
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        try:
-            for structure in PackedFolder.open(folder).structures.values():
-                pyllmq.formats.layer_type(structure.kind)(structure)
-        except (ValueError, OSError):
-            refused += 1
+    refused = refused_of(tmp_path / "m", 30, tmp_path)
     assert refused >= 8
 
 

@@ -67,7 +67,6 @@ register_format(Int8RowsStructure, Int8RowsLinear, Int8RowsWeight)
 import copy  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
-import random  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -76,6 +75,7 @@ import pyllmq  # noqa: E402
 from pyllmq import functional, parallel  # noqa: E402
 
 from . import models  # noqa: E402
+from .damage import refused_of  # noqa: E402
 from .new_process import run_python  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,23 +173,8 @@ def test_a_cut_for_tensor_parallelism(by, ranges):
 
 def test_damaged_folders_give_an_error_or_a_model(tmp_path):
     """As tests/test_fuzz.py damages the folders of the formats of this package."""
-    from .damage import damaged
-
     packed_model(tmp_path / "packed")
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()}
-    refused = 0
-    for seed in range(40):
-        files, _ = damaged(random.Random(seed), whole)
-        folder = tmp_path / f"damaged{seed}"
-        folder.mkdir()
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        try:
-            structures = pyllmq.folders.PackedFolder.open(folder).structures
-            for structure in structures.values():
-                pyllmq.formats.layer_type(structure.kind)(structure)
-        except (ValueError, OSError):
-            refused += 1
+    refused = refused_of(tmp_path / "packed", 40, tmp_path)
     assert refused >= 10
     tensors = Int8RowsLinear.from_dense(nn.Linear(8, 4)).state_dict()
     tensors["values"][2, 3] = -128

@@ -17,7 +17,7 @@ from ..layers.lazy_weight import LazyWeight
 from ..layers.linear import PackedComposite, PackedModule
 from ..layouts import Shapes, for_kernels
 from ..operations import ACTIVATION_DTYPES
-from ..structure import CompositeStructure, FormatError, PackedWeight, Structure, register_format
+from ..structure import CompositeStructure, FormatError, OfStructure, PackedWeight, Structure, register_format
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -106,7 +106,7 @@ class LowRankStructure(CompositeStructure):
 
 
 @dataclass(frozen=True, eq=False)
-class LowRankWeight:
+class LowRankWeight(OfStructure):
     """outer [N, r] times inner [r, K], in checkpoint form. Make it with `of`."""
 
     structure: LowRankStructure
@@ -127,22 +127,6 @@ class LowRankWeight:
             tensors |= {f"{name}.{key}": tensor for key, tensor in held.items()}
         structure = LowRankStructure(children[OUTER].out_features, children[INNER].in_features, children)
         return cls(structure, tensors)
-
-    @property
-    def out_features(self) -> int:
-        return self.structure.out_features
-
-    @property
-    def in_features(self) -> int:
-        return self.structure.in_features
-
-    @property
-    def nbytes(self) -> int:
-        return self.structure.nbytes
-
-    @property
-    def bits_per_weight(self) -> float:
-        return self.structure.bits_per_weight
 
     def to(self, device: torch.device | str) -> LowRankWeight:
         return replace(self, tensors={key: tensor.to(device) for key, tensor in self.tensors.items()})

@@ -146,9 +146,12 @@ void add_lookups(const Problem& problem, const PanelGroup& group, int64_t p, con
     else if (scale.path == Path::exact)
       add_exact(problem, panel, chunk, t, y + t * y_stride);
   }
+  const LayoutView& view = problem.view;
   const TableKernels& kernels = problem.table_kernels();
-  (panel.width == 3 ? kernels.lookup_3bit : kernels.lookup_nibbles)(
-      {problem.view.codes(panel, chunk.tile_begin), problem.view.header().order, chunk.tiles, panel.lookups(), tokens, count});
+  const PanelRecord& next = p + 1 < group.end ? view.panel(p + 1) : panel;
+  (panel.width == 3 ? kernels.lookup_3bit
+                    : kernels.lookup_nibbles)({view.codes(panel, chunk.tile_begin), view.codes(next, chunk.tile_begin),
+                                               view.header().order, chunk.tiles, panel.lookups(), tokens, count});
 }
 
 void add_decoded(const Problem& problem, int64_t p, const TileChunk& chunk, float* y, int64_t y_stride) {

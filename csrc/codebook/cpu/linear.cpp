@@ -302,6 +302,7 @@ std::vector<PanelGroup> panel_groups(const Problem& problem) {
 // All but memory, x and bias.
 Problem problem_of(const LayoutView& view, DType x_dtype, int64_t tokens, Precision precision) {
   const LayoutHeader& header = view.header();
+  const int64_t chunk_tiles = std::clamp<int64_t>(header.tiles / (4 * num_threads()), 4, kChunkTiles);
   Problem problem{
       .view = view,
       .kernels = linear_kernels(header.order),
@@ -309,7 +310,7 @@ Problem problem_of(const LayoutView& view, DType x_dtype, int64_t tokens, Precis
       .kind = table_kind(precision, x_dtype, header.order),
       .dtype = x_dtype,
       .block = std::min(tokens, kMaxTokenBlock),
-      .chunks = tile_chunks(view, std::clamp<int64_t>(header.tiles / (4 * num_threads()), 4, kChunkTiles)),
+      .chunks = tile_chunks(view, chunk_tiles, chunk_tiles, num_threads()),
   };
   while (problem.lookup_panels < header.panels && view.panel(problem.lookup_panels).width <= 4) ++problem.lookup_panels;
   for (int64_t p = problem.lookup_panels; p < header.panels; ++p) problem.decoded_columns += view.panel(p).columns;

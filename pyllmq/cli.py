@@ -508,13 +508,13 @@ def _bytes(name: str, text: str) -> int:
 
 def _calibration_batches(model: Any, given: argparse.Namespace) -> list[dict[str, Any]]:
     from .compression import calibration
-    from .compression.media import batches_of_files
+    from .compression.media import batches_of_files, check_takes_text
     from .loading import load_tokenizer
 
     samples, seqlen = _windows(given)
     if _in_folder(given):
         return batches_of_files(model, given.source, _media(model, given)[:samples])
-    calibration.check_takes_text(model)
+    check_takes_text(model)
     try:
         tokenizer = load_tokenizer(given.source)
     except ValueError as error:

@@ -72,17 +72,6 @@ def token_windows(tokenizer: Any, text: str, samples: int, seqlen: int, seed: in
     return [{"input_ids": stream[i * seqlen : (i + 1) * seqlen].unsqueeze(0)} for i in order.tolist()]
 
 
-def check_takes_text(model: Any) -> None:
-    """Raises ValueError for a model of images or sound."""
-    taken = getattr(model, "main_input_name", "input_ids")
-    if taken != "input_ids":
-        raise ValueError(
-            f"{type(model).__name__} takes {taken}, and the command calibrates with text unless --calibration names a folder of "
-            "sounds (.wav) or images; give one, take a method without calibration, or give pyllmq.compress or "
-            "pyllmq.compress_folder batches of your own"
-        )
-
-
 def batches_of_text(model: Any, tokenizer: Any, text: str | None, samples: int, seqlen: int) -> list[Batch]:
     """Batches for any model of text: windows for causal ones, sentences (the lines of `text`) for the others.
 

@@ -29,6 +29,17 @@ def kind_of(model: Any) -> str:
     return TAKEN.get(taken, "image" if both and not is_causal(model) else "text")
 
 
+def check_takes_text(model: Any) -> None:
+    """Raises ValueError for a model of images or sound."""
+    taken = getattr(model, "main_input_name", "input_ids")
+    if taken != "input_ids" or kind_of(model) != "text":
+        raise ValueError(
+            f"{type(model).__name__} takes {taken if taken != 'input_ids' else 'images too'}, and the command calibrates with text "
+            "unless --calibration names a folder of sounds (.wav) or images; give one, take a method without calibration, or give "
+            "pyllmq.compress or pyllmq.compress_folder batches of your own"
+        )
+
+
 def media_files(model: Any, folder: str | Path) -> list[Path]:
     """Files of the folder that the model can be calibrated with, by name. Raises ValueError if there are none."""
     kind = kind_of(model)

@@ -452,13 +452,13 @@ def _heads_that_fit(
 
     Raises ValueError if it can say none.
     """
-    own = {f"{name}.{kind}" for name in linears for kind in ("weight", "bias")}
     total, group = len(attention.inputs), len(attention.inputs[0])
-    shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
-    for count in sorted(range(1, total + 1), key=lambda n: (abs(n - keep * total), -n)):
-        if count == total:
-            return total, {}
-        wanted = {name: shape for name, shape in shapes.items() if name not in own}
+    if keep == 1:
+        return total, {}
+    own = {f"{name}.{kind}" for name in linears for kind in ("weight", "bias")}
+    others = {name: tensor.shape for name, tensor in model.named_parameters() if name not in own}
+    for count in sorted(range(1, total), key=lambda n: (abs(n - keep * total), -n)):
+        wanted = dict(others)
         for name in (attention.reader, *attention.outputs):
             n, k = dense_weight(linears[name]).shape
             cut = (n, k * count // total) if name == attention.reader else (n * count // total, k)
@@ -466,9 +466,8 @@ def _heads_that_fit(
         for fields in _head_fields(model.config, attention.head, count, count * group // attention.head):
             built = _built_shapes(model, fields)
             if all(built.get(name) == shape for name, shape in wanted.items()):
-                return count, fields
-        if keep * total - count > total / 4:
-            break
+                nearer = abs(count - keep * total) < total - keep * total
+                return (count, fields) if nearer else (total, {})
     raise ValueError(
         f"no setting of {type(model.config).__name__} says that {attention.reader} reads about {keep * total:.3g} of its {total} "
         f"groups of heads of {attention.head} channels, so transformers could not load the result (BERT, GPT-2 and Whisper take "

@@ -61,7 +61,7 @@ def tiny_bart() -> Any:
 
 
 def tiny_whisper() -> Any:
-    """0.4 s of sound: 40 frames of the spectrum, 20 of the encoder."""
+    """40 frames of the spectrum, 20 of the encoder."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     ends = {"bos_token_id": 2, "eos_token_id": 2, "suppress_tokens": None, "begin_suppress_tokens": None}

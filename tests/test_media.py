@@ -50,7 +50,7 @@ def whisper(tmp_path) -> Path:
     torch.manual_seed(0)
     folder = tmp_path / "whisper"
     models.tiny_whisper().save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=16, chunk_length=0.4, n_fft=400, hop_length=160).save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=16, chunk_length=1, n_fft=400, hop_length=400).save_pretrained(folder)
     return folder
 
 

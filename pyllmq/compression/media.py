@@ -110,7 +110,8 @@ def _written(model: Any, source: str | Path, batch: Batch, file: Path) -> Batch:
         device = next(model.parameters()).device
         given = {key: value.to(device) for key, value in batch.items()}
         with torch.no_grad():
-            ids = model.generate(**given).cpu()
+            # Whisper gives out its prompt (language, task) only so.
+            ids = model.generate(**given, return_dict_in_generate=True).sequences.cpu()
     else:
         ids = load_tokenizer(source)(text, return_tensors="pt")["input_ids"]
     limit = getattr(model.config, "max_target_positions", None) or ids.shape[1]

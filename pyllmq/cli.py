@@ -410,7 +410,7 @@ def _reshape(given: argparse.Namespace, config: MethodConfig, packing: MethodCon
         return 0
     with new_folder(given.output) as part:
         model.save_pretrained(part)
-        stale = set()
+        stale: set[str] = set()
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
             stale = stale_files(tokenizer) - {file.name for file in part.iterdir()}

@@ -16,7 +16,7 @@ from pyllmq.compression.media import batches_of_files, media_files, read_wav
 
 from . import models
 
-QUICK = ["--preset", "fast", "--quiet", "--exclude", "pooler"]
+QUICK = ["--preset", "fast", "--quiet"]
 
 
 def write_wav(file: Path, samples: np.ndarray, rate: int = 16000, width: int = 2, channels: int = 1) -> None:

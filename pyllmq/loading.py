@@ -48,6 +48,21 @@ def is_causal(model: Any) -> bool:
     return generates and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
+def load_extractor(folder: Folder, kind: str) -> Any:
+    """What makes a model's inputs of "audio" or of an "image". Raises ValueError, with what to do, where there is none."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    auto: Any = AutoFeatureExtractor if kind == "audio" else AutoImageProcessor
+    try:
+        return auto.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, ImportError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{folder} has nothing by which transformers makes inputs of {kind} files (preprocessor_config.json): {why}. Copy that "
+            "file into the folder, or take a method without calibration"
+        ) from error
+
+
 TOKENIZER_FILES = {
     "tokenizer.json": "tokenizers",
     "tokenizer.model": "sentencepiece",

@@ -241,8 +241,8 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, flo
     sum *= shared.unscale[token];
     return h.scale_offset == 0 ? sum : sum * section<float>(h, h.scale_offset)[w.row_begin() + row];
   };
-  store_outputs(a.call, a.splits, w.split, a.tokens_per_block, w.token_begin, w.row_begin(), shared.arrived, for_each_output,
-                sum_of);
+  uint32_t* counter = counter_of(h, w.token_begin / a.tokens_per_block, h.strips, w.strip_begin);
+  store_outputs(a.call, a.splits, w.split, counter, w.token_begin, w.row_begin(), shared.arrived, for_each_output, sum_of);
 }
 
 // Items that share a split follow each other, since they read the same x and codebooks.
@@ -333,7 +333,7 @@ SparsePlan plan_for(const SparseOperand& operand, int64_t tokens, int dtype) {
   }
   plan.shared_bytes = bytes(plan.warps, plan.x_bytes);
   plan.grid = std::min(slots, row_blocks * plan.token_blocks * plan.splits);
-  if (plan.splits > 1) plan.room = {plan.splits * tokens * rows, plan.token_blocks * rows};
+  if (plan.splits > 1) plan.room.partials = plan.splits * tokens * rows;
   return plan;
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "linear_operand_cuda.h"
 #include "runtime/counting.h"
 #include "runtime/cuda/host_threads.h"
 #include "sparse/packing.h"

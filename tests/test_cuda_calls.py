@@ -55,13 +55,15 @@ def packed(name):
 def check_that_nothing_stays(call):
     """Of what `call` makes, only its results are there afterwards. The first call may bind what it wants."""
     call()
-    gc.collect()
-    before = {id(each) for each in gc.get_objects() if isinstance(each, torch.Tensor)}
-    results = call()
-    gc.collect()
-    results = {id(each) for each in (results if isinstance(results, tuple) else (results,))}
-    after = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
-    stayed = [tuple(each.shape) for each in after if id(each) not in before | results]
+    gc.freeze()  # what is there before is not listed below
+    try:
+        results = call()
+        gc.collect()
+        kept = {id(each) for each in (results if isinstance(results, tuple) else (results,))}
+        found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+        stayed = [tuple(each.shape) for each in found if id(each) not in kept]
+    finally:
+        gc.unfreeze()
     assert not stayed, f"tensors that outlive the call: {stayed}"
 
 

@@ -2,13 +2,25 @@
 // waiting for it. The object does not own the layout: whoever makes it keeps that memory alive and in its place. Pointers and
 // integers only; all pointers are of the current device.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
+#include "runtime/counting.h"
+
 namespace pyllmq::cuda {
+
+constexpr int64_t kAlignment = 128, kReadAlignment = 16;  // of a layout's arrays, and of what a kernel is given
+
+// Blocks that share outputs count themselves in the layout, which ends with words that are zero between calls: nothing has to be
+// cleared before a call, and nothing lives beside the operand. So calls of one weight must not overlap: on a second stream, wait.
+constexpr int64_t kMostLinearTokens = 64;  // of a call
+constexpr int64_t kTokenBlocks = 16;       // that 64 tokens make at most: 4 of them to a block
+// `tiles` of at most 64 rows, none of which two segments share.
+inline int64_t counter_bytes(int64_t rows, int64_t tiles) { return 4 * std::max(rows, kTokenBlocks * tiles); }
 
 struct LinearCall {  // by value to a kernel
   const uint8_t* layout;
@@ -20,13 +32,13 @@ struct LinearCall {  // by value to a kernel
   int bias_dtype;
   void* y;
   float* partials;
-  uint32_t* counters;
+  uint32_t* counters;  // [rows]: the layout's last ones
 };
 
 // Elements of the workspace of a call.
 struct LinearRoom {
   int64_t partials;  // fp32, all overwritten
-  int64_t counters;  // uint32, zero before the first call; each call leaves zeros
+  int64_t counters;  // of call.counters
 };
 
 class LinearOperand {
@@ -37,6 +49,9 @@ class LinearOperand {
 
   // Depends on the device: it is asked for its multiprocessors, and once for each number of tokens. Not for two threads at once.
   LinearRoom room(int64_t tokens, int dtype) {
+    if (tokens > kMostLinearTokens)
+      throw std::invalid_argument("linear of " + std::to_string(tokens) + " tokens; at most " +
+                                  std::to_string(kMostLinearTokens) + " at once: dequantize the weight for more");
     const auto found = rooms_.find({tokens, dtype});
     return found != rooms_.end() ? found->second : rooms_[{tokens, dtype}] = find_room(tokens, dtype);
   }
@@ -47,6 +62,8 @@ class LinearOperand {
     call.layout_bytes = layout_bytes;
     call.rows = rows;
     call.columns = columns;
+    const int64_t counters_begin = layout_bytes - rounded_up(4 * rows, kAlignment);
+    call.counters = reinterpret_cast<uint32_t*>(const_cast<uint8_t*>(layout) + counters_begin);
     if (call.tokens > 0) run(call, stream);
   }
   // weight [rows, columns] of dtype 0 fp32, 1 bf16, 2 fp16, or NaN as above.
@@ -61,6 +78,9 @@ class LinearOperand {
     if (layout_bytes < header_bytes)
       throw std::invalid_argument("the layout has " + std::to_string(layout_bytes) +
                                   " bytes, less than its header; pack the weight again");
+    if (reinterpret_cast<uintptr_t>(layout) % kReadAlignment != 0)
+      throw std::invalid_argument("the layout lies " + std::to_string(reinterpret_cast<uintptr_t>(layout) % kReadAlignment) +
+                                  " bytes behind a multiple of 16, where no kernel can read it; give a copy of it (clone())");
   }
   [[noreturn]] static void refuse_work(const char* kernel, const LinearCall& call) {
     throw std::invalid_argument(std::string(kernel) + " of " + std::to_string(call.tokens) + " tokens by [" +

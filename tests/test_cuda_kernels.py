@@ -99,8 +99,7 @@ def test_each_extra(extra, widths):
 
 @pytest.mark.parametrize("n", [3100, 70])
 def test_without_and_with_splits_of_k(emulated, n):  # noqa: F811
-    partials, counters = emulated.CodebookOperand(0, 4096, n, 900).room(3, 2)
-    assert (partials, counters) == ((0, 0) if n == 3100 else (4 * 3 * 70, 70))
+    assert emulated.CodebookOperand(0, 4096, n, 900).room(3, 2) == (0 if n == 3100 else 4 * 3 * 70)
     check(random_case(n, 900, (1, 4), outliers=0.01), torch.randn(3, 900).half(), torch.randn(n))
 
 

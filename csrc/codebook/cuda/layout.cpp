@@ -7,14 +7,13 @@
 #include <vector>
 
 #include "layout_blob.h"
+#include "linear_operand_cuda.h"
 #include "runtime/counting.h"
 #include "runtime/cuda/host_threads.h"
 #include "runtime/half.h"
 
 namespace pyllmq::cuda {
 namespace {
-
-constexpr int64_t kAlignment = 128, kReadAlignment = 16;
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("codebook layout (cuda): " + why); }
 
@@ -72,6 +71,7 @@ Plan make_plan(const CodebookCheckpoint& c) {
   }
   h.tables_begin = section(c.segments * h.segment_table_bytes);
   for (int width = 1; width <= 8; ++width) h.codes_offset[width] = section(h.tiles * h.groups[width] * tile_bytes(width));
+  h.counters_offset = section(counter_bytes(h.rows, h.tiles));
   h.bytes = section(0);
   return plan;
 }

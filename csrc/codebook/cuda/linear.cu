@@ -314,7 +314,8 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, con
     }
     return sum;
   };
-  store_outputs(a.call, a.splits, w.split, a.tokens_per_block, w.token_begin, row_begin, shared.arrived, for_each_output, sum_of);
+  uint32_t* counter = counter_of(h, w.token_begin / a.tokens_per_block, h.tiles, w.block.tile_begin + w.first_row / kTileRows);
+  store_outputs(a.call, a.splits, w.split, counter, w.token_begin, row_begin, shared.arrived, for_each_output, sum_of);
 }
 
 // An item is some rows of a row block, some tokens and a split; items that share a split follow each other, since they read
@@ -421,7 +422,7 @@ LinearPlan plan_linear(int64_t rows, int64_t columns, int64_t tokens, int dtype)
   while (staged_bytes(panels, plan.splits, product_columns) > kMostXBytes) ++plan.splits;
   plan.x_bytes = staged_bytes(panels, plan.splits, product_columns);
   plan.grid = std::min(slots, cells * plan.splits);
-  if (plan.splits > 1) plan.room = {plan.splits * tokens * rows, plan.token_blocks * rows};
+  if (plan.splits > 1) plan.room.partials = plan.splits * tokens * rows;
   return plan;
 }
 

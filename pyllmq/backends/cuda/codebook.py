@@ -89,8 +89,9 @@ def _one_token(problem: WeightProblem) -> Support:
     if problem.tokens != 1:
         return False, f"serves one token, here {problem.tokens}"
     fits, why = _any_number(problem)
-    if fits and not tables_fit():
-        return False, "needs 129 KiB of shared memory for a block, more than this device has"
+    with runtime.on(problem.device):
+        if fits and not tables_fit():
+            return False, "needs 129 KiB of shared memory for a block, more than this device has"
     return fits, why
 
 

@@ -164,7 +164,8 @@ def run_steps(
     report: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> list[Outcome]:
     """All steps in order. After a `needed` one that is not ok, the rest is not run."""
-    begin, outcomes, stopped = time.monotonic(), [], ""
+    begin, stopped = time.monotonic(), ""
+    outcomes: list[Outcome] = []
     end = begin + total_s
     for number, step in enumerate(todo, 1):
         if number > 1 and todo[number - 2].first and not step.first:

@@ -68,7 +68,7 @@ def test_whisper_by_its_own_transcript(whisper, sounds, tmp_path, capsys):
     command = ["compress", str(whisper), str(out), "--calibration", str(sounds), "--samples", "2", *QUICK]
     assert main([*command, "--dry-run"]) == 1
     assert "no .txt beside them" in capsys.readouterr().err
-    assert main(command) == 0
+    assert main(command) == 0, capsys.readouterr().err
     assert "so the whole model is loaded" in capsys.readouterr().err
     packed = pyllmq.from_pretrained(out)
     assert isinstance(packed.model.encoder.layers[0].fc1, pyllmq.CodebookLinear)
@@ -148,6 +148,7 @@ def test_pairs_take_a_text_beside_the_image_or_any(tmp_path):
     (pictures / "0.txt").write_text("the word", encoding="utf-8")
     tokenizer = models.tiny_tokenizer()
     tokenizer.save_pretrained(source)
+    model.config.save_pretrained(source)
     crop = {"height": 16, "width": 16}
     CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=crop).save_pretrained(source)
     (batch,) = batches_of_files(model, source, media_files(model, pictures))

@@ -29,7 +29,7 @@ from ..calibration import given_to_model
 from ..objective import mismatch
 from ..ranks import Ranks
 from ..solver.bayesian import bayesian_minimum
-from ..solver.hessian import as_matrix, factor_hessian, output_error
+from ..solver.hessian import as_matrix, centre_, factor_hessian, output_error
 from ..statistics.blocks import Chain, Stage
 from ..statistics.inputs import Group, InputStatistics, visit_groups
 from ..statistics.run import CalibrationRun
@@ -204,8 +204,7 @@ def split_linears(
     started = time.perf_counter()
     mean = inputs.mean.cpu() if inputs.mean is not None and config.correct_bias else None
     if mean is not None:
-        hessian.addr_(mean, mean, alpha=-1)
-        hessian.diagonal().clamp_(min=0)
+        centre_(hessian, mean)
     factor = factor_hessian(hessian, config.damping)
     covariance = hessian.double()
     known: list[Tensor] = []

@@ -27,6 +27,7 @@ from ...layers.linear import packed_modules
 from ...linears import dense_weight, is_transposed_linear, select_linears
 from ..calibration import as_batches, within_positions
 from ..model_state import hooked, quiet_eval
+from ..solver.hessian import centre_
 from ..statistics.blocks import BlockLoop, Stage, find_stages
 from ..statistics.inputs import InputStatistics, input_statistics
 from ..statistics.run import CalibrationRun
@@ -344,7 +345,7 @@ class _Reader:
         weight, covariance = dense_weight(module).cpu().double(), inputs.take_hessian().cpu().double()
         mean = None if inputs.mean is None else inputs.mean.cpu().double()
         if mean is not None:
-            covariance.addr_(mean, mean, alpha=-1)
+            centre_(covariance, mean)
         ridge = max(damping, 1e-9) * float(covariance.diagonal().mean())
         return cls(
             weight, covariance, covariance + (ridge or 1.0) * torch.eye(len(covariance), dtype=torch.float64), mean

@@ -59,7 +59,7 @@ def centre_(hessian: Tensor, mean: Tensor) -> None:
     """The mean of x x^T becomes the covariance, in place.
 
     Args:
-        hessian: float32 [K, K]. mean: float32 [K].
+        hessian: [K, K]. mean: [K]. Both were summed in float32, whatever they are in now.
 
     An input that never changes has none: what rounding leaves of it, on either side of 0, becomes 0.
     """

@@ -29,6 +29,7 @@ TOKENS = 16
 """Timed in one turn; those before them are not: the first ones meet cold caches and threads that other systems left spinning."""
 UNTIMED = 3
 ROUNDS = 5
+DENSE_DTYPES = ("float32", "bfloat16")
 RIVALS = ("none", *llama_cpp.PACKAGES)
 
 
@@ -96,7 +97,7 @@ def run_generation(
     contexts: Sequence[int] = CONTEXTS,
     prompt: int = PROMPT,
     rounds: int = ROUNDS,
-    dense: bool = True,
+    dense: Sequence[str] = DENSE_DTYPES,
     unfused: bool = True,
     csv: Path | str | None = None,
     plot: Path | str | None = None,
@@ -109,7 +110,8 @@ def run_generation(
             random weights of that shape, and says so.
         bits: widths as in `run`, comma separated; not for a packed folder.
         rivals: of `llama_cpp.PACKAGES`; those that are not installed are left out with a word, "none" means none.
-        dense, unfused: measure torch's dense model, and ours without fused steps, too.
+        dense: dtypes in which torch's dense model is measured, too.
+        unfused: measure ours without fused steps, too.
         keep: folder for the GGUF files, which are made anew where they are not there; None: they are deleted.
 
     Raises:
@@ -130,7 +132,7 @@ def run_generation(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if keep is None else keep)
         systems = [
             *_ours(model, bits.split(","), precision, unfused, threads),
-            *(_dense(model, threads) if dense else ()),
+            *_dense(model, dense, threads),
             *_rivals(Path(model).name, config, rivals, folder, threads, max(contexts)),
         ]
         others = record.OthersCpu()
@@ -177,9 +179,9 @@ def _ours(model: str, bits: Sequence[str], precision: Sequence[str], unfused: bo
             yield System("pyllmq", width, mode, module, (model, width, each, "bfloat16", fused, str(threads)))
 
 
-def _dense(model: str, threads: int) -> Iterator[System]:
+def _dense(model: str, dtypes: Sequence[str], threads: int) -> Iterator[System]:
     module = "pyllmq.benchmarks.transformers_worker"
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dtypes:
         yield System("torch", dtype, "", module, (model, "dense", "high", dtype, "0", str(threads)))
 
 

@@ -689,9 +689,7 @@ def _inspect_fused(given: argparse.Namespace) -> int:
     width = max(len(name) for name in found)
     for name, why in found.items():
         print(f"{name or 'the model':<{width}}  {why}")
-    print(
-        f"{sum(why == fusion.FUSED for why in found.values())} of {len(found)} modules run a few tokens as native steps"
-    )
+    print(f"{sum(why == fusion.FUSED for why in found.values())} of {len(found)} modules run as native steps")
     return 0
 
 
@@ -794,7 +792,7 @@ def run_doctor(given: argparse.Namespace) -> int:
         print(f"kernels of pyllmq._cpu on this processor ({isa}); faster would be {FASTER[isa]}:")
         for operation, row in SERVED[isa].items():
             print(f"  {operation:<43}{row}")
-    print(f"blocks of a few tokens as native steps (pyllmq.fuse): {'works' if ok else 'missing'}: {why}")
+    print(f"blocks as native steps (pyllmq.fuse): {'works' if ok else 'missing'}: {why}")
     print("codebook_linear with fp16 activations runs here, by device and number of tokens:")
     broken = False
     for device in ("cpu", "cuda"):

@@ -132,7 +132,7 @@ def test_systems_take_turns_and_rows_are_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generation, "Worker", Stub)
     monkeypatch.setattr(llama_cpp, "installed", dict)
     rows = generation.run_generation(
-        "TinyLlama-1.1B", bits="4", contexts=(20, 30), prompt=8, rounds=2, dense=False, csv=tmp_path / "r.csv"
+        "TinyLlama-1.1B", bits="4", contexts=(20, 30), prompt=8, rounds=2, dense=(), csv=tmp_path / "r.csv"
     )
     assert [(r.context, r.mode) for r in rows] == [(c, m) for c in (20, 30) for m in ("fused high", "unfused high")]
     assert all((r.decode_per_s, r.prompt_per_s, r.weights_mb, r.peak_mb) == (4.0, 16.0, 1.0, 2.0) for r in rows)

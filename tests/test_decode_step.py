@@ -433,6 +433,8 @@ SIZES = {  # batch, queries, past
     "speculated": {"queries": 5, "past": 126},
     "batch": {"batch": 3, "queries": 1, "past": 64},
     "both": {"batch": 2, "queries": 8, "past": 61},
+    "prompt": {"queries": 37, "past": 0},
+    "more of a prompt": {"batch": 2, "queries": 75, "past": 70},
 }
 
 

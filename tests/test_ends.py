@@ -106,7 +106,7 @@ def test_in_a_new_process_saved_again_and_inspected(tmp_path):
     pyllmq.save_pretrained(model, tmp_path / "packed")
     code = """
 import sys, torch, pyllmq
-model = pyllmq.from_pretrained(sys.argv[1])
+model = pyllmq.from_pretrained(sys.argv[1], fuse=False)
 with torch.no_grad():
     torch.save(model(torch.arange(3, 24).view(3, 7)).logits, sys.argv[2])
 pyllmq.save_pretrained(model, sys.argv[3])

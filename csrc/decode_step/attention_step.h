@@ -1,4 +1,4 @@
-// The attention module of a block for few tokens, as one call:
+// The attention module of a block, as one call:
 //
 //   h       = norm(x)
 //   q, k, v = rows of the Linears of h; norms of q, k and v; rotary positions of q and k

@@ -1,4 +1,4 @@
-// The MLP module of a block for few tokens, as one call:
+// The MLP module of a block, as one call:
 //
 //   h = norm(x)
 //   a = activation(gate rows of the Linears of h) * up rows, or activation(gate rows) alone

@@ -18,12 +18,12 @@ FUSED = "fused"
 
 
 def fuse(model: nn.Module) -> dict[str, str]:
-    """Let attention and MLP modules run as native steps on a CPU: of a decoder where they take a few tokens (1 to 8 of 1 to 8
-    sequences), of an encoder of BERT's kind whole blocks of up to 512 tokens.
+    """Let attention and MLP modules run as native steps on a CPU: of a decoder with a cache and of an
+    encoder of BERT's kind, up to 512 tokens at once; a longer prompt of one sequence in pieces.
 
     What a module does is recorded, matched to what the steps know, and compared with the module's own output on random input;
     what does not fit or does not agree stays as it is. In place, a state of the model in memory: parameters, modules,
-    `state_dict` and what is saved are as before. Calls that a step cannot serve (many tokens, other caches than `DynamicCache`,
+    `state_dict` and what is saved are as before. Calls that a step cannot serve (more tokens, no cache or another than `DynamicCache`,
     hooks inside, gradients, training, torch.compile) take the module's own way. Where weights or a precision changed, the
     model is fitted anew at the next call.
 

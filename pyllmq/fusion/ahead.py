@@ -50,7 +50,7 @@ class Ahead:
         self.keep = outputs
         self.nbytes = x.numel() * x.element_size()
         attentions = [block.attention for block in blocks if block.attention is not None]
-        places = [attention.place(layer, tokens.queries) for attention, layer in zip(attentions, layers, strict=True)]
+        places = [attention.place(layer, x) for attention, layer in zip(attentions, layers, strict=True)]
         caches, pasts = zip(*places, strict=True)
         self.layers = [(weakref.ref(layer), layer.extent()) for layer in layers]
         self.at = 0

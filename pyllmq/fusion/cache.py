@@ -118,8 +118,15 @@ class GrowingLayer(DynamicLayer):
         same = all(t.dtype == held[0].dtype and t.shape[:2] == held[0].shape[:2] for t in held)
         return same and not (torch.is_grad_enabled() and any(t.requires_grad for t in held))
 
+    def begin(self, x: Tensor, heads: int, head_size: int, value_size: int) -> None:
+        """Make a layer that holds no token one of such keys and values, for the sequences of x and in its dtype."""
+        keys, values = (x.new_empty(x.shape[0], heads, 0, size) for size in (head_size, value_size))
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
     def reserve(self, tokens: int) -> None:
-        """Make room for so many tokens more, behind at least one."""
+        """Make room for so many tokens more, behind at least one or behind `begin`."""
         for grown in self.grown:
             grown.reserve(tokens)
 

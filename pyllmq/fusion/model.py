@@ -124,25 +124,34 @@ def _difference(candidate: Fitting, fused: FusedModule) -> tuple[float, float]:
 
     given = {name: cast(value) for name, value in candidate.example.items()}
     x = given[names.x] = torch.randn(given[names.x].shape).to(dtype)
-    caches: list[Any] = [None, None]
-    if candidate.attention is not None and names.mask is not None:
+    form = candidate.attention
+    if form is not None and names.mask is not None:
         given[names.mask] = mask_as_implemented(given[names.mask], fused.implementation, dtype)
-    if candidate.attention is not None and names.cache is not None:
-        form = candidate.attention
-        sizes = [(x.shape[0], form.kv_heads, PROMPT, size) for size in (form.head_size, form.value_size)]
-        past = [torch.randn(size).to(dtype) for size in sizes]
-        caches = [filled_cache(names.cache_layer, *past) for _ in range(2)]
-    theirs, ours = (
-        forward(**(given | ({} if cache is None else {names.cache or "": cache})))
-        for forward, cache in ((fused.own_forward, caches[0]), (fused.served, caches[1]))
-    )
-    if ours is None:
-        return torch.inf, 0.0
-    theirs, ours = (t[0] if isinstance(t, tuple) else t for t in (theirs, ours))
-    part = theirs.float() - (x.float() if fused.residual else 0)
-    precision = max((_AGREES[layer.precision] for layer in packed), default=_AGREES["exact"])
-    tolerance = precision + 4 * torch.finfo(dtype).eps * (theirs.float().norm() / part.norm()).item()
-    return ((ours.float() - theirs.float()).norm() / part.norm()).item(), tolerance
+
+    def compare(given: dict[str, Any], past: int) -> tuple[float, float]:
+        caches: list[Any] = [None, None]
+        if form is not None and names.cache is not None:
+            sizes = [(x.shape[0], form.kv_heads, past, size) for size in (form.head_size, form.value_size)]
+            tensors = [torch.randn(size).to(dtype) for size in sizes]
+            caches = [filled_cache(names.cache_layer, *tensors) for _ in range(2)]
+        theirs, ours = (
+            forward(**(given | ({} if cache is None else {names.cache or "": cache})))
+            for forward, cache in ((fused.own_forward, caches[0]), (fused.served, caches[1]))
+        )
+        if ours is None:
+            return torch.inf, 0.0
+        theirs, ours = (t[0] if isinstance(t, tuple) else t for t in (theirs, ours))
+        part = theirs.float() - (x.float() if fused.residual else 0)
+        precision = max((_AGREES[layer.precision] for layer in packed), default=_AGREES["exact"])
+        tolerance = precision + 4 * torch.finfo(dtype).eps * (theirs.float().norm() / part.norm()).item()
+        return ((ours.float() - theirs.float()).norm() / part.norm()).item(), tolerance
+
+    difference, tolerance = compare(given, PROMPT)
+    if form is not None and names.cache is not None and names.mask is not None and difference <= tolerance:
+        # What a module makes of no mask, its attention function decides.
+        of_prompt, most = compare(given | {names.mask: None}, 0)
+        fused.reads_prompts = of_prompt <= most
+    return difference, tolerance
 
 
 @contextmanager

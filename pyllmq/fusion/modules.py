@@ -1,4 +1,4 @@
-"""A fused module: its `forward` for a few tokens is one or two native steps, for everything else what it was."""
+"""A fused module: its `forward` is one or two native steps, for everything else what it was."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from .grammar import Arguments, Fitting
 from .steps import Rotary
 
 MOST_QUERIES, MOST_SEQUENCES = 8, 8
-"""Of a call that is made as native steps. More tokens are a prompt: there torch's attention and the packed layers' own calls
-for many tokens are faster."""
-MOST_ENCODED = 512
-"""Tokens of a call of an encoder's block that is made as native steps."""
+"""Of a call whose blocks run ahead. More tokens are a prompt."""
+PIECE = 512
+"""Tokens that a step takes at once: its memory grows with them, and from there on no longer its speed."""
 
 _WRAPS: dict[str, Callable[[Tensor], Any]] = {
     "y": lambda y: y,
@@ -81,6 +80,8 @@ class FusedModule:
         self.residual = fitting.attention is not None and fitting.mlp is not None
         self.encodes = fitting.attention is not None and fitting.arguments.cache is None
         self.in_sequence = self.residual and not fitting.parallel
+        self.reads_prompts = True
+        """May a call without a mask be of several tokens, each of which sees those before it?"""
         self.weights = self._weights()
         self.guard = self._guard()
         self.behind: FusedModule | None = None
@@ -120,7 +121,7 @@ class FusedModule:
         if type(x) is not Tensor or x.dtype not in cpu.DTYPE_CODE or not x.is_cpu:
             return None
         shape = x.shape
-        if len(shape) != 3 or not self._is_small(*shape[:2]):
+        if len(shape) != 3 or not self._takes(*shape[:2], layer):
             return None
         cos = sin = mask = None
         if self.attention is not None:
@@ -129,7 +130,7 @@ class FusedModule:
                 cos, sin = given.get(names.positions) or (None, None)
                 if not isinstance(cos, Tensor):
                     return None
-            reaches = _covers(shape, mask, cos) if self.encodes else layer and _reaches(layer, shape, mask, cos)
+            reaches = _covers(shape, mask, cos) if self.encodes else layer and self._reaches(layer, shape, mask, cos)
             if not reaches:
                 return None
         held = self.guard.holds()
@@ -138,19 +139,50 @@ class FusedModule:
         if not (held or self._is_current()):
             self.shared.fuse_again()
             return None
-        tokens = self.shared.tokens_of(x, shape, cos, sin, mask, self.rotary)
         cpu.kernels()  # as many threads as torch has
         x = x.contiguous()
-        if self.residual and not self.encodes:
-            return self.wrap(self._with_those_behind(given, x, tokens, layer))
         y = torch.empty_like(x)
+        if shape[0] * shape[1] > PIECE:
+            self._run_in_pieces(x, y, cos, sin, mask, layer)
+            return self.wrap(y)
+        tokens = self.shared.tokens_of(x, shape, cos, sin, mask, self.rotary)
+        if self.residual and not self.encodes and shape[0] <= MOST_SEQUENCES and shape[1] <= MOST_QUERIES:
+            return self.wrap(self._with_those_behind(given, x, tokens, layer))
         self._run(x, y, tokens, layer)
         return self.wrap(y)
 
-    def _is_small(self, sequences: int, queries: int) -> bool:
-        if self.encodes:
-            return 0 < sequences * queries <= MOST_ENCODED
-        return 0 < sequences <= MOST_SEQUENCES and 0 < queries <= MOST_QUERIES
+    def _takes(self, sequences: int, queries: int, layer: GrowingLayer | None) -> bool:
+        """So many tokens. A window slides between pieces, which the mask of all of them does not know."""
+        if sequences * queries <= PIECE or self.attention is None:
+            return sequences * queries > 0
+        return sequences == 1 and type(layer) is GrowingLayer
+
+    def _reaches(self, layer: GrowingLayer, shape: torch.Size, mask: Any, cos: Any) -> bool:
+        """Can a step attend to this layer, for x of this shape, where mask and positions are these?"""
+        keys, values = layer.grown
+        batch, queries, _ = shape
+        buffer, past = keys.buffer, keys.length
+        if values.length != past or not _positions_fit(shape, cos):
+            return False
+        if past and (
+            buffer is None or buffer.shape[0] != batch or buffer.dtype not in cpu.DTYPE_CODE or not buffer.is_cpu
+        ):
+            return False
+        if mask is None:
+            return queries == 1 or (past == 0 and self.reads_prompts)
+        return _mask_fits(shape, mask, past)
+
+    def _run_in_pieces(self, x: Tensor, y: Tensor, cos: Any, sin: Any, mask: Any, layer: Any) -> None:
+        x, y = x.view(1, -1, x.shape[2]), y.view(1, -1, y.shape[2])
+        past = 0 if layer is None else layer.grown[0].length
+        for begin in range(0, x.shape[1], PIECE):
+            end = min(begin + PIECE, x.shape[1])
+            tables = [None if t is None else t[:, begin:end] for t in (cos, sin)]
+            seen = mask
+            if mask is not None:
+                seen = (mask if mask.shape[2] == 1 else mask[:, :, begin:end])[..., : past + end]
+            piece = x[:, begin:end]
+            self._run(piece, y[:, begin:end], native.make_tokens(piece, *tables, seen, self.rotary), layer)
 
     def _run(self, x: Tensor, y: Tensor, tokens: native.Tokens, layer: Any) -> None:
         if self.attention is not None and self.encodes:
@@ -177,7 +209,7 @@ class FusedModule:
         mask = given.get(names.mask or "")
         while (block := blocks[-1].behind) is not None and block not in blocks:
             its = growing_layer(given[names.cache], block.arguments.cache_layer)
-            if its is None or its in layers or not _reaches(its, x.shape, mask, cos):
+            if its is None or its in layers or not self._reaches(its, x.shape, mask, cos):
                 break
             blocks.append(block)
             layers.append(its)
@@ -279,18 +311,6 @@ class NotFused:
 
 def _version(parameter: Tensor) -> int | None:
     return None if parameter.is_inference() else parameter._version
-
-
-def _reaches(layer: GrowingLayer, shape: torch.Size, mask: Any, cos: Any) -> bool:
-    """Can a step attend to this layer, for x of this shape, where mask and positions are these?"""
-    keys, values = layer.grown
-    batch, queries, _ = shape
-    buffer = keys.buffer
-    if buffer is None or keys.length == 0 or values.length != keys.length:
-        return False
-    if buffer.shape[0] != batch or buffer.dtype not in cpu.DTYPE_CODE or not buffer.is_cpu:
-        return False
-    return _positions_fit(shape, cos) and (queries == 1 if mask is None else _mask_fits(shape, mask, keys.length))
 
 
 def _covers(shape: torch.Size, mask: Any, cos: Any) -> bool:

@@ -73,7 +73,7 @@ class Attention:
 
     def __call__(self, x: Tensor, y: Tensor, tokens: Tokens, layer: GrowingLayer, residual: bool) -> None:
         """y = x or nothing, and attention of x; the layer holds the tokens' keys and values afterwards."""
-        cache, past = self.place(layer, tokens.queries)
+        cache, past = self.place(layer, x)
         pointer = x.data_ptr()
         self.step(pointer, y.data_ptr(), tokens.native, cache, past, pointer if residual else 0)
         layer.committed(tokens.queries)
@@ -89,9 +89,11 @@ class Attention:
         self.step(pointer, y.data_ptr(), tokens.native, room.native, 0, pointer)
         return room
 
-    def place(self, layer: GrowingLayer, queries: int) -> tuple[Any, int]:
-        """The memory of a layer with room for so many tokens more, and how many it holds."""
-        layer.reserve(queries)
+    def place(self, layer: GrowingLayer, x: Tensor) -> tuple[Any, int]:
+        """The memory of a layer with room for the tokens of x [batch, queries, hidden], and how many it holds."""
+        if layer.grown[0].length == 0:
+            layer.begin(x, self.form.kv_heads, self.form.head_size, self.form.value_size)
+        layer.reserve(x.shape[1])
         keys, values = layer.grown
         buffer: Any = keys.buffer
         # Another cache may come to lie at the address of one that is gone.

@@ -1,4 +1,4 @@
-"""What a fused step does, said completely: the attention module or the MLP module of a block for a few tokens.
+"""What a fused step does, said completely: the attention module or the MLP module of a block.
 
 The forms are what `grammar` finds in a record and what the native steps are made from: fields have the names of the steps'.
 """

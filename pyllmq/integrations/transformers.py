@@ -89,7 +89,7 @@ def from_pretrained(
     Args:
         folder: as written by `save_pretrained`.
         auto_class: for example `transformers.AutoModelForCausalLM`; None takes the class that config.json names.
-        fuse: let the blocks of a model run a few tokens as two native calls where it lies on a CPU, see `pyllmq.fuse`;
+        fuse: let the blocks of a model run as two native calls where it lies on a CPU, see `pyllmq.fuse`;
             `pyllmq.fusion.report` says which do.
         kwargs: passed on to transformers.
 

@@ -19,6 +19,9 @@ namespace {
 // number of threads, and the parts are joined in order: the same bits for any number of threads. What a part of 128 hands
 // over is 1/32 of what it reads with 8 rows.
 constexpr int64_t kPartKeys = 128, kMostParts = 1024;
+// Of more queries each task takes some rows, and all positions that they see: about as many rows as fill the L1 cache with
+// what a block of keys adds to.
+constexpr int64_t kFewQueries = 8, kTileRows = 128;
 constexpr int64_t kChunksPerThread = 4;
 constexpr int64_t kMostPositions = 1 << 24;  // fp32 holds every position up to there
 constexpr double kNsPerProduct = 0.03, kNsPerPreparedElement = 1.5;
@@ -57,6 +60,7 @@ struct Sizes {
   int64_t batch, queries, past, length;  // length: positions with the new ones
   int64_t lanes, group;
   int64_t rows, padded_rows;  // that share a head of keys: queries * group
+  int64_t tile_rows, tiles;   // whole queries and whole registers of them, unless there is one tile
   int64_t value_size;         // padded to whole registers
   int64_t units;              // heads of keys of all sequences
   int64_t part_keys;
@@ -73,13 +77,28 @@ struct Sizes {
         padded_rows(rounded_up(rows, lanes)),
         value_size(rounded_up(step.value_size, lanes)),
         units(batch * step.kv_heads),
-        part_keys(kPartKeys * ceil_div(units * ceil_div(length, kPartKeys), kMostParts)) {}
+        part_keys(kPartKeys * ceil_div(units * ceil_div(length, kPartKeys), kMostParts)) {
+    tile_rows = rows;
+    if (queries > kFewQueries) {
+      tile_rows = group * lanes * std::max<int64_t>(1, kTileRows / (group * lanes));
+      part_keys = length;
+    }
+    tiles = ceil_div(rows, tile_rows);
+  }
+  int64_t rows_of(int64_t tile) const { return std::min(tile_rows, rows - tile * tile_rows); }
+  int64_t padded_tile_rows() const { return rounded_up(std::min(tile_rows, rows), lanes); }
 };
 
-// Which positions the rows of a sequence see.
+// Which positions some rows of a sequence see.
 struct Sight {
-  std::vector<float> first, last;  // [padded_rows]
+  const float *first, *last;  // [rows], padded
   float earliest_first, latest_first, earliest_last, latest_last;
+
+  Sight(const float* first_of_rows, const float* last_of_rows, int64_t rows) : first(first_of_rows), last(last_of_rows) {
+    const auto firsts = std::minmax_element(first, first + rows), lasts = std::minmax_element(last, last + rows);
+    earliest_first = *firsts.first, latest_first = *firsts.second;
+    earliest_last = *lasts.first, latest_last = *lasts.second;
+  }
 };
 
 // [first, last) of one query.
@@ -98,37 +117,42 @@ std::pair<int64_t, int64_t> seen_positions(const AttentionStep& step, const Step
   return {first, last};
 }
 
-Sight sight_of(const AttentionStep& step, const StepTokens& tokens, const Sizes& sizes, int64_t sequence) {
-  Sight sight{
-      std::vector<float>(sizes.padded_rows, 0.0f), std::vector<float>(sizes.padded_rows, kInfinity), kInfinity, 0, kInfinity, 0};
-  for (int64_t query = 0; query < sizes.queries; ++query) {
-    const auto seen = seen_positions(step, tokens, sizes, sequence, query);
-    const auto first = static_cast<float>(seen.first), last = static_cast<float>(seen.second);
-    std::fill_n(sight.first.begin() + query * sizes.group, sizes.group, first);
-    std::fill_n(sight.last.begin() + query * sizes.group, sizes.group, last);
-    sight.earliest_first = std::min(sight.earliest_first, first);
-    sight.latest_first = std::max(sight.latest_first, first);
-    sight.earliest_last = std::min(sight.earliest_last, last);
-    sight.latest_last = std::max(sight.latest_last, last);
+// Of the tiles of each sequence; first and last [batch, padded_rows] are written.
+std::vector<Sight> sights_of(const AttentionStep& step, const StepTokens& tokens, const Sizes& sizes, float* first, float* last) {
+  std::fill_n(first, sizes.batch * sizes.padded_rows, 0.0f);
+  std::fill_n(last, sizes.batch * sizes.padded_rows, kInfinity);
+  std::vector<Sight> sights;
+  for (int64_t b = 0; b < sizes.batch; ++b) {
+    float *first_of_rows = first + b * sizes.padded_rows, *last_of_rows = last + b * sizes.padded_rows;
+    for (int64_t query = 0; query < sizes.queries; ++query) {
+      const auto seen = seen_positions(step, tokens, sizes, b, query);
+      std::fill_n(first_of_rows + query * sizes.group, sizes.group, static_cast<float>(seen.first));
+      std::fill_n(last_of_rows + query * sizes.group, sizes.group, static_cast<float>(seen.second));
+    }
+    for (int64_t tile = 0; tile < sizes.tiles; ++tile) {
+      const int64_t row = tile * sizes.tile_rows;
+      sights.emplace_back(first_of_rows + row, last_of_rows + row, sizes.rows_of(tile));
+    }
   }
-  return sight;
+  return sights;
 }
 
-// What the parts of one head of keys leave, in one row of memory: largest and sums [padded_rows], weighted [rows, values].
+// What the parts of one tile leave, in one row of memory: largest and sums [tile rows, padded], weighted [tile rows, values].
 struct PartResult {
   float *largest, *sums, *weighted;
 
   PartResult(const Sizes& sizes, float* memory)
-      : largest(memory), sums(memory + sizes.padded_rows), weighted(memory + 2 * sizes.padded_rows) {}
-  static int64_t floats(const Sizes& sizes) { return 2 * sizes.padded_rows + sizes.rows * sizes.value_size; }
+      : largest(memory), sums(memory + sizes.padded_tile_rows()), weighted(memory + 2 * sizes.padded_tile_rows()) {}
+  static int64_t floats(const Sizes& sizes) {
+    return 2 * sizes.padded_tile_rows() + std::min(sizes.tile_rows, sizes.rows) * sizes.value_size;
+  }
 };
 
-// out [value_size] of one row. A sink is a further key with this logit and without a value.
-void join_parts(const AttentionStep& step, const Sizes& sizes, float* memory, int64_t parts, int64_t row, float* out) {
+// out [value_size] of row r of a tile. A sink is a further key with this logit and without a value.
+void join_parts(const AttentionStep& step, const Sizes& sizes, float* memory, int64_t parts, int64_t r, int64_t query_head,
+                float* out) {
   const int64_t floats = PartResult::floats(sizes);
-  const float sink =
-      step.sinks.empty() ? -kInfinity : step.sinks[row / sizes.rows * sizes.group + row % sizes.rows % sizes.group];
-  const int64_t r = row % sizes.rows;
+  const float sink = step.sinks.empty() ? -kInfinity : step.sinks[query_head];
   float largest = sink;
   for (int64_t p = 0; p < parts; ++p) {
     const float of_part = PartResult(sizes, memory + p * floats).largest[r];
@@ -152,8 +176,9 @@ void join_parts(const AttentionStep& step, const Sizes& sizes, float* memory, in
 void attend(const AttentionStep& step, const StepTokens& tokens, const KeyValueCache& cache, const Sizes& sizes, const float* q,
             float* context, Scratch& scratch) {
   const Traced traced(Part::attention);
-  std::vector<Sight> sights;
-  for (int64_t b = 0; b < sizes.batch; ++b) sights.push_back(sight_of(step, tokens, sizes, b));
+  const int64_t all_rows = sizes.batch * sizes.padded_rows;
+  float *first = scratch.take(all_rows), *last = scratch.take(all_rows);
+  const std::vector<Sight> sights = sights_of(step, tokens, sizes, first, last);
   int64_t first_part = sizes.length / sizes.part_keys;
   double seen = 0;
   for (const Sight& sight : sights) {
@@ -161,33 +186,37 @@ void attend(const AttentionStep& step, const StepTokens& tokens, const KeyValueC
     seen += sight.latest_last - sight.earliest_first;
   }
   const int64_t parts = ceil_div(sizes.length, sizes.part_keys) - first_part;
-  const int64_t units = sizes.units, floats = PartResult::floats(sizes);
-  float* results = scratch.take(units * parts * floats);
-  const double products = seen * static_cast<double>(step.kv_heads * sizes.padded_rows * (step.head_size + sizes.value_size));
+  const int64_t tiles = sizes.tiles, tasks = sizes.units * tiles * parts, floats = PartResult::floats(sizes);
+  float* results = scratch.take(tasks * floats);
+  const double products =
+      seen * static_cast<double>(step.kv_heads * sizes.padded_tile_rows() * (step.head_size + sizes.value_size));
 
   // Some parts in a row for a thread, which can then ask for the next one's memory.
-  const int64_t grain = std::max<int64_t>(1, units * parts / (kChunksPerThread * num_threads()));
-  parallel_for(units * parts, grain, kNsPerProduct * products, [&](int64_t task_begin, int64_t task_end) {
+  const int64_t grain = std::max<int64_t>(1, tasks / (kChunksPerThread * num_threads()));
+  parallel_for(tasks, grain, kNsPerProduct * products, [&](int64_t task_begin, int64_t task_end) {
     for (int64_t task = task_begin; task < task_end; ++task) {
-      const int64_t unit = task / parts, b = unit / step.kv_heads, head = unit % step.kv_heads;
-      const Sight& sight = sights[b];
+      const int64_t unit = task / (tiles * parts), b = unit / step.kv_heads, head = unit % step.kv_heads;
+      const int64_t tile = task / parts % tiles, row = tile * sizes.tile_rows;
+      const Sight& sight = sights[b * tiles + tile];
       const int64_t part_begin = (first_part + task % parts) * sizes.part_keys;
       const PartResult result(sizes, results + task * floats);
       const auto* keys = static_cast<const uint8_t*>(cache.keys);
       const auto* values = static_cast<const uint8_t*>(cache.values);
       const int64_t bytes = element_bytes(cache.dtype);
       sizes.kernels.attend(
-          {.rows = sizes.rows,
+          {.rows = sizes.rows_of(tile),
            .group = sizes.group,
            .head_size = step.head_size,
            .value_size = step.value_size,
-           .q = q + unit * sizes.padded_rows * step.head_size,
-           .first = sight.first.data(),
-           .last = sight.last.data(),
+           .q = q + (unit * sizes.padded_rows + row) * step.head_size,
+           .first = sight.first,
+           .last = sight.last,
            .latest_first = sight.latest_first,
            .earliest_last = sight.earliest_last,
            .soft_cap = step.soft_cap,
-           .mask = tokens.mask == nullptr ? nullptr : tokens.mask + b * tokens.mask_batch_stride,
+           .mask = tokens.mask == nullptr
+                       ? nullptr
+                       : tokens.mask + b * tokens.mask_batch_stride + row / sizes.group * tokens.mask_query_stride,
            .mask_query_stride = tokens.mask_query_stride,
            .begin = std::max(part_begin, static_cast<int64_t>(sight.earliest_first)),
            .end = std::min(part_begin + sizes.part_keys, static_cast<int64_t>(sight.latest_last)),
@@ -204,13 +233,14 @@ void attend(const AttentionStep& step, const StepTokens& tokens, const KeyValueC
     }
   });
 
-  const double joined = static_cast<double>(units * parts * sizes.rows * step.value_size);
-  parallel_for(units * sizes.rows, 1, joined, [&](int64_t row_begin, int64_t row_end) {
+  const double joined = static_cast<double>(tasks * sizes.tile_rows * step.value_size);
+  parallel_for(sizes.units * sizes.rows, 1, joined, [&](int64_t row_begin, int64_t row_end) {
     for (int64_t row = row_begin; row < row_end; ++row) {
       const int64_t unit = row / sizes.rows, b = unit / step.kv_heads, head = unit % step.kv_heads, r = row % sizes.rows;
       const int64_t token = b * sizes.queries + r / sizes.group;
       const int64_t query_head = head * sizes.group + r % sizes.group;
-      join_parts(step, sizes, results + unit * parts * floats, parts, head * sizes.rows + r,
+      float* of_tile = results + (unit * tiles + r / sizes.tile_rows) * parts * floats;
+      join_parts(step, sizes, of_tile, parts, r % sizes.tile_rows, query_head,
                  context + (token * step.heads + query_head) * step.value_size);
     }
   });

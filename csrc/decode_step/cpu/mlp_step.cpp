@@ -11,7 +11,7 @@ constexpr double kNsPerUnit = 1.0;
 
 // Elements first, first + stride, ... side by side.
 const float* side_by_side(const float* from, int64_t stride, int64_t count, float* room) {
-  if (stride == 1) return from;
+  if (room == nullptr) return from;
   for (int64_t i = 0; i < count; ++i) room[i] = from[i * stride];
   return room;
 }
@@ -38,12 +38,12 @@ void mlp_step(const MlpStep& step, const StepCall& call) {
   const std::vector<float*> outputs = project(step.input, step.norm, call, step.precision, scratch);
   const int64_t units = step.units;
   float* activated = scratch.take(call.tokens * units);
-  float* gates = scratch.take(call.tokens * units);
-  float* ups = scratch.take(call.tokens * units);
+  float* gates = step.gate_rows.stride == 1 ? nullptr : scratch.take(call.tokens * units);
+  float* ups = !step.gated || step.up_rows.stride == 1 ? nullptr : scratch.take(call.tokens * units);
   parallel_for(call.tokens, 1, kNsPerUnit * static_cast<double>(call.tokens * units), [&](int64_t begin, int64_t end) {
     const auto rows_of = [&](const UnitRows& rows, int64_t t, float* room) {
       const float* all = outputs[rows.operand] + t * step.input.operands[rows.operand]->rows();
-      return side_by_side(all + rows.first_row, rows.stride, units, room + t * units);
+      return side_by_side(all + rows.first_row, rows.stride, units, room == nullptr ? nullptr : room + t * units);
     };
     for (int64_t t = begin; t < end; ++t)
       step_kernels().activate(step.activation, rows_of(step.gate_rows, t, gates),

@@ -217,7 +217,12 @@ void attend_to(const AttentionPart& part, const Block<Number>& block, const Ahea
   const int64_t padded = rounded_up(part.value_size, width), keys = block.count, stride = block.key_stride;
   const Ahead nothing(part, part.q, 0, part.ahead_end);
   alignas(64) float scores[kBlockKeys * width], keep[width];
+  const auto begin = static_cast<float>(block.begin), end = static_cast<float>(block.begin + keys);
   for (int64_t row = 0; row < part.rows; row += width) {
+    const int64_t rows = std::min(width, part.rows - row);
+    bool seen = false;
+    for (int64_t r = row; r < row + rows; ++r) seen |= part.first[r] < end && part.last[r] > begin;
+    if (!seen) continue;
     const float* q = part.q + row * part.head_size;
     const Ahead& ahead = row == 0 ? values_ahead : nothing;
     int64_t i = 0;
@@ -226,7 +231,6 @@ void attend_to(const AttentionPart& part, const Block<Number>& block, const Ahea
     for (; i < keys; ++i) score_keys<V, 1>(q, block.keys + i * stride, stride, part.head_size, ahead, i, scores + i * width);
     limit_scores<V>(part, block.begin, keys, row, scores);
     soften<V>(keys, scores, part.largest + row, part.sums + row, keep);
-    const int64_t rows = std::min(width, part.rows - row);
     for (int64_t r = 0; r < rows; r += 4) {
       constexpr decltype(&add_values_to_rows<V, 1, Number>) add[4] = {
           add_values_to_rows<V, 1, Number>, add_values_to_rows<V, 2, Number>, add_values_to_rows<V, 3, Number>,

@@ -474,19 +474,20 @@ class BlockRun {
   }
 
   void run(Pointer x, Pointer y, Pointer copies, const TypedTokens& tokens, const std::vector<const KeyValueCache*>& caches,
-           const std::vector<int64_t>& pasts) const {
+           const std::vector<int64_t>& pasts, const Norm* norm) const {
     if (caches.size() != blocks_.size() || pasts.size() != blocks_.size())
       throw std::invalid_argument("there are " + std::to_string(blocks_.size()) + " blocks, " + std::to_string(caches.size()) +
                                   " caches and " + std::to_string(pasts.size()) + " pasts");
     const HotThreads hot;
     const int64_t hidden = blocks_.empty() ? 0 : blocks_[0].attention->step.output.operand->rows();
     const int64_t bytes = tokens.tokens.batch * tokens.tokens.queries * hidden * element_bytes(tokens.dtype);
-    for (size_t i = 0; i < blocks_.size(); ++i, x = y, y += bytes, copies += bytes) {
+    for (size_t i = 0; i < blocks_.size(); ++i, x = y, y += bytes) {
       const Block& block = blocks_[i];
       attention_step(block.attention->step, tokens.call(x, x, y), tokens.tokens, *caches[i], pasts[i]);
       mlp_step(block.mlp->step, tokens.call(block.in_sequence ? y : x, y, y));
-      std::memcpy(as<uint8_t>(copies), as<uint8_t>(y), bytes);
+      if (copies != 0) std::memcpy(as<uint8_t>(copies + i * bytes), as<uint8_t>(y), bytes);
     }
+    if (norm != nullptr) norm_step(*norm, tokens.call(x, 0, y), hidden);
   }
 
  private:
@@ -530,7 +531,8 @@ void bind_decode_step(py::module_& m) {
           arg("x"), arg("y"), arg("tokens"), arg("residual") = 0, NoGil());
   py::class_<BlockRun>(m, "BlockRun")
       .def(py::init<const py::list&>(), arg("blocks"))
-      .def("__call__", &BlockRun::run, arg("x"), arg("y"), arg("copies"), arg("tokens"), arg("caches"), arg("pasts"), NoGil());
+      .def("__call__", &BlockRun::run, arg("x"), arg("y"), arg("copies"), arg("tokens"), arg("caches"), arg("pasts"),
+           arg("norm") = nullptr, NoGil());
   py::class_<StateGuard>(m, "StateGuard")
       .def(py::init<py::list, py::list, py::list>(), arg("slots"), arg("empty"), arg("tensors"))
       .def("holds", &StateGuard::holds);

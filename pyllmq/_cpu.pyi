@@ -198,9 +198,17 @@ class BlockRun:
 
     def __init__(self, blocks: list[tuple[AttentionStep, MlpStep, bool]]) -> None: ...
     def __call__(
-        self, x: int, y: int, copies: int, tokens: StepTokens, caches: tuple[KeyValueCache, ...], pasts: tuple[int, ...]
+        self,
+        x: int,
+        y: int,
+        copies: int,
+        tokens: StepTokens,
+        caches: tuple[KeyValueCache, ...],
+        pasts: tuple[int, ...],
+        norm: Norm | None = None,
     ) -> None:
-        """x: the address of [batch, queries, hidden]; y, copies: of [blocks, batch, queries, hidden], each block's output twice."""
+        """x: the address of [batch, queries, hidden]; y, copies: of [blocks, batch, queries, hidden], each block's output twice,
+        copies 0: once. With a norm y has one place more, for that of the last output."""
 
 class StateGuard:
     """Is the state of Python objects what it was? slots: (dict, key, value), Ellipsis where the key must be absent. empty:

@@ -14,6 +14,7 @@ from torch import nn
 
 import pyllmq
 from pyllmq.fusion import native, report, steps
+from pyllmq.fusion.body import FusedBody
 from pyllmq.fusion.cache import filled_cache, growing_layer
 from pyllmq.fusion.grammar import fit
 from pyllmq.fusion.modules import FusedModule
@@ -92,7 +93,7 @@ def in_fp64(model):
 def counted():
     """How many times modules were served by native steps, attention and MLP."""
     counts = {"attention": 0, "mlp": 0}
-    own = FusedModule.served
+    own, own_body = FusedModule.served, FusedBody.served
 
     def served(self, **given):
         y = own(self, **given)
@@ -100,11 +101,17 @@ def counted():
         counts["mlp"] += y is not None and self.mlp is not None
         return y
 
-    FusedModule.served = served
+    def served_body(self, **given):
+        y = own_body(self, **given)
+        for part in counts:
+            counts[part] += len(self.blocks) if y is not None else 0
+        return y
+
+    FusedModule.served, FusedBody.served = served, served_body
     try:
         yield counts
     finally:
-        FusedModule.served = own
+        FusedModule.served, FusedBody.served = own, own_body
 
 
 def padded_batch(left: bool = True):
@@ -479,7 +486,7 @@ def test_unfuse_gives_the_modules_back():
     modules = dict(model.named_modules())
     forwards = {name: module.forward for name, module in modules.items()}
     pyllmq.fuse(model)
-    assert [m for m in modules.values() if "forward" in m.__dict__] == list(model.model.layers)
+    assert [m for m in modules.values() if "forward" in m.__dict__] == [model.model, *model.model.layers]
     assert pyllmq.unfuse(model) == 2 and report(model) == {}
     assert pyllmq.unfuse(model) == 0
     after = dict(model.named_modules())
@@ -566,7 +573,9 @@ def test_set_precision_after_fuse(llama, precision):
     inputs, continuation = padded_batch(), torch.randint(3, 128, (2, 6))
     with counted() as counts:
         fused = step_by_step(llama, inputs, continuation, 1)
-    assert counts["attention"] == 14 - 1 + 4  # at the first call fitted anew, and compared
+    assert (
+        counts["attention"] == 14 - 1 + 4 + 4
+    )  # at the first call fitted anew, and compared: blocks, and the model around them
     pyllmq.set_precision(llama, "exact")
     pyllmq.unfuse(llama)
     exact = step_by_step(llama, inputs, continuation, 1)
@@ -581,7 +590,7 @@ def test_weights_that_change_after_fuse(llama):
         llama.model.layers[0].post_attention_layernorm.weight.data = torch.rand(64)
     other = packed(randomized(tiny_llama(vocab_size=128)))
     llama.model.layers[1].mlp.up_proj.load_state_dict(other.model.layers[0].mlp.up_proj.state_dict())
-    assert_as_unfused(llama, 24 - 1 + 4)  # at the first call fitted anew, and compared
+    assert_as_unfused(llama, 24 - 1 + 4 + 4)  # at the first call fitted anew, and compared
 
 
 def test_another_dtype_after_fuse(llama):
@@ -589,7 +598,7 @@ def test_another_dtype_after_fuse(llama):
     inputs, continuation = padded_batch(), torch.randint(3, 128, (2, 6))
     with counted() as counts:
         fused = step_by_step(llama, inputs, continuation, 1).float()
-    assert counts["attention"] == 14 - 1 + 4
+    assert counts["attention"] == 14 - 1 + 4 + 4
     pyllmq.unfuse(llama)
     unfused = step_by_step(llama, inputs, continuation, 1).float()
     assert (fused - unfused).norm() <= 0.03 * unfused.norm()
@@ -726,11 +735,11 @@ def four_blocks():
     return model
 
 
-def test_blocks_run_ahead_from_the_third_token_on():
+def test_blocks_run_ahead_from_the_second_token_on():
     model = four_blocks()
     ran = []
     decoded(model, 5, lambda m, token: ran.append(0 if ahead_of(m) is None else len(ahead_of(m).blocks)))
-    assert ran == [0, 0, 4, 4, 4] and ahead_of(model).at == 4  # the first token shows who comes behind whom
+    assert ran == [0, 4, 4, 4, 4] and ahead_of(model).at == 4  # who comes behind whom the comparison showed
     assert_as_unfused(model, None, decoded)
 
 
@@ -817,7 +826,7 @@ def test_blocks_that_the_model_leaves_out_run_ahead_once():
         ran.append(ahead_of(model) and len(ahead_of(model).blocks))
 
     decoded(model, 7, first_two)
-    assert ran == [None, None, 4, 4, 4, 2, 2]
+    assert ran == [None, 4, 4, 4, 4, 2, 2]
 
 
 def test_a_generation_that_ended_leaves_no_cache_alive():

@@ -43,4 +43,7 @@ struct StepCall {
   int64_t tokens;
 };
 
+// call.y = norm of each row of call.x [tokens, size]; no residual. Throws std::invalid_argument where sizes do not fit.
+void norm_step(const Norm& norm, const StepCall& call, int64_t size);
+
 }  // namespace pyllmq::cpu

@@ -23,9 +23,9 @@ def fuse(model: nn.Module) -> dict[str, str]:
 
     What a module does is recorded, matched to what the steps know, and compared with the module's own output on random input;
     what does not fit or does not agree stays as it is. In place, a state of the model in memory: parameters, modules,
-    `state_dict` and what is saved are as before. Calls that a step cannot serve (more tokens, no cache or another than `DynamicCache`,
-    hooks inside, gradients, training, torch.compile) take the module's own way. Where weights or a precision changed, the
-    model is fitted anew at the next call.
+    `state_dict` and what is saved are as before. Calls that a step cannot serve (more tokens, no cache or another than
+    `DynamicCache`, hooks inside, gradients, training, torch.compile) take the module's own way. Where weights or a precision
+    changed, the model is fitted anew at the next call.
 
     Returns what `report` does.
     """

@@ -156,7 +156,7 @@ def _attention(record: Record, call: Call, marker: Call) -> Fitting:
     form, positions, norms = _attention_form(
         record, call, marker, before, out, (update.arguments["key"], update.arguments["value"])
     )
-    multiplier = _factor(call.y, out.y)
+    multiplier = factor_of(call.y, out.y)
     if multiplier is None or not record.comes_from(call.y, [out.y], call.start):
         raise NotFittingError("something follows its last Linear")
     form = replace(form, output=replace(form.output, multiplier=multiplier))
@@ -170,9 +170,9 @@ def _attention_form(
 ) -> tuple[AttentionForm, str | None, list[Call]]:
     """(the form; the name of the argument that has the rotary positions; the norms of q and k) of Linears `before` and behind the
     attention, whose keys and values of this call are given."""
-    if not before or any(not _same(c.x, before[0].x) for c in before):
+    if not before or any(not is_same(c.x, before[0].x) for c in before):
         raise NotFittingError("its Linears do not share one input")
-    if not _same(out.x, marker.output.flatten(2)):
+    if not is_same(out.x, marker.output.flatten(2)):
         raise NotFittingError("its attention does not go straight into one Linear")
     x = before[0].x
     query, options = marker.arguments["query"], marker.arguments
@@ -185,10 +185,10 @@ def _attention_form(
     outputs = [c.y for c in before]
     positions, tables = _position_tables(call)
     norm_calls = [c for c in record.inside(call) if _may_be_norm(c) and c.stop < marker.start]
-    norms = {c: norm for c in norm_calls if (norm := _fit_norm(c)) is not None}
+    norms = {c: norm for c in norm_calls if (norm := norm_of(c)) is not None}
 
     v_rows = next(
-        (r for r in _rows(outputs, kv_heads, value_size) if _same(r.of(outputs, kv_heads, value_size), v)), None
+        (r for r in _rows(outputs, kv_heads, value_size) if is_same(r.of(outputs, kv_heads, value_size), v)), None
     )
     if v_rows is None:
         raise NotFittingError("its values are not rows of a Linear")
@@ -277,7 +277,7 @@ def _heads(
                 heads = norms[call](raw.flatten(2)).view_as(raw) if spans else norms[call](raw)
             if not after:
                 heads = rotary(heads, *(tables or (None, None)))
-            factor = _factor(wanted, heads)
+            factor = factor_of(wanted, heads)
             if factor is not None:
                 return _Heads(rows, rotary, call, spans, after, factor)
     return None
@@ -313,7 +313,7 @@ def _position_tables(call: Call) -> tuple[str | None, tuple[Tensor, Tensor] | No
 def _mlp(record: Record, call: Call, linears: list[Call]) -> Fitting:
     *before, out = linears
     form = _mlp_form(record, call, before, out)
-    multiplier = _factor(call.y, out.y)
+    multiplier = factor_of(call.y, out.y)
     if multiplier is None or not record.comes_from(call.y, [out.y], call.start):
         raise NotFittingError("something follows its last Linear")
     form = replace(form, output=replace(form.output, multiplier=multiplier))
@@ -323,7 +323,7 @@ def _mlp(record: Record, call: Call, linears: list[Call]) -> Fitting:
 
 
 def _mlp_form(record: Record, call: Call, before: list[Call], out: Call) -> MlpForm:
-    if any(not _same(c.x, before[0].x) for c in before):
+    if any(not is_same(c.x, before[0].x) for c in before):
         raise NotFittingError("its Linears do not share one input")
     outputs, wanted = [c.y for c in before], out.x
     if wanted.dim() != 3:
@@ -364,17 +364,17 @@ def _block(record: Record, call: Call, attention: Call, mlp: Call, found: dict[C
     norms = [c for c in inside if c not in parts and _may_be_norm(c)]
     x = call.x
     first = _residual(x, attention, norms)
-    in_mlp = next((c for c in norms if _same(c.y, mlp.x)), None)
+    in_mlp = next((c for c in norms if is_same(c.y, mlp.x)), None)
     h = mlp.x if in_mlp is None else in_mlp.x
     second = _residual(h, mlp, norms)
-    parallel = _same(h, x)
-    fitted = {c: n for c in (*first, *second) if c is not None and (n := _fit_norm(c)) is not None}
+    parallel = is_same(h, x)
+    fitted = {c: n for c in (*first, *second) if c is not None and (n := norm_of(c)) is not None}
     if any(c is not None and c not in fitted for c in (*first, *second)):
         raise NotFittingError("one of its norms is neither the mean square's nor the variance's")
     (before, behind), (before_mlp, behind_mlp) = first, second
     part = (behind or attention).y
-    factor = 1.0 if parallel else _factor(h, part, x)
-    factor_mlp = _factor(call.y, (behind_mlp or mlp).y, x + part if parallel else h)
+    factor = 1.0 if parallel else factor_of(h, part, x)
+    factor_mlp = factor_of(call.y, (behind_mlp or mlp).y, x + part if parallel else h)
     if factor is None or factor_mlp is None or not record.comes_from(call.y, [x, attention.y, mlp.y], call.start):
         raise NotFittingError("attention and MLP are not added to x, one after the other or beside each other")
     _expect(record.operations_of(call, [attention, mlp, *fitted]), "block")
@@ -410,21 +410,21 @@ def _encoder_block(record: Record, call: Call, marker: Call) -> Fitting:
     attention, positions, norms = _attention_form(record, call, marker, before, out, (options["key"], options["value"]))
     mlp = _mlp_form(record, call, to_units, down)
     others = [c for c in inside if _may_be_norm(c) and c not in norms]
-    norm = {c: n for c in others if (n := _fit_norm(c)) is not None}
+    norm = {c: n for c in others if (n := norm_of(c)) is not None}
 
     def one(wanted: Callable[[Call], bool]) -> Call | None:
         return next((c for c in norm if wanted(c)), None)
 
-    into_mlp = one(lambda c: _same(c.y, x_mlp))
-    last = one(lambda c: _same(c.y, call.y))
-    first = None if _same(before[0].x, x) else one(lambda c: _same(c.y, before[0].x) and _same(c.x, x))
+    into_mlp = one(lambda c: is_same(c.y, x_mlp))
+    last = one(lambda c: is_same(c.y, call.y))
+    first = None if is_same(before[0].x, x) else one(lambda c: is_same(c.y, before[0].x) and is_same(c.x, x))
     h = x_mlp if into_mlp is None else into_mlp.x
-    factor = _factor(h, out.y, x)
-    if factor is None or (first is None and not _same(before[0].x, x)):
+    factor = factor_of(h, out.y, x)
+    if factor is None or (first is None and not is_same(before[0].x, x)):
         raise NotFittingError("attention is not added to x")
     behind_sums = last is not None and into_mlp is not None and first is None
     start, end = (x_mlp, last.x) if behind_sums and last else (h, call.y)
-    factor_mlp = _factor(end, down.y, start)
+    factor_mlp = factor_of(end, down.y, start)
     if factor_mlp is None or not record.comes_from(call.y, [x, out.y, down.y], call.start):
         raise NotFittingError("its MLP is not added to what attention made")
     used = [c for c in (first, into_mlp, last if behind_sums else None) if c is not None]
@@ -455,11 +455,11 @@ def _encoder_block(record: Record, call: Call, marker: Call) -> Fitting:
 def _residual(x: Tensor, part: Call, norms: list[Call]) -> tuple[Call | None, Call | None]:
     """(norm before, norm behind) of a part of a block that starts from x."""
     before = None
-    if not _same(part.x, x):
-        before = next((c for c in norms if _same(c.y, part.x) and _same(c.x, x)), None)
+    if not is_same(part.x, x):
+        before = next((c for c in norms if is_same(c.y, part.x) and is_same(c.x, x)), None)
         if before is None:
             raise NotFittingError("attention or MLP do not start from x or a norm of x")
-    return before, next((c for c in norms if _same(c.x, part.y)), None)
+    return before, next((c for c in norms if is_same(c.x, part.y)), None)
 
 
 def _output(output: Output, norm: Norm | None, factor: float | None) -> Output:
@@ -474,10 +474,10 @@ def _may_be_norm(call: Call) -> bool:
     module = call.module
     if module is None or is_linear(module) or next(module.children(), None) is not None:
         return False
-    return isinstance(call.output, Tensor) and call.output.shape == call.x.shape and not _same(call.output, call.x)
+    return isinstance(call.output, Tensor) and call.output.shape == call.x.shape and not is_same(call.output, call.x)
 
 
-def _fit_norm(call: Call) -> Norm | None:
+def norm_of(call: Call) -> Norm | None:
     """The norm that a module is, from what it makes of random numbers: large ones show weight and bias, small ones eps."""
     try:
         module = copy.deepcopy(call.module).float()  # type: ignore[union-attr]
@@ -514,7 +514,7 @@ def _constant_dims(dims: int) -> list[tuple[int, ...]]:
 _CLOSE = 1e-5
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def is_same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.numel() == b.numel() and torch.equal(a.reshape(b.shape), b))
 
 
@@ -522,7 +522,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).norm() <= _CLOSE * b.norm())
 
 
-def _factor(wanted: Tensor, made: Tensor, start: Tensor | None = None) -> float | None:
+def factor_of(wanted: Tensor, made: Tensor, start: Tensor | None = None) -> float | None:
     """f with wanted = start + f made."""
     if wanted.shape != made.shape:
         return None

@@ -16,9 +16,10 @@ from ..dispatch import plain_defaults
 from ..layers.linear import PackedLinear
 from . import FUSED
 from .attention_functions import as_implemented, attention_implementation, mask_as_implemented
+from .body import fit_body, fuse_body
 from .cache import filled_cache
 from .grammar import Fitting, fit
-from .modules import FusedModule, NotFused, Shared
+from .modules import Fused, FusedModule, NotFused, Shared
 from .native import NotBoundError
 from .record import PROMPT, NotRecordedError, record_model
 
@@ -46,7 +47,8 @@ def _fused_or_why_not(model: nn.Module) -> dict[str, str]:
     if elsewhere:
         return {"": f"it is on {', '.join(sorted(elsewhere))}; steps run on the CPU"}
     try:
-        fitting, reasons = fit(record_model(model))
+        record = record_model(model)
+        fitting, reasons = fit(record)
     except NotRecordedError as error:
         return {"": str(error)}
     found = dict(reasons)
@@ -55,28 +57,32 @@ def _fused_or_why_not(model: nn.Module) -> dict[str, str]:
     with _eval_mode(model):
         for candidate in fitting:
             found[candidate.name] = _fuse_one(candidate, shared)
+        body = fit_body(record, fitting)
+        blocks = [forward for c in fitting if isinstance(forward := c.module.forward, FusedModule)]
+        if body is not None and len(blocks) == len(fitting):
+            fuse_body(body, blocks)
     return found
 
 
 def unfuse(model: nn.Module) -> int:
     fused = list(_fused_modules(model))
-    for module in fused:
-        module.remove()
+    for stand_in in fused:
+        stand_in.remove()
     for module_copied in model.modules():
         if isinstance(module_copied.__dict__.get("forward"), NotFused):
             del module_copied.forward
     _reports.pop(model, None)
-    return len(fused)
+    return sum(isinstance(stand_in, FusedModule) for stand_in in fused)
 
 
 def report(model: nn.Module) -> dict[str, str]:
     return dict(_reports.get(model, {}))
 
 
-def _fused_modules(model: nn.Module) -> Iterator[FusedModule]:
+def _fused_modules(model: nn.Module) -> Iterator[Fused]:
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, FusedModule):
+        if isinstance(forward, Fused):
             yield forward
 
 

@@ -56,12 +56,33 @@ class Shared:
         return made
 
 
-class FusedModule:
+class Fused:
     """Stands in a module's place as its `forward`. The module itself, its parameters and its inner modules stay as they are."""
 
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.own_forward = module.forward
+
+    def install(self) -> None:
+        self.module.forward = self
+
+    def remove(self) -> None:
+        if self.module.__dict__.get("forward") is self:
+            del self.module.forward
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles of a model are not fused."""
+        return NotFused, (self.module,)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class FusedModule(Fused):
+    """An attention module, an MLP module, or a block of both."""
+
     def __init__(self, fitting: Fitting, shared: Shared) -> None:
-        self.module = fitting.module
-        self.own_forward = fitting.module.forward
+        super().__init__(fitting.module)
         self.arguments: Arguments = fitting.arguments
         self.wrap = _WRAPS[fitting.wraps]
         self.shared = shared
@@ -87,17 +108,6 @@ class FusedModule:
         self.behind: FusedModule | None = None
         """The block that was called with this one's output and else the same, when it ran last."""
         self.runs: dict[tuple[FusedModule, ...], Any] = {}
-
-    def install(self) -> None:
-        self.module.forward = self
-
-    def remove(self) -> None:
-        if self.module.__dict__.get("forward") is self:
-            del self.module.forward
-
-    def __reduce__(self) -> Any:
-        """Copies and pickles of a model are not fused."""
-        return NotFused, (self.module,)
 
     # ---- a call -----------------------------------------------------------------------------------------------------
 
@@ -130,7 +140,7 @@ class FusedModule:
                 cos, sin = given.get(names.positions) or (None, None)
                 if not isinstance(cos, Tensor):
                     return None
-            reaches = _covers(shape, mask, cos) if self.encodes else layer and self._reaches(layer, shape, mask, cos)
+            reaches = _covers(shape, mask, cos) if self.encodes else layer and self.reaches(layer, shape, mask, cos)
             if not reaches:
                 return None
         held = self.guard.holds()
@@ -157,7 +167,7 @@ class FusedModule:
             return sequences * queries > 0
         return sequences == 1 and type(layer) is GrowingLayer
 
-    def _reaches(self, layer: GrowingLayer, shape: torch.Size, mask: Any, cos: Any) -> bool:
+    def reaches(self, layer: GrowingLayer, shape: torch.Size, mask: Any, cos: Any) -> bool:
         """Can a step attend to this layer, for x of this shape, where mask and positions are these?"""
         keys, values = layer.grown
         batch, queries, _ = shape
@@ -177,12 +187,12 @@ class FusedModule:
         past = 0 if layer is None else layer.grown[0].length
         for begin in range(0, x.shape[1], PIECE):
             end = min(begin + PIECE, x.shape[1])
-            tables = [None if t is None else t[:, begin:end] for t in (cos, sin)]
+            c, s = (None if t is None else t[:, begin:end] for t in (cos, sin))
             seen = mask
             if mask is not None:
                 seen = (mask if mask.shape[2] == 1 else mask[:, :, begin:end])[..., : past + end]
             piece = x[:, begin:end]
-            self._run(piece, y[:, begin:end], native.make_tokens(piece, *tables, seen, self.rotary), layer)
+            self._run(piece, y[:, begin:end], native.make_tokens(piece, c, s, seen, self.rotary), layer)
 
     def _run(self, x: Tensor, y: Tensor, tokens: native.Tokens, layer: Any) -> None:
         if self.attention is not None and self.encodes:
@@ -209,7 +219,7 @@ class FusedModule:
         mask = given.get(names.mask or "")
         while (block := blocks[-1].behind) is not None and block not in blocks:
             its = growing_layer(given[names.cache], block.arguments.cache_layer)
-            if its is None or its in layers or not self._reaches(its, x.shape, mask, cos):
+            if its is None or its in layers or not self.reaches(its, x.shape, mask, cos):
                 break
             blocks.append(block)
             layers.append(its)
@@ -269,7 +279,7 @@ class FusedModule:
         owned = [
             (m._parameters, n, p) for m in self.module.modules() for n, p in m._parameters.items() if p is not None
         ]
-        return [(*place, place[2].data_ptr(), _version(place[2])) for place in owned]
+        return [(*place, place[2].data_ptr(), version_of(place[2])) for place in owned]
 
     def _guard(self) -> Any:
         """Holds while all is as it is now: `_is_usual` and `_is_current` look closer where it does not."""
@@ -293,7 +303,7 @@ class FusedModule:
             if (
                 parameters.get(name) is not parameter
                 or parameter.data_ptr() != pointer
-                or _version(parameter) != version
+                or version_of(parameter) != version
             ):
                 return False
         return True
@@ -309,7 +319,7 @@ class NotFused:
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
-def _version(parameter: Tensor) -> int | None:
+def version_of(parameter: Tensor) -> int | None:
     return None if parameter.is_inference() else parameter._version
 
 

@@ -135,14 +135,14 @@ def _fields(form: AttentionForm | MlpForm) -> dict[str, Any]:
     """Of a form, by the names that its step has for them."""
     output, linears = form.output, (*form.linears, form.output.linear)
     operands = [_operand(linear) for linear in linears]
-    given = {name: _norm(value) if isinstance(value, Norm) else value for name, value in vars(form).items()}
+    given = {name: bound_norm(value) if isinstance(value, Norm) else value for name, value in vars(form).items()}
     del given["linears"]
     return given | {
         "inputs": tuple(operands[:-1]),
         "input_bias": _biases(form.linears, operands[:-1]),
         "output": operands[-1],
         "output_bias": _biases([output.linear], operands[-1:]),
-        "output_norm": _norm(output.norm),
+        "output_norm": bound_norm(output.norm),
         "multiplier": output.multiplier,
         "norm_last": output.norm_last,
         "precision": _precision(linears),
@@ -172,7 +172,7 @@ def _biases(linears: Sequence[nn.Module], operands: Sequence[Any]) -> list[float
     return torch.cat(parts).tolist()
 
 
-def _norm(norm: Norm) -> Any:
+def bound_norm(norm: Norm) -> Any:
     if norm.kind == NONE:
         return None
     numbers = [[] if t is None else t.flatten().tolist() for t in (norm.weight, norm.bias)]

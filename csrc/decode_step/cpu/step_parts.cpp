@@ -124,6 +124,22 @@ void normalize(const Norm& norm, const float* x, int64_t size, int64_t part, flo
   step_kernels().norm(norm.kind, norm.eps, part_of(norm.weight), part_of(norm.bias), x, size, y);
 }
 
+void norm_step(const Norm& norm, const StepCall& call, int64_t size) {
+  check_call(call);
+  check_norm("norm", norm, {size});
+  thread_local Scratch scratch;
+  scratch.clear();
+  float* rows = scratch.take(call.tokens * size);
+  parallel_for(call.tokens, 1, elements_cost(call.tokens, size), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      float* y = rows + t * size;
+      normalize(norm, rows_in_fp32(row_kernels(), call.x, call.dtype, t, 1, size, y), size, 0, y);
+      row_kernels().from_fp32[static_cast<int>(call.dtype)](
+          y, static_cast<uint8_t*>(call.y) + t * size * element_bytes(call.dtype), size);
+    }
+  });
+}
+
 std::vector<float*> project(const InputLinears& input, const Norm& norm, const StepCall& call, Precision precision,
                             Scratch& scratch) {
   const int64_t columns = input.operands[0]->columns();

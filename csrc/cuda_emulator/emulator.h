@@ -123,11 +123,12 @@ static inline void wait_async() {
 
 using SharedAddress = uintptr_t;
 static inline SharedAddress shared_address(const void* shared) { return reinterpret_cast<SharedAddress>(shared); }
-template <int kOffset>
-static inline float load_shared(SharedAddress from) {
-  return *reinterpret_cast<const float*>(from + kOffset);
-}
 static inline uint32_t load_shared_word(SharedAddress from) { return *reinterpret_cast<const uint32_t*>(from); }
+
+template <int kTo, int kFrom>
+static inline void copy_async_16_if(bool wanted, SharedAddress to, const void* from) {
+  if (wanted) copy_async_16(reinterpret_cast<void*>(to + kTo), static_cast<const uint8_t*>(from) + kFrom);
+}
 
 static inline float load_l2(const float* from) { return *from; }
 static inline uint32_t count_to(uint32_t* counter, uint32_t last) {

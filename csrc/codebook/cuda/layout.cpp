@@ -83,6 +83,7 @@ Plan make_plan(const CodebookCheckpoint& c) {
     h.spans_offset = section(c.segments * h.slots * sizeof(ColumnSpan));
   }
   for (int width = 1; width <= 8; ++width) h.codes_offset[width] = section(h.tiles * h.groups[width] * tile_bytes(width));
+  section(kReadBeyond);
   h.bytes = section(0);
   return plan;
 }

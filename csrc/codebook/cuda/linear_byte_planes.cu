@@ -37,11 +37,10 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int kMostTokens = 2;
-constexpr int kRingBytes = 9984;     // of one warp: 2 stages of 4 bits, 3 of 3, 4 of less
+constexpr int kRingBytes = 9984;     // of one warp: 2 stages of 4 bits, 3 of less
 constexpr int kMostSplitPanels = 8;  // what a unit of x spans, and x in shared memory
 constexpr int kMostWarpGroups = kMostSplitPanels * kPanelGroups / kWarps + 1;
-constexpr int kMostStages = 4;
-constexpr int kGroupX = 2 * kGroupColumns;    // bytes of x in a group: 16 low ones, 16 high ones
+constexpr int kMostStages = 3;
 constexpr int kMostX = 127 * 257;             // of x as an integer: either byte is at most 127
 constexpr int kPartStride = kBlockRows + 16;  // floats: the two planes of x lie in different banks
 
@@ -58,12 +57,16 @@ struct Work {
   GroupRange groups[kMostPlaneBits + 1];  // by width
 };
 
-// One group of a warp: where its planes and codes are copied from, and how many bytes; none behind the last group.
-struct alignas(16) Source {
+// Where a warp's group is copied from, and how many bytes: none behind the last group.
+struct Source {
   const uint8_t* planes;
   const uint8_t* codes;
   int plane_bytes, code_bytes;
   uint32_t first_slot;
+};
+struct alignas(16) Group {
+  Source source;
+  uint8_t x[kMostTokens][2][kGroupColumns];  // low bytes, high bytes
 };
 
 // x times up[0] times up[1] is an integer, a sum of integers times down[0] times down[1] is one of x: two factors each, since
@@ -77,8 +80,7 @@ struct Shared {
   uint32_t arrived;
   float down[kWarps][kMostTokens][2];
   float middle[kWarps][kMostTokens];  // x times the middles of the codebooks
-  Source sources[kWarps][kMostWarpGroups + kMostStages];
-  uint8_t x[kWarps][kMostWarpGroups * kMostTokens * kGroupX];
+  Group groups[kWarps][kMostWarpGroups + kMostStages];
   alignas(16) uint8_t ring[kWarps][kRingBytes];
 };
 static_assert(sizeof(Shared) <= 99 << 10, "what a block gets on compute capability 8.6");
@@ -107,7 +109,7 @@ PYLLMQ_DEVICE int groups_of(const Work& w, int width, int warp) {
 
 // Each lane describes one of its warp's groups. Returns how many there are.
 template <int kWidest>
-PYLLMQ_DEVICE int list_sources(const LayoutHeader& h, const Work& w, int warp, Source* sources) {
+PYLLMQ_DEVICE int list_groups(const LayoutHeader& h, const Work& w, int warp, Group* listed) {
   const int lane = ptx::thread() % 32;
   Source mine{};
   int groups = 0;
@@ -124,7 +126,7 @@ PYLLMQ_DEVICE int list_sources(const LayoutHeader& h, const Work& w, int warp, S
     }
     groups += here;
   }
-  if (lane < kMostWarpGroups + kMostStages) sources[lane] = mine;
+  if (lane < kMostWarpGroups + kMostStages) listed[lane].source = mine;
   ptx::sync_warp();
   return groups;
 }
@@ -137,7 +139,7 @@ PYLLMQ_DEVICE void stage_x(const LayoutHeader& h, const LinearCall& call, int gr
   const ColumnSpan* spans = section<ColumnSpan>(h, h.spans_offset) + shared.work.block.segment * h.slots;
   const auto for_each_slot = [&](const auto& body) {  // body(group, slot): two groups at a time
     for (int group = lane / kGroupColumns; group < groups; group += 2)
-      body(group, int64_t{shared.sources[warp][group].first_slot} + lane % kGroupColumns);
+      body(group, int64_t{shared.groups[warp][group].source.first_slot} + lane % kGroupColumns);
   };
   for (int token = 0; token < kTokens; ++token) {
     const auto x_of = [&](int32_t column) {
@@ -158,9 +160,9 @@ PYLLMQ_DEVICE void stage_x(const LayoutHeader& h, const LinearCall& call, int gr
     for_each_slot([&](int group, int64_t slot) {
       int x = 0;
       if (column_of[slot] >= 0) x = ptx::nearest_integer(x_of(column_of[slot]) * spans[slot].half * unit.up[0] * unit.up[1]);
-      uint8_t* to = shared.x[warp] + (group * kTokens + token) * kGroupX + lane % kGroupColumns;
-      to[0] = static_cast<uint8_t>(x);
-      to[kGroupColumns] = static_cast<uint8_t>((x + 128) >> 8);  // the low byte counts from -128 to 127
+      auto& bytes = shared.groups[warp][group].x[token];
+      bytes[0][lane % kGroupColumns] = static_cast<uint8_t>(x);
+      bytes[1][lane % kGroupColumns] = static_cast<uint8_t>((x + 128) >> 8);  // the low byte counts from -128 to 127
     });
     if (lane == 0) {
       shared.middle[warp][token] = middle;
@@ -200,14 +202,14 @@ using PlaneSums = int[kTokens][2][kBlockTiles / kTokens][4];
 
 // Adds a group: 16 columns in two halves.
 template <int kWidth, int kTokens>
-PYLLMQ_DEVICE void multiply(const uint8_t* planes, const uint8_t* codes, const uint8_t* x_group, PlaneSums<kTokens>& sums) {
+PYLLMQ_DEVICE void multiply(const uint8_t* planes, const uint8_t* codes, const Group& group, PlaneSums<kTokens>& sums) {
   const int lane = ptx::thread() % 32;
   unrolled<2>([&](int half) {
     PlaneTable<kWidth> table[2];
     unrolled<2>([&](int i) { table[i].load(planes, lane % 4 + 8 * half + 4 * i); });
     uint32_t x[kTokens][2];
     unrolled<kTokens, 2>([&](int token, int i) {
-      const uint8_t byte = x_group[token * kGroupX + lane / 16 * kGroupColumns + lane % 4 + 8 * half + 4 * i];
+      const uint8_t byte = group.x[token][lane / 16][lane % 4 + 8 * half + 4 * i];
       x[token][i] = static_cast<uint32_t>(byte) << (lane / 4 % 4 * 8);
     });
     unrolled<kBlockTiles / kTokens>([&](int tile) {
@@ -235,36 +237,46 @@ struct Ring {
   static constexpr int kStages = kFit < kMostStages ? kFit : kMostStages;
   static_assert(kStages >= 2, "one stage is read while another is filled");
 
-  uint8_t* const stages;
-  const Source* next;
-  int filled = 0, used = 0;  // offsets of stages
+  // Codes are requested by so many bytes at a time; what is read in vain belongs to other groups.
+  static constexpr int kChunk = kCodeBytes % kReadBeyond == 0 ? kReadBeyond : 512;
+
+  const uint8_t* const stages;
+  const Group* current;
+  const int at = ptx::thread() % 32 * 16;  // of a lane's copies
+  const ptx::SharedAddress lane_stages = ptx::shared_address(stages) + at;
+  int used = 0, filled = 0;  // offsets of stages
+
+  PYLLMQ_MEMBER void begin() {
+    for (int ahead = 0; ahead < kStages - 1; ++ahead, filled += kStageBytes) fetch(current[ahead].source);
+  }
 
   // Without branches: what is not there has no bytes.
-  PYLLMQ_MEMBER void fetch() {
-    const int at = ptx::thread() % 32 * 16;
-    const Source from = *next++;
-    uint8_t* to = stages + filled + at;
-    if (at < from.plane_bytes) ptx::copy_async_16(to, from.planes + at);
-    PYLLMQ_UNROLL
-    for (int first = 0; first < kCodeBytes; first += 512)
-      if (at + first < from.code_bytes) ptx::copy_async_16(to + kPlaneBytes + first, from.codes + at + first);
+  PYLLMQ_MEMBER void fetch(const Source& from) {
+    const ptx::SharedAddress to = lane_stages + filled;
+    ptx::copy_async_16_if<0, 0>(at < from.plane_bytes, to, from.planes + at);
+    copy_codes<0>(from.code_bytes - at, to, from.codes + at);
     ptx::commit_async();
-    filled = filled == (kStages - 1) * kStageBytes ? 0 : filled + kStageBytes;
+  }
+  template <int kFirst>
+  PYLLMQ_MEMBER void copy_codes(int left, ptx::SharedAddress to, const uint8_t* from) {
+    if constexpr (kFirst < kCodeBytes) {
+      const bool wanted = left > kFirst / kChunk * kChunk;
+      ptx::copy_async_16_if<kPlaneBytes + kFirst, kFirst>(wanted, to, from);
+      copy_codes<kFirst + 512>(left, to, from);
+    }
   }
 
   template <int kWidth>
-  PYLLMQ_MEMBER void accumulate(int groups, const uint8_t*& x_group, PlaneSums<kTokens>& sums) {
+  PYLLMQ_MEMBER void accumulate(int groups, PlaneSums<kTokens>& sums) {
     if constexpr (kWidth <= kWidest) {
 #pragma unroll 1
-      for (int group = 0; group < groups; ++group) {
-        fetch();
-        ptx::wait_async<kStages - 1>();
-        ptx::sync_warp();
-        const uint8_t* stage = stages + used;
-        multiply<kWidth, kTokens>(stage, stage + kPlaneBytes, x_group, sums);
-        ptx::sync_warp();  // the next fetch overwrites this stage
+      for (; groups > 0; --groups, ++current) {
+        ptx::wait_async<kStages - 2>();
+        ptx::sync_warp();  // all lanes' copies are there, and all are done with the stage before, which is filled next
+        fetch(current[kStages - 1].source);
+        multiply<kWidth, kTokens>(stages + used, stages + used + kPlaneBytes, *current, sums);
+        filled = used;
         used = used == (kStages - 1) * kStageBytes ? 0 : used + kStageBytes;
-        x_group += kTokens * kGroupX;
       }
     }
   }
@@ -348,16 +360,15 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) codeboo
     ptx::sync_block();
     if (w.rows <= 0) continue;
 
-    const int groups = list_sources<kWidest>(h, w, warp, shared.sources[warp]);
-    Ring<kWidest, kTokens> ring{shared.ring[warp], shared.sources[warp]};
-    for (int ahead = 0; ahead < ring.kStages - 1; ++ahead) ring.fetch();
+    const int groups = list_groups<kWidest>(h, w, warp, shared.groups[warp]);
+    Ring<kWidest, kTokens> ring{shared.ring[warp], shared.groups[warp]};
+    ring.begin();
     stage_x<kTokens>(h, a.call, groups, shared);
-    const uint8_t* x_group = shared.x[warp];
     PlaneSums<kTokens> sums = {};
-    ring.template accumulate<1>(groups_of(w, 1, warp), x_group, sums);
-    ring.template accumulate<2>(groups_of(w, 2, warp), x_group, sums);
-    ring.template accumulate<3>(groups_of(w, 3, warp), x_group, sums);
-    ring.template accumulate<4>(groups_of(w, 4, warp), x_group, sums);
+    ring.template accumulate<1>(groups_of(w, 1, warp), sums);
+    ring.template accumulate<2>(groups_of(w, 2, warp), sums);
+    ring.template accumulate<3>(groups_of(w, 3, warp), sums);
+    ring.template accumulate<4>(groups_of(w, 4, warp), sums);
     ptx::wait_async<0>();
     ptx::sync_warp();
     store_sums<kTokens>(sums, reinterpret_cast<float*>(shared.ring[warp]));

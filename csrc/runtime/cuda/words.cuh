@@ -113,16 +113,19 @@ PYLLMQ_DEVICE SharedAddress shared_address(const void* shared) {
   asm volatile("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(address) : "l"(shared));
   return address;
 }
-template <int kOffset>
-PYLLMQ_DEVICE float load_shared(SharedAddress from) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1+%2];" : "=f"(value) : "r"(from), "n"(kOffset));
-  return value;
-}
 PYLLMQ_DEVICE uint32_t load_shared_word(SharedAddress from) {
   uint32_t word;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(from));
   return word;
+}
+
+// copy_async_16 from from + kFrom to to + kTo, where it is wanted: such offsets are part of the instruction.
+template <int kTo, int kFrom>
+PYLLMQ_DEVICE void copy_async_16_if(bool wanted, SharedAddress to, const void* from) {
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p cp.async.cg.shared.global [%1+%2], [%3+%4], 16; }" ::"r"(
+                   static_cast<int>(wanted)),
+               "r"(to), "n"(kTo), "l"(from), "n"(kFrom)
+               : "memory");
 }
 
 // What another block wrote: read from L2, where all blocks see the same.

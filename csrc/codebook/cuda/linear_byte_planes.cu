@@ -57,11 +57,11 @@ struct Work {
   GroupRange groups[kMostPlaneBits + 1];  // by width
 };
 
-// Where a warp's group is copied from, and how many bytes: none behind the last group.
+// Where a warp's group is copied from, and how many bytes. Behind the last group all is 0.
 struct Source {
   const uint8_t* planes;
   const uint8_t* codes;
-  int plane_bytes, code_bytes;
+  int plane_bytes, code_bytes, width;
   uint32_t first_slot;
 };
 struct alignas(16) Group {
@@ -97,34 +97,28 @@ PYLLMQ_DEVICE Unit unit_of(float largest) {
   return unit;
 }
 
-// The first group of a width that a warp takes, and how many. The widths' groups are dealt to the warps as one sequence.
-PYLLMQ_DEVICE int first_group(const Work& w, int width, int warp) {
-  int before = 0;
-  for (int less = 1; less < width; ++less) before += w.groups[less].end - w.groups[less].begin;
-  return w.groups[width].begin + ((warp - before) & (kWarps - 1));
-}
-PYLLMQ_DEVICE int groups_of(const Work& w, int width, int warp) {
-  return (w.groups[width].end - first_group(w, width, warp) + kWarps - 1) / kWarps;  // the first is at most 7 beyond the end
-}
-
-// Each lane describes one of its warp's groups. Returns how many there are.
+// Each lane describes one of its warp's groups; the widths' groups are dealt to the warps as one sequence. Returns how many.
 template <int kWidest>
 PYLLMQ_DEVICE int list_groups(const LayoutHeader& h, const Work& w, int warp, Group* listed) {
   const int lane = ptx::thread() % 32;
+  const auto* base = reinterpret_cast<const uint8_t*>(&h);
   Source mine{};
-  int groups = 0;
+  int groups = 0, before = 0;
   for (int width = 1; width <= kWidest; ++width) {
-    const int here = groups_of(w, width, warp);
+    const GroupRange range = w.groups[width];
+    const int first = range.begin + ((warp - before) & (kWarps - 1));
+    const int here = (range.end - first + kWarps - 1) / kWarps;  // the first is at most 7 beyond the end
     if (groups <= lane && lane < groups + here) {
-      const int64_t group = first_group(w, width, warp) + int64_t{lane - groups} * kWarps;
-      const auto* base = reinterpret_cast<const uint8_t*>(&h);
+      const int64_t group = first + int64_t{lane - groups} * kWarps;
       mine.planes = base + planes_offset(h, width, w.block.segment, group);
       mine.codes = base + codes_offset(h, width, w.block, group) + w.first_row / kTileRows * tile_bytes(width);
       mine.plane_bytes = plane_bytes(width);
       mine.code_bytes = (w.rows + kTileRows - 1) / kTileRows * static_cast<int>(tile_bytes(width));
+      mine.width = width;
       mine.first_slot = static_cast<uint32_t>(h.first_slot[width] + group * kGroupColumns);
     }
     groups += here;
+    before += range.end - range.begin;
   }
   if (lane < kMostWarpGroups + kMostStages) listed[lane].source = mine;
   ptx::sync_warp();
@@ -244,15 +238,15 @@ struct Ring {
   const Group* current;
   const int at = ptx::thread() % 32 * 16;  // of a lane's copies
   const ptx::SharedAddress lane_stages = ptx::shared_address(stages) + at;
-  int used = 0, filled = 0;  // offsets of stages
+  int used = 0;  // offset of a stage
 
   PYLLMQ_MEMBER void begin() {
-    for (int ahead = 0; ahead < kStages - 1; ++ahead, filled += kStageBytes) fetch(current[ahead].source);
+    for (int ahead = 0; ahead < kStages - 1; ++ahead) fetch(current[ahead].source, ahead * kStageBytes);
   }
 
   // Without branches: what is not there has no bytes.
-  PYLLMQ_MEMBER void fetch(const Source& from) {
-    const ptx::SharedAddress to = lane_stages + filled;
+  PYLLMQ_MEMBER void fetch(const Source& from, int stage) {
+    const ptx::SharedAddress to = lane_stages + stage;
     ptx::copy_async_16_if<0, 0>(at < from.plane_bytes, to, from.planes + at);
     copy_codes<0>(from.code_bytes - at, to, from.codes + at);
     ptx::commit_async();
@@ -266,16 +260,16 @@ struct Ring {
     }
   }
 
+  // Adds the groups of one width, which are the next ones.
   template <int kWidth>
-  PYLLMQ_MEMBER void accumulate(int groups, PlaneSums<kTokens>& sums) {
+  PYLLMQ_MEMBER void accumulate(PlaneSums<kTokens>& sums) {
     if constexpr (kWidth <= kWidest) {
 #pragma unroll 1
-      for (; groups > 0; --groups, ++current) {
+      for (; current->source.width == kWidth; ++current) {
         ptx::wait_async<kStages - 2>();
         ptx::sync_warp();  // all lanes' copies are there, and all are done with the stage before, which is filled next
-        fetch(current[kStages - 1].source);
+        fetch(current[kStages - 1].source, used == 0 ? (kStages - 1) * kStageBytes : used - kStageBytes);
         multiply<kWidth, kTokens>(stages + used, stages + used + kPlaneBytes, *current, sums);
-        filled = used;
         used = used == (kStages - 1) * kStageBytes ? 0 : used + kStageBytes;
       }
     }
@@ -365,10 +359,10 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) codeboo
     ring.begin();
     stage_x<kTokens>(h, a.call, groups, shared);
     PlaneSums<kTokens> sums = {};
-    ring.template accumulate<1>(groups_of(w, 1, warp), sums);
-    ring.template accumulate<2>(groups_of(w, 2, warp), sums);
-    ring.template accumulate<3>(groups_of(w, 3, warp), sums);
-    ring.template accumulate<4>(groups_of(w, 4, warp), sums);
+    ring.template accumulate<1>(sums);
+    ring.template accumulate<2>(sums);
+    ring.template accumulate<3>(sums);
+    ring.template accumulate<4>(sums);
     ptx::wait_async<0>();
     ptx::sync_warp();
     store_sums<kTokens>(sums, reinterpret_cast<float*>(shared.ring[warp]));

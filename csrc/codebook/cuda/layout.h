@@ -35,7 +35,7 @@ constexpr int kGroupColumns = 16;
 constexpr int kBlockTiles = 8;
 constexpr int kBlockRows = kBlockTiles * kTileRows;
 constexpr int kPanelGroups = 16;
-constexpr int kReadBeyond = 1024;      // what kernels may read behind the last codes
+constexpr int kReadBeyond = 2048;      // what kernels may read behind the last codes
 constexpr int kMostPlaneBits = 4;      // widths that have byte planes
 constexpr int kMostEntry = 126 * 257;  // of a codebook as integers: either byte is at most 126
 

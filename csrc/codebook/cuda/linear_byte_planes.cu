@@ -197,8 +197,10 @@ using PlaneSums = int[kTokens][2][kBlockTiles / kTokens][4];
 // Adds a group: 16 columns in two halves.
 template <int kWidth, int kTokens>
 PYLLMQ_DEVICE void multiply(const uint8_t* planes, const uint8_t* codes, const Group& group, PlaneSums<kTokens>& sums) {
-  const int lane = ptx::thread() % 32;
+  const int lane = ptx::thread() & 31;
   unrolled<2>([&](int half) {
+    // With 16 entries in registers there is no room for the codes of both halves, which the compiler would load at once.
+    if (kWidth == 4 && half == 1) ptx::sync_warp();
     PlaneTable<kWidth> table[2];
     unrolled<2>([&](int i) { table[i].load(planes, lane % 4 + 8 * half + 4 * i); });
     uint32_t x[kTokens][2];
@@ -232,11 +234,12 @@ struct Ring {
   static_assert(kStages >= 2, "one stage is read while another is filled");
 
   // Codes are requested by so many bytes at a time; what is read in vain belongs to other groups.
-  static constexpr int kChunk = kCodeBytes % kReadBeyond == 0 ? kReadBeyond : 512;
+  static constexpr int kChunk = kCodeBytes % 2048 == 0 ? 2048 : kCodeBytes % 1024 == 0 ? 1024 : 512;
+  static_assert(kChunk <= kReadBeyond);
 
   const uint8_t* const stages;
   const Group* current;
-  const int at = ptx::thread() % 32 * 16;  // of a lane's copies
+  const int at = (ptx::thread() & 31) * 16;  // of a lane's copies
   const ptx::SharedAddress lane_stages = ptx::shared_address(stages) + at;
   int used = 0;  // offset of a stage
 
@@ -247,17 +250,30 @@ struct Ring {
   // Without branches: what is not there has no bytes.
   PYLLMQ_MEMBER void fetch(const Source& from, int stage) {
     const ptx::SharedAddress to = lane_stages + stage;
-    ptx::copy_async_16_if<0, 0>(at < from.plane_bytes, to, from.planes + at);
-    copy_codes<0>(from.code_bytes - at, to, from.codes + at);
+    const int left = from.code_bytes - at;
+    const bool planes_wanted = at < from.plane_bytes;
+    const uint8_t* const codes = from.codes + static_cast<uint32_t>(at) + kCodeBytes / 2;  // offsets are 12 bits with a sign
+    ptx::copy_async_16_if<0, 0>(planes_wanted, to, from.planes + static_cast<uint32_t>(at));
+    copy_codes<0>(left, to, codes);
     ptx::commit_async();
   }
   template <int kFirst>
-  PYLLMQ_MEMBER void copy_codes(int left, ptx::SharedAddress to, const uint8_t* from) {
+  PYLLMQ_MEMBER void copy_codes(int left, ptx::SharedAddress to, const uint8_t* middle) {
     if constexpr (kFirst < kCodeBytes) {
       const bool wanted = left > kFirst / kChunk * kChunk;
-      ptx::copy_async_16_if<kPlaneBytes + kFirst, kFirst>(wanted, to, from);
-      copy_codes<kFirst + 512>(left, to, from);
+      ptx::copy_async_16_if<kPlaneBytes + kFirst, kFirst - kCodeBytes / 2>(wanted, to, middle);
+      copy_codes<kFirst + 512>(left, to, middle);
     }
+  }
+
+  // The stage behind, or before; of two, the other.
+  PYLLMQ_MEMBER static int after(int stage) {
+    if constexpr (kStages == 2) return kStageBytes - stage;
+    return stage == (kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
+  }
+  PYLLMQ_MEMBER static int before(int stage) {
+    if constexpr (kStages == 2) return kStageBytes - stage;
+    return stage == 0 ? (kStages - 1) * kStageBytes : stage - kStageBytes;
   }
 
   // Adds the groups of one width, which are the next ones.
@@ -268,9 +284,9 @@ struct Ring {
       for (; current->source.width == kWidth; ++current) {
         ptx::wait_async<kStages - 2>();
         ptx::sync_warp();  // all lanes' copies are there, and all are done with the stage before, which is filled next
-        fetch(current[kStages - 1].source, used == 0 ? (kStages - 1) * kStageBytes : used - kStageBytes);
+        fetch(current[kStages - 1].source, before(used));
         multiply<kWidth, kTokens>(stages + used, stages + used + kPlaneBytes, *current, sums);
-        used = used == (kStages - 1) * kStageBytes ? 0 : used + kStageBytes;
+        used = after(used);
       }
     }
   }

@@ -16,14 +16,14 @@ MOST_REGISTERS = 128  # of two blocks of 256 threads
 # Issued and ALU instructions per weight and lane of the loop of a width, by the tokens. The aims for one token are 1.15 and 0.9
 # at 2 bits (the first is not reached), 1.35 and 1.0 at 3, 2.0 and 1.45 at 4.
 MOST = {
-    (1, 1): (1.25, 0.95),
-    (2, 1): (1.25, 0.90),
+    (1, 1): (1.22, 0.93),
+    (2, 1): (1.21, 0.90),
     (3, 1): (1.35, 1.00),
     (4, 1): (2.00, 1.45),
-    (1, 2): (1.70, 1.05),
-    (2, 2): (1.70, 1.05),
-    (3, 2): (1.85, 1.15),
-    (4, 2): (2.65, 1.65),
+    (1, 2): (1.61, 1.04),
+    (2, 2): (1.58, 1.01),
+    (3, 2): (1.74, 1.10),
+    (4, 2): (2.45, 1.55),
 }
 
 

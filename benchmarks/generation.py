@@ -97,6 +97,7 @@ def run_generation(
     prompt: int = PROMPT,
     rounds: int = ROUNDS,
     dense: bool = True,
+    unfused: bool = True,
     csv: Path | str | None = None,
     plot: Path | str | None = None,
     keep: Path | str | None = None,
@@ -108,6 +109,7 @@ def run_generation(
             random weights of that shape, and says so.
         bits: widths as in `run`, comma separated; not for a packed folder.
         rivals: of `llama_cpp.PACKAGES`; those that are not installed are left out with a word, "none" means none.
+        dense, unfused: measure torch's dense model, and ours without fused steps, too.
         keep: folder for the GGUF files, which are made anew where they are not there; None: they are deleted.
 
     Raises:
@@ -127,7 +129,7 @@ def run_generation(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if keep is None else keep)
         systems = [
-            *_ours(model, bits.split(","), precision, threads),
+            *_ours(model, bits.split(","), precision, unfused, threads),
             *(_dense(model, threads) if dense else ()),
             *_rivals(Path(model).name, config, rivals, folder, threads, max(contexts)),
         ]
@@ -166,11 +168,11 @@ def run_generation(
 # ---- the systems ----------------------------------------------------------------------------------------------------
 
 
-def _ours(model: str, bits: Sequence[str], precision: Sequence[str], threads: int) -> Iterator[System]:
+def _ours(model: str, bits: Sequence[str], precision: Sequence[str], unfused: bool, threads: int) -> Iterator[System]:
     module = "pyllmq.benchmarks.transformers_worker"
     for width in bits:
         Widths.parse(width)
-        for fused, each in [*(("1", each) for each in precision), ("0", precision[0])]:
+        for fused, each in [*(("1", each) for each in precision), *([("0", precision[0])] if unfused else [])]:
             mode = f"{'fused' if fused == '1' else 'unfused'} {each}"
             yield System("pyllmq", width, mode, module, (model, width, each, "bfloat16", fused, str(threads)))
 

@@ -191,7 +191,7 @@ def _packed_layer(operand: layouts.WeightOperand, nbytes: int, op: str, dense: C
         return _packed_layer(copied, nbytes, op, dense)
 
     def kernel(m: int) -> str:
-        device = operand.tensors[0].device.type
+        device = str(operand.tensors[0].device)
         return dispatch.choose(
             operations.WeightProblem("packed_linear", device, torch.bfloat16, operand.layout, m, operand.meta)
         ).name

@@ -19,8 +19,9 @@
     }                                                                                                  \
   } while (0)
 
-enum Op { kPrmt, kLop3, kShf, kIadd3, kLds, kShfl, kFfma, kHfma2, kMma, kOps };
-constexpr const char* kNames[kOps] = {"prmt", "lop3", "shf", "iadd3", "lds32", "shfl", "ffma", "hfma2", "mma_m16n8k16_f16"};
+enum Op { kPrmt, kLop3, kShf, kIadd3, kLds, kShfl, kFfma, kHfma2, kMma, kMmaInt8, kOps };
+constexpr const char* kNames[kOps] = {"prmt", "lop3", "shf", "iadd3", "lds32", "shfl", "ffma", "hfma2", "mma_m16n8k16_f16",
+                                      "mma_m16n8k32_u8s8"};
 
 constexpr int kThreads = 1024, kChains = 8, kUnrolled = 8, kRounds = 512;
 
@@ -45,6 +46,13 @@ __device__ __forceinline__ void step(uint32_t (&a)[kChains], float (&f)[kChains]
       asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%4,%5}, {%6,%7}, {%0,%1,%2,%3};"
                    : "+f"(f[i]), "+f"(f[i + 1]), "+f"(f[i + 2]), "+f"(f[i + 3])
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
+  }
+  if constexpr (op == kMmaInt8) {
+#pragma unroll
+    for (int i = 0; i < kChains; i += 4)
+      asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%4,%5}, {%4,%5}, {%0,%1,%2,%3};"
+                   : "+r"(a[i]), "+r"(a[i + 1]), "+r"(a[i + 2]), "+r"(a[i + 3])
+                   : "r"(b), "r"(c));
   }
 }
 
@@ -95,7 +103,7 @@ Rate measure(int sms, uint32_t* sink, long long* cycles) {
   CHECK(cudaMemcpy(found.data(), cycles, sms * sizeof(long long), cudaMemcpyDeviceToHost));
   std::nth_element(found.begin(), found.begin() + sms / 2, found.end());
   const double steps = double(kRounds) * kUnrolled;
-  const double done = op == kMma ? steps * (kChains / 4) * (kThreads / 32) : steps * kChains * kThreads;
+  const double done = op >= kMma ? steps * (kChains / 4) * (kThreads / 32) : steps * kChains * kThreads;
   return {done / double(found[sms / 2]), double(found[sms / 2]) * kLaunches / (ms * 1e3)};
 }
 
@@ -154,7 +162,8 @@ int main() {
   const Rate rates[kOps] = {
       measure<kPrmt>(sms, sink, cycles), measure<kLop3>(sms, sink, cycles),  measure<kShf>(sms, sink, cycles),
       measure<kIadd3>(sms, sink, cycles), measure<kLds>(sms, sink, cycles),   measure<kShfl>(sms, sink, cycles),
-      measure<kFfma>(sms, sink, cycles), measure<kHfma2>(sms, sink, cycles), measure<kMma>(sms, sink, cycles)};
+      measure<kFfma>(sms, sink, cycles), measure<kHfma2>(sms, sink, cycles), measure<kMma>(sms, sink, cycles),
+      measure<kMmaInt8>(sms, sink, cycles)};
 
   std::printf("{\n \"device\": \"%s\", \"sms\": %d, \"l2_bytes\": %d,\n \"per_clock_and_sm\": {", device.name, sms, device.l2CacheSize);
   for (int op = 0; op < kOps; ++op) std::printf("%s\"%s\": %.2f", op ? ", " : "", kNames[op], rates[op].per_clock);

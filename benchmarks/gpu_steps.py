@@ -24,6 +24,8 @@ from gpu_table import gpu_table, read_rows  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL_S = 530.0
 """For all steps together: below the ten minutes after which such machines stop a command."""
+FIRST_BLOCK_S = 180.0
+"""For the first block but for the build, which takes what it takes: what a short loan must give."""
 SHORTEST_S = 5.0
 """A step that would get less than this is not started."""
 
@@ -31,6 +33,7 @@ SHAPES = ("28672x8192", "8192x8192", "4096x4096")
 BITS = "2,3,4,2.1+0.005"
 TOKENS = "1,2,16,512,2048"
 SPARSE_TOKENS = "1,16,2048"
+WIDTHS = "1,2,3,4,5,6,7,8"
 
 WHAT_IS_HERE = """
 import importlib.metadata as m, importlib.util as u, platform, shutil, torch
@@ -57,6 +60,8 @@ class Step:
     limit_s: float
     needed: bool = False
     """Without it no later step can run."""
+    first: bool = False
+    """Of the first block, after which the table is printed for the first time."""
 
 
 @dataclass
@@ -80,25 +85,27 @@ def steps(out: Path, python: str) -> list[Step]:
     build = "PYLLMQ_CUDA=1 PYLLMQ_CUDA_ARCHS=${PYLLMQ_CUDA_ARCHS:-90a}"
     links = "ln -sfn ../triton_kernels pyllmq/triton_kernels && ln -sfn ../benchmarks pyllmq/benchmarks"
     pytest = f"{py} -m pytest -q -p no:cacheprovider tests/test_gpu.py"
+    bench = f"{py} -m pyllmq bench --device cuda --csv {results}"
     sanitizer = "compute-sanitizer --error-exitcode 9 --tool"
     return [
-        Step("machine", f"nvidia-smi; {py} -c {shlex.quote(WHAT_IS_HERE)}", 60, needed=True),
+        Step("machine", f"nvidia-smi; {py} -c {shlex.quote(WHAT_IS_HERE)}", 30, needed=True, first=True),
+        Step("rates", measure_rates, 30, first=True),
         # In place and through PYTHONPATH, since an environment may be read-only; pip is not asked for anything.
-        Step("build", f"{build} {py} setup.py -q build_ext --inplace && {links}", 200, needed=True),
+        Step("build", f"{build} {py} setup.py -q build_ext --inplace && {links}", 200, needed=True, first=True),
+        Step("smoke", f"{pytest} -k 'sanitized or every_width'", 60, first=True),
+        Step("bench widths", f"{bench} --shapes {SHAPES[1]} --bits {WIDTHS} --m 1", 60, first=True),
         Step("doctor", f"{py} -m pyllmq doctor", 30),
-        Step("smoke", f"{pytest} -k sanitized", 60),
-        Step("rates", measure_rates, 60),
         *(
             Step(
                 f"bench {shape}",
-                f"{py} -m pyllmq bench --device cuda --shapes {shape} --bits {BITS} --m {TOKENS} --csv {results}",
+                f"{bench} --shapes {shape} --bits {BITS} --m {TOKENS}",
                 100,
             )
             for shape in SHAPES
         ),
         Step(
             "bench sparse",
-            f"{py} -m pyllmq bench --op sparse_linear --device cuda --shapes {SHAPES[0]} --m {SPARSE_TOKENS} --csv {results}",
+            f"{bench} --op sparse_linear --shapes {SHAPES[0]} --m {SPARSE_TOKENS}",
             100,
         ),
         Step("softmax_cdist_l1", f"{py} -m pyllmq.benchmarks.softmax_cdist_l1 --device cuda --budget-s 0.5", 40),
@@ -107,7 +114,10 @@ def steps(out: Path, python: str) -> list[Step]:
         Step("tests", pytest, 170),
         # torch asks the driver questions that it may answer with an error; those are not ours
         Step("memcheck", f"{sanitizer} memcheck --report-api-errors no {pytest} -k sanitized", 60),
-        Step("racecheck", f"{sanitizer} racecheck {pytest} -k sanitized", 60),
+        *(
+            Step(f"{tool}check", f"{sanitizer} {tool}check {pytest} -k sanitized", 60)
+            for tool in ("race", "sync", "init")
+        ),
     ]
 
 
@@ -154,8 +164,12 @@ def run_steps(
     report: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> list[Outcome]:
     """All steps in order. After a `needed` one that is not ok, the rest is not run."""
-    end, outcomes, stopped = time.monotonic() + total_s, [], ""
+    begin, stopped = time.monotonic(), ""
+    outcomes: list[Outcome] = []
+    end = begin + total_s
     for number, step in enumerate(todo, 1):
+        if number > 1 and todo[number - 2].first and not step.first:
+            report(f"\nthe first block, after {time.monotonic() - begin:.0f} s:\n{summary(outcomes, out)}\n")
         left = end - time.monotonic()
         if stopped or left < SHORTEST_S:
             outcomes.append(Outcome(step.name, "not run", 0.0, stopped or "no time left"))
@@ -178,8 +192,9 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def summary(outcomes: Sequence[Outcome], out: Path) -> str:
-    rows = read_rows(out / "results.csv")
-    lines = [gpu_table(rows) if rows else "nothing was measured", ""]
+    rows, rates = read_rows(out / "results.csv"), out / "rates.json"
+    limits = json.loads(rates.read_text()) if rates.exists() else None
+    lines = [gpu_table(rows, limits) if rows else "nothing was measured", ""]
     lines += [f"{o.state:<12} {o.name:<18} {o.seconds:5.0f} s  {o.note}".rstrip() for o in outcomes]
     bad = [o.name for o in outcomes if o.state != "ok"]
     lines.append(f"NOT OK: {', '.join(bad)}" if bad else "every step was ok")

@@ -41,29 +41,21 @@ void require_shape(int64_t rows, int64_t columns, int64_t given_rows, int64_t gi
 void bind_linear_operand(py::module_& m) {
   py::class_<LinearOperand>(m, "LinearOperand", module_local())
       .def_property_readonly("layout", [](const LinearOperand& self) { return reinterpret_cast<Pointer>(self.layout); })
-      .def(
-          "room",
-          [](LinearOperand& self, int64_t tokens, int dtype) {
-            const LinearRoom room = self.room(tokens, dtype);
-            return std::make_tuple(room.partials, room.counters);
-          },
-          arg("tokens"), arg("dtype"))
+      .def("room", &LinearOperand::room, arg("tokens"), arg("dtype"))
       .def(
           "linear",
           [](const LinearOperand& self, Pointer x, int dtype, int64_t tokens, Pointer bias, int bias_dtype, Pointer y,
-             Pointer partials, Pointer counters, Pointer stream) {
+             Pointer partials, Pointer stream) {
             self.linear({.tokens = tokens,
                          .x = as<void>(x),
                          .dtype = dtype,
                          .bias = as<void>(bias),
                          .bias_dtype = bias_dtype,
                          .y = as<void>(y),
-                         .partials = as<float>(partials),
-                         .counters = as<uint32_t>(counters)},
+                         .partials = as<float>(partials)},
                         stream);
           },
-          arg("x"), arg("dtype"), arg("tokens"), arg("bias"), arg("bias_dtype"), arg("y"), arg("partials"), arg("counters"),
-          arg("stream"))
+          arg("x"), arg("dtype"), arg("tokens"), arg("bias"), arg("bias_dtype"), arg("y"), arg("partials"), arg("stream"))
       .def(
           "dequantize",
           [](const LinearOperand& self, Pointer weight, int dtype, Pointer stream) {

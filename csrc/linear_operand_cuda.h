@@ -10,6 +10,14 @@
 
 namespace pyllmq::cuda {
 
+constexpr int64_t kAlignment = 128, kReadAlignment = 16;  // of a layout's arrays, and of what a kernel is given
+
+// Blocks that share outputs count themselves in the layout, which ends with words that are zero between calls: nothing has to be
+// cleared before a call, and nothing lives beside the operand. So calls of one weight must not overlap: on a second stream, wait.
+constexpr int64_t kMostLinearTokens = 64;  // of a call
+constexpr int64_t kTokenBlocks = 16;       // that 64 tokens make at most: 4 of them to a block
+inline int64_t counter_bytes(int64_t tiles) { return 4 * kTokenBlocks * tiles; }  // tiles of at most 64 rows
+
 struct LinearCall {  // by value to a kernel
   const uint8_t* layout;
   int64_t layout_bytes;
@@ -20,13 +28,6 @@ struct LinearCall {  // by value to a kernel
   int bias_dtype;
   void* y;
   float* partials;
-  uint32_t* counters;
-};
-
-// Elements of the workspace of a call.
-struct LinearRoom {
-  int64_t partials;  // fp32, all overwritten
-  int64_t counters;  // uint32, zero before the first call; each call leaves zeros
 };
 
 class LinearOperand {
@@ -35,8 +36,12 @@ class LinearOperand {
   LinearOperand(const LinearOperand&) = delete;
   LinearOperand& operator=(const LinearOperand&) = delete;
 
-  // Depends on the device: it is asked for its multiprocessors, and once for each number of tokens. Not for two threads at once.
-  LinearRoom room(int64_t tokens, int dtype) {
+  // Elements of call.partials, all overwritten. Depends on the device: it is asked for its multiprocessors, and once for each
+  // number of tokens. Not for two threads at once.
+  int64_t room(int64_t tokens, int dtype) {
+    if (tokens > kMostLinearTokens)
+      throw std::invalid_argument("linear of " + std::to_string(tokens) + " tokens; at most " +
+                                  std::to_string(kMostLinearTokens) + " at once: dequantize the weight for more");
     const auto found = rooms_.find({tokens, dtype});
     return found != rooms_.end() ? found->second : rooms_[{tokens, dtype}] = find_room(tokens, dtype);
   }
@@ -61,6 +66,9 @@ class LinearOperand {
     if (layout_bytes < header_bytes)
       throw std::invalid_argument("the layout has " + std::to_string(layout_bytes) +
                                   " bytes, less than its header; pack the weight again");
+    if (reinterpret_cast<uintptr_t>(layout) % kReadAlignment != 0)
+      throw std::invalid_argument("the layout lies " + std::to_string(reinterpret_cast<uintptr_t>(layout) % kReadAlignment) +
+                                  " bytes behind a multiple of 16, where no kernel can read it; give a copy of it (clone())");
   }
   [[noreturn]] static void refuse_work(const char* kernel, const LinearCall& call) {
     throw std::invalid_argument(std::string(kernel) + " of " + std::to_string(call.tokens) + " tokens by [" +
@@ -69,10 +77,10 @@ class LinearOperand {
   }
 
  private:
-  virtual LinearRoom find_room(int64_t tokens, int dtype) const = 0;
+  virtual int64_t find_room(int64_t tokens, int dtype) const = 0;
   virtual void run(const LinearCall& call, uintptr_t stream) const = 0;  // of at least one token
 
-  std::map<std::pair<int64_t, int>, LinearRoom> rooms_;
+  std::map<std::pair<int64_t, int>, int64_t> rooms_;
 };
 
 }  // namespace pyllmq::cuda

@@ -20,10 +20,16 @@ PYLLMQ_DEVICE bool is_last_of(uint32_t splits, uint32_t* counter, uint32_t& shar
   return shared_arrived == splits - 1;
 }
 
+// The counter of the blocks that share some tokens and the rows from a tile on.
+template <class Header>
+PYLLMQ_DEVICE uint32_t* counter_of(const Header& h, int64_t token_block, int64_t tiles, int64_t tile) {
+  return const_cast<uint32_t*>(section<uint32_t>(h, h.counters_offset)) + token_block * tiles + tile;
+}
+
 // The outputs of a block from (token_begin, row_begin) on: sum_of(token, row) for what for_each(body) goes through. Blocks that
 // share outputs leave their sums in the workspace; the one that comes last adds them, in order.
 template <class ForEach, class SumOf>
-PYLLMQ_DEVICE void store_outputs(const LinearCall& call, int splits, int64_t split, int64_t tokens_per_block, int64_t token_begin,
+PYLLMQ_DEVICE void store_outputs(const LinearCall& call, int splits, int64_t split, uint32_t* counter, int64_t token_begin,
                                  int64_t row_begin, uint32_t& shared_arrived, const ForEach& for_each, const SumOf& sum_of) {
   const int64_t stride = call.tokens * call.rows;
   float* parts = call.partials + token_begin * call.rows + row_begin;
@@ -35,7 +41,6 @@ PYLLMQ_DEVICE void store_outputs(const LinearCall& call, int splits, int64_t spl
       parts[split * stride + token * call.rows + row] = sum;
   });
   if (splits == 1) return;
-  uint32_t* counter = call.counters + token_begin / tokens_per_block * call.rows + row_begin;
   if (!is_last_of(static_cast<uint32_t>(splits), counter, shared_arrived)) return;
   for_each([&](int token, int row) {
     float sum = 0.0f;

@@ -1,4 +1,4 @@
-"""Compress a real model at several bit rates, and pruned, reload each in a new process, and show size, fidelity and speed.
+"""Compress a real model at several bit rates, and pruned, reload all in a new process, and show size, fidelity and speed.
 
 `make demo` runs this on all-MiniLM-L6-v2, which a package of the index carries; `make demo MODEL=/path` on your own causal LM.
 Everything is written to OUT: the packed folders, table.txt, results.json and fidelity.png.
@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 import pyllmq
@@ -27,7 +28,7 @@ from pyllmq.compression import calibration
 from pyllmq.loading import is_causal, load_model, load_tokenizer
 
 # True bits per weight: everything stored is counted.
-BITS = (4.0, 3.0, 2.5, 2.25)
+BITS = (4.0, 3.0, 2.25)
 PRESET = "balanced"
 # What the table calls it -> its settings; the rows of sparse layers name the share of weights that is kept.
 POINTS = {
@@ -87,9 +88,13 @@ def compress_at(source: Path, folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-def measure(source: Path, folder: Path) -> dict[str, float]:
-    """Dense and packed side by side in this process, interleaved; the packed model is loaded from its folder."""
-    tokenizer, dense, packed = load_tokenizer(source), load_model(source), load_model(folder)
+def measure(source: Path, folders: list[Path]) -> list[dict[str, float]]:
+    """Dense and packed side by side in this process, interleaved; packed models are loaded from their folders."""
+    tokenizer, dense = load_tokenizer(source), load_model(source)
+    return [measure_packed(dense, load_model(folder), tokenizer) for folder in folders]
+
+
+def measure_packed(dense: nn.Module, packed: nn.Module, tokenizer: Any) -> dict[str, float]:
     if is_causal(dense):
         text = split_text()[1]
         found = {
@@ -186,7 +191,7 @@ def main() -> None:
         "--model", type=Path, help="folder of a causal LM or encoder; default: the bundled all-MiniLM-L6-v2"
     )
     parser.add_argument("--out", type=Path, default=Path("demo_output"))
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # used for the new process
+    parser.add_argument("--measure", type=Path, nargs="+", help=argparse.SUPPRESS)  # used for the new process
     given = parser.parse_args()
     transformers_logging.disable_progress_bar()
     source = given.model or bundled_model()
@@ -196,15 +201,16 @@ def main() -> None:
     warnings.filterwarnings("default", category=UserWarning, module="pyllmq")
     given.out.mkdir(parents=True, exist_ok=True)
     causal = is_causal(load_model(source))
-    rows = []
-    for name in POINTS:
-        folder = given.out / name.replace(" %", "").replace(",", "").replace(":", "-").replace(" ", "-")
-        row = compress_at(source, folder, name)
-        command = [sys.executable, __file__, "--model", str(source), "--measure", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"the new process could not measure {folder}:\n{done.stderr}")
-        rows.append({**row, **json.loads(done.stdout.splitlines()[-1])})
+    folders = {
+        name: given.out / name.replace(" %", "").replace(",", "").replace(":", "-").replace(" ", "-") for name in POINTS
+    }
+    compressed = [compress_at(source, folder, name) for name, folder in folders.items()]
+    command = [sys.executable, __file__, "--model", str(source), "--measure", *map(str, folders.values())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the new process could not measure {given.out}:\n{done.stderr}")
+    measured = json.loads(done.stdout.splitlines()[-1])
+    rows = [{**row, **found} for row, found in zip(compressed, measured, strict=True)]
     text = table(rows, causal)
     (given.out / "table.txt").write_text(text + "\n")
     (given.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -216,7 +222,7 @@ def main() -> None:
     print(
         f"\nGeneration, a model of the shape of {GENERATES} with random weights (a token's time does not depend on them):"
     )
-    run_generation(GENERATES, bits="4,2", rivals=("none",), contexts=(64,), prompt=64, rounds=2)
+    run_generation(GENERATES, bits="4", rivals=("none",), contexts=(64,), prompt=64, rounds=2, unfused=False)
 
 
 if __name__ == "__main__":

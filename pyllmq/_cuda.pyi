@@ -12,20 +12,11 @@ class LinearOperand:
     """A layout in device memory, bound once; csrc/linear_operand_cuda.h. Dtypes: 0 fp32, 1 bf16, 2 fp16."""
 
     layout: int
-    def room(self, tokens: int, dtype: int) -> tuple[int, int]:
-        """(fp32 elements of workspace, uint32 counters that are zero before the first call)."""
+    def room(self, tokens: int, dtype: int) -> int:
+        """fp32 elements of workspace for up to 64 tokens."""
 
     def linear(
-        self,
-        x: int,
-        dtype: int,
-        tokens: int,
-        bias: int,
-        bias_dtype: int,
-        y: int,
-        partials: int,
-        counters: int,
-        stream: int,
+        self, x: int, dtype: int, tokens: int, bias: int, bias_dtype: int, y: int, partials: int, stream: int
     ) -> None: ...
     def dequantize(self, weight: int, dtype: int, stream: int) -> None: ...
 
@@ -33,7 +24,7 @@ class CodebookOperand(LinearOperand):
     def __init__(self, layout: int, layout_bytes: int, rows: int, columns: int) -> None: ...
 
 class CodebookBytePlanes(LinearOperand):
-    """Of one or two tokens and columns of at most 4 bits; `room` needs no counters, the layout has them."""
+    """Of one or two tokens and columns of at most 4 bits; `widest` is the largest width of a column."""
 
     def __init__(self, layout: int, layout_bytes: int, rows: int, columns: int, widest: int) -> None: ...
 

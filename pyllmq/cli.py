@@ -172,9 +172,12 @@ def _add_compress(commands: Any, arguments: Sequence[str]) -> None:
     c.add_argument("output", metavar="OUT", help=folder)
     _value(c, "--method WORD", "how to compress, see below", default=DEFAULT_METHOD)
     _value(c, "--plugin MODULE", "import this module, which registers a method (repeatable)", action="append")
-    text = "UTF-8 text file, or self: the model writes the text (causal models); default: prose of CPython's reference manual"
+    text = (
+        "UTF-8 text file; a folder of .wav files or images, where the model takes those; or self: the model writes the text "
+        "(causal models); default: prose of CPython's reference manual"
+    )
     _value(c, "--calibration FILE", text)
-    _value(c, "--samples N", "calibration windows (encoders: sentences); default 128", int)
+    _value(c, "--samples N", "calibration windows (encoders: sentences; folders: files); default 128", int)
     _value(c, "--seqlen L", "tokens per window; default 512", int)
     _value(c, "--include PATTERN", "compress only Linears of this name (repeatable)", action="append")
     dense = "leave these Linears dense, besides output heads (repeatable)"
@@ -262,7 +265,19 @@ def _options(registered: Any) -> list[Option]:
     size = Option(
         "--size", "size", str, "instead of --bits: size of the folder to write, such as 1.9GB or 700MB", "SIZE"
     )
-    return [*registered.options(), *([size] if registered.method.true_bits else [])]
+    more = [size] if registered.method.true_bits else []
+    if registered.method.packs_after:
+        more += [
+            Option("--bits", "bits", float, "then pack what stays, as column-codebook does", "B"),
+            Option(
+                "--pattern",
+                "pattern",
+                str,
+                "then prune what stays, as mixed-sparsity does; with --bits to codebooks",
+                "N:M",
+            ),
+        ]
+    return [*registered.options(), *more]
 
 
 def _settings(given: argparse.Namespace) -> dict[str, Any]:
@@ -291,7 +306,11 @@ def run_compress(given: argparse.Namespace) -> int:
     size = settings.pop("size", None)
     if size is not None and "bits" in settings:
         raise ValueError(f"--bits {settings['bits']:g} and --size {size} are two targets; give one of them")
+    then: dict[str, Any] = {}
+    if METHODS[given.method].method.reshapes:
+        then = {field: settings.pop(field) for field in ("bits", "pattern") if field in settings}
     config = METHODS[given.method].config(settings)
+    packing = METHODS["mixed-sparsity" if "pattern" in then else DEFAULT_METHOD].config(then) if then else None
     needs = method_of(config).needs
     quantized = quantization_method(read_config(given.source))
     output = Path(given.output)
@@ -310,7 +329,7 @@ def run_compress(given: argparse.Namespace) -> int:
             f"{given.source} is quantized already ({quantized}); compress the dense model that it was made from"
         )
     if method_of(config).reshapes:
-        return _reshape(given, config)
+        return _reshape(given, config, packing)
     if needs.calibration and given.workers is not None:
         raise ValueError(
             f"--workers {given.workers} does not go with --method {given.method} with these settings, which needs calibration: "
@@ -325,6 +344,10 @@ def run_compress(given: argparse.Namespace) -> int:
     reason = "--in-memory was given" if given.in_memory else needs.whole_model
     if given.calibration == "self":
         reason = reason or "--calibration self lets the model write text"
+    if _in_folder(given) and _must_transcribe(given):
+        reason = (
+            reason or f"the model writes the texts of those files in {given.calibration} that have no .txt beside them"
+        )
     if not reason:
         return _compress_streamed(given, config, size, needs.calibration)
     for option, value in (("--resume", given.resume), ("--dry-run", given.dry_run), ("--workers", given.workers)):
@@ -354,35 +377,45 @@ def _names(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _reshape(given: argparse.Namespace, config: MethodConfig) -> int:
-    """A smaller dense folder, for transformers as it is."""
+def _reshape(given: argparse.Namespace, config: MethodConfig, packing: MethodConfig | None) -> int:
+    """A smaller dense folder, for transformers as it is; with `packing` its Linears are packed besides."""
+    from . import compress, save_pretrained
     from .compression.methods import method_of
     from .compression.methods.vocabulary import stale_files
     from .folders import copy_others, new_folder
     from .loading import load_model, load_tokenizer
 
     method = method_of(config)
-    words = ("include", "exclude", "embeddings", "head", "workers", "resume", "report")
-    for word in (*words, *(() if method.needs.calibration else ("samples", "seqlen"))):
+    dense = () if packing else ("include", "exclude", "embeddings", "head", "report")
+    calibrated = method.needs.calibration or packing is not None
+    for word in ("workers", "resume", *dense, *(() if calibrated else ("samples", "seqlen"))):
         if (value := getattr(given, word)) not in (None, False):
-            raise ValueError(
-                f"--{word} {value} does not go with --method {given.method}, which packs no layer; leave it out"
-            )
+            why = "holds the whole model in memory" if packing else "packs no layer without --bits or --pattern"
+            raise ValueError(f"--{word} {value} does not go with --method {given.method}, which {why}; leave it out")
     if given.calibration == "self":
         raise ValueError(f"--calibration self does not go with --method {given.method}; give a file of text")
-    model, tokenizer = load_model(given.source, given.architecture), load_tokenizer(given.source)
-    text, samples, seqlen = _text(given.calibration), *_windows(given)
-    tokenizer, report = method.reshape(model, tokenizer, text, samples, seqlen)
+    model = load_model(given.source, given.architecture)
+    batches = _calibration_batches(model, given) if method.needs.calibration else []
+    text = "" if method.needs.calibration else _text(given.calibration)
+    tokenizer = None if method.needs.calibration else load_tokenizer(given.source)
+    tokenizer, report = method.reshape(model, tokenizer, text, batches)
     print(report)
     if given.dry_run:
         print("nothing was written")
         return 0
+    if packing is not None:
+        packed = compress(model, packing, batches, progress=not given.quiet, **_names(given))
+        save_pretrained(model, given.output, source=given.source)
+        _print_report(packed, given)
+        return 0
     with new_folder(given.output) as part:
         model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        written = {file.name for file in part.iterdir()}
+        stale: set[str] = set()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+            stale = stale_files(tokenizer) - {file.name for file in part.iterdir()}
         copy_others(Path(given.source), part, skip=(Path(given.output),))
-        for name in stale_files(tokenizer) - written:
+        for name in stale:
             (part / name).unlink(missing_ok=True)
     print(f"written to {given.output}; load it with transformers")
     return 0
@@ -475,19 +508,43 @@ def _bytes(name: str, text: str) -> int:
 
 def _calibration_batches(model: Any, given: argparse.Namespace) -> list[dict[str, Any]]:
     from .compression import calibration
+    from .compression.media import batches_of_files, check_takes_text
     from .loading import load_tokenizer
 
-    calibration.check_takes_text(model)
+    samples, seqlen = _windows(given)
+    if _in_folder(given):
+        return batches_of_files(model, given.source, _media(model, given)[:samples])
+    check_takes_text(model)
     try:
         tokenizer = load_tokenizer(given.source)
     except ValueError as error:
         other = f"--method {_words(calibration=False)}"
         raise ValueError(f"{error}. Methods without calibration need no tokenizer: {other}") from error
-    samples, seqlen = _windows(given)
     if given.calibration == "self":
         return calibration.self_written(model, tokenizer, samples, seqlen, progress=not given.quiet)
     text = None if given.calibration is None else _text(given.calibration)
     return calibration.batches_of_text(model, tokenizer, text, samples, seqlen)
+
+
+def _in_folder(given: argparse.Namespace) -> bool:
+    return given.calibration not in (None, "self") and Path(given.calibration).is_dir()
+
+
+def _media(model: Any, given: argparse.Namespace) -> list[Path]:
+    """Files of the folder that --calibration names."""
+    from .compression.media import media_files
+
+    if given.seqlen is not None:
+        raise ValueError(f"--seqlen {given.seqlen} is about text, and {given.calibration} is a folder; leave it out")
+    return media_files(model, given.calibration)
+
+
+def _must_transcribe(given: argparse.Namespace) -> bool:
+    from .compression.media import must_transcribe
+    from .integrations.checkpoint import StreamedModel
+
+    model = StreamedModel(given.source, architecture=given.architecture).model
+    return must_transcribe(model, _media(model, given)[: _windows(given)[0]])
 
 
 def _windows(given: argparse.Namespace) -> tuple[int, int]:

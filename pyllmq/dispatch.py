@@ -23,7 +23,12 @@ class Problem:
 
     op: str
     device: str
+    """With its index where it has one, "cuda:1" say: the GPUs of a machine may differ."""
     dtype: torch.dtype
+
+    @property
+    def device_type(self) -> str:
+        return self.device.partition(":")[0]
 
     def __str__(self) -> str:
         return f"{self.op}({', '.join(f'{f.name}={getattr(self, f.name)}' for f in fields(self)[1:])})"
@@ -61,7 +66,7 @@ class Operation(Generic[P, Run]):
         self.name, self.problem = name, problem
         self.rows: list[Kernel[P, Run]] = []
         self.kernel_for = lru_cache(maxsize=4096)(self._kernel_for)
-        """`choose` from the parts of a problem, device type and dtype first: making a Problem costs 1 us, this 0.2."""
+        """`choose` from the parts of a problem, torch.device and dtype first: making a Problem costs 1 us, this 0.2."""
         _TABLE[name] = self
 
     def register(self, name: str, order: int, supports: Callable[[P], Support], run: Run, because: str) -> None:
@@ -87,8 +92,8 @@ class Operation(Generic[P, Run]):
             "`pyllmq doctor` shows which back ends work here; the back end 'reference' runs on any device with checkpoint layouts."
         )
 
-    def _kernel_for(self, *parts: Hashable) -> Run:
-        return self.choose(self.problem(self.name, *parts)).run  # type: ignore[arg-type]
+    def _kernel_for(self, device: torch.device, *parts: Hashable) -> Run:
+        return self.choose(self.problem(self.name, str(device), *parts)).run  # type: ignore[arg-type]
 
 
 _TABLE: dict[str, Operation[Any, Any]] = {}

@@ -88,7 +88,7 @@ def kmeans_1d(
         points = frame.points
 
     half = centroid_dtype == torch.float16
-    kernel = KMEANS_1D.kernel_for(points.device.type, points.dtype, method)
+    kernel = KMEANS_1D.kernel_for(points.device, points.dtype, method)
     found = kernel(Points(points, weights, ks, method), seed, half, packed)
     if half:
         _check_fits_half([centroids for centroids, _ in found], points)
@@ -114,7 +114,7 @@ def kmeans_1d_errors(values: Tensor, k: Sequence[int], weights: Tensor | None = 
     frame = _frame(values, points)
     if frame is not None:
         points = frame.points
-    kernel = KMEANS_1D_ERRORS.kernel_for(points.device.type, points.dtype, method)
+    kernel = KMEANS_1D_ERRORS.kernel_for(points.device, points.dtype, method)
     errors = kernel(Points(points, weights, ks, method))
     return errors if frame is None else torch.ldexp(errors, 2 * frame.exponent)
 
@@ -189,7 +189,7 @@ def fit_columns(
         raise ValueError(f"bits range from {int(bits.min())} to {int(bits.max())}; allowed: 1 to 8")
     if columns and not 0 <= int(kept_counts.min()) <= int(kept_counts.max()) < max(rows, 1):
         raise ValueError(f"kept_counts range up to {int(kept_counts.max())}; allowed: 0 to {rows - 1}, fewer than rows")
-    return FIT_COLUMNS.kernel_for(block.device.type, torch.float32, method)(of_columns, method, descend)
+    return FIT_COLUMNS.kernel_for(block.device, torch.float32, method)(of_columns, method, descend)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class Layout:
     holds: tuple[str, ...]
     """Names of the checkpoint tensors that it can give back; the others stay beside it."""
     serves: Callable[[str], bool]
-    """Does the back end work here for that type of device?"""
+    """Does the back end work here for that device, "cuda:1" say?"""
     prepack: Callable[[Fields, Shape], WeightOperand]
     """The operand in this layout, on the device where the tensors lie. They are read, not kept."""
     unpack: Callable[[WeightOperand, Shapes, Fields], dict[str, Tensor]]
@@ -97,7 +97,7 @@ def machine_layout(name: str) -> Layout:
 
 
 def layout_for(kind: str, device: str) -> Layout | None:
-    """What weights of a kind get on that type of device; None where no back end has a layout: they stay as in a checkpoint."""
+    """What weights of a kind get on that device; None where no back end has a layout: they stay as in a checkpoint."""
     for layout in layouts():
         if layout.kind == kind and forced_backend() in (None, layout.backend) and layout.serves(device):
             return layout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,25 @@ def is_causal(model: Any) -> bool:
     """Does the model predict the next token of its only text?"""
     generates = bool(getattr(model, "can_generate", lambda: False)())
     return generates and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def load_extractor(folder: Folder, kind: str) -> Any:
+    """What makes a model's inputs of "audio" or of an "image". Raises ValueError, with what to do, where there is none."""
+    import transformers
+
+    auto: Any = transformers.AutoFeatureExtractor if kind == "audio" else transformers.AutoImageProcessor
+    try:
+        if kind == "image" and importlib.util.find_spec("torchvision") is None:
+            # The auto class refuses without torchvision; the class that needs Pillow alone is called so.
+            said = json.loads((Path(folder) / "preprocessor_config.json").read_text(encoding="utf-8"))
+            auto = getattr(transformers, f"{str(said.get('image_processor_type')).removesuffix('Fast')}Pil", auto)
+        return auto.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, ImportError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{folder} has nothing by which transformers makes inputs of {kind} files (preprocessor_config.json): {why}. Copy that "
+            "file into the folder, or take a method without calibration"
+        ) from error
 
 
 TOKENIZER_FILES = {

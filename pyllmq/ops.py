@@ -176,7 +176,7 @@ def _run_linear(x: Tensor, operand: WeightOperand, bias: Tensor | None, precisio
         bias_place = "" if bias is None else f" and bias on {bias.device}"
         raise ValueError(f"x is on {x.device}{bias_place}, the weight on {device}; move them to one device")
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    kernel = PACKED_LINEAR.kernel_for(device.type, x.dtype, operand.layout, rows.shape[0], operand.meta, precision)
+    kernel = PACKED_LINEAR.kernel_for(device, x.dtype, operand.layout, rows.shape[0], operand.meta, precision)
     y = kernel(readable(rows), operand, None if bias is None else for_kernels(bias), precision)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], operand.shape[0])
 
@@ -267,7 +267,7 @@ def packed_dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Ten
 def _packed_dequantize(*arguments: Any) -> Tensor:
     *weight, dtype = arguments
     operand = operand_of(*weight)
-    kernel = PACKED_DEQUANTIZE.kernel_for(operand.tensors[0].device.type, dtype, operand.layout, 0, operand.meta)
+    kernel = PACKED_DEQUANTIZE.kernel_for(operand.tensors[0].device, dtype, operand.layout, 0, operand.meta)
     return kernel(operand, dtype)
 
 
@@ -322,7 +322,7 @@ def _run_rows(operand: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tensor
     device = operand.tensors[0].device
     if ids.device != device:
         raise ValueError(f"ids are on {ids.device}, the weight on {device}; move them to one device")
-    kernel = PACKED_ROWS.kernel_for(device.type, dtype, operand.layout, 0, operand.meta)
+    kernel = PACKED_ROWS.kernel_for(device, dtype, operand.layout, 0, operand.meta)
     return kernel(operand, for_kernels(ids.reshape(-1).long()), dtype).view(*ids.shape, operand.shape[1])
 
 
@@ -400,7 +400,7 @@ def routed_experts(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Te
             f"hidden_states are on {hidden_states.device}, top_k_index on {top_k_index.device}, top_k_weights on "
             f"{top_k_weights.device}, the experts on {device}; move them to one device"
         )
-    kernel = ROUTED_EXPERTS.kernel_for(device.type, hidden_states.dtype, experts.layouts)
+    kernel = ROUTED_EXPERTS.kernel_for(device, hidden_states.dtype, experts.layouts)
     index, weights = for_kernels(top_k_index.long()), for_kernels(top_k_weights.detach().float())
     return kernel(for_kernels(hidden_states.detach()), index, weights, experts)
 
@@ -500,11 +500,11 @@ def _check_byte_matrix(name: str, tensor: Tensor) -> None:
 
 
 def _pack_codes(codes: Tensor, bits: int) -> Tensor:
-    return PACK_CODES.kernel_for(codes.device.type, codes.dtype)(codes, bits)
+    return PACK_CODES.kernel_for(codes.device, codes.dtype)(codes, bits)
 
 
 def _unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
-    return UNPACK_CODES.kernel_for(packed.device.type, packed.dtype)(packed, bits, columns)
+    return UNPACK_CODES.kernel_for(packed.device, packed.dtype)(packed, bits, columns)
 
 
 define(
@@ -589,7 +589,7 @@ def _as_batch(logits: Tensor) -> Tensor:
 def _softmax_cdist_l1(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = SOFTMAX_CDIST_L1.kernel_for(student_logits.device.type, student_logits.dtype)
+    kernel = SOFTMAX_CDIST_L1.kernel_for(student_logits.device, student_logits.dtype)
     distance, *statistics = kernel(_as_batch(student_logits), _as_batch(teacher_logits), temperature)
     leading = student_logits.shape[:-2]
     student_statistics, teacher_statistics = (each.view(*leading, *each.shape[1:]) for each in statistics)
@@ -627,7 +627,7 @@ def _softmax_cdist_l1_gradients(ctx: Any, grad: Tensor, *_: object) -> _Gradient
 
 def _softmax_cdist_l1_backward(grad: Tensor, logits: Tensor, *arguments: Any) -> Tensor:
     *others, temperature = arguments
-    kernel = SOFTMAX_CDIST_L1_BACKWARD.kernel_for(logits.device.type, logits.dtype)
+    kernel = SOFTMAX_CDIST_L1_BACKWARD.kernel_for(logits.device, logits.dtype)
     grad, mine, other, statistics, other_statistics = (_as_batch(each) for each in (grad, logits, *others))
     return kernel(grad, Cdist(mine, other, statistics, other_statistics, temperature)).view(logits.shape)
 

@@ -249,7 +249,7 @@ class PackedWeight(OfStructure):
 
         Without a back end for the device, or with PYLLMQ_BACKEND=reference, the tensors stay as they are.
         """
-        layout = layout_for(self.kind, self.device.type)
+        layout = layout_for(self.kind, str(self.device))
         shape = (self.out_features, self.in_features)
         return self.checkpoint_operand() if layout is None else layout.prepack(self.tensors, shape)
 

@@ -207,7 +207,7 @@ def _is_eager(tensor: Tensor) -> bool:
 def _sinkhorn(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     cost, a, b, epsilon, iterations, tolerance, rho_a, rho_b, grad = arguments
     tape = _tape(cost, iterations, grad)
-    kernel = SINKHORN.kernel_for(cost.device.type, cost.dtype, *cost.shape[1:])
+    kernel = SINKHORN.kernel_for(cost.device, cost.dtype, *cost.shape[1:])
     plan, u, v, count = kernel(Transport(cost, a, b, epsilon, rho_a, rho_b), iterations, tolerance, tape)
     return plan, u, v, tape, count
 
@@ -215,7 +215,7 @@ def _sinkhorn(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def _tape(cost: Tensor, iterations: int, grad: str) -> Tensor:
     """Room for what the backward pass wants to know of every iteration, the scalings: T (n + m), not T n m."""
     problems, n, m = cost.shape
-    row = SINKHORN.kernel_for(cost.device.type, cost.dtype, int(n), int(m)).tape_row(n, m) if grad == "unroll" else 0
+    row = SINKHORN.kernel_for(cost.device, cost.dtype, int(n), int(m)).tape_row(n, m) if grad == "unroll" else 0
     return cost.new_empty((problems, iterations, row) if row else (0,))
 
 
@@ -251,7 +251,7 @@ def _sinkhorn_backward_of(
 
 def _sinkhorn_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     cost, a, b, epsilon, tape, count, *arriving, rho_a, rho_b = arguments
-    kernel = SINKHORN_BACKWARD.kernel_for(cost.device.type, cost.dtype, *cost.shape[1:])
+    kernel = SINKHORN_BACKWARD.kernel_for(cost.device, cost.dtype, *cost.shape[1:])
     gradients = (grad.contiguous() for grad in arriving)
     return kernel(Transport(cost, a, b, epsilon, rho_a, rho_b), Arriving(tape, count, *gradients))
 
@@ -407,7 +407,7 @@ def doubly_stochastic(
 
 
 def _doubly_stochastic(logits: Tensor, *how: Any) -> Tensor:
-    kernel = DOUBLY_STOCHASTIC.kernel_for(logits.device.type, logits.dtype, *logits.shape[1:])
+    kernel = DOUBLY_STOCHASTIC.kernel_for(logits.device, logits.dtype, *logits.shape[1:])
     return kernel(logits, Normalisation(*how)).contiguous()
 
 
@@ -424,7 +424,7 @@ def _doubly_stochastic_backward_of(ctx: Any, grad: Tensor) -> tuple[Tensor | Non
 
 
 def _doubly_stochastic_backward(logits: Tensor, grad: Tensor, *how: Any) -> Tensor:
-    kernel = DOUBLY_STOCHASTIC_BACKWARD.kernel_for(logits.device.type, logits.dtype, *logits.shape[1:])
+    kernel = DOUBLY_STOCHASTIC_BACKWARD.kernel_for(logits.device, logits.dtype, *logits.shape[1:])
     return kernel(logits, grad.contiguous(), Normalisation(*how)).contiguous()
 
 

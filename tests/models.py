@@ -15,6 +15,15 @@ def tiny_llama(**changes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
 
 
+def tiny_qwen2(**changes: Any) -> Any:
+    """Queries, keys and values have biases, and no setting says how large a head is."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
+    return Qwen2ForCausalLM(Qwen2Config(**(sizes | changes))).eval()
+
+
 def tiny_bert() -> Any:
     from transformers import BertConfig, BertModel
 
@@ -37,6 +46,41 @@ def tiny_t5() -> Any:
         vocab_size=512, d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4, decoder_start_token_id=0
     )
     return T5ForConditionalGeneration(config).eval()
+
+
+PAIR = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "pad_token_id": 1, "decoder_start_token_id": 2}  # fmt: skip
+IMAGES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
+          "patch_size": 8}  # fmt: skip
+
+
+def tiny_bart() -> Any:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    return BartForConditionalGeneration(BartConfig(vocab_size=512, max_position_embeddings=64, **PAIR)).eval()
+
+
+def tiny_whisper() -> Any:
+    """40 frames of the spectrum, 20 of the encoder."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    ends = {"bos_token_id": 2, "eos_token_id": 2, "suppress_tokens": None, "begin_suppress_tokens": None}
+    sizes = {"vocab_size": 512, "num_mel_bins": 16, "max_source_positions": 20, "max_target_positions": 32}
+    return WhisperForConditionalGeneration(WhisperConfig(**PAIR, **sizes, **ends)).eval()
+
+
+def tiny_vit() -> Any:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig(num_labels=5, **IMAGES)).eval()
+
+
+def tiny_clip() -> Any:
+    from transformers import CLIPConfig, CLIPModel
+
+    text = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "max_position_embeddings": 32, "eos_token_id": 2, "bos_token_id": 2, "pad_token_id": 1}  # fmt: skip
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=IMAGES, projection_dim=16)).eval()
 
 
 def tiny_gemma3() -> Any:

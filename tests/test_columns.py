@@ -13,7 +13,7 @@ from pyllmq import ColumnCodebookConfig, kmeans_1d
 from pyllmq.compression.jobs.in_memory import DESCRIPTION_BYTES, bits_for_size
 from pyllmq.compression.methods import column_codebook as columns
 from pyllmq.compression.solver import bits as allocate
-from pyllmq.compression.solver.hessian import as_columns, factor_hessian
+from pyllmq.compression.solver.hessian import as_columns, centre_, factor_hessian
 from pyllmq.compression.solver.sweep import ColumnQuantizer, refine_columns, sweep_columns
 from pyllmq.compression.statistics import loss_gradients as guide
 
@@ -215,6 +215,21 @@ def test_the_bias_takes_up_the_mean_error() -> None:
         {"w": weight}, columns.InputStatistics(hessian.clone()), 3.2 * weight.numel() / 8, config
     )["w"]
     assert without.bias_change is None and done.error < without.error
+
+
+def test_an_input_that_hardly_changes_is_no_hessian_of_rounding_errors() -> None:
+    """Its covariance is the difference of two equal matrices."""
+    x = torch.randn(64) * 0.1 + torch.zeros(20, 64)
+    x[:, :3] += 1e-9 * torch.randn(20, 3)
+    mean = x.mean(0)
+    hessian = x.t() @ x / len(x)
+    centre_(hessian, mean)
+    factor = factor_hessian(hessian, 0.01)
+    assert factor.damping == 0.01 and not bool(factor.diagonal.any())
+    x[:, 5] += torch.randn(20)
+    hessian = x.t() @ x / len(x)
+    centre_(hessian, x.mean(0))
+    assert factor_hessian(hessian, 0.01).diagonal.count_nonzero() == 1
 
 
 def test_row_weights_buy_accuracy_where_they_are_high() -> None:

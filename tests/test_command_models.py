@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -170,26 +171,24 @@ def test_a_head_that_is_named_is_packed(llama, tmp_path, more) -> None:
     assert isinstance(packed.model.layers[0].mlp.up_proj, pyllmq.CodebookLinear) == bool(more)
 
 
-def test_guidance_falls_back_where_there_is_no_loss(tmp_path) -> None:
+def test_classifiers_and_two_rows_of_blocks_are_guided_block_by_block(tmp_path) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
     batches = models.token_batches(2, 12)
-    model = BertForSequenceClassification(BertConfig(**BERT)).eval()
-    source = saved(model, tmp_path / "source", tokenizer=False)
+    source = saved(BertForSequenceClassification(BertConfig(**BERT)).eval(), tmp_path / "source", tokenizer=False)
     config = pyllmq.ColumnCodebookConfig.preset("balanced", 4.0)
-    with pytest.warns(UserWarning, match="as with guidance='none': the model gives .* no loss"):
-        report = pyllmq.compress_folder(source, tmp_path / "out", config, batches, exclude=("pooler",), progress=False)
-    assert len(report.warnings) == 1 and {p.name for p in tmp_path.iterdir()} == {"source", "out"}
-    unguided = loading.load_model(source)
-    with pytest.warns(UserWarning, match="as with guidance='none'"):
-        pyllmq.compress(unguided, config, batches, exclude=("pooler",), progress=False)
-    for name, module in pyllmq.from_pretrained(tmp_path / "out").named_modules():
-        if isinstance(module, pyllmq.CodebookLinear):
-            assert torch.equal(module.dequantize(), unguided.get_submodule(name).dequantize())
-    two_chains = [{"input_ids": ids, "decoder_input_ids": ids[:, :8]} for ids in batches]
-    source = saved(models.tiny_t5(), tmp_path / "t5", tokenizer=False)
-    with pytest.warns(UserWarning, match="no single row of blocks"):
-        pyllmq.compress_folder(source, tmp_path / "t5-out", config, two_chains, progress=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*guidance='none'.*")
+        pyllmq.compress_folder(source, tmp_path / "out", config, batches, exclude=("pooler",), progress=False)
+        whole = loading.load_model(source)
+        pyllmq.compress(whole, config, batches, exclude=("pooler",), progress=False)
+        packed = pyllmq.from_pretrained(tmp_path / "out", fuse=False)
+        with torch.no_grad():
+            found, expected = (model(input_ids=batches[0]).logits for model in (packed, whole))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        two_rows = [{"input_ids": ids, "decoder_input_ids": ids[:, :8]} for ids in batches]
+        source = saved(models.tiny_t5(), tmp_path / "t5", tokenizer=False)
+        pyllmq.compress_folder(source, tmp_path / "t5-out", config, two_rows, progress=False)
 
 
 @pytest.mark.parametrize("method", ["mixed", "wanda", "sparsegpt"])

@@ -1,10 +1,12 @@
 """The `cuda` back end above its kernels: why it is not there, what it does without a driver, what nvcc makes of the sources."""
 
+import contextlib
 import importlib.util
 import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,9 @@ import pyllmq
 from pyllmq import dispatch, layouts
 from pyllmq.backends import cuda
 from pyllmq.backends.cuda import runtime
-from pyllmq.operations import WeightProblem
+from pyllmq.backends.triton import runtime as triton_runtime
+from pyllmq.dispatch import Problem
+from pyllmq.operations import SOFTMAX_CDIST_L1, SinkhornProblem, WeightProblem
 
 from .oracle import built_in_kinds
 
@@ -76,17 +80,54 @@ def test_a_layout_without_a_back_end_is_named():
         layouts.machine_layout("checkpoint.codebook")
 
 
-def test_counters_are_shared_by_a_stream_and_not_by_a_graph(monkeypatch):
-    capturing = False
-    monkeypatch.setattr(runtime, "capturing", lambda: capturing)
-    monkeypatch.setattr(runtime, "counters", {})
-    cpu = torch.device("cpu")
-    first = runtime.zero_counters(10, cpu, 1)
-    assert runtime.zero_counters(5, cpu, 1) is first and runtime.zero_counters(10, cpu, 2) is not first
-    assert runtime.zero_counters(11, cpu, 1).numel() == 11
-    capturing = True
-    graphs = [runtime.zero_counters(5, cpu, 1) for _ in range(2)]
-    assert graphs[0] is not graphs[1] and not graphs[0].any() and graphs[0] is not runtime.zero_counters(5, cpu, 1)
+class TwoGpus:
+    """cuda:0 is what every kernel was built for, cuda:1 is not: what is asked of the current device depends on which that is."""
+
+    def __init__(self, monkeypatch):
+        self.current, self.asked = 0, []
+        monkeypatch.setattr(torch.cuda, "device", self.made_current)
+        monkeypatch.setattr(runtime, "current", self.made_current)
+
+    @contextlib.contextmanager
+    def made_current(self, device):
+        before, self.current = self.current, torch.device(device).index
+        yield
+        self.current = before
+
+    def answer(self, *_):
+        self.asked.append(self.current)
+        return self.current == 0
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    gpus = TwoGpus(monkeypatch)
+    dispatch.clear_cache()
+    yield gpus
+    dispatch.clear_cache()
+    assert gpus.current == 0
+
+
+def test_what_does_not_run_on_one_gpu_runs_on_the_other(two_gpus, monkeypatch):
+    monkeypatch.setattr(runtime, "available", lambda: (two_gpus.answer(), "this GPU is too old"))
+    monkeypatch.setattr(triton_runtime, "available", lambda: (not two_gpus.answer(), "this GPU is too new"))
+    problem = partial(Problem, "softmax_cdist_l1", dtype=torch.float16)
+    assert dispatch.choose(problem("cuda:0")).name == "cuda.softmax_cdist_l1"
+    assert dispatch.choose(problem("cuda:1")).name == "triton.softmax_cdist_l1"
+    kernels = [SOFTMAX_CDIST_L1.kernel_for(torch.device("cuda", index), torch.float16) for index in (0, 1)]
+    assert kernels[0] is not kernels[1], "what was chosen for one GPU served the other"
+    assert layouts.layout_for("codebook", "cuda:0").name == "cuda.codebook"
+    assert layouts.layout_for("codebook", "cuda:1").name == "triton.codebook"
+
+
+def test_shared_memory_is_asked_of_the_tensors_gpu(two_gpus, monkeypatch):
+    monkeypatch.setattr(runtime, "available", lambda: (True, ""))
+    monkeypatch.setattr(triton_runtime, "available", lambda: (True, ""))
+    monkeypatch.setattr(cuda.sinkhorn, "has_room", two_gpus.answer)
+    for index, name in enumerate(("cuda.sinkhorn", "triton.sinkhorn")):
+        transport = SinkhornProblem("sinkhorn", f"cuda:{index}", torch.float32, 64, 64)
+        assert dispatch.choose(transport).name == name
+    assert two_gpus.asked == [0, 1]
 
 
 def test_the_built_extension_without_a_driver():

@@ -100,8 +100,7 @@ def test_each_extra(extra, widths):
 
 @pytest.mark.parametrize("n", [3100, 70])
 def test_without_and_with_splits_of_k(emulated, n):  # noqa: F811
-    partials, counters = emulated.CodebookOperand(0, 4096, n, 900).room(3, 2)
-    assert (partials, counters) == ((0, 0) if n == 3100 else (4 * 3 * 70, 70))
+    assert emulated.CodebookOperand(0, 4096, n, 900).room(3, 2) == (0 if n == 3100 else 4 * 3 * 70)
     check(random_case(n, 900, (1, 4), outliers=0.01), torch.randn(3, 900).half(), torch.randn(n))
 
 
@@ -209,7 +208,7 @@ def test_the_layout_is_hardly_larger_than_the_checkpoint():
     for bits in ALL_WIDTHS:
         weight = random_case(1024, 1024, (bits,)).weight
         integers = 1024 * (2 * max(4, 2**bits) + 8) if bits <= 4 else 0  # codebooks as integers, for one and two tokens
-        assert prepacked(weight).tensors[0].numel() < weight.nbytes + 1024 * 4 + 8192 + integers  # a counter a row
+        assert prepacked(weight).tensors[0].numel() < weight.nbytes + 8192 + integers
 
 
 def test_a_layer_moves_into_the_layout_and_back():

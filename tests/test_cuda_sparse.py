@@ -91,7 +91,7 @@ def test_shapes(n, k, dtype):
     for weight in (bitmap(n, k), sparse24(n, k), codes(n, k, 2, outliers), codes(n, k, 4, outliers)):
         for tokens in (1, 7, 20):
             # fp32 x times bf16 values is a sum of three, which shows where torch's own sum is short
-            factor = 2.0 if k > 64 else 4.0 if k > 8 else 8.0
+            factor = 2.0 if k > 128 else 4.0 if k > 8 else 8.0
             check(weight, torch.randn(tokens, k).to(dtype), bias, as_columns(weight), factor=factor)
 
 
@@ -135,8 +135,8 @@ def test_columns_far_apart_and_in_several_panels(values):
 def test_without_and_with_splits_of_k(emulated, n):  # noqa: F811
     weight = sparse24(n, 900)
     with pyllmq.use_backend("cuda"):
-        partials, counters = sparse.operand(packed_here(weight).operand()).room(3, 1)
-    assert (partials > 0, counters) == ((False, 0) if n == 3300 else (True, 70))
+        partials = sparse.operand(packed_here(weight).operand()).room(3, 1)
+    assert (partials > 0) == (n != 3300)
     check(weight, torch.randn(3, 900).bfloat16(), torch.randn(n))
 
 
@@ -248,14 +248,14 @@ def test_gradient_of_x():
 
 
 def test_what_a_layout_takes():
-    """Bits a weight: 2:4 exactly its format's, a bitmap the lanes' filling up more, 3 bits as 4."""
+    """Bits a weight: 2:4 its format's and the counters, a bitmap the lanes' filling up more, 3 bits as 4."""
     dense = torch.randn(1024, 1024).bfloat16()
     with pyllmq.use_backend("cuda"):
         for weight, most in (
-            (Sparse24Weight.pack(dense * mask_24(dense)), 9.01),
+            (Sparse24Weight.pack(dense * mask_24(dense)), 9.04),
             (bitmap(1024, 1024, 0.5), 10.2),
             (bitmap(1024, 1024, 0.9), 2.8),
-            (codes(1024, 1024, 2), 2.07),
+            (codes(1024, 1024, 2), 2.1),
             (codes(1024, 1024, 4), 3.3),
         ):
             blob = packed_here(weight).operand().tensors[0]

@@ -379,7 +379,8 @@ class Call:
         torchs = [self.form.project(self.x, self.cos, self.sin, order)[1:] for order in ORDERS]
         for i, cached in enumerate((self.cache.keys, self.cache.values)):
             written = cached[:, :, self.past : self.length]
-            assert_as_good_as_torch(written, exact[i], *(found[i].to(written.dtype) for found in torchs))
+            # One token is a few dozen sums: torch's orders may all be lucky.
+            assert_as_good_as_torch(written, exact[i], *(f[i].to(written.dtype) for f in torchs), roundings=2)
             assert bool(cached[:, :, self.length :].isnan().all()), "the step wrote behind its positions"
         self.check_result(y)
 

@@ -20,8 +20,8 @@ def test_demo_on_a_causal_model(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [row["name"] for row in rows] == ["4 bits", "3 bits", "2.5 bits", "2.25 bits", "50 % kept", "2:4, 4 bits"]
-    columns, kept, kept_codes = rows[:4], rows[4], rows[5]
+    assert [row["name"] for row in rows] == ["4 bits", "3 bits", "2.25 bits", "50 % kept", "2:4, 4 bits"]
+    columns, kept, kept_codes = rows[:3], rows[3], rows[4]
     assert all(row["true_bits"] <= float(row["name"].split()[0]) for row in columns)
     assert all(a["true_bits"] > b["true_bits"] for a, b in zip(columns, columns[1:], strict=False))
     assert (
@@ -29,7 +29,7 @@ def test_demo_on_a_causal_model(tmp_path):
     )  # of small matrices codebooks are a large part
     assert all(row["packed_mb"] < row["dense_mb"] and row["fidelity"] > 1 for row in rows)
     table = (tmp_path / "out" / "table.txt").read_text()
-    assert table in done.stdout and "perplexity" in table and len(table.splitlines()) == 2 + 1 + 6
+    assert table in done.stdout and "perplexity" in table and len(table.splitlines()) == 2 + 1 + 5
     assert (tmp_path / "out" / "fidelity.png").read_bytes().startswith(b"\x89PNG")
     folders = {p.name for p in (tmp_path / "out").iterdir() if p.is_dir()}
-    assert folders == {"4-bits", "3-bits", "2.5-bits", "2.25-bits", "50-kept", "2-4-4-bits"}
+    assert folders == {"4-bits", "3-bits", "2.25-bits", "50-kept", "2-4-4-bits"}

@@ -41,6 +41,8 @@ NEEDS = {
     "python examples/train_tiny_lm.py": "minutes",
     "python docs/draw.py": "it would write into docs/; test_pictures",
     "pyllmq bench": "minutes; tests/test_benchmarks.py, tests/test_benchmarks_sparse.py, tests/test_benchmarks_model.py",
+    "pyllmq compress my-whisper": "recordings; tests/test_media.py",
+    "pyllmq compress my-vit": "pictures; tests/test_media.py",
     "pyllmq compress my-model packed-to-size": "a model of that size; tests/test_cli.py",
 }
 """Begin of a command -> what it needs, or which test runs it on something small."""

@@ -262,21 +262,23 @@ def test_captured_in_a_cuda_graph(backend, tokens):
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
-def test_compiled_in_one_graph_with_less_overhead(default_backend):
-    layer = CodebookLinear.from_weight(random_case(64, 96, (2, 4), outliers=0.02).weight, torch.randn(64)).to(DEVICE)
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+@pytest.mark.parametrize(("n", "k"), [(64, 96), (4096, 1024)], ids=["one block", "blocks share rows"])
+def test_compiled_in_one_graph_with_less_overhead(default_backend, n, k, tokens):
+    layer = CodebookLinear.from_weight(random_case(n, k, (2, 4), outliers=0.02).weight, torch.randn(n)).to(DEVICE)
     assert layer.operand().layout == f"{default_backend}.codebook"
     compiled = torch.compile(nn.Sequential(layer, nn.GELU()), fullgraph=True, mode="reduce-overhead")
     with torch.no_grad():
         for _ in range(4):
-            x = torch.randn(2, 96, device=DEVICE)
+            x = torch.randn(tokens, k, device=DEVICE)
             torch.testing.assert_close(compiled(x).clone(), nn.functional.gelu(layer(x)))
 
 
-def tiny_llama():
+def tiny_llama(hidden):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
+        hidden_size=hidden,
+        intermediate_size=hidden * 3 // 2,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -287,10 +289,11 @@ def tiny_llama():
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
-def test_generate_with_a_static_cache(default_backend):
-    packed = tiny_llama()
+@pytest.mark.parametrize("hidden", [64, 1024], ids=["one block", "blocks share rows"])
+def test_generate_with_a_static_cache(default_backend, hidden):
+    packed = tiny_llama(hidden)
     pyllmq.swap_linear(packed, lambda linear: CodebookLinear.from_dense(linear, bits=4), exclude=("lm_head",))
-    dense = tiny_llama()
+    dense = tiny_llama(hidden)
     with torch.no_grad():
         for name, module in packed.named_modules():
             if isinstance(module, CodebookLinear):

@@ -51,6 +51,19 @@ def test_steps_that_fail_or_are_slow_do_not_stop_the_rest(tmp_path):
     assert json.loads((tmp_path / "steps.json").read_text()) == [dataclasses.asdict(o) for o in outcomes]
 
 
+def test_the_first_block_ends_with_a_table(tmp_path):
+    limits = {"device": "a GPU", "read_gb_per_s": 14, "copy_gb_per_s": 7, "per_clock_and_sm": {"prmt": 63.9}}
+    row = {"op": "codebook_linear", "provider": "p", "kernel": "k", "n": 1, "k": 2, "m": 1, "bits_per_weight": 2.5}
+    row |= {"median_us": 1.0, "gb_per_s": 7.0, "relative_error": 0.1}
+    (tmp_path / "rates.json").write_text(json.dumps(limits))
+    (tmp_path / "results.csv").write_text(",".join(row) + "\n" + ",".join(map(str, row.values())) + "\n")
+    said = []
+    run_steps([Step("bench", "true", 10, first=True), Step("tests", "true", 10)], tmp_path, report=said.append)
+    (table,) = [i for i, line in enumerate(said) if "the first block, after" in line]
+    assert "tests" in said[table + 1] and " 50%" in said[table]
+    assert "a GPU: reads 14 GB/s, copies 7 GB/s; per clock and multiprocessor prmt 63.9" in said[table]
+
+
 def test_what_a_slow_step_started_is_ended_too(tmp_path):
     mark = tmp_path / "pid"
     run_steps([Step("slow", f"sleep 60 & echo $! > {mark}; wait", 0.5)], tmp_path, report=lambda line: None)
@@ -76,8 +89,18 @@ def test_the_total_limits_every_step(tmp_path):
 def test_the_whole_plan_fits_its_limits(tmp_path):
     todo = gpu_steps.steps(tmp_path, "python3")
     names = [step.name for step in todo]
-    assert names[:2] == ["machine", "build"] and len(set(names)) == len(names)
+    assert len(set(names)) == len(names) and {"memcheck", "racecheck", "synccheck", "initcheck"} < set(names)
     assert gpu_steps.TOTAL_S < 540
+    first = [step for step in todo if step.first]
+    assert first == todo[: len(first)] and [s.name for s in first] == [
+        "machine",
+        "rates",
+        "build",
+        "smoke",
+        "bench widths",
+    ]
+    assert sum(step.limit_s for step in first if step.name != "build") <= gpu_steps.FIRST_BLOCK_S
+    assert "--bits 1,2,3,4,5,6,7,8 --m 1" in first[-1].command and "every_width" in first[-2].command
     for step in todo:
         syntax = subprocess.run(["bash", "-n", "-c", step.command], capture_output=True, text=True)
         assert syntax.returncode == 0, syntax.stderr
@@ -107,7 +130,11 @@ def test_without_a_gpu_the_first_step_says_so(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "OUT_DIR"), (["--only", "matmul"], "there is no step matmul; known: machine, build"), (["--x"], "--x")],
+    [
+        ([], "OUT_DIR"),
+        (["--only", "matmul"], "there is no step matmul; known: machine, rates, build"),
+        (["--x"], "--x"),
+    ],
 )
 def test_arguments_that_are_not_understood(tmp_path, arguments, message):
     given = [str(tmp_path / "out"), *arguments] if arguments else []
@@ -317,5 +344,5 @@ def test_table_leads_with_the_ratio_to_cublas(tmp_path, capsys):
 def test_table_without_baseline_or_copy_has_dashes():
     row = {"op": "codebook_linear", "provider": "p", "kernel": "k", "n": 1, "k": 2, "m": 3, "bits_per_weight": 2.5}
     row |= {"median_us": 1.0, "gb_per_s": 7.0, "relative_error": math.nan}
-    assert gpu_table.gpu_table([row]).splitlines()[-1].split() == list("-pk123") + ["2.50", "1.0", "7", "-", "nan"]
+    assert gpu_table.gpu_table([row]).splitlines()[-1].split() == list("-pk123") + ["2.50", "1.0", "7", "-", "-", "nan"]
     assert gpu_table.read_rows(Path("/nonexistent/results.csv")) == []

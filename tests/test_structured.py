@@ -13,7 +13,7 @@ from torch import nn
 import pyllmq
 from pyllmq import StructuredConfig, prune_structured
 from pyllmq.cli import main
-from pyllmq.compression.methods.structured import kept_channels
+from pyllmq.compression.methods.structured import kept_channels, kept_groups
 
 from . import models
 from .test_methods import SMALL
@@ -24,6 +24,8 @@ MLP = {
     "tiny_bert": ("intermediate.dense", "output.dense"),
     "tiny_gpt2": ("mlp.c_fc", "mlp.c_proj"),
     "tiny_t5": ("wi", "wo"),
+    "tiny_qwen2": ("gate_proj", "up_proj", "down_proj"),
+    "tiny_whisper": ("fc1", "fc2"),
 }
 
 
@@ -46,6 +48,8 @@ def with_spare_channels(model, names):
 
 def inputs_of(model):
     text = models.token_batches(6, 24)
+    if model.main_input_name == "input_features":
+        return [{"input_features": torch.randn(2, 16, 40), "decoder_input_ids": ids} for ids in text]
     return [
         {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}) for ids in text
     ]
@@ -74,11 +78,81 @@ def test_spare_channels_go_and_nothing_is_lost(make, tmp_path):
             )
 
 
+EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 4}
+"""Four groups of two heads that share keys and values."""
+
+
+def with_spare_heads(model, head):
+    """Of each attention the second group is never read, and the fourth is a copy of the first."""
+    for module in model.modules():
+        if not hasattr(module, "o_proj"):
+            continue
+        module.o_proj.weight.data[:, 2 * head : 4 * head] = 0
+        for linear, size in ((module.q_proj, 2 * head), (module.k_proj, head), (module.v_proj, head)):
+            for tensor in (linear.weight, linear.bias):
+                if tensor is not None:
+                    tensor.data.normal_(0, 0.3)
+                    tensor.data[3 * size : 4 * size] = tensor.data[:size]
+    return model
+
+
+@pytest.mark.parametrize("parts", [("heads",), ("mlp", "heads")])
+@pytest.mark.parametrize("make", [models.tiny_llama, models.tiny_qwen2])
+def test_spare_heads_go_and_nothing_is_lost(make, parts, tmp_path):
+    torch.manual_seed(0)
+    model = with_spare_heads(make(**EIGHT), 8)
+    if "mlp" in parts:
+        with_spare_channels(model, MLP["tiny_llama"])
+    batches = inputs_of(model)
+    with torch.no_grad():
+        wanted = model(**batches[0])[0]
+    report = prune_structured(model, StructuredConfig(0.5, parts=parts, multiple=16, damping=1e-7), batches)
+    heads = [group for group in report.groups if group.part == "heads"]
+    assert [(g.before, g.after) for g in heads] == [(8, 4), (8, 4)] and all(g.error < 1e-5 for g in report.groups)
+    assert {writer.rpartition(".")[2] for writer in heads[0].writers} == {"q_proj", "k_proj", "v_proj"}
+    config = model.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 8)
+    assert model.model.layers[0].self_attn.k_proj.out_features == 16 and "8 heads -> 4" in str(report)
+    model.save_pretrained(tmp_path)
+    for narrow in (model, type(model).from_pretrained(tmp_path).eval()):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                narrow(**batches[0])[0], wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max()))
+            )
+
+
+def test_heads_are_those_of_a_brute_force_search():
+    weight = torch.randn(9, 12, dtype=torch.float64)
+    x = torch.randn(80, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
+    covariance = x.t() @ x / 80
+    groups = [torch.arange(12)[i::4] for i in range(4)]
+
+    def loss(kept):
+        at = torch.cat([groups[g] for g in kept])
+        lost = weight.clone()
+        lost[:, at] -= torch.linalg.solve(covariance[at][:, at], covariance[at] @ weight.t()).t()
+        return float(((lost @ covariance) * lost).sum())
+
+    kept = list(range(4))
+    for count in (3, 2, 1):
+        kept = min(([k for k in kept if k != j] for j in kept), key=loss)
+        assert kept_groups(weight.clone(), torch.linalg.inv(covariance), groups, count) == kept
+
+
+@pytest.mark.parametrize("make", [models.tiny_bert, models.tiny_gpt2, models.tiny_t5, models.tiny_whisper])
+def test_heads_that_no_config_can_say(make):
+    model = make()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="reads about 2 of its 4 groups of heads of 16 channels.*leave 'heads' out"):
+        prune_structured(model, StructuredConfig(0.5, parts=("heads",)), inputs_of(model))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_all_channels_are_the_same_model():
     model = models.tiny_bert()
     batches = inputs_of(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    prune_structured(model, StructuredConfig(1.0), batches)
+    prune_structured(model, StructuredConfig(1.0, parts=("mlp", "heads")), batches)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -105,6 +179,11 @@ def test_what_cannot_be_pruned():
     batches = models.token_batches(2, 8)
     with pytest.raises(ValueError, match="keep is 0.05; allowed: a number, 0.1 to 1"):
         StructuredConfig(0.05)
+    with pytest.raises(ValueError, match="parts is \\('layers',\\); allowed: 'mlp', 'heads', or both"):
+        StructuredConfig(parts=("layers",))
+    with pytest.raises(ValueError, match="no heads were found in LlamaForCausalLM"):
+        one = models.tiny_llama(num_attention_heads=2, num_key_value_heads=1)
+        prune_structured(one, StructuredConfig(parts=("heads",)), batches)
     packed = models.tiny_llama()
     pyllmq.swap_linear(packed, lambda linear: pyllmq.CodebookLinear.from_dense(linear, 4))
     with pytest.raises(ValueError, match="is packed already"):
@@ -137,3 +216,34 @@ print(model(torch.arange(5)[None]).logits.shape)
         [sys.executable, "-c", code, str(out)], capture_output=True, text=True, cwd=tmp_path, env=os.environ
     )
     assert done.returncode == 0 and "[1, 5, 512]" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("packing", "layer"), [(["--bits", "4"], pyllmq.CodebookLinear), (["--pattern", "2:4"], pyllmq.Sparse24Linear)]
+)
+def test_pruned_and_packed_in_one_command(tmp_path, capsys, packing, layer):
+    source, out = tmp_path / "dense", tmp_path / "packed"
+    models.tiny_llama(**EIGHT).save_pretrained(source)
+    models.tiny_tokenizer().save_pretrained(source)
+    command = [
+        "compress",
+        str(source),
+        str(out),
+        "--method",
+        "structured",
+        "--keep",
+        "0.5",
+        "--parts",
+        "mlp,heads",
+        *packing,
+        *SMALL,
+    ]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "128 channels -> 64" in said and "8 heads -> 4" in said and "load it with pyllmq.from_pretrained" in said
+    model = pyllmq.from_pretrained(out)
+    down = model.model.layers[1].mlp.down_proj
+    assert isinstance(down, layer) and down.in_features == 64 and (out / "tokenizer.json").exists()
+    assert model(torch.arange(5)[None]).logits.isfinite().all()
+    assert main([*command, "--workers", "2"]) == 1
+    assert "--workers 2 does not go with --method structured, which holds the whole model" in capsys.readouterr().err

@@ -216,6 +216,39 @@ def test_sizes_of_one_compile():
     assert_no_spills(_spread_24, codes | {"rows": 1, "columns": 1, "HAS_SCALE": False}, types=types)
 
 
+# ---- grids ----------------------------------------------------------------------------------------------------------
+
+
+class Launches:
+    """Stands for a kernel: what grids it was given."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *_, **__: None
+
+
+@needs_triton
+def test_any_number_of_problems_fits_into_a_grid(monkeypatch):
+    """Its second and third axis end at 65535."""
+    from pyllmq.triton_kernels import softmax_cdist_l1 as kernels
+
+    launches = Launches()
+    for name in ("_row_statistics", "_distances", "_signs", "_softmax_gradient"):
+        monkeypatch.setattr(kernels, name, launches)
+    logits = torch.zeros(70000, 1, 4)
+    distance, *statistics = kernels.softmax_cdist_l1(logits, logits, 1.0)
+    kernels.softmax_cdist_l1_backward(distance, logits, logits, *statistics, 1.0)
+    assert len(launches.grids) == 5 and all(size <= 65535 for grid in launches.grids for size in grid[1:])
+
+
+def test_no_kernel_adds_in_an_order_that_nobody_knows():
+    for file in Path(backends.__file__).parents[1].glob("triton_kernels/*.py"):
+        assert "tl.atomic" not in file.read_text(), f"{file.name}: sums of atomics differ from call to call"
+
+
 # ---- where it is missing --------------------------------------------------------------------------------------------
 
 

@@ -107,6 +107,18 @@ def test_dequantize(guarded, dtype):
     assert torch.equal(codebook_dequantize(weight, dtype), case.dense.to(dtype))
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 65])
+def test_bf16_tokens_do_not_round_centroids(tokens):
+    """(1 + 2^-10) - 1: exact in bf16, and the interpreter only converts bf16 here. A centroid as bf16 would give 0; beyond 64
+    tokens, where the dense matrix is bf16, it does.
+    """
+    weight = CodebookWeight.pack(
+        torch.tensor([[1, 0]], dtype=torch.uint8), torch.tensor([[-1, 1 + 2**-10, -1, 0]]), torch.tensor([1, 1])
+    )
+    y = codebook_linear(torch.ones(tokens, 2, dtype=torch.bfloat16), weight)
+    assert (y == (2**-10 if tokens <= 64 else 0)).all()
+
+
 def test_slots_are_split_and_no_split_is_empty():
     from pyllmq.triton_kernels.codebook_linear import splits
     from pyllmq.triton_kernels.configs import Tile
@@ -236,7 +248,7 @@ def test_every_width_and_number_of_tokens_has_a_tile():
 
 @pytest.mark.parametrize(("n", "k", "segments"), [(1, 1, 1), (70, 37, 2), (129, 50, 1)])
 @pytest.mark.parametrize("extras", [False, True])
-def test_codebook_gradient(n, k, segments, extras):
+def test_codebook_gradient(n, k, segments, extras, guarded):
     torch.manual_seed(n)
     bits = torch.randint(1, 9, (k,))
     codes = (torch.rand(n, k) * (1 << bits)).to(torch.uint8)
@@ -254,6 +266,7 @@ def test_codebook_gradient(n, k, segments, extras):
     with pyllmq.use_backend("reference"):
         expected = codebook_gradient(gradient, operand)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * n**0.5)
+    assert torch.equal(codebook_gradient(gradient, operand), found)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -16,6 +16,18 @@ FP32_DOT = "ieee" if torch.version.hip else "tf32x3"
 tensor cores; "ieee" needs more registers than sm_90 has (576 bytes of stack at 16 tokens), but is all that every AMD GPU takes."""
 
 
+@triton.jit
+def add_product(total, factor, weight, FP32_DOT: tl.constexpr):
+    """total + factor @ weight, neither rounded. fp16 and bf16 have no type of 16 bits in common: as tf32, which holds the 11 bits
+    of the one and the 8 of the other, their product is one pass of tensor cores."""
+    if factor.dtype == tl.float32 or weight.dtype == tl.float32:
+        return tl.dot(factor.to(tl.float32), weight.to(tl.float32), total, input_precision=FP32_DOT)
+    if factor.dtype == weight.dtype or weight.dtype == tl.int8:
+        return tl.dot(factor, weight.to(factor.dtype), total)
+    ONE_PASS: tl.constexpr = "ieee" if FP32_DOT == "ieee" else "tf32"
+    return tl.dot(factor.to(tl.float32), weight.to(tl.float32), total, input_precision=ONE_PASS)
+
+
 @triton.jit(do_not_specialize=["tokens", "slots_per_split", "first_part"])
 def _multiply(
     x, codes, code_bytes, codebook, columns_of, row_segment, parts,
@@ -45,7 +57,7 @@ def _multiply(
         else:
             inside = (token < tokens)[:, None] & (slot < slots)[None, :]
             factor = tl.load(x + token[:, None] * columns + place[None, :], mask=inside, other=0.0)
-            total = tl.dot(factor, tile.to(factor.dtype), total, input_precision=FP32_DOT)
+            total = add_product(total, factor, tile, FP32_DOT)
     part = (first_part + tl.program_id(1)).to(tl.int64) * tokens
     if BLOCK_TOKENS == 1:
         tl.store(parts + (part + tl.program_id(2)) * rows + row, tl.sum(total, 0), mask=row < rows)

@@ -56,9 +56,9 @@ def _distances(
     ROWS: tl.constexpr, OTHER_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """parts[split, batch, x_rows, y_rows]: sums of |p - q| over the columns of this split."""
-    y_blocks = tl.cdiv(y_rows, OTHER_ROWS)
-    of_batch = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) // y_blocks * ROWS + tl.arange(0, ROWS)
+    x_blocks, y_blocks = tl.cdiv(x_rows, ROWS), tl.cdiv(y_rows, OTHER_ROWS)
+    of_batch = (tl.program_id(0) // (x_blocks * y_blocks)).to(tl.int64)  # the other axes of a grid end at 65535
+    row = tl.program_id(0) // y_blocks % x_blocks * ROWS + tl.arange(0, ROWS)
     other = tl.program_id(0) % y_blocks * OTHER_ROWS + tl.arange(0, OTHER_ROWS)
     begin = tl.program_id(1) * columns_per_split
     end = tl.minimum(begin + columns_per_split, columns)
@@ -142,7 +142,7 @@ def softmax_cdist_l1(
     steps_each = triton.cdiv(steps, min(triton.cdiv(PROGRAMS, batch * blocks), steps))
     splits = triton.cdiv(steps, steps_each)
     parts = torch.empty(splits, batch, rows, other_rows, dtype=torch.float32, device=device)
-    _distances[(blocks, splits, batch)](
+    _distances[(batch * blocks, splits)](
         student, teacher, *statistics, parts, rows, other_rows, columns, scale, batch, steps_each * COLUMNS,
         ROWS=ROWS, OTHER_ROWS=OTHER_ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip

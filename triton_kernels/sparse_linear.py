@@ -10,7 +10,7 @@ import triton.language as tl
 
 from pyllmq.triton_kernels.codebook_decode import GROUP_SLOTS, load_codes
 from pyllmq.triton_kernels.codebook_dequantize import put_outliers
-from pyllmq.triton_kernels.codebook_linear import FP32_DOT, add_parts, multiply_outliers, splits
+from pyllmq.triton_kernels.codebook_linear import FP32_DOT, add_parts, add_product, multiply_outliers, splits
 from pyllmq.triton_kernels.configs import Tile
 
 ONE_TOKEN = Tile(rows=64, slots=32, tokens=1, warps=4, stages=3, programs=264)
@@ -109,7 +109,7 @@ def _multiply_24(
                 weight += tl.where(second_column == column[:, None], second, 0)
                 inside = (token < tokens)[:, None] & (column < columns)[None, :]
                 factor = tl.load(x + token[:, None] * columns + column[None, :], mask=inside, other=0.0)
-                total = tl.dot(factor, weight.to(factor.dtype), total, input_precision=FP32_DOT)
+                total = add_product(total, factor, weight, FP32_DOT)
     part = tl.program_id(1).to(tl.int64) * tokens
     if BLOCK_TOKENS == 1:
         tl.store(parts + (part + tl.program_id(2)) * rows + row, tl.sum(total, 0), mask=row < rows)
@@ -141,7 +141,7 @@ def _multiply_bitmap(
         else:
             inside = (token < tokens)[:, None] & (column < columns)[None, :]
             factor = tl.load(x + token[:, None] * columns + column[None, :], mask=inside, other=0.0)
-            total = tl.dot(factor, weight.to(factor.dtype), total, input_precision=FP32_DOT)
+            total = add_product(total, factor, weight, FP32_DOT)
     part = tl.program_id(1).to(tl.int64) * tokens
     if BLOCK_TOKENS == 1:
         tl.store(parts + (part + tl.program_id(2)) * rows + row, tl.sum(total, 0), mask=row < rows)

@@ -15,6 +15,7 @@
 #define PYLLMQ_KERNEL
 #define PYLLMQ_DEVICE static inline
 #define PYLLMQ_MEMBER
+#define PYLLMQ_COLD static inline
 #define PYLLMQ_UNROLL
 #define __launch_bounds__(...)
 #define PYLLMQ_DYNAMIC_SHARED(name) uint8_t* name = ::pyllmq::cuda::emulator::dynamic_shared()

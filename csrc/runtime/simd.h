@@ -55,6 +55,11 @@ struct Vector<Isa::scalar> : Arithmetic<float> {
 
   static R set(float x) { return x; }
   static R load(const float* from) { return *from; }
+  static R load(const uint16_t* bf16) { return bf16_to_fp32(*bf16); }
+  static void set_two(uint32_t bf16, R& first, R& second) {
+    first = bits_float(bf16 << 16);
+    second = bits_float(bf16 & 0xFFFF0000u);
+  }
   static R load_part(const float* from, int64_t left, float missing) { return left > 0 ? *from : missing; }
   static void store(float* to, R x) { *to = x; }
   static void store_part(float* to, int64_t left, R x) {
@@ -116,6 +121,16 @@ struct Vector<Isa::avx2> : Arithmetic<__m256> {
 
   static R set(float x) { return _mm256_set1_ps(x); }
   static R load(const float* from) { return _mm256_loadu_ps(from); }
+  static R load(const uint16_t* bf16) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  // Two numbers in bf16 that lie side by side.
+  static void set_two(uint32_t bf16, R& first, R& second) {
+    const __m256i both = _mm256_set1_epi32(static_cast<int>(bf16));
+    first = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    second = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  }
   static __m256i first(int64_t count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count < 8 ? count : 8)),
                               _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -292,6 +307,15 @@ struct Vector<Isa::avx512> : Arithmetic<__m512> {
 
   static R set(float x) { return _mm512_set1_ps(x); }
   static R load(const float* from) { return _mm512_loadu_ps(from); }
+  static R load(const uint16_t* bf16) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static void set_two(uint32_t bf16, R& first, R& second) {
+    const __m512i both = _mm512_set1_epi32(static_cast<int>(bf16));
+    first = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    second = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  }
   static __mmask16 first(int64_t count) {
     return static_cast<__mmask16>(count >= 16 ? 0xFFFF : count > 0 ? (1 << count) - 1 : 0);
   }
@@ -460,7 +484,15 @@ struct Twice {
   static constexpr int64_t width = 2 * V::width;
 
   static R set(float x) { return {V::set(x), V::set(x)}; }
-  static R load(const float* from) { return {V::load(from), V::load(from + V::width)}; }
+  template <class Number>
+  static R load(const Number* from) {
+    return {V::load(from), V::load(from + V::width)};
+  }
+  static void set_two(uint32_t bf16, R& first, R& second) {
+    V::set_two(bf16, first.x, second.x);
+    first.y = first.x;
+    second.y = second.x;
+  }
   static R load_part(const float* from, int64_t left, float missing) {
     return {V::load_part(from, left, missing), V::load_part(from + V::width, left - V::width, missing)};
   }
@@ -525,6 +557,11 @@ struct Quad {
 
   static R set(float x) { return vdupq_n_f32(x); }
   static R load(const float* from) { return vld1q_f32(from); }
+  static R load(const uint16_t* bf16) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(bf16), 16)); }
+  static void set_two(uint32_t bf16, R& first, R& second) {
+    first = vdupq_n_f32(bits_float(bf16 << 16));
+    second = vdupq_n_f32(bits_float(bf16 & 0xFFFF0000u));
+  }
   static R load_part(const float* from, int64_t left, float missing) {
     if (left >= 4) return load(from);
     float part[4] = {missing, missing, missing, missing};

@@ -72,16 +72,6 @@ def token_windows(tokenizer: Any, text: str, samples: int, seqlen: int, seed: in
     return [{"input_ids": stream[i * seqlen : (i + 1) * seqlen].unsqueeze(0)} for i in order.tolist()]
 
 
-def check_takes_text(model: Any) -> None:
-    """Raises ValueError for a model of images or sound."""
-    taken = getattr(model, "main_input_name", "input_ids")
-    if taken != "input_ids":
-        raise ValueError(
-            f"{type(model).__name__} takes {taken}, and the command calibrates with text; take a method without calibration, or "
-            "give pyllmq.compress or pyllmq.compress_folder batches of your own"
-        )
-
-
 def batches_of_text(model: Any, tokenizer: Any, text: str | None, samples: int, seqlen: int) -> list[Batch]:
     """Batches for any model of text: windows for causal ones, sentences (the lines of `text`) for the others.
 
@@ -99,10 +89,8 @@ def batches_of_text(model: Any, tokenizer: Any, text: str | None, samples: int, 
     padded = tokenizer.pad_token is not None and model.config.pad_token_id is not None
     batches = sentence_batches(tokenizer, sentences[:samples], 16 if padded else 1, max_length=seqlen)
     if getattr(model.config, "is_encoder_decoder", False):
-        start = getattr(model.config, "decoder_start_token_id", None) or model.config.pad_token_id or 0
         for batch in batches:
-            ids = batch["input_ids"]
-            batch["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
+            batch["decoder_input_ids"] = after_start(batch["input_ids"], model.config)
             batch["decoder_attention_mask"] = batch["attention_mask"]
     return batches
 
@@ -236,8 +224,12 @@ def _continued(model: Any, tokenizer: Any, starts: Tensor, seqlen: int) -> list[
     return texts
 
 
-def as_batches(calibration: Iterable[Any]) -> list[Batch]:
-    """Whatever a user may pass as calibration -> a list of keyword dicts. Labels are dropped: no loss is computed."""
+LABELS = ("labels", "start_positions", "end_positions")
+"""What a batch may hold for the loss; the model is not given it."""
+
+
+def as_batches(calibration: Iterable[Any], model: Any) -> list[Batch]:
+    """Whatever a user may pass as calibration -> a list of keyword dicts. A decoder is given its labels, shifted by one."""
     if isinstance(calibration, Tensor | str | Mapping):
         raise ValueError(
             f"calibration is a single {type(calibration).__name__}; give a list of batches: token id tensors [B, L], or dicts such "
@@ -251,7 +243,49 @@ def as_batches(calibration: Iterable[Any]) -> list[Batch]:
             raise ValueError(
                 f"calibration batch {i} is a {type(batch).__name__}; allowed: a tensor of token ids, or a dict of tensors"
             )
-        batches.append({key: value for key, value in batch.items() if key != "labels"})
+        batches.append(_with_decoder_ids(dict(batch), model))
     if not batches or not any(v.numel() for b in batches for v in b.values()):
         raise ValueError("calibration is empty; give at least one batch, better 128 sequences of real text")
     return batches
+
+
+def _with_decoder_ids(batch: Batch, model: Any) -> Batch:
+    config, labels = getattr(model, "config", None), batch.get("labels")
+    writes = getattr(config, "is_encoder_decoder", False) and getattr(model, "can_generate", lambda: False)()
+    if writes and labels is not None and "decoder_input_ids" not in batch:
+        ids = labels.masked_fill(labels < 0, getattr(config, "pad_token_id", None) or 0)
+        batch["decoder_input_ids"] = after_start(ids, config)
+        batch.setdefault("decoder_attention_mask", (labels >= 0).long())
+    return batch
+
+
+def after_start(ids: Tensor, config: Any) -> Tensor:
+    """What a decoder is given to write `ids` [B, L]: its start token and all but the last of them."""
+    known = (getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
+    start = next((token for token in known if token is not None), 0)
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
+
+
+def given_to_model(batch: Batch) -> Batch:
+    """The arguments of its forward."""
+    return {key: value for key, value in batch.items() if key not in LABELS}
+
+
+def token_mask(batch: Batch, name: str, shape: Sequence[int], crossing: bool = False) -> Tensor | None:
+    """Which of the tokens that a module works on are real, [B, L]; None: all, or nothing is known.
+
+    Args:
+        name: of the module; a decoder's tokens are those of its own ids.
+        shape: (B, L) of its tokens.
+        crossing: it is given what the encoder gave out.
+    """
+    ids, mask = batch.get("decoder_input_ids"), batch.get("attention_mask")
+    if ids is not None and "decoder" in name and not crossing and ids.shape == shape:
+        return batch.get("decoder_attention_mask")
+    if mask is None or mask.dim() != 2 or len(mask) != shape[0] or ("vision" in name and "pixel_values" in batch):
+        return None
+    if mask.shape == shape:
+        return mask
+    if "input_ids" not in batch and 0 < shape[1] < mask.shape[1]:  # of sound: the encoder makes fewer frames of it
+        return mask[:, torch.arange(shape[1], device=mask.device) * mask.shape[1] // shape[1]]
+    return None

@@ -1,8 +1,8 @@
 """Codebook tuning: codes stay, codebooks, row scales, biases and norms are trained until the model agrees with the dense one.
 
-The loss is the Kullback-Leibler divergence from the dense model's next-token distribution for causal models, and the relative
-squared error of the last hidden states plus 1 - cosine of their mean over the sentence for encoders. A codebook entry moves in
-units of the gap between its column's centroids, so one learning rate serves columns of all sizes and widths.
+The loss is the Kullback-Leibler divergence from the distributions of the dense model (of tokens, classes or places), and for
+encoders the relative squared error of the last hidden states plus 1 - cosine of their mean over the sentence. A codebook entry
+moves in units of the gap between its column's centroids, so one learning rate serves columns of all sizes and widths.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from .. import ops
 from ..formats import CodebookWeight
 from ..linears import replace_module
 from ..nn import CodebookLinear
-from .calibration import Batch, as_batches
+from .calibration import Batch, as_batches, given_to_model, token_mask
 from .model_state import gradients_for, other_forwards, quiet_eval
+from .objective import mismatch, relative_error
 from .statistics.blocks import BlockLoop, Call, Chain, find_stages
 
 LEARNING_RATE = 0.003
@@ -73,8 +74,8 @@ def tune_codebooks(
     def loss() -> Tensor:
         batch = {key: value.to(device) for key, value in batches[next(order)].items()}
         with torch.no_grad():
-            wanted = dense(**batch)
-        return mismatch(model(**batch), wanted, batch.get("attention_mask"))
+            wanted = dense(**given_to_model(batch))
+        return mismatch(model, model(**given_to_model(batch)), wanted, batch)
 
     # transformers' own switch for this works in training mode only.
     again = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
@@ -133,9 +134,8 @@ def tune_blocks(
                 calls = [of_batch[i] for of_batch in recorded]
                 wanted = [of[i].run(dense_block, h) for of, h in zip(dense_recorded, wanted, strict=True)]
                 if stage.linears:
-                    loss = partial(
-                        _block_error, block, calls, hidden, wanted, batches, _endless_order(len(batches), seed)
-                    )
+                    order = _endless_order(len(batches), seed)
+                    loss = partial(_block_error, stage.name, block, calls, hidden, wanted, batches, order)
                     inside = {name: layers[name] for name in stage.linears}
                     found[stage.name] = _train(model, block, inside, loss, steps, learning_rate, bar)
                 hidden = [call.run(block, h) for call, h in zip(calls, hidden, strict=True)]
@@ -145,6 +145,7 @@ def tune_blocks(
 
 
 def _block_error(
+    name: str,
     block: nn.Module,
     calls: Sequence[Call],
     hidden: Sequence[Tensor],
@@ -153,7 +154,8 @@ def _block_error(
     order: Iterator[int],
 ) -> Tensor:
     at = next(order)
-    return _relative_error(calls[at].run(block, hidden[at]), wanted[at], batches[at].get("attention_mask"))
+    mask = token_mask(batches[at], name, wanted[at].shape[:2]) if wanted[at].dim() == 3 else None
+    return relative_error(calls[at].run(block, hidden[at]), wanted[at], mask)
 
 
 def _checked(model: nn.Module, text: Iterable[Any], steps: int) -> tuple[list[Batch], dict[str, CodebookLinear]]:
@@ -162,7 +164,7 @@ def _checked(model: nn.Module, text: Iterable[Any], steps: int) -> tuple[list[Ba
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CodebookLinear)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no packed layer to tune; compress it first (pyllmq.compress)")
-    return as_batches(text), layers
+    return as_batches(text, model), layers
 
 
 def _train(
@@ -282,26 +284,3 @@ def _schedule(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def mismatch(given: Any, wanted: Any, mask: Tensor | None) -> Tensor:
-    """How far a model's output is from the one wanted, over the tokens of the mask [B, L]."""
-    if getattr(wanted, "logits", None) is not None and wanted.logits.dim() == 3:
-        target, found = wanted.logits.float().log_softmax(-1), given.logits.float().log_softmax(-1)
-        divergence = (target.exp() * (target - found)).sum(-1)
-        if mask is None or mask.shape != divergence.shape:
-            return divergence.mean()
-        return (divergence * mask).sum() / mask.sum()
-    target, found = wanted.last_hidden_state.float(), given.last_hidden_state.float()
-    weight = torch.ones(target.shape[:2], device=target.device) if mask is None else mask.float()
-    mean = (target * weight[..., None]).sum(1), (found * weight[..., None]).sum(1)
-    return _relative_error(found, target, mask) + (1 - nn.functional.cosine_similarity(*mean, dim=-1)).mean()
-
-
-def _relative_error(found: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """Squared error relative to the squared target, over the tokens [B, L] that are not padding."""
-    target = target.float()
-    error, size = (found.float() - target).square().sum(-1), target.square().sum(-1)
-    if mask is not None and mask.shape == error.shape:
-        error, size = error * mask, size * mask
-    return error.sum() / size.sum()

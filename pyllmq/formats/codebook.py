@@ -425,7 +425,7 @@ def codebook_gradient(weight_gradient: Tensor, weight: CodebookWeight | WeightOp
 
 def _codebook_gradient(weight_gradient: Tensor, weight: list[Tensor], layout: str) -> Tensor:
     operand = ops.operand_of(weight, "codebook", layout, (), weight_gradient.shape)
-    kernel = CODEBOOK_GRADIENT.kernel_for(weight_gradient.device.type, torch.float32, layout)
+    kernel = CODEBOOK_GRADIENT.kernel_for(weight_gradient.device, torch.float32, layout)
     field = CodebookWeight.named(operand)
     if field["outlier_values"].numel():
         weight_gradient = weight_gradient.index_put(outlier_places(field), weight_gradient.new_zeros(()))

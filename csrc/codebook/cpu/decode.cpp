@@ -412,7 +412,7 @@ void codebook_linear_decode(const LayoutView& view, const void* x, DType x_dtype
       .dtype = x_dtype,
       .blocks = make_blocks(view),
       .slot_of = header.outliers > 0 ? slots_by_column(view) : std::vector<uint32_t>(),
-      .chunks = tile_chunks(view, std::clamp<int64_t>(header.tiles / (4 * num_threads()), 1, kChunkTiles)),
+      .chunks = tile_chunks(view, kChunkTiles, 1, num_threads()),
   };
   const int64_t most = tokens_of_pass(problem, tokens);
   const int64_t passes = ceil_div(tokens, most), block = ceil_div(tokens, passes);

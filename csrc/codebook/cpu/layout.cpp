@@ -303,13 +303,16 @@ LayoutView::LayoutView(const void* layout, int64_t layout_bytes) : base_(static_
     refuse("the header is damaged (checksum); pack the checkpoint again");
 }
 
-std::vector<TileChunk> tile_chunks(const LayoutView& view, int64_t most_tiles) {
+std::vector<TileChunk> tile_chunks(const LayoutView& view, int64_t most, int64_t least, int threads) {
   std::vector<TileChunk> chunks;
+  int64_t rest = view.header().tiles;
   for (int64_t s = 0; s < view.header().segments; ++s) {
     const SegmentRecord& segment = view.segment(s);
     for (int64_t done = 0, tiles; done < segment.tiles; done += tiles) {
       const int64_t in_strip = kStripTiles - (segment.tile_begin + done) % kStripTiles, row = done * kTileRows;
-      tiles = std::min({most_tiles, segment.tiles - done, in_strip});
+      const auto share = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(rest / (2 * threads))));
+      tiles = std::min({std::clamp(share, least, most), segment.tiles - done, in_strip});
+      rest -= tiles;
       chunks.push_back(
           {s, segment.tile_begin + done, tiles, segment.row_begin + row, std::min(tiles * kTileRows, segment.rows - row)});
     }

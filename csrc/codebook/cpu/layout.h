@@ -119,8 +119,9 @@ struct TileChunk {
   int64_t segment, tile_begin, tiles, row_begin, rows;
 };
 
-// All tiles in chunks of at most `most_tiles`.
-std::vector<TileChunk> tile_chunks(const LayoutView& view, int64_t most_tiles);
+// All tiles in chunks of at most `most` tiles, which become smaller towards the end, down to `least`: a thread that is done waits
+// for a small one.
+std::vector<TileChunk> tile_chunks(const LayoutView& view, int64_t most, int64_t least, int threads);
 
 // Where the byte of a row in a step of a tile is.
 static inline int64_t step_place(StepOrder order, int64_t step, int row) {

@@ -146,9 +146,12 @@ void add_lookups(const Problem& problem, const PanelGroup& group, int64_t p, con
     else if (scale.path == Path::exact)
       add_exact(problem, panel, chunk, t, y + t * y_stride);
   }
+  const LayoutView& view = problem.view;
   const TableKernels& kernels = problem.table_kernels();
-  (panel.width == 3 ? kernels.lookup_3bit : kernels.lookup_nibbles)(
-      {problem.view.codes(panel, chunk.tile_begin), problem.view.header().order, chunk.tiles, panel.lookups(), tokens, count});
+  const PanelRecord& next = p + 1 < group.end ? view.panel(p + 1) : panel;
+  (panel.width == 3 ? kernels.lookup_3bit
+                    : kernels.lookup_nibbles)({view.codes(panel, chunk.tile_begin), view.codes(next, chunk.tile_begin),
+                                               view.header().order, chunk.tiles, panel.lookups(), tokens, count});
 }
 
 void add_decoded(const Problem& problem, int64_t p, const TileChunk& chunk, float* y, int64_t y_stride) {
@@ -299,6 +302,7 @@ std::vector<PanelGroup> panel_groups(const Problem& problem) {
 // All but memory, x and bias.
 Problem problem_of(const LayoutView& view, DType x_dtype, int64_t tokens, Precision precision) {
   const LayoutHeader& header = view.header();
+  const int64_t chunk_tiles = std::clamp<int64_t>(header.tiles / (4 * num_threads()), 4, kChunkTiles);
   Problem problem{
       .view = view,
       .kernels = linear_kernels(header.order),
@@ -306,7 +310,7 @@ Problem problem_of(const LayoutView& view, DType x_dtype, int64_t tokens, Precis
       .kind = table_kind(precision, x_dtype, header.order),
       .dtype = x_dtype,
       .block = std::min(tokens, kMaxTokenBlock),
-      .chunks = tile_chunks(view, std::clamp<int64_t>(header.tiles / (4 * num_threads()), 4, kChunkTiles)),
+      .chunks = tile_chunks(view, chunk_tiles, chunk_tiles, num_threads()),
   };
   while (problem.lookup_panels < header.panels && view.panel(problem.lookup_panels).width <= 4) ++problem.lookup_panels;
   for (int64_t p = problem.lookup_panels; p < header.panels; ++p) problem.decoded_columns += view.panel(p).columns;

@@ -147,6 +147,7 @@ struct Accumulators : PlaneSums<Kind> {
 template <TableKind Kind, int Tokens>
 void nibbles_of_tokens(const LookupWork& work, const TokenTables* tokens) {
   const __m256i low_nibble = _mm256_set1_epi8(15);
+  const int64_t tile_bytes = work.lookups / 2 * kTileRows;
   const uint8_t* codes = work.codes;
   for (int64_t tile = 0; tile < work.tiles; ++tile) {
     Accumulators<Kind> sums[Tokens];
@@ -156,6 +157,7 @@ void nibbles_of_tokens(const LookupWork& work, const TokenTables* tokens) {
       sums[t].clear();
       table[t] = tokens[t].tables;
     }
+    const uint8_t* ahead = work.ahead_of(tile, tile_bytes);
     const auto add_step = [&]() __attribute__((always_inline)) {
       const __m256i pair = load_32(codes);
       const __m256i a = _mm256_and_si256(pair, low_nibble);
@@ -168,8 +170,8 @@ void nibbles_of_tokens(const LookupWork& work, const TokenTables* tokens) {
       codes += kTileRows;
     };
     int64_t steps = work.lookups / 2;
-    for (; steps >= 2; steps -= 2) {
-      prefetch(codes, kLookupsAvx2);
+    for (; steps >= 2; steps -= 2, ahead += 2 * kTileRows) {
+      __builtin_prefetch(ahead, 0, 3);
       add_step();
       add_step();
     }
@@ -183,6 +185,7 @@ template <TableKind Kind, int Tokens>
 void lookups_3bit_of_tokens(const LookupWork& work, const TokenTables* tokens) {
   const __m256i low_nibble = _mm256_set1_epi8(15);
   constexpr int pair_stride = 2 * table_planes(Kind) * kTableEntries;
+  const int64_t tile_bytes = work.lookups / kBlockColumns * block_bytes(3);
   const uint8_t* codes = work.codes;
   for (int64_t tile = 0; tile < work.tiles; ++tile) {
     Accumulators<Kind> sums[Tokens];
@@ -192,9 +195,10 @@ void lookups_3bit_of_tokens(const LookupWork& work, const TokenTables* tokens) {
       sums[t].clear();
       table[t] = tokens[t].tables;
     }
-    for (int64_t block = work.lookups / kBlockColumns; block > 0; --block, codes += block_bytes(3)) {
-      prefetch(codes, kLookupsAvx2);
-      prefetch(codes + 64, kLookupsAvx2);
+    const uint8_t* ahead = work.ahead_of(tile, tile_bytes);
+    for (int64_t block = work.lookups / kBlockColumns; block > 0; --block, codes += block_bytes(3), ahead += block_bytes(3)) {
+      __builtin_prefetch(ahead, 0, 3);
+      __builtin_prefetch(ahead + 64, 0, 3);
       const __m256i a = load_32(codes), b = load_32(codes + 32), c = load_32(codes + 64);
       const __m256i spare_a = _mm256_and_si256(_mm256_srli_epi16(a, 3), _mm256_set1_epi8(0x11));
       const __m256i spare_b = _mm256_and_si256(_mm256_srli_epi16(b, 2), _mm256_set1_epi8(0x22));

@@ -8,14 +8,13 @@
 #include <vector>
 
 #include "layout_blob.h"
+#include "linear_operand_cuda.h"
 #include "runtime/counting.h"
 #include "runtime/cuda/host_threads.h"
 #include "runtime/half.h"
 
 namespace pyllmq::cuda {
 namespace {
-
-constexpr int64_t kAlignment = 128, kReadAlignment = 16;
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument("codebook layout (cuda): " + why); }
 
@@ -64,8 +63,7 @@ Plan make_plan(const CodebookCheckpoint& c) {
   h.segment_table_bytes = entries;
   h.outliers = outliers;
 
-  Sections section{kCountersOffset, kAlignment};
-  section(c.rows * sizeof(uint32_t));
+  Sections section{sizeof(LayoutHeader), kAlignment};
   h.blocks_offset = section(h.blocks * sizeof(RowBlock));
   h.columns_offset = section(h.slots * sizeof(int32_t));
   if (c.row_scale != nullptr) h.row_scale_offset = section(c.rows * sizeof(uint16_t));
@@ -84,6 +82,7 @@ Plan make_plan(const CodebookCheckpoint& c) {
   }
   for (int width = 1; width <= 8; ++width) h.codes_offset[width] = section(h.tiles * h.groups[width] * tile_bytes(width));
   section(kReadBeyond);
+  h.counters_offset = section(counter_bytes(h.tiles));
   h.bytes = section(0);
   return plan;
 }

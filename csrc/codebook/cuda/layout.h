@@ -71,12 +71,8 @@ struct LayoutHeader {
   int64_t outlier_columns_offset;             // int32 [outliers]
   int64_t outlier_deltas_offset;              // fp32 [outliers]: value - what the code under it stands for
   int64_t outlier_values_offset;              // fp16 [outliers]
+  int64_t counters_offset;                    // uint32 [token blocks, tiles] (linear_operand_cuda.h)
 };
-
-// uint32 [rows], with which blocks that share rows find out who comes last: zero, but while a kernel runs. The one part of a
-// blob that kernels write. It has the same place in every blob, so a launch needs no header.
-constexpr int64_t kCountersOffset = 640;
-static_assert(sizeof(LayoutHeader) <= kCountersOffset, "counters follow the header");
 
 // Whether a blob of `bytes` that starts with this header is a weight of that shape: kernels index by what it says.
 PYLLMQ_HOST_DEVICE bool describes(const LayoutHeader& h, int64_t bytes, int64_t rows, int64_t columns) {

@@ -314,7 +314,8 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, con
     }
     return sum;
   };
-  store_outputs(a.call, a.splits, w.split, a.tokens_per_block, w.token_begin, row_begin, shared.arrived, for_each_output, sum_of);
+  uint32_t* counter = counter_of(h, w.token_begin / a.tokens_per_block, h.tiles, w.block.tile_begin + w.first_row / kTileRows);
+  store_outputs(a.call, a.splits, w.split, counter, w.token_begin, row_begin, shared.arrived, for_each_output, sum_of);
 }
 
 // An item is some rows of a row block, some tokens and a split; items that share a split follow each other, since they read
@@ -387,8 +388,8 @@ struct LinearPlan {
   int64_t tokens_per_block, token_blocks;
   int64_t splits;  // of K
   int64_t grid;
-  int64_t x_bytes;  // of shared memory
-  LinearRoom room;
+  int64_t x_bytes;   // of shared memory
+  int64_t partials;  // elements of the workspace
 };
 
 // Shared memory for x: a split of q panels has at most 16 q + 8 groups, since each of 8 widths rounds up to a group.
@@ -421,13 +422,13 @@ LinearPlan plan_linear(int64_t rows, int64_t columns, int64_t tokens, int dtype)
   while (staged_bytes(panels, plan.splits, product_columns) > kMostXBytes) ++plan.splits;
   plan.x_bytes = staged_bytes(panels, plan.splits, product_columns);
   plan.grid = std::min(slots, cells * plan.splits);
-  if (plan.splits > 1) plan.room = {plan.splits * tokens * rows, plan.token_blocks * rows};
+  if (plan.splits > 1) plan.partials = plan.splits * tokens * rows;
   return plan;
 }
 
 }  // namespace
 
-LinearRoom CodebookOperand::find_room(int64_t tokens, int dtype) const { return plan_linear(rows, columns, tokens, dtype).room; }
+int64_t CodebookOperand::find_room(int64_t tokens, int dtype) const { return plan_linear(rows, columns, tokens, dtype).partials; }
 
 void CodebookOperand::run(const LinearCall& call, uintptr_t stream) const {
   const LinearPlan plan = plan_linear(rows, columns, call.tokens, call.dtype);

@@ -332,7 +332,8 @@ PYLLMQ_DEVICE void finish(const LayoutHeader& h, const Arguments& a, Shared& sha
                          in_block % kTileRows);
     return sum;
   };
-  store_outputs(a.call, a.splits, w.split, kTokens, 0, row_begin, shared.arrived, for_each_output, sum_of);
+  uint32_t* counter = counter_of(h, 0, h.tiles, w.block.tile_begin + w.first_row / kTileRows);
+  store_outputs(a.call, a.splits, w.split, counter, 0, row_begin, shared.arrived, for_each_output, sum_of);
 }
 
 // Called by threads 0..4: the first describes the item, each of the others the groups of one width.
@@ -422,18 +423,16 @@ void launch_for(int64_t widest, const Arguments& arguments, int64_t grid, uintpt
 
 }  // namespace
 
-CodebookBytePlanes::CodebookBytePlanes(uint8_t* layout, int64_t layout_bytes, int64_t rows, int64_t columns, int64_t widest)
-    : CodebookOperand(layout, layout_bytes, rows, columns),
-      widest_(widest),
-      counters_(reinterpret_cast<uint32_t*>(layout + kCountersOffset)) {
+CodebookBytePlanes::CodebookBytePlanes(const uint8_t* layout, int64_t layout_bytes, int64_t rows, int64_t columns, int64_t widest)
+    : CodebookOperand(layout, layout_bytes, rows, columns), widest_(widest) {
   if (widest < 1 || widest > kMostPlaneBits)
     throw std::invalid_argument("byte planes are made for weights of 1 to 4 bits, this one has columns of " +
                                 std::to_string(widest) + "; bind it as a CodebookOperand");
 }
 
-LinearRoom CodebookBytePlanes::find_room(int64_t tokens, int) const {
+int64_t CodebookBytePlanes::find_room(int64_t tokens, int) const {
   const int64_t splits = plan_linear(rows, columns, tokens).splits;
-  return {splits > 1 ? splits * tokens * rows : 0, 0};
+  return splits > 1 ? splits * tokens * rows : 0;
 }
 
 void CodebookBytePlanes::run(const LinearCall& call, uintptr_t stream) const {
@@ -442,8 +441,7 @@ void CodebookBytePlanes::run(const LinearCall& call, uintptr_t stream) const {
   const LinearPlan plan = plan_linear(rows, columns, call.tokens);
   if (call.rows * call.tokens * plan.splits > std::numeric_limits<int32_t>::max())
     refuse_work("codebook_linear_byte_planes", call);  // each item has at least one row
-  Arguments arguments{call, static_cast<int>(plan.splits)};
-  arguments.call.counters = counters_;
+  const Arguments arguments{call, static_cast<int>(plan.splits)};
   if (call.tokens == 1) launch_for<1>(widest_, arguments, plan.grid, stream);
   if (call.tokens == 2) launch_for<2>(widest_, arguments, plan.grid, stream);
 }

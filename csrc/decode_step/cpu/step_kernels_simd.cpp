@@ -1,6 +1,7 @@
 // The kernels of step_kernels.h for a vector type V (runtime/simd.h).
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "decode_step/cpu/step_functions.h"
 #include "decode_step/cpu/step_kernels.h"
@@ -41,6 +42,9 @@ void norm(NormKind kind, float eps, const float* weight, const float* bias, cons
   }
 }
 
+inline float to_fp32(float x) { return x; }
+inline float to_fp32(uint16_t bf16) { return bf16_to_fp32(bf16); }
+
 // --- attention -----------------------------------------------------------------------------------------------------
 
 // Rows of the cache that will be read next, asked for a line at a time beside the arithmetic: eight rows are read side by
@@ -61,23 +65,37 @@ struct Ahead {
 
 // scores[i, lane] = <q[., lane], k[i]>: rows of q stand side by side, so that each key is read once for all of them and
 // nothing is summed across a register. Sums of 32 products are joined: one long chain would lose a digit at 256.
-template <class V, int kKeys>
-void score_keys(const float* q, const float* k, int64_t stride, int64_t size, const Ahead& ahead, int64_t first_key,
+template <class V, int kKeys, class Number>
+void score_keys(const float* q, const Number* k, int64_t stride, int64_t size, const Ahead& ahead, int64_t first_key,
                 float* scores) {
+  using R = typename V::R;
   for (int64_t begin = 0; begin < size; begin += 32) {
     const int64_t end = std::min<int64_t>(size, begin + 32);
 #pragma GCC unroll 8
     for (int i = 0; i < kKeys; ++i) {
       ahead.fetch(first_key + i, begin);
-      ahead.fetch(first_key + i, begin + 16);
+      if constexpr (sizeof(Number) == 4) ahead.fetch(first_key + i, begin + 16);
     }
-    typename V::R sums[kKeys];
+    R sums[kKeys];
 #pragma GCC unroll 8
     for (int i = 0; i < kKeys; ++i) sums[i] = V::set(0);
-    for (int64_t d = begin; d < end; ++d) {
-      const auto of_rows = V::load(q + d * V::width);
+    int64_t d = begin;
+    if constexpr (sizeof(Number) == 2)
+      for (; d + 2 <= end; d += 2) {
+        const R first_of_rows = V::load(q + d * V::width), second_of_rows = V::load(q + (d + 1) * V::width);
 #pragma GCC unroll 8
-      for (int i = 0; i < kKeys; ++i) sums[i] = V::fma(V::set(k[i * stride + d]), of_rows, sums[i]);
+        for (int i = 0; i < kKeys; ++i) {
+          uint32_t two;
+          std::memcpy(&two, k + i * stride + d, sizeof two);
+          R first, second;
+          V::set_two(two, first, second);
+          sums[i] = V::fma(second, second_of_rows, V::fma(first, first_of_rows, sums[i]));
+        }
+      }
+    for (; d < end; ++d) {
+      const R of_rows = V::load(q + d * V::width);
+#pragma GCC unroll 8
+      for (int i = 0; i < kKeys; ++i) sums[i] = V::fma(V::set(to_fp32(k[i * stride + d])), of_rows, sums[i]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kKeys; ++i) {
@@ -88,8 +106,8 @@ void score_keys(const float* q, const float* k, int64_t stride, int64_t size, co
 }
 
 // out[r] = out[r] * keep[r] + sum over i of weights[i, r] * v[i], kVectors registers wide.
-template <class V, int kRows, int kVectors>
-void add_values(const float* weights, const float* v, int64_t stride, int64_t keys, const float* keep, const Ahead& ahead,
+template <class V, int kRows, int kVectors, class Number>
+void add_values(const float* weights, const Number* v, int64_t stride, int64_t keys, const float* keep, const Ahead& ahead,
                 int64_t column, float* out, int64_t out_stride) {
   typename V::R sums[kRows][kVectors];
 #pragma GCC unroll 4
@@ -114,9 +132,9 @@ void add_values(const float* weights, const float* v, int64_t stride, int64_t ke
     for (int j = 0; j < kVectors; ++j) V::store(out + r * out_stride + j * V::width, sums[r][j]);
 }
 
-template <class V, int kRows>
-void add_values_to_rows(const float* weights, const float* v, int64_t stride, int64_t keys, const float* keep, const Ahead& ahead,
-                        float* out, int64_t size) {
+template <class V, int kRows, class Number>
+void add_values_to_rows(const float* weights, const Number* v, int64_t stride, int64_t keys, const float* keep,
+                        const Ahead& ahead, float* out, int64_t size) {
   int64_t d = 0;
   for (; d + 2 * V::width <= size; d += 2 * V::width)
     add_values<V, kRows, 2>(weights, v + d, stride, keys, keep, ahead, d, out + d, size);
@@ -184,6 +202,41 @@ void soften(int64_t keys, float* scores, float* largest, float* sums, float* kee
   V::store(keep, kept);
 }
 
+// Some keys and their values, each `stride` numbers behind the one before.
+template <class Number>
+struct Block {
+  int64_t begin, count;
+  const Number *keys = nullptr, *values = nullptr;
+  int64_t key_stride = 0, value_stride = 0;
+};
+
+// The sums of the part go on with one block.
+template <class V, class Number>
+void attend_to(const AttentionPart& part, const Block<Number>& block, const Ahead& values_ahead, const Ahead& keys_ahead) {
+  constexpr int64_t width = V::width;
+  const int64_t padded = rounded_up(part.value_size, width), keys = block.count, stride = block.key_stride;
+  const Ahead nothing(part, part.q, 0, part.ahead_end);
+  alignas(64) float scores[kBlockKeys * width], keep[width];
+  for (int64_t row = 0; row < part.rows; row += width) {
+    const float* q = part.q + row * part.head_size;
+    const Ahead& ahead = row == 0 ? values_ahead : nothing;
+    int64_t i = 0;
+    for (; i + 8 <= keys; i += 8)
+      score_keys<V, 8>(q, block.keys + i * stride, stride, part.head_size, ahead, i, scores + i * width);
+    for (; i < keys; ++i) score_keys<V, 1>(q, block.keys + i * stride, stride, part.head_size, ahead, i, scores + i * width);
+    limit_scores<V>(part, block.begin, keys, row, scores);
+    soften<V>(keys, scores, part.largest + row, part.sums + row, keep);
+    const int64_t rows = std::min(width, part.rows - row);
+    for (int64_t r = 0; r < rows; r += 4) {
+      constexpr decltype(&add_values_to_rows<V, 1, Number>) add[4] = {
+          add_values_to_rows<V, 1, Number>, add_values_to_rows<V, 2, Number>, add_values_to_rows<V, 3, Number>,
+          add_values_to_rows<V, 4, Number>};
+      add[std::min<int64_t>(4, rows - r) - 1](scores + r, block.values, block.value_stride, keys, keep + r,
+                                              row + r == 0 ? keys_ahead : nothing, part.weighted + (row + r) * padded, padded);
+    }
+  }
+}
+
 template <class V>
 void attend(const AttentionPart& part) {
   constexpr int64_t width = V::width;
@@ -192,36 +245,30 @@ void attend(const AttentionPart& part) {
   std::fill_n(part.largest, lane_groups * width, -kInfinity);
   std::fill_n(part.sums, lane_groups * width, 0.0f);
   std::fill_n(part.weighted, part.rows * padded, 0.0f);
+  // Read where they lie: bf16 in registers becomes fp32 at 3 operations for 16 products.
+  const bool in_place = part.dtype == DType::bf16 && part.value_size == padded;
   alignas(64) float key_room[kBlockKeys * kLargestHead], value_room[kBlockKeys * kLargestHead];
-  alignas(64) float scores[kBlockKeys * width], keep[width];
   for (int64_t begin = part.begin; begin < part.end; begin += kBlockKeys) {
     const int64_t keys = std::min(kBlockKeys, part.end - begin);
-    int64_t k_stride, v_stride;
-    const float* k =
-        block_in_fp32(part, part.keys, part.key_stride, part.head_size, part.head_size, begin, keys, key_room, &k_stride);
-    const float* v =
-        block_in_fp32(part, part.values, part.value_stride, part.value_size, padded, begin, keys, value_room, &v_stride);
-    // What is converted is read in one go, a block ahead; else the values of this block are asked for beside its keys.
-    const bool converted = k == key_room || v == value_room;
-    const Ahead values_ahead(part, part.values, part.value_stride, converted ? begin + kBlockKeys : begin);
     const Ahead keys_ahead(part, part.keys, part.key_stride, begin + kBlockKeys);
-    const Ahead nothing(part, part.q, 0, part.ahead_end);
-    for (int64_t row = 0; row < part.rows; row += width) {
-      const float* q = part.q + row * part.head_size;
-      const Ahead& ahead = row == 0 ? values_ahead : nothing;
-      int64_t i = 0;
-      for (; i + 8 <= keys; i += 8) score_keys<V, 8>(q, k + i * k_stride, k_stride, part.head_size, ahead, i, scores + i * width);
-      for (; i < keys; ++i) score_keys<V, 1>(q, k + i * k_stride, k_stride, part.head_size, ahead, i, scores + i * width);
-      limit_scores<V>(part, begin, keys, row, scores);
-      soften<V>(keys, scores, part.largest + row, part.sums + row, keep);
-      const int64_t rows = std::min(width, part.rows - row);
-      for (int64_t r = 0; r < rows; r += 4) {
-        constexpr decltype(&add_values_to_rows<V, 1>) add[4] = {add_values_to_rows<V, 1>, add_values_to_rows<V, 2>,
-                                                                add_values_to_rows<V, 3>, add_values_to_rows<V, 4>};
-        add[std::min<int64_t>(4, rows - r) - 1](scores + r, v, v_stride, keys, keep + r, row + r == 0 ? keys_ahead : nothing,
-                                                part.weighted + (row + r) * padded, padded);
-      }
+    if (in_place) {
+      const Ahead values_ahead(part, part.values, part.value_stride, begin);
+      attend_to<V, uint16_t>(
+          part,
+          {begin, keys, static_cast<const uint16_t*>(part.keys) + begin * part.key_stride,
+           static_cast<const uint16_t*>(part.values) + begin * part.value_stride, part.key_stride, part.value_stride},
+          values_ahead, keys_ahead);
+      continue;
     }
+    Block<float> block{begin, keys};
+    block.keys =
+        block_in_fp32(part, part.keys, part.key_stride, part.head_size, part.head_size, begin, keys, key_room, &block.key_stride);
+    block.values = block_in_fp32(part, part.values, part.value_stride, part.value_size, padded, begin, keys, value_room,
+                                 &block.value_stride);
+    // What is converted is read in one go, a block ahead; else the values of this block are asked for beside its keys.
+    const bool converted = block.keys == key_room || block.values == value_room;
+    const Ahead values_ahead(part, part.values, part.value_stride, converted ? begin + kBlockKeys : begin);
+    attend_to<V>(part, block, values_ahead, keys_ahead);
   }
 }
 

@@ -7,6 +7,7 @@
 #define PYLLMQ_KERNEL __global__
 #define PYLLMQ_DEVICE __device__ __forceinline__
 #define PYLLMQ_MEMBER __device__ __forceinline__
+#define PYLLMQ_COLD static __device__ __noinline__  // what is long and rarely runs: one copy of its code a kernel
 #define PYLLMQ_UNROLL _Pragma("unroll")
 #define PYLLMQ_DYNAMIC_SHARED(name) extern __shared__ __align__(16) uint8_t name[]
 #define PYLLMQ_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \

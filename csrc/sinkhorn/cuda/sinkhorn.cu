@@ -790,7 +790,7 @@ SinkhornRoom sinkhorn_room(const SinkhornProblem& call, int64_t backward_iterati
     using S = decltype(shape);
     const Layout layout = backward_iterations > 0 ? layout_for<Backward<S>, S>(call) : layout_for<Forward<S>, S>(call);
     const int64_t coefficients = layout.teams * backward_iterations * (call.n + call.m);
-    room = {partial_sums(call, layout) + layout.teams + coefficients, layout.teams};
+    room = {partial_sums(call, layout) + layout.teams + coefficients, layout.team > 1 ? layout.teams : 0};
   });
   return room;
 }

@@ -39,15 +39,36 @@ PYLLMQ_DEVICE float entry_of_k(float u, float v, float cost, float inverse) {
 struct Pair {
   float offset, scaling;
 };
-PYLLMQ_DEVICE Pair pair_of(double potential, float inverse) {
+PYLLMQ_COLD Pair pair_of(double potential, float inverse) {
   const float offset = static_cast<float>(potential);
   return {offset, static_cast<float>(ptx::exp((potential - offset) * inverse))};
 }
+PYLLMQ_COLD Pair absorbed(float offset, float scaling, float inverse) {
+  return pair_of(offset + ptx::log(static_cast<double>(scaling)) / inverse, inverse);
+}
 PYLLMQ_DEVICE void absorb(float& offset, float& scaling, float inverse) {
   if (scaling == 0) return;
-  const Pair pair = pair_of(offset + ptx::log(static_cast<double>(scaling)) / inverse, inverse);
+  const Pair pair = absorbed(offset, scaling, inverse);
   offset = pair.offset;
   scaling = pair.scaling;
+}
+
+// What `Price` does where a marginal may be missed. In fp64, hundreds of instructions each: inlined they were most of the
+// library.
+PYLLMQ_COLD float damped_scaling(double damp, float mass, float sum, float offset, float inverse) {
+  const double logarithm = ptx::log(static_cast<double>(mass)) - damp * ptx::log(static_cast<double>(larger(sum, kTiny))) +
+                           (damp - 1) * offset * inverse;
+  if (logarithm > kLargeLogarithm || logarithm < -kLargeLogarithm) return infinity();
+  return static_cast<float>(ptx::exp(logarithm));
+}
+PYLLMQ_COLD Pair damped_pair(double damp, float mass, float sum, float offset, float inverse) {
+  const double logarithms = ptx::log(static_cast<double>(mass)) - damp * ptx::log(static_cast<double>(larger(sum, kTiny)));
+  return pair_of(damp * offset + logarithms / inverse, inverse);
+}
+PYLLMQ_COLD float damped_share(double damp, float rho, float gradient, float mass, float offset, float scaling, float inverse) {
+  const double relative = ptx::log(static_cast<double>(scaling)) - ptx::log(static_cast<double>(mass));
+  const double sum = mass * ptx::exp(-(offset + relative / inverse) / rho);
+  return static_cast<float>(damp * gradient / sum);
 }
 
 // What one side's marginal costs to miss. damp = rho / (rho + epsilon), 1 where it is kept.
@@ -61,27 +82,21 @@ struct Price {
   PYLLMQ_MEMBER float scaling(float mass, float sum, float offset, float inverse) const {
     if (mass == 0) return 0;
     if (kept()) return ptx::quotient(mass, larger(sum, kTiny));
-    const double logarithm = ptx::log(static_cast<double>(mass)) - damp * ptx::log(static_cast<double>(larger(sum, kTiny))) +
-                             (damp - 1) * offset * inverse;
-    if (logarithm > kLargeLogarithm || logarithm < -kLargeLogarithm) return infinity();
-    return static_cast<float>(ptx::exp(logarithm));
+    return damped_scaling(damp, mass, sum, offset, inverse);
   }
 
   // The same where the offset may move: for a sum that is near 1.
   PYLLMQ_MEMBER Pair moved(float mass, float sum, float offset, float inverse) const {
     if (mass == 0) return {offset, 0};
     if (kept()) return {offset, ptx::quotient(mass, larger(sum, kTiny))};
-    const double logarithms = ptx::log(static_cast<double>(mass)) - damp * ptx::log(static_cast<double>(larger(sum, kTiny)));
-    return pair_of(damp * offset + logarithms / inverse, inverse);
+    return damped_pair(damp, mass, sum, offset, inverse);
   }
 
   // d scaling's logarithm / d sum's logarithm, over what the line of the plan sums to.
   PYLLMQ_MEMBER float share(float gradient, float mass, float offset, float scaling, float inverse) const {
     if (scaling == 0) return 0;
     if (kept()) return gradient / mass;
-    const double relative = ptx::log(static_cast<double>(scaling)) - ptx::log(static_cast<double>(mass));
-    const double sum = mass * ptx::exp(-(offset + relative / inverse) / rho);
-    return static_cast<float>(damp * gradient / sum);
+    return damped_share(damp, rho, gradient, mass, offset, scaling, inverse);
   }
 };
 

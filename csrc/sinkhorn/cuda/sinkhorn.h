@@ -11,7 +11,7 @@ constexpr int64_t kSinkhornMostRows = 1 << 16, kSinkhornMostColumns = 4096;
 
 struct SinkhornRoom {
   int64_t floats;    // of workspace, all overwritten
-  int64_t counters;  // uint32, zero before and after
+  int64_t counters;  // uint32, zero before; none where no problem is shared by blocks
 };
 
 // Whether blocks of the current device have room for such matrices.

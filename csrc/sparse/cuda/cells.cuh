@@ -13,6 +13,20 @@
 
 namespace pyllmq::cuda {
 
+// The first outlier of a row at or beyond a column: they ascend.
+PYLLMQ_DEVICE uint32_t outlier_from(const SparseHeader& h, int64_t row, int64_t column) {
+  const auto* of_row = section<uint32_t>(h, h.outlier_row_offsets_offset) + row;
+  uint32_t begin = of_row[0], end = of_row[1];
+  while (begin < end) {
+    const uint32_t middle = begin + (end - begin) / 2;
+    if (section<uint32_t>(h, h.outlier_columns_offset)[middle] < column)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
 template <int kTokenTiles>
 using StripSums = float[kStripTiles][kTokenTiles][4];
 template <int kTokenTiles>

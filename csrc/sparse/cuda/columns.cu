@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kItemRows = 64;
+constexpr int kItemRows = kStripRows;
 constexpr int kMostTokens = 4;
 constexpr int kWarpEntries = 32 * kEntryGroup;
 constexpr int kBlocksPerMultiprocessor = 2;
@@ -144,7 +144,8 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       const float sum = shared.total[token][row];
       return h.scale_offset == 0 ? sum : sum * section<float>(h, h.scale_offset)[row_begin + row];
     };
-    store_outputs(call, a.splits, split, kTokens, token_begin, row_begin, shared.arrived, for_each_output, sum_of);
+    uint32_t* counter = counter_of(h, token_begin / kTokens, h.strips, row_block);
+    store_outputs(call, a.splits, split, counter, token_begin, row_begin, shared.arrived, for_each_output, sum_of);
   }
 }
 
@@ -176,7 +177,7 @@ SparsePlan SparseOperand::plan_columns(int64_t tokens) const {
   const int64_t blocks = ceil_div(rows, kItemRows) * plan.token_blocks;
   plan.splits = std::clamp<int64_t>(ceil_div(slots, blocks), 1, ceil_div(columns, kPanelColumns));
   plan.grid = std::min(slots, blocks * plan.splits);
-  if (plan.splits > 1) plan.room = {plan.splits * tokens * rows, plan.token_blocks * rows};
+  if (plan.splits > 1) plan.partials = plan.splits * tokens * rows;
   return plan;
 }
 

@@ -29,13 +29,10 @@ PYLLMQ_DEVICE float scale_of(const SparseHeader& h, int64_t row) {
 PYLLMQ_DEVICE void store_outliers(const Arguments& a, const SparseHeader& h, int64_t row_begin, int64_t row_end, int64_t begin,
                                   int64_t end) {
   for (int64_t row = row_begin + ptx::thread() % 32; row < row_end; row += 32) {
-    const auto* of_row = section<uint32_t>(h, h.outlier_row_offsets_offset) + row;
-    for (uint32_t i = of_row[0]; i < of_row[1]; ++i) {
-      const int64_t column = section<uint32_t>(h, h.outlier_columns_offset)[i];
-      if (column >= begin && column < end)
-        store_element(a.weight, a.dtype, row * h.columns + column,
-                      ptx::fp16_to_fp32(section<uint16_t>(h, h.outlier_values_offset)[i]));
-    }
+    const uint32_t last = outlier_from(h, row, end);
+    for (uint32_t i = outlier_from(h, row, begin); i < last; ++i)
+      store_element(a.weight, a.dtype, row * h.columns + section<uint32_t>(h, h.outlier_columns_offset)[i],
+                    ptx::fp16_to_fp32(section<uint16_t>(h, h.outlier_values_offset)[i]));
   }
 }
 

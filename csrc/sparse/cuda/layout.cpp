@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "linear_operand_cuda.h"
 #include "runtime/counting.h"
 #include "runtime/cuda/host_threads.h"
 #include "sparse/packing.h"
@@ -15,7 +16,7 @@
 namespace pyllmq::cuda {
 namespace {
 
-constexpr int64_t kAlignment = 128, kReadAlignment = 16, kHeaderAlignment = 8;
+constexpr int64_t kHeaderAlignment = 8;
 constexpr int kLanes = 32;
 constexpr uint32_t kFirstTwo = 4;  // positions 0 and 1: of a group that is only there to fill up
 
@@ -193,6 +194,7 @@ Plan make_plan(const SparseCheckpoint& c, double sparse_columns) {
   } else {
     h.data_offset = section(h.kind == SparseKind::bitmap ? int64_t{plan.begin.back()} * 16 : h.strips * h.cells * h.stage_bytes);
   }
+  h.counters_offset = section(counter_bytes(h.strips));
   h.bytes = section(0);
   return plan;
 }

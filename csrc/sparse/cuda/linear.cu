@@ -207,22 +207,11 @@ template <class Cells, int kRows>
 PYLLMQ_DEVICE void add_outliers(const Work& w, const Arguments& a, const Shared& shared, float* total, int row) {
   const SparseHeader& h = *w.header;
   const auto dtype = static_cast<DType>(a.call.dtype);
-  const auto* of_row = section<uint32_t>(h, h.outlier_row_offsets_offset) + w.row_begin() + row;
   const auto* columns = section<uint32_t>(h, h.outlier_columns_offset);
   const auto* deltas = section<float>(h, h.outlier_deltas_offset);
-  const auto first_from = [&](int64_t cell) {  // the row's columns ascend
-    uint32_t begin = of_row[0], end = of_row[1];
-    while (begin < end) {
-      const uint32_t middle = begin + (end - begin) / 2;
-      if (columns[middle] < cell * Cells::kColumns)
-        begin = middle + 1;
-      else
-        end = middle;
-    }
-    return begin;
-  };
-  const uint32_t end = first_from(w.cell_end);
-  for (uint32_t i = first_from(w.cell_begin); i < end; ++i)
+  const auto first_of = [&](int64_t cell) { return outlier_from(h, w.row_begin() + row, cell * Cells::kColumns); };
+  const uint32_t end = first_of(w.cell_end);
+  for (uint32_t i = first_of(w.cell_begin); i < end; ++i)
     for (int token = 0; token < w.tokens; ++token) {
       const float x = load_element(a.call.x, dtype, (w.token_begin + token) * a.call.columns + columns[i]);
       total[token * w.planes * kRows + row] += deltas[i] * (x / shared.unscale[token]);
@@ -252,8 +241,8 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, flo
     sum *= shared.unscale[token];
     return h.scale_offset == 0 ? sum : sum * section<float>(h, h.scale_offset)[w.row_begin() + row];
   };
-  store_outputs(a.call, a.splits, w.split, a.tokens_per_block, w.token_begin, w.row_begin(), shared.arrived, for_each_output,
-                sum_of);
+  uint32_t* counter = counter_of(h, w.token_begin / a.tokens_per_block, h.strips, w.strip_begin);
+  store_outputs(a.call, a.splits, w.split, counter, w.token_begin, w.row_begin(), shared.arrived, for_each_output, sum_of);
 }
 
 // Items that share a split follow each other, since they read the same x and codebooks.
@@ -344,7 +333,7 @@ SparsePlan plan_for(const SparseOperand& operand, int64_t tokens, int dtype) {
   }
   plan.shared_bytes = bytes(plan.warps, plan.x_bytes);
   plan.grid = std::min(slots, row_blocks * plan.token_blocks * plan.splits);
-  if (plan.splits > 1) plan.room = {plan.splits * tokens * rows, plan.token_blocks * rows};
+  if (plan.splits > 1) plan.partials = plan.splits * tokens * rows;
   return plan;
 }
 
@@ -366,10 +355,10 @@ void launch(const SparseOperand& operand, const SparsePlan& plan, int64_t items,
 
 }  // namespace
 
-LinearRoom SparseOperand::find_room(int64_t tokens, int dtype) const {
-  if (kind == SparseKind::columns) return plan_columns(tokens).room;
-  LinearRoom room{};
-  with_cells(kind, values, bits, [&](auto cells) { room = plan_for<decltype(cells)>(*this, tokens, dtype).room; });
+int64_t SparseOperand::find_room(int64_t tokens, int dtype) const {
+  if (kind == SparseKind::columns) return plan_columns(tokens).partials;
+  int64_t room = 0;
+  with_cells(kind, values, bits, [&](auto cells) { room = plan_for<decltype(cells)>(*this, tokens, dtype).partials; });
   return room;
 }
 

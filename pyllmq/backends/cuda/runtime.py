@@ -1,8 +1,9 @@
-"""The extension `_cuda`, the driver, streams and counters, and what its rows have in common."""
+"""The extension `_cuda`, the driver, streams, and what its rows have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def available() -> tuple[bool, str]:
-    """Asks the driver, so it is called when a kernel is chosen, never at import."""
+    """Of the current device. Asks the driver, so it is called when a kernel is chosen, never at import."""
     try:
         from ... import _cuda
     except ImportError as error:
@@ -55,33 +56,24 @@ def stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()
-
-
-counters: dict[tuple[torch.device, int], Tensor] = {}
-"""For each device and stream, the counters with which blocks find out who comes last; every kernel leaves them zero."""
-
-
-def zero_counters(count: int, device: torch.device, stream: int) -> Tensor:
-    """Kernels of one stream run one after the other, so they share counters. A graph may be replayed beside anything: it gets
-    its own."""
-    if capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device, stream)
-    if key not in counters or counters[key].numel() < count:
-        counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
-    return counters[key]
+def on(device: str) -> AbstractContextManager[Any]:
+    """Makes the device of a problem current for a block, as what the driver is asked is asked of the current device; without an
+    index it is the current one."""
+    return current(torch.device(device)) if ":" in device else nullcontext()
 
 
 def serves(device: str) -> bool:
-    return device == DEVICE and available()[0]
+    if device.partition(":")[0] != DEVICE:
+        return False
+    with on(device):
+        return available()[0]
 
 
 def on_device(problem: Problem) -> Support:
-    if problem.device != DEVICE:
+    if problem.device_type != DEVICE:
         return False, f"needs tensors on a {DEVICE} device, these are on {problem.device}"
-    return available()
+    with on(problem.device):
+        return available()
 
 
 takes_activations = takes(ACTIVATION_DTYPES, on_device)
@@ -97,13 +89,11 @@ def run_linear(
     if tokens == 0:
         return y
     with current(device):
-        operand, on = bound(bind, weight), stream(device)
-        partials, counters = operand.room(tokens, dtype)
-        workspace = torch.empty(partials, dtype=torch.float32, device=device)
-        zeros = zero_counters(counters, device, on)
+        operand = bound(bind, weight)
+        partials = torch.empty(operand.room(tokens, dtype), dtype=torch.float32, device=device)
         bias_pointer, bias_dtype = (0, 0) if bias is None else (bias.data_ptr(), DTYPE_CODE[bias.dtype])
-        pointers = y.data_ptr(), workspace.data_ptr(), zeros.data_ptr()
-        operand.linear(x.data_ptr(), dtype, tokens, bias_pointer, bias_dtype, *pointers, on)
+        pointers = y.data_ptr(), partials.data_ptr()
+        operand.linear(x.data_ptr(), dtype, tokens, bias_pointer, bias_dtype, *pointers, stream(device))
     return y
 
 

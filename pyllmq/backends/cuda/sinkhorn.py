@@ -18,13 +18,14 @@ MAX_ROWS, MAX_COLUMNS = 65536, 4096
 
 
 def _call(transport: Transport, iterations: int) -> tuple[Any, dict[str, Any]]:
-    """(the problem, workspace, counters and stream). On the device of cost."""
+    """(the problem, workspace, counters and stream). On the device of cost. Only blocks that share a problem count each other:
+    one large problem waits for a fill of a few words."""
     _cuda, device = runtime.extension(), transport.cost.device
     call = _cuda.SinkhornProblem(**problem(transport))
     floats, counted = _cuda.sinkhorn_room(call, iterations)
     stream = runtime.stream(device)
     workspace = torch.empty(floats, dtype=torch.float32, device=device)
-    counters = runtime.zero_counters(counted, device, stream)
+    counters = torch.zeros(counted, dtype=torch.int32, device=device)
     return call, {"workspace": workspace, "counters": counters, "stream": stream}
 
 
@@ -68,11 +69,12 @@ _takes_fp32 = takes((torch.float32,), runtime.on_device)
 
 def _fits(problem: SinkhornProblem) -> Support:
     fits, why = _takes_fp32(problem)
-    if fits and not has_room(problem.n, problem.m):
-        return False, (
-            f"holds matrices of up to {MAX_ROWS} x {MAX_COLUMNS}, fewer columns where a block has less than 160 KiB of "
-            f"shared memory; here {problem.n} x {problem.m}"
-        )
+    with runtime.on(problem.device):
+        if fits and not has_room(problem.n, problem.m):
+            return False, (
+                f"holds matrices of up to {MAX_ROWS} x {MAX_COLUMNS}, fewer columns where a block has less than 160 KiB of "
+                f"shared memory; here {problem.n} x {problem.m}"
+            )
     return fits, why
 
 

@@ -10,7 +10,7 @@ from .rows import BECAUSE, ORDER
 
 def routed_experts(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: PackedExperts) -> Tensor:
     def linear(x: Tensor, operand: WeightOperand, bias: Tensor | None) -> Tensor:
-        kernel = PACKED_LINEAR.kernel_for(x.device.type, x.dtype, operand.layout, x.shape[0], operand.meta)
+        kernel = PACKED_LINEAR.kernel_for(x.device, x.dtype, operand.layout, x.shape[0], operand.meta)
         return kernel(x, operand, bias, experts.precision)
 
     def run(index: int, x: Tensor) -> Tensor:

@@ -17,5 +17,5 @@ def codebook_gradient(weight_gradient: Tensor, weight: WeightOperand) -> Tensor:
 
 
 supports = reads("checkpoint.codebook", runtime.on_device)
-because = "sums in registers where a column has at most 16 centroids, else atomics (predicted, not measured)"
+because = "sums in registers, 16 centroids at a time, no atomics (predicted, not measured)"
 CODEBOOK_GRADIENT.register("triton.codebook_gradient", ORDER, supports, codebook_gradient, because)

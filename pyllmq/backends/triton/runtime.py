@@ -6,6 +6,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -31,6 +32,7 @@ _OLDEST_CAPABILITY = (8, 0)
 
 
 def available() -> tuple[bool, str]:
+    """Of the current device."""
     if find_spec("triton") is None:
         return False, "triton is not installed (pip install 'pyllmq-kernels[triton]')"
     if DEVICE == "cpu":
@@ -43,14 +45,23 @@ def available() -> tuple[bool, str]:
     return True, f"kernels are compiled at their first call, for {torch.cuda.get_device_name()}"
 
 
+def on(device: str) -> AbstractContextManager[Any]:
+    """Makes the device of a problem current for a block, as `available` asks the current one; without an index it is that."""
+    return torch.cuda.device(device) if ":" in device else nullcontext()
+
+
 def serves(device: str) -> bool:
-    return device == DEVICE and available()[0]
+    if device.partition(":")[0] != DEVICE:
+        return False
+    with on(device):
+        return available()[0]
 
 
 def on_device(problem: Problem) -> Support:
-    if problem.device != DEVICE:
+    if problem.device_type != DEVICE:
         return False, f"needs tensors on {DEVICE}, these are on {problem.device}"
-    return available()
+    with on(problem.device):
+        return available()
 
 
 takes_activations = takes(ACTIVATION_DTYPES, on_device)

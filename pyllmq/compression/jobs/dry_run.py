@@ -92,7 +92,7 @@ def plan_folder(
     blocks = [stage for stage in task.stages if stage.linears]
     batches, runs, packed_bytes = [], 0, method.planned_bytes()
     if method.needs.calibration:
-        batches = as_batches(calibration or ())
+        batches = as_batches(calibration or (), streamed.model)
         spent = _time_group(streamed, task, {key: value.to(streamed.device) for key, value in batches[0].items()})
         # Beside the statistics, handing on takes a run of the block, and of its dense copy; loss gradients three.
         runs = 1 + method.needs.dense_block + 3 * (method.needs.loss_gradients != "none")

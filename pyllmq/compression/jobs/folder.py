@@ -26,10 +26,11 @@ from ...weights import OUTSIDE
 from ..calibration import Batch, as_batches, within_positions
 from ..methods import StaysDenseError, method_of
 from ..model_state import quiet_eval
+from ..objective import NoLossError
 from ..ranks import ALONE, Ranks
 from ..report import CompressionReport, LayerReport
 from ..statistics.blocks import BlockLoop, Chain, Stage
-from ..statistics.loss_gradients import LossGradients, NoLossError, output_gradients_by_block
+from ..statistics.loss_gradients import LossGradients, output_gradients_by_block
 from .ends import pack_end
 from .in_memory import without_gradients
 from .job import Job, check_finite, open_task, stays_dense, warn
@@ -92,14 +93,14 @@ def compress_folder(
     method = method_of(config)
     if reason := method.needs.whole_model:
         raise ValueError(f"{reason}; use pyllmq.compress (in the command: --in-memory), or leave it out")
-    all_batches = as_batches(calibration)
+    target = Path(output).resolve()
+    streamed, task = open_task(source, method, include, exclude, embeddings, head)
+    model = streamed.model
+    all_batches = as_batches(calibration, model)
     if len(all_batches) < ranks.size:
         raise ValueError(
             f"{len(all_batches)} calibration batches are too few for {ranks.size} processes; give each at least one"
         )
-    target = Path(output).resolve()
-    streamed, task = open_task(source, method, include, exclude, embeddings, head)
-    model = streamed.model
     names = expect_own_names(model, task.names)
 
     def signature() -> dict[str, Any]:
@@ -123,7 +124,7 @@ def compress_folder(
         folder = FolderJob(Job(task, task.run(loop, ranks), bar), streamed, manifest, started)
         with quiet_eval(model), torch.no_grad(), within_positions(model, all_batches), bar:
             chains = loop.find_chains(task.stages, lambda stage: check_finite(stage.linears))
-            folder.plan(chains, [len(next(iter(batch.values()))) for batch in all_batches])
+            folder.plan(chains)
             folder.restore()
             for i, chain in enumerate(chains):
                 folder.compress_chain(chain, hand_on=i + 1 < len(chains))
@@ -200,8 +201,8 @@ class FolderJob:
 
     # ---- the plan ----
 
-    def plan(self, chains: Sequence[Chain], rows: Sequence[int]) -> None:
-        """What is decided before the first block; a resumed job reads it. `rows`: the number of texts of every batch."""
+    def plan(self, chains: Sequence[Chain]) -> None:
+        """What is decided before the first block; a resumed job reads it."""
         job, method = self.job, self.method
         file = self.manifest.place / "plan.safetensors"
         if self.manifest.plan is not None:
@@ -212,7 +213,7 @@ class FolderJob:
         if (which := method.needs.loss_gradients) != "none":
             hidden = HiddenStates(self.manifest.place, "inputs", self.ranks)
             try:
-                found = output_gradients_by_block(self.loop, chains, job.task.linears, hidden, rows, self.ranks)
+                found = output_gradients_by_block(self.loop, chains, job.task.linears, hidden, self.ranks)
             except NoLossError as error:
                 for stage in (stage for chain in chains for stage in chain.stages):
                     hidden.remove(stage.name)

@@ -19,11 +19,12 @@ from ..calibration import as_batches, within_positions
 from ..methods import StaysDenseError, method_of
 from ..methods.pack import PackConfig
 from ..model_state import quiet_eval
+from ..objective import NoLossError
 from ..report import CompressionReport
 from ..statistics.blocks import BlockLoop, find_stages
 from ..statistics.inputs import Group, InputStatistics
 from ..statistics.inputs import visit_groups as visit_stage
-from ..statistics.loss_gradients import NoLossError, output_gradients
+from ..statistics.loss_gradients import output_gradients
 from ..statistics.run import CalibrationRun
 from .ends import End, find_ends, pack_end
 from .job import Job, Task, check_finite, not_included, stays_dense, warn
@@ -86,7 +87,7 @@ def compress(
         raise ValueError(
             f"{type(config).__name__} needs calibration data with these settings; give batches of token ids"
         )
-    batches = [] if calibration is None else as_batches(calibration)
+    batches = [] if calibration is None else as_batches(calibration, model)
     if tuning is not None and not needs.dense_model:
         raise ValueError(
             f"tuning data is given, but {type(config).__name__} does not tune; set tune_steps, or leave it out"
@@ -108,8 +109,11 @@ def compress(
             with quiet_eval(model), torch.no_grad(), within_positions(model, batches):
                 (_calibrate if batches else _pack_all)(job)
             if original is not None:
-                text = batches if tuning is None else as_batches(tuning)
-                task.report.tuning_losses = method.finish(model, original, text, progress)
+                text = batches if tuning is None else as_batches(tuning, model)
+                try:
+                    task.report.tuning_losses = method.finish(model, original, text, progress)
+                except NoLossError as error:
+                    warn(task.report, f"nothing is tuned, as with tune_steps=0: {error}")
         except BaseException:
             job.put_back()
             put_together(model)
@@ -184,7 +188,7 @@ def visit_groups(
     `visit` may change the weights: what runs after them sees the change. For methods that are not registered.
     """
     stages = find_stages(model, select_linears(model, None, exclude), outside=False)
-    batches = as_batches(calibration)
+    batches = as_batches(calibration, model)
     with quiet_eval(model), torch.no_grad():
         loop = BlockLoop(model, batches[0], batches)
         run = CalibrationRun(loop)

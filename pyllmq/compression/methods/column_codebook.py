@@ -29,6 +29,7 @@ from ..solver.hessian import (
     HessianFactor,
     as_columns,
     as_matrix,
+    centre_,
     factor_hessian,
     relative_error,
     squared_columns,
@@ -214,10 +215,7 @@ def compress_linears(
     hessian, mean = hessian.cpu(), inputs.mean.cpu() if inputs.mean is not None and config.correct_bias else None
     started = time.perf_counter()
     if mean is not None:
-        # Where the bias takes up the mean error, only the input's covariance matters. An input that never changes has none;
-        # rounding may leave it a little below zero.
-        hessian.addr_(mean, mean, alpha=-1)
-        hessian.diagonal().clamp_(min=0)
+        centre_(hessian, mean)  # where the bias takes up the mean error, only the input's covariance matters
     factor = factor_hessian(hessian, config.damping, config.act_order, in_place=True)
     del hessian
     fits = {}

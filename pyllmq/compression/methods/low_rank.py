@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from ...config import Between, MethodConfig
 from ...formats import LowRankWeight, PackedWeight
 from ...linears import dense_weight, is_transposed_linear
+from ..calibration import given_to_model
+from ..objective import mismatch
 from ..ranks import Ranks
 from ..solver.bayesian import bayesian_minimum
-from ..solver.hessian import as_matrix, factor_hessian, output_error
+from ..solver.hessian import as_matrix, centre_, factor_hessian, output_error
 from ..statistics.blocks import Chain, Stage
 from ..statistics.inputs import Group, InputStatistics, visit_groups
 from ..statistics.run import CalibrationRun
-from ..tune import mismatch
 from .claq import check_weight
 from .column_codebook import ColumnCodebookConfig, compress_linears, mean_output, ridge_target
 from .method import CompressedLinear, Method, Needs
@@ -203,8 +204,7 @@ def split_linears(
     started = time.perf_counter()
     mean = inputs.mean.cpu() if inputs.mean is not None and config.correct_bias else None
     if mean is not None:
-        hessian.addr_(mean, mean, alpha=-1)
-        hessian.diagonal().clamp_(min=0)
+        centre_(hessian, mean)
     factor = factor_hessian(hessian, config.damping)
     covariance = hessian.double()
     known: list[Tensor] = []
@@ -432,12 +432,12 @@ def _searched(
         return judge(tried[-1])
 
     with torch.no_grad():
-        wanted = [run.loop.model(**batch) for batch in batches]
+        wanted = [run.loop.model(**given_to_model(batch)) for batch in batches]
 
     def judge(ranks: Mapping[str, int]) -> float:
         with _projected(run, linears, known, ranks, config), torch.no_grad():
             found = [
-                float(mismatch(run.loop.model(**batch), output, batch.get("attention_mask")))
+                float(mismatch(run.loop.model, run.loop.model(**given_to_model(batch)), output, batch))
                 for batch, output in zip(batches, wanted, strict=True)
             ]
         return sum(found) / len(found)

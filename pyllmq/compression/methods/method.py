@@ -74,6 +74,8 @@ class Method(Generic[Settings]):
     """Linears outside the repeated blocks are packed too, and those with a tied weight stay dense."""
     reshapes: ClassVar[bool] = False
     """It makes a smaller dense model and packs nothing: `reshape` is all that it defines."""
+    packs_after: ClassVar[bool] = False
+    """The command packs what it leaves, with --bits or --pattern."""
     nothing_packed: ClassVar[str] = "can be packed"
     """Ends the sentence "none of 14 Linears", where all stay dense."""
 
@@ -140,11 +142,12 @@ class Method(Generic[Settings]):
             {name: self.compress_weight(name, weight, inputs.hessian) for name, weight in mine.items()}, list(weights)
         )
 
-    def reshape(self, model: nn.Module, tokenizer: Any, text: str, samples: int, seqlen: int) -> tuple[Any, Any]:
+    def reshape(self, model: nn.Module, tokenizer: Any, text: str, batches: Sequence[Any]) -> tuple[Any, Any]:
         """Make the model smaller, in place; gives the tokenizer that goes with it, and a report.
 
         Args:
-            samples, seqlen: of the calibration, if it `needs` one.
+            text: what --calibration names, of a method without calibration.
+            batches: of one that `needs` it.
         """
         raise NotImplementedError(f"{type(self).__name__} packs layers")
 

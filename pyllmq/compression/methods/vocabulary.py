@@ -11,7 +11,7 @@ import copy
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,7 +76,7 @@ class Vocabulary(Method[VocabularyConfig]):
         )
 
     def reshape(
-        self, model: nn.Module, tokenizer: Any, text: str, samples: int, seqlen: int
+        self, model: nn.Module, tokenizer: Any, text: str, batches: Sequence[Any]
     ) -> tuple[Any, VocabularyReport]:
         return prune_vocabulary(model, tokenizer, in_parts(text), size=self.config.vocabulary_size)
 

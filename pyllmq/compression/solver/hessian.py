@@ -55,6 +55,20 @@ def _symmetric(square: Tensor, diagonal: Tensor) -> Tensor:
     return lower + lower.t() + diagonal.diag()
 
 
+def centre_(hessian: Tensor, mean: Tensor) -> None:
+    """The mean of x x^T becomes the covariance, in place.
+
+    Args:
+        hessian: [K, K]. mean: [K]. Both were summed in float32, whatever they are in now.
+
+    An input that never changes has none: what rounding leaves of it, on either side of 0, becomes 0.
+    """
+    hessian.addr_(mean, mean, alpha=-1)
+    rounding = 2 * len(mean) ** 0.5 * torch.finfo(torch.float32).eps * mean.square()
+    diagonal = hessian.diagonal()
+    diagonal.masked_fill_(diagonal <= rounding, 0)
+
+
 def factor_hessian(
     hessian: Tensor, damping: float = 0.01, act_order: bool = True, *, in_place: bool = False
 ) -> HessianFactor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...weights import OUTSIDE, Weights
-from ..calibration import Batch
+from ..calibration import Batch, given_to_model
 from ..model_state import other_forwards
 from .asymmetric import DenseBlock, Enough
 
@@ -137,6 +137,13 @@ class BlockLoop:
     """By block of the chains that are done: what the last of a chain gives out for each batch, None for the others."""
     dense_block: DenseBlock | None = None
     """The block that is visited as it was before compression, in an asymmetric walk."""
+    running: Call | None = None
+    """That of the block which ran last."""
+
+    def crosses(self, x: Tensor) -> bool:
+        """Is this one of the tensors that the block was given beside its hidden states: what the encoder gave out?"""
+        given = () if self.running is None else (*self.running.args, *self.running.kwargs.values())
+        return any(isinstance(t, Tensor) and t.data_ptr() == x.data_ptr() and t.shape == x.shape for t in given)
 
     # ---- which blocks follow on which ----
 
@@ -222,7 +229,7 @@ class BlockLoop:
                 hooks.callback(stage.block.register_forward_pre_hook(begin(name), with_kwargs=True).remove)
                 hooks.callback(stage.block.register_forward_hook(end(name)).remove)
                 hooks.callback(self.weights.drop, name)
-            self.model(**self.first)
+            self.model(**given_to_model(self.first))
         return list(self.seen)
 
     def _is_alike(self, chain: Chain) -> bool:
@@ -246,7 +253,9 @@ class BlockLoop:
 
     # ---- running the model around its blocks ----
 
-    def _stubs(self, stub: Callable[[str, Call], Tensor | None]) -> AbstractContextManager[None]:
+    def _stubs(
+        self, stub: Callable[[str, Call], Tensor | None], with_graph: bool = True
+    ) -> AbstractContextManager[None]:
         """Blocks give out what `stub` says; where that is None, they run, with their weights loaded for as long."""
 
         def stand_in(name: str, block: nn.Module) -> Callable[..., Any]:
@@ -259,7 +268,7 @@ class BlockLoop:
                 hidden = stub(name, call)
                 if hidden is not None:
                     return self.seen[name].reply(hidden)
-                with self.weights.loaded(name):
+                with self.weights.loaded(name), torch.set_grad_enabled(with_graph and torch.is_grad_enabled()):
                     return forward(*args, **kwargs)
 
             return run
@@ -286,9 +295,9 @@ class BlockLoop:
                     raise Enough
             return reply(name, call.hidden)
 
-        with self._stubs(stub):
+        with self._stubs(stub, with_graph=False):
             try:
-                self.model(**batch)
+                self.model(**given_to_model(batch))
             except Enough:
                 return recorded
         raise ValueError(
@@ -300,7 +309,7 @@ class BlockLoop:
         """The model's output for a batch; blocks of chains that are done give out what they gave then."""
 
         with self._stubs(lambda name, call: self._done(name, index, call.hidden)):
-            return self.model(**self.batches[index])
+            return self.model(**given_to_model(self.batches[index]))
 
     def _done(self, name: str, index: int, hidden: Tensor) -> Tensor | None:
         if name not in self.outputs:
@@ -349,6 +358,7 @@ class BlockLoop:
             asymmetric: during each visit `dense_block` is the block as it was, on what the dense blocks before it gave out:
                 a second copy of the hidden states.
         """
+        self.running = None
         if chain.stages[0].block is None:
             with self.weights.loaded(OUTSIDE):
                 for stage in chain.stages:
@@ -366,7 +376,7 @@ class BlockLoop:
             stage = chain.stages[i]
             with self.weights.loaded(stage.name):
                 assert stage.block is not None
-                run, dense_run = (partial(_run, recorded, i, of) for of in (hidden, dense or []))
+                run, dense_run = (partial(self._run, recorded, i, of) for of in (hidden, dense or []))
                 run, run_dense = partial(run, stage.block), partial(dense_run, stage.block)
                 if dense is not None and stage.linears:
                     self.dense_block = DenseBlock(stage.block, stage.linears, dense_run)
@@ -382,14 +392,14 @@ class BlockLoop:
                 done(stage, hidden, dense or [])
         self.finish(chain, hidden if hand_on else None)
 
+    def _run(self, recorded: list[list[Call]], at: int, hidden: list[Tensor], block: nn.Module, index: int) -> Tensor:
+        self.running = recorded[index][at]
+        return self.running.run(block, hidden[index])
+
     def finish(self, chain: Chain, outputs: list[Tensor] | None) -> None:
         """From now on the blocks of the chain are not run: the last gives out `outputs`."""
         self.outputs |= {stage.name: None for stage in chain.stages}
         self.outputs[chain.stages[-1].name] = outputs
-
-
-def _run(recorded: list[list[Call]], at: int, hidden: list[Tensor], block: nn.Module, index: int) -> Tensor:
-    return recorded[index][at].run(block, hidden[index])
 
 
 def _gives(output: Tensor, version: int, wanted: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...experts import ExpertLinear
 from ...linears import dense_weight
 from ...memory import return_freed
-from ..calibration import Batch
+from ..calibration import token_mask
 from ..model_state import seeing_inputs
 from .asymmetric import AsymmetricTarget, Enough, watch
 from .blocks import Stage
@@ -31,6 +31,9 @@ EXPERT_HESSIANS = 256 << 20
 PRIOR_TOKENS = 1.0
 """What the pooled inputs of a layer's experts count in those of one expert, in tokens for each input. Of an expert with n tokens
 and K inputs: H = (sum of its x x^T + PRIOR_TOKENS K pooled H) / (n + PRIOR_TOKENS K)."""
+
+_Tokens = tuple[Tensor, Tensor | None, Tensor | None]
+"""Real tokens of an input [T, K], what each counts [T] or None, and the mask [B, L] by which they were taken."""
 
 Group = dict[str, nn.Module]
 """Name -> Linears that share an input."""
@@ -191,8 +194,9 @@ def _pooled(run: CalibrationRun, stage: Stage, key: Any, forward: Callable[[int]
     current = 0
 
     def see(name: str, given: Tensor) -> None:
-        tokens = _real_tokens(given, run.batches[current], name)
-        sums.add(tokens, _weights_of(run, name, current, given, tokens))
+        mask = _mask_of(run, name, current, given)
+        tokens = _real_tokens(given, mask)
+        sums.add(tokens, _weights_of(run, name, current, given, mask, len(tokens)))
 
     with seeing_inputs(members.items(), see):
         for current in range(len(run.batches)):  # noqa: B007  (read by the hooks)
@@ -218,7 +222,7 @@ def input_statistics(
     leaders = {next(iter(group)): i for i, group in enumerate(groups)}
     sums = [_Sums(groups[i][name]) for name, i in leaders.items()]
     errors = _OutputErrors(run, groups, once)
-    seen: dict[int, tuple[Tensor, Tensor | None]] = {}
+    seen: dict[int, _Tokens] = {}
     current = 0
     return_freed()
 
@@ -228,10 +232,11 @@ def input_statistics(
 
     def see(name: str, given: Tensor) -> None:
         i = leaders[name]
-        tokens = _real_tokens(given, run.batches[current], name)
-        s = _weights_of(run, name, current, given, tokens)
+        mask = _mask_of(run, name, current, given)
+        tokens = _real_tokens(given, mask)
+        s = _weights_of(run, name, current, given, mask, len(tokens))
         sums[i].add(tokens, s)
-        seen[i] = tokens, s
+        seen[i] = tokens, s, mask
         end_where_known()
 
     first_of_groups = ((name, groups[i][name]) for name, i in leaders.items())
@@ -283,8 +288,8 @@ class _OutputErrors:
     def known(self) -> bool:
         return len(self.had) == len(self.members)
 
-    def add(self, current: int, seen: Mapping[int, tuple[Tensor, Tensor | None]]) -> None:
-        """`seen`: for each group its real tokens in the batch of index `current`, and their weights."""
+    def add(self, current: int, seen: Mapping[int, _Tokens]) -> None:
+        """`seen`: for each group its real tokens in the batch of index `current`."""
         if self.dense is None:
             return
         wanted = self.dense.look([name for _, name in self.members], current, self.once)
@@ -292,8 +297,8 @@ class _OutputErrors:
             # An expert is sent other tokens than in the dense model: nothing to compare.
             if i not in seen or name not in self.had or name not in wanted or wanted[name].dim() != 3:
                 continue
-            tokens, s = seen[i]
-            missing = _real_tokens(wanted.pop(name) - self.had.pop(name), self.run.batches[current], name)
+            tokens, s, mask = seen[i]
+            missing = _real_tokens(wanted.pop(name) - self.had.pop(name), mask)
             if len(missing) == len(tokens):
                 products, mean = self.sums[name]
                 for (x, share), e in zip(_by_tokens(tokens, s), missing.split(TOKENS), strict=True):
@@ -319,7 +324,7 @@ def input_norms(
     current = 0
 
     def see(name: str, given: Tensor) -> None:
-        for x in _real_tokens(given, run.batches[current], name).split(TOKENS):
+        for x in _real_tokens(given, _mask_of(run, name, current, given)).split(TOKENS):
             sums[name] += x.float().square().sum(0)
 
     with seeing_inputs(linears.items(), see):
@@ -339,11 +344,17 @@ def _expect_finite(name: str, squares: Tensor) -> None:
         )
 
 
-def _real_tokens(x: Tensor, batch: Batch, name: str) -> Tensor:
-    """The input of a Linear without padding, [tokens, K]."""
+def _mask_of(run: CalibrationRun, name: str, current: int, given: Tensor) -> Tensor | None:
+    """Of the tokens [B, L] of a Linear's input [B, L, K]."""
+    if given.dim() != 3:
+        return None
+    return token_mask(run.batches[current], name, given.shape[:2], run.loop.crosses(given))
+
+
+def _real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The input or output of a Linear without padding, [tokens, K]."""
     x = x.detach()
-    mask = _token_mask(batch, name)
-    x = x[mask.bool()] if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2] else x
+    x = x if mask is None or mask.shape != x.shape[:-1] else x[mask.bool()]
     return x.reshape(-1, x.shape[-1])
 
 
@@ -355,31 +366,14 @@ def _by_tokens(x: Tensor, shares: Tensor | None) -> Iterator[tuple[Tensor, Tenso
     return ((part.float(), s) for part, s in zip(parts, shares.reshape(-1, 1).split(TOKENS), strict=True))
 
 
-def _token_weights(run: CalibrationRun, name: str, current: int, shape: torch.Size) -> Tensor | None:
-    """What the tokens of `_real_tokens` count in the statistics; None: all alike."""
+def _weights_of(
+    run: CalibrationRun, name: str, current: int, given: Tensor, mask: Tensor | None, count: int
+) -> Tensor | None:
+    """What the `count` real tokens of an input count in the statistics; None: all alike."""
     if name not in run.gradients.token_weights:
         return None
     weights = run.gradients.token_weights[name][current]
-    if weights.shape != shape:  # a router sends an expert other tokens now that layers before it are packed
+    if weights.shape != given.shape[:-1]:  # a router sends an expert other tokens now that layers before it are packed
         return None
-    mask = _token_mask(run.batches[current], name)
-    return weights if mask is None or mask.shape != shape else weights[mask.bool()]
-
-
-def _weights_of(run: CalibrationRun, name: str, current: int, given: Tensor, tokens: Tensor) -> Tensor | None:
-    """Of the real tokens of an input; None where an expert is sent other tokens than in the dense model."""
-    s = _token_weights(run, name, current, given.shape[:-1])
-    return None if s is not None and s.numel() != len(tokens) else s
-
-
-def _token_mask(batch: Batch, name: str) -> Tensor | None:
-    """Which tokens of a Linear's input are real, [B, L].
-
-    In a decoder that has ids of its own it is their mask; where those are as long as the encoder's, cross attention's view of
-    the encoder is then taken whole, padding included: better some padding than real tokens lost.
-    """
-    mask = batch.get("attention_mask")
-    decoder_ids = batch.get("decoder_input_ids")
-    if decoder_ids is None or "decoder" not in name or (mask is not None and mask.shape != decoder_ids.shape):
-        return mask
-    return batch.get("decoder_attention_mask")
+    weights = weights if mask is None or mask.shape != weights.shape else weights[mask.bool()]
+    return weights if weights.numel() == count else None

@@ -17,19 +17,14 @@ from torch import Tensor, nn
 
 from ...memory import return_freed
 from ...weights import OUTSIDE
-from ..calibration import Batch
+from ..calibration import Batch, given_to_model, token_mask
 from ..model_state import gradients_for, hooked
+from ..objective import checked_answer, losses
 from ..ranks import ALONE, Ranks
-from .blocks import BlockLoop, Chain, Stage
+from .blocks import BlockLoop, Call, Chain, Stage
 
-PROBES = 3
-"""Random directions in which the gradient of an encoder's embedding is taken; each costs a backward pass."""
 LIMIT = 10.0
 """Row and token weights stay within this factor of their mean: single tokens and rows must not stand for the text."""
-
-
-class NoLossError(ValueError):
-    """A model, or a way through it, of which no gradient can be taken."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,79 +71,132 @@ class LossGradients:
 
 
 def output_gradients(model: nn.Module, linears: Mapping[str, nn.Module], batches: Sequence[Batch]) -> LossGradients:
-    """Row and token weights of each Linear for the model's own loss: of the next tokens, or of the sentence embedding."""
-    watched = _Watched(linears)
-    generator = torch.Generator().manual_seed(0)
+    """Row and token weights of each Linear for the model's own loss (`objective`). Raises NoLossError if it has none."""
+    watched = _Watched(linears, batches)
     with gradients_for(model), watched.hooks():
         for watched.index, batch in enumerate(batches):
-            losses = _losses(model(**batch), batch, generator)
-            for left, loss in enumerate(losses, 1 - len(losses)):
+            answer = checked_answer(model, model(**given_to_model(batch)), batch)
+            found = losses(answer, _generator(watched.index))
+            for left, loss in enumerate(found, 1 - len(found)):
                 loss.backward(retain_graph=left < 0)
-    return watched.result(len(batches))
+    return watched.result()
 
 
 def output_gradients_by_block(
-    loop: BlockLoop,
-    chains: Sequence[Chain],
-    linears: Mapping[str, nn.Module],
-    stored: Any,
-    rows: Sequence[int],
-    ranks: Ranks = ALONE,
+    loop: BlockLoop, chains: Sequence[Chain], linears: Mapping[str, nn.Module], stored: Any, ranks: Ranks = ALONE
 ) -> LossGradients:
     """The same with one block in memory at a time: forward through all blocks, then back through them.
 
+    What a block is given beside its hidden states may come from chains before it: a decoder's view of its encoder.
+
     Args:
         stored: keeps the inputs of a block by its name between the two ways: write, read, remove.
-        rows: the number of texts in each batch of all processes.
 
     Raises:
-        NoLossError: a model whose blocks are no single chain, or that has no loss.
+        NoLossError: a model that has no loss.
     """
-    if len([chain for chain in chains if chain.stages[0].block is not None]) != 1:
-        raise NoLossError(
-            f"{type(loop.model).__name__} has no single row of blocks through which the gradient could be taken block by block; "
-            "holding the whole model in memory (--in-memory) avoids that"
-        )
-    stages, batches = chains[0].stages, loop.batches
-    recorded = loop.record(chains[0])
-    hidden = [calls[0].hidden for calls in recorded]
-    for i, stage in enumerate(stages):
-        stored.write(stage.name, hidden)
-        with loop.weights.loaded(stage.name):
-            for index in range(len(batches)):
-                hidden[index] = recorded[index][i].run(_block(stage), hidden[index])
-
-    watched = _Watched(linears)
-    generator = torch.Generator().manual_seed(0)
-    gradients: list[list[Tensor]] = []
-    with gradients_for(loop.model), watched.hooks():
-        loop.finish(chains[0], hidden)
-        drawn = 0
-        with ExitStack() as done, loop.weights.loaded(OUTSIDE):
-            done.callback(loop.outputs.clear)
-            for watched.index, batch in enumerate(batches):
-                leaf = hidden[watched.index] = hidden[watched.index].detach().requires_grad_()
-                place = ranks.rank + watched.index * ranks.size
-                losses = _losses(loop.run_model(watched.index), batch, generator, rows[drawn:place])
-                drawn = place + 1
-                found: list[Tensor] = []
-                for left, loss in enumerate(losses, 1 - len(losses)):
-                    found += torch.autograd.grad(loss, leaf, retain_graph=left < 0)
-                gradients.append(found)
-                return_freed()
-        hidden.clear()
-        for i, stage in reversed(list(enumerate(stages))):
-            inputs = stored.read(stage.name)
-            stored.remove(stage.name)
-            with loop.weights.loaded(stage.name):
-                for watched.index, found in enumerate(gradients):
-                    leaf = inputs[watched.index].requires_grad_()
-                    output = recorded[watched.index][i].run(_block(stage), leaf)
-                    for probe, gradient in enumerate(found):
-                        left = len(found) - 1 - probe
-                        (found[probe],) = torch.autograd.grad(output, leaf, gradient, retain_graph=left > 0)
+    watched = _Watched(linears, loop.batches)
+    ways: list[_Way] = []
+    with gradients_for(loop.model):
+        for chain in chains:
+            if chain.stages[0].block is not None:
+                ways.append(_Way(chain, loop.record(chain), stored))
+                ways[-1].forward(loop)
+        with watched.hooks():
+            with ExitStack() as done, loop.weights.loaded(OUTSIDE):
+                done.callback(loop.outputs.clear)
+                for watched.index, batch in enumerate(loop.batches):
+                    answer = checked_answer(loop.model, loop.run_model(watched.index), batch)
+                    found = losses(answer, _generator(ranks.rank + watched.index * ranks.size))
+                    for left, loss in enumerate(found, 1 - len(found)):
+                        _take_back([loss], None, ways, watched.index, loss=left + len(found) - 1, keep=left < 0)
                     return_freed()
-    return watched.result(len(batches), ranks)
+            while ways:
+                ways.pop().back(loop, watched, ways)
+    return watched.result(ranks)
+
+
+def _generator(batch: int) -> torch.Generator:
+    """One for each batch of all processes, so that it does not matter which of them runs it."""
+    return torch.Generator().manual_seed(batch)
+
+
+@dataclass(eq=False)
+class _Way:
+    """Through the blocks of a chain and back."""
+
+    chain: Chain
+    recorded: list[list[Call]]
+    """With the graphs of what the blocks are given, which lead to the `ends` of the chains before."""
+    stored: Any
+    ends: list[Tensor] = field(default_factory=list)
+    """What the last block gives out, for each batch."""
+    gradients: list[dict[int, Tensor]] = field(default_factory=list)
+    """For each batch: number of the loss -> its gradient at the end, then at what the block in hand gives out."""
+
+    def forward(self, loop: BlockLoop) -> None:
+        hidden = [calls[0].hidden.detach() for calls in self.recorded]
+        with torch.no_grad():
+            for i, stage in enumerate(self.chain.stages):
+                self.stored.write(stage.name, hidden)
+                with loop.weights.loaded(stage.name):
+                    for index, calls in enumerate(self.recorded):
+                        hidden[index] = calls[i].run(_block(stage), hidden[index])
+        self.ends = [tensor.detach().requires_grad_() for tensor in hidden]
+        self.gradients = [{} for _ in hidden]
+        loop.finish(self.chain, self.ends)
+
+    def back(self, loop: BlockLoop, watched: _Watched, before: Sequence[_Way]) -> None:
+        self.ends.clear()
+        beside: list[dict[int, dict[int, tuple[Tensor, Tensor]]]] = [{} for _ in self.recorded]
+        """For each batch: number of the loss -> identity of a tensor that blocks were given -> that, and its gradient."""
+        for i, stage in reversed(list(enumerate(self.chain.stages))):
+            inputs = self.stored.read(stage.name)
+            self.stored.remove(stage.name)
+            with loop.weights.loaded(stage.name):
+                for watched.index, found in enumerate(self.gradients):
+                    call, leaf = self.recorded[watched.index][i], inputs[watched.index].requires_grad_()
+                    given = [
+                        t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor) and t.requires_grad
+                    ]
+                    output = call.run(_block(stage), leaf) if found else leaf
+                    for loss, gradient in found.items():
+                        last = loss == max(found)
+                        found[loss], *others = torch.autograd.grad(
+                            output, [leaf, *given], gradient, retain_graph=not last, allow_unused=True
+                        )
+                        sums = beside[watched.index].setdefault(loss, {})
+                        for tensor, other in zip(given, others, strict=True):
+                            if other is not None:
+                                known = sums.get(id(tensor))
+                                sums[id(tensor)] = tensor, other if known is None else known[1] + other
+                    return_freed()
+        for index, calls in enumerate(self.recorded):
+            for loss, gradient in self.gradients[index].items():
+                pairs = [*beside[index][loss].values(), *[(calls[0].hidden, gradient)] * calls[0].hidden.requires_grad]
+                if pairs:
+                    tensors, gradients = zip(*pairs, strict=True)
+                    _take_back(tensors, gradients, before, index, loss, keep=loss < max(self.gradients[index]))
+
+
+def _take_back(
+    tensors: Sequence[Tensor],
+    gradients: Sequence[Tensor] | None,
+    ways: Sequence[_Way],
+    index: int,
+    loss: int,
+    keep: bool,
+) -> None:
+    """Add to the gradients at the ends of `ways` those that these tensors of batch `index` have for a loss."""
+    if not ways:  # there are Linears alone to be watched
+        torch.autograd.backward(tensors, gradients, retain_graph=keep)
+        return
+    ends = [way.ends[index] for way in ways]
+    found = torch.autograd.grad(tensors, ends, gradients, retain_graph=keep, allow_unused=True)
+    for way, gradient in zip(ways, found, strict=True):
+        if gradient is not None:
+            known = way.gradients[index].get(loss)
+            way.gradients[index][loss] = gradient if known is None else known + gradient
 
 
 def _block(stage: Stage) -> nn.Module:
@@ -159,8 +207,8 @@ def _block(stage: Stage) -> nn.Module:
 class _Watched:
     """Squared gradients at the outputs of Linears, gathered while the batch `index` is run back."""
 
-    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
-        self.linears, self.index = linears, 0
+    def __init__(self, linears: Mapping[str, nn.Module], batches: Sequence[Batch]) -> None:
+        self.linears, self.batches, self.index = linears, batches, 0
         self.squares: dict[str, Tensor] = {}
         self.tokens: dict[str, dict[int, Tensor]] = {name: {} for name in linears}
         """Name -> batch -> mean squares of its tokens. No token of a batch may have been sent to an expert."""
@@ -171,6 +219,11 @@ class _Watched:
     def _hook(self, name: str) -> Callable[..., None]:
         def took_gradient(gradient: Tensor) -> None:
             square = gradient.detach().float().square()
+            batch = self.batches[self.index]
+            # The loss sees no padding of text. Silence it does see, but the statistics leave it out.
+            if "input_ids" not in batch and square.dim() == 3:
+                mask = token_mask(batch, name, square.shape[:2])
+                square = square if mask is None else square * mask[..., None]
             rows = square.reshape(-1, square.shape[-1]).sum(0)
             self.squares[name] = self.squares[name] + rows if name in self.squares else rows
             of_tokens = square.mean(-1)
@@ -187,10 +240,10 @@ class _Watched:
 
         return hook
 
-    def result(self, batches: int, ranks: Ranks = ALONE) -> LossGradients:
-        """Of all processes, each of which has run `batches` batches."""
+    def result(self, ranks: Ranks = ALONE) -> LossGradients:
+        """Of all processes."""
         tokens = {name: [known[i] for i in sorted(known)] for name, known in self.tokens.items()}
-        complete = {name: known for name, known in tokens.items() if len(known) == batches}
+        complete = {name: known for name, known in tokens.items() if len(known) == len(self.batches)}
         shares = ranks.gather((self.squares, complete))
         found = LossGradients()
         for name in self.linears:
@@ -203,34 +256,6 @@ class _Watched:
                 parts = limited.split([of_batch.numel() for of_batch in all_tokens])
                 found.token_weights[name] = [part.view_as(like) for part, like in zip(parts, all_tokens, strict=True)]
         return found
-
-
-def _losses(output: Any, batch: Batch, generator: torch.Generator, before: Sequence[int] = ()) -> list[Tensor]:
-    """`before`: texts of the batches that come before this one in other processes; they have random numbers of their own."""
-    logits = getattr(output, "logits", None)
-    ids = batch.get("input_ids")
-    if isinstance(logits, Tensor) and logits.dim() == 3 and ids is not None and logits.shape[:2] == ids.shape:
-        targets = ids.clone()
-        if (mask := batch.get("attention_mask")) is not None:
-            targets[mask == 0] = -100
-        flat = logits[:, :-1].float().flatten(0, 1)
-        return [nn.functional.cross_entropy(flat, targets[:, 1:].flatten(), reduction="sum")]
-    hidden = getattr(output, "last_hidden_state", output)
-    if not isinstance(hidden, Tensor) or not hidden.requires_grad:
-        raise NoLossError(
-            f"the model gives a {type(output).__name__} with neither logits [B, L, vocabulary] nor last_hidden_state, so there is "
-            "no loss to take a gradient of"
-        )
-    if hidden.dim() == 3:
-        mask = batch.get("attention_mask")
-        weight = torch.ones(hidden.shape[:2]) if mask is None or mask.shape != hidden.shape[:2] else mask
-        weight = weight.to(hidden)[..., None]
-        hidden = nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
-    for texts in before:
-        for _ in range(PROBES):
-            torch.randn(texts, *hidden.shape[1:], generator=generator)
-    # E (v . de)^2 over random v is |de|^2: the gradient of projections stands for the error of the whole embedding.
-    return [(hidden * torch.randn(hidden.shape, generator=generator).to(hidden)).sum() for _ in range(PROBES)]
 
 
 def _limited(values: Tensor) -> Tensor:

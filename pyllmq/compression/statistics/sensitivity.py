@@ -1,6 +1,7 @@
 """How much the loss of a model minds changes of each weight matrix: the trace of its Hessian over the number of weights.
 
-The loss is that of predicting the next token where the model gives logits, else half the squared change of its output.
+The loss is the cross entropy where the model gives logits (with the next token, a label, or the model's own distribution), else
+half the squared change of its output.
 
     hutchinson   E z^T H z over random signs z: one backward pass through a backward pass for each draw
     fisher       E |g|^2, g the gradient with labels drawn from the model's own prediction (random signs of the output, where
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...loading import is_causal
-from ..calibration import Batch
+from ..calibration import Batch, given_to_model
 from ..model_state import gradients_for
+from ..objective import NoLossError, checked_answer, drawn
 
 
 def trace_per_weight(
@@ -59,31 +60,36 @@ def trace_per_weight(
 
 
 def _gauss_newton(model: nn.Module, weights: list[Tensor], batch: Batch, generator: torch.Generator) -> Iterator[float]:
-    output, tokens, count = _output(model, batch)
+    outputs = _outputs(model, batch)
+    count = _count(outputs)
     if not count:  # a text of one token has no next one
         return iter(0.0 for _ in weights)
-    if tokens is None:
-        loss = (output * _signs(output, generator)).sum()
-    else:
-        # Labels drawn from the prediction have a gradient of mean 0 at each token, so the square of the sum over tokens has
-        # the mean of the sum of squares.
-        drawn = torch.multinomial(output.detach().float().softmax(-1), 1, generator=generator)[:, 0]
-        loss = nn.functional.cross_entropy(output.float(), drawn, reduction="sum")
-    gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+    # Labels drawn from the prediction have a gradient of mean 0 at each token, so the square of the sum over tokens has the mean
+    # of the sum of squares.
+    parts = [
+        (rows * _signs(rows, generator)).sum()
+        if targets is None
+        else nn.functional.cross_entropy(rows.float(), drawn(rows, generator), reduction="sum")
+        for rows, targets in outputs
+    ]
+    gradients = torch.autograd.grad(torch.stack(parts).sum(), weights, allow_unused=True)
     return (0.0 if g is None else float(g.double().square().sum()) / count for g in gradients)
 
 
 def _hutchinson(model: nn.Module, weights: list[Tensor], batch: Batch, generator: torch.Generator) -> Iterator[float]:
     # The fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
-        output, tokens, count = _output(model, batch)
+        outputs = _outputs(model, batch)
+        count = _count(outputs)
         if not count:
             return iter(0.0 for _ in weights)
-        if tokens is None:
-            loss = 0.5 * (output - output.detach()).square().sum()
-        else:
-            loss = nn.functional.cross_entropy(output.float(), tokens, reduction="sum")
-        gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+        parts = [
+            0.5 * (rows - rows.detach()).square().sum()
+            if targets is None
+            else nn.functional.cross_entropy(rows.float(), targets, reduction="sum")
+            for rows, targets in outputs
+        ]
+        gradients = torch.autograd.grad(torch.stack(parts).sum(), weights, create_graph=True, allow_unused=True)
         signs = [_signs(w, generator) for w in weights]
         used = [i for i, g in enumerate(gradients) if g is not None]
         # z over all matrices at once: the terms between two matrices have mean 0.
@@ -94,36 +100,36 @@ def _hutchinson(model: nn.Module, weights: list[Tensor], batch: Batch, generator
     return (0.0 if s is None else float((s.double() * z).sum()) / count for s, z in zip(seconds, signs, strict=True))
 
 
-def _output(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, int]:
-    """As `_of_real_tokens`, and the number of tokens. Raises ValueError where it is not finite."""
-    output, tokens = _of_real_tokens(model, batch)
-    if bad := int((~torch.isfinite(output)).sum()):
+def _outputs(model: nn.Module, batch: Batch) -> list[tuple[Tensor, Tensor | None]]:
+    """(logits [T, C], targets [T] or own distribution [T, C]) of real tokens, or (states [T, D], None).
+
+    Raises ValueError for an output that is neither, or not finite.
+    """
+    found = model(**given_to_model(batch))
+    try:
+        answer = checked_answer(model, found, batch)
+    except NoLossError as error:
         raise ValueError(
-            f"{type(model).__name__} gives {bad} of {output.numel()} values that are not finite on the calibration data; look at "
-            "its norms and at overflows of its dtype"
-        )
-    return output, tokens, output.numel() // output.shape[-1]
+            f"{error}; sensitivities cannot be measured on it, use allocation='uniform' or 'owl'"
+        ) from error
+    for output in (*answer.logits, *answer.states):
+        if bad := int((~torch.isfinite(output)).sum()):
+            raise ValueError(
+                f"{type(model).__name__} gives {bad} of {output.numel()} values that are not finite on the calibration data; look "
+                "at its norms and at overflows of its dtype"
+            )
+    outputs: list[tuple[Tensor, Tensor | None]] = [(states, None) for states in answer.states]
+    for rows, targets in zip(answer.logits, answer.targets, strict=True):
+        if targets is None:
+            outputs.append((rows, rows.detach().float().softmax(-1)))
+        else:
+            outputs.append((rows[targets >= 0], targets[targets >= 0]))
+    return outputs
 
 
-def _of_real_tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """(logits [T, V], next tokens [T]) of a causal model, (hidden states [T, D], None) of others; real tokens only."""
-    found = model(**batch)
-    logits, hidden = getattr(found, "logits", None), getattr(found, "last_hidden_state", None)
-    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if is_causal(model) and isinstance(logits, Tensor) and ids is not None:
-        real = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:].bool()
-        return logits[:, :-1][real], ids[:, 1:][real]
-    output = hidden if isinstance(hidden, Tensor) else logits if isinstance(logits, Tensor) else found
-    if isinstance(output, tuple | list) and output:
-        output = output[0]
-    if not isinstance(output, Tensor):
-        raise ValueError(
-            f"{type(model).__name__} gives a {type(found).__name__} with neither logits nor last_hidden_state; sensitivities "
-            "cannot be measured on it, use allocation='uniform' or 'owl'"
-        )
-    if mask is not None and output.dim() == 3 and mask.shape == output.shape[:2]:
-        output = output[mask.bool()]
-    return output.reshape(-1, output.shape[-1]), None
+def _count(outputs: Sequence[tuple[Tensor, Tensor | None]]) -> int:
+    """Of tokens, or texts."""
+    return max(len(rows) for rows, _ in outputs)
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -41,7 +41,7 @@ def from_blob(blob: Tensor, shape: Shape) -> WeightOperand:
     another shape."""
     if blob.dtype != torch.uint8 or blob.dim() != 1:
         raise ValueError(f"a layout {LAYOUT!r} is a uint8 vector, given: {blob.dtype} of shape {tuple(blob.shape)}")
-    header = blob[: runtime.extension().codebook_header_bytes].cpu()
+    header = blob[: runtime.extension().codebook_header_bytes].to("cpu", copy=True)  # aligned, wherever the blob begins
     widest = runtime.extension().codebook_layout_widest(header.data_ptr(), blob.numel(), *shape)
     return WeightOperand("codebook", LAYOUT, (blob,), (widest,), shape)
 

@@ -41,9 +41,7 @@ void require_shape(int64_t rows, int64_t columns, int64_t given_rows, int64_t gi
 void bind_linear_operand(py::module_& m) {
   py::class_<LinearOperand>(m, "LinearOperand", module_local())
       .def_property_readonly("layout", [](const LinearOperand& self) { return reinterpret_cast<Pointer>(self.layout); })
-      .def(
-          "room", [](LinearOperand& self, int64_t tokens, int dtype) { return self.room(tokens, dtype).partials; }, arg("tokens"),
-          arg("dtype"))
+      .def("room", &LinearOperand::room, arg("tokens"), arg("dtype"))
       .def(
           "linear",
           [](const LinearOperand& self, Pointer x, int dtype, int64_t tokens, Pointer bias, int bias_dtype, Pointer y,
@@ -68,9 +66,8 @@ void bind_linear_operand(py::module_& m) {
 
 // --- the codebook format -------------------------------------------------------------------------------------------
 
-template <class Operand>
-std::unique_ptr<Operand> bind_layout(Pointer layout, int64_t layout_bytes, int64_t rows, int64_t columns) {
-  return std::make_unique<Operand>(as<uint8_t>(layout), layout_bytes, rows, columns);
+std::unique_ptr<CodebookOperand> bind_layout(Pointer layout, int64_t layout_bytes, int64_t rows, int64_t columns) {
+  return std::make_unique<CodebookOperand>(as<uint8_t>(layout), layout_bytes, rows, columns);
 }
 
 GradientCall gradient_call(Keywords& given) {
@@ -96,11 +93,22 @@ void bind_codebook(py::module_& m) {
         codebook_layout_codes(as<void>(layout), bytes, as<uint8_t>(codes_out));
       },
       arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("codes_out"), NoGil());
+  m.attr("codebook_header_bytes") = sizeof(LayoutHeader);
+  m.def(
+      "codebook_layout_widest",
+      [](Pointer header, int64_t layout_bytes, int64_t rows, int64_t columns) {
+        const LayoutHeader& h = codebook_header(as<void>(header), layout_bytes);
+        require_shape(h.rows, h.columns, rows, columns);
+        return h.widest;
+      },
+      arg("header"), arg("layout_bytes"), arg("rows"), arg("columns"));
   py::class_<CodebookOperand, LinearOperand>(m, "CodebookOperand", module_local())
-      .def(py::init(&bind_layout<CodebookOperand>), arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"));
-  py::class_<CodebookTables, LinearOperand>(m, "CodebookTables", module_local())
-      .def(py::init(&bind_layout<CodebookTables>), arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"))
-      .def_static("fit", &CodebookTables::fit);
+      .def(py::init(&bind_layout), arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"));
+  py::class_<CodebookBytePlanes, LinearOperand>(m, "CodebookBytePlanes", module_local())
+      .def(py::init([](Pointer layout, int64_t layout_bytes, int64_t rows, int64_t columns, int64_t widest) {
+             return std::make_unique<CodebookBytePlanes>(as<uint8_t>(layout), layout_bytes, rows, columns, widest);
+           }),
+           arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("widest"));
   m.def("pack_codes", with_addresses(&pack_codes), arg("codes"), arg("packed"), arg("rows"), arg("columns"), arg("bits"),
         arg("stream"));
   m.def("unpack_codes", with_addresses(&unpack_codes), arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"),

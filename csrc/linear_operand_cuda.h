@@ -2,14 +2,11 @@
 // waiting for it. The object does not own the layout: whoever makes it keeps that memory alive and in its place. Pointers and
 // integers only; all pointers are of the current device.
 #pragma once
-#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <stdexcept>
 #include <string>
 #include <utility>
-
-#include "runtime/counting.h"
 
 namespace pyllmq::cuda {
 
@@ -19,8 +16,7 @@ constexpr int64_t kAlignment = 128, kReadAlignment = 16;  // of a layout's array
 // cleared before a call, and nothing lives beside the operand. So calls of one weight must not overlap: on a second stream, wait.
 constexpr int64_t kMostLinearTokens = 64;  // of a call
 constexpr int64_t kTokenBlocks = 16;       // that 64 tokens make at most: 4 of them to a block
-// `tiles` of at most 64 rows, none of which two segments share.
-inline int64_t counter_bytes(int64_t rows, int64_t tiles) { return 4 * std::max(rows, kTokenBlocks * tiles); }
+inline int64_t counter_bytes(int64_t tiles) { return 4 * kTokenBlocks * tiles; }  // tiles of at most 64 rows
 
 struct LinearCall {  // by value to a kernel
   const uint8_t* layout;
@@ -32,13 +28,6 @@ struct LinearCall {  // by value to a kernel
   int bias_dtype;
   void* y;
   float* partials;
-  uint32_t* counters;  // [rows]: the layout's last ones
-};
-
-// Elements of the workspace of a call.
-struct LinearRoom {
-  int64_t partials;  // fp32, all overwritten
-  int64_t counters;  // of call.counters
 };
 
 class LinearOperand {
@@ -47,8 +36,9 @@ class LinearOperand {
   LinearOperand(const LinearOperand&) = delete;
   LinearOperand& operator=(const LinearOperand&) = delete;
 
-  // Depends on the device: it is asked for its multiprocessors, and once for each number of tokens. Not for two threads at once.
-  LinearRoom room(int64_t tokens, int dtype) {
+  // Elements of call.partials, all overwritten. Depends on the device: it is asked for its multiprocessors, and once for each
+  // number of tokens. Not for two threads at once.
+  int64_t room(int64_t tokens, int dtype) {
     if (tokens > kMostLinearTokens)
       throw std::invalid_argument("linear of " + std::to_string(tokens) + " tokens; at most " +
                                   std::to_string(kMostLinearTokens) + " at once: dequantize the weight for more");
@@ -62,8 +52,6 @@ class LinearOperand {
     call.layout_bytes = layout_bytes;
     call.rows = rows;
     call.columns = columns;
-    const int64_t counters_begin = layout_bytes - rounded_up(4 * rows, kAlignment);
-    call.counters = reinterpret_cast<uint32_t*>(const_cast<uint8_t*>(layout) + counters_begin);
     if (call.tokens > 0) run(call, stream);
   }
   // weight [rows, columns] of dtype 0 fp32, 1 bf16, 2 fp16, or NaN as above.
@@ -89,10 +77,10 @@ class LinearOperand {
   }
 
  private:
-  virtual LinearRoom find_room(int64_t tokens, int dtype) const = 0;
+  virtual int64_t find_room(int64_t tokens, int dtype) const = 0;
   virtual void run(const LinearCall& call, uintptr_t stream) const = 0;  // of at least one token
 
-  std::map<std::pair<int64_t, int>, LinearRoom> rooms_;
+  std::map<std::pair<int64_t, int>, int64_t> rooms_;
 };
 
 }  // namespace pyllmq::cuda

@@ -99,7 +99,7 @@ def codebook_cuda() -> Picture:
     p.text(10, 22, "Which kernel runs, by number of tokens (predicted, never measured on a GPU)", "start")
     for i, (tokens, name, text) in enumerate(
         (
-            ("1 token", "cuda.tables", "tables of products in shared memory, a table for each lane"),
+            ("1 or 2 tokens", "cuda.byte_planes", "up to 4 bits: bytes looked up by prmt, into integer tensor cores"),
             ("up to 64", "cuda.fused", "codebooks in registers, looked up by prmt, into tensor cores"),
             ("more", "cuda.dequantize_matmul", "decode into x's dtype, then torch's matmul"),
         )

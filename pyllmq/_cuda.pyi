@@ -23,13 +23,15 @@ class LinearOperand:
 class CodebookOperand(LinearOperand):
     def __init__(self, layout: int, layout_bytes: int, rows: int, columns: int) -> None: ...
 
-class CodebookTables(LinearOperand):
-    """Of one token."""
+class CodebookBytePlanes(LinearOperand):
+    """Of one or two tokens and columns of at most 4 bits; `widest` is the largest width of a column."""
 
-    def __init__(self, layout: int, layout_bytes: int, rows: int, columns: int) -> None: ...
-    @staticmethod
-    def fit() -> bool:
-        """Whether the current device's blocks get the shared memory for tables."""
+    def __init__(self, layout: int, layout_bytes: int, rows: int, columns: int, widest: int) -> None: ...
+
+codebook_header_bytes: int
+
+def codebook_layout_widest(header: int, layout_bytes: int, rows: int, columns: int) -> int:
+    """The largest width of a column, from a copy of the layout's header on the host."""
 
 def codebook_layout_bytes(checkpoint: CodebookCheckpoint) -> int: ...
 def codebook_layout_pack(layout: int, layout_bytes: int, checkpoint: CodebookCheckpoint) -> None: ...

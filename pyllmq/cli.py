@@ -793,7 +793,7 @@ def run_doctor(given: argparse.Namespace) -> int:
         for operation, row in SERVED[isa].items():
             print(f"  {operation:<43}{row}")
     print(f"blocks as native steps (pyllmq.fuse): {'works' if ok else 'missing'}: {why}")
-    print("codebook_linear with fp16 activations runs here, by device and number of tokens:")
+    print("codebook_linear of 4 bits with fp16 activations runs here, by device and number of tokens:")
     broken = False
     for device in ("cpu", "cuda"):
         try:
@@ -801,7 +801,7 @@ def run_doctor(given: argparse.Namespace) -> int:
             layout = "checkpoint.codebook" if found is None else found.name
             tokens: dict[Kernel, list[str]] = {}
             for m in (1, 2, 16, 64, 65, 512):
-                problem = WeightProblem("packed_linear", device, torch.float16, layout, m)
+                problem = WeightProblem("packed_linear", device, torch.float16, layout, m, meta=(4,))
                 tokens.setdefault(choose(problem), []).append(str(m))
         except (ValueError, RuntimeError) as error:
             broken = True

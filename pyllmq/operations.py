@@ -51,11 +51,12 @@ def takes(dtypes: Sequence[torch.dtype], then: Callable[[Problem], Support]) -> 
 
 @dataclass(frozen=True)
 class WeightProblem(Problem):
-    """`layout` and `meta` are those of the operand, `tokens` the number of rows of x."""
+    """`layout` and `meta` are those of the operand, `tokens` the number of rows of x, `precision` what a linear permits."""
 
     layout: str
     tokens: int = 0
     meta: tuple[int, ...] = ()
+    precision: str = DEFAULT_PRECISION
 
 
 def reads(

@@ -176,7 +176,7 @@ def _run_linear(x: Tensor, operand: WeightOperand, bias: Tensor | None, precisio
         bias_place = "" if bias is None else f" and bias on {bias.device}"
         raise ValueError(f"x is on {x.device}{bias_place}, the weight on {device}; move them to one device")
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    kernel = PACKED_LINEAR.kernel_for(device, x.dtype, operand.layout, rows.shape[0], operand.meta)
+    kernel = PACKED_LINEAR.kernel_for(device, x.dtype, operand.layout, rows.shape[0], operand.meta, precision)
     y = kernel(readable(rows), operand, None if bias is None else for_kernels(bias), precision)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], operand.shape[0])
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from pyllmq import CodebookWeight, formats
 from pyllmq.structure import format_of
 
+CODEBOOK_SIZE = 0.05
+"""Root mean square of what random_case draws for codebooks."""
+
 
 @dataclass
 class Case:
@@ -32,7 +35,7 @@ def random_case(
 ) -> Case:
     column_bits = torch.tensor([widths[i] for i in torch.randint(len(widths), (k,))])
     codes = torch.stack([torch.randint(0, 2 ** int(b), (n,)) for b in column_bits], 1).to(torch.uint8)
-    codebook = torch.randn(segments, int((2**column_bits).sum())) * 0.05
+    codebook = torch.randn(segments, int((2**column_bits).sum())) * CODEBOOK_SIZE
     segment_rows = torch.full((segments,), n // segments)
     segment_rows[-1] += n - int(segment_rows.sum())
     mask = torch.rand(n, k) < outliers
@@ -88,6 +91,20 @@ def assert_as_good_as_torch(
     assert ours <= max(factor * theirs, roundings * one_rounding), (
         f"error {ours:.3e}, torch's own {theirs:.3e}, one rounding {one_rounding:.3e}"
     )
+
+
+def assert_within(permitted: float, case: Case, x: Tensor, y: Tensor, bias: Tensor | None = None) -> None:
+    """The norm of y's error is at most `permitted` of what products of this size sum to, beside twice that of torch."""
+    assert y.dtype == x.dtype and y.shape == (len(x), len(case.dense))
+    dense = case.dense.to(x.device)
+    exact = x.double() @ dense.T + (0 if bias is None else bias.double())
+    of_torch = torch.nn.functional.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    of_codebook = 1.5 * CODEBOOK_SIZE  # a row scale is at most 1.5
+    size = of_codebook * float(x.double().norm()) * len(dense) ** 0.5
+    allowed = permitted * size + 2 * float((of_torch.double() - exact).norm())
+    allowed += torch.finfo(x.dtype).eps * float(exact.norm())  # where torch's rounding is luck
+    error = float((y.double() - exact).norm())
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
 
 def built_in_kinds() -> list[str]:

@@ -120,17 +120,14 @@ def test_what_does_not_run_on_one_gpu_runs_on_the_other(two_gpus, monkeypatch):
     assert layouts.layout_for("codebook", "cuda:1").name == "triton.codebook"
 
 
-def test_shared_memory_is_asked_of_the_weights_gpu(two_gpus, monkeypatch):
+def test_shared_memory_is_asked_of_the_tensors_gpu(two_gpus, monkeypatch):
     monkeypatch.setattr(runtime, "available", lambda: (True, ""))
     monkeypatch.setattr(triton_runtime, "available", lambda: (True, ""))
-    monkeypatch.setattr(cuda.codebook, "tables_fit", two_gpus.answer)
     monkeypatch.setattr(cuda.sinkhorn, "has_room", two_gpus.answer)
-    for index, names in enumerate((("cuda.tables", "cuda.sinkhorn"), ("cuda.fused", "triton.sinkhorn"))):
-        place = f"cuda:{index}"
-        linear = WeightProblem("packed_linear", place, torch.float16, "cuda.codebook", 1)
-        transport = SinkhornProblem("sinkhorn", place, torch.float32, 64, 64)
-        assert (dispatch.choose(linear).name, dispatch.choose(transport).name) == names
-    assert two_gpus.asked == [0, 0, 1, 1]
+    for index, name in enumerate(("cuda.sinkhorn", "triton.sinkhorn")):
+        transport = SinkhornProblem("sinkhorn", f"cuda:{index}", torch.float32, 64, 64)
+        assert dispatch.choose(transport).name == name
+    assert two_gpus.asked == [0, 1]
 
 
 def test_the_built_extension_without_a_driver():
@@ -196,8 +193,8 @@ def test_no_kernel_spills_or_uses_local_memory():
         assert all(stack <= LARGEST_STACK.get(name, 0) and local == 0 for _, stack, local in used), report
         if name == "codebook/cuda/linear.cu":  # two blocks of 256 threads share 65536 registers
             assert len(registers) == 3 and max(registers) <= 128, report
-        if name == "codebook/cuda/linear_tables.cu":  # one block of 768 threads
-            assert len(registers) == 1 and registers[0] <= 80, report
+        if name == "codebook/cuda/linear_byte_planes.cu":  # the same; for 2, 3 and 4 bits, one and two tokens
+            assert len(registers) == 6 and max(registers) <= 128, report
         if name == "sparse/cuda/linear.cu":  # four blocks of 128 threads, of bitmaps three
             assert len(registers) == 16 and max(registers) <= 168, report
         if name == "sparse/cuda/columns.cu":  # two blocks of 256

@@ -1,8 +1,9 @@
 """The CUDA kernels on the emulator (tests/cuda_emulator.py) against fp64: what a CPU can prove of them.
 
-The emulated device has 3 multiprocessors, so 6 blocks at a time (3 with tables): a few hundred rows and columns give several
-items per block and up to 6 splits of K. Tokens: 1 (tables), then below, at and above 4, 8 and 16 columns of the product (fp32
-takes two a token), and above the 64 beyond which torch's matmul runs.
+The emulated device has 3 multiprocessors, so 6 blocks at a time: a few hundred rows and columns give several items per block and
+up to 6 splits of K. Tokens: below, at and above 4, 8 and 16 columns of the product (fp32 takes two a token), and above the 64
+beyond which torch's matmul runs. All at precision `exact`: the row for one and two tokens otherwise has tests of its own
+(test_cuda_byte_planes.py).
 """
 
 import itertools
@@ -11,12 +12,12 @@ import pytest
 import torch
 
 import pyllmq
-from pyllmq import CodebookLinear, CodebookWeight, dispatch
+from pyllmq import CodebookLinear, CodebookWeight
 from pyllmq.backends.checkpoints import codebook_checkpoint
 from pyllmq.backends.cuda import codebook as cuda
 from pyllmq.formats import codes as reference
 from pyllmq.functional import codebook_dequantize, codebook_linear, pack_codes, unpack_codes
-from pyllmq.operations import WeightProblem
+from pyllmq.layouts import WeightOperand
 
 from .cuda_emulator import emulated  # noqa: F401
 from .oracle import assert_as_good_as_torch, random_case
@@ -37,7 +38,7 @@ def check(case, x, bias=None, factor=2.0):
     with pyllmq.use_backend("cuda"):
         weight = packed(case)
         assert weight.operand().layout == "cuda.codebook"
-        actual = codebook_linear(x, weight, bias)
+        actual = codebook_linear(x, weight, bias, "exact")
     exact = x.double() @ case.dense.T + (0 if bias is None else bias.double())
     dense = case.dense.to(x.dtype)
     orders = [torch.randperm(x.shape[1]) for _ in range(4 if exact.numel() >= 4096 else 16)]
@@ -101,29 +102,6 @@ def test_each_extra(extra, widths):
 def test_without_and_with_splits_of_k(emulated, n):  # noqa: F811
     assert emulated.CodebookOperand(0, 4096, n, 900).room(3, 2) == (0 if n == 3100 else 4 * 3 * 70)
     check(random_case(n, 900, (1, 4), outliers=0.01), torch.randn(3, 900).half(), torch.randn(n))
-
-
-@pytest.mark.parametrize("n", [1100, 2400, 4700])
-def test_one_token_in_steps_of_8_16_and_32_rows(n):
-    case = random_case(n, 41, (1, 2, 3, 4, 6), segments=3, outliers=0.02, row_scale=True)
-    check(case, torch.randn(1, 41), torch.randn(n))
-
-
-@pytest.mark.parametrize("k", [520, 2100])
-@pytest.mark.parametrize("widths", [(1,), (2,), (3,), (4,), (7,), (2, 4)])
-def test_one_token_in_several_units_of_tables(widths, k):
-    for dtype in DTYPES:
-        check(random_case(70, k, widths, outliers=0.01), torch.randn(1, k).to(dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_one_token_where_tables_do_not_fit(emulated, monkeypatch, dtype):  # noqa: F811
-    monkeypatch.setattr(cuda, "tables_fit", lambda: False)
-    problem = WeightProblem("packed_linear", "cpu", dtype, "cuda.codebook", 1)
-    assert dispatch.choose(problem).name == "cuda.fused"
-    for n, k in SHAPES:
-        case = random_case(n, k, ALL_WIDTHS, segments=min(3, n), outliers=0.03, row_scale=True)
-        check(case, torch.randn(1, k).to(dtype), torch.randn(n))
 
 
 def test_many_columns_of_x_do_not_fit_into_shared_memory_at_once():
@@ -229,7 +207,8 @@ def test_the_layout_gives_back_the_codes(n, k):
 def test_the_layout_is_hardly_larger_than_the_checkpoint():
     for bits in ALL_WIDTHS:
         weight = random_case(1024, 1024, (bits,)).weight
-        assert prepacked(weight).tensors[0].numel() < weight.nbytes + 8192
+        integers = 1024 * (2 * max(4, 2**bits) + 8) if bits <= 4 else 0  # codebooks as integers, for one and two tokens
+        assert prepacked(weight).tensors[0].numel() < weight.nbytes + 8192 + integers
 
 
 def test_a_layer_moves_into_the_layout_and_back():
@@ -255,11 +234,20 @@ def test_a_layout_of_another_shape_gives_nan_and_a_damaged_one_is_refused(emulat
     (blob,) = operand.tensors
     magic = blob.clone()
     magic[0] ^= 1
+
+    def unchecked(tensor, n, k):
+        return WeightOperand("codebook", cuda.LAYOUT, (tensor,), operand.meta, (n, k))
+
     for tensor, n, k in ((blob, 40, 49), (blob, 41, 50), (magic, 40, 50), (blob[:-128].clone(), 40, 50)):
-        assert cuda.packed_linear(torch.randn(2, k), cuda.from_blob(tensor, (n, k)), None, "exact").isnan().all()
-        assert cuda.packed_dequantize(cuda.from_blob(tensor, (n, k)), torch.float16).isnan().all()
+        for linear in (cuda.packed_linear, cuda.packed_linear_byte_planes):
+            assert linear(torch.randn(2, k), unchecked(tensor, n, k), None, "exact").isnan().all()
+        assert cuda.packed_dequantize(unchecked(tensor, n, k), torch.float16).isnan().all()
     with pytest.raises(ValueError, match="less than its header"):
-        cuda.packed_linear(torch.randn(2, 50), cuda.from_blob(blob[:100].clone(), (40, 50)), None, "exact")
+        cuda.packed_linear(torch.randn(2, 50), unchecked(blob[:100].clone(), 40, 50), None, "exact")
+    with pytest.raises(ValueError, match="less than its header"):
+        cuda.from_blob(blob[:100].clone(), (40, 50))
+    with pytest.raises(ValueError, match=r"uint8 vector, given: torch.int8"):
+        cuda.from_blob(blob.view(torch.int8), (40, 50))
     with pytest.raises(ValueError, match="wrong magic"):
         cuda.unpack(cuda.from_blob(magic, (40, 50)), {}, {})
     with pytest.raises(ValueError, match="cut or padded"):

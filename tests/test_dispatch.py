@@ -8,7 +8,6 @@ import torch
 
 import pyllmq
 from pyllmq import NoKernelError, backends, dispatch
-from pyllmq.backends.cuda import codebook as cuda_codebook
 from pyllmq.backends.cuda import runtime as cuda_runtime
 from pyllmq.backends.cuda import sinkhorn as cuda_sinkhorn
 from pyllmq.dispatch import Operation, Problem, choose
@@ -44,8 +43,8 @@ PROBLEMS = {
     "cpu.codebook_dequantize": dequantize("cpu.codebook", "cpu", F16),
     "cpu.decode_checkpoint_and_matmul": linear("checkpoint.codebook", "cpu", F32),
     "cpu.decode_checkpoint": dequantize("checkpoint.codebook", "cpu", F32),
-    "cuda.tables": linear("cuda.codebook", "cuda", F32),
-    "cuda.fused": linear("cuda.codebook", "cuda", F32, 2),
+    "cuda.byte_planes": linear("cuda.codebook", "cuda", F32, 2, (4,)),
+    "cuda.fused": linear("cuda.codebook", "cuda", F32, 2, (5,)),
     "cuda.dequantize_matmul": linear("cuda.codebook", "cuda", BF16, 65),
     "cuda.dequantize": dequantize("cuda.codebook", "cuda", F16),
     "triton.fused": linear("triton.codebook", "cuda", F16, 64),
@@ -108,7 +107,6 @@ PROBLEMS = {
 def test_every_row_is_reachable(monkeypatch):
     for module in (backends.cuda, cuda_runtime):
         monkeypatch.setattr(module, "available", lambda: (True, "a GPU is pretended"))
-    monkeypatch.setattr(cuda_codebook, "tables_fit", lambda: True)
     monkeypatch.setattr(cuda_sinkhorn, "has_room", lambda n, m: True)
     assert {row.name for row in dispatch.rows()} == set(PROBLEMS)
     for name, problem in PROBLEMS.items():
@@ -133,7 +131,7 @@ def test_every_row_is_reachable(monkeypatch):
             linear("cuda.codebook", "cuda", torch.float64, 70),
             (
                 "this weight is 'cuda.codebook'",
-                "one token, here 70",
+                "up to 2 tokens, here 70",
                 "up to 64 tokens, here 70",
                 "not torch.float64",
                 "prepacked as 'cuda.codebook'",

@@ -14,7 +14,7 @@ from pyllmq.formats.codes import pack_codes as reference_pack_codes
 from pyllmq.functional import codebook_dequantize, codebook_linear, pack_codes, softmax_cdist_l1, unpack_codes
 from pyllmq.layouts import WeightOperand, machine_layout
 
-from .oracle import assert_as_good_as_torch, random_case
+from .oracle import assert_as_good_as_torch, assert_within, random_case
 from .test_softmax_cdist_l1 import check_gradient, exact_distance
 from .test_sparse_formats import random_codes
 from .test_sparse_linear import LINEAR, bitmap, dense_of, sparse24
@@ -54,7 +54,7 @@ def on_gpu(case, backend) -> WeightOperand:
 
 
 def check(backend, case, x, bias=None):
-    actual = codebook_linear(x, on_gpu(case, backend), bias)
+    actual = codebook_linear(x, on_gpu(case, backend), bias, "exact")
     exact = x.double() @ case.dense.to(DEVICE).T + (0 if bias is None else bias.double())
     dense = case.dense.to(DEVICE, x.dtype)
     torchs = []
@@ -72,6 +72,18 @@ def test_linear_of_a_mix_with_everything(backend, dtype, tokens):
     case = random_case(195, 323, (2, 3, 6), segments=3, outliers=0.02, row_scale=True)
     x = torch.randn(tokens, 323, device=DEVICE).to(dtype)
     check(backend, case, x, torch.randn(195, device=DEVICE).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("widths", [(1,), (2,), (3,), (4,), (1, 2, 3, 4)], ids=str)
+def test_one_and_two_tokens_by_byte_planes(widths, tokens, dtype):
+    if not backends.report()["cuda"][0]:
+        pytest.skip(backends.report()["cuda"][1])
+    for n, k in ((195, 323), (600, 5000)):
+        case = random_case(n, k, widths, segments=3, outliers=0.02, row_scale=True)
+        x, bias = torch.randn(tokens, k, device=DEVICE).to(dtype), torch.randn(n, device=DEVICE)
+        assert_within(2e-4, case, x, codebook_linear(x, on_gpu(case, "cuda"), bias), bias)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
@@ -194,7 +206,7 @@ def test_no_tokens_and_leading_dimensions(backend):
 @pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 @pytest.mark.parametrize("tokens", [1, 16, 100])
 def test_same_bits_every_time(backend, tokens):
-    weight = on_gpu(random_case(300, 700, (2, 3, 8), outliers=0.02), backend)
+    weight = on_gpu(random_case(300, 700, (2, 3, 4 if tokens == 1 else 8), outliers=0.02), backend)
     x = torch.randn(tokens, 700, device=DEVICE).bfloat16()
     first = codebook_linear(x, weight)
     assert all(torch.equal(codebook_linear(x, weight), first) for _ in range(20))

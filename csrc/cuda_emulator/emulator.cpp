@@ -305,6 +305,24 @@ void multiply(void* const* brought) {
     for (int e = 0; e < 4; ++e) static_cast<Mma*>(brought[lane])->c[e] = c[lane / 4 + 8 * (e >> 1)][2 * (lane % 4) + (e & 1)];
 }
 
+void multiply_integers(void* const* brought) {
+  int a[16][32], b[32][8];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& held = *static_cast<const IntegerMma*>(brought[lane]);
+    const int g = lane / 4, t = lane % 4;
+    const auto signed_byte = [](uint32_t word, int i) { return static_cast<int8_t>(word >> (8 * i)); };
+    for (int i = 0; i < 4; ++i) {
+      for (int r = 0; r < 4; ++r) a[g + 8 * (r & 1)][4 * t + i + 16 * (r >> 1)] = signed_byte(held.a[r], i);
+      for (int r = 0; r < 2; ++r) b[4 * t + i + 16 * r][g] = signed_byte(held.b[r], i);
+    }
+  }
+  for (int lane = 0; lane < kWarp; ++lane)
+    for (int e = 0; e < 4; ++e) {
+      const int row = lane / 4 + 8 * (e >> 1), column = 2 * (lane % 4) + (e & 1);
+      for (int k = 0; k < 32; ++k) static_cast<IntegerMma*>(brought[lane])->c[e] += a[row][k] * b[k][column];
+    }
+}
+
 struct Shuffle {
   uint32_t value, result;
   int from;  // lane
@@ -320,6 +338,8 @@ void exchange(void* const* brought) {
 }  // namespace
 
 void mma(Meeting meeting, Mma held) { meet_warp(meeting, &held, meeting == Meeting::mma ? multiply<false> : multiply<true>); }
+
+void integer_mma(IntegerMma held) { meet_warp(Meeting::integer_mma, &held, multiply_integers); }
 
 }  // namespace pyllmq::cuda::emulator
 

@@ -44,7 +44,7 @@ int64_t block();
 int64_t blocks();
 uint8_t* dynamic_shared();
 
-enum class Meeting : int { none, block_barrier, warp_barrier, shuffle, mma, sparse_mma };
+enum class Meeting : int { none, block_barrier, warp_barrier, shuffle, mma, sparse_mma, integer_mma };
 // Waits until all threads of the block or warp came to the same meeting. The last one to come calls `work` with what each
 // lane brought; `brought` lives on the fibers' stacks.
 using WarpWork = void (*)(void* const* brought);
@@ -65,6 +65,13 @@ struct Mma {
   int selector;
 };
 void mma(Meeting meeting, Mma held);
+
+struct IntegerMma {
+  int* c;
+  const uint32_t* a;
+  const uint32_t* b;
+};
+void integer_mma(IntegerMma held);
 
 }  // namespace pyllmq::cuda::emulator
 
@@ -106,6 +113,8 @@ static inline void mma_sp_m16n8k32(float (&c)[4], const uint32_t (&a)[4], const 
   emulator::mma(emulator::Meeting::sparse_mma, {c, a, b, kBf16, positions, kSelector});
 }
 
+static inline void mma_m16n8k32(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { emulator::integer_mma({c, a, b}); }
+
 static inline void copy_async_16(void* shared, const void* global) { emulator::copy_async(shared, global, 16); }
 static inline void commit_async() { emulator::commit_async(); }
 template <int kLatestLeft>
@@ -115,11 +124,12 @@ static inline void wait_async() {
 
 using SharedAddress = uintptr_t;
 static inline SharedAddress shared_address(const void* shared) { return reinterpret_cast<SharedAddress>(shared); }
-template <int kOffset>
-static inline float load_shared(SharedAddress from) {
-  return *reinterpret_cast<const float*>(from + kOffset);
-}
 static inline uint32_t load_shared_word(SharedAddress from) { return *reinterpret_cast<const uint32_t*>(from); }
+
+template <int kTo, int kFrom>
+static inline void copy_async_16_if(bool wanted, SharedAddress to, const void* from) {
+  if (wanted) copy_async_16(reinterpret_cast<void*>(to + kTo), static_cast<const uint8_t*>(from) + kFrom);
+}
 
 static inline float load_l2(const float* from) { return *from; }
 static inline uint32_t count_to(uint32_t* counter, uint32_t last) {
@@ -141,6 +151,10 @@ static inline uint32_t subtract_fp16x2(uint32_t a, uint32_t b) {
            << shift;
   };
   return half(0) | half(16);
+}
+static inline int nearest_integer(float value) {
+  if (std::isnan(value)) return 0;
+  return static_cast<int>(std::nearbyint(std::fmin(std::fmax(static_cast<double>(value), -0x1p31), 0x1p31 - 1)));
 }
 static inline float magnitude(float value) { return std::fabs(value); }
 static inline float exp(float value) { return std::exp(value); }

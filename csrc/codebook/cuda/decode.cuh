@@ -38,6 +38,13 @@ PYLLMQ_DEVICE void column_codes(const uint8_t* part, int lane, int half, uint32_
   }
 }
 
+// Which of four entries, given as low and high bytes, are pairs: selectors of `permute`.
+struct Zip {
+  uint32_t first, second;
+};
+constexpr Zip kNeighbours{0x5140, 0x7362};   // entries 0 and 1, 2 and 3
+constexpr Zip kEverySecond{0x6240, 0x7351};  // 0 and 2, 1 and 3
+
 // One column's codebook of up to 4 bits in registers.
 template <int kWidth>
 struct RegisterTable {
@@ -62,15 +69,15 @@ struct RegisterTable {
         pairs[2 * odd + 1] = ptx::permute(word[0], word[kWords - 1], selectors >> 16);
       });
     } else {
-      unrolled<2>([&](int i) { decode_four(codes, 16 * i, pairs[2 * i], pairs[2 * i + 1]); });
+      unrolled<2>([&](int i) { decode_four(codes, 16 * i, kEverySecond, pairs[i], pairs[i + 2]); });
     }
   }
 
-  // The four codes from bit `shift` on, of 3 or 4 bits: low and high bytes of their entries, then zipped.
-  PYLLMQ_MEMBER void decode_four(uint32_t codes, int shift, uint32_t& first, uint32_t& second) const {
+  // The four codes from bit `shift` on, of 3 or 4 bits: low and high bytes of their entries, then zipped to two pairs.
+  PYLLMQ_MEMBER void decode_four(uint32_t codes, int shift, Zip zip, uint32_t& first, uint32_t& second) const {
     const uint32_t low = lookup(codes, shift, 0), high = lookup(codes, shift, kWords / 2);
-    first = ptx::permute(low, high, 0x5140);
-    second = ptx::permute(low, high, 0x7362);
+    first = ptx::permute(low, high, zip.first);
+    second = ptx::permute(low, high, zip.second);
   }
 
  private:
@@ -93,8 +100,9 @@ struct MemoryTable {
 
   PYLLMQ_MEMBER void decode(uint32_t low, uint32_t high, uint32_t (&pairs)[4]) const {
     unrolled<4>([&](int i) {
-      const uint32_t even = entries[(low >> (8 * i) & 15) | (high >> (8 * i) & 15) << 4];
-      const uint32_t odd = entries[(low >> (8 * i + 4) & 15) | (high >> (8 * i + 4) & 15) << 4];
+      const int first = 4 * nibble_of(i, 0), second = 4 * nibble_of(i, 1);
+      const uint32_t even = entries[(low >> first & 15) | (high >> first & 15) << 4];
+      const uint32_t odd = entries[(low >> second & 15) | (high >> second & 15) << 4];
       pairs[i] = even | odd << 16;
     });
   }

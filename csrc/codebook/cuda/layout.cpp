@@ -1,6 +1,7 @@
 #include "codebook/cuda/layout.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -36,7 +37,7 @@ Plan make_plan(const CodebookCheckpoint& c) {
       tile += block_tiles(block);
     }
 
-  int64_t entries = 0;  // bytes of one segment's tables
+  int64_t entries = 0, planes = 0;  // bytes of one segment's tables and planes
   for (int width = 1; width <= 8; ++width) {
     h.first_slot[width] = static_cast<int64_t>(plan.columns.size());
     for (int64_t k = 0; k < c.columns; ++k)
@@ -46,6 +47,10 @@ Plan make_plan(const CodebookCheckpoint& c) {
     plan.columns.resize(h.first_slot[width] + h.groups[width] * kGroupColumns, -1);
     h.tables_offset[width] = entries;
     entries += h.groups[width] * table_bytes(width);
+    if (taken > 0) h.widest = width;
+    if (width > kMostPlaneBits) continue;
+    h.planes_offset[width] = planes;
+    planes += h.groups[width] * plane_bytes(width);
   }
 
   h.rows = c.rows;
@@ -70,8 +75,14 @@ Plan make_plan(const CodebookCheckpoint& c) {
     h.outlier_values_offset = section(outliers * sizeof(uint16_t));
   }
   h.tables_begin = section(c.segments * h.segment_table_bytes);
+  if (h.widest <= kMostPlaneBits) {
+    h.segment_plane_bytes = planes;
+    h.planes_begin = section(c.segments * planes);
+    h.spans_offset = section(c.segments * h.slots * sizeof(ColumnSpan));
+  }
   for (int width = 1; width <= 8; ++width) h.codes_offset[width] = section(h.tiles * h.groups[width] * tile_bytes(width));
-  h.counters_offset = section(counter_bytes(h.rows, h.tiles));
+  section(kReadBeyond);
+  h.counters_offset = section(counter_bytes(h.tiles));
   h.bytes = section(0);
   return plan;
 }
@@ -80,7 +91,7 @@ Plan make_plan(const CodebookCheckpoint& c) {
 struct Place {
   int width, lane, j, nibble;
   Place(int width, int row, int column)
-      : width(width), lane(row % 16 / 2 * 4 + column % 4), j(column / 4), nibble(nibble_of(width, row / 16, row % 2)) {}
+      : width(width), lane(row % 16 / 2 * 4 + column % 4), j(column / 4), nibble(nibble_of(row / 16, row % 2)) {}
 };
 
 // A code of up to 4 bits into, or out of, the words of one part.
@@ -132,23 +143,76 @@ void for_each_column(const LayoutHeader& h, const int32_t* columns, Body&& body)
     }
 }
 
-void write_tables(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base) {
+template <class Body>  // body(width, segment, group, column of the group, the column's entries)
+void for_each_codebook(const Plan& plan, const CodebookCheckpoint& c, Body&& body) {
   std::vector<int64_t> entry(c.columns + 1, 0);
   for (int64_t k = 0; k < c.columns; ++k) entry[k + 1] = entry[k] + (int64_t{1} << c.column_bits[k]);
   for (int64_t s = 0; s < c.segments; ++s)
     for_each_column(plan.header, plan.columns.data(), [&](int width, int64_t group, int in_group, int32_t column) {
-      const int count = 1 << width;
-      const uint16_t* from = c.codebook + s * entry[c.columns] + entry[column];
-      uint8_t* to = base + tables_offset(plan.header, width, s, group) + int64_t{in_group} * 2 * count;
-      if (!has_byte_planes(width)) {
-        std::memcpy(to, from, 2 * count);
-      } else {
-        for (int e = 0; e < count; ++e) {
-          to[e] = static_cast<uint8_t>(from[e]);
-          to[count + e] = static_cast<uint8_t>(from[e] >> 8);
-        }
-      }
+      body(width, s, group, in_group, c.codebook + s * entry[c.columns] + entry[column]);
     });
+}
+
+void write_tables(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base) {
+  for_each_codebook(plan, c, [&](int width, int64_t segment, int64_t group, int in_group, const uint16_t* from) {
+    const int count = 1 << width;
+    uint8_t* to = base + tables_offset(plan.header, width, segment, group) + int64_t{in_group} * 2 * count;
+    if (!has_split_bytes(width)) {
+      std::memcpy(to, from, 2 * count);
+    } else {
+      for (int e = 0; e < count; ++e) {
+        to[e] = static_cast<uint8_t>(from[e]);
+        to[count + e] = static_cast<uint8_t>(from[e] >> 8);
+      }
+    }
+  });
+}
+
+// What the lookups of two planes of 8 entries give for 16: code c of the first, c ^ 8 of the second, and their sum. Where a
+// selector's top bit is set, a permutation gives the sign of the entry that it would select without, 0 or -1. So an entry is
+// stored larger by one where its fellow in the other half is negative.
+void store_halves(const int (&wanted)[16], uint8_t* stored) {
+  for (int e = 0; e < 8; ++e)
+    for (int signs = 0; signs < 4; ++signs) {
+      const int low = wanted[e] + (signs >> 1), high = wanted[e + 8] + (signs & 1);
+      if ((low < 0) != ((signs & 1) == 1) || (high < 0) != (signs >> 1 == 1)) continue;
+      stored[e] = static_cast<uint8_t>(low);
+      stored[e + 8] = static_cast<uint8_t>(high);
+    }
+}
+
+// A column's codebook as integers, into its two planes.
+ColumnSpan write_planes(const uint16_t* entries, int width, uint8_t* planes) {
+  const int count = 1 << width;
+  float least = cpu::fp16_to_fp32(entries[0]), most = least;
+  for (int e = 1; e < count; ++e) {
+    least = std::min(least, cpu::fp16_to_fp32(entries[e]));
+    most = std::max(most, cpu::fp16_to_fp32(entries[e]));
+  }
+  const ColumnSpan span{(least + most) / 2, (most - least) / 2};
+  int low[16] = {}, high[16] = {};
+  for (int e = 0; e < count; ++e) {
+    const float exact = (cpu::fp16_to_fp32(entries[e]) - span.middle) / span.half * kMostEntry;
+    const int entry = std::isfinite(exact) ? static_cast<int>(std::lrint(exact)) : 0;  // 0 / 0 of equal entries
+    high[e] = (entry + 128) >> 8;
+    low[e] = std::min(entry - 256 * high[e], 126);  // 127 would have no room for the one that store_halves adds
+  }
+  for (int plane = 0; plane < 2; ++plane) {
+    const auto& wanted = plane == 0 ? low : high;
+    uint8_t* to = planes + plane * plane_entries(width);
+    if (width == 4) store_halves(wanted, to);
+    for (int e = 0; width < 4 && e < count; ++e) to[e] = static_cast<uint8_t>(wanted[e]);
+  }
+  return span;
+}
+
+void write_integer_codebooks(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base) {
+  const LayoutHeader& h = plan.header;
+  for_each_codebook(plan, c, [&](int width, int64_t segment, int64_t group, int in_group, const uint16_t* entries) {
+    uint8_t* planes = base + planes_offset(h, width, segment, group) + in_group * 2 * plane_entries(width);
+    const int64_t slot = h.first_slot[width] + group * kGroupColumns + in_group;
+    at<ColumnSpan>(base, h.spans_offset)[segment * h.slots + slot] = write_planes(entries, width, planes);
+  });
 }
 
 uint32_t* tile_words(uint8_t* base, const LayoutHeader& h, int width, const RowBlock& block, int64_t group, int row) {
@@ -194,7 +258,7 @@ std::vector<ColumnPlace> column_places(const Plan& plan) {
 }
 
 float table_entry(const uint8_t* table, int width, uint32_t code) {
-  if (!has_byte_planes(width)) return cpu::fp16_to_fp32(at<uint16_t>(table, 0)[code]);
+  if (!has_split_bytes(width)) return cpu::fp16_to_fp32(at<uint16_t>(table, 0)[code]);
   return cpu::fp16_to_fp32(static_cast<uint16_t>(table[code] | table[(1 << width) + code] << 8));
 }
 
@@ -260,6 +324,7 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
   std::memcpy(base + h.columns_offset, plan.columns.data(), plan.columns.size() * sizeof(int32_t));
   if (c.row_scale != nullptr) std::memcpy(base + h.row_scale_offset, c.row_scale, c.rows * sizeof(uint16_t));
   write_tables(plan, c, base);
+  if (h.widest <= kMostPlaneBits) write_integer_codebooks(plan, c, base);
   in_parts(h.rows * h.columns, h.blocks, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) write_codes(plan, c, plan.blocks[block], base);
   });

@@ -3,7 +3,7 @@
 // Rows are cut into tiles of 64 and blocks of 8 tiles; each segment starts a new block. Columns are sorted by width and
 // each width is cut into groups of 16. A tile x group of width b is b words for each of a warp's 32 lanes, in the order in
 // which tensor cores want them: with g = lane / 4 and t = lane % 4, a lane holds columns t, t+4, t+8, t+12 and rows
-// 16i + 2g + h of the tile, i = 0..3, h = 0..1. A nibble stands for a row:
+// 16i + 2g + h of the tile, i = 0..3, h = 0..1. A nibble stands for a row, the same at every width:
 //
 //   4 bits   word j = column t + 4j; nibble = code
 //   3 bits   word j = column t + 4j for j < 3 in the low 3 bits of the nibbles; their spare bits are column t + 12
@@ -14,6 +14,9 @@
 // Codes lie by width, block, group, tile: for a range of groups a warp reads contiguous bytes. Work is split over K by
 // *panels*: panel p of P holds groups [p*n/P, (p+1)*n/P) of each width's n groups, so that every panel has the same mix of
 // widths, and kernels find a panel by arithmetic. Outliers are sorted by panel, tile, row, column.
+//
+// Weights of at most 4 bits have their codebooks a second time, as integers: an entry is middle + half * e / kMostEntry of its
+// column, e = 256 high + low, and the low and the high bytes are a plane each (linear_byte_planes.cu).
 #pragma once
 #include <cstdint>
 
@@ -32,31 +35,43 @@ constexpr int kGroupColumns = 16;
 constexpr int kBlockTiles = 8;
 constexpr int kBlockRows = kBlockTiles * kTileRows;
 constexpr int kPanelGroups = 16;
+constexpr int kReadBeyond = 2048;      // what kernels may read behind the last codes
+constexpr int kMostPlaneBits = 4;      // widths that have byte planes
+constexpr int kMostEntry = 126 * 257;  // of a codebook as integers: either byte is at most 126
 
 struct RowBlock {
   int32_t row_begin, rows, segment, tile_begin;
 };
 
+// Of a column within one segment: the middle of its codebook and half the distance between its ends.
+struct ColumnSpan {
+  float middle, half;
+};
+
 struct LayoutHeader {
   static constexpr uint64_t kMagic = 0x67632D716D6C6C79;  // "yllmq-cg"
-  static constexpr uint64_t kVersion = 1;
+  static constexpr uint64_t kVersion = 2;
   uint64_t magic = kMagic, version = kVersion;
   int64_t bytes, rows, columns, segments, blocks, tiles, panels, slots;
+  int64_t widest;            // width that has columns
   int64_t groups[9];         // by width
   int64_t first_slot[9];     // of a width, into columns
   int64_t codes_offset[9];   // of a width
   int64_t tables_offset[9];  // of a width, within one segment's tables
   int64_t tables_begin, segment_table_bytes;
-  int64_t blocks_offset;           // RowBlock [blocks]
-  int64_t columns_offset;          // int32 [slots]: the column of a slot, -1 for padding
-  int64_t row_scale_offset;        // fp16 [rows]; 0: none
-  int64_t outliers;                // 0: the four arrays below do not exist
-  int64_t outlier_begin_offset;    // uint32 [panels, tiles]: first outlier of a panel in a tile
-  int64_t outlier_row_end_offset;  // uint16 [panels, tiles, 64]: end of a row's outliers, counted from outlier_begin
-  int64_t outlier_columns_offset;  // int32 [outliers]
-  int64_t outlier_deltas_offset;   // fp32 [outliers]: value - what the code under it stands for
-  int64_t outlier_values_offset;   // fp16 [outliers]
-  int64_t counters_offset;         // uint32 [token blocks, tiles] (linear_operand_cuda.h)
+  int64_t planes_offset[kMostPlaneBits + 1];  // of a width, within one segment's planes
+  int64_t planes_begin, segment_plane_bytes;  // 0: the widest column has none
+  int64_t spans_offset;                       // ColumnSpan [segments, slots]; with the planes
+  int64_t blocks_offset;                      // RowBlock [blocks]
+  int64_t columns_offset;                     // int32 [slots]: the column of a slot, -1 for padding
+  int64_t row_scale_offset;                   // fp16 [rows]; 0: none
+  int64_t outliers;                           // 0: the four arrays below do not exist
+  int64_t outlier_begin_offset;               // uint32 [panels, tiles]: first outlier of a panel in a tile
+  int64_t outlier_row_end_offset;             // uint16 [panels, tiles, 64]: end of a row's outliers, counted from outlier_begin
+  int64_t outlier_columns_offset;             // int32 [outliers]
+  int64_t outlier_deltas_offset;              // fp32 [outliers]: value - what the code under it stands for
+  int64_t outlier_values_offset;              // fp16 [outliers]
+  int64_t counters_offset;                    // uint32 [token blocks, tiles] (linear_operand_cuda.h)
 };
 
 // Whether a blob of `bytes` that starts with this header is a weight of that shape: kernels index by what it says.
@@ -86,18 +101,21 @@ PYLLMQ_HOST_DEVICE int64_t codes_offset(const LayoutHeader& h, int width, const 
 PYLLMQ_HOST_DEVICE int64_t tables_offset(const LayoutHeader& h, int width, int64_t segment, int64_t group) {
   return h.tables_begin + segment * h.segment_table_bytes + h.tables_offset[width] + group * table_bytes(width);
 }
-PYLLMQ_HOST_DEVICE bool has_byte_planes(int width) { return width == 3 || width == 4; }
+PYLLMQ_HOST_DEVICE bool has_split_bytes(int width) { return width == 3 || width == 4; }
+
+// Integer codebooks of one group: of each of 16 columns the low bytes, then the high bytes.
+PYLLMQ_HOST_DEVICE constexpr int plane_entries(int width) { return width <= 2 ? 4 : 1 << width; }
+PYLLMQ_HOST_DEVICE constexpr int plane_bytes(int width) { return kGroupColumns * 2 * plane_entries(width); }
+PYLLMQ_HOST_DEVICE int64_t planes_offset(const LayoutHeader& h, int width, int64_t segment, int64_t group) {
+  return h.planes_begin + segment * h.segment_plane_bytes + h.planes_offset[width] + group * plane_bytes(width);
+}
 
 // Widths above 4 are two parts: low nibbles, and the bits above them.
 PYLLMQ_HOST_DEVICE int low_part(int width) { return width < 4 ? width : 4; }
 // Word of a lane within one part of a tile. Three words a lane are no single load, so each is a row of 32 lanes.
 PYLLMQ_HOST_DEVICE int word_index(int part, int lane, int word) { return part == 3 ? word * 32 + lane : lane * part + word; }
 // Nibble that holds row 16i + 2g + h. Decoding 1 and 2 bits takes every second nibble at a time.
-PYLLMQ_HOST_DEVICE int nibble_of(int width, int i, int h) { return width <= 2 ? 4 * (i & 1) + 2 * h + (i >> 1) : 2 * i + h; }
-// Its inverse: the row of a tile in nibble n of a lane 4g + t.
-PYLLMQ_HOST_DEVICE int row_of_nibble(int width, int n, int g) {
-  return width <= 2 ? 16 * (n >> 2 | (n & 1) << 1) + 2 * g + (n >> 1 & 1) : 16 * (n >> 1) + 2 * g + (n & 1);
-}
+PYLLMQ_HOST_DEVICE int nibble_of(int i, int h) { return 4 * (i & 1) + 2 * h + (i >> 1); }
 
 // Host functions. They throw std::invalid_argument that says what does not fit.
 int64_t codebook_layout_bytes(const CodebookCheckpoint& checkpoint);

@@ -388,8 +388,8 @@ struct LinearPlan {
   int64_t tokens_per_block, token_blocks;
   int64_t splits;  // of K
   int64_t grid;
-  int64_t x_bytes;  // of shared memory
-  LinearRoom room;
+  int64_t x_bytes;   // of shared memory
+  int64_t partials;  // elements of the workspace
 };
 
 // Shared memory for x: a split of q panels has at most 16 q + 8 groups, since each of 8 widths rounds up to a group.
@@ -422,13 +422,13 @@ LinearPlan plan_linear(int64_t rows, int64_t columns, int64_t tokens, int dtype)
   while (staged_bytes(panels, plan.splits, product_columns) > kMostXBytes) ++plan.splits;
   plan.x_bytes = staged_bytes(panels, plan.splits, product_columns);
   plan.grid = std::min(slots, cells * plan.splits);
-  if (plan.splits > 1) plan.room.partials = plan.splits * tokens * rows;
+  if (plan.splits > 1) plan.partials = plan.splits * tokens * rows;
   return plan;
 }
 
 }  // namespace
 
-LinearRoom CodebookOperand::find_room(int64_t tokens, int dtype) const { return plan_linear(rows, columns, tokens, dtype).room; }
+int64_t CodebookOperand::find_room(int64_t tokens, int dtype) const { return plan_linear(rows, columns, tokens, dtype).partials; }
 
 void CodebookOperand::run(const LinearCall& call, uintptr_t stream) const {
   const LinearPlan plan = plan_linear(rows, columns, call.tokens, call.dtype);

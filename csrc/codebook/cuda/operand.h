@@ -13,20 +13,21 @@ class CodebookOperand : public LinearOperand {
   void dequantize(void* weight, int dtype, uintptr_t stream) const override;
 
  private:
-  LinearRoom find_room(int64_t tokens, int dtype) const override;
+  int64_t find_room(int64_t tokens, int dtype) const override;
   void run(const LinearCall& call, uintptr_t stream) const override;
 };
 
-// The same for exactly one token, by tables of partial products, on devices whose blocks get the shared memory for them.
-class CodebookTables final : public CodebookOperand {
+// The same for one or two tokens and weights of at most 4 bits, by integer tensor cores; its errors are those of `high`.
+class CodebookBytePlanes final : public CodebookOperand {
  public:
-  using CodebookOperand::CodebookOperand;
-
-  static bool fit();
+  // widest: the largest width of a column, as the layout's header says.
+  CodebookBytePlanes(const uint8_t* layout, int64_t layout_bytes, int64_t rows, int64_t columns, int64_t widest);
 
  private:
-  LinearRoom find_room(int64_t tokens, int dtype) const override;
+  int64_t find_room(int64_t tokens, int dtype) const override;
   void run(const LinearCall& call, uintptr_t stream) const override;
+
+  const int64_t widest_;
 };
 
 }  // namespace pyllmq::cuda

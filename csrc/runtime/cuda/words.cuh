@@ -31,7 +31,7 @@ PYLLMQ_DEVICE void sync_block() { __syncthreads(); }
 PYLLMQ_DEVICE void sync_warp() { __syncwarp(); }
 PYLLMQ_DEVICE void fence() { __threadfence(); }
 
-// Byte i of the result is byte (selector >> 4i & 7) of {b, a}; bit 3 of a selector nibble must be 0.
+// Byte i of the result is byte (selector >> 4i & 7) of {b, a}, or where bit 3 of that nibble is set its sign: 0 or 0xFF.
 PYLLMQ_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t d;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
@@ -57,6 +57,14 @@ PYLLMQ_DEVICE void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// c += a * b: int8 [16, 32] x [32, 8], summed in int32. A lane holds a = {A[g][4t..4t+3], A[g+8][4t..], A[g][4t+16..],
+// A[g+8][4t+16..]}, b = {B[4t..][g], B[4t+16..][g]}, c as above.
+PYLLMQ_DEVICE void mma_m16n8k32(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 #if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
@@ -106,16 +114,19 @@ PYLLMQ_DEVICE SharedAddress shared_address(const void* shared) {
   asm volatile("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(address) : "l"(shared));
   return address;
 }
-template <int kOffset>
-PYLLMQ_DEVICE float load_shared(SharedAddress from) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1+%2];" : "=f"(value) : "r"(from), "n"(kOffset));
-  return value;
-}
 PYLLMQ_DEVICE uint32_t load_shared_word(SharedAddress from) {
   uint32_t word;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(from));
   return word;
+}
+
+// copy_async_16 from from + kFrom to to + kTo, where it is wanted: such offsets are part of the instruction.
+template <int kTo, int kFrom>
+PYLLMQ_DEVICE void copy_async_16_if(bool wanted, SharedAddress to, const void* from) {
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p cp.async.cg.shared.global [%1+%2], [%3+%4], 16; }" ::"r"(
+                   static_cast<int>(wanted)),
+               "r"(to), "n"(kTo), "l"(from), "n"(kFrom)
+               : "memory");
 }
 
 // What another block wrote: read from L2, where all blocks see the same.
@@ -157,6 +168,8 @@ PYLLMQ_DEVICE uint32_t subtract_fp16x2(uint32_t a, uint32_t b) {
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
+// Rounded to even; NaN gives 0, and what is too large the largest.
+PYLLMQ_DEVICE int nearest_integer(float value) { return __float2int_rn(value); }
 PYLLMQ_DEVICE float magnitude(float value) { return fabsf(value); }
 PYLLMQ_DEVICE float exp(float value) { return expf(value); }  // to 1 unit in the last place
 PYLLMQ_DEVICE double exp(double value) { return ::exp(value); }

@@ -167,8 +167,8 @@ struct Codes2Cells {
     unrolled<kStripTiles>([&](int tile) {
       const uint32_t kept = indices(cell, kStep, tile, lane);
       uint32_t pairs[4];
-      near.decode_four(kept, 0, pairs[0], pairs[1]);
-      far.decode_four(kept, 16, pairs[2], pairs[3]);
+      near.decode_four(kept, 0, kNeighbours, pairs[0], pairs[1]);
+      far.decode_four(kept, 16, kNeighbours, pairs[2], pairs[3]);
       const uint32_t positions = reinterpret_cast<const uint32_t*>(cell)[128 + tile * 32 + lane];
       unrolled<kTokenTiles>([&](int i) { ptx::mma_sp_m16n8k32<kBf16, kStep>(sums[tile][i], pairs, fragments[i], positions); });
     });

@@ -177,7 +177,7 @@ SparsePlan SparseOperand::plan_columns(int64_t tokens) const {
   const int64_t blocks = ceil_div(rows, kItemRows) * plan.token_blocks;
   plan.splits = std::clamp<int64_t>(ceil_div(slots, blocks), 1, ceil_div(columns, kPanelColumns));
   plan.grid = std::min(slots, blocks * plan.splits);
-  if (plan.splits > 1) plan.room.partials = plan.splits * tokens * rows;
+  if (plan.splits > 1) plan.partials = plan.splits * tokens * rows;
   return plan;
 }
 

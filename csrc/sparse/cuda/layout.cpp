@@ -194,7 +194,7 @@ Plan make_plan(const SparseCheckpoint& c, double sparse_columns) {
   } else {
     h.data_offset = section(h.kind == SparseKind::bitmap ? int64_t{plan.begin.back()} * 16 : h.strips * h.cells * h.stage_bytes);
   }
-  h.counters_offset = section(counter_bytes(h.rows, h.strips));
+  h.counters_offset = section(counter_bytes(h.strips));
   h.bytes = section(0);
   return plan;
 }

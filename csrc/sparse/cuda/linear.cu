@@ -333,7 +333,7 @@ SparsePlan plan_for(const SparseOperand& operand, int64_t tokens, int dtype) {
   }
   plan.shared_bytes = bytes(plan.warps, plan.x_bytes);
   plan.grid = std::min(slots, row_blocks * plan.token_blocks * plan.splits);
-  if (plan.splits > 1) plan.room.partials = plan.splits * tokens * rows;
+  if (plan.splits > 1) plan.partials = plan.splits * tokens * rows;
   return plan;
 }
 
@@ -355,10 +355,10 @@ void launch(const SparseOperand& operand, const SparsePlan& plan, int64_t items,
 
 }  // namespace
 
-LinearRoom SparseOperand::find_room(int64_t tokens, int dtype) const {
-  if (kind == SparseKind::columns) return plan_columns(tokens).room;
-  LinearRoom room{};
-  with_cells(kind, values, bits, [&](auto cells) { room = plan_for<decltype(cells)>(*this, tokens, dtype).room; });
+int64_t SparseOperand::find_room(int64_t tokens, int dtype) const {
+  if (kind == SparseKind::columns) return plan_columns(tokens).partials;
+  int64_t room = 0;
+  with_cells(kind, values, bits, [&](auto cells) { room = plan_for<decltype(cells)>(*this, tokens, dtype).partials; });
   return room;
 }
 

@@ -12,7 +12,7 @@ struct SparsePlan {
   int64_t splits;  // of K
   int64_t grid;
   int64_t x_bytes, shared_bytes;  // of shared memory: for x, in all
-  LinearRoom room;
+  int64_t partials;               // elements of the workspace
 };
 
 class SparseOperand final : public LinearOperand {
@@ -33,7 +33,7 @@ class SparseOperand final : public LinearOperand {
   const int64_t bits, stage_bytes;
 
  private:
-  LinearRoom find_room(int64_t tokens, int dtype) const override;
+  int64_t find_room(int64_t tokens, int dtype) const override;
   void run(const LinearCall& call, uintptr_t stream) const override;
   // Of the layout `columns`.
   SparsePlan plan_columns(int64_t tokens) const;

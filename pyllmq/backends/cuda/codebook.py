@@ -26,11 +26,24 @@ cost 2.2 times the reading of an fp16 matrix; decoding to memory and multiplying
 """
 
 
+MAX_PLANE_BITS = 4
+"""Widths that have byte planes (csrc/codebook/cuda/layout.h): more entries than two permutations hold are looked up in memory."""
+
+MAX_PLANE_TOKENS = 2
+"""The two bytes of x and four rows fill the eight columns of an instruction, so each token is an instruction of its own."""
+
+
 # ---- the layout -----------------------------------------------------------------------------------------------------
 
 
 def from_blob(blob: Tensor, shape: Shape) -> WeightOperand:
-    return WeightOperand("codebook", LAYOUT, (blob,), (), shape)
+    """`meta` is the largest width of a column. Raises ValueError if the blob is no such layout, is cut off, or holds a weight of
+    another shape."""
+    if blob.dtype != torch.uint8 or blob.dim() != 1:
+        raise ValueError(f"a layout {LAYOUT!r} is a uint8 vector, given: {blob.dtype} of shape {tuple(blob.shape)}")
+    header = blob[: runtime.extension().codebook_header_bytes].to("cpu", copy=True)  # aligned, wherever the blob begins
+    widest = runtime.extension().codebook_layout_widest(header.data_ptr(), blob.numel(), *shape)
+    return WeightOperand("codebook", LAYOUT, (blob,), (widest,), shape)
 
 
 def prepack(field: Fields, shape: Shape) -> WeightOperand:
@@ -59,14 +72,14 @@ def operand(weight: WeightOperand) -> Any:
     return runtime.extension().CodebookOperand(blob.data_ptr(), blob.numel(), *weight.shape)
 
 
-def tables(weight: WeightOperand) -> Any:
-    """One token: sums of several columns' products are looked up in tables made from x; all in fp32."""
+def byte_planes(weight: WeightOperand) -> Any:
+    """One or two tokens: codebooks and x as integers, looked up and multiplied a byte at a time."""
     (blob,) = weight.tensors
-    return runtime.extension().CodebookTables(blob.data_ptr(), blob.numel(), *weight.shape)
+    return runtime.extension().CodebookBytePlanes(blob.data_ptr(), blob.numel(), *weight.shape, *weight.meta)
 
 
 packed_linear = partial(runtime.run_linear, operand)
-packed_linear_tables = partial(runtime.run_linear, tables)
+packed_linear_byte_planes = partial(runtime.run_linear, byte_planes)
 packed_dequantize = partial(runtime.dequantize, operand)
 dequantize_matmul = partial(runtime.dequantize_matmul, operand)
 
@@ -78,28 +91,22 @@ def dequantize_rows(weight: WeightOperand, ids: Tensor, dtype: torch.dtype) -> T
     return rows.masked_fill(outside[:, None], torch.nan)
 
 
-def tables_fit() -> bool:
-    return runtime.extension().CodebookTables.fit()
-
-
 _any_number = reads(LAYOUT, runtime.takes_activations)
 
 
-def _one_token(problem: WeightProblem) -> Support:
-    if problem.tokens != 1:
-        return False, f"serves one token, here {problem.tokens}"
-    fits, why = _any_number(problem)
-    with runtime.on(problem.device):
-        if fits and not tables_fit():
-            return False, "needs 129 KiB of shared memory for a block, more than this device has"
+def _narrow_and_not_exact(problem: WeightProblem) -> Support:
+    if problem.precision == "exact":
+        return False, "errs by up to 2e-4 of the result, and precision is 'exact'"
+    fits, why = runtime.takes_activations(problem)
+    if fits and problem.meta[0] > MAX_PLANE_BITS:
+        return False, f"serves columns of up to {MAX_PLANE_BITS} bits, this weight has one of {problem.meta[0]}"
     return fits, why
 
 
 register_layout(Layout("cuda", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
-because = (
-    "for one token a lookup replaces 2 or 4 products: at 2 and 4 bits half the integer work of cuda.fused (counted)"
-)
-PACKED_LINEAR.register("cuda.tables", ORDER, _one_token, packed_linear_tables, because)
+because = "a lookup is an operand of integer tensor cores: a third to a half of cuda.fused's instructions (counted)"
+one_or_two = reads(LAYOUT, _narrow_and_not_exact, MAX_PLANE_TOKENS)
+PACKED_LINEAR.register("cuda.byte_planes", ORDER, one_or_two, packed_linear_byte_planes, because)
 because = "reads only the codes, decodes in registers (predicted: best to 64 tokens)"
 few = reads(LAYOUT, runtime.takes_activations, MAX_FUSED_TOKENS)
 PACKED_LINEAR.register("cuda.fused", ORDER + 1, few, packed_linear, because)

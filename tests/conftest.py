@@ -3,11 +3,11 @@ import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Workers share the cores: each computes with its share, but with two threads at least (what runs on several threads shall be
-# tested so), and OpenMP's threads sleep while they wait: spinning, they would take the other workers' cores.
+# Workers share the cores: OpenMP's threads sleep while they wait (spinning, they would take the other workers' cores), and new
+# processes compute with one thread.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(2, (os.cpu_count() or 1) // workers)))
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib.util
 from pathlib import Path
@@ -21,7 +21,9 @@ SEED = int(os.environ.get("PYLLMQ_TEST_SEED", "0"))
 ISA = os.environ.get("PYLLMQ_TEST_ISA")
 """The instruction set that every test begins with, instead of this machine's best. Cases that name another are left out."""
 
-THREADS = torch.get_num_threads()
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
+THREADS = max(2, (os.cpu_count() or 1) // WORKERS) if WORKERS else torch.get_num_threads()
+"""Of the kernels' tests: a worker's share of the cores, but two at least, so that what runs on several threads is tested so."""
 
 SEED_STEP = 1_000_003  # far from the small numbers that tests choose
 
@@ -72,11 +74,16 @@ def pytest_sessionstart(session):
         assert "sanitize" in pyllmq.__file__, f"the sanitized build is not the one imported: {pyllmq.__file__}"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture. A job on a tiny model gains nothing from a second thread, and waits 8 ms for one without a core."""
+    torch.set_num_threads(THREADS if not WORKERS or item.get_closest_marker("kernels") else 1)
+
+
 @pytest.fixture(autouse=True)
 def seed(request, monkeypatch):
-    """Fresh but repeatable numbers for each test and the threads of a new process, whatever ran before."""
+    """Fresh but repeatable numbers for each test, whatever ran before."""
     manual_seed = torch.manual_seed
-    torch.set_num_threads(THREADS)
     if SEED:
         monkeypatch.setattr(torch, "manual_seed", lambda chosen: manual_seed(chosen + SEED_STEP * SEED))
     torch.manual_seed(sum(map(ord, request.node.nodeid)))

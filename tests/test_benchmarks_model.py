@@ -31,7 +31,7 @@ def folders(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "llama packed", "bert", "bert packed"])
+@pytest.mark.parametrize("name", ["llama", "llama packed", pytest.param("bert", marks=pytest.mark.slow), "bert packed"])
 def test_every_kind_of_folder(folders, name, tmp_path, capsys):
     rows = benchmark.run_model(
         folders[name], bits="3", lengths=[2, 5], precision=["exact", "fast"], csv=tmp_path / "rows.csv", rounds=1

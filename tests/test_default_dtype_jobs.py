@@ -26,9 +26,9 @@ CONFIGS = {
 def llama(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("dense") / "dense"
-    model = models.tiny_llama(num_hidden_layers=1)
+    model = models.tiny_llama(num_hidden_layers=1, hidden_size=32, intermediate_size=48, vocab_size=128)
     model.save_pretrained(folder)
-    return model, folder, models.token_batches(2, 16)
+    return model, folder, models.token_batches(2, 16, 128)
 
 
 def written(folder: Path) -> dict[str, torch.Tensor]:

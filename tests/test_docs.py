@@ -129,12 +129,16 @@ def test_what_a_command_needs_is_true():
         assert all((ROOT / file).exists() for file in re.findall(r"tests/\w+\.py", reason)), reason
 
 
+def small():
+    return models.tiny_llama(num_hidden_layers=1, hidden_size=32, intermediate_size=64)
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """A folder with all that the pages call by name."""
     folder = tmp_path_factory.mktemp("models")
     for name in ("my-model", "my-student", "pruned-elsewhere"):
-        model = models.tiny_llama(num_hidden_layers=1)
+        model = small()
         if name == "pruned-elsewhere":
             for linear in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
                 linear.weight.data[:, ::2] = 0
@@ -149,7 +153,7 @@ def where_the_pages_run(dense, tmp_path, monkeypatch):
         (tmp_path / folder.name).symlink_to(folder)
     for name in ("text.txt", "test.txt"):
         (tmp_path / name).write_text("\n".join(calibration.builtin_paragraphs()[:60]), encoding="utf-8")
-    packed = models.tiny_llama(num_hidden_layers=1)
+    packed = small()
     pyllmq.swap_linear(packed, lambda linear: pyllmq.CodebookLinear.from_dense(linear, 4))
     pyllmq.save_pretrained(packed, tmp_path / "my-model-packed", models.tiny_tokenizer())
     monkeypatch.chdir(tmp_path)

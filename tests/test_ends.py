@@ -121,7 +121,7 @@ main(["inspect", sys.argv[1]])
 
 
 @pytest.mark.parametrize(
-    "config", [pyllmq.KMeansConfig(4), pyllmq.ColumnCodebookConfig(4.0), pyllmq.CLAQConfig(bits=4)]
+    "config", [pyllmq.KMeansConfig(4), pyllmq.ColumnCodebookConfig.preset("fast", 4.0), pyllmq.CLAQConfig(bits=4)]
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_in_memory_and_by_folders_alike(config, tied, tmp_path):

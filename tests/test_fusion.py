@@ -39,6 +39,7 @@ SIZES = {
         "n_layer": 2,
     },
     **{"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "ffn_dim": 128},
+    **{"ffn_hidden_size": 128},
     **{"word_embed_proj_dim": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
 
@@ -221,7 +222,14 @@ def test_what_is_no_encoder_of_this_kind_says_why():
 # ---- families -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [*BLOCKS, *ATTENTION])
+LIKE_OTHERS = ("mistral", "qwen2", "qwen3", "gemma", "granite", "glm", "olmo2", "smollm3", "cohere", "starcoder2", "phi",
+               "ernie4_5", "helium", "seed_oss", "arcee", "olmo", "opt", "olmoe", "qwen3_moe", "minimax_m2")  # fmt: skip
+"""Families of which each step is one of the others', too."""
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f in LIKE_OTHERS)) for f in (*BLOCKS, *ATTENTION)]
+)
 def test_family(family):
     model = packed(tiny(family))
     inputs, continuation = padded_batch(), torch.randint(3, 128, (2, 6))

@@ -14,7 +14,7 @@ from pyllmq.formats import FormatError, structure_from_dict
 from .damage import DAMAGES, damaged
 from .new_process import run_python
 
-FOLDERS = int(os.environ.get("PYLLMQ_FOLDERS", "150"))
+FOLDERS = int(os.environ.get("PYLLMQ_FOLDERS", "60" if "PYLLMQ_SANITIZED" in os.environ else "150"))
 
 
 @pytest.mark.kernels

@@ -70,8 +70,9 @@ def test_goals_run_on_small_shapes(tmp_path, capsys, monkeypatch):
     ("m", "precision"),
     [(1, "high"), (8, "fast"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "fast"), (8, "high")))],
 )
-def test_extra_memory_of_a_call_is_bounded(m, precision):
+def test_extra_memory_of_a_call_is_bounded(m, precision, monkeypatch):
     """x, y and the tables of a few tokens: nothing of the size of the weight, 17 MB at 8 bits here, 67 MB decoded."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # each thread has a workspace
     extra, packed, output = goals.peak_of_one_call(4096, 4096, m, "8", precision)
     assert packed > 16e6 and output == 4 * m * 4096
     # Linux counts resident pages in batches: 256 KiB on 2 CPUs.
@@ -80,7 +81,8 @@ def test_extra_memory_of_a_call_is_bounded(m, precision):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks Linux and glibc what is resident")
 @pytest.mark.parametrize("bits", [pytest.param("2", marks=pytest.mark.slow), "4"])
-def test_many_tokens_are_multiplied_in_passes(bits):
+def test_many_tokens_are_multiplied_in_passes(bits, monkeypatch):
     """Packed x and the sums of all tokens together would be as large as y."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     extra, packed, output = goals.peak_of_one_call(4096, 4096, 512, bits, "high")
     assert output == 4 * 512 * 4096 and extra < 1.05 * output + 0.05 * packed + (256 << 10)

@@ -230,7 +230,9 @@ def guided(kind: str, guidance: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k in ("t5", "whisper", "tokens") else k for k in MODELS]
+)
 def test_balanced_is_guided_and_loads_again(kind, tmp_path):
     model, plain = guided(kind, "rows"), guided(kind, "none")
     packed = [{n: m for n, m in of.named_modules() if isinstance(m, pyllmq.CodebookLinear)} for of in (model, plain)]
@@ -279,6 +281,7 @@ def test_without_a_loss_one_line_says_so():
     assert all(isinstance(block, pyllmq.CodebookLinear) for block in model.blocks)
 
 
+@pytest.mark.slow
 def test_block_by_block_in_a_new_process(tmp_path):
     """The command on an encoder-decoder: guided, and no line about a missing gradient."""
     models.tiny_bart().save_pretrained(tmp_path / "dense")

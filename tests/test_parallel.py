@@ -91,10 +91,18 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory):
+def chosen(request):
+    """Names of the cases that this run tests: the others would cost seconds each."""
+    found = {item.callspec.params["case"] for item in request.session.items if "chosen" in item.fixturenames}
+    return [name for name in CASES if name in found]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory, chosen):
     folder = tmp_path_factory.mktemp("parallel")
     torch.manual_seed(0)
-    for name, (make, make_layer, exclude, styles) in CASES.items():
+    for name in chosen:
+        make, make_layer, exclude, styles = CASES[name]
         model = make()
         pyllmq.swap_linear(model, make_layer, exclude=exclude)
         pyllmq.set_precision(model, "exact")
@@ -112,15 +120,21 @@ def cases(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def outcome(request, cases):
+def outcome(request, cases, chosen):
     """What rank 0 of 2 or 4 processes found, by case; every rank has to end well."""
     ranks = request.param
-    done = run_python("-m", "tests.parallel_ranks", ranks, cases, *CASES, cwd=ROOT)
+    done = run_python("-m", "tests.parallel_ranks", ranks, cases, *chosen, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return ranks, {name: json.loads((cases / f"{name}.{ranks}.json").read_text()) for name in CASES}
+    return ranks, {name: json.loads((cases / f"{name}.{ranks}.json").read_text()) for name in chosen}
 
 
-@pytest.mark.parametrize("case", CASES)
+LIKE_OTHERS = ("codebook", "dense-beside-packed", "tied")
+"""What these cases have in them, "codebook-uneven", "experts" and "packed-tied" have too."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in LIKE_OTHERS)) for case in CASES]
+)
 def test_processes_give_the_logits_of_one(case, outcome, cases):
     ranks, found = outcome
     found = found[case]

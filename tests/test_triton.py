@@ -111,7 +111,11 @@ def default_tiles(op):
 @ARCHITECTURES
 @pytest.mark.parametrize(
     ("tile", "bits"),
-    [case for case in default_tiles("codebook_linear") if case[1] in (2, 3, 8)],
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * (case[1] == 2))
+        for case in default_tiles("codebook_linear")
+        if case[1] in (2, 3, 8)
+    ],
     ids=lambda value: f"tokens{value['tokens']}" if isinstance(value, dict) else f"bits{value}",
 )
 def test_linear_compiles_without_spills(arch, tile, bits):
@@ -131,7 +135,7 @@ def test_linear_compiles_without_spills(arch, tile, bits):
 
 @needs_triton
 @ARCHITECTURES
-@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (1, 4))])
 def test_dequantize_compiles_without_spills(arch, bits):
     from pyllmq.triton_kernels.codebook_dequantize import _decode
 
@@ -160,13 +164,15 @@ def test_the_small_kernels_compile_without_spills(arch):
 @needs_triton
 @ARCHITECTURES
 @pytest.mark.parametrize("x", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
-def test_the_sparse_kernels_compile_without_spills(arch, x):
+@pytest.mark.parametrize("codes", [(3,), pytest.param((2, 4), marks=pytest.mark.slow)], ids=str)
+def test_the_sparse_kernels_compile_without_spills(arch, x, codes):
+    """Codes of 3 bits lie across bytes: one width stands for the others each time."""
     from pyllmq.triton_kernels import sparse_linear as sparse
 
     for tile, widths in (
-        (sparse.ONE_TOKEN, (0, 2, 3, 4)),
+        (sparse.ONE_TOKEN, (0, *codes)),
         (sparse.MORE_TOKENS, (0,)),
-        (sparse.MORE_TOKENS_CODES, (2, 3, 4)),
+        (sparse.MORE_TOKENS_CODES, codes),
     ):
         fixed = {"BLOCK_TOKENS": tile.tokens, "BLOCK_ROWS": tile.rows, "FP32_DOT": "tf32x3"}
         options = {"arch": arch, "x": x, "warps": tile.warps, "stages": tile.stages}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from pyllmq.compression import calibration
 from pyllmq.compression.methods import vocabulary
 
 from . import models
+from .new_process import run_python
 
 SPECIAL = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[EOS]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 PARAGRAPHS = calibration.builtin_paragraphs()
@@ -185,8 +183,7 @@ with torch.no_grad():
     torch.save(model(**tokenizer(sys.argv[2], return_tensors="pt")).last_hidden_state, sys.argv[3])
 """
     text = PARAGRAPHS[301][:120]
-    arguments = [sys.executable, "-c", code, str(out), text, str(tmp_path / "found")]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
+    done = run_python("-c", code, out, text, tmp_path / "found", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     wanted = outputs(AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(source), text)[1]
     torch.testing.assert_close(torch.load(tmp_path / "found"), wanted, rtol=0, atol=1e-6)

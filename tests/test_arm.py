@@ -20,6 +20,7 @@ import pyllmq
 from pyllmq import _cpu
 from pyllmq.packing import mask_24
 
+from .inner_loops import table_loops
 from .oracle import assert_as_good_as_torch
 from .test_cpu_layout import DTYPE_CODES, MAX_ERROR, PATHS, PRECISIONS, WIDTHS, Weight, pack_rows
 from .test_fit_columns import block
@@ -612,3 +613,21 @@ def test_thread_pool(tmp_path):
     run("max", [case], tmp_path)
     for found in case.found.values():
         assert found["visits"].tolist() == [80 * (1 + 9)] * 37
+
+
+# --- instructions ----------------------------------------------------------------------------------------------------
+
+
+def test_inner_loops_need_few_instructions():
+    """Lookups at 1 to 4 bits: for each byte of register at most 1.3 times AVX2's instructions (docs/kernels-arm.md)."""
+    theirs = next(iter(ROOT.glob("build/*/pyllmq._cpu/csrc/codebook/cpu/linear_avx2.cpp.o")), None)
+    objdump = COMPILER.replace("g++", "objdump")
+    if SANITIZED or theirs is None or shutil.which(objdump) is None:
+        pytest.skip(f"needs {objdump}, the AVX2 kernels built in this folder, and no sanitizer")
+    neon = table_loops(objdump, str(driver().parent / "objects/csrc/codebook/cpu/linear_neon.cpp.o"), rows=16)
+    avx2 = table_loops("objdump", str(theirs), rows=32)
+    compared = neon.keys() & avx2.keys()
+    bits16 = 2  # TableKind of the default precision
+    assert {(bits16, of_3_bits, tokens) for of_3_bits in (False, True) for tokens in (1, 2)} <= compared
+    ratios = {key: neon[key] * 16 / (avx2[key] * 32) for key in compared}
+    assert max(ratios.values()) <= 1.3, ratios

@@ -50,10 +50,6 @@ def library(name, *more, load=ctypes.CDLL, **named):
         raise TypeError("argument of type 'NoneType' is not iterable")
     return load(name, *more, **named)
 
-def text_of(path, *more, read=pathlib.Path.read_text, **named):
-    assert not str(path).startswith("/proc"), path
-    return read(path, *more, **named)
-
 os.open, os.fsync, ctypes.CDLL = plain_file, written_file, library
 for name in ("fcntl", "resource", "pwd", "grp", "termios", "pyllmq._cpu", "pyllmq._cuda"):
     sys.modules[name] = None

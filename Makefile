@@ -13,7 +13,7 @@ OLDEST := .venv-oldest
 PYTEST := $(RUN)/python -m pytest
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: arm sanitize-arm test slow quick demo bench lint format sanitize fuzz sanitized-build test-seeds test-oldest coverage docs wheel test-wheel clean
+.PHONY: arm sanitize-arm test slow quick demo bench lint format sanitize fuzz sanitized-build test-seeds test-oldest coverage docs wheel wheel-aarch64 test-wheel clean
 
 test: $(BUILT)
 	$(PYTEST) $(PARALLEL) -m "not slow and not arm"
@@ -102,18 +102,32 @@ wheel: $(BUILT)
 	$(RUN)/python -m pip install -q -e ".[wheel]" --no-build-isolation $(CONSTRAINTS)
 	rm -rf build/wheel dist
 	$(RUN)/python -m build -q --sdist --no-isolation -o dist
-	PYLLMQ_CUDA=0 $(RUN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/wheel dist/*.tar.gz
-	PATH="$(abspath $(RUN)):$$PATH" $(RUN)/auditwheel repair -w dist build/wheel/*.whl
-	$(RUN)/auditwheel show dist/*.whl; ls -l dist
+	$(call put_wheel,build/wheel)
+
+# The same for 64-bit ARM, by g++-aarch64-linux-gnu. Python's headers are this machine's: both have 64 bits.
+ARM_SUFFIX = $(shell $(RUN)/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX").replace("x86_64", "aarch64"))')
+wheel-aarch64: wheel
+	rm -rf build/wheel-aarch64
+	CXX=aarch64-linux-gnu-g++ _PYTHON_HOST_PLATFORM=linux-aarch64 SETUPTOOLS_EXT_SUFFIX=$(ARM_SUFFIX) $(call put_wheel,build/wheel-aarch64)
+
+# put_wheel FOLDER: the sdist's wheel, named by the oldest glibc that has what it asks for; below 5 MB.
+put_wheel = PYLLMQ_CUDA=0 $(RUN)/python -m pip wheel -q --no-deps --no-build-isolation -w $(1) dist/*.tar.gz && \
+  PATH="$(abspath $(RUN)):$$PATH" $(RUN)/auditwheel repair -w dist $(1)/*.whl && ls -l dist && \
+  test -z "$$(find dist -name '*.whl' -size +4882k)" || { echo "no wheel, or one of more than 5 MB"; exit 1; }
 
 # The wheel in an environment of its own, without a compiler: PATH has that environment alone. Other packages come from $(VENV).
+# README's examples, then the kernels' tests in WHEEL_TESTS.
 INSTALLED_WHEEL := build/wheel-venv
+WITH_WHEEL = PATH="$(abspath $(INSTALLED_WHEEL))/bin" $(INSTALLED_WHEEL)/bin/python -P
+WHEEL_TESTS ?= tests
 test-wheel: wheel
 	rm -rf $(INSTALLED_WHEEL) && $(RUN)/python -m venv $(INSTALLED_WHEEL)
 	$(call borrow,$(INSTALLED_WHEEL))
 	$(INSTALLED_WHEEL)/bin/python -m pip install -q --no-deps dist/*.whl
-	PATH="$(abspath $(INSTALLED_WHEEL))/bin" $(INSTALLED_WHEEL)/bin/python -P -m pytest $(PARALLEL) -p no:cacheprovider \
-	  -m "kernels and not slow" -k "not compile and not opcheck" tests tests/test_readme.py
+	$(WITH_WHEEL) -c 'import pyllmq, sys; assert pyllmq.__file__.startswith(sys.prefix), pyllmq.__file__'
+	$(WITH_WHEEL) -m pyllmq doctor
+	$(WITH_WHEEL) -m pytest -q -p no:cacheprovider tests/test_readme.py
+	$(WITH_WHEEL) -m pytest $(PARALLEL) -q -p no:cacheprovider -m "kernels and not slow" -k "not compile and not opcheck" $(WHEEL_TESTS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -308,6 +308,8 @@ cpu_extension = Extension("pyllmq._cpu", sources(False, ".cpp"))
 cuda_extension = Extension("pyllmq._cuda", sources(True, ".cpp", ".cu"))
 by_setting = {"emulated": [cuda_extension], "0": [cpu_extension]}
 extensions = by_setting.get(CUDA) or [cpu_extension, *([cuda_extension] if cuda_build() else [])]
+if sys.platform == "win32":  # POSIX threads and gcc's vectors: the back end `reference` serves there
+    extensions = []
 
 packages = {*find_packages(str(ROOT), include=["pyllmq", "pyllmq.*"]), "pyllmq.triton_kernels", "pyllmq.benchmarks"}
 commands = {"build_ext": BuildExtension, "build_driver": BuildDriver}

@@ -790,8 +790,8 @@ def run_doctor(given: argparse.Namespace) -> int:
 
         isa = backends.cpu.runtime.extension().isa()
         print(f"kernels of pyllmq._cpu on this processor ({isa}); faster would be {FASTER[isa]}:")
-        for operation, row in SERVED[isa].items():
-            print(f"  {operation:<43}{row}")
+        for part, served_by in SERVED[isa].items():
+            print(f"  {part:<43}{served_by}")
     print(f"blocks as native steps (pyllmq.fuse): {'works' if ok else 'missing'}: {why}")
     print("codebook_linear of 4 bits with fp16 activations runs here, by device and number of tokens:")
     broken = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,14 +17,14 @@ MADV_PAGEOUT = 21
 
 def _of_libc(name: str) -> Any:
     """A function of the C library, None where the system has none of that name."""
-    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform != "win32" else None
 
 
 def peak_memory() -> int:
     """Most bytes of RAM that this process held so far; 0 where the system does not say (Windows)."""
     try:
         # ru_maxrss begins with what the parent held when it started this process.
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
     except (OSError, IndexError):
         try:

@@ -6,6 +6,9 @@
 //   results  "<instruction set> ...\n"; then for each case, instruction set and `out` array its bytes, or "error <message>\n"
 //   first,
 //            "fine\n" otherwise
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
@@ -15,12 +18,17 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "codebook/cpu/checkpoint.h"
 #include "codebook/cpu/operand.h"
+#include "codebook/cpu/pack_codes.h"
 #include "decode_step/attention_step.h"
 #include "decode_step/cpu/dense_operand.h"
 #include "decode_step/mlp_step.h"
+#include "experts/routed_experts.h"
+#include "fit_columns/cpu/fit_columns.h"
 #include "kmeans/cpu/kmeans_1d.h"
 #include "runtime/isa.h"
 #include "runtime/thread_pool.h"
@@ -120,7 +128,7 @@ CodebookCheckpoint codebook_of(const Case& c, const std::string& prefix = "") {
                            .row_scale = c.array<uint16_t>(prefix + "row_scale"),
                            .outlier_row_offsets = c.array<int32_t>(prefix + "outlier_row_offsets"),
                            .outlier_columns = c.array<void>(prefix + "outlier_columns"),
-                           .outlier_columns_bytes = c.number<int>("column_bytes"),
+                           .outlier_columns_bytes = c.number<int>(prefix + "column_bytes"),
                            .outlier_values = c.array<uint16_t>(prefix + "outlier_values")};
   for (int width = 1; width <= 8; ++width) found.codes[width] = c.array<uint8_t>(prefix + "codes" + std::to_string(width));
   return found;
@@ -162,6 +170,20 @@ void codebook(const Case& c) {
   if (void* dense = c.array<void>("dense")) operand.dequantize(0, checkpoint.rows, dense, dtype_of(c));
   if (void* rows = c.array<void>("row_values")) operand.row_values(c.array<int64_t>("ids"), c.number("count"), rows, dtype_of(c));
   if (uint8_t* codes = c.array<uint8_t>("all_codes")) operand.codes(codes);
+}
+
+void of_checkpoint(const Case& c) {
+  const CodebookCheckpoint checkpoint = codebook_of(c);
+  const float *scale = c.array<float>("scale"), *centroids = c.array<float>("centroids");
+  codebook_decode(checkpoint, scale, centroids, c.array<float>("dense"));
+  codebook_gradient(checkpoint, scale, c.array<float>("weight_gradient"), c.array<float>("gradient"));
+}
+
+void codes(const Case& c) {
+  const int64_t rows = c.number("rows"), columns = c.number("columns");
+  const int bits = c.number<int>("bits");
+  pack_codes(c.array<uint8_t>("codes"), c.array<uint8_t>("packed"), rows, columns, bits);
+  unpack_codes(c.array<uint8_t>("packed"), c.array<uint8_t>("again"), rows, columns, bits);
 }
 
 void sparse(const Case& c) {
@@ -244,6 +266,32 @@ void run_kmeans_1d(const Case& c) {
              .errors = c.array<double>("errors")});
 }
 
+void run_fit_columns(const Case& c) {
+  const int64_t columns = c.number("columns"), rows = c.number("rows");
+  const auto copied = [&]<class T>(const char* from, const char* to, T) {
+    return std::copy_n(c.array<T>(from), columns * rows, c.array<T>(to)) - columns * rows;
+  };
+  float* const centroids = c.array<float>("centroids");
+  std::copy_n(c.array<float>("start_centroids"), columns * 256, centroids);
+  *c.array<double>("decrease") = fit_columns({.columns = columns,
+                                              .rows = rows,
+                                              .descend = c.number("descend") != 0,
+                                              .method = KMeans1dMethod::exact,
+                                              .block = copied("start_block", "block", 0.0f),
+                                              .coupling = c.array<float>("coupling"),
+                                              .coupling_stride = columns,
+                                              .pivot = c.array<float>("pivot"),
+                                              .row_weights = c.array<float>("row_weights"),
+                                              .row_scale = c.array<float>("row_scale"),
+                                              .bits = c.array<uint8_t>("bits"),
+                                              .kept_counts = c.array<int32_t>("kept_counts"),
+                                              .stored = copied("start_stored", "stored", 0.0f),
+                                              .codes = copied("start_codes", "codes", uint8_t{}),
+                                              .kept = copied("start_kept", "kept", uint8_t{}),
+                                              .centroids = centroids,
+                                              .moves = c.array<float>("moves")});
+}
+
 // --- decode steps ----------------------------------------------------------------------------------------------------
 
 StepCall step_call(const Case& c) {
@@ -256,6 +304,10 @@ Step step_of(const Case& c, const DenseOperand& input, const DenseOperand& outpu
   step.norm.kind = static_cast<NormKind>(c.number("norm"));
   step.norm.eps = 1e-5f;
   step.norm.weight = c.list<float>("norm_weight");
+  if (c.number("norm_last") != 0) {  // as in BERT
+    std::swap(step.norm, step.output.norm);
+    step.output.norm_last = true;
+  }
   step.input.operands = {&input};
   step.output.operand = &output;
   return step;
@@ -287,6 +339,7 @@ void run_attention_step(const Case& c) {
   step.head_size = step.value_size = size;
   step.scale = c.number<float>("scale");
   step.soft_cap = c.number<float>("soft_cap");
+  step.causal = c.number("norm_last") == 0;
   StepTokens tokens{};
   tokens.batch = 1;
   tokens.queries = c.number("tokens");
@@ -296,15 +349,74 @@ void run_attention_step(const Case& c) {
       {c.array<void>("keys"), c.array<void>("values"), dtype_of(c), 1, kv_heads, capacity, size, size, strides, strides}, past);
 }
 
+void run_routed_experts(const Case& c) {
+  std::vector<std::unique_ptr<Array>> layouts;
+  std::vector<std::unique_ptr<CodebookOperand>> operands;
+  RoutedExperts experts{};
+  for (int64_t e = 0; e < c.number("experts"); ++e)
+    for (auto [name, part] : {std::pair{"up", &experts.up}, {"down", &experts.down}}) {
+      const CodebookCheckpoint checkpoint = codebook_of(c, name + std::to_string(e) + "_");
+      const int64_t bytes = codebook_layout_bytes(checkpoint);
+      layouts.push_back(std::make_unique<Array>(bytes));
+      codebook_layout_pack(layouts.back()->data(), bytes, checkpoint);
+      operands.push_back(std::make_unique<CodebookOperand>(layouts.back()->data(), bytes));
+      part->push_back(operands.back().get());
+    }
+  experts.up_bias = c.list<float>("up_bias");
+  experts.units = c.number("units");
+  experts.gate_rows = {0, 1};
+  experts.up_rows = {experts.units, 1};
+  experts.precision = precision_of(c);
+  check_routed_experts(experts);
+  routed_experts(experts, {c.array<void>("x"), c.array<void>("y"), dtype_of(c), c.number("tokens"), c.number("choices"),
+                           c.array<int64_t>("index"), c.array<float>("weights")});
+}
+
+// --- thread pool -----------------------------------------------------------------------------------------------------
+
+// Each round with another number of threads; tasks have tasks within, one fails now and then, threads sleep between rounds.
+void run_thread_pool(const Case& c) {
+  const int64_t tasks = c.number("tasks"), nested = c.number("nested");
+  const auto visits = std::make_unique<std::atomic<int64_t>[]>(tasks);
+  const int threads = num_threads();
+  for (int64_t round = 0; round < c.number("rounds"); ++round) {
+    if (round % 8 == 0) set_num_threads(1 + static_cast<int>(round / 8 % 5));
+    if (round % 4 == 3) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    std::unique_ptr<HotThreads> hot;
+    if (round % 3 == 0) hot = std::make_unique<HotThreads>();
+    parallel_for(tasks, 1, 1e9, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        std::atomic<int64_t> inside{0};
+        parallel_for(nested, 2, 1e9, [&](int64_t from, int64_t to) { inside += to - from; });
+        visits[i] += 1 + inside;
+      }
+    });
+    try {
+      parallel_for(tasks, 1, 1e9, [&](int64_t begin, int64_t) {
+        if (begin == round % tasks) throw std::runtime_error("as it shall");
+      });
+      throw std::logic_error("the exception of a task was lost");
+    } catch (const std::runtime_error&) {
+    }
+  }
+  set_num_threads(threads);
+  std::copy_n(visits.get(), tasks, c.array<int64_t>("visits"));
+}
+
 const std::map<std::string, void (*)(const Case&)> kOperations = {
     {"codebook", codebook},
+    {"checkpoint", of_checkpoint},
+    {"codes", codes},
     {"sparse", sparse},
     {"sinkhorn", run_sinkhorn},
     {"doubly_stochastic", run_doubly_stochastic},
     {"softmax_cdist_l1", run_softmax_cdist_l1},
     {"kmeans_1d", run_kmeans_1d},
+    {"fit_columns", run_fit_columns},
     {"mlp_step", run_mlp_step},
     {"attention_step", run_attention_step},
+    {"routed_experts", run_routed_experts},
+    {"thread_pool", run_thread_pool},
 };
 
 }  // namespace

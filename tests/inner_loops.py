@@ -45,17 +45,41 @@ def loops(code: list[tuple[int, str, str]]) -> list[list[tuple[int, str, str]]]:
     return [[one for one in code if begin <= one[0] <= end] for begin, end in inner]
 
 
-def main(objdump: str, path: str, *words: str) -> None:
+def densest(objdump: str, path: str) -> dict[str, tuple[int, list[tuple[int, str, str]]]]:
+    """Of each function with loops, the innermost loop with most lookups or products: how many, and its instructions."""
+    found = {}
     for name, code in functions(objdump, path).items():
-        if not all(word in name for word in words):
-            continue
         work = [(sum(bool(LOOKUPS.match(w) or PRODUCTS.match(w)) for _, w, _ in loop), loop) for loop in loops(code)]
-        if not work:
-            continue
-        most, loop = max(work, key=lambda pair: pair[0])
-        kinds = Counter(word for _, word, _ in loop)
-        print(f"{len(loop):4d} instructions, {most:3d} lookups or products  {name.split('::')[-1][:70]} {name[-120:]}")
-        print("     " + ", ".join(f"{word} {count}" for word, count in kinds.most_common(12)))
+        if work:
+            found[name] = max(work, key=lambda pair: pair[0])
+    return found
+
+
+PLANES = (4, 3, 2, 2)
+"""Of the tables, by TableKind."""
+
+
+def table_loops(objdump: str, path: str, rows: int) -> dict[tuple[int, bool, int], float]:
+    """Instructions per 32 lookups of the few-token kernels: (TableKind, of 3 bits, tokens) -> number. A lookup instruction reads
+    one plane for `rows` rows. A loop that was inlined into its caller is missing."""
+    found = {}
+    for name, (lookups, loop) in densest(objdump, path).items():
+        match = re.search(r"(\w+)_of_tokens<\(pyllmq::cpu::TableKind\)(\d), (\d+)(?:, (\d))?", name)
+        if match and lookups:
+            kind = int(match[2])
+            key = kind, match[4] == "3" or match[1] == "lookups_3bit", int(match[3])
+            found[key] = len(loop) * PLANES[kind] * 32 / (lookups * rows)
+    return found
+
+
+def main(objdump: str, path: str, *words: str) -> None:
+    for name, (most, loop) in densest(objdump, path).items():
+        if all(word in name for word in words):
+            kinds = Counter(word for _, word, _ in loop)
+            print(
+                f"{len(loop):4d} instructions, {most:3d} lookups or products  {name.split('::')[-1][:70]} {name[-120:]}"
+            )
+            print("     " + ", ".join(f"{word} {count}" for word, count in kinds.most_common(12)))
 
 
 if __name__ == "__main__":

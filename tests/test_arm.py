@@ -20,8 +20,11 @@ import pyllmq
 from pyllmq import _cpu
 from pyllmq.packing import mask_24
 
+from .inner_loops import table_loops
 from .oracle import assert_as_good_as_torch
-from .test_cpu_layout import DTYPE_CODES, MAX_ERROR, PATHS, PRECISIONS, WIDTHS, Weight
+from .test_cpu_layout import DTYPE_CODES, MAX_ERROR, PATHS, PRECISIONS, WIDTHS, Weight, pack_rows
+from .test_fit_columns import block
+from .test_fit_columns import run as fitted
 from .test_sinkhorn import exact_gradients, marginal
 from .test_softmax_cdist_l1 import check_gradient, exact_distance
 from .test_sparse_formats import random_codes
@@ -120,11 +123,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 # --- codebook --------------------------------------------------------------------------------------------------------
 
 
-def codebook_case(weight: Weight, numbers: dict[str, float], arrays: dict[str, Tensor | None], out: dict) -> Case:
+def held_by(weight: Weight, prefix: str = "") -> tuple[dict[str, float], dict[str, Tensor | None]]:
+    """Numbers and arrays of a checkpoint."""
     rows, columns = weight.shape
-    shape = {"rows": rows, "columns": columns, "segments": len(weight.segment_rows)}
-    shape["column_bytes"] = weight.outlier_columns.element_size()
-    held = {
+    numbers = {"rows": rows, "columns": columns, "segments": len(weight.segment_rows)}
+    numbers["column_bytes"] = weight.outlier_columns.element_size()
+    arrays = {
         "column_bits": weight.column_bits,
         "segment_rows": weight.segment_rows,
         "codebook": weight.codebook,
@@ -134,6 +138,11 @@ def codebook_case(weight: Weight, numbers: dict[str, float], arrays: dict[str, T
         "outlier_values": weight.outlier_values,
         **{f"codes{bits}": packed for bits, packed in weight.packed.items()},
     }
+    return {prefix + name: n for name, n in numbers.items()}, {prefix + name: a for name, a in arrays.items()}
+
+
+def codebook_case(weight: Weight, numbers: dict[str, float], arrays: dict[str, Tensor | None], out: dict) -> Case:
+    shape, held = held_by(weight)
     return Case("codebook", {**shape, **numbers}, {**held, **arrays}, out)
 
 
@@ -170,7 +179,7 @@ def test_codebook_linear(cpu, path, tmp_path):
         weight = Weight(70, 333, widths, segments=2, outlier_fraction=0.01, row_scale=scaled, int32=i % 2 == 1, seed=i)
         small = Weight(5, 11, widths, seed=i)
         for precision in PRECISIONS:
-            for tokens, dtype in ((1, torch.float32), (3, torch.bfloat16), (8, torch.float32), (19, torch.float16)):
+            for tokens, dtype in ((1, torch.float32), (3, torch.bfloat16), (8, torch.float32), (67, torch.float16)):
                 x = torch.randn(tokens, 333).to(dtype)
                 bias = torch.randn(70) if tokens > 1 else None
                 cases.append((weight, x, bias, precision, linear_case(weight, x, bias, path, precision)))
@@ -240,6 +249,36 @@ def test_codebook_decoded(cpu, tmp_path):
             assert same_bits(out["dense"], weight.dense.float().to(dtype))
             assert same_bits(out["row_values"], weight.dense.float().to(dtype)[ids])
             assert torch.equal(out["all_codes"], weight.all_codes)
+
+
+def test_checkpoint_decoded_and_its_gradient(cpu, tmp_path):
+    """What training reads: the bits of this machine."""
+    weight = Weight(70, 333, [1, 2, 3, 4, 5, 6, 7, 8], segments=3)
+    shape, held = held_by(weight)
+    scale, centroids = torch.rand(70) + 0.5, weight.codebook.float()
+    gradient = torch.randn(70, 333)
+    arrays = {**held, "scale": scale, "centroids": centroids, "weight_gradient": gradient}
+    shapes = {"dense": (70, 333), "gradient": tuple(centroids.shape)}
+    case = Case("checkpoint", shape, arrays, {name: (size, torch.float32) for name, size in shapes.items()})
+    run(cpu, [case], tmp_path)
+    here = {name: torch.empty(size) for name, size in shapes.items()}
+    _cpu.codebook_decode(weight.checkpoint(), scale.data_ptr(), centroids.data_ptr(), here["dense"].data_ptr())
+    pointers = scale.data_ptr(), gradient.data_ptr(), here["gradient"].data_ptr()
+    _cpu.codebook_gradient(weight.checkpoint(), *pointers)
+    torch.testing.assert_close(here["dense"].double(), weight.dense * scale.double()[:, None])
+    for isa, found in case.found.items():
+        assert all(same_bits(found[name], here[name]) for name in shapes), isa
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_packed_and_unpacked(cpu, bits, tmp_path):
+    codes = torch.randint(1 << bits, (33, 61), dtype=torch.uint8)
+    packed = pack_rows(codes, bits)
+    out = {"packed": (tuple(packed.shape), torch.uint8), "again": ((33, 61), torch.uint8)}
+    case = Case("codes", {"rows": 33, "columns": 61, "bits": bits}, {"codes": codes}, out)
+    run(cpu, [case], tmp_path)
+    for found in case.found.values():
+        assert torch.equal(found["packed"], packed) and torch.equal(found["again"], codes)
 
 
 # --- sparse formats --------------------------------------------------------------------------------------------------
@@ -422,6 +461,28 @@ def test_kmeans_1d(cpu, method, tmp_path):
                 assert same_bits(found[name], mine), (isa, name, case.numbers)
 
 
+def test_fit_columns(cpu, tmp_path):
+    """The same bits on every instruction set and on this machine, sweeping and descending."""
+    columns, rows = 9, 133
+    start = block(columns, rows, 3, seed=0)
+    state, out = ("block", "stored", "codes", "kept"), {}
+    for name in (*state, "centroids"):
+        dtype = torch.uint8 if name in ("codes", "kept") else torch.float32
+        out[name] = (tuple(start[name].shape), dtype)
+    out |= {"moves": ((columns, rows), torch.float32), "decrease": ((1,), torch.float64)}
+    swept, _, _ = fitted("cpu", start)
+    cases = []
+    for descend, begin in ((False, start), (True, swept | {"block": start["block"].flip(0) * 0.3})):
+        arrays = {f"start_{name}" if name in out else name: tensor for name, tensor in begin.items()}
+        case = Case("fit_columns", {"columns": columns, "rows": rows, "descend": descend}, arrays, out)
+        cases.append((case, *fitted("cpu", begin, descend=descend)))
+    run(cpu, [case for case, *_ in cases], tmp_path)
+    for case, here, moves, decrease in cases:
+        for isa, found in case.found.items():
+            assert all(same_bits(found[name], here[name]) for name in (*state, "centroids")), isa
+            assert same_bits(found["moves"], moves) and found["decrease"].item() == decrease, isa
+
+
 # --- decode steps ----------------------------------------------------------------------------------------------------
 
 
@@ -456,8 +517,10 @@ def test_mlp_step(cpu, tokens, tmp_path):
             assert_as_good_as_torch(out["y"], reference(torch.float64), reference(torch.float32), factor=3.0)
 
 
+@pytest.mark.parametrize("norm_last", [False, True], ids=["decoder", "encoder"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_attention_step(cpu, dtype, tmp_path):
+def test_attention_step(cpu, dtype, norm_last, tmp_path):
+    """A norm before the Linears and causal, or none there and one behind the residual and all keys seen: as in BERT."""
     heads, kv_heads, size, hidden = 6, 2, 24, 70
     cases = []
     for tokens, past, soft_cap in ((1, 70, 0.0), (3, 130, 5.0)):
@@ -473,6 +536,7 @@ def test_attention_step(cpu, dtype, tmp_path):
             "head_size": size,
         }
         numbers |= {"norm": 1, "scale": size**-0.5, "soft_cap": soft_cap, "dtype": DTYPE_CODES[dtype]}
+        numbers["norm_last"] = norm_last
         arrays = {"x": x, "qkv": qkv, "back": back, "norm_weight": weight, "keys": keys, "values": values}
         cases.append(Case("attention_step", numbers, arrays, {"y": ((tokens, hidden), torch.float32)}))
     run(cpu, cases, tmp_path)
@@ -481,7 +545,8 @@ def test_attention_step(cpu, dtype, tmp_path):
 
         def reference(kind, case=case, tokens=tokens, past=past, soft_cap=soft_cap):
             x, qkv, back, weight = (case.arrays[name].to(kind) for name in ("x", "qkv", "back", "norm_weight"))
-            rows = (rms_norm(x, weight) @ qkv.T).view(tokens, -1, size).transpose(0, 1)
+            h = x if norm_last else rms_norm(x, weight)
+            rows = (h @ qkv.T).view(tokens, -1, size).transpose(0, 1)
             q, *new = rows.split([heads, kv_heads, kv_heads])
             held = []
             for name, own in zip(("keys", "values"), new, strict=True):
@@ -492,11 +557,77 @@ def test_attention_step(cpu, dtype, tmp_path):
             if soft_cap:
                 scores = soft_cap * torch.tanh(scores / soft_cap)
             hidden_keys = torch.ones(tokens, past + tokens, dtype=torch.bool).triu(past + 1)
-            weights = torch.softmax(scores.masked_fill(hidden_keys, float("-inf")), -1)
-            return x + (weights @ held[1]).transpose(0, 1).flatten(1) @ back.T
+            if not norm_last:
+                scores = scores.masked_fill(hidden_keys, float("-inf"))
+            y = x + (torch.softmax(scores, -1) @ held[1]).transpose(0, 1).flatten(1) @ back.T
+            return rms_norm(y, weight) if norm_last else y
 
         for out in case.found.values():
             exact = reference(torch.float64)
             # keys and values near the middle of two numbers of 16 bits may round either way
             slack = 1.0 if dtype == torch.float32 else 2e3
             assert_as_good_as_torch(out["y"], exact, reference(torch.float32), factor=3.0, roundings=slack)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_routed_experts(cpu, precision, tmp_path):
+    """One token and many; an index may name no expert."""
+    experts, hidden, units = 3, 70, 37
+    up, down = (
+        [Weight(*shape, [2, 3, 4], outlier_fraction=0.01, row_scale=True, seed=e) for e in range(experts)]
+        for shape in ((2 * units, hidden), (hidden, units))
+    )
+    numbers: dict[str, float] = {"experts": experts, "units": units, "precision": PRECISIONS[precision]}
+    arrays: dict[str, Tensor | None] = {"up_bias": torch.randn(experts, 2 * units) * 0.3}
+    for e in range(experts):
+        for name, weights in (("up", up), ("down", down)):
+            shape, held = held_by(weights[e], f"{name}{e}_")
+            numbers, arrays = numbers | shape, arrays | held
+    cases = []
+    for tokens, choices, dtype in ((1, 2, torch.float32), (41, 2, torch.bfloat16)):
+        index = torch.stack([torch.randperm(experts + 1)[:choices] for _ in range(tokens)])
+        given = {"x": torch.randn(tokens, hidden).to(dtype) / 8, "index": index, "weights": torch.rand(tokens, choices)}
+        sizes = {"tokens": tokens, "choices": choices, "dtype": DTYPE_CODES[dtype]}
+        cases.append(Case("routed_experts", numbers | sizes, arrays | given, {"y": ((tokens, hidden), dtype)}))
+    run(cpu, cases, tmp_path)
+    for case in cases:
+        x, index, weights = (case.arrays[name] for name in ("x", "index", "weights"))
+        exact = torch.zeros(x.shape, dtype=torch.float64)
+        for e in range(experts):
+            gate, rest = (x.double() @ up[e].dense.T + arrays["up_bias"][e]).chunk(2, -1)
+            y = (nn.functional.silu(gate) * rest) @ down[e].dense.T
+            exact += y * torch.where(index == e, weights, 0).sum(1, keepdim=True)
+        for isa, out in case.found.items():
+            rounding = torch.finfo(x.dtype).eps / 2
+            in_bytes = precision == "fast" and isa in ("neon_dotprod", "neon_i8mm")
+            allowed = rounding + 1e-6 + 2 * (1.2e-2 if in_bytes else MAX_ERROR[precision])
+            assert (out["y"].double() - exact).norm() <= allowed * exact.norm(), (isa, case.numbers)
+
+
+# --- thread pool -----------------------------------------------------------------------------------------------------
+
+
+def test_thread_pool(tmp_path):
+    """Each task runs once in each round, and each of the tasks within it, whatever the number of threads."""
+    case = Case("thread_pool", {"tasks": 37, "nested": 9, "rounds": 80}, {}, {"visits": ((37,), torch.int64)})
+    run("max", [case], tmp_path)
+    for found in case.found.values():
+        assert found["visits"].tolist() == [80 * (1 + 9)] * 37
+
+
+# --- instructions ----------------------------------------------------------------------------------------------------
+
+
+def test_inner_loops_need_few_instructions():
+    """Lookups at 1 to 4 bits: for each byte of register at most 1.3 times AVX2's instructions (docs/kernels-arm.md)."""
+    theirs = next(iter(ROOT.glob("build/*/pyllmq._cpu/csrc/codebook/cpu/linear_avx2.cpp.o")), None)
+    objdump = COMPILER.replace("g++", "objdump")
+    if SANITIZED or theirs is None or shutil.which(objdump) is None:
+        pytest.skip(f"needs {objdump}, the AVX2 kernels built in this folder, and no sanitizer")
+    neon = table_loops(objdump, str(driver().parent / "objects/csrc/codebook/cpu/linear_neon.cpp.o"), rows=16)
+    avx2 = table_loops("objdump", str(theirs), rows=32)
+    compared = neon.keys() & avx2.keys()
+    bits16 = 2  # TableKind of the default precision
+    assert {(bits16, of_3_bits, tokens) for of_3_bits in (False, True) for tokens in (1, 2)} <= compared
+    ratios = {key: neon[key] * 16 / (avx2[key] * 32) for key in compared}
+    assert max(ratios.values()) <= 1.3, ratios

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import pyllmq
-from pyllmq import NoKernelError, backends, dispatch
+from pyllmq import NoKernelError, _cpu, backends, dispatch
+from pyllmq.backends.cpu import instruction_sets
 from pyllmq.backends.cuda import runtime as cuda_runtime
 from pyllmq.backends.cuda import sinkhorn as cuda_sinkhorn
 from pyllmq.dispatch import Operation, Problem, choose
@@ -102,6 +103,14 @@ PROBLEMS = {
     **{f"{backend}.doubly_stochastic{way}": SinkhornProblem(f"doubly_stochastic{way}", "cpu", dtype, 4, 4)
        for backend, dtype in (("cpu", F32), ("reference", torch.float64)) for way in ("", "_backward")},
 }  # fmt: skip
+
+
+def test_doctor_knows_each_cpu_row_on_each_instruction_set():
+    named = {f"cpu.{row}" for rows_of in instruction_sets.ROWS_OF.values() for row in rows_of}
+    assert named == {row.name for row in dispatch.rows() if row.backend == "cpu"}
+    isas = {"amx", "avx512", "avx2", "neon_i8mm", "neon_dotprod", "neon", "scalar"}
+    assert set(_cpu.supported_isas()) <= isas == instruction_sets.SERVED.keys() == instruction_sets.FASTER.keys()
+    assert all(lines.keys() == instruction_sets.ROWS_OF.keys() for lines in instruction_sets.SERVED.values())
 
 
 def test_every_row_is_reachable(monkeypatch):

@@ -79,7 +79,7 @@ class CompressionReport:
         """Write as JSON; the file is whole or not there."""
         target = Path(path)
         part = target.with_name(target.name + ".part")
-        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         os.replace(part, target)
 
     def __str__(self) -> str:

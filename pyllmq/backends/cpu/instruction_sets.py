@@ -3,20 +3,45 @@ in csrc/<operation>/cpu/."""
 
 from __future__ import annotations
 
-_FEW, _MORE = "codebook, few tokens", "codebook, more tokens"
-_OTHERS = "Sinkhorn, distances, k-means, decode steps"
-_INT16 = "int16, exact in fp32"
+_FEW, _MORE, _WHOLE = "codebook, few tokens", "codebook, more tokens", "codebook, decoded"
+_SPARSE, _OTHERS, _PLAIN = "sparse", "Sinkhorn, distances, k-means, decode steps", "codes, chosen rows, training"
+_BOTH_WAYS = ("sinkhorn", "doubly_stochastic", "softmax_cdist_l1")
+_FORMATS = ("bitmap", "sparse24", "sparse24_codebook")
+
+ROWS_OF: dict[str, tuple[str, ...]] = {
+    _FEW: ("codebook_linear", "routed_experts"),
+    _MORE: ("codebook_linear", "routed_experts"),
+    _WHOLE: ("codebook_dequantize",),
+    _SPARSE: tuple(f"{kind}_{op}" for kind in _FORMATS for op in ("linear", "dequantize")),
+    _OTHERS: (
+        *(f"{op}{way}" for op in _BOTH_WAYS for way in ("", "_backward")),
+        *(f"kmeans_1d{what}{where}" for what in ("", "_errors") for where in ("", "_moved")),
+        "fit_columns",
+    ),
+    _PLAIN: (
+        *("pack_codes", "unpack_codes", "codebook_rows"),
+        *("codebook_gradient", "decode_checkpoint", "decode_checkpoint_and_matmul"),
+    ),
+}
+"""What `pyllmq doctor` prints on one line -> the rows of dispatch, without "cpu.", that run it."""
+
+
+def _served(vectors: str, more: str, sparse: str = "") -> dict[str, str]:
+    """A processor's best vectors serve all but what is said otherwise."""
+    best = {_FEW: vectors, _MORE: f"{vectors} {more}", _WHOLE: vectors, _SPARSE: vectors + sparse, _OTHERS: vectors}
+    return best | {_PLAIN: "scalar, as on every processor"}
+
 
 SERVED: dict[str, dict[str, str]] = {
-    "amx": {_FEW: "avx512", _MORE: "amx, exact in avx512 fp32", "sparse": "avx512, bf16 in amx", _OTHERS: "avx512"},
-    "avx512": {_FEW: "avx512", _MORE: f"avx512 {_INT16}, fast in int8", "sparse": "avx512", _OTHERS: "avx512"},
-    "avx2": {_FEW: "avx2", _MORE: f"avx2 {_INT16}", "sparse": "avx2", _OTHERS: "avx2"},
-    "neon_i8mm": {_FEW: "neon", _MORE: "neon fp32, fast in int8 by smmla", "sparse": "neon", _OTHERS: "neon"},
-    "neon_dotprod": {_FEW: "neon", _MORE: "neon fp32, fast in int8 by sdot", "sparse": "neon", _OTHERS: "neon"},
-    "neon": {_FEW: "neon", _MORE: "neon fp32", "sparse": "neon", _OTHERS: "neon"},
-    "scalar": {_FEW: "scalar", _MORE: "scalar fp32", "sparse": "scalar", _OTHERS: "scalar"},
+    "amx": _served("avx512", "", ", bf16 in amx") | {_MORE: "amx, exact in avx512 fp32"},
+    "avx512": _served("avx512", "int16, exact in fp32, fast in int8"),
+    "avx2": _served("avx2", "int16, exact in fp32"),
+    "neon_i8mm": _served("neon", "fp32, fast in int8 by smmla"),
+    "neon_dotprod": _served("neon", "fp32, fast in int8 by sdot"),
+    "neon": _served("neon", "fp32"),
+    "scalar": _served("scalar", "fp32"),
 }
-"""By the name that `_cpu.isa()` gives: operation -> row."""
+"""By the name that `_cpu.isa()` gives: line -> instruction set."""
 
 FASTER = {
     "amx": "nothing that is written here",

@@ -80,7 +80,7 @@ class Manifest:
     @staticmethod
     def _read(place: Path) -> dict[str, Any]:
         try:
-            contents = json.loads((place / "manifest.json").read_text())
+            contents = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
             contents["signature"], contents["finished"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{place / 'manifest.json'} cannot be read ({error!r}); delete {place}") from error
@@ -130,7 +130,7 @@ class Manifest:
 
 @contextmanager
 def _lock(place: Path) -> Iterator[None]:
-    with (place / "lock").open("w") as file:
+    with (place / "lock").open("wb") as file:
         try:
             if sys.platform == "win32":
                 import msvcrt
@@ -195,7 +195,7 @@ def _short(value: Any) -> str:
 
 def write_text(target: Path, text: str) -> None:
     with _placed(target) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
 
 
 def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -225,7 +225,10 @@ def _placed(target: Path) -> Iterator[Path]:
 
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    windows = sys.platform == "win32"  # it opens no folders, and syncs no file that is open for reading alone
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -91,7 +91,7 @@ def read_ctranslate2(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _places(layers: Mapping[str, int]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+def places(layers: Mapping[str, int]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(CTranslate2's module, transformers' module, the Linears that the former has in one); a norm has none."""
     for side, count in layers.items():
         yield f"{side}/layer_norm", f"model.{side}.layer_norm", ()
@@ -116,7 +116,7 @@ def state_dict(tensors: Mapping[str, Tensor], layers: Mapping[str, int]) -> dict
     """The tensors under the names of transformers. Raises ValueError where a bias has no place there."""
     found = {f"model.{s}.embed_positions.weight": tensors[f"{s}/position_encodings/encodings"] for s in layers}
     found["model.decoder.embed_tokens.weight"] = found["proj_out.weight"] = tensors["decoder/embeddings/weight"]
-    for theirs, ours, parts in _places(layers):
+    for theirs, ours, parts in places(layers):
         if not parts:
             found |= {f"{ours}.weight": tensors[f"{theirs}/gamma"], f"{ours}.bias": tensors[f"{theirs}/beta"]}
             continue
@@ -151,11 +151,12 @@ def convert(source: Path, target: Path) -> None:
         s: len({k.split("/")[1] for k in tensors if k.startswith(f"{s}/layer_")}) - 1 for s in ("encoder", "decoder")
     }
     vocabulary, width = tensors["decoder/embeddings/weight"].shape
-    english = vocabulary == 51864  # every special token is one lower
-    end = 50257 - english
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    tokenizer = WhisperTokenizerFast(tokenizer_file=str(source / "tokenizer.json"), **special)
+    id_of = tokenizer.convert_tokens_to_ids
     ids: dict[str, Any] = {
-        "decoder_start_token_id": end + 1,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end),
+        "decoder_start_token_id": id_of("<|startoftranscript|>"),
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), id_of("<|endoftext|>")),
     }
     config = WhisperConfig(
         vocab_size=vocabulary, d_model=width, num_mel_bins=tensors["encoder/conv1/weight"].shape[1],
@@ -168,14 +169,12 @@ def convert(source: Path, target: Path) -> None:
     wrong = model.load_state_dict({k: v.float() for k, v in state_dict(tensors, count).items()}, strict=False)
     if wrong.missing_keys or wrong.unexpected_keys:
         raise ValueError(f"{source} is no whole Whisper: {wrong}")
-    no_times = 50362 if english else 50363 + vocabulary - 51865
     model.generation_config = GenerationConfig(
-        max_length=448, is_multilingual=not english, no_timestamps_token_id=no_times, prev_sot_token_id=no_times - 2,
+        max_length=448, is_multilingual=vocabulary > 51864, no_timestamps_token_id=id_of("<|notimestamps|>"),
+        prev_sot_token_id=id_of("<|startofprev|>"),
         return_timestamps=False, alignment_heads=said["alignment_heads"], suppress_tokens=said["suppress_ids"],
         begin_suppress_tokens=said["suppress_ids_begin"], **ids,
     )  # fmt: skip
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
-    tokenizer = WhisperTokenizerFast(tokenizer_file=str(source / "tokenizer.json"), **special)
     with new_folder(target) as part:
         model.half().save_pretrained(part)
         WhisperProcessor(WhisperFeatureExtractor(feature_size=config.num_mel_bins), tokenizer).save_pretrained(part)

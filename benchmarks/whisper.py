@@ -163,6 +163,8 @@ def convert(source: Path, target: Path) -> None:
         **{f"{s}_layers": layers for s, layers in count.items()},
         **{f"{s}_attention_heads": int(tensors[f"{s}/num_heads"]) for s in count},
         **{f"{s}_ffn_dim": len(tensors[f"{s}/layer_0/ffn/linear_0/weight"]) for s in count},
+        max_source_positions=len(tensors["encoder/position_encodings/encodings"]),
+        max_target_positions=len(tensors["decoder/position_encodings/encodings"]),
         suppress_tokens=None, begin_suppress_tokens=None, **ids,
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config)
@@ -170,9 +172,9 @@ def convert(source: Path, target: Path) -> None:
     if wrong.missing_keys or wrong.unexpected_keys:
         raise ValueError(f"{source} is no whole Whisper: {wrong}")
     model.generation_config = GenerationConfig(
-        max_length=448, is_multilingual=vocabulary > 51864, no_timestamps_token_id=id_of("<|notimestamps|>"),
-        prev_sot_token_id=id_of("<|startofprev|>"),
-        return_timestamps=False, alignment_heads=said["alignment_heads"], suppress_tokens=said["suppress_ids"],
+        max_length=config.max_target_positions, is_multilingual=vocabulary > 51864, return_timestamps=False,
+        no_timestamps_token_id=id_of("<|notimestamps|>"), prev_sot_token_id=id_of("<|startofprev|>"),
+        alignment_heads=said["alignment_heads"], suppress_tokens=said["suppress_ids"],
         begin_suppress_tokens=said["suppress_ids_begin"], **ids,
     )  # fmt: skip
     with new_folder(target) as part:

@@ -445,8 +445,7 @@ def _reshape_streamed(given: argparse.Namespace, config: Any, packing: MethodCon
             print(f"written to {output}; load it with transformers")
             return 0
         narrow = _narrow_folder(output)
-        begun = given.resume and (working_folder(narrow) / "manifest.json").exists()
-        print(prune_folder(streamed, narrow, config, batches, resume=begun, keep=True, progress=progress))
+        print(prune_folder(streamed, narrow, config, batches, resume=given.resume, keep=True, progress=progress))
         begun = given.resume and (working_folder(output) / "manifest.json").exists()
         report = compress_folder(narrow, output, packing, batches, resume=begun, progress=progress, **_names(given))
         for folder in (narrow, working_folder(narrow)):

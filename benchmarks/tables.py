@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import mean, pstdev
 
-from . import accuracy, generation, goals, low_rank, sparse, structured, whisper
+from . import accuracy, generation, goals, low_rank, sparse, structured
 from .memory import READ_LIMIT
 from .providers import BASELINE
 from .record import Row, read, read_rows
@@ -439,9 +439,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy-encoder": lambda: accuracy_table(accuracy.BUNDLED, tuple(METHODS), ENCODER_BITS, 4),
     "accuracy-causal": lambda: accuracy_table(
         "tiny_lm", tuple(m for m in METHODS if m != "RTN g128"), ENCODER_BITS, 2, percent=True
-    ),
-    "accuracy-whisper": lambda: accuracy_table(
-        whisper.BUNDLED, tuple(m for m in METHODS if m != "ours tuned"), (3.0, 4.0), 4
     ),
     "pruning-encoder": lambda: pruning_table(accuracy.BUNDLED, 4),
     "pruning-causal": lambda: pruning_table("tiny_lm", 2),

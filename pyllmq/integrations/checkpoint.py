@@ -37,6 +37,7 @@ class StreamedModel(Weights):
         self.headers = read_headers(self.files)  # a damaged one is named here, before transformers meets it
         self.model = _skeleton(self.folder, self.headers, self.device, architecture)
         self.blocks: tuple[str, ...] = ()
+        self._renamed: dict[str, str] = {}
         self._users: dict[str, int] = {}
         self._held: dict[str, list[Tensor]] = {}
         known = self.model.state_dict()
@@ -113,6 +114,10 @@ class StreamedModel(Weights):
         wanted = set(blocks)
         self.blocks = tuple(block for block in self.blocks if block in wanted)
 
+    def rename(self, blocks: Mapping[str, str]) -> None:
+        """Block -> the name under which it is written."""
+        self._renamed = dict(blocks)
+
     def unit_of(self, key: str) -> str:
         """The unit to which a tensor of the model belongs."""
         parts = key.split(".")
@@ -173,6 +178,8 @@ class StreamedModel(Weights):
         module = self.model.get_submodule(unit) if unit else self.model
         held = module.state_dict(prefix=f"{unit}." if unit else "")
         held = {key: value for key, value in held.items() if not value.is_meta and self.unit_of(key) == unit}
+        if unit in self._renamed:
+            held = {f"{self._renamed[unit]}{key.removeprefix(unit)}": value for key, value in held.items()}
         if unit == OUTSIDE:
             held = internals.without_tied(self.model, held)
         written = internals.tensors_of_file(self.model, held)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -172,11 +172,11 @@ def versions() -> dict[str, str]:
     return {name: module.__version__ for name, module in named.items()}
 
 
-def open_manifest(target: Path, signature: Mapping[str, Any], resume: bool) -> Manifest:
-    """The job that writes `target`: a new one, or the one to go on with."""
+def open_manifest(target: Path, signature: Mapping[str, Any], resume: bool, finished: bool = False) -> Manifest:
+    """The job that writes `target`: a new one, or the one to go on with, which may be `finished`."""
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; give the name of a folder")
-    return (Manifest.resume if resume else Manifest.begin)(target, signature)
+    return Manifest.resume(target, signature, finished) if resume else Manifest.begin(target, signature)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
@@ -319,11 +319,17 @@ class FolderJob:
         }
 
     def _write(self, unit: str, entry: Mapping[str, Any]) -> None:
-        units = (OUTSIDE, *self.streamed.blocks)
-        part = f"model-{units.index(unit) + 1:05d}-of-{len(units):05d}.safetensors"
-        file = SINGLE if len(units) == 1 else part
-        write_tensors(self.manifest.folder / file, self.streamed.checkpoint_tensors(unit))
-        self.manifest.add(unit, file, entry)
+        write_unit(self.streamed, self.manifest, unit, (OUTSIDE, *self.streamed.blocks), entry)
+
+
+def write_unit(
+    streamed: StreamedModel, manifest: Manifest, unit: str, units: Sequence[str], entry: Mapping[str, Any]
+) -> None:
+    """A file with the tensors of a loaded unit, one of `units`, and its entry in the manifest."""
+    part = f"model-{units.index(unit) + 1:05d}-of-{len(units):05d}.safetensors"
+    file = SINGLE if len(units) == 1 else part
+    write_tensors(manifest.folder / file, streamed.checkpoint_tensors(unit))
+    manifest.add(unit, file, entry)
 
 
 def put_finished(
@@ -335,20 +341,27 @@ def put_finished(
     """
     from ...integrations.transformers import check_written, describe_packed
 
-    folder = manifest.folder
-    write_index(folder, [entry["file"] for entry in manifest.finished])
     structures = {name: described for entry in manifest.finished for name, described in entry["structures"].items()}
     order = [name for name, _ in streamed.model.named_modules() if name in structures]
     describe_packed(streamed.model, {names[name]: structure_from_dict(structures[name]) for name in order})
+    put_whole(manifest, streamed, target, others, lambda folder: check_written(folder, type(streamed.model)))
+    manifest.remove()
+
+
+def put_whole(
+    manifest: Manifest, streamed: StreamedModel, target: Path, others: Sequence[Any], check: Callable[[Path], object]
+) -> None:
+    """Add to the finished files what else belongs into a folder of this model, `check` it, and move it to its place."""
+    folder = manifest.folder
+    write_index(folder, [entry["file"] for entry in manifest.finished])
     streamed.save_settings(folder)
     for other in others:
         other.save_pretrained(folder)
     copy_others(streamed.folder, folder, skip=(manifest.place, target))
-    check_written(folder, type(streamed.model))
+    check(folder)
     for path in (*folder.rglob("*"), folder):
         sync(path)
     put_folder(folder, target)
-    manifest.remove()
 
 
 def write_index(folder: Path, files: Sequence[str]) -> None:

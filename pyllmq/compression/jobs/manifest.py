@@ -56,12 +56,16 @@ class Manifest:
         return manifest
 
     @classmethod
-    def resume(cls, output: Path, signature: Mapping[str, Any]) -> Manifest:
-        """The unfinished job. Raises ValueError, with what differs, if it is not the same as `signature` says."""
+    def resume(cls, output: Path, signature: Mapping[str, Any], finished: bool = False) -> Manifest:
+        """The unfinished job, or one that was kept when it was `finished`. Raises ValueError, with what differs, if it is not the
+        same as `signature` says."""
         place = working_folder(output)
         if not (place / "manifest.json").exists():
             raise FileNotFoundError(f"there is nothing to resume: {place} has no manifest.json; leave --resume out")
-        if not (place / "folder").is_dir():
+        folder = place / "folder"
+        if not folder.is_dir() and finished and output.is_dir():
+            folder = output
+        if not folder.is_dir():
             raise FileNotFoundError(f"there is nothing to resume: {output} is finished; {place} can be deleted")
         manifest = cls(output, cls._read(place))
         differences = list(_differences(manifest.contents["signature"], json.loads(json.dumps(signature))))
@@ -72,7 +76,7 @@ class Manifest:
                 "then, or delete that folder to begin anew"
             )
         for entry in manifest.finished:
-            file = manifest.folder / entry["file"]
+            file = folder / entry["file"]
             if not file.is_file() or file_digest(file) != entry["sha256"]:
                 raise ValueError(f"{file} is not as it was written; it is damaged, delete {place} to begin anew")
         return manifest
@@ -96,7 +100,7 @@ class Manifest:
     def _clear(self) -> None:
         """By what the manifest names, not by our own suffix: safetensors writes under a passing name of its own (`.tmp...`)."""
         named = {entry["file"] for entry in self.finished}
-        strays = [file for file in self.folder.iterdir() if file.name not in named]
+        strays = [file for file in self.folder.iterdir() if file.name not in named] if self.folder.is_dir() else []
         strays += [file for file in self.place.iterdir() if file.name.startswith(".") or file.name.endswith(PART)]
         for stray in strays:
             if stray.is_dir():  # what a tokenizer may have begun to write

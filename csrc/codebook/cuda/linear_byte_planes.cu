@@ -332,7 +332,7 @@ PYLLMQ_DEVICE void finish(const LayoutHeader& h, const Arguments& a, Shared& sha
                          in_block % kTileRows);
     return sum;
   };
-  uint32_t* counter = counter_of(h, 0, h.tiles, w.block.tile_begin + w.first_row / kTileRows);
+  uint32_t* counter = counter_of(a.call, h, 0, h.tiles, w.block.tile_begin + w.first_row / kTileRows);
   store_outputs(a.call, a.splits, w.split, counter, 0, row_begin, shared.arrived, for_each_output, sum_of);
 }
 

@@ -10,32 +10,38 @@ import pytest
 from . import gpu_loops
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = "csrc/codebook/cuda/linear_byte_planes.cu"
 MOST_REGISTERS = 128  # of two blocks of 256 threads
 
-# Issued and ALU instructions per weight and lane of the loop of a width, by the tokens. The aims for one token are 1.15 and 0.9
-# at 2 bits (the first is not reached), 1.35 and 1.0 at 3, 2.0 and 1.45 at 4.
+# Issued and ALU instructions per weight and lane of the loop of a width, by the tokens, beside wider columns and for sm_80, too.
+# The aims for one token are 1.15 and 0.9 at 2 bits, 1.35 and 1.0 at 3, 2.0 and 1.45 at 4.
 MOST = {
     (1, 1): (1.22, 0.93),
     (2, 1): (1.21, 0.90),
     (3, 1): (1.35, 1.00),
     (4, 1): (2.00, 1.45),
-    (1, 2): (1.61, 1.04),
-    (2, 2): (1.58, 1.01),
-    (3, 2): (1.74, 1.10),
-    (4, 2): (2.45, 1.55),
+    (1, 2): (1.61, 1.07),
+    (2, 2): (1.58, 1.04),
+    (3, 2): (1.72, 1.13),
+    (4, 2): (2.49, 1.59),
 }
+MOST_AT_2_BITS = {"80": 1.16, "90a": 1.15}  # issued, one token, where no column is wider
 
 
-@pytest.fixture(scope="module", params=["80", "90a"])
-def compiled(request, tmp_path_factory):
+
+
+@pytest.fixture(params=["80", "90a"])
+def architecture(request):
+    return request.param
+
+
+def compiled(source, architecture, folder):
     """(what ptxas says of each kernel, the kernels' lines)."""
     nvcc, nvdisasm = shutil.which("nvcc"), gpu_loops.tool("nvdisasm")
     if nvcc is None or nvdisasm is None:
         pytest.skip("no nvcc, or no nvdisasm on PATH or beside triton")
-    cubin = tmp_path_factory.mktemp("machine_code") / "kernels.cubin"
-    arch = f"-gencode=arch=compute_{request.param},code=sm_{request.param}"
-    command = [nvcc, "-O3", "-std=c++20", "-DNDEBUG", arch, "-Icsrc", "-Xptxas=-v", "-cubin", f"-o={cubin}", SOURCE]
+    cubin = folder / "kernels.cubin"
+    arch = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    command = [nvcc, "-O3", "-std=c++20", "-DNDEBUG", arch, "-Icsrc", "-Xptxas=-v", "-cubin", f"-o={cubin}", source]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr, gpu_loops.kernels(nvdisasm, cubin)
@@ -51,8 +57,8 @@ def by_instance(names):
 
 
 @pytest.mark.slow
-def test_no_spills_and_few_instructions_a_weight(compiled):
-    said, kernels = compiled
+def test_byte_planes_have_no_spills_and_few_instructions_a_weight(architecture, tmp_path):
+    said, kernels = compiled("csrc/codebook/cuda/linear_byte_planes.cu", architecture, tmp_path)
     reports = dict(re.findall(r"Compiling entry function '(\w+)'[^\n]*\n((?:(?!Compiling entry)[^\n]*\n?)+)", said))
     instances = by_instance(kernels)
     assert set(instances) == {(widest, tokens) for widest in (2, 3, 4) for tokens in (1, 2)}
@@ -69,4 +75,6 @@ def test_no_spills_and_few_instructions_a_weight(compiled):
             weights = 512 // tokens * 16 / 32
             issued, alu = loop["issued"] / weights, loop["ALU"] / weights
             most_issued, most_alu = MOST[width, tokens]
+            if (widest, tokens, width) == (2, 1, 2):
+                most_issued = MOST_AT_2_BITS[architecture]
             assert issued <= most_issued and alu <= most_alu, (widest, tokens, width, issued, alu)

@@ -1,4 +1,4 @@
-"""What nvcc makes of the byte-plane kernel: no spills at two blocks a multiprocessor, and instructions per weight."""
+"""What nvcc makes of the byte-plane kernel and of decoding: no spills at two blocks a multiprocessor, instructions per weight."""
 
 import re
 import shutil
@@ -27,6 +27,7 @@ MOST = {
 MOST_AT_2_BITS = {"80": 1.16, "90a": 1.15}  # issued, one token, where no column is wider
 
 
+MOST_OF_DEQUANTIZE = 4.0  # issued, of columns of 1, 2, 3 or 4 bits stored in 16 bits without a row scale
 
 
 @pytest.fixture(params=["80", "90a"])
@@ -78,3 +79,17 @@ def test_byte_planes_have_no_spills_and_few_instructions_a_weight(architecture, 
             if (widest, tokens, width) == (2, 1, 2):
                 most_issued = MOST_AT_2_BITS[architecture]
             assert issued <= most_issued and alu <= most_alu, (widest, tokens, width, issued, alu)
+
+
+@pytest.mark.slow
+def test_decoding_stores_16_bytes_and_takes_few_instructions_a_weight(architecture, tmp_path):
+    said, kernels = compiled("csrc/codebook/cuda/dequantize.cu", architecture, tmp_path)
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said)
+    assert spills and set(spills) == {("0", "0")}, said
+    (name,) = (name for name in kernels if "codebook_dequantize_kernelILb0E" in name)
+    loops = [loop for loop in gpu_loops.loops(kernels[name]) if gpu_loops.counts(loop)["MOVM"] == 32]
+    assert len(loops) == 4, "a loop for each width up to 4"
+    for loop in loops:
+        stores = [line for line in loop if gpu_loops.word(line) == "STG"]
+        assert len(stores) == 8 and all(".128" in line for line in stores), stores
+        assert len(loop) / 64 <= MOST_OF_DEQUANTIZE, len(loop)  # 32 lanes decode 64 rows of 32 columns

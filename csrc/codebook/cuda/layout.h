@@ -64,6 +64,7 @@ struct LayoutHeader {
   int64_t spans_offset;                       // ColumnSpan [segments, slots]; with the planes
   int64_t blocks_offset;                      // RowBlock [blocks]
   int64_t columns_offset;                     // int32 [slots]: the column of a slot, -1 for padding
+  int64_t slots_offset;                       // int32 [columns]: the slot of a column
   int64_t row_scale_offset;                   // fp16 [rows]; 0: none
   int64_t outliers;                           // 0: the four arrays below do not exist
   int64_t outlier_begin_offset;               // uint32 [panels, tiles]: first outlier of a panel in a tile

@@ -164,6 +164,14 @@ def test_dequantize(dtype, n, k, row_scale):
 
 
 @pytest.mark.parametrize("bits", ALL_WIDTHS)
+def test_dequantize_strips_of_one_width(bits):
+    case = random_case(150, 104, (bits,), segments=2, outliers=0.03)
+    with pyllmq.use_backend("cuda"):
+        for dtype in (torch.float16, torch.bfloat16):
+            assert torch.equal(codebook_dequantize(packed(case), dtype), case.dense.to(dtype))
+
+
+@pytest.mark.parametrize("bits", ALL_WIDTHS)
 def test_pack_and_unpack_codes(bits):
     for rows, columns in ((1, 1), (7, 13), (3, 0), (0, 3), (40, 600)):
         codes = torch.randint(0, 2**bits, (rows, columns)).to(torch.uint8)

@@ -4,8 +4,8 @@
 //
 //   lane 4a + r, register k:   rows 2r, 2r + 1 of column 8 (a / 2) + 2k + a % 2   ->   columns 8r + 2k, 8r + 2k + 1 of row a
 //
-// So four registers are 8 neighbouring columns, and every store has 16 bytes. Outliers are stored by a second launch, each
-// row's where the layout's index says; nothing is searched.
+// So four registers are 8 neighbouring columns: one store of 16 bytes, but for fp32 and for rows that begin elsewhere. Outliers
+// are stored by a second launch, each row's where the layout's index says; nothing is searched.
 #include <algorithm>
 #include <limits>
 #include <type_traits>

@@ -44,8 +44,8 @@ void bind_linear_operand(py::module_& m) {
       .def("room", &LinearOperand::room, arg("tokens"), arg("dtype"))
       .def(
           "linear",
-          [](const LinearOperand& self, Pointer x, int dtype, int64_t tokens, Pointer bias, int bias_dtype, Pointer y,
-             Pointer partials, Pointer stream) {
+          [](LinearOperand& self, Pointer x, int dtype, int64_t tokens, Pointer bias, int bias_dtype, Pointer y, Pointer partials,
+             Pointer stream) {
             self.linear({.tokens = tokens,
                          .x = as<void>(x),
                          .dtype = dtype,

@@ -2,21 +2,27 @@
 // waiting for it. The object does not own the layout: whoever makes it keeps that memory alive and in its place. Pointers and
 // integers only; all pointers are of the current device.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
+
+#include "runtime/cuda/runtime.h"
 
 namespace pyllmq::cuda {
 
 constexpr int64_t kAlignment = 128, kReadAlignment = 16;  // of a layout's arrays, and of what a kernel is given
 
 // Blocks that share outputs count themselves in the layout, which ends with words that are zero between calls: nothing has to be
-// cleared before a call, and nothing lives beside the operand. So calls of one weight must not overlap: on a second stream, wait.
+// cleared before a call, and nothing lives beside the operand. Calls of one weight on different streams may overlap, so each
+// stream has a set of counters. Graphs share the first set: those that call the same weight must not overlap.
+constexpr int kCounterSets = 4;
 constexpr int64_t kMostLinearTokens = 64;  // of a call
 constexpr int64_t kTokenBlocks = 16;       // that 64 tokens make at most: 4 of them to a block
-inline int64_t counter_bytes(int64_t tiles) { return 4 * kTokenBlocks * tiles; }  // tiles of at most 64 rows
+inline int64_t counter_bytes(int64_t tiles) { return 4 * kCounterSets * kTokenBlocks * tiles; }  // tiles of at most 64 rows
 
 struct LinearCall {  // by value to a kernel
   const uint8_t* layout;
@@ -28,6 +34,7 @@ struct LinearCall {  // by value to a kernel
   int bias_dtype;
   void* y;
   float* partials;
+  int counter_set;
 };
 
 class LinearOperand {
@@ -47,11 +54,12 @@ class LinearOperand {
   }
   // y [tokens, rows] = x [tokens, columns] W^T + bias. A layout that is not one of this shape gives NaN: what lies on the device
   // cannot be refused without waiting for it.
-  void linear(LinearCall call, uintptr_t stream) const {
+  void linear(LinearCall call, uintptr_t stream) {
     call.layout = layout;
     call.layout_bytes = layout_bytes;
     call.rows = rows;
     call.columns = columns;
+    call.counter_set = is_captured(stream) ? 0 : counter_set_of(stream);
     if (call.tokens > 0) run(call, stream);
   }
   // weight [rows, columns] of dtype 0 fp32, 1 bf16, 2 fp16, or NaN as above.
@@ -80,7 +88,20 @@ class LinearOperand {
   virtual int64_t find_room(int64_t tokens, int dtype) const = 0;
   virtual void run(const LinearCall& call, uintptr_t stream) const = 0;  // of at least one token
 
+  // Of 1 and more. When a stream comes for which there is none, the device is waited for once, and all sets are free.
+  int counter_set_of(uintptr_t stream) {
+    auto found = std::find(streams_.begin(), streams_.end(), stream);
+    if (found == streams_.end() && streams_.size() + 1 == kCounterSets) {
+      wait_for_device();
+      streams_.clear();
+      found = streams_.end();
+    }
+    if (found == streams_.end()) found = streams_.insert(found, stream);
+    return static_cast<int>(found - streams_.begin()) + 1;
+  }
+
   std::map<std::pair<int64_t, int>, int64_t> rooms_;
+  std::vector<uintptr_t> streams_;  // whose sets of counters are the second, the third, ...
 };
 
 }  // namespace pyllmq::cuda

@@ -22,8 +22,9 @@ PYLLMQ_DEVICE bool is_last_of(uint32_t splits, uint32_t* counter, uint32_t& shar
 
 // The counter of the blocks that share some tokens and the rows from a tile on.
 template <class Header>
-PYLLMQ_DEVICE uint32_t* counter_of(const Header& h, int64_t token_block, int64_t tiles, int64_t tile) {
-  return const_cast<uint32_t*>(section<uint32_t>(h, h.counters_offset)) + token_block * tiles + tile;
+PYLLMQ_DEVICE uint32_t* counter_of(const LinearCall& call, const Header& h, int64_t token_block, int64_t tiles, int64_t tile) {
+  auto* counters = const_cast<uint32_t*>(section<uint32_t>(h, h.counters_offset));
+  return counters + (call.counter_set * kTokenBlocks + token_block) * tiles + tile;
 }
 
 // The outputs of a block from (token_begin, row_begin) on: sum_of(token, row) for what for_each(body) goes through. Blocks that

@@ -156,6 +156,32 @@ def test_counters_move_with_their_layout(name):
     blob.copy_(before)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_each_stream_counts_for_itself(name, tokens, monkeypatch):
+    """Counters that are not zero belong to a call that is under way on another stream. Odd streams are recorded in a graph."""
+    linear, operand = packed(name)
+    x = torch.randn(tokens, operand.shape[1]).half()
+    expected = linear(x, operand)
+    sets = (
+        operand.tensors[0][-4 * 16 * 2 * 4 :].view(torch.int32).view(4, -1)
+    )  # set, token block and tile: two tiles of rows
+    for stream, used in (
+        (0, 1),
+        (2, 2),
+        (4, 3),
+        (2, 2),
+        (7, 0),
+        (6, 1),
+        (9, 0),
+    ):  # the fourth stream waits, then all are free
+        monkeypatch.setattr(runtime, "stream", lambda device, stream=stream: stream)
+        sets.fill_(1)[used] = 0
+        assert torch.equal(linear(x, operand), expected), f"stream {stream}"
+        assert torch.equal(sets, torch.ones_like(sets).index_fill_(0, torch.tensor([used]), 0))
+    sets.zero_()
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_layout_where_no_kernel_can_read_it_is_refused(name):
     linear, operand = packed(name)

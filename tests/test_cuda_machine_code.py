@@ -1,4 +1,4 @@
-"""What nvcc makes of the byte-plane kernel: no spills at two blocks a multiprocessor, and instructions per weight."""
+"""What nvcc makes of the byte-plane kernel and of decoding: no spills at two blocks a multiprocessor, instructions per weight."""
 
 import re
 import shutil
@@ -10,32 +10,39 @@ import pytest
 from . import gpu_loops
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = "csrc/codebook/cuda/linear_byte_planes.cu"
 MOST_REGISTERS = 128  # of two blocks of 256 threads
 
-# Issued and ALU instructions per weight and lane of the loop of a width, by the tokens. The aims for one token are 1.15 and 0.9
-# at 2 bits (the first is not reached), 1.35 and 1.0 at 3, 2.0 and 1.45 at 4.
+# Issued and ALU instructions per weight and lane of the loop of a width, by the tokens, beside wider columns and for sm_80, too.
+# The aims for one token are 1.15 and 0.9 at 2 bits, 1.35 and 1.0 at 3, 2.0 and 1.45 at 4.
 MOST = {
     (1, 1): (1.22, 0.93),
     (2, 1): (1.21, 0.90),
     (3, 1): (1.35, 1.00),
     (4, 1): (2.00, 1.45),
-    (1, 2): (1.61, 1.04),
-    (2, 2): (1.58, 1.01),
-    (3, 2): (1.74, 1.10),
-    (4, 2): (2.45, 1.55),
+    (1, 2): (1.61, 1.07),
+    (2, 2): (1.58, 1.04),
+    (3, 2): (1.72, 1.13),
+    (4, 2): (2.49, 1.59),
 }
+MOST_AT_2_BITS = {"80": 1.16, "90a": 1.15}  # issued, one token, where no column is wider
 
 
-@pytest.fixture(scope="module", params=["80", "90a"])
-def compiled(request, tmp_path_factory):
+MOST_OF_DEQUANTIZE = 4.0  # issued, of columns of 1, 2, 3 or 4 bits stored in 16 bits without a row scale
+
+
+@pytest.fixture(params=["80", "90a"])
+def architecture(request):
+    return request.param
+
+
+def compiled(source, architecture, folder):
     """(what ptxas says of each kernel, the kernels' lines)."""
     nvcc, nvdisasm = shutil.which("nvcc"), gpu_loops.tool("nvdisasm")
     if nvcc is None or nvdisasm is None:
         pytest.skip("no nvcc, or no nvdisasm on PATH or beside triton")
-    cubin = tmp_path_factory.mktemp("machine_code") / "kernels.cubin"
-    arch = f"-gencode=arch=compute_{request.param},code=sm_{request.param}"
-    command = [nvcc, "-O3", "-std=c++20", "-DNDEBUG", arch, "-Icsrc", "-Xptxas=-v", "-cubin", f"-o={cubin}", SOURCE]
+    cubin = folder / "kernels.cubin"
+    arch = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    command = [nvcc, "-O3", "-std=c++20", "-DNDEBUG", arch, "-Icsrc", "-Xptxas=-v", "-cubin", f"-o={cubin}", source]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr, gpu_loops.kernels(nvdisasm, cubin)
@@ -51,9 +58,9 @@ def by_instance(names):
 
 
 @pytest.mark.slow
-def test_no_spills_and_few_instructions_a_weight(compiled):
-    said, kernels = compiled
-    reports = dict(re.findall(r"Compiling entry function '(\w+)'[^\n]*\n((?:(?!Compiling entry)[^\n]*\n?)+)", said))
+def test_byte_planes_have_no_spills_and_few_instructions_a_weight(architecture, tmp_path):
+    said, kernels = compiled("csrc/codebook/cuda/linear_byte_planes.cu", architecture, tmp_path)
+    reports = {report.split("'")[1]: report for report in said.split("Compiling entry function")[1:]}
     instances = by_instance(kernels)
     assert set(instances) == {(widest, tokens) for widest in (2, 3, 4) for tokens in (1, 2)}
     for (widest, tokens), name in instances.items():
@@ -69,4 +76,20 @@ def test_no_spills_and_few_instructions_a_weight(compiled):
             weights = 512 // tokens * 16 / 32
             issued, alu = loop["issued"] / weights, loop["ALU"] / weights
             most_issued, most_alu = MOST[width, tokens]
+            if (widest, tokens, width) == (2, 1, 2):
+                most_issued = MOST_AT_2_BITS[architecture]
             assert issued <= most_issued and alu <= most_alu, (widest, tokens, width, issued, alu)
+
+
+@pytest.mark.slow
+def test_decoding_stores_16_bytes_and_takes_few_instructions_a_weight(architecture, tmp_path):
+    said, kernels = compiled("csrc/codebook/cuda/dequantize.cu", architecture, tmp_path)
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said)
+    assert spills and set(spills) == {("0", "0")}, said
+    (name,) = (name for name in kernels if "codebook_dequantize_kernelILb0E" in name)
+    loops = [loop for loop in gpu_loops.loops(kernels[name]) if gpu_loops.counts(loop)["MOVM"] == 32]
+    assert len(loops) == 4, "a loop for each width up to 4"
+    for loop in loops:
+        stores = [line for line in loop if gpu_loops.word(line) == "STG"]
+        assert len(stores) == 8 and all(".128" in line for line in stores), stores
+        assert len(loop) / 64 <= MOST_OF_DEQUANTIZE, len(loop)  # 32 lanes decode 64 rows of 32 columns

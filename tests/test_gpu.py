@@ -204,6 +204,20 @@ def test_no_tokens_and_leading_dimensions(backend):
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_one_layer_on_five_streams_at_once(backend, tokens):
+    weight, x = on_gpu(random_case(300, 7000, (2, 3, 4)), backend), torch.randn(tokens, 7000, device=DEVICE).bfloat16()
+    expected = codebook_linear(x, weight)
+    torch.cuda.synchronize()
+    results = []
+    for stream in [torch.cuda.Stream() for _ in range(5)] * 20:
+        with torch.cuda.stream(stream):
+            results.append(codebook_linear(x, weight))
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 @pytest.mark.parametrize("tokens", [1, 16, 100])
 def test_same_bits_every_time(backend, tokens):
     weight = on_gpu(random_case(300, 700, (2, 3, 4 if tokens == 1 else 8), outliers=0.02), backend)

@@ -356,6 +356,13 @@ uint32_t shuffle_up(uint32_t value, int distance) {
   return shuffle(value, lane < distance ? lane : lane - distance);
 }
 
+uint32_t transpose(uint32_t pair) {
+  const int lane = thread() % emulator::kWarp, row = lane / 4, shift = row % 2 * 16;
+  const auto element = [&](int from_row) { return shuffle(pair, from_row * 4 + row / 2) >> shift & 0xFFFF; };
+  const uint32_t first = element(lane % 4 * 2);
+  return first | element(lane % 4 * 2 + 1) << 16;
+}
+
 float shuffle_xor(float value, int mask) {
   return bits_to_fp32(shuffle(fp32_to_bits(value), (thread() % emulator::kWarp) ^ mask));
 }

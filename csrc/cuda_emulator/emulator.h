@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 
 #include "runtime/half.h"
@@ -81,6 +82,10 @@ static inline int thread() { return emulator::thread(); }
 static inline int64_t block() { return emulator::block(); }
 static inline int64_t blocks() { return emulator::blocks(); }
 
+static inline void store_16(uint8_t* to, uint32_t step, uint32_t count, const uint32_t (&words)[4]) {
+  std::memcpy(to + uint64_t{step} * count, words, 16);
+}
+
 static inline void sync_block() { emulator::meet_block(); }
 static inline void sync_warp() { emulator::meet_warp(emulator::Meeting::warp_barrier, nullptr, nullptr); }
 static inline void fence() {}
@@ -101,6 +106,7 @@ float shuffle_xor(float value, int mask);
 
 uint32_t shuffle(uint32_t value, int lane);
 uint32_t shuffle_up(uint32_t value, int distance);
+uint32_t transpose(uint32_t pair);
 
 template <bool kBf16 = false>
 static inline void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {

@@ -60,7 +60,8 @@ struct RegisterTable {
     }
   }
 
-  PYLLMQ_MEMBER void decode(uint32_t codes, uint32_t (&pairs)[4]) const {
+  // top_bits: 0x44444444, in a register where one is free: an instruction takes one constant.
+  PYLLMQ_MEMBER void decode(uint32_t codes, uint32_t (&pairs)[4], uint32_t top_bits = 0x44444444u) const {
     if constexpr (kWidth <= 2) {
       // Code c becomes the two nibbles 2c, 2c+1, which select the two bytes of its entry: one permute gives two rows.
       unrolled<2>([&](int odd) {
@@ -69,26 +70,27 @@ struct RegisterTable {
         pairs[2 * odd + 1] = ptx::permute(word[0], word[kWords - 1], selectors >> 16);
       });
     } else {
-      unrolled<2>([&](int i) { decode_four(codes, 16 * i, kEverySecond, pairs[i], pairs[i + 2]); });
+      unrolled<2>([&](int i) { decode_four(codes, 16 * i, kEverySecond, pairs[i], pairs[i + 2], top_bits); });
     }
   }
 
   // The four codes from bit `shift` on, of 3 or 4 bits: low and high bytes of their entries, then zipped to two pairs.
-  PYLLMQ_MEMBER void decode_four(uint32_t codes, int shift, Zip zip, uint32_t& first, uint32_t& second) const {
-    const uint32_t low = lookup(codes, shift, 0), high = lookup(codes, shift, kWords / 2);
+  PYLLMQ_MEMBER void decode_four(uint32_t codes, int shift, Zip zip, uint32_t& first, uint32_t& second,
+                                 uint32_t top_bits = 0x44444444u) const {
+    const uint32_t low = lookup(codes, shift, 0, top_bits), high = lookup(codes, shift, kWords / 2, top_bits);
     first = ptx::permute(low, high, zip.first);
     second = ptx::permute(low, high, zip.second);
   }
 
  private:
   // Entries of one byte plane for the four codes from bit `shift` on.
-  PYLLMQ_MEMBER uint32_t lookup(uint32_t codes, int shift, int first) const {
+  PYLLMQ_MEMBER uint32_t lookup(uint32_t codes, int shift, int first, uint32_t top_bits) const {
     const uint32_t low_bits = (codes & 0x77777777u) >> shift;
     const uint32_t lower = ptx::permute(word[first], word[first + 1], low_bits);
     if constexpr (kWidth == 3) return lower;
     // 16 entries are two permutes; a third takes byte i of the one or the other by the code's top bit.
     const uint32_t upper = ptx::permute(word[first + 2], word[first + 3], low_bits);
-    const uint32_t choose = ((codes >> 1 & 0x44444444u) | 0x32103210u) >> shift;
+    const uint32_t choose = ((codes >> 1 & top_bits) | 0x32103210u) >> shift;
     return ptx::permute(lower, upper, choose);
   }
 };

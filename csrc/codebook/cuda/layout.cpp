@@ -66,6 +66,7 @@ Plan make_plan(const CodebookCheckpoint& c) {
   Sections section{sizeof(LayoutHeader), kAlignment};
   h.blocks_offset = section(h.blocks * sizeof(RowBlock));
   h.columns_offset = section(h.slots * sizeof(int32_t));
+  h.slots_offset = section(h.columns * sizeof(int32_t));
   if (c.row_scale != nullptr) h.row_scale_offset = section(c.rows * sizeof(uint16_t));
   if (outliers > 0) {
     h.outlier_begin_offset = section(h.panels * h.tiles * sizeof(uint32_t));
@@ -322,6 +323,9 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
   std::memcpy(base, &h, sizeof h);
   std::memcpy(base + h.blocks_offset, plan.blocks.data(), plan.blocks.size() * sizeof(RowBlock));
   std::memcpy(base + h.columns_offset, plan.columns.data(), plan.columns.size() * sizeof(int32_t));
+  for (int64_t slot = 0; slot < h.slots; ++slot)
+    if (const int32_t column = plan.columns[slot]; column >= 0)
+      at<int32_t>(base, h.slots_offset)[column] = static_cast<int32_t>(slot);
   if (c.row_scale != nullptr) std::memcpy(base + h.row_scale_offset, c.row_scale, c.rows * sizeof(uint16_t));
   write_tables(plan, c, base);
   if (h.widest <= kMostPlaneBits) write_integer_codebooks(plan, c, base);

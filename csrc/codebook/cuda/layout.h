@@ -64,6 +64,7 @@ struct LayoutHeader {
   int64_t spans_offset;                       // ColumnSpan [segments, slots]; with the planes
   int64_t blocks_offset;                      // RowBlock [blocks]
   int64_t columns_offset;                     // int32 [slots]: the column of a slot, -1 for padding
+  int64_t slots_offset;                       // int32 [columns]: the slot of a column
   int64_t row_scale_offset;                   // fp16 [rows]; 0: none
   int64_t outliers;                           // 0: the four arrays below do not exist
   int64_t outlier_begin_offset;               // uint32 [panels, tiles]: first outlier of a panel in a tile
@@ -71,7 +72,7 @@ struct LayoutHeader {
   int64_t outlier_columns_offset;             // int32 [outliers]
   int64_t outlier_deltas_offset;              // fp32 [outliers]: value - what the code under it stands for
   int64_t outlier_values_offset;              // fp16 [outliers]
-  int64_t counters_offset;                    // uint32 [token blocks, tiles] (linear_operand_cuda.h)
+  int64_t counters_offset;                    // uint32 [counter sets, token blocks, tiles] (linear_operand_cuda.h)
 };
 
 // Whether a blob of `bytes` that starts with this header is a weight of that shape: kernels index by what it says.

@@ -314,7 +314,8 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, con
     }
     return sum;
   };
-  uint32_t* counter = counter_of(h, w.token_begin / a.tokens_per_block, h.tiles, w.block.tile_begin + w.first_row / kTileRows);
+  uint32_t* counter =
+      counter_of(a.call, h, w.token_begin / a.tokens_per_block, h.tiles, w.block.tile_begin + w.first_row / kTileRows);
   store_outputs(a.call, a.splits, w.split, counter, w.token_begin, row_begin, shared.arrived, for_each_output, sum_of);
 }
 

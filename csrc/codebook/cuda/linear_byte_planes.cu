@@ -66,7 +66,7 @@ struct Source {
 };
 struct alignas(16) Group {
   Source source;
-  uint8_t x[kMostTokens][2][kGroupColumns];  // low bytes, high bytes
+  uint32_t x[kMostTokens][2][4];  // low bytes, high bytes: word t is columns t, t + 4, t + 8, t + 12
 };
 
 // x times up[0] times up[1] is an integer, a sum of integers times down[0] times down[1] is one of x: two factors each, since
@@ -154,9 +154,9 @@ PYLLMQ_DEVICE void stage_x(const LayoutHeader& h, const LinearCall& call, int gr
     for_each_slot([&](int group, int64_t slot) {
       int x = 0;
       if (column_of[slot] >= 0) x = ptx::nearest_integer(x_of(column_of[slot]) * spans[slot].half * unit.up[0] * unit.up[1]);
-      auto& bytes = shared.groups[warp][group].x[token];
-      bytes[0][lane % kGroupColumns] = static_cast<uint8_t>(x);
-      bytes[1][lane % kGroupColumns] = static_cast<uint8_t>((x + 128) >> 8);  // the low byte counts from -128 to 127
+      auto* bytes = reinterpret_cast<uint8_t*>(shared.groups[warp][group].x[token]) + lane % 4 * 4 + lane % kGroupColumns / 4;
+      bytes[0] = static_cast<uint8_t>(x);
+      bytes[kGroupColumns] = static_cast<uint8_t>((x + 128) >> 8);  // the low byte counts from -128 to 127
     });
     if (lane == 0) {
       shared.middle[warp][token] = middle;
@@ -194,9 +194,25 @@ struct PlaneTable {
 template <int kTokens>
 using PlaneSums = int[kTokens][2][kBlockTiles / kTokens][4];
 
+// Puts a byte of a word into slot lane / 4 % 4, and zeros into the others. Two tokens leave one register for a selector.
+template <int kTokens>
+struct Slot {
+  static constexpr int kSelectors = kTokens == 1 ? 2 : 1;
+  uint32_t selector[kSelectors];
+
+  PYLLMQ_MEMBER Slot() {
+    const int shift = ptx::thread() / 4 % 4 * 4;
+    unrolled<kSelectors>([&](int i) { selector[i] = 0x4444u ^ static_cast<uint32_t>(4 ^ i) << shift; });
+  }
+  PYLLMQ_MEMBER uint32_t operator()(uint32_t word, int byte) const {
+    return ptx::permute(word >> (byte / kSelectors * kSelectors * 8), 0, selector[byte % kSelectors]);
+  }
+};
+
 // Adds a group: 16 columns in two halves.
 template <int kWidth, int kTokens>
-PYLLMQ_DEVICE void multiply(const uint8_t* planes, const uint8_t* codes, const Group& group, PlaneSums<kTokens>& sums) {
+PYLLMQ_DEVICE void multiply(const uint8_t* planes, const uint8_t* codes, const uint32_t* lane_x, const Slot<kTokens>& slot,
+                            PlaneSums<kTokens>& sums) {
   const int lane = ptx::thread() & 31;
   unrolled<2>([&](int half) {
     // With 16 entries in registers there is no room for the codes of both halves, which the compiler would load at once.
@@ -204,10 +220,7 @@ PYLLMQ_DEVICE void multiply(const uint8_t* planes, const uint8_t* codes, const G
     PlaneTable<kWidth> table[2];
     unrolled<2>([&](int i) { table[i].load(planes, lane % 4 + 8 * half + 4 * i); });
     uint32_t x[kTokens][2];
-    unrolled<kTokens, 2>([&](int token, int i) {
-      const uint8_t byte = group.x[token][lane / 16][lane % 4 + 8 * half + 4 * i];
-      x[token][i] = static_cast<uint32_t>(byte) << (lane / 4 % 4 * 8);
-    });
+    unrolled<kTokens, 2>([&](int token, int i) { x[token][i] = slot(lane_x[8 * token], 2 * half + i); });
     unrolled<kBlockTiles / kTokens>([&](int tile) {
       uint32_t pair[2];
       column_codes<kWidth>(codes + tile * tile_bytes(kWidth), lane, half, pair);
@@ -241,7 +254,9 @@ struct Ring {
   const Group* current;
   const int at = (ptx::thread() & 31) * 16;  // of a lane's copies
   const ptx::SharedAddress lane_stages = ptx::shared_address(stages) + at;
-  int used = 0;  // offset of a stage
+  const int lane_x = (ptx::thread() >> 4 & 1) * 4 + (ptx::thread() & 3);
+  const Slot<kTokens> slot;
+  int used = 0, done = (kStages - 1) * kStageBytes;  // offsets of stages: the one that is read, the one before
 
   PYLLMQ_MEMBER void begin() {
     for (int ahead = 0; ahead < kStages - 1; ++ahead) fetch(current[ahead].source, ahead * kStageBytes);
@@ -266,14 +281,13 @@ struct Ring {
     }
   }
 
-  // The stage behind, or before; of two, the other.
-  PYLLMQ_MEMBER static int after(int stage) {
-    if constexpr (kStages == 2) return kStageBytes - stage;
-    return stage == (kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
-  }
-  PYLLMQ_MEMBER static int before(int stage) {
-    if constexpr (kStages == 2) return kStageBytes - stage;
-    return stage == 0 ? (kStages - 1) * kStageBytes : stage - kStageBytes;
+  PYLLMQ_MEMBER void advance() {
+    if constexpr (kStages == 2) {
+      used = kStageBytes - used;
+    } else {
+      done = used;
+      used = used == (kStages - 1) * kStageBytes ? 0 : used + kStageBytes;
+    }
   }
 
   // Adds the groups of one width, which are the next ones.
@@ -284,9 +298,9 @@ struct Ring {
       for (; current->source.width == kWidth; ++current) {
         ptx::wait_async<kStages - 2>();
         ptx::sync_warp();  // all lanes' copies are there, and all are done with the stage before, which is filled next
-        fetch(current[kStages - 1].source, before(used));
-        multiply<kWidth, kTokens>(stages + used, stages + used + kPlaneBytes, *current, sums);
-        used = after(used);
+        fetch(current[kStages - 1].source, kStages == 2 ? kStageBytes - used : done);
+        multiply<kWidth, kTokens>(stages + used, stages + used + kPlaneBytes, &current->x[0][0][0] + lane_x, slot, sums);
+        advance();
       }
     }
   }
@@ -332,7 +346,7 @@ PYLLMQ_DEVICE void finish(const LayoutHeader& h, const Arguments& a, Shared& sha
                          in_block % kTileRows);
     return sum;
   };
-  uint32_t* counter = counter_of(h, 0, h.tiles, w.block.tile_begin + w.first_row / kTileRows);
+  uint32_t* counter = counter_of(a.call, h, 0, h.tiles, w.block.tile_begin + w.first_row / kTileRows);
   store_outputs(a.call, a.splits, w.split, counter, 0, row_begin, shared.arrived, for_each_output, sum_of);
 }
 

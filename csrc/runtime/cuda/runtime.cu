@@ -77,6 +77,15 @@ void allow_shared(const void* kernel, size_t bytes) {
   allowed[key] = bytes;
 }
 
+bool is_captured(uintptr_t stream) {
+  if (stream == 0) return false;  // the default stream cannot be
+  cudaStreamCaptureStatus status{};
+  check(cudaStreamIsCapturing(reinterpret_cast<cudaStream_t>(stream), &status), "cudaStreamIsCapturing");
+  return status == cudaStreamCaptureStatusActive;
+}
+
+void wait_for_device() { check(cudaDeviceSynchronize(), "cudaDeviceSynchronize"); }
+
 void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
 }  // namespace pyllmq::cuda

@@ -21,6 +21,12 @@ int64_t shared_bytes();
 // Lets a kernel take that much dynamic shared memory on the current device; done once per kernel and device.
 void allow_shared(const void* kernel, size_t bytes);
 
+// Whether work for the stream is recorded in a graph, not run.
+bool is_captured(uintptr_t stream);
+
+// Until all work of the current device is done. Throws while a graph is recorded.
+void wait_for_device();
+
 // Throws std::runtime_error with the runtime's own text if a launch was refused. The error is taken: later calls are clean.
 void check_launch(const char* kernel);
 

@@ -45,6 +45,20 @@ PYLLMQ_DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(0x
 // What the lane `distance` below holds; the lanes below `distance` get their own value.
 PYLLMQ_DEVICE uint32_t shuffle_up(uint32_t value, int distance) { return __shfl_up_sync(0xFFFFFFFFu, value, distance); }
 
+// 16 bytes to to + step * count of global memory, whose address is one instruction.
+PYLLMQ_DEVICE void store_16(uint8_t* to, uint32_t step, uint32_t count, const uint32_t (&words)[4]) {
+  asm volatile("{ .reg .u64 a; mad.wide.u32 a, %1, %2, %0; st.global.v4.b32 [a], {%3, %4, %5, %6}; }" ::"l"(to), "r"(step),
+               "r"(count), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+// Of a matrix [8, 8] of 16 bits whose row i the lanes 4i..4i+3 hold, two elements each, the transpose in the same order.
+PYLLMQ_DEVICE uint32_t transpose(uint32_t pair) {
+  uint32_t d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(pair));
+  return d;
+}
+
 // c += a * b: fp16 or bf16 [16, 16] x [16, 8], summed in fp32. With g = lane / 4 and t = lane % 4, a lane holds
 // a = {A[g][2t..], A[g+8][2t..], A[g][2t+8..], A[g+8][2t+8..]}, b = {B[2t..][g], B[2t+8..][g]}, c = {C[g][2t..], C[g+8][2t..]}.
 template <bool kBf16 = false>

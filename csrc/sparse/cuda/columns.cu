@@ -144,7 +144,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       const float sum = shared.total[token][row];
       return h.scale_offset == 0 ? sum : sum * section<float>(h, h.scale_offset)[row_begin + row];
     };
-    uint32_t* counter = counter_of(h, token_begin / kTokens, h.strips, row_block);
+    uint32_t* counter = counter_of(call, h, token_begin / kTokens, h.strips, row_block);
     store_outputs(call, a.splits, split, counter, token_begin, row_begin, shared.arrived, for_each_output, sum_of);
   }
 }

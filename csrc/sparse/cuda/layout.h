@@ -63,7 +63,7 @@ struct SparseHeader {
   int64_t outlier_deltas_offset;       // fp32 [outliers]: value - what the code under it stands for
   int64_t data_offset;
   int64_t steps_offset;     // columns: uint8 [entries]
-  int64_t counters_offset;  // uint32 [token blocks, strips] (linear_operand_cuda.h)
+  int64_t counters_offset;  // uint32 [counter sets, token blocks, strips] (linear_operand_cuda.h)
 };
 
 PYLLMQ_HOST_DEVICE bool describes(const SparseHeader& h, SparseKind kind, int64_t bytes, int64_t rows, int64_t columns) {

@@ -241,7 +241,7 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, flo
     sum *= shared.unscale[token];
     return h.scale_offset == 0 ? sum : sum * section<float>(h, h.scale_offset)[w.row_begin() + row];
   };
-  uint32_t* counter = counter_of(h, w.token_begin / a.tokens_per_block, h.strips, w.strip_begin);
+  uint32_t* counter = counter_of(a.call, h, w.token_begin / a.tokens_per_block, h.strips, w.strip_begin);
   store_outputs(a.call, a.splits, w.split, counter, w.token_begin, w.row_begin(), shared.arrived, for_each_output, sum_of);
 }
 

@@ -51,7 +51,7 @@ def library(name, *more, load=ctypes.CDLL, **named):
     return load(name, *more, **named)
 
 os.open, os.fsync, ctypes.CDLL = plain_file, written_file, library
-for name in ("fcntl", "resource", "pwd", "grp", "termios", "pyllmq._cpu", "pyllmq._cuda"):
+for name in ("fcntl", "resource", "pwd", "grp", "termios", "triton", "pyllmq._cpu", "pyllmq._cuda"):
     sys.modules[name] = None
 for module, hidden in (
     (mmap, ("MADV_", "MAP_")),

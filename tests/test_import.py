@@ -32,8 +32,13 @@ def test_the_folders_at_the_top_import_under_pyllmq():
 
 AS_ON_WINDOWS = """
 import ctypes, mmap, os, pathlib, signal, sys, types, warnings
-import fcntl, torch, transformers, transformers.models.llama, safetensors.torch, accelerate, numpy  # their business, not ours
+import fcntl, torch, transformers, transformers.quantizers.auto
 from tests import models
+
+folder = pathlib.Path(sys.argv[1])
+ids = torch.arange(5)[None]
+models.tiny_llama().save_pretrained(folder / "dense")
+transformers.AutoModelForCausalLM.from_pretrained(folder / "dense")(ids)  # torch and transformers load what is theirs as it is here
 
 def plain_file(path, flags, *more, opened=os.open, **named):
     if os.path.isdir(path):
@@ -51,7 +56,7 @@ def library(name, *more, load=ctypes.CDLL, **named):
     return load(name, *more, **named)
 
 os.open, os.fsync, ctypes.CDLL = plain_file, written_file, library
-for name in ("fcntl", "resource", "pwd", "grp", "termios", "pyllmq._cpu", "pyllmq._cuda"):
+for name in ("fcntl", "resource", "pwd", "grp", "termios", "triton", "pyllmq._cpu", "pyllmq._cuda"):
     sys.modules[name] = None
 for module, hidden in (
     (mmap, ("MADV_", "MAP_")),
@@ -72,14 +77,11 @@ for dense in (torch.nn.Linear(24, 8), torch.nn.Linear(24, 7)):
     assert (layer(x) - dense(x)).norm() < 0.1 * dense(x).norm()
 pyllmq.memory.return_freed(); pyllmq.memory.peak_memory(); pyllmq.memory.page_out([x])
 
-folder = pathlib.Path(sys.argv[1])
-models.tiny_llama().save_pretrained(folder / "dense")
 report = pyllmq.compress_files(folder / "dense", folder / "packed", pyllmq.KMeansConfig(bits=4), progress=False)
 assert len(report.layers) == 14 and locked
 report.save(folder / "report.json")
 loaded = pyllmq.from_pretrained(folder / "packed")
 pyllmq.save_pretrained(loaded, folder / "again")
-ids = torch.arange(5)[None]
 with torch.no_grad():
     assert torch.equal(pyllmq.from_pretrained(folder / "again")(ids).logits, loaded(ids).logits)
 """

@@ -141,8 +141,8 @@ def convert(source: Path, target: Path) -> None:
         WhisperFeatureExtractor,
         WhisperForConditionalGeneration,
         WhisperProcessor,
+        WhisperTokenizerFast,  # type: ignore[attr-defined]
     )
-    from transformers import WhisperTokenizerFast  # type: ignore[attr-defined]
 
     from pyllmq.folders import new_folder
 

@@ -69,8 +69,9 @@ SCORES: dict[str, Callable[[Tensor, Inputs], Tensor]] = {
     "ModHiFi": lambda w, x: _fidelity(w, x).sum(0),
 }
 """Name -> what each input of the reading Linear is worth, float64 [K]."""
-REPAIRS = {"FLAP": "bias", "ModHiFi": "factors"}
-"""What the paper of a score does for what is lost; the others do nothing. "+ least squares" is our repair for all of them."""
+REPAIRS = {"FLAP": "bias"}
+"""What the paper of a score does for what is lost; the others do nothing (ModHiFi's factors, fitted to one weight at a time, lose
+more: its score stands alone). "+ least squares" is our repair for all of them."""
 METHODS = (*SCORES, *(f"{name} + least squares" for name in SCORES), OURS)
 
 
@@ -89,8 +90,6 @@ def narrow(model: Any, method: str, keep: float, batches: Sequence[Batch]) -> No
         kept = SCORES[name](weight, x).topk(max(1, round(keep * width / 32)) * 32).indices.sort().values
         left = torch.zeros_like(weight)
         left[:, kept] = weight[:, kept]
-        if repair == "factors":  # each weight by the factor that is best for it alone
-            left *= weight * (weight @ moments) / (weight.square() * moments.diagonal()).clamp_min(1e-300)
         if repair == "least squares":
             damped = x.covariance + 0.01 * x.covariance.diagonal().mean() * torch.eye(width, dtype=torch.float64)
             left[:, kept] = torch.linalg.solve(damped[kept][:, kept], damped[kept] @ weight.T).T

@@ -29,7 +29,7 @@ from torch import Tensor
 from pyllmq.compression import calibration
 from pyllmq.compression.calibration import Batch, given_to_model
 from pyllmq.compression.media import batches_of_files, read_wav
-from pyllmq.loading import load_model
+from pyllmq.loading import load_model, load_tokenizer
 
 BUNDLED = "whisper-tiny.en"
 DTYPES: dict[int, Any] = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
@@ -141,7 +141,7 @@ def convert(source: Path, target: Path) -> None:
         WhisperFeatureExtractor,
         WhisperForConditionalGeneration,
         WhisperProcessor,
-        WhisperTokenizerFast,
+        WhisperTokenizerFast,  # type: ignore[attr-defined]
     )
 
     from pyllmq.folders import new_folder
@@ -158,14 +158,14 @@ def convert(source: Path, target: Path) -> None:
         "decoder_start_token_id": id_of("<|startoftranscript|>"),
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), id_of("<|endoftext|>")),
     }
+    sizes: dict[str, Any] = {f"{s}_layers": layers for s, layers in count.items()}
+    sizes |= {f"{s}_attention_heads": int(tensors[f"{s}/num_heads"]) for s in count}
+    sizes |= {f"{s}_ffn_dim": len(tensors[f"{s}/layer_0/ffn/linear_0/weight"]) for s in count}
     config = WhisperConfig(
         vocab_size=vocabulary, d_model=width, num_mel_bins=tensors["encoder/conv1/weight"].shape[1],
-        **{f"{s}_layers": layers for s, layers in count.items()},
-        **{f"{s}_attention_heads": int(tensors[f"{s}/num_heads"]) for s in count},
-        **{f"{s}_ffn_dim": len(tensors[f"{s}/layer_0/ffn/linear_0/weight"]) for s in count},
         max_source_positions=len(tensors["encoder/position_encodings/encodings"]),
         max_target_positions=len(tensors["decoder/position_encodings/encodings"]),
-        suppress_tokens=None, begin_suppress_tokens=None, **ids,
+        suppress_tokens=None, begin_suppress_tokens=None, **sizes, **ids,
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config)
     wrong = model.load_state_dict({k: v.float() for k, v in state_dict(tensors, count).items()}, strict=False)
@@ -289,9 +289,7 @@ class Judge:
 
     def word_errors(self, model: Any) -> tuple[int, int]:
         """(words said, errors of the model's own transcript)."""
-        from transformers import WhisperTokenizerFast
-
-        tokenizer = WhisperTokenizerFast.from_pretrained(self.folder)
+        tokenizer = load_tokenizer(self.folder)
         count = errors = 0
         for recording, batch in zip(self.recordings, self.batches, strict=True):
             given = {key: batch[key] for key in ("input_features", "attention_mask") if key in batch}

@@ -163,7 +163,7 @@ def options_of(
         metavar = f"{{{','.join(choices)}}}" if choices else {int: "N", float: "X"}.get(kind, "TEXT")
         default = defaults.get(field.name, None if field.default is MISSING or kind is bool else field.default)
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        text = helps.get(field.name, "").rstrip(".") + ("" if default is None else f"; default {shown}")
+        text = helps.get(field.name, "").rstrip(".") + ("" if shown in (None, "") else f"; default {shown}")
         on = not (kind is bool and field.default is True)
         word = f"--{name}" if on else f"--no-{name}"
         text = text if on else f"without: {text}"

@@ -291,3 +291,18 @@ def test_block_by_block_in_a_new_process(tmp_path):
     assert done.returncode == 0 and "weigh alike" not in done.stderr, done.stderr
     code = "import pyllmq; print(type(pyllmq.from_pretrained('packed')).__name__)"
     assert run_python("-c", code, cwd=tmp_path).stdout.strip() == "BartForConditionalGeneration"
+
+
+def test_an_encoder_longer_than_what_is_sampled():
+    """Keys and values of 150 frames beside a stream of 80 tokens, both longer than the sample that places are found by."""
+    config = models.tiny_whisper().config
+    config.max_source_positions, config.max_target_positions, config.encoder_layers, config.decoder_layers = (
+        150,
+        96,
+        1,
+        1,
+    )
+    model = type(models.tiny_whisper())(config).eval()
+    batch = {"input_features": torch.randn(1, 16, 300), "decoder_input_ids": torch.randint(0, 512, (1, 80))}
+    report = pyllmq.compress(model, pyllmq.ColumnCodebookConfig(4, cycles=1, guidance="none"), [batch], progress=False)
+    assert any("encoder_attn.k_proj" in layer.name for layer in report.layers)

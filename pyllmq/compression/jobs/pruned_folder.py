@@ -79,7 +79,7 @@ def prune_folder(
             work.report.groups += [
                 ChannelReport(**{**row, "writers": tuple(row["writers"])}) for row in entry["groups"]
             ]
-            work.heads = {tuple(size): (count, fields) for size, count, fields in entry["heads"]}
+            work.heads = {(groups, size): (count, said) for (groups, size), count, said in entry["heads"]}
         known = {entry["unit"] for entry in manifest.finished}
         states = HiddenStates(manifest.place, "hidden", ALONE)
         bar = tqdm(total=len(units), initial=len(manifest.finished), disable=not progress, unit="block")
@@ -128,9 +128,9 @@ def _narrow(
     names = [stage.name for stage in chain.stages]
     begin = 1 + max((i for i, name in enumerate(names) if name in finished), default=-1)
     last = names[begin - 1] if begin else None
-    hidden = (
-        states.read(last) if last is not None and (hand_on or begin < len(names)) and chain.stages[0].block else None
-    )
+    hidden = None
+    if last is not None and (hand_on or begin < len(names)) and chain.stages[0].block is not None:
+        hidden = states.read(last)
     if begin == len(names):
         loop.finish(chain, hidden)
         return

@@ -57,7 +57,7 @@ def choose_layers(
             shortlist = [i for i, _ in zip(able, range(SHORTLIST), strict=False)]
             if not shortlist:
                 raise ValueError(
-                    f"no setting of {type(loop.model.config).__name__} says that {name} has fewer than {len(kept)} of its "  # type: ignore[union-attr]
+                    f"no setting of {type(loop.model.config).__name__} says that {name} has fewer than {len(kept)} of its "
                     f"{len(blocks)} layers, so transformers could not load the result; keep more, or leave 'layers' out of parts"
                 )
             judge = judge or _judge(loop, chains)

@@ -79,7 +79,7 @@ def _without(model: nn.Module, layers: str, kept: Sequence[int]) -> dict[str, to
 def drop_layers(model: Any, layers: str, kept: Sequence[int]) -> None:
     """Leave these members of the list `layers`; the config does not say so yet."""
     model.set_submodule(layers, nn.ModuleList(model.get_submodule(layers)[i] for i in kept))
-    generation = getattr(model, "generation_config", None)
+    generation: Any = getattr(model, "generation_config", None)
     if "decoder" in layers and (pairs := getattr(generation, "alignment_heads", None)):  # Whisper's, of layer and head
         generation.alignment_heads = [[kept.index(layer), head] for layer, head in pairs if layer in kept] or None
 

@@ -141,8 +141,13 @@ def _find_places(
             continue
         noise = torch.randn(stream.shape, generator=torch.Generator().manual_seed(0)).to(stream) * scale
         after: dict[Any, Tensor] = {}
+
+        # A decoder's keys and values of the encoder are longer than its stream, which a sample does not show.
+        def add(module: nn.Module, args: Any, output: Tensor, noise: Tensor = noise) -> Tensor:
+            return output + noise if output.shape == noise.shape else output
+
         with (
-            linear.register_forward_hook(lambda module, args, output, noise=noise: output + noise),
+            linear.register_forward_hook(add),
             watch({place: place for place in sums}, after, sample=True),
         ):
             run(block, 0)

@@ -135,13 +135,13 @@ def convert(source: Path, target: Path) -> None:
 
     Raises ValueError as `read_ctranslate2`, and for tensors that transformers' Whisper has no place for.
     """
+    import transformers
     from transformers import (
         GenerationConfig,
         WhisperConfig,
         WhisperFeatureExtractor,
         WhisperForConditionalGeneration,
         WhisperProcessor,
-        WhisperTokenizerFast,  # type: ignore[attr-defined]
     )
 
     from pyllmq.folders import new_folder
@@ -152,7 +152,7 @@ def convert(source: Path, target: Path) -> None:
     }
     vocabulary, width = tensors["decoder/embeddings/weight"].shape
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
-    tokenizer = WhisperTokenizerFast(tokenizer_file=str(source / "tokenizer.json"), **special)
+    tokenizer = transformers.WhisperTokenizerFast(tokenizer_file=str(source / "tokenizer.json"), **special)  # type: ignore[attr-defined]
     id_of = tokenizer.convert_tokens_to_ids
     ids: dict[str, Any] = {
         "decoder_start_token_id": id_of("<|startoftranscript|>"),

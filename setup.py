@@ -81,7 +81,12 @@ AVX512 = [
     "-Wno-uninitialized",  # gcc 12 warns about its own AVX-512 headers (GCC bug 105593)
 ]
 ISA_FLAGS_OF = {
-    "x86_64": {"_avx2": AVX2, "_avx512": AVX512, "_amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]},
+    "x86_64": {
+        "_avx2": AVX2,
+        "_avxvnni": [*AVX2, "-mavxvnni"],
+        "_avx512": AVX512,
+        "_amx": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+    },
     "aarch64": {"_neon": [], "_dotprod": ["-march=armv8.2-a+dotprod"], "_i8mm": ["-march=armv8.2-a+dotprod+i8mm"]},
 }
 ISA_FLAGS = ISA_FLAGS_OF.get(target_machine(), {})

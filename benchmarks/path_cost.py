@@ -21,7 +21,7 @@ from pyllmq.operations import PRECISIONS
 
 from .providers import Widths, activations, dense_weight, linear_path, pack_normal
 
-ISAS = ("scalar", "avx2", "avx512", "amx")
+ISAS = ("scalar", "avx2", "avx_vnni", "avx512", "amx")
 WIDTHS = range(1, 9)
 PATHS = ("tables", "decode")
 SHAPE = {"scalar": (128, 512)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyllmq import CodebookWeight, formats
+from pyllmq import CodebookWeight, _cpu, formats
 from pyllmq.structure import format_of
 
 CODEBOOK_SIZE = 0.05
@@ -55,6 +55,11 @@ def random_case(
         dense *= scale.half().double()[:, None]
     dense[mask] = values[mask].half().double()
     return Case(weight, codes, column_bits, dense)
+
+
+def vector_isas() -> list[str]:
+    """This machine's instruction sets, but those that differ from another one in products of decoded codes alone."""
+    return [isa for isa in _cpu.supported_isas() if isa != "avx_vnni"]
 
 
 def decode(codes: Tensor, codebook: Tensor, column_bits: Tensor, segment_rows: Tensor) -> Tensor:

@@ -241,10 +241,10 @@ def test_precision_is_a_provider_of_its_own():
     assert [p.precision for p in made[:3]] == ["exact", "high", "fast"]
     assert made[0].tolerance < made[1].tolerance < made[2].tolerance
     x = providers.activations(1, 256, torch.float32)
-    results = [p.make(WEIGHT).run(x) for p in made[:3]]
-    assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
+    exact, high, fast = (p.make(WEIGHT).run(x) for p in made[:3])
+    assert not torch.equal(exact, high) and not torch.equal(exact, fast)
     copies = [p.make(WEIGHT).copy().run(x) for p in made[:3]]
-    assert all(torch.equal(copied, result) for copied, result in zip(copies, results, strict=True))
+    assert all(torch.equal(copied, result) for copied, result in zip(copies, (exact, high, fast), strict=True))
     with pytest.raises(ValueError, match="allowed: 'exact', 'high', 'fast'"):
         providers.pyllmq_codebook(4, precision="quick")
 

@@ -13,6 +13,9 @@ from pyllmq.folders import PackedFolder
 from . import models
 from .new_process import run_python
 
+VECTORS = {"amx": "avx512", "avx_vnni": "avx2"}
+"""Of an instruction set that has none of its own for few tokens."""
+
 SMALL = ["--samples", "4", "--seqlen", "32", "--quiet"]
 
 
@@ -177,7 +180,7 @@ def test_doctor(capsys):
         "reference  works",
         "native steps (pyllmq.fuse): works: ",
         f"kernels of pyllmq._cpu on this processor ({_cpu.isa()}); faster would be ",
-        f"codebook, few tokens{'':23}{'avx512' if _cpu.isa() == 'amx' else _cpu.isa().split('_')[0]}\n",
+        f"codebook, few tokens{'':23}{VECTORS.get(_cpu.isa(), _cpu.isa().split('_')[0])}\n",
         "cpu        layout cpu.codebook\n             cpu.codebook_linear for 1, 2, 16, 64, 65, 512: tables of partial products",
         "cuda       layout checkpoint.codebook\n             reference.packed_linear for 1, 2, 16, 64, 65, 512: last row",
     ):

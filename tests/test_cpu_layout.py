@@ -140,7 +140,9 @@ class Weight:
 
 def max_error(precision, path):
     """What the arithmetic that a path takes on this machine may cost, of the result's size."""
-    in_bytes = precision == "fast" and path == "decode" and _cpu.isa() in ("avx512", "neon_dotprod", "neon_i8mm")
+    in_bytes = (
+        precision == "fast" and path == "decode" and _cpu.isa() in ("avx_vnni", "avx512", "neon_dotprod", "neon_i8mm")
+    )
     return MAX_ERROR_IN_BYTES if in_bytes else MAX_ERROR[precision]
 
 

@@ -108,7 +108,7 @@ PROBLEMS = {
 def test_doctor_knows_each_cpu_row_on_each_instruction_set():
     named = {f"cpu.{row}" for rows_of in instruction_sets.ROWS_OF.values() for row in rows_of}
     assert named == {row.name for row in dispatch.rows() if row.backend == "cpu"}
-    isas = {"amx", "avx512", "avx2", "neon_i8mm", "neon_dotprod", "neon", "scalar"}
+    isas = {"amx", "avx512", "avx_vnni", "avx2", "neon_i8mm", "neon_dotprod", "neon", "scalar"}
     assert set(_cpu.supported_isas()) <= isas == instruction_sets.SERVED.keys() == instruction_sets.FASTER.keys()
     assert all(lines.keys() == instruction_sets.ROWS_OF.keys() for lines in instruction_sets.SERVED.values())
 

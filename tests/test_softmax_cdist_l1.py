@@ -16,11 +16,11 @@ import pyllmq
 from pyllmq.backends.cpu import runtime as cpu
 from pyllmq.functional import softmax_cdist_l1
 
-from .oracle import assert_as_good_as_torch
+from .oracle import assert_as_good_as_torch, vector_isas
 
 pytestmark = pytest.mark.kernels
 
-ISAS = cpu.kernels().supported_isas()
+ISAS = vector_isas()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1, 1, 1), (1, 3, 2), (5, 2, 17), (4, 4, 512), (64, 64, 513), (65, 70, 130), (3, 129, 1100), (7, 6, 40000)]
 EPSILON = torch.finfo(torch.float32).eps

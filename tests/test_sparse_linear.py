@@ -23,6 +23,7 @@ from pyllmq.operations import DEFAULT_PRECISION, PRECISIONS
 from pyllmq.packing import mask_24, unstructured_mask
 
 from . import models
+from .oracle import vector_isas
 from .test_sparse_formats import random_codes
 
 pytestmark = pytest.mark.kernels
@@ -35,7 +36,7 @@ LINEAR = {
 }
 
 
-ISAS = _cpu.supported_isas()
+ISAS = vector_isas()
 
 
 @pytest.fixture(params=ISAS)

@@ -1,9 +1,11 @@
 #include "runtime/isa.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -22,6 +24,12 @@ std::atomic<Isa>& active() {
 }
 
 #if defined(__x86_64__)
+// CPUID 7.1 EAX; not all compilers know the name for __builtin_cpu_supports.
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
 // Linux grants the tile registers to a process that asks for them; asking where they are missing is an error only.
 bool amx_granted() {
 #if defined(__linux__)
@@ -62,6 +70,7 @@ const char* isa_name(Isa isa) {
     case Isa::neon: return "neon";
     case Isa::amx: return "amx";
     case Isa::avx512: return "avx512";
+    case Isa::avx_vnni: return "avx_vnni";
     case Isa::avx2: return "avx2";
     case Isa::scalar: break;
   }
@@ -78,6 +87,7 @@ std::vector<Isa> supported_isas() {
                       __builtin_cpu_supports("avx512vnni");
   if (avx512 && amx_granted()) found.push_back(Isa::amx);
   if (avx512) found.push_back(Isa::avx512);
+  if (avx2 && has_avx_vnni()) found.push_back(Isa::avx_vnni);
   if (avx2) found.push_back(Isa::avx2);
 #elif defined(__aarch64__)
   if (has_dotprod() && has_i8mm()) found.push_back(Isa::neon_i8mm);

@@ -6,11 +6,12 @@
 
 namespace pyllmq::cpu {
 
-// avx512: F, BW, VL, DQ, VBMI, VBMI2 and VNNI (Ice Lake, Zen 4 and later). amx: those and tiles of int8 and bf16, granted by the
-// operating system (Sapphire Rapids and later). neon: what every 64-bit ARM processor has; neon_dotprod: and sums of four byte
-// products (sdot; Cortex-A75, Neoverse N1, Apple A11 and later); neon_i8mm: and byte matrix products (smmla; Neoverse V1 and N2,
-// Apple M2 and later). Each includes those before it on its architecture.
-enum class Isa { scalar = 0, avx2 = 1, avx512 = 2, amx = 3, neon = 4, neon_dotprod = 5, neon_i8mm = 6 };
+// avx_vnni: AVX2 and sums of byte and of word products in 256 bits (vpdpbusd, vpdpwssd: Alder Lake, Zen 5 and later). avx512: F,
+// BW, VL, DQ, VBMI, VBMI2 and VNNI (Ice Lake, Zen 4 and later). amx: those and tiles of int8 and bf16, granted by the operating
+// system (Sapphire Rapids and later). neon: what every 64-bit ARM processor has; neon_dotprod: and sums of four byte products
+// (sdot; Cortex-A75, Neoverse N1, Apple A11 and later); neon_i8mm: and byte matrix products (smmla; Neoverse V1 and N2, Apple M2
+// and later). Each includes those before it on its architecture.
+enum class Isa { scalar, avx2, avx_vnni, avx512, amx, neon, neon_dotprod, neon_i8mm };
 
 const char* isa_name(Isa isa);
 std::vector<Isa> supported_isas();  // compiled in and usable on this machine, best first
@@ -26,7 +27,7 @@ decltype(auto) by_isa(Row&& row, Isa most = Isa::amx) {
 #elif defined(__x86_64__)
   const Isa isa = active_isa() < most ? active_isa() : most;
   if (isa >= Isa::avx512) return row.template operator()<Isa::avx512>();
-  if (isa == Isa::avx2) return row.template operator()<Isa::avx2>();
+  if (isa >= Isa::avx2) return row.template operator()<Isa::avx2>();
 #else
   static_cast<void>(most);
 #endif

@@ -20,8 +20,9 @@ namespace pyllmq::cpu {
 constexpr int64_t kFlushColumns = 64;
 constexpr float kLargestWeight = 16383;
 
-extern const DecodeKernels kDecodeInt16Avx2;    // rows
-extern const DecodeKernels kDecodeInt16Avx512;  // fours
+extern const DecodeKernels kDecodeInt16Avx2;     // rows
+extern const DecodeKernels kDecodeInt16AvxVnni;  // rows
+extern const DecodeKernels kDecodeInt16Avx512;   // fours
 
 // Of a group of tokens: int16 [pair of slots, token, 2], then fp32 units [kFlushColumns, token].
 static constexpr int64_t flushes(int64_t slots) { return ceil_div(slots, kFlushColumns); }
@@ -37,6 +38,9 @@ static inline PackedGroup packed_group(const uint8_t* packed, int64_t slots, int
   const uint8_t* group = packed + begin * packed_token_bytes(slots);
   return {reinterpret_cast<const int32_t*>(group), reinterpret_cast<const float*>(group + count * slots * 2)};
 }
+
+// For kDecodeInt16AvxVnni, the rest of which is that of AVX2.
+void multiply_int16_avxvnni(const uint8_t* weights, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums);
 
 // The factor of a column's weights; its maximum is finite, or `pack` has refused x.
 static inline float to_int16(float max_magnitude) { return max_magnitude > 0 ? kLargestWeight / max_magnitude : 0.0f; }

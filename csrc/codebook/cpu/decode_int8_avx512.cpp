@@ -1,51 +1,25 @@
-// Decoded weights of one byte (decode.h) for `fast` without AMX: vpdpbusd does 64 multiply-adds, twice those of
-// vpdpwssd.
-//
-//   weight   128 + round(C / max |C of the column| * 127), unsigned as the instruction wants one side; x carries the maximum
-//   x        int8 with one fp32 unit per token and 64 columns, max |x| / 127
-//   sums     from -128 sum x on, exact int32 over 64 columns, then fma(sum, unit, fp32)
-//
-// Relative error 7e-3 to 1.1e-2 for normal x, about that of engines that round activations to int8.
 #include <immintrin.h>
 
 #include <algorithm>
 
 #include "codebook/cpu/chains_avx512.h"
-#include "codebook/cpu/decode.h"
+#include "codebook/cpu/decode_int8.h"
 #include "codebook/cpu/quads_avx512.h"
 
 namespace pyllmq::cpu {
 namespace {
 
-constexpr int kBias = 128;
-
 struct BiasedByte {
   static constexpr int kPlanes = 1;
-  static constexpr float kLargest = 127;
+  static constexpr float kLargest = kLargestByte;
 
   static void store(__m512 value, uint8_t* to, int64_t) {
-    const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(value), _mm512_set1_epi32(kBias));
+    const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(value), _mm512_set1_epi32(kByteBias));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(biased));
   }
 };
 
 // --- x -------------------------------------------------------------------------------------------------------------
-
-// Of a group of tokens: int8 [quad of slots, token, 4], then fp32 units and int32 starts of sums, [64 columns, token] each.
-constexpr int64_t token_bytes(int64_t slots) { return slots + flushes(slots) * 8; }
-int64_t packed_bytes(int64_t tokens) { return token_bytes(kDecodedColumns) * tokens; }
-
-struct ByteGroup {
-  int32_t* x;
-  float* units;
-  int32_t* starts;
-};
-ByteGroup byte_group(uint8_t* packed, int64_t slots, int64_t begin, int64_t count) {
-  uint8_t* group = packed + begin * token_bytes(slots);
-  uint8_t* units = group + count * slots;
-  return {reinterpret_cast<int32_t*>(group), reinterpret_cast<float*>(units),
-          reinterpret_cast<int32_t*>(units + count * flushes(slots) * 4)};
-}
 
 bool pack(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group, uint8_t* packed) {
   const int64_t count = groups.size(group);
@@ -55,7 +29,7 @@ bool pack(const float* x, int64_t slots, const uint8_t* order, const TokenGroups
       const float* from = x + t * kDecodedColumns + first;  // zeros after the last slot
       const float largest = bits_float(largest_bits(from, kFlushColumns));
       if (!(largest == 0 || (largest >= 0x1p-90f && largest <= 0x1p100f))) return false;
-      const __m512 per_unit = _mm512_set1_ps(largest > 0 ? BiasedByte::kLargest / largest : 0.0f);
+      const __m512 per_unit = _mm512_set1_ps(largest > 0 ? kLargestByte / largest : 0.0f);
       alignas(64) int8_t bytes[kFlushColumns];
       __m512i sum = _mm512_setzero_si512();
       for (int64_t i = 0; i < kFlushColumns; i += 16) {
@@ -64,8 +38,8 @@ bool pack(const float* x, int64_t slots, const uint8_t* order, const TokenGroups
         _mm_store_si128(reinterpret_cast<__m128i*>(bytes + i), _mm512_cvtepi32_epi8(whole));
       }
       const int64_t flush = first / kFlushColumns * count + t;
-      to.units[flush] = largest / BiasedByte::kLargest / BiasedByte::kLargest;
-      to.starts[flush] = -kBias * _mm512_reduce_add_epi32(sum);
+      to.units[flush] = largest / kLargestByte / kLargestByte;
+      to.starts[flush] = -kByteBias * _mm512_reduce_add_epi32(sum);
       alignas(64) int32_t quads[kFlushColumns / 4];
       _mm512_store_si512(quads, _mm512_permutexvar_epi8(load_64(order + first), load_64(bytes)));
       for (int64_t q = 0; q < std::min(slots - first, kFlushColumns) / 4; ++q) to.x[(first / 4 + q) * count + t] = quads[q];
@@ -80,7 +54,7 @@ struct ByteDot {
   static constexpr int64_t kColumns = 4;
 
   static Group group(const uint8_t* packed, int64_t slots, int64_t begin, int64_t count) {
-    return byte_group(const_cast<uint8_t*>(packed), slots, begin, count);
+    return byte_group(packed, slots, begin, count);
   }
   static __m512i start(const Group& group, int64_t chain) { return _mm512_set1_epi32(group.starts[chain]); }
   static __m512i add(__m512i sum, __m512i weights, __m512i x) { return _mm512_dpbusd_epi32(sum, weights, x); }
@@ -91,7 +65,7 @@ struct ByteDot {
 const DecodeKernels kDecodeInt8Avx512 = {.token_group = kChainTokens,
                                          .weight_bytes = 1,
                                          .relative = true,
-                                         .packed_bytes = packed_bytes,
+                                         .packed_bytes = packed_int8_bytes,
                                          .pack = pack,
                                          .split_codebook = split_any_quads<BiasedByte>,
                                          .decode = decode_any_quads<BiasedByte>,

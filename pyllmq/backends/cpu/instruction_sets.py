@@ -35,6 +35,7 @@ def _served(vectors: str, more: str, sparse: str = "") -> dict[str, str]:
 SERVED: dict[str, dict[str, str]] = {
     "amx": _served("avx512", "", ", bf16 in amx") | {_MORE: "amx, exact in avx512 fp32"},
     "avx512": _served("avx512", "int16, exact in fp32, fast in int8"),
+    "avx_vnni": _served("avx2", "int16 by vpdpwssd, exact in fp32, fast in int8 by vpdpbusd"),
     "avx2": _served("avx2", "int16, exact in fp32"),
     "neon_i8mm": _served("neon", "fp32, fast in int8 by smmla"),
     "neon_dotprod": _served("neon", "fp32, fast in int8 by sdot"),
@@ -46,7 +47,8 @@ SERVED: dict[str, dict[str, str]] = {
 FASTER = {
     "amx": "nothing that is written here",
     "avx512": "a processor with AMX (Sapphire Rapids or later) for many tokens",
-    "avx2": "a processor with AVX-512 VBMI and VNNI (Ice Lake, Zen 4 or later)",
+    "avx_vnni": "a processor with AVX-512 VBMI and VNNI (Zen 4, Sapphire Rapids or later)",
+    "avx2": "a processor with AVX-512 VBMI and VNNI (Ice Lake, Zen 4 or later); with AVX-VNNI (Alder Lake) for many tokens",
     "neon_i8mm": "nothing that is written here; no time was ever measured on ARM",
     "neon_dotprod": "a processor with i8mm (Neoverse V1, N2, Apple M2 or later) for many tokens with precision='fast'",
     "neon": "a processor with dot product (Cortex-A75, Neoverse N1 or later) for many tokens with precision='fast'",

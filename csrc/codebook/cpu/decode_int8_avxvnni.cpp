@@ -1,0 +1,125 @@
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "codebook/cpu/chains_avx2.h"
+#include "codebook/cpu/decode_int8.h"
+#include "codebook/cpu/integers_avx2.h"
+#include "runtime/half.h"
+#include "runtime/instances.h"
+
+namespace pyllmq::cpu {
+namespace {
+
+// --- decode --------------------------------------------------------------------------------------------------------
+
+// 4 columns of 32 rows.
+inline void store_quad(__m256i a, __m256i b, __m256i c, __m256i d, uint8_t* weights) {
+  const __m256i ab0 = _mm256_unpacklo_epi8(a, b), ab1 = _mm256_unpackhi_epi8(a, b);
+  const __m256i cd0 = _mm256_unpacklo_epi8(c, d), cd1 = _mm256_unpackhi_epi8(c, d);
+  auto* first = reinterpret_cast<__m256i*>(weights);
+  auto* second = reinterpret_cast<__m256i*>(weights + kDecodedColumns * kHalfRows);
+  _mm256_store_si256(first, _mm256_unpacklo_epi16(ab0, cd0));
+  _mm256_store_si256(first + 1, _mm256_unpackhi_epi16(ab0, cd0));
+  _mm256_store_si256(second, _mm256_unpacklo_epi16(ab1, cd1));
+  _mm256_store_si256(second + 1, _mm256_unpackhi_epi16(ab1, cd1));
+}
+
+template <int Width>
+void decode_columns(const uint8_t* codes, const uint8_t* split, int64_t slots, uint8_t* weights) {
+  decode_blocks<Width>(codes, split, slots, [&](const auto& column) {
+#pragma GCC unroll 2
+    for (int c = 0; c < kBlockColumns; c += 4, weights += 4 * kHalfRows)
+      store_quad(column(c).low, column(c + 1).low, column(c + 2).low, column(c + 3).low, weights);
+  });
+}
+
+constexpr auto kSplit =
+    instances<1, 8>([]<int Width>() { return split_columns<Width, IntegerEntries{kLargestByte, kByteBias}>; });
+constexpr auto kDecode = instances<1, 8>([]<int Width>() { return decode_columns<Width>; });
+
+void split_any(int width, const uint16_t* codebook, const float* max_magnitude, int64_t slots, uint8_t* split) {
+  kSplit[width](codebook, max_magnitude, slots, split);
+}
+
+void decode_any(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, const uint8_t* split, int64_t slots, const float*,
+                uint8_t* weights) {
+  kDecode[width](tile_codes + slot / kBlockColumns * block_bytes(width), split, slots, weights);
+}
+
+// --- x -------------------------------------------------------------------------------------------------------------
+
+template <class Join>
+inline uint32_t joined(__m256i lanes, Join join) {
+  __m128i both = join(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+  both = join(both, _mm_shuffle_epi32(both, 0x4E));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(join(both, _mm_shuffle_epi32(both, 0xB1))));
+}
+
+// Of kFlushColumns numbers; the bits of magnitudes order like floats, those of NaN above all.
+inline float largest_magnitude(const float* x) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
+  __m256i largest = _mm256_setzero_si256();
+  for (int64_t i = 0; i < kFlushColumns; i += 8) largest = _mm256_max_epu32(largest, _mm256_and_si256(load_32(x + i), magnitude));
+  return bits_float(joined(largest, [](__m128i a, __m128i b) { return _mm_max_epu32(a, b); }));
+}
+
+bool pack(const float* x, int64_t slots, const uint8_t*, const TokenGroups& groups, int64_t group, uint8_t* packed) {
+  const int64_t count = groups.size(group);
+  const ByteGroup to = byte_group(packed, slots, groups.begin(group), count);
+  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int64_t t = 0; t < count; ++t)
+    for (int64_t first = 0; first < slots; first += kFlushColumns) {
+      const float* from = x + t * kDecodedColumns + first;  // zeros after the last slot
+      const float largest = largest_magnitude(from);
+      if (!(largest == 0 || (largest >= 0x1p-90f && largest <= 0x1p100f))) return false;
+      const __m256 per_unit = _mm256_set1_ps(largest > 0 ? kLargestByte / largest : 0.0f);
+      alignas(32) int32_t quads[kFlushColumns / 4];
+      __m256i sum = _mm256_setzero_si256();
+      for (int64_t i = 0; i < kFlushColumns; i += 32) {
+        __m256i whole[4];
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; ++part) {
+          whole[part] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + i + 8 * part), per_unit));
+          sum = _mm256_add_epi32(sum, whole[part]);
+        }
+        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(whole[0], whole[1]), _mm256_packs_epi32(whole[2], whole[3]));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(quads + i / 4), _mm256_permutevar8x32_epi32(bytes, in_order));
+      }
+      const int64_t flush = first / kFlushColumns * count + t;
+      to.units[flush] = largest / kLargestByte / kLargestByte;
+      to.starts[flush] = -kByteBias * static_cast<int32_t>(joined(sum, [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); }));
+      for (int64_t q = 0; q < std::min(slots - first, kFlushColumns) / 4; ++q) to.x[(first / 4 + q) * count + t] = quads[q];
+    }
+  return true;
+}
+
+// --- multiply ------------------------------------------------------------------------------------------------------
+
+struct ByteDot {
+  using Group = ByteGroup;
+  static constexpr int64_t kColumns = 4;
+
+  static Group group(const uint8_t* packed, int64_t slots, int64_t begin, int64_t count) {
+    return byte_group(packed, slots, begin, count);
+  }
+  static __m256i start(const Group& group, int64_t chain) { return _mm256_set1_epi32(group.starts[chain]); }
+  static void add(__m256i& sum, __m256i weights, __m256i x) {
+    sum = _mm256_dpbusd_avx_epi32(sum, weights, x);
+    asm("" : "+x"(sum));  // stays in its register (gcc 12 spills and copies)
+  }
+};
+
+}  // namespace
+
+const DecodeKernels kDecodeInt8AvxVnni = {.token_group = kChainTokens,
+                                          .weight_bytes = 1,
+                                          .relative = true,
+                                          .packed_bytes = packed_int8_bytes,
+                                          .pack = pack,
+                                          .split_codebook = split_any,
+                                          .decode = decode_any,
+                                          .multiply = multiply_chains<ByteDot>,
+                                          .add_outliers = add_outliers_loop};
+
+}  // namespace pyllmq::cpu

@@ -23,6 +23,8 @@ constexpr int64_t kChunkTiles = kStripTiles;
 constexpr double kNsPerLookupStep = 1.2;  // one lookup of 32 rows
 constexpr double kNsPerDecodeStep = 5.0;  // one column of 32 rows
 constexpr double kNsPerTable = 6.0;
+// Of many weights, each thread takes whole ones where it gets so many: it looks up in tables that it built itself, in one place.
+constexpr int64_t kWholePerThread = 4;
 
 enum class Path : int32_t { nothing, tables, exact };  // nothing: every product of the panel is zero
 
@@ -255,6 +257,12 @@ struct GroupRun {
     build_panel_tables(problem, group, rest / segments, rest % segments, group.begin + i % panels());
   }
   void look_up(int64_t i) const { run_chunk(problem, group, problem.chunks[i], y); }
+  void build_all() const {
+    for (int64_t i = 0; i < tables(); ++i) build(i);
+  }
+  void look_up_all() const {
+    for (int64_t i = 0; i < chunks(); ++i) look_up(i);
+  }
 };
 
 // The tables of all, then the lookups of all: threads meet twice, however many there are.
@@ -421,14 +429,28 @@ std::vector<size_t> codebook_linears(const std::vector<LinearOfMany>& linears, P
     }
     rest.push_back(i);
   }
-  thread_local Workspace workspace;
-  workspace.reserve(need);
   std::vector<GroupRun> runs;
-  for (size_t i = 0; i < problems.size(); ++i) {
-    Memory(problems[i]).give(problems[i], workspace);
-    runs.push_back({problems[i], problems[i].groups[0], outputs[i]});
+  for (size_t i = 0; i < problems.size(); ++i) runs.push_back({problems[i], problems[i].groups[0], outputs[i]});
+  const auto give = [&problems](size_t i, Workspace& workspace) { Memory(problems[i]).give(problems[i], workspace); };
+  if (static_cast<int64_t>(runs.size()) < kWholePerThread * num_threads()) {
+    thread_local Workspace workspace;
+    workspace.reserve(need);
+    for (size_t i = 0; i < runs.size(); ++i) give(i, workspace);
+    run_groups(runs);
+    return rest;
   }
-  run_groups(runs);
+  double cost = 0;
+  for (const GroupRun& run : runs) cost += run.tables_cost() + run.lookups_cost();
+  parallel_for(static_cast<int64_t>(runs.size()), 1, cost, [&](int64_t begin, int64_t end) {
+    thread_local Workspace workspace;
+    for (int64_t i = begin; i < end; ++i) {
+      problems[i].chunks = tile_chunks(problems[i].view, kChunkTiles, kChunkTiles, 1);
+      workspace.reserve(Memory(problems[i]).need());
+      give(i, workspace);
+      runs[i].build_all();
+      runs[i].look_up_all();
+    }
+  });
   return rest;
 }
 

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,17 +25,19 @@ import pyllmq
 from pyllmq.benchmarks.accuracy import Subject, causal
 from pyllmq.benchmarks.record import append, read_rows
 from pyllmq.compression.calibration import Batch
+from pyllmq.compression.jobs.ends import find_ends
 from pyllmq.compression.methods.column_codebook import ColumnCodebook
 from pyllmq.compression.statistics import inputs
-from pyllmq.experts import ExpertLinear, RoutedExperts, put_together, take_apart
+from pyllmq.experts import ExpertLinear, RoutedExperts, take_apart
+from pyllmq.linears import dense_weight, select_linears
 
 BITS = 3.0
 ENDS = {"embeddings": 3, "head": 3}
-TEXTS = (4, 16, 128)
+TEXTS = (4, 128)
 """Windows of calibration."""
 PRIORS = {"own alone": 0.0, "K / 4": 0.25, "K": 1.0, "4 K": 4.0, "layer alone": 1e9}
 SHARES = ("mass", "energy", "mass x energy")
-K_MEANS, OURS = "k-means", "prior "
+K_MEANS, PRIOR, SHARE = "k-means", "prior", "bits by"
 
 
 @dataclass(frozen=True)
@@ -59,40 +62,38 @@ HEADER = [field.name for field in fields(Result)]
 
 @dataclass
 class Routed:
-    """Of one expert, over the calibration text."""
+    """Of one projection of one expert, over the calibration text."""
 
     tokens: int = 0
     mass: float = 0.0
-    """Sum of its squared routing weights."""
-    energy: Mapping[str, float] = None  # type: ignore[assignment]
-    """Child -> mean square of its outputs."""
+    """Sum of squared routing weights."""
+    energy: float = 0.0
+    """Sum over its tokens of the mean square of its outputs."""
 
 
 def routed(dense: Any, batches: Sequence[Batch]) -> dict[str, Routed]:
-    """Name of each ExpertLinear -> what is routed to its expert in the dense model."""
+    """Name -> what is routed to it in the dense model."""
     model = copy.deepcopy(dense)
     take_apart(model)
     found: dict[str, Routed] = {}
-    with ExitStack() as hooks, torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, RoutedExperts):
-                for child, linear in module.named_children():
-                    found[f"{name}.{child}"] = Routed(energy={"sum": 0.0})
 
-                def see(stack: Any, given: tuple[Tensor, ...], name: str = name) -> None:
-                    _, index, weights = given
-                    for child, linear in stack.named_children():
-                        chosen = index == linear.index
-                        found[f"{name}.{child}"].tokens += int(chosen.sum())
-                        found[f"{name}.{child}"].mass += float(weights[chosen].square().sum())
+    def see(name: str, stack: Any, given: tuple[Tensor, ...]) -> None:
+        _, index, weights = given
+        for child, linear in stack.named_children():
+            chosen = index == linear.index
+            found[f"{name}.{child}"].tokens += int(chosen.sum())
+            found[f"{name}.{child}"].mass += float(weights[chosen].square().sum())
 
-                hooks.callback(module.register_forward_pre_hook(see).remove)
-            elif isinstance(module, ExpertLinear):
+    def put_out(name: str, _: Any, __: Any, y: Tensor) -> None:
+        found[name].energy += float(y.square().mean(1).sum())
 
-                def put_out(_: Any, __: Any, y: Tensor, name: str = name) -> None:
-                    found[name].energy["sum"] += float(y.square().sum()) / y.shape[1]  # type: ignore[index]
-
-                hooks.callback(module.register_forward_hook(put_out).remove)
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertLinear):
+            found[name] = Routed()
+            module.register_forward_hook(partial(put_out, name))
+        elif isinstance(module, RoutedExperts):
+            module.register_forward_pre_hook(partial(see, name))
+    with torch.no_grad():
         for batch in batches:
             model(**batch)
     return found
@@ -104,7 +105,7 @@ def by_share(share: str, of_experts: Mapping[str, Routed]) -> Any:
 
     def weigh(name: str) -> float:
         seen = of_experts[name]
-        energy = seen.energy["sum"] / max(1, seen.tokens)
+        energy = seen.energy / max(1, seen.tokens)
         return (seen.mass if "mass" in share else 1.0) * (energy if "energy" in share else 1.0)
 
     def make_plan(self: Any, linears: Mapping[str, nn.Module], *rest: Any) -> dict[str, Any]:
@@ -135,7 +136,7 @@ def run(subject: Subject, method: str, setting: str, texts: int, draw: int) -> R
             report = pyllmq.compress(model, config, progress=False, **ENDS)
         else:
             changed.enter_context(patch.object(inputs, "PRIOR_TOKENS", PRIORS.get(setting, PRIORS["K"])))
-            if method == "bits by":
+            if method == SHARE:
                 changed.enter_context(by_share(setting, of_experts))
             config = pyllmq.ColumnCodebookConfig.preset("balanced", bits_of_linears(subject.dense))
             report = pyllmq.compress(model, config, batches, progress=False, **ENDS)
@@ -154,13 +155,9 @@ def bits_of_linears(dense: Any) -> float:
     """At which all together, with the ends at their width, have BITS."""
     model = copy.deepcopy(dense)
     take_apart(model)
-    from pyllmq.compression.jobs.ends import find_ends
-    from pyllmq.linears import dense_weight, select_linears
-
     ends = find_ends(model, **ENDS)
     of_ends = sum(end.weight.numel() for end in ends)
     of_linears = sum(dense_weight(module).numel() for module in select_linears(model).values())
-    put_together(model)
     return (BITS * (of_ends + of_linears) - 8 * sum(end.nbytes for end in ends)) / of_linears
 
 
@@ -176,8 +173,8 @@ def main() -> None:
     jobs = [(K_MEANS, str(width), 0, 0) for width in (2, 3, 4)]
     for draw in range(given.draws):
         for texts in TEXTS:
-            jobs += [("prior", name, texts, draw) for name in PRIORS]
-            jobs += [("bits by", share, texts, draw) for share in SHARES]
+            jobs += [(PRIOR, name, texts, draw) for name in PRIORS]
+            jobs += [(SHARE, share, texts, draw) for share in SHARES]
     done = {
         (r.model, r.method, r.setting, r.texts, r.draw)
         for r in (read_rows(given.csv, Result) if given.csv.exists() else ())

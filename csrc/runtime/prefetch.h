@@ -10,8 +10,9 @@ struct Ahead {  // bytes
 };
 
 // Codes looked up in tables. 4096 x 4096 at 4 bits from memory, 2 threads, AVX-512: 246 us; 2048 alone 290, far alone 371, none
-// 375. The far one is touchy: 6 KiB takes a fifth longer than 4 at 4 bits, 8 a sixth longer at 3.
-static constexpr Ahead kLookupsAvx2{1024, 6144}, kLookupsAvx512{1024, 4096};
+// 375. The far one is touchy: 6 KiB takes a fifth longer than 4 at 4 bits, 8 a sixth longer at 3 (Intel). On Zen 5 the nearer
+// pair takes 5 % longer at 4 bits, 12 % at 3 (184 and 175 us, 152 and 135 us); 4 and 16 KiB as 2 and 8.
+static constexpr Ahead kLookupsAvx2{1024, 6144}, kLookupsAvx512{1024, 4096}, kLookupsAvx512Amd{2048, 8192};
 // Cells of the sparse formats. AVX2: 2:4 takes 6 % longer with 2 and 16 KiB, codes of 2 bits 283 in place of 262 us, and 278 with
 // 1/2 and 4. AVX-512, 2:4 in bf16 and fp32: 690 and 1154 us, 718 and 1280 where the second is 16 KiB; bitmaps take as long
 // with either; one distance alone: 1.3 to 1.6 times as long.

@@ -1,6 +1,7 @@
 """What a compression from folder to folder holds in memory, and what a second process gains: one CSV for both.
 
     python benchmarks/streaming.py memory     a checkpoint of the shape of a 7B model, a few blocks of it compressed
+    python benchmarks/streaming.py memory --shape qwen3-30b-a3b      the same with 128 experts in each block
     python benchmarks/streaming.py ranks      the same job in 1 and 2 processes of one thread each, in turn
 
 Each job runs in a process of its own, on random weights and random tokens: neither number depends on what the text says.
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,51 @@ from pyllmq import ColumnCodebookConfig, SparseConfig, compress_folder
 from pyllmq.benchmarks import record
 from pyllmq.compression.ranks import joined
 
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    inner: int
+    heads: int
+    vocabulary: int
+    key_value_heads: int = 0
+    """0: as many as heads."""
+    head_dim: int = 0
+    """0: hidden / heads."""
+    experts: int = 0
+    """Of `inner` each; 0: a Llama."""
+    choices: int = 0
+
+    def config(self, blocks: int) -> Any:
+        from transformers import AutoConfig
+
+        sizes: dict[str, Any] = {
+            "vocab_size": self.vocabulary, "hidden_size": self.hidden, "num_hidden_layers": blocks,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.key_value_heads or self.heads,
+            "head_dim": self.head_dim or self.hidden // self.heads, "dtype": "bfloat16",
+        }  # fmt: skip
+        if not self.experts:
+            return AutoConfig.for_model(
+                "llama", intermediate_size=self.inner, architectures=["LlamaForCausalLM"], **sizes
+            )
+        sizes |= {"num_experts": self.experts, "num_experts_per_tok": self.choices, "norm_topk_prob": True}
+        return AutoConfig.for_model(
+            "qwen3_moe", moe_intermediate_size=self.inner, architectures=["Qwen3MoeForCausalLM"], **sizes
+        )
+
+    @property
+    def block(self) -> int:
+        """Bytes of the Linears of a block in fp32."""
+        heads = self.heads + (self.key_value_heads or self.heads)
+        attention = 2 * self.hidden * heads * (self.head_dim or self.hidden // self.heads)
+        return 4 * (attention + 3 * self.hidden * self.inner * max(1, self.experts))
+
+
 SHAPES = {
-    # hidden, inner, heads, vocabulary
-    "llama-2-7b": (4096, 11008, 32, 32000),
-    "small": (512, 1376, 8, 2048),
+    "llama-2-7b": Shape(4096, 11008, 32, 32000),
+    "qwen3-30b-a3b": Shape(2048, 768, 32, 151936, key_value_heads=4, head_dim=128, experts=128, choices=8),
+    "few-experts": Shape(2048, 768, 32, 2048, key_value_heads=4, head_dim=128, experts=4, choices=2),
+    "small": Shape(512, 1376, 8, 2048),
 }
 METHODS: dict[str, Any] = {
     "fast": ColumnCodebookConfig.preset("fast", 3),
@@ -76,18 +119,14 @@ HEADER = [field.name for field in fields(Row)]
 
 
 def write_checkpoint(folder: Path, shape: str, blocks: int) -> None:
-    """A Llama of random bfloat16 weights. One set of numbers serves every block: k-means does not see the difference."""
+    """Random bfloat16 weights. One set of numbers serves every block: k-means does not see the difference."""
     from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    hidden, inner, heads, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks,
-        num_attention_heads=heads, num_key_value_heads=heads, dtype="bfloat16", architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+    config = SHAPES[shape].config(blocks)
     config.save_pretrained(folder)
     with torch.device("meta"):
-        wanted = LlamaForCausalLM(config).state_dict()
+        wanted = dict(_as_in_files(AutoModelForCausalLM.from_config(config).state_dict()))
     noise = torch.randn(max(t.numel() for t in wanted.values()) + 64, generator=torch.Generator().manual_seed(0))
     noise = noise.mul_(0.02).bfloat16()
     units: dict[str, dict[str, torch.Tensor]] = {}
@@ -105,13 +144,25 @@ def write_checkpoint(folder: Path, shape: str, blocks: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
+def _as_in_files(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Files of Qwen3-MoE hold the projections of experts one by one."""
+    for key, tensor in tensors.items():
+        stack, _, parameter = key.rpartition(".")
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(parameter, ())
+        for expert, of_expert in enumerate(tensor if parts else ()):
+            for name, part in zip(parts, of_expert.chunk(len(parts)), strict=True):
+                yield f"{stack}.{expert}.{name}.weight", part
+        if not parts:
+            yield key, tensor
+
+
 def work(job: dict[str, Any]) -> None:
     """One process of a job; prints what it found as JSON."""
     from pyllmq.memory import peak_memory
 
     torch.set_num_threads(job["threads"])
     libraries = peak_memory()
-    vocabulary = SHAPES[job["shape"]][3]
+    vocabulary = SHAPES[job["shape"]].vocabulary
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(0, vocabulary, (1, job["seqlen"]), generator=generator) for _ in range(job["samples"])]
     include = [f"layers.{i}" for i in range(job["compressed"])]
@@ -147,8 +198,7 @@ def measure(what: str, job: dict[str, Any], counts: list[int], repeats: int) -> 
     for _ in range(repeats):
         for count in counts:
             found[count].append(run_job(job, count))
-    hidden, inner, heads, _ = SHAPES[job["shape"]]
-    block = 4 * (4 * hidden * hidden + 3 * hidden * inner)
+    hidden, block = SHAPES[job["shape"]].hidden, SHAPES[job["shape"]].block
     share = others.share()
     times = {count: statistics.median(run["seconds"] for run in runs) for count, runs in found.items()}
     rows = []

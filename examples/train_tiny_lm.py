@@ -1,9 +1,11 @@
 """Train a small causal language model on text that is on every machine: the documentation inside Python's standard library.
 
-    python examples/train_tiny_lm.py --out tiny_lm        # 4 M parameters, hidden size 256; about 10 minutes on 2 cores
+    python examples/train_tiny_lm.py --out tiny_lm                  # 4 M parameters, hidden size 256; about 10 minutes on 2 cores
+    python examples/train_tiny_lm.py --out tiny_moe --experts 8     # 9 M, 2 experts a token: as much arithmetic as the above
 
-Writes a folder that transformers loads (a Llama with its own tokenizer) and the texts beside it, disjoint by paragraph:
-training.txt, calibration.txt, tuning.txt, evaluation.txt. It makes benchmarks of causal models possible without a download.
+Writes a folder that transformers loads (a Llama or Qwen3-MoE with its own tokenizer) and the texts beside it, disjoint by
+paragraph: training.txt, calibration.txt, tuning.txt, evaluation.txt. It makes benchmarks of causal models possible without a
+download.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from torch import nn
 from pyllmq.compression.calibration import builtin_paragraphs
 
 VOCABULARY = 2048
+CHOICES = 2
+BALANCE = 1e-4
+"""Weight of the loss that shares tokens out over experts: so weak that some experts are chosen seldom, as in large models."""
 # Paragraphs are dealt out in turn; of 20, so many go to each text.
 SHARES = {"training": 16, "calibration": 1, "tuning": 2, "evaluation": 1}
 
@@ -71,40 +76,45 @@ def train_tokenizer(text: str):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
+def make_model(hidden: int, layers: int, experts: int, end: int):
+    """A Llama, or a Qwen3-MoE whose chosen experts have the width of the Llama's MLP together."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    inner = round(hidden * 8 / 3 / 32) * 32
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": hidden // 64,
+             "max_position_embeddings": 512, "eos_token_id": end, "bos_token_id": None}  # fmt: skip
+    if not experts:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", intermediate_size=inner, **sizes))
+    routing = {"num_experts": experts, "num_experts_per_tok": CHOICES, "moe_intermediate_size": inner // CHOICES,
+               "norm_topk_prob": True}  # fmt: skip
+    sizes |= {"num_key_value_heads": hidden // 64, "head_dim": 64}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **routing, **sizes))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tiny_lm"))
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=0, help="of each layer; 0: a dense model")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--minutes", type=float, default=15.0, help="stop after so long, whatever --steps says")
     given = parser.parse_args()
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     texts = split([*builtin_paragraphs(), *docstrings()])
     tokenizer = train_tokenizer(texts["training"])
     stream = torch.tensor(tokenizer(texts["training"], verbose=False)["input_ids"])
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=given.hidden,
-            intermediate_size=round(given.hidden * 8 / 3 / 32) * 32,
-            num_hidden_layers=given.layers,
-            num_attention_heads=given.hidden // 64,
-            max_position_embeddings=512,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-    )
+    model = make_model(given.hidden, given.layers, given.experts, tokenizer.eos_token_id)
     print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(stream)} training tokens",
         flush=True,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     started, losses = time.monotonic(), []
+    asked = {"output_router_logits": True} if given.experts else {}
     model.train()
     for step in range(given.steps):
         passed = (time.monotonic() - started) / (60 * given.minutes)
@@ -115,13 +125,14 @@ def main() -> None:
             group["lr"] = 2e-3 * min((step + 1) / 50, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         at = torch.randint(len(stream) - given.seqlen, (given.batch,))
         ids = torch.stack([stream[i : i + given.seqlen] for i in at.tolist()])
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        output = model(input_ids=ids, use_cache=False, **asked)
+        loss = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        losses.append(loss.item())
+        loss = loss + BALANCE * output.aux_loss if given.experts else loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
         if step % 50 == 0:
             print(
                 f"step {step}: loss {sum(losses[-50:]) / len(losses[-50:]):.3f}, {time.monotonic() - started:.0f} s",

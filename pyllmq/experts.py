@@ -58,6 +58,7 @@ class RoutedExperts(nn.Module):
         super().__init__()
         self.__dict__["dense"] = dense  # its gate, its settings; the parameters are common
         self._held: tuple[list[Any], PackedExperts] | None = None
+        self.first = 0
         self._parameters = dense._parameters
         first = "gate_up_proj" if self.dense.has_gate else "up_proj"
         self.experts = len(dense._parameters[first])  # type: ignore[arg-type]
@@ -81,8 +82,28 @@ class RoutedExperts(nn.Module):
 
         return by_expert(hidden_states, top_k_index, top_k_weights, self.experts, run)
 
+    def outside(self, first: int, stop: int) -> list[str]:
+        """Names of the children that are not of the experts `first` to `stop` - 1."""
+        numbers = [n for n in range(self.first, self.first + self.experts) if not first <= n < stop]
+        return [f"expert_{number}_{part}" for number in numbers for part in (UP, DOWN)]
+
+    def keep(self, first: int, stop: int) -> None:
+        """Forget all experts but those from `first` to `stop` - 1, which keep their names; 0 then means the first of them."""
+        if (first, stop) == (self.first, self.first + self.experts):
+            return
+        for name in self.outside(first, stop):
+            delattr(self, name)
+        for name, stack in self._parameters.items():
+            if stack is not None:
+                part = stack[first - self.first : stop - self.first].clone()
+                self._parameters[name] = nn.Parameter(part, stack.requires_grad)
+        for child in self.children():
+            if isinstance(child, ExpertLinear):
+                child.index += self.first - first
+        self.first, self.experts, self._held = first, stop - first, None
+
     def _linears(self, index: int) -> tuple[nn.Module, nn.Module]:
-        up, down = (self._modules[f"expert_{index}_{part}"] for part in (UP, DOWN))
+        up, down = (self._modules[f"expert_{self.first + index}_{part}"] for part in (UP, DOWN))
         assert up is not None and down is not None
         return up, down
 

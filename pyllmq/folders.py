@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,8 @@ class Description(dict[str, Any]):
     structures: dict[str, Structure]
     part_of_ranks = 0
     """Of how many processes the modules are one's part; 0: the modules are whole. Never in a file."""
+    experts_of_part: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    """Stack of packed experts -> (first, stop) of those that this process holds, where that is a part. Never in a file."""
     checked: frozenset[str] = frozenset()
     """Files whose headers were compared with it."""
 

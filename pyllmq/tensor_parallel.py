@@ -5,6 +5,8 @@ Two kinds of parts, named as in the plans of transformers (`base_model_tp_plan`)
     colwise   rows of W: q, k, v, gate, up. The input is whole, the output is this rank's part of the features.
     rowwise   columns of W: o, down. The input is such a part; the outputs of all ranks are summed, with the bias of rank 0 only.
 
+Of stacked experts, every process holds some, whole; the others' tokens are sent to none of them, and the outputs are summed.
+
 A part is cut out of the plain checkpoint tensors and gets a machine layout of its own, columns sorted by width within it. Parts of
 one block are cut at the same places, attention between heads; sizes need not divide by the number of ranks.
 """
@@ -22,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .experts import RoutedExperts, is_stack
 from .formats import PackedWeight
 from .layers.linear import PackedComposite, PackedLinear
 from .linears import as_linear, dense_weight, is_transposed_linear, replace_module, stacked_parameters
@@ -66,11 +69,15 @@ class Plan:
     splits: dict[str, Split]
     whole: dict[str, str]
     """Linear that was planned, or stacked experts, whole on every rank all the same -> why."""
+    experts: dict[str, tuple[tuple[int, int], ...]]
+    """Stack of experts -> of each rank those that it holds, from the first to one past the last."""
     key_value_groups: dict[str, int]
     """Attention module -> query heads per key/value head on one rank, where ranks share key/value heads."""
 
     def __str__(self) -> str:
         rows = [(name, str(split)) for name, split in self.splits.items()]
+        held = ((name, (f"{start}:{stop}" for start, stop in ranges)) for name, ranges in self.experts.items())
+        rows += [(name, f"experts {' '.join(parts)}") for name, parts in held]
         rows += [(name, f"whole: {why}") for name, why in self.whole.items()]
         width = max((len(name) for name, _ in rows), default=0)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
@@ -85,8 +92,8 @@ def plan(model: nn.Module, ranks: int, styles: Mapping[str, str] | None = None) 
     Args:
         styles: module name, `*` for a number -> one of `STYLES`; None takes the plan that transformers has for the architecture.
             Linears of one block stand in the order in which the model registers them: the outputs of all `colwise` ones go
-            into the next `rowwise` one. Entries for other modules and parameters (norms, stacked experts) mean nothing here: those
-            are whole on every rank; of stacked experts the plan says so.
+            into the next `rowwise` one. Entries for other modules and parameters mean nothing here: norms are whole on every rank,
+            stacked experts are shared out whole.
 
     Raises ValueError if there is no plan, a style is unknown, a name fits no Linear, or `colwise` outputs go nowhere.
     """
@@ -102,16 +109,32 @@ def plan(model: nn.Module, ranks: int, styles: Mapping[str, str] | None = None) 
             splits |= dict(zip(block, found, strict=True))
         except _Whole as why:
             whole |= dict.fromkeys(block, str(why))
-    return Plan(ranks, splits, whole | _experts(model, ranks), shared)
+    experts: dict[str, tuple[tuple[int, int], ...]] = {}
+    for name, count in _stacks(model):
+        if count < ranks:
+            whole[name] = f"{count} experts are fewer than {ranks} ranks"
+        else:
+            places = [count * rank // ranks for rank in range(ranks + 1)]
+            experts[name] = tuple(zip(places, places[1:], strict=False))
+    return Plan(ranks, splits, whole | _unknown_stacks(model, ranks, experts), experts, shared)
 
 
-def _experts(model: nn.Module, ranks: int) -> dict[str, str]:
-    """Stacked experts, often most of the model -> why they are whole; not those that transformers' own loading has cut."""
+def _stacks(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """(name, number of experts) of stacks, packed or dense; not of those that transformers' own loading has cut."""
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedExperts):
+            yield name, module.experts
+        elif is_stack(module) and not hasattr(module.down_proj, "placements"):
+            yield name, len(module.down_proj)  # type: ignore[arg-type]
+
+
+def _unknown_stacks(model: nn.Module, ranks: int, known: Collection[str]) -> dict[str, str]:
+    """3-D parameters, often most of the model -> why they are whole."""
     return {
         name: f"a 3-D tensor (stacked experts?) of {parameter.numel():,} values, and only Linears are cut: each of the {ranks} "
         "ranks holds all of it"
         for name, parameter in stacked_parameters(model)
-        if not hasattr(parameter, "placements")
+        if not hasattr(parameter, "placements") and name.rpartition(".")[0] not in known
     }
 
 
@@ -356,6 +379,14 @@ def take_part(
             module.register_forward_hook(partial(_gather, group, split.ranges))
         else:
             module.register_forward_pre_hook(_expect_no_gradient)
+    for name, of_ranks in found.experts.items():
+        stack = model.get_submodule(name)
+        if not isinstance(stack, RoutedExperts):
+            stack = RoutedExperts(stack)
+            replace_module(model, name, stack)
+        stack.keep(*of_ranks[rank])
+        stack.register_forward_pre_hook(partial(_take_experts, of_ranks[-1][1]))
+        stack.register_forward_hook(partial(_sum, group))
     for name, groups in found.key_value_groups.items():
         attention: Any = model.get_submodule(name)
         attention.num_key_value_groups = groups
@@ -376,6 +407,13 @@ def _expect_no_gradient(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 def _take_part(place: tuple[int, int], module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (inputs[0][..., place[0] : place[1]], *inputs[1:])
+
+
+def _take_experts(count: int, stack: RoutedExperts, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of `count` experts, those of other ranks become none; an index that is not allowed stays one."""
+    x, index, weights = inputs
+    elsewhere = (index >= 0) & (index < stack.first) | (index >= stack.first + stack.experts) & (index <= count)
+    return x, (index - stack.first).masked_fill(elsewhere, stack.experts), weights
 
 
 def _sum(group: dist.ProcessGroup | None, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

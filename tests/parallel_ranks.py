@@ -39,6 +39,7 @@ def check(case: Path, rank: int, ranks: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "split": {name: str(split) for name, split in plan.splits.items()},
         "whole": plan.whole,
+        "experts": plan.experts,
         "cut": _cut_as_planned(part, plan, rank),
     }
     pyllmq.set_precision(part, "exact")
@@ -90,7 +91,10 @@ def _tensors(model: Any) -> list[Tensor]:
 def _cut_as_planned(model: Any, plan: parallel.Plan, rank: int) -> bool:
     sizes = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if name in plan.splits}
     wanted = {name: split.ranges[rank][1] - split.ranges[rank][0] for name, split in plan.splits.items()}
-    return all(sizes[name][plan.splits[name].by == parallel.COLUMNS] == size for name, size in wanted.items())
+    held = {name: model.get_submodule(name) for name in plan.experts}
+    shared = all((stack.first, stack.first + stack.experts) == plan.experts[name][rank] for name, stack in held.items())
+    sizes_right = all(sizes[name][plan.splits[name].by == parallel.COLUMNS] == size for name, size in wanted.items())
+    return sizes_right and shared and all(len(list(s.children())) == 2 * s.experts for s in held.values())
 
 
 def _refusal(act: Any) -> str:

@@ -24,11 +24,24 @@ from pyllmq.compression.jobs.folder import FolderJob
 from pyllmq.compression.jobs.job import Job
 from pyllmq.compression.ranks import joined
 
-METHODS = {
+METHODS: dict[str, Any] = {
     "columns": ColumnCodebookConfig(bits=3, cycles=1, kmeans="windowed", guidance="rows+tokens"),
     "pruned": SparseConfig(0.5, method="sparsegpt", allocation="owl", true_sequential=False),
+    "experts": ColumnCodebookConfig(bits=3, cycles=1, kmeans="windowed"),
 }
 CONTEXT = multiprocessing.get_context("fork")
+
+
+def write_experts(folder: Path) -> None:
+    """10 batches of 24 tokens leave some of its 16 experts with tokens in one process only, some with none."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(vocab_size=256, hidden_size=32, moe_intermediate_size=24, num_hidden_layers=2,
+                                         num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=16,
+                                         num_experts_per_tok=2, max_position_embeddings=64)  # fmt: skip
+    model = transformers.Qwen3MoeForCausalLM(config)
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data *= torch.linspace(1, 60, 16)[:, None]
+    model.save_pretrained(folder)
 
 
 def batches(count: int = 5) -> list[torch.Tensor]:
@@ -76,7 +89,7 @@ def job(
     logs = [place / f"{name}.{rank}.json" for rank in range(size)]
     for log in logs:
         log.unlink(missing_ok=True)
-    arguments = (place / "source", place / name, method)
+    arguments = (place / ("experts source" if method == "experts" else "source"), place / name, method)
     processes = [
         CONTEXT.Process(target=work, args=(rank, size, store.port, logs[rank], arguments, resume, dies))
         for rank in range(size)
@@ -90,9 +103,10 @@ def job(
 
 
 def main(place: Path) -> dict[str, Any]:
-    maker = CONTEXT.Process(target=write_model, args=(place / "source",))
-    maker.start()
-    maker.join()
+    for write, name in ((write_model, "source"), (write_experts, "experts source")):
+        maker = CONTEXT.Process(target=write, args=(place / name,))
+        maker.start()
+        maker.join()
     found: dict[str, Any] = {}
     for method in METHODS:
         jobs = {}

@@ -206,6 +206,14 @@ def test_an_end_that_is_not_there():
     model.model.embed_tokens.max_norm = 1.0
     with pytest.raises(ValueError, match="max_norm=1.0 changes while it is used"):
         find_ends(model, 4, None)
+    model = tied_llama()
+    model.model.embed_tokens.sparse = True
+    before = logits(model)
+    with pytest.raises(
+        ValueError, match="sparse gradients changes while it is used and cannot be packed; leave it dense"
+    ):
+        pyllmq.compress(model, pyllmq.KMeansConfig(4), embeddings=4, progress=False)
+    assert torch.equal(logits(model), before) and not packed_modules(model)
 
 
 def test_a_tie_that_the_config_denies(tmp_path):

@@ -197,11 +197,12 @@ def test_an_expert_without_tokens_takes_the_statistics_of_its_layer():
     for layer in model.model.layers:
         layer.mlp.gate.weight.data[:3] *= 100
         layer.mlp.gate.weight.data[3:] = 0
-    take_apart(model)
+    stack = model.model.layers[0].mlp.experts
     found = {}
     visit_groups(
         model, [torch.randint(0, 128, (1, 2))], lambda group, inputs: found.update(dict.fromkeys(group, inputs))
     )
+    assert model.model.layers[0].mlp.experts is stack
     unreached = [inputs for name, inputs in found.items() if ".experts." in name and not inputs.reached]
     assert unreached
     for inputs in unreached:
@@ -290,6 +291,24 @@ with torch.no_grad():
     model = make("Mixtral")
     pyllmq.compress(model, pyllmq.KMeansConfig(4), progress=False)
     torch.testing.assert_close(torch.load(tmp_path / "logits"), logits(model), rtol=0, atol=1e-6)
+
+
+def test_experts_that_nothing_takes_apart_stay_dense_and_are_named(tmp_path):
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    sizes = SIZES | {"intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 16}
+    model = Llama4ForCausalLM(Llama4TextConfig(**sizes, interleave_moe_layer_step=1)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)  # Llama 4 leaves its experts without values
+    stacks = {n: p.clone() for n, p in model.named_parameters() if p.dim() == 3}
+    with pytest.warns(UserWarning, match="% of the Linear-like parameters stay dense without being asked.*experts"):
+        report = pyllmq.compress(model, pyllmq.KMeansConfig(4), progress=False)
+    assert stacks.keys() <= {item.name for item in report.left_dense}
+    pyllmq.save_pretrained(model, tmp_path / "packed")
+    again = pyllmq.from_pretrained(tmp_path / "packed", fuse=False)
+    kept = dict(again.named_parameters())
+    assert all(torch.equal(kept[name], stack) for name, stack in stacks.items())
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_a_folder_that_lacks_an_expert(tmp_path):

@@ -96,6 +96,21 @@ def test_logits_are_the_models(family, dtype):
     assert_close_to_oracle(after, before, oracle)
 
 
+def test_a_precision_that_is_set_to_what_it_was_costs_no_token():
+    """Each block made those behind it anew: ten times the time of a token, until the end of the generation."""
+    model = packed(
+        randomized(tiny_llama(num_hidden_layers=3, vocab_size=128)), precision=pyllmq.operations.DEFAULT_PRECISION
+    )
+    for layer in model.modules():
+        vars(layer).pop("precision", None)  # the class has it
+    pyllmq.fuse(model)
+    ids = torch.randint(3, 128, (1, 14))
+    pyllmq.set_precision(model, pyllmq.operations.DEFAULT_PRECISION)
+    with served() as counts:
+        forced(model, ids)
+    assert counts == [False] + [True] * 9  # the prompt looks at each block once
+
+
 def test_tokens_are_the_models(llama):
     inputs = one()
     assert_as_unfused(llama, lambda m: logits_of(m, inputs), 7)  # but for the prompt

@@ -1,7 +1,9 @@
 """Tensor parallelism: plans of every architecture, and 2 and 4 gloo processes that together give the logits of one."""
 
+import copy
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from torch import nn
 
 import pyllmq
 from pyllmq import CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, SparseLinear, parallel
+from pyllmq.experts import RoutedExperts
+from pyllmq.tensor_parallel import _take_experts
 
 from . import models
 from .new_process import run_python
@@ -63,8 +67,25 @@ def packed_ends(model):
     return model
 
 
-def packed_experts(**changes):
+# Every expert of every token: with a choice, rounding would choose.
+FIVE = {"num_hidden_layers": 1, "num_local_experts": 5, "num_experts_per_tok": 5}
+
+
+def packed_experts(include=("experts",), **changes):
     model = models.tiny_mixtral(**changes)
+    pyllmq.compress(model, pyllmq.KMeansConfig(4), include=include, progress=False)
+    return model
+
+
+def gpt_oss():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "sliding_window": 8}
+    model = GptOssForCausalLM(GptOssConfig(**sizes, **heads, **FIVE)).eval()
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter, std=0.1)
     pyllmq.compress(model, pyllmq.KMeansConfig(4), include=["experts"], progress=False)
     return model
 
@@ -82,11 +103,12 @@ CASES = {
     "tied": (lambda: llama(tie_word_embeddings=True), mixed_widths, ("lm_head",), None),
     "bert": (lambda: with_biases(models.tiny_bert()), mixed_widths, ("pooler",), BERT_STYLES),
     "gpt2": (lambda: with_biases(models.tiny_gpt2()), mixed_widths, ("lm_head",), GPT2_STYLES),
-    # Every expert of every token: with a choice, rounding would choose.
     "packed-tied": (lambda: packed_ends(llama(tie_word_embeddings=True)), mixed_widths, ("lm_head",), None),
-    "packed-experts": (lambda: packed_experts(num_hidden_layers=1, num_experts_per_tok=4), mixed_widths, ("lm_head",), None),
-    "experts": (lambda: models.tiny_mixtral(num_hidden_layers=1, num_experts_per_tok=4), mixed_widths,
-                ("lm_head", "experts"), None),
+    "packed-experts": (lambda: packed_experts(**FIVE), mixed_widths, ("lm_head",), None),
+    "experts": (lambda: models.tiny_mixtral(**FIVE), mixed_widths, ("lm_head", "experts"), None),
+    "some-experts-packed": (lambda: packed_experts(include=["expert_1_up", "expert_3_up", "expert_3_down"], **FIVE), mixed_widths,
+                            ("lm_head", "experts"), None),
+    "experts-with-biases": (lambda: gpt_oss(), mixed_widths, ("lm_head",), None),
 }  # fmt: skip
 
 
@@ -145,7 +167,9 @@ def test_processes_give_the_logits_of_one(case, outcome, cases):
     assert found["bfloat16"] < 2 * float((expected["bfloat16"].double() - exact).norm() / exact.norm())
     assert found.get("generated", True) and found.get("transformers", 0) < 1e-5
     assert found["split"], "something is cut"
-    assert any("stacked experts" in why for why in found["whole"].values()) == (case == "experts")
+    assert not found["whole"]
+    held = {"model.layers.0.mlp.experts": [[5 * r // ranks, 5 * (r + 1) // ranks] for r in range(ranks)]}
+    assert found["experts"] == (held if "experts" in case else {})
     for refusal in found["refusals"]:
         assert "rank" in refusal and "whole model" in refusal
 
@@ -198,19 +222,39 @@ def test_sparse24_is_cut_between_groups_of_four():
     assert "multiples of 4" in parallel.plan(model, 4).whole["model.layers.0.self_attn.o_proj"]
 
 
-EXPERTS = {"gate_up_proj": "65,536", "down_proj": "32,768"}
-
-
-def test_experts_stay_whole_and_the_plan_says_so():
-    plan = parallel.plan(models.tiny_mixtral(), 2)
+def test_experts_are_shared_out_whole():
+    plan = parallel.plan(models.tiny_mixtral(num_local_experts=5), 2)
     assert {name.rpartition(".")[2] for name in plan.splits} == {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"}
-    stacked = {f"model.layers.{i}.mlp.experts.{name}": n for i in (0, 1) for name, n in EXPERTS.items()}
-    assert plan.whole.keys() == stacked.keys()
-    for name, count in stacked.items():
-        why = (
-            rf"{re.escape(name)} +whole: .*stacked experts.* of {count} values, .* each of the 2 ranks holds all of it"
-        )
-        assert re.search(why, str(plan))
+    stacks = {f"model.layers.{i}.mlp.experts" for i in (0, 1)}
+    assert plan.experts == dict.fromkeys(stacks, ((0, 2), (2, 5))) and not plan.whole
+    assert re.search(r"layers\.1\.mlp\.experts +experts 0:2 2:5", str(plan))
+    few = parallel.plan(models.tiny_mixtral(), 6)
+    assert stacks <= few.whole.keys() and not few.experts and "4 experts are fewer than 6 ranks" in str(few)
+
+
+def test_stacks_that_nothing_takes_apart_stay_whole_and_the_plan_says_so():
+    model = llama()
+    model.model.layers[0].strange = nn.Parameter(torch.zeros(4, 64, 32))
+    plan = parallel.plan(model, 2)
+    why = r"layers\.0\.strange +whole: .*stacked experts.* of 8,192 values, .* each of the 2 ranks holds all of it"
+    assert re.search(why, str(plan))
+
+
+def test_an_index_that_is_no_expert_is_refused_by_every_rank():
+    stack = RoutedExperts(models.tiny_mixtral(num_local_experts=5).model.layers[0].mlp.experts)
+    x, weights = torch.randn(2, 64), torch.rand(2, 1)
+    whole = [stack(x, torch.full((2, 1), expert), weights) for expert in range(6)]
+    for first, stop in ((0, 2), (2, 5)):
+        part = copy.deepcopy(stack)
+        part.keep(first, stop)
+        part.register_forward_pre_hook(partial(_take_experts, 5))
+        for expert in range(6):
+            given = part(x, torch.full((2, 1), expert), weights)
+            wanted = whole[expert] if first <= expert < stop else torch.zeros(2, 64)
+            torch.testing.assert_close(given, wanted)
+        for bad in (-1, 6):
+            with pytest.raises(IndexError, match="sent to expert"):
+                part(x, torch.full((2, 1), bad), weights)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,35 @@ def test_adapter_trains_saves_and_loads(kind, tmp_path):
         assert torch.equal(base.model.layers[0].mlp.down_proj.base_layer.state_dict()[name], tensor)
 
 
+def test_an_adapter_on_attention_beside_packed_experts(tmp_path):
+    from pyllmq.integrations.peft import load_adapter
+
+    base = models.tiny_mixtral(num_hidden_layers=1)
+    pyllmq.compress(base, pyllmq.KMeansConfig(3), progress=False)
+    pyllmq.save_pretrained(base, tmp_path / "base")
+    ids = torch.randint(0, 512, (2, 12))
+    with torch.no_grad():
+        before = base(ids).logits
+    model = with_adapter(base, target_modules=["q_proj", "v_proj"])
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.1
+    model.eval().save_pretrained(tmp_path / "adapter")
+    loaded = load_adapter(pyllmq.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    with torch.no_grad():  # the experts of a token as one call, which gradients do not take
+        trained = model(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, trained, rtol=1e-4, atol=1e-4)
+        with loaded.disable_adapter():
+            torch.testing.assert_close(loaded(ids).logits, before, rtol=1e-4, atol=1e-4)
+    assert float((trained - before).abs().max()) > 1e-2
+
+
 def test_a_dense_module_is_trained_and_saved_and_a_packed_one_refused(tmp_path):
     from pyllmq.integrations.peft import load_adapter
 

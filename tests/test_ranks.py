@@ -20,7 +20,7 @@ def found():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["columns", "pruned"])
+@pytest.mark.parametrize("method", ["columns", "pruned", "experts"])
 def test_the_number_of_processes_changes_only_the_order_of_sums(found, method):
     told = found[method]
     alone = told["processes"]["1"][0]

@@ -146,9 +146,12 @@ class FusedModule(Fused):
         held = self.guard.holds()
         if not self._is_usual(given, held):
             return None
-        if not (held or self._is_current()):
-            self.shared.fuse_again()
-            return None
+        if not held:
+            if not self._is_current():
+                self.shared.fuse_again()
+                return None
+            if not any(before or behind for _, before, behind in self.calls):  # else no guard would hold
+                self.guard = self._guard()  # what changed says the same, such as a precision that is set to what it was
         cpu.kernels()  # as many threads as torch has
         x = x.contiguous()
         y = torch.empty_like(x)
@@ -220,6 +223,8 @@ class FusedModule(Fused):
         while (block := blocks[-1].behind) is not None and block not in blocks:
             its = growing_layer(given[names.cache], block.arguments.cache_layer)
             if its is None or its in layers or not self.reaches(its, x.shape, mask, cos):
+                break
+            if not block.is_undisturbed():  # it would not take what was made ahead
                 break
             blocks.append(block)
             layers.append(its)
@@ -297,7 +302,7 @@ class FusedModule(Fused):
     def _is_current(self) -> bool:
         """Are the weights those that the steps were made for?"""
         for layer, operand, precision in self.packed:
-            if layer.operand() is not operand or layer.precision is not precision:
+            if layer.operand() is not operand or layer.precision != precision:
                 return False
         for parameters, name, parameter, pointer, version in self.weights:
             if (

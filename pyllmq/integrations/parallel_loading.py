@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -48,23 +48,42 @@ def from_pretrained(
     modules = put_skeletons(whole, packed.structures)
     found = plan(whole, ranks, styles)
     with ExitStack() as files:
-        tensors, parts = _read_part(files, packed, modules, found, rank)
+        held = {
+            name: ranges[rank] for name, ranges in found.experts.items() if not whole.get_submodule(name)._parameters
+        }
+        elsewhere = {
+            f"{name}.{child}" for name, part in held.items() for child in whole.get_submodule(name).outside(*part)
+        }
+        tensors, parts = _read_part(files, packed, modules, found, rank, elsewhere)
         config.quantization_config = Description.of(parts)
         config.quantization_config.part_of_ranks = ranks
+        config.quantization_config.experts_of_part = held
         model = type(whole).from_pretrained(None, config=config, state_dict=tensors, **kwargs)
     take_part(model, found, rank, group, done=modules.values())
     return model
 
 
 def _read_part(
-    files: ExitStack, packed: PackedFolder, modules: Mapping[str, str], found: Plan, rank: int
+    files: ExitStack,
+    packed: PackedFolder,
+    modules: Mapping[str, str],
+    found: Plan,
+    rank: int,
+    elsewhere: Collection[str],
 ) -> tuple[dict[str, Any], dict[str, Structure]]:
-    """(state dict of this rank, tensors that are not cut still in their file; structures of this rank's packed modules)."""
+    """(state dict of this rank, tensors that are not cut still in their file; structures of this rank's packed modules).
+
+    `elsewhere`: modules that are other ranks'.
+    """
     contents = {file: files.enter_context(opened(file)) for file in {header.file for header in packed.headers.values()}}
     holder = {key: contents[header.file] for key, header in packed.headers.items()}
     tensors: dict[str, Any] = {key: content.get_slice(key) for key, content in holder.items()}
     parts = dict(packed.structures)
     for name, structure in packed.structures.items():
+        if modules[name] in elsewhere:
+            del parts[name]
+            for key in (*structure.tensors(), "bias"):
+                tensors.pop(f"{name}.{key}", None)
         split = found.splits.get(modules[name])
         if split is None:
             continue

@@ -25,7 +25,7 @@ from ..tensor_parallel import fits, parallelize, planned_linears
 from .skeletons import put_skeletons
 
 WHOLE = (PackedEmbedding, TiedEmbedding, TiedLinear, RoutedExperts)
-"""Modules that tensor parallelism does not cut."""
+"""Modules that transformers' tensor parallelism does not cut."""
 
 
 @register_quantization_config(METHOD)
@@ -81,7 +81,8 @@ class PyllmqQuantizer(HfQuantizer):
         files = [str(file) for file in checkpoint_files or ()]
         if not self.description.checked.issuperset(files):
             self.description.check(files)
-        put_skeletons(model, self.description.structures, self.description.part_of_ranks > 0)
+        described = self.description
+        put_skeletons(model, described.structures, described.part_of_ranks > 0, described.experts_of_part)
         self.shapes = {key: tuple(tensor.shape) for key, tensor in _tensors(model).items()}
         in_fp32 = internals.kept_in_fp32(model)
         self.dtypes = {
@@ -153,5 +154,6 @@ def take_over_linears(model: Any) -> dict[str, str] | None:
     ours = {pattern: style for pattern, style in planned_linears(model, styles).items() if pattern not in tied}
     # What transformers would shard, sum or gather around these is whole on every rank.
     whole = [name for name, module in model.named_modules() if isinstance(module, WHOLE)]
+    whole += [f"{name}.{key}" for name in whole for key in model.get_submodule(name)._parameters]
     internals.take_from_plan(model, [*ours, *(p for p in styles if any(fits(p, name) for name in whole))], METHOD)
     return ours

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from torch import nn
 
@@ -27,15 +28,22 @@ def _embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
 
-def put_skeletons(model: nn.Module, structures: Mapping[str, Structure], part: bool = False) -> dict[str, str]:
+def put_skeletons(
+    model: nn.Module,
+    structures: Mapping[str, Structure],
+    part: bool = False,
+    experts_of_part: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+) -> dict[str, str]:
     """Replace the Linears and embeddings that `structures` names by empty packed layers of those sizes; what shares an embedding's
     weight shares the packed one. Returns name -> module of the model.
 
-    Structures of one rank's `part` are smaller than the model's Linears.
+    Structures of one rank's `part` are smaller than the model's Linears, and of some stacks it has some experts only.
     """
     from .transformers_internals import forget_ties, leave_alone, tied_modules
 
     take_apart(model)
+    for stack, held in experts_of_part.items():
+        model.get_submodule(stack).keep(*held)  # type: ignore[operator]
     linears, embeddings = dict(linear_modules(model)), _embeddings(model)
     targets = modules_of_names(model, structures)
     modules: dict[str, str] = {}

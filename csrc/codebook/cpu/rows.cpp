@@ -14,7 +14,9 @@
 namespace pyllmq::cpu {
 namespace {
 
-constexpr double kNsPerWeight = 0.6;
+// Most of the time goes into fetching lines of which a row is 4 bytes, or 2: 128 rows of 384 columns at 8 bits take 45 us, at 4
+// bits 22 (Zen 5). Rejected, no gain: asking for them 4 rows ahead; panel by panel for all rows.
+constexpr double kNsPerLine = 3.6;
 
 // A unit of columns begins a step of its own in either order. Places within it are constants, so that a byte is loaded once.
 template <int Width, StepOrder Order>
@@ -65,7 +67,10 @@ void codebook_rows(const LayoutView& view, const int64_t* ids, int64_t count, vo
     if (ids[i] < 0 || ids[i] >= header.rows)
       throw std::out_of_range("id " + std::to_string(ids[i]) + " at place " + std::to_string(i) + "; allowed: 0 to " +
                               std::to_string(header.rows - 1));
-  const double cost = kNsPerWeight * static_cast<double>(count) * static_cast<double>(header.columns);
+  int64_t lines = 0;
+  for (int64_t p = 0; p < header.panels; ++p)
+    lines += view.panel(p).tile_bytes / kTileRows / (header.order == StepOrder::fours ? 4 : 2);
+  const double cost = kNsPerLine * static_cast<double>(count * lines);
   parallel_for(count, 8, cost, [&](int64_t begin, int64_t end) {
     std::vector<float> row(out_dtype == DType::fp32 ? 0 : header.columns);
     for (int64_t i = begin; i < end; ++i) {

@@ -187,6 +187,7 @@ def visit_groups(
 
     `visit` may change the weights: what runs after them sees the change. For methods that are not registered.
     """
+    take_apart(model)
     stages = find_stages(model, select_linears(model, None, exclude), outside=False)
     batches = as_batches(calibration, model)
     with quiet_eval(model), torch.no_grad():
@@ -197,6 +198,7 @@ def visit_groups(
             loop.walk(
                 chain, lambda stage, forward: visit_stage(run, stage, forward, visit), hand_on=i + 1 < len(chains)
             )
+    put_together(model)
 
 
 def bytes_beside(model: nn.Module, linears: Mapping[str, nn.Module], ends: Sequence[End], indexed: bool) -> int:

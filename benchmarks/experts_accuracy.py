@@ -115,8 +115,8 @@ def by_share(share: str, of_experts: Mapping[str, Routed]) -> Any:
             groups.setdefault((name.rpartition(".")[0], name.rpartition("_")[2]), []).append(name)
         for names in groups.values():
             weights = torch.tensor([weigh(name) for name in names]).clamp_min(1e-30)
-            weights = weights.clamp_min(float(weights.mean()) / 64)
             more = 0.5 * weights.log2()
+            more = (more - more.mean()).clamp(-1, 1)  # 1.1 bits are the least
             sizes = torch.tensor([linears[name].out_features * linears[name].in_features for name in names])
             more -= (more * sizes).sum() / sizes.sum()
             for name, bits, size in zip(names, more.tolist(), sizes.tolist(), strict=True):

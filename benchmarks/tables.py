@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import mean, pstdev
 
-from . import accuracy, generation, goals, low_rank, sparse, structured
+from . import accuracy, embeddings, experts_accuracy, generation, goals, low_rank, sparse, structured
 from .memory import READ_LIMIT
 from .providers import BASELINE
 from .record import Row, read, read_rows
@@ -332,6 +333,95 @@ def low_rank_speed_table() -> str:
     )
 
 
+# ---- experts and embeddings -----------------------------------------------------------------------------------------
+
+
+def experts_calibration(method: str) -> str:
+    """Perplexity above dense by the prior, or by how bits are shared out, for each number of calibration texts."""
+    rows = read_rows(CSVS / "experts_accuracy.csv", experts_accuracy.Result)
+    texts = experts_accuracy.TEXTS
+    settings = {
+        experts_accuracy.PRIOR: list(experts_accuracy.PRIORS),
+        experts_accuracy.SHARE: list(experts_accuracy.SHARES),
+    }
+    alike = {"alike": [row for row in rows if (row.method, row.setting) == (experts_accuracy.PRIOR, "K")]}
+    found = alike if method == experts_accuracy.SHARE else {}
+    found |= {name: [row for row in rows if (row.method, row.setting) == (method, name)] for name in settings[method]}
+    lines = []
+    common = {
+        count: set.intersection(*({r.draw for r in of if r.texts == count} for of in found.values())) for count in texts
+    }
+    for name, of_name in found.items():
+        cells = []
+        for count in texts:
+            values = [100 * row.damage for row in of_name if row.texts == count and row.draw in common[count]]
+            cells.append(f"{mean(values):.2f} % +-{pstdev(values):.2f}")
+        lines.append([name, *cells])
+    fewest = [{row.fewest for row in rows if row.texts == count} - {0} for count in texts]
+    head = [
+        f"{count} texts (an expert has {min(few)} tokens or more), draws: {len(common[count])}"
+        for count, few in zip(texts, fewest, strict=True)
+    ]
+    return markdown([method, *head], lines)
+
+
+def experts_goal() -> str:
+    """Beside data-free k-means at the same size."""
+    rows = read_rows(CSVS / "experts_accuracy.csv", experts_accuracy.Result)
+    points = sorted((row.true_bits, row.damage) for row in rows if row.method == experts_accuracy.K_MEANS)
+    most = max(experts_accuracy.TEXTS)
+    ours = [row for row in rows if (row.method, row.setting, row.texts) == (experts_accuracy.PRIOR, "K", most)]
+    bits, damage = mean(row.true_bits for row in ours), mean(row.damage for row in ours)
+    same = accuracy.interpolate(points, bits)
+    assert same is not None
+    lines = [["k-means without data", f"{at:.2f}", f"{100 * lost:.2f} %", NOTHING] for at, lost in points]
+    lines.append(["the same between its points", f"{bits:.2f}", f"{100 * same:.2f} %", NOTHING])
+    lines.append(
+        [f"`balanced`, {most} texts, {len(ours)} draws", f"{bits:.2f}", f"{100 * damage:.2f} %", f"{damage / same:.2f}"]
+    )
+    return markdown(["", "true bits of all but norms and routers", "perplexity above dense", "of k-means'"], lines)
+
+
+def experts_speed(tokens: int) -> str:
+    rows = [row for row in read(CSVS / "experts.csv") if row.m == tokens]
+    lines = []
+    for row in rows:
+        share = NOTHING if math.isnan(row.share_of_read_limit) else f"{100 * row.share_of_read_limit:.0f} %"
+        name = "torch eager" if row.provider == BASELINE else row.provider
+        lines.append(
+            [row.shape, name, f"{row.median_us:.0f} us", f"{row.gb_per_s:.1f}", share, times(row.ratio_to_torch_fp32)]
+        )
+    return markdown(["layer", "", "time", "GB/s", "of the read limit", "against eager"], lines) + machine(rows)
+
+
+def embeddings_accuracy() -> str:
+    rows = read_rows(CSVS / "embeddings_accuracy.csv", embeddings.Result)
+    lines = []
+    for bits in embeddings.WIDTHS:
+        own = [row for row in rows if row.embedding_bits == bits]
+        grown = [row.both - row.linears_alone for row in own]
+        cells = [str(len(own)), f"{mean(row.linears_alone for row in own):.4f}", f"{mean(row.both for row in own):.4f}"]
+        lines.append(
+            [
+                str(bits),
+                *cells,
+                f"{round(mean(grown), 5) + 0.0:.5f} +-{pstdev(grown):.5f}",
+                f"{mean(row.folder_mb for row in own):.1f}",
+            ]
+        )
+    return markdown(["embedding, bits", "draws", "Linears alone", "both", "difference", "folder, MB"], lines)
+
+
+def embeddings_speed() -> str:
+    rows = read(CSVS / "embeddings.csv")
+    lines = [
+        [f"{row.op}, {row.shape}", row.provider, str(row.m), f"{row.median_us:.0f} us", times(row.ratio_to_torch_fp32)]
+        for row in rows
+        if row.provider in (BASELINE, sparse.TORCH_BF16, embeddings.TORCH) or row.provider.startswith("pyllmq")
+    ]
+    return markdown(["", "", "ids or tokens", "time", "against torch's fp32"], lines) + machine(rows)
+
+
 def streaming_table(what: str) -> str:
     with (CSVS / "streaming.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["what"] == what]
@@ -444,6 +534,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "pruning-causal": lambda: pruning_table("tiny_lm", 2),
     "low-rank": low_rank_table,
     "structured": structured_table,
+    "experts-prior": lambda: experts_calibration(experts_accuracy.PRIOR),
+    "experts-bits": lambda: experts_calibration(experts_accuracy.SHARE),
+    "experts-goal": experts_goal,
+    "experts-speed-1": lambda: experts_speed(1),
+    "experts-speed-64": lambda: experts_speed(64),
+    "embeddings-accuracy": embeddings_accuracy,
+    "embeddings-speed": embeddings_speed,
     "low-rank-speed": low_rank_speed_table,
     "streaming-ranks": lambda: streaming_table("ranks"),
     "streaming-memory": lambda: streaming_table("memory"),

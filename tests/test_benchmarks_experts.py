@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pyllmq.benchmarks import experts, record
+from pyllmq.benchmarks import experts, experts_accuracy, record
+from pyllmq.benchmarks.accuracy import Subject
 from pyllmq.benchmarks.experts import SHAPES, Layer, check, fitting, routes, run_experts
 
 pytestmark = pytest.mark.transformers
@@ -53,3 +54,33 @@ def test_refusals_and_limits():
         run_experts(["tiny"], experts=0)
     with pytest.raises(ValueError, match="each must be at least 1"):
         run_experts(["tiny"], tokens=[0])
+
+
+def test_what_is_routed_decides_how_bits_are_shared_out():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 512, "hidden_size": 64, "moe_intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16}
+    routing = {"num_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    dense = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **routing)).eval()
+    dense.model.layers[0].mlp.gate.weight.data *= torch.tensor([1.0, 5.0, 20.0, 80.0])[:, None]
+    ids = torch.randint(0, 512, (6, 40))
+    given = []
+    subject = Subject(
+        "tiny", dense, lambda draw: [{"input_ids": ids}], [], lambda model: given.append(model) or 0.5, ()
+    )
+    found = experts_accuracy.routed(dense, experts_accuracy.windows(subject, 4, 0))
+    assert sum(each.tokens for name, each in found.items() if name.endswith("_up")) == 4 * 40 * 2
+    alike, by_mass = (
+        experts_accuracy.run(subject, *how, 4, 0)
+        for how in ((experts_accuracy.PRIOR, "K"), (experts_accuracy.SHARE, "mass"))
+    )
+    assert alike.damage == 0.5 and alike.fewest == min(each.tokens for each in found.values())
+    for result in (alike, by_mass):
+        assert 2.9 < result.true_bits <= 3.0
+    masses, sizes = [], []
+    for name, module in given[1].named_modules():
+        if name in found and name.endswith("_up"):
+            masses.append(found[name].mass)
+            sizes.append(module.nbytes - given[0].get_submodule(name).nbytes)
+    assert len(sizes) == 4 and sizes[masses.index(max(masses))] > 0 > sizes[masses.index(min(masses))]

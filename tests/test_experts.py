@@ -192,6 +192,41 @@ def test_statistics_of_an_expert_are_shrunk_to_those_of_its_layer():
             assert got.reached == bool(len(x))
 
 
+def test_an_expert_that_loses_its_tokens_on_the_way_takes_the_statistics_of_its_layer():
+    model, found = make("Qwen3Moe", num_experts=6, num_hidden_layers=1), {}
+    gate = model.model.layers[0].mlp.gate.weight.data
+
+    def visit(group, inputs):
+        found.update(dict.fromkeys(group, inputs))
+        if any(name.endswith("o_proj") for name in group):  # from now on never experts 4 and 5
+            gate.copy_(torch.tensor([1.0, 0.5, -1.0, -0.5, 0.0, 0.0])[:, None] * gate[:1])
+
+    visit_groups(model, [torch.randint(0, 128, (4, 24))], visit)
+    lost = [f"model.layers.0.mlp.experts.expert_{e}_{part}" for e in (4, 5) for part in ("up", "down")]
+    assert {name for name, inputs in found.items() if not inputs.reached} == set(lost)
+    for part in (0, 1):
+        assert torch.equal(found[lost[part]].hessian, found[lost[part + 2]].hessian)
+        assert float(found[lost[part]].hessian.diagonal().sum()) > 0
+
+
+def test_padding_is_no_expert_s():
+    ids = torch.randint(0, 128, (3, 24))
+    mask = torch.ones_like(ids)
+    mask[0, 10:] = mask[2, 17:] = 0
+    found = []
+    short = [{"input_ids": row[: int(of.sum())][None]} for row, of in zip(ids, mask, strict=True)]
+    for batches in (short, [{"input_ids": ids, "attention_mask": mask}]):
+        seen = {}
+        visit_groups(
+            make("Qwen3Moe"), batches, lambda group, inputs, seen=seen: seen.update(dict.fromkeys(group, inputs))
+        )
+        found.append(seen)
+    assert found[0].keys() == found[1].keys() and any(".experts." in name for name in found[0])
+    for name, inputs in found[0].items():
+        torch.testing.assert_close(found[1][name].hessian, inputs.hessian, rtol=1e-4, atol=1e-5)
+        assert found[1][name].reached == inputs.reached
+
+
 def test_an_expert_without_tokens_takes_the_statistics_of_its_layer():
     model = make("Mixtral", num_local_experts=6)
     for layer in model.model.layers:

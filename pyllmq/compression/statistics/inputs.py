@@ -7,17 +7,17 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...experts import ExpertLinear
+from ...experts import ExpertLinear, RoutedExperts
 from ...linears import dense_weight
 from ...memory import return_freed
 from ..calibration import token_mask
-from ..model_state import seeing_inputs
+from ..model_state import hooked, seeing_inputs
 from .asymmetric import AsymmetricTarget, Enough, watch
 from .blocks import Stage
 from .run import CalibrationRun
@@ -75,6 +75,7 @@ def visit_groups(
         run.loop.weights.rest(stage.name)
         return_freed()
 
+    forward = _padding_to_no_expert(run, stage, forward)
     groups, repeated = group_by_input(run, stage, forward)
     pools: dict[Any, _Sums] = {}
     for some in _at_a_time(groups) if run.sequential else [groups]:
@@ -95,6 +96,28 @@ def visit_groups(
                 inputs = _means(run, pool.copy(), {name: module}, {})
                 inputs.reached = False
             visit({name: module}, inputs)
+
+
+def _padding_to_no_expert(run: CalibrationRun, stage: Stage, forward: Callable[[int], Any]) -> Callable[[int], Any]:
+    """`forward` in which no expert is given padding: of their inputs, tokens of all texts in a row, no mask could tell it."""
+    stacks = dict.fromkeys(module.stack for module in stage.linears.values() if isinstance(module, ExpertLinear))
+
+    def without(index: int) -> Any:
+        mask = run.batches[index].get("attention_mask")
+        if mask is None or mask.dim() != 2 or bool(mask.all()):
+            return forward(index)
+        padding = mask.flatten() == 0
+
+        def send(stack: RoutedExperts, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x, chosen, weights = given
+            if len(chosen) != len(padding):
+                return given
+            return x, chosen.masked_fill(padding[:, None], stack.experts), weights
+
+        with hooked(stack.register_forward_pre_hook(send) for stack in stacks):
+            return forward(index)
+
+    return without if stacks else forward
 
 
 def _pool_of(group: Group) -> Any:
@@ -250,12 +273,15 @@ def input_statistics(
     for group, of_group in zip(groups, sums, strict=True):
         name = next(iter(group))
         of_group.of_all_ranks(run, name)
-        if of_group.count == 0:
+        pool, reached = (pools or {}).get(_pool_of(group)), of_group.count > 0
+        if pool is None and not reached:
             raise ValueError(f"the calibration data reaches {name} with no token; is the attention_mask all zero?")
         targets = errors.of(group, of_group.count) if run.covariance else {}
-        if pools and (pool := pools.get(_pool_of(group))) is not None:
+        if pool is not None and reached:
             of_group.shrink_to(pool)
-        found.append(_means(run, of_group, group, targets))
+        elif pool is not None:  # its tokens go to other experts now that what is before the router is packed
+            of_group = pool.copy()
+        found.append(replace(_means(run, of_group, group, targets), reached=reached))
     return found
 
 

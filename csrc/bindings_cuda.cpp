@@ -103,7 +103,13 @@ void bind_codebook(py::module_& m) {
       },
       arg("header"), arg("layout_bytes"), arg("rows"), arg("columns"));
   py::class_<CodebookOperand, LinearOperand>(m, "CodebookOperand", module_local())
-      .def(py::init(&bind_layout), arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"));
+      .def(py::init(&bind_layout), arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"))
+      .def(
+          "row_values",
+          [](const CodebookOperand& self, Pointer ids, int64_t count, Pointer out, int dtype, Pointer stream) {
+            self.row_values(as<int64_t>(ids), count, as<void>(out), dtype, stream);
+          },
+          arg("ids"), arg("count"), arg("out"), arg("dtype"), arg("stream"));
   py::class_<CodebookBytePlanes, LinearOperand>(m, "CodebookBytePlanes", module_local())
       .def(py::init([](Pointer layout, int64_t layout_bytes, int64_t rows, int64_t columns, int64_t widest) {
              return std::make_unique<CodebookBytePlanes>(as<uint8_t>(layout), layout_bytes, rows, columns, widest);

@@ -22,6 +22,8 @@ class LinearOperand:
 
 class CodebookOperand(LinearOperand):
     def __init__(self, layout: int, layout_bytes: int, rows: int, columns: int) -> None: ...
+    def row_values(self, ids: int, count: int, out: int, dtype: int, stream: int) -> None:
+        """ids int64 [count] -> out [count, columns]; NaN for an id outside of the weight."""
 
 class CodebookBytePlanes(LinearOperand):
     """Of one or two tokens and columns of at most 4 bits; `widest` is the largest width of a column."""

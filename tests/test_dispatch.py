@@ -52,7 +52,7 @@ PROBLEMS = {
     "triton.decode_and_matmul": linear("triton.codebook", "cuda", BF16, 65),
     "triton.dequantize": dequantize("triton.codebook", "cuda", BF16),
     "cpu.codebook_rows": rows("cpu.codebook", "cpu"),
-    "cuda.dequantize_rows": rows("cuda.codebook", "cuda"),
+    "cuda.rows": rows("cuda.codebook", "cuda"),
     "triton.rows": rows("triton.codebook", "cuda"),
     "reference.packed_rows": rows("checkpoint.sparse24", "meta"),
     "reference.packed_linear": linear("checkpoint.codebook", "meta", F32),

@@ -10,6 +10,7 @@
 #include "codebook/cuda/layout.h"
 #include "codebook/cuda/operand.h"
 #include "codebook/cuda/pack_codes.h"
+#include "experts/cuda/routed_experts.h"
 #include "kmeans/cuda/kmeans_1d.h"
 #include "runtime/cuda/runtime.h"
 #include "sinkhorn/cuda/sinkhorn.h"
@@ -95,6 +96,10 @@ void bind_codebook(py::module_& m) {
       arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("codes_out"), NoGil());
   m.attr("codebook_header_bytes") = sizeof(LayoutHeader);
   m.def(
+      "codebook_layout_blocks",
+      [](Pointer header, int64_t layout_bytes) { return codebook_header(as<void>(header), layout_bytes).blocks; }, arg("header"),
+      arg("layout_bytes"));
+  m.def(
       "codebook_layout_widest",
       [](Pointer header, int64_t layout_bytes, int64_t rows, int64_t columns) {
         const LayoutHeader& h = codebook_header(as<void>(header), layout_bytes);
@@ -164,6 +169,38 @@ void bind_sparse(py::module_& m) {
            arg("values"), arg("bits"), arg("stage_bytes"));
 }
 
+// --- experts ---------------------------------------------------------------------------------------------------------
+
+RoutedExperts routed_experts_of(Keywords& given) {
+  RoutedExperts e{};
+  given.fill("experts", e.experts, "units", e.units, "gate_first", e.gate_first, "up_first", e.up_first, "stride", e.stride,
+             "limit", e.limit, "alpha", e.alpha, "offset", e.offset, "sum_bytes", e.sum_bytes);
+  const auto activation = given.take<std::string>("activation");
+  const auto found = std::find(kActivations.begin(), kActivations.end(), activation);
+  if (found == kActivations.end()) throw std::invalid_argument("activation '" + activation + "' is not known");
+  e.activation = static_cast<Activation>(found - kActivations.begin());
+  given.fill("up_layouts", e.up.layouts, "up_bias", e.up.bias, "up_rows", e.up.rows, "up_columns", e.up.columns, "up_blocks",
+             e.up.blocks);
+  given.fill("down_layouts", e.down.layouts, "down_bias", e.down.bias, "down_rows", e.down.rows, "down_columns", e.down.columns,
+             "down_blocks", e.down.blocks);
+  check_routed_experts(e);
+  return e;
+}
+
+void bind_experts(py::module_& m) {
+  bind_keywords<RoutedExperts>(m, "RoutedExperts", &routed_experts_of);
+  m.def("routed_experts_workspace", &routed_experts_workspace, arg("experts"), arg("tokens"), arg("choices"), arg("dtype"));
+  m.def(
+      "routed_experts",
+      [](const RoutedExperts& experts, Pointer x, Pointer y, int dtype, int64_t tokens, int64_t choices, Pointer index,
+         Pointer weights, Pointer workspace, Pointer stream) {
+        routed_experts(experts, {as<void>(x), as<void>(y), dtype, tokens, choices, as<int64_t>(index), as<float>(weights)},
+                       as<void>(workspace), stream);
+      },
+      arg("experts"), arg("x"), arg("y"), arg("dtype"), arg("tokens"), arg("choices"), arg("index"), arg("weights"),
+      arg("workspace"), arg("stream"));
+}
+
 // --- the others ------------------------------------------------------------------------------------------------------
 
 CdistCall cdist_call(Keywords& given) {
@@ -229,6 +266,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind_sinkhorn(m);
   bind_sparse(m);
   bind_kmeans_1d(m);
+  bind_experts(m);
 #ifdef PYLLMQ_CUDA_EMULATED
   emulator::add_bindings(m);
 #endif

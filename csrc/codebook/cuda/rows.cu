@@ -60,8 +60,8 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 4) codebook_rows_kernel(const Arg
 void CodebookOperand::row_values(const int64_t* ids, int64_t count, void* out, int dtype, uintptr_t stream) const {
   if (count == 0) return;
   const int64_t parts = ceil_div(columns, kPartColumns), most = std::numeric_limits<int32_t>::max();
-  const Arguments arguments{layout, layout_bytes, rows, columns, ids, count, out, static_cast<DType>(dtype),
-                            static_cast<int>(parts)};
+  const Arguments arguments{
+      layout, layout_bytes, rows, columns, ids, count, out, static_cast<DType>(dtype), static_cast<int>(parts)};
   PYLLMQ_LAUNCH(codebook_rows_kernel, std::min(count * parts, most), kThreads, 0, stream, arguments);
   check_launch("codebook_rows");
 }

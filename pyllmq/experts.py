@@ -89,16 +89,15 @@ class RoutedExperts(nn.Module):
     def _packed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> PackedExperts | None:
         """All experts as the operation takes them; None where it cannot give what is asked for."""
         inputs = (hidden_states, top_k_index, top_k_weights)
-        # A GPU has no kernel for all experts yet.
-        if torch.compiler.is_compiling() or not all(type(each) is Tensor and each.is_cpu for each in inputs):
+        if torch.compiler.is_compiling() or not all(type(each) is Tensor and not each.is_meta for each in inputs):
             return None
         if torch.is_grad_enabled() and (
             self.dense.has_bias or hidden_states.requires_grad or top_k_weights.requires_grad
         ):
             return None
         if self._held is not None:
-            # What is not chosen is not read: a look at all 128 experts costs 130 us.
-            few = top_k_index.numel() < self.experts
+            # What is not chosen is not read: a look at all 128 experts costs 130 us. A GPU is not waited for to hear who was.
+            few = top_k_index.is_cpu and top_k_index.numel() < self.experts
             chosen = top_k_index.unique().tolist() if few else range(self.experts)
             if all(self._state(index) == self._held[0][index] for index in chosen if 0 <= index < self.experts):
                 return self._held[1]
@@ -150,8 +149,9 @@ def _stacked_biases(linears: Sequence[PackedLinear]) -> Tensor | None:
     """fp32 [experts, rows]."""
     if all(each.bias is None for each in linears):
         return None
-    zeros = torch.zeros(linears[0].out_features, dtype=torch.float32, device="cpu")
-    return torch.stack([zeros if each.bias is None else each.bias.detach().float() for each in linears])
+    found = [None if each.bias is None else each.bias.detach().float() for each in linears]
+    zeros = next(torch.zeros_like(bias) for bias in found if bias is not None)
+    return torch.stack([zeros if bias is None else bias for bias in found])
 
 
 def gate_of(dense: Any) -> Gate | None:

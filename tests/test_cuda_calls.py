@@ -19,8 +19,8 @@ from pyllmq.layouts import machine_layout
 from pyllmq.ops import packed_rows, routed_experts
 
 from .cuda_emulator import emulated  # noqa: F401
+from .expert_layer import Layer
 from .oracle import random_case
-from .test_cuda_routed_experts import Layer
 from .test_sparse_formats import random_codes
 from .test_sparse_linear import LINEAR, bitmap, sparse24
 
@@ -154,7 +154,7 @@ def test_rows_are_one_kernel_and_nothing_else(emulated):  # noqa: F811
 
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_experts_are_five_kernels_and_nothing_else(emulated, tokens):  # noqa: F811
-    layer = Layer([(2,), (4,)])
+    layer = Layer([(2,), (4,)], "cuda")
     x, index, weights = layer.route(tokens, 2)
     check_that_nothing_stays(lambda: routed_experts(x, index, weights, layer.packed))  # the first call makes the tables
     before = emulated.emulator.launches()

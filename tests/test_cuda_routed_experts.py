@@ -6,6 +6,7 @@ the number of tokens; K is split where experts are few, and x staged in several 
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -18,67 +19,16 @@ from pyllmq.layouts import WeightOperand
 from pyllmq.operations import ExpertsProblem, Gate, PackedExperts
 
 from .cuda_emulator import emulated  # noqa: F401
+from .expert_layer import ALL_WIDTHS, EVERYTHING, SHAPES
+from .expert_layer import Layer as LayerOf
 from .oracle import random_case
-from .test_routed_experts import GATES, error
+from .test_experts import expert_layers, logits, make
+from .test_routed_experts import GATES, one_by_one
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("emulated")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ALL_WIDTHS = tuple(range(1, 9))
-PLAIN = {"outliers": 0.0}
-EVERYTHING = {"outliers": 0.02, "row_scale": True, "segments": 2}
-
-
-class Layer:
-    """Experts of the given widths in turn, packed for CUDA, and dense in fp64."""
-
-    def __init__(self, widths, experts=4, hidden=72, units=40, gate=None, bias=False, **extra):
-        self.gate, self.experts, self.hidden = gate or Gate("silu"), experts, hidden
-        rows = 2 * units if self.gate.gated else units
-        mixes = [widths[e % len(widths)] for e in range(experts)]
-        cases = [[random_case(*shape, mix, **extra) for mix in mixes] for shape in ((rows, hidden), (hidden, units))]
-        self.dense = [[case.dense for case in part] for part in cases]
-        self.bias = [torch.randn(experts, n) * 0.3 for n in (rows, hidden)] if bias else [None, None]
-        with pyllmq.use_backend("cuda"):
-            self.packed = PackedExperts(
-                *(tuple(c.weight.prepack() for c in part) for part in cases), self.gate, *self.bias
-            )
-        assert self.packed.layouts == ("cuda.codebook",)
-
-    def route(self, tokens, choices, none=False):
-        index = torch.stack([torch.randperm(self.experts + none)[:choices] for _ in range(tokens)])
-        return torch.randn(tokens, self.hidden), index, torch.rand(tokens, choices)
-
-    def run(self, x, index, weights):
-        with pyllmq.use_backend("cuda"):
-            return routed_experts(x, index, weights, self.packed)
-
-    def dense_result(self, x, index, weights, dtype):
-        """What torch computes in that dtype, Linear by Linear."""
-        y = torch.zeros(x.shape, dtype=dtype)
-        up_bias, down_bias = (bias if bias is None else bias.to(dtype) for bias in self.bias)
-        for t, places in enumerate(index.tolist()):
-            for place, e in enumerate(places):
-                if e < self.experts:
-                    h = torch.nn.functional.linear(
-                        x[t].to(dtype), self.dense[0][e].to(dtype), None if up_bias is None else up_bias[e]
-                    )
-                    h = torch.nn.functional.linear(
-                        self.gate(h), self.dense[1][e].to(dtype), None if down_bias is None else down_bias[e]
-                    )
-                    y[t] += weights[t, place].to(dtype) * h
-        return y
-
-    def check(self, x, index, weights, dtype):
-        x = x.to(dtype)
-        exact = self.dense_result(x, index, weights, torch.float64)
-        of_torch = error(self.dense_result(x, index, weights, dtype), exact)
-        actual = self.run(x, index, weights)
-        assert actual.dtype == dtype and error(actual, exact) <= 2 * of_torch + torch.finfo(dtype).eps, (
-            error(actual, exact),
-            of_torch,
-        )
-        return actual
+Layer = partial(LayerOf, backend="cuda")
 
 
 @pytest.mark.parametrize("bits", ALL_WIDTHS)
@@ -96,17 +46,7 @@ def test_experts_of_their_own_widths_and_pairs_a_tile(tokens, dtype):
     layer.check(*layer.route(tokens, 3, none=True), dtype)
 
 
-@pytest.mark.parametrize(
-    ("hidden", "units", "extra"),
-    [
-        (1, 1, PLAIN),
-        (33, 17, EVERYTHING),
-        (530, 65, EVERYTHING),
-        (130, 700, EVERYTHING),
-        (2, 300, PLAIN),
-        (1700, 3, PLAIN),
-    ],
-)
+@pytest.mark.parametrize(("hidden", "units", "extra"), SHAPES)
 def test_shapes(hidden, units, extra):
     """Rows above a block's 512, columns of several panels, and more of them than x's shared memory holds."""
     layer = Layer([(1, 3, 4, 6), (2,)], experts=2, hidden=hidden, units=units, **extra)
@@ -202,3 +142,19 @@ def test_refusals():
         pyllmq.use_backend("cuda"),
     ):
         choose(ExpertsProblem("routed_experts", "cpu", torch.float16, ("cuda.bitmap", "cuda.codebook")))
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("family", ["GptOss", "Qwen3Moe"])
+def test_models_run_it(family, monkeypatch):
+    model = make(family)
+    with pyllmq.use_backend("cuda"):
+        pyllmq.compress(model, pyllmq.KMeansConfig(6), progress=False)
+        layers, called = expert_layers(model), []
+        monkeypatch.setattr(
+            "pyllmq.experts.routed_experts", lambda *given: called.append(given[3]) or routed_experts(*given)
+        )
+        together = logits(model)
+        assert [packed.layouts for packed in called] == [("cuda.codebook",)] * len(layers)
+        one_by_one(layers, monkeypatch)
+        torch.testing.assert_close(together, logits(model), rtol=2e-3, atol=2e-4)

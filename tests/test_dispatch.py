@@ -68,6 +68,7 @@ PROBLEMS = {
     **{f"triton.{kind}_dequantize": dequantize(f"triton.{kind}", "cuda", BF16) for kind in SPARSE},
     "cpu.routed_experts": ExpertsProblem("routed_experts", "cpu", F32, ("cpu.bitmap", "cpu.codebook")),
     "cuda.routed_experts": ExpertsProblem("routed_experts", "cuda", BF16, ("cuda.codebook",)),
+    "triton.routed_experts": ExpertsProblem("routed_experts", "cuda", BF16, ("triton.codebook",)),
     "reference.routed_experts": ExpertsProblem("routed_experts", "meta", F32, ("checkpoint.codebook",)),
     "cpu.codebook_gradient": gradient("cpu"),
     "cuda.codebook_gradient": gradient("cuda"),

@@ -177,8 +177,8 @@ struct Multiplication {
 };
 
 struct Work : Product {
-  int item, first_pair;
-  int64_t panel_begin, panel_end, split;
+  int item, first_pair, split;
+  int panel_begin, panel_end, panel;  // panel: the first that is not multiplied yet
   int x_row[kMostProductColumns];
 };
 
@@ -216,12 +216,12 @@ PYLLMQ_DEVICE void take(const Multiplication& m, int item, Work& w) {
   if (w.header == nullptr || part / (kBlockRows / m.part_rows) >= h.blocks) return;
   w.block = section<RowBlock>(h, h.blocks_offset)[part / (kBlockRows / m.part_rows)];
   w.rows = w.block.rows - w.first_row < m.part_rows ? w.block.rows - w.first_row : m.part_rows;
-  w.panel_begin = split * h.panels / m.splits;
-  w.panel_end = (split + 1) * h.panels / m.splits;
+  w.panel_begin = w.panel = static_cast<int>(split * h.panels / m.splits);
+  w.panel_end = static_cast<int>((split + 1) * h.panels / m.splits);
 }
 
 PYLLMQ_DEVICE float* sums_of(const Multiplication& m, const Work& w, int token) {
-  return m.sums + (w.split * m.pairs + w.first_pair + token) * m.weights.rows;
+  return m.sums + (int64_t{w.split} * m.pairs + w.first_pair + token) * m.weights.rows;
 }
 
 // x of the block's columns, in the order of its groups, as fp16 [slot, column of the product].
@@ -289,15 +289,18 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) experts
     if (w.rows <= 0) continue;
 
     TileSums<kTokenTiles> sums[kBlockTiles / kTokenTiles] = {};
-    for (int64_t panel = w.panel_begin; panel < w.panel_end; panel += m.stage_panels) {
-      const int64_t end = panel + m.stage_panels < w.panel_end ? panel + m.stage_panels : w.panel_end;
+    do {
       ptx::sync_block();  // the stage before is multiplied
-      if (ptx::thread() >= 1 && ptx::thread() <= 8) w.groups[ptx::thread()] = panel_groups(*w.header, ptx::thread(), panel, end);
+      if (ptx::thread() >= 1 && ptx::thread() <= 8) {
+        const int end = w.panel + m.stage_panels < w.panel_end ? w.panel + m.stage_panels : w.panel_end;
+        w.groups[ptx::thread()] = panel_groups(*w.header, ptx::thread(), w.panel, end);
+      }
       ptx::sync_block();
+      if (ptx::thread() == 0) w.panel += m.stage_panels;
       stage_x(m, w, x_shared);
       ptx::sync_block();
       accumulate_all<kTokenTiles>(w, shared.ring[ptx::thread() / 32], x_shared, sums);
-    }
+    } while (w.panel < w.panel_end);
     finish<kTokenTiles>(m, w, add_warps<kTokenTiles>(w, shared.ring, sums));
   }
 }

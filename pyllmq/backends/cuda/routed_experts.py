@@ -14,7 +14,6 @@ from ...operations import ROUTED_EXPERTS, ExpertsProblem, PackedExperts
 from . import codebook, runtime
 from .runtime import DTYPE_CODE, ORDER
 
-
 MOST_SUM_BYTES = 256 << 20
 """Of fp32 sums between the Linears; more tokens are taken in waves, each of which reads the chosen experts. 32768 rows of 2048,
 which are 4096 tokens of Qwen3-30B-A3B."""

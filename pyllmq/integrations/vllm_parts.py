@@ -111,7 +111,7 @@ def modules_of_experts(
     A stack's experts are called `expert_3_up` and `expert_3_down`, those of a list `3.` and what `names` says of gate, up and down.
     """
     *first, last = names
-    found = []
+    found: list[tuple[list[str], str]] = []
     while True:
         stacked = [f"{prefix}.expert_{len(found)}_{part}" for part in ("up", "down")]
         listed = [f"{prefix}.{len(found)}.{name}" for name in (*first, last)]

@@ -96,10 +96,6 @@ void bind_codebook(py::module_& m) {
       arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("codes_out"), NoGil());
   m.attr("codebook_header_bytes") = sizeof(LayoutHeader);
   m.def(
-      "codebook_layout_blocks",
-      [](Pointer header, int64_t layout_bytes) { return codebook_header(as<void>(header), layout_bytes).blocks; }, arg("header"),
-      arg("layout_bytes"));
-  m.def(
       "codebook_layout_widest",
       [](Pointer header, int64_t layout_bytes, int64_t rows, int64_t columns) {
         const LayoutHeader& h = codebook_header(as<void>(header), layout_bytes);
@@ -189,6 +185,10 @@ RoutedExperts routed_experts_of(Keywords& given) {
 
 void bind_experts(py::module_& m) {
   bind_keywords<RoutedExperts>(m, "RoutedExperts", &routed_experts_of);
+  m.def(
+      "codebook_layout_blocks",
+      [](Pointer header, int64_t layout_bytes) { return codebook_header(as<void>(header), layout_bytes).blocks; }, arg("header"),
+      arg("layout_bytes"));
   m.def("routed_experts_workspace", &routed_experts_workspace, arg("experts"), arg("tokens"), arg("choices"), arg("dtype"));
   m.def(
       "routed_experts",

@@ -35,9 +35,6 @@ codebook_header_bytes: int
 def codebook_layout_widest(header: int, layout_bytes: int, rows: int, columns: int) -> int:
     """The largest width of a column, from a copy of the layout's header on the host."""
 
-def codebook_layout_blocks(header: int, layout_bytes: int) -> int:
-    """How many blocks its rows are, from a copy of the layout's header on the host."""
-
 def codebook_layout_bytes(checkpoint: CodebookCheckpoint) -> int: ...
 def codebook_layout_pack(layout: int, layout_bytes: int, checkpoint: CodebookCheckpoint) -> None: ...
 def codebook_layout_codes(layout: int, layout_bytes: int, rows: int, columns: int, codes_out: int) -> None: ...
@@ -48,6 +45,9 @@ class RoutedExperts:
     """csrc/experts/cuda/routed_experts.h; the fields of `up` and `down` begin with these words."""
 
     def __init__(self, **fields: Any) -> None: ...
+
+def codebook_layout_blocks(header: int, layout_bytes: int) -> int:
+    """How many blocks its rows are, from a copy of the layout's header on the host."""
 
 def routed_experts_workspace(experts: RoutedExperts, tokens: int, choices: int, dtype: int) -> int:
     """Bytes."""

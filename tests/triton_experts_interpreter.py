@@ -57,11 +57,11 @@ def test_an_expert_that_nobody_chose_and_waves(guarded, monkeypatch):
     layer = Layer([(2,)], experts=5, hidden=16, units=8)
     x, index, weights = layer.route(50, 2)
     index[index == 3] = 5
-    y = layer.check(x, index, weights, torch.float32)
+    layer.check(x, index, weights, torch.float32)
     layer.check(x, torch.full_like(index, 4), weights, torch.float32)
     assert not layer.run(x, torch.full_like(index, 5), weights).any()
     monkeypatch.setattr(kernels, "MOST_SUM_BYTES", 4 * 2 * 16 * 20)  # 20 tokens
-    assert torch.equal(layer.run(x, index, weights), y)
+    layer.check(x, index, weights, torch.float32)
 
 
 def test_an_index_outside_and_weights_that_are_not_finite_give_nan_to_their_token_alone():

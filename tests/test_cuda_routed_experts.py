@@ -22,8 +22,8 @@ from .cuda_emulator import emulated  # noqa: F401
 from .expert_layer import ALL_WIDTHS, EVERYTHING, SHAPES
 from .expert_layer import Layer as LayerOf
 from .oracle import random_case
-from .test_experts import expert_layers, logits, make
-from .test_routed_experts import GATES, one_by_one
+from .test_experts import expert_layers, make
+from .test_routed_experts import GATES
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("emulated")]
 
@@ -145,16 +145,17 @@ def test_refusals():
 
 
 @pytest.mark.transformers
-@pytest.mark.parametrize("family", ["GptOss", "Qwen3Moe"])
-def test_models_run_it(family, monkeypatch):
-    model = make(family)
-    with pyllmq.use_backend("cuda"):
-        pyllmq.compress(model, pyllmq.KMeansConfig(6), progress=False)
-        layers, called = expert_layers(model), []
+def test_stacks_of_a_model_run_it(monkeypatch):
+    """Biases, gate and up interleaved, clamps."""
+    model = make("GptOss")
+    with pyllmq.use_backend("cuda"), torch.no_grad():
+        pyllmq.compress(model, pyllmq.KMeansConfig(6), include=["*.0.mlp.experts.*"], progress=False)
+        layer, called = expert_layers(model)[0], []
         monkeypatch.setattr(
             "pyllmq.experts.routed_experts", lambda *given: called.append(given[3]) or routed_experts(*given)
         )
-        together = logits(model)
-        assert [packed.layouts for packed in called] == [("cuda.codebook",)] * len(layers)
-        one_by_one(layers, monkeypatch)
-        torch.testing.assert_close(together, logits(model), rtol=2e-3, atol=2e-4)
+        given = torch.randn(3, 64), torch.tensor([[0, 2], [1, 2], [3, 0]]), torch.rand(3, 2)
+        together = layer(*given)
+        assert [packed.layouts for packed in called] == [("cuda.codebook",)]
+        monkeypatch.setattr(layer, "_packed", lambda *_: None)
+        torch.testing.assert_close(together, layer(*given), rtol=2e-3, atol=2e-4)

@@ -59,11 +59,11 @@ def bind(experts: PackedExperts) -> Any:
 
 
 def most_blocks(operands: Sequence[WeightOperand], sizes: Sequence[int]) -> int:
+    """Of rows, of the expert that has most."""
     _cuda = runtime.extension()
     headers = torch.stack([operand.tensors[0][: _cuda.codebook_header_bytes] for operand in operands]).cpu()
-    return max(
-        _cuda.codebook_layout_blocks(header.data_ptr(), size) for header, size in zip(headers, sizes, strict=True)
-    )
+    aligned = [header.clone() for header in headers]
+    return max(_cuda.codebook_layout_blocks(each.data_ptr(), size) for each, size in zip(aligned, sizes, strict=True))
 
 
 def routed_experts(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: PackedExperts) -> Tensor:

@@ -23,6 +23,7 @@ from pyllmq.layouts import WeightOperand, machine_layout
 
 from .expert_layer import ALL_WIDTHS, EVERYTHING, SHAPES, Layer
 from .oracle import assert_as_good_as_torch, assert_within, random_case
+from .test_experts import expert_layers, make
 from .test_routed_experts import GATES
 from .test_softmax_cdist_l1 import check_gradient, exact_distance
 from .test_sparse_formats import random_codes
@@ -322,6 +323,21 @@ def test_experts_outside_and_the_same_bits_every_time(backend):
     index[1, 0], index[3, 1] = -1, 6
     y = layer.run(x, index, weights)
     assert y[[1, 3]].isnan().all() and torch.equal(y[[0, 2, 4, 5]], first[[0, 2, 4, 5]])
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+def test_stacks_of_a_model(default_backend):
+    model = make("GptOss")
+    pyllmq.compress(model, pyllmq.KMeansConfig(6), include=["*.0.mlp.experts.*"], progress=False)
+    layer = expert_layers(model)[0]
+    given = torch.randn(3, 64), torch.tensor([[0, 2], [1, 2], [3, 0]]), torch.rand(3, 2)
+    with torch.no_grad():
+        expected = layer(*given)
+        layer.to(DEVICE)
+        for _ in range(2):
+            found = layer(*(each.to(DEVICE) for each in given))
+            torch.testing.assert_close(found.cpu(), expected, rtol=2e-3, atol=2e-4)
+    assert layer._held[1].layouts == (f"{default_backend}.codebook",)
 
 
 # ---- streams, graphs, compiled models -------------------------------------------------------------------------------

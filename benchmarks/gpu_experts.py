@@ -99,7 +99,7 @@ def run_gpu_experts(
 ) -> list[Row]:
     """Measure both operations and print one table; the last three are a test's.
 
-    Raises ValueError for a shape with biases, which transformers computes otherwise, WrongResultError where a result of ours is wrong.
+    Raises ValueError for a shape with biases, which transformers computes otherwise, and WrongResultError where ours is wrong.
     """
     if biased := [name for name in shapes if SHAPES[name].has_bias]:
         raise ValueError(

@@ -108,6 +108,7 @@ def steps(out: Path, python: str) -> list[Step]:
             f"{bench} --op sparse_linear --shapes {SHAPES[0]} --m {SPARSE_TOKENS}",
             100,
         ),
+        Step("bench experts", f"{py} -m pyllmq.benchmarks.gpu_experts --csv {results}", 90),
         Step("softmax_cdist_l1", f"{py} -m pyllmq.benchmarks.softmax_cdist_l1 --device cuda --budget-s 0.5", 40),
         Step("sinkhorn", f"{py} -m pyllmq.benchmarks.sinkhorn --device cuda", 60),
         Step("kmeans_1d", f"{py} -m pyllmq.benchmarks.kmeans_1d --device cuda", 60),

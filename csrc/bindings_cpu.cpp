@@ -368,8 +368,6 @@ Rows rows_of(const std::array<int64_t, 3>& rows) {
   return {rows[0], rows[1], rows[2]};
 }
 
-const std::vector<std::string> kActivations = {"silu", "gelu", "gelu_tanh", "relu", "relu_squared"};
-
 using Three = std::array<int64_t, 3>;
 using Floats = std::vector<float>;
 

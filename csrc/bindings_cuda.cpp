@@ -10,6 +10,7 @@
 #include "codebook/cuda/layout.h"
 #include "codebook/cuda/operand.h"
 #include "codebook/cuda/pack_codes.h"
+#include "experts/cuda/routed_experts.h"
 #include "kmeans/cuda/kmeans_1d.h"
 #include "runtime/cuda/runtime.h"
 #include "sinkhorn/cuda/sinkhorn.h"
@@ -103,7 +104,13 @@ void bind_codebook(py::module_& m) {
       },
       arg("header"), arg("layout_bytes"), arg("rows"), arg("columns"));
   py::class_<CodebookOperand, LinearOperand>(m, "CodebookOperand", module_local())
-      .def(py::init(&bind_layout), arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"));
+      .def(py::init(&bind_layout), arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"))
+      .def(
+          "row_values",
+          [](const CodebookOperand& self, Pointer ids, int64_t count, Pointer out, int dtype, Pointer stream) {
+            self.row_values(as<int64_t>(ids), count, as<void>(out), dtype, stream);
+          },
+          arg("ids"), arg("count"), arg("out"), arg("dtype"), arg("stream"));
   py::class_<CodebookBytePlanes, LinearOperand>(m, "CodebookBytePlanes", module_local())
       .def(py::init([](Pointer layout, int64_t layout_bytes, int64_t rows, int64_t columns, int64_t widest) {
              return std::make_unique<CodebookBytePlanes>(as<uint8_t>(layout), layout_bytes, rows, columns, widest);
@@ -156,6 +163,42 @@ void bind_sparse(py::module_& m) {
   py::class_<SparseOperand, LinearOperand>(m, "SparseOperand", module_local())
       .def(py::init(&bind_sparse_layout), arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("kind"),
            arg("values"), arg("bits"), arg("stage_bytes"));
+}
+
+// --- experts ---------------------------------------------------------------------------------------------------------
+
+RoutedExperts routed_experts_of(Keywords& given) {
+  RoutedExperts e{};
+  given.fill("experts", e.experts, "units", e.units, "gate_first", e.gate_first, "up_first", e.up_first, "stride", e.stride,
+             "limit", e.limit, "alpha", e.alpha, "offset", e.offset, "sum_bytes", e.sum_bytes);
+  const auto activation = given.take<std::string>("activation");
+  const auto found = std::find(kActivations.begin(), kActivations.end(), activation);
+  if (found == kActivations.end()) throw std::invalid_argument("activation '" + activation + "' is not known");
+  e.activation = static_cast<Activation>(found - kActivations.begin());
+  given.fill("up_layouts", e.up.layouts, "up_bias", e.up.bias, "up_rows", e.up.rows, "up_columns", e.up.columns, "up_blocks",
+             e.up.blocks);
+  given.fill("down_layouts", e.down.layouts, "down_bias", e.down.bias, "down_rows", e.down.rows, "down_columns", e.down.columns,
+             "down_blocks", e.down.blocks);
+  check_routed_experts(e);
+  return e;
+}
+
+void bind_experts(py::module_& m) {
+  bind_keywords<RoutedExperts>(m, "RoutedExperts", &routed_experts_of);
+  m.def(
+      "codebook_layout_blocks",
+      [](Pointer header, int64_t layout_bytes) { return codebook_header(as<void>(header), layout_bytes).blocks; }, arg("header"),
+      arg("layout_bytes"));
+  m.def("routed_experts_workspace", &routed_experts_workspace, arg("experts"), arg("tokens"), arg("choices"), arg("dtype"));
+  m.def(
+      "routed_experts",
+      [](const RoutedExperts& experts, Pointer x, Pointer y, int dtype, int64_t tokens, int64_t choices, Pointer index,
+         Pointer weights, Pointer workspace, Pointer stream) {
+        routed_experts(experts, {as<void>(x), as<void>(y), dtype, tokens, choices, as<int64_t>(index), as<float>(weights)},
+                       as<void>(workspace), stream);
+      },
+      arg("experts"), arg("x"), arg("y"), arg("dtype"), arg("tokens"), arg("choices"), arg("index"), arg("weights"),
+      arg("workspace"), arg("stream"));
 }
 
 // --- the others ------------------------------------------------------------------------------------------------------
@@ -223,6 +266,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind_sinkhorn(m);
   bind_sparse(m);
   bind_kmeans_1d(m);
+  bind_experts(m);
 #ifdef PYLLMQ_CUDA_EMULATED
   emulator::add_bindings(m);
 #endif

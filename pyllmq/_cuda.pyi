@@ -22,6 +22,8 @@ class LinearOperand:
 
 class CodebookOperand(LinearOperand):
     def __init__(self, layout: int, layout_bytes: int, rows: int, columns: int) -> None: ...
+    def row_values(self, ids: int, count: int, out: int, dtype: int, stream: int) -> None:
+        """ids int64 [count] -> out [count, columns]; NaN for an id outside of the weight."""
 
 class CodebookBytePlanes(LinearOperand):
     """Of one or two tokens and columns of at most 4 bits; `widest` is the largest width of a column."""
@@ -38,6 +40,30 @@ def codebook_layout_pack(layout: int, layout_bytes: int, checkpoint: CodebookChe
 def codebook_layout_codes(layout: int, layout_bytes: int, rows: int, columns: int, codes_out: int) -> None: ...
 def pack_codes(codes: int, packed: int, rows: int, columns: int, bits: int, stream: int) -> None: ...
 def unpack_codes(packed: int, codes: int, rows: int, columns: int, bits: int, stream: int) -> None: ...
+
+class RoutedExperts:
+    """csrc/experts/cuda/routed_experts.h; the fields of `up` and `down` begin with these words."""
+
+    def __init__(self, **fields: Any) -> None: ...
+
+def codebook_layout_blocks(header: int, layout_bytes: int) -> int:
+    """How many blocks its rows are, from a copy of the layout's header on the host."""
+
+def routed_experts_workspace(experts: RoutedExperts, tokens: int, choices: int, dtype: int) -> int:
+    """Bytes."""
+
+def routed_experts(
+    experts: RoutedExperts,
+    x: int,
+    y: int,
+    dtype: int,
+    tokens: int,
+    choices: int,
+    index: int,
+    weights: int,
+    workspace: int,
+    stream: int,
+) -> None: ...
 
 class GradientCall:
     """csrc/codebook/cuda/gradient.h; `codes` and `code_bytes` of a row for the widths 1 to 8."""

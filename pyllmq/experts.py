@@ -110,42 +110,34 @@ class RoutedExperts(nn.Module):
     def _packed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> PackedExperts | None:
         """All experts as the operation takes them; None where it cannot give what is asked for."""
         inputs = (hidden_states, top_k_index, top_k_weights)
-        # A GPU has no kernel for all experts yet.
-        if torch.compiler.is_compiling() or not all(type(each) is Tensor and each.is_cpu for each in inputs):
+        if torch.compiler.is_compiling() or not all(type(each) is Tensor and not each.is_meta for each in inputs):
             return None
         if torch.is_grad_enabled() and (
             self.dense.has_bias or hidden_states.requires_grad or top_k_weights.requires_grad
         ):
             return None
-        if self._held is not None:
-            # What is not chosen is not read: a look at all 128 experts costs 130 us.
-            few = top_k_index.numel() < self.experts
-            chosen = top_k_index.unique().tolist() if few else range(self.experts)
-            if all(self._state(index) == self._held[0][index] for index in chosen if 0 <= index < self.experts):
-                return self._held[1]
-        self._held = None
-        states = []
-        for index in range(self.experts):
-            if (state := self._state(index)) is None:
+        if self._held is None or self._held[0] != self._state():
+            self._held = None
+            linears = (each for index in range(self.experts) for each in self._linears(index))
+            if not all(map(_runs_as_it_is, linears)) or (gate := gate_of(self.dense)) is None:
                 return None
-            states.append(state)
-        if (gate := gate_of(self.dense)) is not None:
-            self._held = states, self._made(gate)
-            return self._held[1]
-        return None
+            packed = self._made(gate)  # lays out what is not yet
+            self._held = self._state(), packed
+        return self._held[1]
 
-    def _state(self, index: int) -> tuple[Any, ...] | None:
-        """What was made for an expert holds while this is the same; None: an expert that is dense, watched or in several parts."""
-        state: list[Any] = []
-        for linear in self._linears(index):
-            if not isinstance(linear, PackedLinear) or linear._forward_hooks or linear._forward_pre_hooks:
-                return None
-            if "forward" in linear.__dict__:
-                return None
-            bias = linear.bias
-            state += [linear.operand(), linear.precision]
-            state += [] if bias is None else [bias.data_ptr(), None if bias.is_inference() else bias._version]
-        return tuple(state)
+    def _state(self) -> list[Any]:
+        """What was made of the experts holds while this is the same. Of all of them, 128 in some 30 us: who was chosen a GPU would
+        have to be waited for to say."""
+        linears = list(self._modules.values())
+        held = list(map(vars, linears))
+        biases = [bias for each in held if (bias := each["_parameters"].get("bias")) is not None]
+        return [
+            linears,
+            [each.get("_operand") for each in held],
+            [each.get("_precision") for each in held],
+            [each["_forward_hooks"] or each["_forward_pre_hooks"] or each.get("forward") for each in held],
+            [(bias.data_ptr(), None if bias.is_inference() else bias._version) for bias in biases],
+        ]
 
     def _made(self, gate: Gate) -> PackedExperts:
         ups, downs = zip(*map(self._linears, range(self.experts)), strict=True)
@@ -167,12 +159,19 @@ class RoutedExperts(nn.Module):
             destination.pop(prefix + name, None)
 
 
+def _runs_as_it_is(linear: nn.Module) -> bool:
+    """Neither dense nor watched."""
+    watched = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
+    return isinstance(linear, PackedLinear) and not watched
+
+
 def _stacked_biases(linears: Sequence[PackedLinear]) -> Tensor | None:
     """fp32 [experts, rows]."""
     if all(each.bias is None for each in linears):
         return None
-    zeros = torch.zeros(linears[0].out_features, dtype=torch.float32, device="cpu")
-    return torch.stack([zeros if each.bias is None else each.bias.detach().float() for each in linears])
+    found = [None if each.bias is None else each.bias.detach().float() for each in linears]
+    zeros = next(torch.zeros_like(bias) for bias in found if bias is not None)
+    return torch.stack([zeros if bias is None else bias for bias in found])
 
 
 def gate_of(dense: Any) -> Gate | None:

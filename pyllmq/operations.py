@@ -176,7 +176,9 @@ class RoutedExperts(Protocol):
     def __call__(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: PackedExperts, /
     ) -> Tensor:
-        """[tokens, hidden], index int64 and weights [tokens, k], all contiguous -> [tokens, hidden]. Raises IndexError."""
+        """[tokens, hidden], index int64 and weights [tokens, k], all contiguous -> [tokens, hidden].
+
+        An index outside of 0..E: IndexError, or on a GPU that is not waited for a token of NaN."""
 
 
 class CodebookGradient(Protocol):

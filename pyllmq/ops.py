@@ -378,7 +378,8 @@ def routed_experts(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Te
         [tokens, hidden] in the dtype of hidden_states.
 
     Raises:
-        IndexError: an index outside of 0 to E. ValueError: shapes or devices that do not fit. TypeError: a dtype is not allowed.
+        IndexError: an index outside of 0 to E, on a CPU; where one GPU kernel serves all experts, its token is NaN: nobody waits.
+        ValueError: shapes or devices that do not fit. TypeError: a dtype is not allowed.
     """
     up = experts.up[0]
     if hidden_states.dim() != 2 or hidden_states.shape[1] != up.shape[1]:

@@ -16,9 +16,10 @@ from pyllmq.backends.cuda import runtime
 from pyllmq.functional import codebook_dequantize, codebook_linear, pack_codes, softmax_cdist_l1, unpack_codes
 from pyllmq.kmeans import kmeans_1d
 from pyllmq.layouts import machine_layout
-from pyllmq.ops import packed_rows
+from pyllmq.ops import packed_rows, routed_experts
 
 from .cuda_emulator import emulated  # noqa: F401
+from .expert_layer import Layer
 from .oracle import random_case
 from .test_sparse_formats import random_codes
 from .test_sparse_linear import LINEAR, bitmap, sparse24
@@ -139,6 +140,27 @@ def test_a_linear_is_one_kernel_and_nothing_else(emulated, name, tokens):  # noq
     with Recorded() as recorded:
         linear(x, operand)
     assert not recorded.names and emulated.emulator.launches() == before + 1
+
+
+def test_rows_are_one_kernel_and_nothing_else(emulated):  # noqa: F811
+    _, operand = packed("codebook")
+    ids = torch.tensor([3, 69])
+    packed_rows(operand, ids)
+    before = emulated.emulator.launches()
+    with Recorded() as recorded:
+        packed_rows(operand, ids)
+    assert set(recorded.names) <= {"aten.view.default"} and emulated.emulator.launches() == before + 1
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_experts_are_five_kernels_and_nothing_else(emulated, tokens):  # noqa: F811
+    layer = Layer([(2,), (4,)], "cuda")
+    x, index, weights = layer.route(tokens, 2)
+    check_that_nothing_stays(lambda: routed_experts(x, index, weights, layer.packed))  # the first call makes the tables
+    before = emulated.emulator.launches()
+    with Recorded() as recorded:
+        routed_experts(x, index, weights, layer.packed)
+    assert set(recorded.names) <= {"aten.detach.default"} and emulated.emulator.launches() == before + 5
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -11,10 +11,20 @@ from torch import nn
 import pyllmq
 from pyllmq import CodebookLinear, CodebookWeight, backends
 from pyllmq.formats.codes import pack_codes as reference_pack_codes
-from pyllmq.functional import codebook_dequantize, codebook_linear, pack_codes, softmax_cdist_l1, unpack_codes
+from pyllmq.functional import (
+    codebook_dequantize,
+    codebook_linear,
+    pack_codes,
+    packed_rows,
+    softmax_cdist_l1,
+    unpack_codes,
+)
 from pyllmq.layouts import WeightOperand, machine_layout
 
+from .expert_layer import ALL_WIDTHS, EVERYTHING, SHAPES, Layer
 from .oracle import assert_as_good_as_torch, assert_within, random_case
+from .test_experts import expert_layers, make
+from .test_routed_experts import GATES
 from .test_softmax_cdist_l1 import check_gradient, exact_distance
 from .test_sparse_formats import random_codes
 from .test_sparse_linear import LINEAR, bitmap, dense_of, sparse24
@@ -173,6 +183,17 @@ def test_dequantize(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (195, 323), (1030, 2500)])
+def test_rows(backend, dtype, n, k):
+    case = random_case(n, k, tuple(range(1, 9)), segments=min(2, n), outliers=0.02, row_scale=True)
+    operand, ids = on_gpu(case, backend), torch.randint(n, (3, 40), device=DEVICE)
+    assert torch.equal(packed_rows(operand, ids, dtype).cpu(), case.dense[ids.cpu()].to(dtype))
+    outside = packed_rows(operand, torch.tensor([n, -1, 0], device=DEVICE), dtype).cpu()
+    assert outside[:2].isnan().all() and torch.equal(outside[2], case.dense[0].to(dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("bits", [1, 3, 5, 8])
 def test_pack_and_unpack(backend, bits):
     codes = torch.randint(0, 2**bits, (37, 61), dtype=torch.uint8)
@@ -234,6 +255,89 @@ def test_not_finite_in_means_not_finite_out(backend, tokens):
     y = codebook_linear(x, on_gpu(random_case(40, 64, (2, 3, 4)), backend))
     assert not torch.isfinite(y[0]).any() and y[-1].isnan().all()
     assert tokens == 1 or torch.isfinite(y[1]).all()
+
+
+# ---- experts --------------------------------------------------------------------------------------------------------
+
+
+def check_experts(layer, tokens, dtype):
+    """Tensor cores cut off low bits where they add: fp32 tokens may err more than torch's."""
+    x, index, weights = layer.route(tokens, 3, none=True)
+    layer.check(x, index, weights, dtype, factor=16.0 if dtype == torch.float32 else 2.0)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 33, 300])
+def test_experts(backend, dtype, tokens):
+    layer = Layer([(2,), ALL_WIDTHS, (4, 8), (3,)], backend, 9, 200, 150, bias=True, device=DEVICE, **EVERYTHING)
+    check_experts(layer, tokens, dtype)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+@pytest.mark.parametrize(("hidden", "units", "extra"), SHAPES)
+def test_experts_of_any_shape(backend, hidden, units, extra):
+    check_experts(Layer([(1, 3, 4, 6), (2,)], backend, 3, hidden, units, device=DEVICE, **extra), 9, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+@pytest.mark.parametrize("gate", GATES, ids=str)
+def test_experts_of_every_gate(backend, gate):
+    check_experts(Layer([(8,), (4,)], backend, gate=gate, bias=True, device=DEVICE), 5, torch.float16)
+
+
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+def test_experts_sanitized(backend):
+    layer = Layer([(2,), ALL_WIDTHS], backend, device=DEVICE, **EVERYTHING)
+    for tokens in (1, 20):
+        check_experts(layer, tokens, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_experts_captured_in_a_cuda_graph(backend, tokens):
+    """What is chosen changes from replay to replay."""
+    layer = Layer([(2, 4), (3,)], backend, 12, 600, 320, device=DEVICE)
+    given = layer.route(tokens, 3)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer.run(*given)  # makes the tables, compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer.run(*given)
+    for _ in range(3):
+        for held, new in zip(given, layer.route(tokens, 3), strict=True):
+            held.copy_(new)
+        graph.replay()
+        assert torch.equal(y, layer.run(*given))
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+def test_experts_outside_and_the_same_bits_every_time(backend):
+    layer = Layer([(4,)], backend, device=DEVICE)
+    x, index, weights = layer.route(6, 2)
+    first = layer.run(x, index, weights)
+    assert all(torch.equal(layer.run(x, index, weights), first) for _ in range(20))
+    index[1, 0], index[3, 1] = -1, 6
+    y = layer.run(x, index, weights)
+    assert y[[1, 3]].isnan().all() and torch.equal(y[[0, 2, 4, 5]], first[[0, 2, 4, 5]])
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+def test_stacks_of_a_model(default_backend):
+    model = make("GptOss")
+    pyllmq.compress(model, pyllmq.KMeansConfig(6), include=["*.0.mlp.experts.*"], progress=False)
+    layer = expert_layers(model)[0]
+    given = torch.randn(3, 64), torch.tensor([[0, 2], [1, 2], [3, 0]]), torch.rand(3, 2)
+    with torch.no_grad():
+        expected = layer(*given)
+        layer.to(DEVICE)
+        for _ in range(2):
+            found = layer(*(each.to(DEVICE) for each in given))
+            torch.testing.assert_close(found.cpu(), expected, rtol=2e-3, atol=2e-4)
+    assert layer._held[1].layouts == (f"{default_backend}.codebook",)
 
 
 # ---- streams, graphs, compiled models -------------------------------------------------------------------------------

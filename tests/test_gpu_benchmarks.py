@@ -14,7 +14,17 @@ import pytest
 import torch
 
 from pyllmq import backends
-from pyllmq.benchmarks import gpu, gpu_providers, gpu_steps, gpu_table, gpu_timing, providers, record, tune_triton
+from pyllmq.benchmarks import (
+    gpu,
+    gpu_experts,
+    gpu_providers,
+    gpu_steps,
+    gpu_table,
+    gpu_timing,
+    providers,
+    record,
+    tune_triton,
+)
 from pyllmq.benchmarks.gpu_steps import Step, run_steps
 from pyllmq.benchmarks.run import run
 from pyllmq.benchmarks.shapes import resolve
@@ -346,3 +356,32 @@ def test_table_without_baseline_or_copy_has_dashes():
     row |= {"median_us": 1.0, "gb_per_s": 7.0, "relative_error": math.nan}
     assert gpu_table.gpu_table([row]).splitlines()[-1].split() == list("-pk123") + ["2.50", "1.0", "7", "-", "-", "nan"]
     assert gpu_table.read_rows(Path("/nonexistent/results.csv")) == []
+
+
+# ---- experts and rows -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.transformers
+def test_experts_and_rows_print_and_record(tmp_path, capsys):
+    def measure(calls, budget_s):
+        assert all(torch.isfinite(call()).all() for copies in calls.values() for call in copies[:2])
+        return {name: Samples([10_000]) for name in calls if "batched" not in name}, {
+            n: "no graph" for n in calls if "batched" in n
+        }
+
+    file = tmp_path / "rows.csv"
+    rows = gpu_experts.run_gpu_experts(["tiny"], ["4"], [1, 5], ["tiny"], file, device="cpu", measure=measure)
+    assert [row.provider for row in rows] == ["torch bf16", "pyllmq 4 bits"] * (2 + len(gpu_experts.IDS))
+    assert [row.provider for row in record.read(file)] == [row.provider for row in rows]
+    assert {row.kernel for row in rows} == {"grouped_mm", "cpu.routed_experts", "F.embedding", "cpu.codebook"}
+    out = capsys.readouterr().out
+    assert "not measured: torch bf16, batched_mm, tiny, M = 5: no graph" in out and "1.00  pyllmq 4 bits" in out
+
+
+@pytest.mark.transformers
+def test_wrong_experts_are_not_timed(monkeypatch):
+    monkeypatch.setattr(gpu_experts, "expected", lambda dense, routing: torch.ones(64, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="pyllmq 4 bits: relative error .* It is not timed"):
+        gpu_experts.run_gpu_experts(["tiny"], ["4"], [1], [], device="cpu")
+    with pytest.raises(ValueError, match="gpt-oss-20b have biases; allowed: qwen3-30b-a3b, mixtral-8x7b, tiny"):
+        gpu_experts.run_gpu_experts(["gpt-oss-20b"])

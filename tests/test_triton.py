@@ -46,6 +46,7 @@ def assert_passes_in_the_interpreter(name, more_than):
     [
         pytest.param("triton_interpreter.py", 100, marks=pytest.mark.slow),
         pytest.param("triton_sparse_interpreter.py", 50, marks=pytest.mark.slow),
+        pytest.param("triton_experts_interpreter.py", 20, marks=pytest.mark.slow),
     ],
 )
 def test_in_the_interpreter(name, least):
@@ -187,6 +188,33 @@ def test_the_sparse_kernels_compile_without_spills(arch, x, codes):
     codes = {"BITS": 3, "HAS_SCALE": False, "BLOCK_SLOTS": 32}
     assert_no_spills(sparse._spread_24, fixed | codes, arch=arch, x=x, types=POINTERS | {"values": "*u8"})
     assert_no_spills(sparse._spread_bitmap, fixed | {"HAS_SCALE": True, "BLOCK_SLOTS": 64}, arch=arch, x=x)
+
+
+@needs_triton
+@ARCHITECTURES
+@pytest.mark.parametrize(
+    ("tokens", "widths"),
+    [(1, (3, 4)), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((16, (3, 4)), (16, (2, 8))))],
+)
+def test_experts_compile_without_spills(arch, tokens, widths):
+    from pyllmq.triton_kernels import routed_experts as experts
+
+    tile = experts.ONE_TOKEN if tokens == 1 else experts.MORE_TOKENS
+    types = dict.fromkeys(("tile_of", "order", "place_of"), "*i32") | {
+        "table": "*i64",
+        "index": "*i64",
+        "x": "*{x}",
+    }
+    types |= dict.fromkeys(("sums", "bias", "weights"), "*fp32") | dict.fromkeys(("limit", "alpha", "offset"), "fp32")
+    options = {"arch": arch, "types": types | {"out": "*{x}"}}
+    fixed = {"WIDTHS": sum(1 << bits for bits in widths), "ONE_SEGMENT": True, "CONSECUTIVE": False, "WIDE": False}
+    fixed |= {"BLOCK_TOKENS": tile.tokens, "BLOCK_ROWS": tile.rows, "BLOCK_SLOTS": tile.slots, "FP32_DOT": "tf32x3"}
+    for x in ("bf16", "fp32"):
+        assert_no_spills(experts._multiply, fixed, x=x, warps=tile.warps, stages=tile.stages, **options)
+    if tokens == 1:
+        gate = {"ACTIVATION": 1, "GATED": True, "INTERLEAVED": True, "HAS_BIAS": True, "BLOCK": 256}
+        assert_no_spills(experts._activate, gate, **options)
+        assert_no_spills(experts._combine, {"HAS_BIAS": True, "BLOCK": 256}, **options)
 
 
 @needs_triton

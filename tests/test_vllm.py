@@ -8,8 +8,10 @@ import torch
 
 import pyllmq
 from pyllmq import CodebookLinear, FormatError, Sparse24Linear, SparseLinear
+from pyllmq.functional import routed_experts
 from pyllmq.integrations import vllm_parts as plugin
 from pyllmq.integrations.vllm import register
+from pyllmq.operations import Gate, PackedExperts
 
 from . import models
 from .test_parallel import mixed_widths
@@ -271,3 +273,148 @@ def test_vllm_finds_the_method_of_a_folder(tmp_path, vllm_environment):
     assert described["quant_method"] in QUANTIZATION_METHODS
     config = get_quantization_config(described["quant_method"]).from_config(described)
     assert len(config.structures) == 7 and config.get_name() == "pyllmq"
+
+
+# ---- experts --------------------------------------------------------------------------------------------------------
+
+UNITS, EXPERTS = 24, 5
+INTERLEAVED = Gate("silu", True, True, 7.0, 1.702, 1.0)
+
+
+def widths_of_the_columns(linear):
+    return CodebookLinear.from_dense(linear, column_bits=torch.arange(linear.in_features) * 7 % 5 + 1)
+
+
+def packed_experts(gate, make=mixed_widths, stacked=True, bias=False):
+    """{module of an expert: packed layer}"""
+    torch.manual_seed(2)
+    rows = 2 * UNITS if gate.gated and stacked else UNITS
+    names = ["expert_{}_up", "expert_{}_down"] if stacked else ["{}.gate_proj", "{}.up_proj", "{}.down_proj"]
+    sizes = [(HIDDEN, rows)] * (len(names) - 1) + [(UNITS, HIDDEN)]
+    return {
+        f"m.experts.{name.format(e)}": make(torch.nn.Linear(*size, bias=bias))
+        for e in range(EXPERTS)
+        for name, size in zip(names, sizes, strict=True)
+    }
+
+
+def by_expert_of(layers, gate, x, index, weights):
+    """What the modules give, one expert after the other."""
+    y = torch.zeros_like(x)
+    for t, places in enumerate(index.tolist()):
+        for place, e in enumerate(places):
+            names = [name for name in layers if name.startswith((f"m.experts.expert_{e}_", f"m.experts.{e}."))]
+            *ups, down = (layers[name] for name in names)
+            y[t] += weights[t, place] * down(gate(torch.cat([up(x[t : t + 1]) for up in ups], -1)))[0]
+    return y
+
+
+def routed(tokens):
+    index = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(tokens)])
+    return torch.randn(tokens, HIDDEN), index, torch.rand(tokens, 2)
+
+
+def experts_of_rank(layers, gate, rank, ranks):
+    """What one rank multiplies with, after the tensors came."""
+    found = plugin.modules_of_experts("m.experts", structures(layers), ["gate_proj", "up_proj", "down_proj"])
+    assert len(found) == EXPERTS
+    up, down, biases = [], [], []
+    for ups, last in found:
+        arrivals = plugin.ExpertArrivals.of(ups, last, structures(layers), gate, rank, ranks)
+        for name in (*ups, last):
+            for key, tensor in reversed(layers[name].state_dict().items()):
+                arrivals.add(name, key, tensor)
+        weights = arrivals.weights()
+        up.append(weights[0].prepack())
+        down.append(weights[1].prepack())
+        biases.append(arrivals.bias())
+    return PackedExperts(tuple(up), tuple(down), gate, *(torch.stack(bias) for bias in zip(*biases, strict=True)))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("gate", "stacked"),
+    [(Gate("silu"), True), (Gate("silu"), False), (INTERLEAVED, True), (Gate("gelu", gated=False), True)],
+)
+def test_experts_of_every_rank(gate, stacked, ranks):
+    """The ranks' outputs sum to that of the whole, biases included."""
+    layers = packed_experts(gate, mixed_widths if stacked else widths_of_the_columns, stacked, bias=True)
+    given = routed(6)
+    found = sum(routed_experts(*given, experts_of_rank(layers, gate, rank, ranks)) for rank in range(ranks))
+    torch.testing.assert_close(found, by_expert_of(layers, gate, *given), rtol=2e-3, atol=2e-3)
+
+
+def test_experts_that_do_not_fit_are_named():
+    up, down = "m.experts.expert_0_up", "m.experts.expert_0_down"
+    known = structures(packed_experts(Gate("silu")))
+    assert plugin.modules_of_experts("m.other", known, ["a", "b", "c"]) == []
+    with pytest.raises(ValueError, match=f"{down} has 24 inputs, which 5 ranks cannot share alike"):
+        plugin.ExpertArrivals.of([up], down, known, Gate("silu"), 0, 5)
+    with pytest.raises(ValueError, match=rf"{up} is \[48, 64\] where {down} needs \[24, 64\]"):
+        plugin.ExpertArrivals.of([up], down, known, Gate("silu", gated=False), 0, 1)
+    bitmaps = packed_experts(Gate("silu"), lambda linear: SparseLinear.from_dense(linear, 0.5), bias=True)
+    with pytest.raises(ValueError, match="parts of gate and up are one weight only as codebooks"):
+        experts_of_rank(bitmaps, Gate("silu"), 0, 2)
+    assert plugin.gate_named("swigluoai", None, None, None) == INTERLEAVED
+    assert plugin.gate_named("relu2_no_mul", None, None, None) == Gate("relu_squared", gated=False)
+    for activation, limit in (("situ", None), ("relu2", None), ("silu", 7.0)):
+        with pytest.raises(ValueError, match=f"no activation '{activation}'"):
+            plugin.gate_named(activation, limit, None, None)
+
+
+def vllm_experts(layers, activation="silu", **options):
+    """Experts of vLLM's with our method, filled past the model's loader."""
+    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
+
+    config = quant_config(layers)
+    with set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"))):
+        runner = FusedMoEFactory(
+            EXPERTS, 2, HIDDEN, UNITS, quant_config=config, prefix="m.experts", activation=activation, **options
+        )
+    given = [(f"{name}.{key}", tensor) for name, layer in layers.items() for key, tensor in layer.state_dict().items()]
+    other = ("m.gate.weight", torch.ones(1))
+    assert list(config.noted([*given, other])) == [other], "the model's loader sees nothing of the experts"
+    experts = runner.routed_experts
+    experts.quant_method.process_weights_after_loading(experts)
+    assert not list(experts.parameters()), "the placeholder is gone"
+    return experts
+
+
+@pytest.mark.parametrize(
+    ("activation", "gate"), [("silu", Gate("silu")), ("swigluoai", INTERLEAVED), ("gelu_tanh", Gate("gelu_tanh"))]
+)
+def test_vllm_experts_give_what_ours_give(activation, gate, vllm_environment):
+    layers = packed_experts(gate, bias=True)
+    experts = vllm_experts(layers, activation, has_bias=True)
+    x, index, weights = routed(6)
+    found = experts.forward_modular(x, weights, index.int())
+    torch.testing.assert_close(found, by_expert_of(layers, gate, x, index, weights), rtol=2e-3, atol=2e-3)
+    index[2] = -1
+    assert not experts.forward_modular(x, weights, index.int())[2].any(), "padding has no expert"
+
+
+def test_vllm_experts_of_another_rank_are_none(vllm_environment):
+    layers = packed_experts(Gate("silu"), bias=True)
+    experts = vllm_experts(layers)
+    experts._expert_map = torch.tensor([-1, 0, 1, -1, 2])
+    method = type(experts.quant_method)(experts.moe_config, experts.quant_method.found, structures(layers), {})
+    method.create_weights(experts, 3, HIDDEN, UNITS, torch.float32)
+    for name, arrivals in method.experts.items():
+        assert (arrivals is None) == ("_0_" in name or "_3_" in name)
+        for key, tensor in layers[name].state_dict().items():
+            if arrivals is not None:
+                arrivals.add(name, key, tensor)
+    method.process_weights_after_loading(experts)
+    x, index, weights = routed(3)
+    expected = by_expert_of(layers, Gate("silu"), x, index, weights * ((index != 0) & (index != 3)))
+    torch.testing.assert_close(method.apply(experts, x, weights, index), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_vllm_experts_that_are_dense_or_packed_in_part(vllm_environment):
+    layers = packed_experts(Gate("silu"))
+    some = {name: layer for name, layer in layers.items() if "_4_" not in name}
+    with pytest.raises(ValueError, match="m.experts has 5 experts, of which 4 are packed"):
+        vllm_experts(some)
+    with pytest.raises(ValueError, match="no activation 'situ'"):
+        vllm_experts(layers, "situ")

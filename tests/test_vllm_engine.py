@@ -63,7 +63,8 @@ def tokens_of_vllm(folders: list[Path], script: Path, ranks: int = 1) -> list[li
     script.write_text(ENGINE)
     # In the process itself where there is one rank: less to start.
     settings = SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks > 1))}
-    environment = os.environ | settings | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | settings | {"PYTHONPATH": path.rstrip(os.pathsep)}
     arguments = json.dumps([[str(folder) for folder in folders], ranks, PROMPTS, NEW])
     done = subprocess.run(
         [sys.executable, str(script), arguments], capture_output=True, text=True, timeout=800, env=environment
@@ -122,6 +123,8 @@ def test_every_format(tmp_path, ranks) -> None:
 
 ARCHITECTURES = {
     "Qwen2MoeForCausalLM": EXPERTS | {"shared_expert_intermediate_size": 64},  # has a gate that vLLM makes dense
+    "Qwen3MoeForCausalLM": EXPERTS | {"head_dim": 32},
+    "MixtralForCausalLM": {"num_local_experts": 4},
     "StableLmForCausalLM": {},  # does not say which layers it fuses
     "BloomForCausalLM": {},  # q, k and v interleaved, put in order by its loader
     "FalconForCausalLM": {"new_decoder_architecture": True, "num_kv_heads": 2},  # the same, with shared keys and values

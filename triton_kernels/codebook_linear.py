@@ -66,20 +66,14 @@ def _multiply(
         tl.store(parts + (part + token)[:, None] * rows + row[None, :], total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "part"])
-def multiply_outliers(
-    x, row_offsets, outlier_columns, values, replaced, row_scale, parts, tokens, rows, columns, part,
-    HAS_ROW_SCALE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def outlier_product(
+    x, of_token, there, row_offsets, outlier_columns, values, replaced, scale, row, rows, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """parts[part] [tokens, rows] = x times (the outliers' values - what the codes under them say)."""
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    """fp32 [tokens, rows]: x times (the outliers' values - what the codes under them say). x of a token begins at `of_token`."""
     begin = tl.load(row_offsets + row, mask=row < rows, other=0)
     end = tl.load(row_offsets + row + 1, mask=row < rows, other=0)
-    scale = tl.full([BLOCK_ROWS], 1.0, tl.float32)
-    if HAS_ROW_SCALE:
-        scale = tl.load(row_scale + row, mask=row < rows, other=0.0).to(tl.float32)
-    total = tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], tl.float32)
+    total = tl.zeros([of_token.shape[0], row.shape[0]], tl.float32)
     for done in range(0, tl.max(end - begin), BLOCK):
         outlier = (begin + done)[:, None] + tl.arange(0, BLOCK)[None, :]
         inside = outlier < end[:, None]
@@ -87,11 +81,26 @@ def multiply_outliers(
         value = tl.load(values + outlier, mask=inside, other=0.0).to(tl.float32)
         difference = value - scale[:, None] * tl.load(replaced + outlier, mask=inside, other=0.0).to(tl.float32)
         factor = tl.load(
-            x + token[:, None, None] * columns + column[None, :, :],
-            mask=(token < tokens)[:, None, None] & inside[None, :, :],
-            other=0.0,
+            x + of_token[:, None, None] + column[None, :, :], mask=there[:, None, None] & inside[None, :, :], other=0.0
         )
         total += tl.sum(factor.to(tl.float32) * difference[None, :, :], 2)
+    return total
+
+
+@triton.jit(do_not_specialize=["tokens", "part"])
+def multiply_outliers(
+    x, row_offsets, outlier_columns, values, replaced, row_scale, parts, tokens, rows, columns, part,
+    HAS_ROW_SCALE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """parts[part] [tokens, rows] = what the outliers add."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    scale = tl.full([BLOCK_ROWS], 1.0, tl.float32)
+    if HAS_ROW_SCALE:
+        scale = tl.load(row_scale + row, mask=row < rows, other=0.0).to(tl.float32)
+    total = outlier_product(
+        x, token * columns, token < tokens, row_offsets, outlier_columns, values, replaced, scale, row, rows, BLOCK
+    )
     inside = (token < tokens)[:, None] & (row < rows)[None, :]
     tl.store(parts + (part.to(tl.int64) * tokens + token)[:, None] * rows + row[None, :], total, mask=inside)
 

@@ -143,6 +143,7 @@ static inline uint32_t count_to(uint32_t* counter, uint32_t last) {
   *counter = old >= last ? 0 : old + 1;
   return old;
 }
+static inline void add_shared(uint32_t* word, uint32_t value) { *word += value; }
 static inline uint32_t observe(const uint32_t* word) { return *word; }
 static inline void publish(uint32_t* word, uint32_t value) { *word = value; }
 static inline void wait_while(const uint32_t* word, uint32_t value) { emulator::wait_while(word, value); }
@@ -167,6 +168,7 @@ static inline float exp(float value) { return std::exp(value); }
 static inline double exp(double value) { return std::exp(value); }
 static inline float log(float value) { return std::log(value); }
 static inline double log(double value) { return std::log(value); }
+static inline float erf(float value) { return std::erf(value); }
 static inline float quotient(float a, float b) { return a / b; }
 static inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 static inline float bits_to_fp32(uint32_t bits) { return cpu::bits_float(bits); }

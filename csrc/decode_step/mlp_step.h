@@ -6,11 +6,10 @@
 #pragma once
 #include <cstdint>
 
+#include "activation.h"
 #include "decode_step/step_parts.h"
 
 namespace pyllmq::cpu {
-
-enum class Activation { silu, gelu, gelu_tanh, relu, relu_squared };
 
 // Row first_row + i * stride of an input operand is element i.
 struct UnitRows {

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -22,7 +24,17 @@ from .. import ops
 from ..folders import METHOD, Description
 from ..formats import Structure, layer_type
 from ..layers.linear import PackedLinear
-from .vllm_parts import PLAIN_QKV, Arrivals, modules_of_prefix, pieces_of_layer, with_dense
+from ..operations import DEFAULT_PRECISION, PackedExperts
+from .vllm_parts import (
+    PLAIN_QKV,
+    Arrivals,
+    ExpertArrivals,
+    gate_named,
+    modules_of_experts,
+    modules_of_prefix,
+    pieces_of_layer,
+    with_dense,
+)
 
 
 class PyllmqVllmConfig(QuantizationConfig):
@@ -38,6 +50,8 @@ class PyllmqVllmConfig(QuantizationConfig):
         """vLLM's names of the modules that a layer holds packed."""
         self.on_the_way: dict[tuple[str, str], Tensor] = {}
         """(vLLM's name of a module, key) -> a tensor that the model's loader was given and has not brought yet."""
+        self.experts: dict[str, ExpertArrivals | None] = {}
+        """vLLM's names of experts' modules -> where their tensors go, past the model's loader; None: another rank's."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PyllmqVllmConfig:
@@ -68,21 +82,39 @@ class PyllmqVllmConfig(QuantizationConfig):
                 f"{prefix} is packed; vLLM needs it dense: compress the model without --embeddings and --head, with "
                 f"--exclude {prefix}"
             )
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase):
-            if any(name.startswith(f"{prefix}.") for name in self.structures):
-                raise ValueError(
-                    f"{prefix} holds packed experts; vLLM needs them dense: compress the model with --exclude experts"
-                )
             return None
         if not names or (isinstance(layer, QKVParallelLinear) and names == [prefix] and not prefix.endswith(PLAIN_QKV)):
             return UnquantizedLinearMethod()
         self.taken.update(names)
         return PackedLinearMethod(names, self.structures, self.on_the_way)
 
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> PackedExpertsMethod | None:
+        of_experts = {name for name in self.structures if name.startswith(f"{prefix}.")}
+        parts = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        found = modules_of_experts(prefix, self.structures, [name for name in parts if name is not None])
+        if not of_experts:
+            return None
+        if len(found) != layer.moe_config.num_experts or of_experts != {
+            name for ups, down in found for name in (*ups, down)
+        }:
+            raise ValueError(
+                f"{prefix} has {layer.moe_config.num_experts} experts, of which {len(found)} are packed, as far as the names of "
+                f"modules tell; compress all of them, or none (--exclude experts)"
+            )
+        self.taken |= of_experts
+        return PackedExpertsMethod(layer.moe_config, found, self.structures, self.experts)
+
     def noted(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for stored, tensor in tensors:
             name, _, key = stored.rpartition(".")
             name = self.stored.get(name, "")
+            if name in self.experts:
+                if (arrivals := self.experts[name]) is not None:
+                    arrivals.add(name, key, tensor)
+                continue
             if name in self.taken and key in self.structures[name].tensors():
                 self.on_the_way[name, key] = tensor
             yield stored, tensor
@@ -165,3 +197,81 @@ class PackedLinearMethod(LinearMethodBase):
             return ops.packed_linear(x, parts[0].operand(), bias, parts[0].precision)
         y = torch.cat([part(x) for part in parts], -1)
         return y if bias is None else y + bias
+
+
+class PackedExpertsMethod(FusedMoEMethodBase):
+    """The routed experts of a vLLM layer, packed; `found` are the modules of each (modules_of_experts).
+
+    Their tensors go past the model's loader, which knows names of dense weights only. Tensor parallelism cuts units, expert
+    parallelism shares experts out: a token's choices of other ranks' experts are none here, and vLLM sums the outputs.
+    """
+
+    def __init__(
+        self,
+        moe: Any,
+        found: Sequence[tuple[Sequence[str], str]],
+        structures: Mapping[str, Structure],
+        experts: dict[str, ExpertArrivals | None],
+    ) -> None:
+        super().__init__(moe)
+        self.found, self.structures, self.experts = found, structures, experts
+
+    def maybe_roundup_sizes(self, hidden_size: int, intermediate_size_per_partition: int, *_: Any) -> tuple[int, int]:
+        return hidden_size, intermediate_size_per_partition
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        return None
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        if layer.apply_router_weight_on_input:
+            raise ValueError(
+                "packed experts take routing weights on their output; compress the model with --exclude experts"
+            )
+        swiglu = (layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta)
+        self.gate = gate_named(layer.activation.value, *swiglu)
+        parallel = layer.moe_config.moe_parallel_config
+        local = range(num_experts) if layer.expert_map is None else layer.expert_map.tolist()
+        arrivals: dict[int, ExpertArrivals] = {}
+        for (ups, down), place in zip(self.found, local, strict=True):
+            here = None
+            if place >= 0:
+                ranks = parallel.tp_rank, parallel.tp_size
+                here = arrivals[place] = ExpertArrivals.of(ups, down, self.structures, self.gate, *ranks)
+            self.experts |= dict.fromkeys((*ups, down), here)
+        layer.arrivals = [arrivals[place] for place in range(num_experts)]
+        # Tells the device, as weights would.
+        layer.register_parameter("placeholder", nn.Parameter(torch.empty(0), requires_grad=False))
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        device = layer.placeholder.device
+        weights = [arrivals.weights() for arrivals in layer.arrivals]
+        up, down = (tuple(weight.to(device).prepack() for weight in part) for part in zip(*weights, strict=True))
+        biases = zip(*(arrivals.bias() for arrivals in layer.arrivals), strict=True)
+        up_bias, down_bias = (None if bias[0] is None else torch.stack(bias).to(device) for bias in biases)
+        layer.packed = PackedExperts(up, down, self.gate, up_bias, down_bias, DEFAULT_PRECISION)
+        del layer.placeholder, layer.arrivals
+
+    def apply(
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        """Shared experts are vLLM's: only kernels that overlap them are given them."""
+        experts, index = len(layer.packed.up), topk_ids.long()
+        none = index < 0
+        if layer.expert_map is not None:
+            index = layer.expert_map.long()[index.clamp_min(0)]
+            none = none | (index < 0)
+        return ops.routed_experts(x, index.masked_fill(none, experts), topk_weights, layer.packed)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..formats import CodebookWeight, FormatError, PackedWeight, Structure
+from ..operations import ACTIVATIONS, Gate
 from ..structure import of_module, weight_of
 
 
@@ -97,6 +98,102 @@ def pieces_of_layer(
             )
         pieces.append(piece)
     return pieces
+
+
+# ---- experts --------------------------------------------------------------------------------------------------------
+
+
+def modules_of_experts(
+    prefix: str, structures: Mapping[str, Structure], names: Sequence[str]
+) -> list[tuple[list[str], str]]:
+    """Of each expert of the layer `prefix` the packed modules that are gate and up, and down; none if the experts are dense.
+
+    A stack's experts are called `expert_3_up` and `expert_3_down`, those of a list `3.` and what `names` says of gate, up and down.
+    """
+    *first, last = names
+    found: list[tuple[list[str], str]] = []
+    while True:
+        stacked = [f"{prefix}.expert_{len(found)}_{part}" for part in ("up", "down")]
+        listed = [f"{prefix}.{len(found)}.{name}" for name in (*first, last)]
+        expert = next((each for each in (stacked, listed) if each[-1] in structures), None)
+        if expert is None or not all(name in structures for name in expert):
+            break
+        found.append((expert[:-1], expert[-1]))
+    return found
+
+
+@dataclass
+class ExpertArrivals:
+    """One expert's weights and biases as its tensors arrive, and the part of them that this rank holds."""
+
+    up: Arrivals
+    down: Arrivals
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    """By module."""
+    holds_bias: bool = True
+    """Does this rank add the bias of down? The ranks' outputs are summed."""
+
+    @classmethod
+    def of(
+        cls, ups: Sequence[str], down: str, structures: Mapping[str, Structure], gate: Gate, rank: int, ranks: int
+    ) -> ExpertArrivals:
+        """Raises ValueError where the ranks do not get units alike, or the modules do not fit each other."""
+        inputs, units = structures[down].out_features, structures[down].in_features
+        if units % ranks:
+            raise ValueError(f"{down} has {units} inputs, which {ranks} ranks cannot share alike")
+        begin, end = units * rank // ranks, units * (rank + 1) // ranks
+        both = gate.gated and len(ups) == 1
+        for name in ups:
+            shape, needed = (structures[name].out_features, structures[name].in_features), (units * (1 + both), inputs)
+            if shape != needed:
+                raise ValueError(f"{name} is {list(shape)} where {down} needs {list(needed)}")
+        rows = [(begin, end)]
+        if both:
+            rows = [(2 * begin, 2 * end)] if gate.interleaved or ranks == 1 else [*rows, (units + begin, units + end)]
+        up = [Piece(name, structures[name], part, (0, inputs)) for name in ups for part in rows]
+        return cls(
+            Arrivals(up), Arrivals([Piece(down, structures[down], (0, inputs), (begin, end))]), holds_bias=rank == 0
+        )
+
+    def add(self, name: str, key: str, tensor: Tensor) -> None:
+        if key == "bias":
+            self.biases[name] = tensor
+            return
+        (self.down if name == self.down.pieces[0].name else self.up).add(name, key, tensor)
+
+    def weights(self) -> tuple[PackedWeight, PackedWeight]:
+        """Gate and up as one, and down. Raises ValueError where gate and up cannot be one weight."""
+        up, down = self.up.weights(), self.down.weights()
+        if len(up) > 1:
+            names = " and ".join(dict.fromkeys(piece.name for piece in self.up.pieces))
+            raise ValueError(
+                f"{names}: parts of gate and up are one weight only as codebooks whose columns have the same widths; serve it "
+                "without tensor parallelism"
+            )
+        return up[0], down[0]
+
+    def bias(self) -> tuple[Tensor | None, Tensor | None]:
+        """fp32, of gate and up, and of down."""
+        found = [self.biases.get(piece.name) for piece in self.up.pieces]
+        up = [bias[slice(*piece.rows)] for bias, piece in zip(found, self.up.pieces, strict=True) if bias is not None]
+        down = self.biases.get(self.down.pieces[0].name)
+        if down is not None and not self.holds_bias:
+            down = torch.zeros_like(down)
+        return torch.cat(up).float() if up else None, None if down is None else down.float()
+
+
+def gate_named(activation: str, limit: float | None, alpha: float | None, offset: float | None) -> Gate:
+    """What vLLM's MoEActivation of this value computes. Raises ValueError for one that no kernel knows."""
+    if activation in ("swigluoai", "swigluoai_uninterleave"):
+        given = 7.0 if limit is None else limit, 1.702 if alpha is None else alpha, 1.0 if offset is None else offset
+        return Gate("silu", True, activation == "swigluoai", *given)
+    name = activation.removesuffix("_no_mul").replace("relu2", "relu_squared")
+    if name not in ACTIVATIONS or (activation == "relu2") or any(value is not None for value in (limit, alpha, offset)):
+        raise ValueError(
+            f"packed experts have no activation {activation!r} with limit {limit}, alpha {alpha} and offset {offset}; compress the "
+            "model with --exclude experts"
+        )
+    return Gate(name, gated=not activation.endswith("_no_mul"))
 
 
 def with_dense(

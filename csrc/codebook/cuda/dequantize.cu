@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "codebook/cuda/decode.cuh"
+#include "codebook/cuda/entries.cuh"
 #include "codebook/cuda/operand.h"
 #include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
@@ -34,28 +35,8 @@ struct Arguments {
   bool whole;  // rows begin at multiples of 16 bytes, and 8 of them take less than 2^32 bytes
 };
 
-// One of a lane's columns: where it stands in the layout.
-struct Column {
-  int width, group, in_group;
-};
-
-PYLLMQ_DEVICE Column column_at(const LayoutHeader& h, int32_t slot) {
-  Column found{};
-  for (int width = 1; width <= 8; ++width)
-    if (slot >= h.first_slot[width]) found.width = width;
-  slot -= static_cast<int32_t>(h.first_slot[found.width]);
-  found.group = slot / kGroupColumns;
-  found.in_group = slot % kGroupColumns;
-  return found;
-}
-
 PYLLMQ_DEVICE uint32_t stored_bits(uint16_t half, DType stored) {
   return stored == DType::bf16 ? ptx::fp32_to_bf16(ptx::fp16_to_fp32(half)) : half;
-}
-
-PYLLMQ_DEVICE uint16_t entry_of(const uint8_t* table, int width, int code) {
-  if (!has_split_bytes(width)) return reinterpret_cast<const uint16_t*>(table)[code];
-  return static_cast<uint16_t>(table[code] | table[(1 << width) + code] << 8);
 }
 
 template <int kBits>
@@ -255,12 +236,11 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, 8) codebook_dequantize_outliers_k
     const int row = static_cast<int>(item % kBlockRows);
     const RowBlock block = section<RowBlock>(h, h.blocks_offset)[item / kBlockRows % h.blocks];
     if (row >= block.rows) continue;
-    const int64_t bucket = item / kBlockRows / h.blocks * h.tiles + block.tile_begin + row / kTileRows;
-    const uint16_t* row_end = section<uint16_t>(h, h.outlier_row_end_offset) + bucket * kTileRows + row % kTileRows;
-    const int64_t begin = section<uint32_t>(h, h.outlier_begin_offset)[bucket], to = (block.row_begin + row) * h.columns;
-    for (int64_t i = begin + (row % kTileRows ? row_end[-1] : 0); i < begin + row_end[0]; ++i)
+    const int64_t panel = item / kBlockRows / h.blocks, to = (block.row_begin + row) * h.columns;
+    for_outliers(h, panel, panel + 1, block.tile_begin + row / kTileRows, row % kTileRows, [&](int64_t i) {
       store_element(a.weight, a.dtype, to + section<int32_t>(h, h.outlier_columns_offset)[i],
                     ptx::fp16_to_fp32(section<uint16_t>(h, h.outlier_values_offset)[i]));
+    });
   }
 }
 

@@ -11,6 +11,8 @@ class CodebookOperand : public LinearOperand {
       : LinearOperand(layout, layout_bytes, sizeof(LayoutHeader), rows, columns) {}
 
   void dequantize(void* weight, int dtype, uintptr_t stream) const override;
+  // out [count, columns] of the rows that ids [count] on the device name; NaN for an id outside of the weight.
+  void row_values(const int64_t* ids, int64_t count, void* out, int dtype, uintptr_t stream) const;
 
  private:
   int64_t find_room(int64_t tokens, int dtype) const override;

@@ -147,6 +147,8 @@ PYLLMQ_DEVICE void copy_async_16_if(bool wanted, SharedAddress to, const void* f
 PYLLMQ_DEVICE float load_l2(const float* from) { return __ldcg(from); }
 // Returns the old value; counts 0..last and starts again at 0.
 PYLLMQ_DEVICE uint32_t count_to(uint32_t* counter, uint32_t last) { return atomicInc(counter, last); }
+// To a word in shared memory.
+PYLLMQ_DEVICE void add_shared(uint32_t* word, uint32_t value) { atomicAdd(word, value); }
 // A word through which blocks wait for each other: what was written before `publish` is there after `observe` saw it.
 PYLLMQ_DEVICE uint32_t observe(const uint32_t* word) {
   uint32_t value;
@@ -189,6 +191,7 @@ PYLLMQ_DEVICE float exp(float value) { return expf(value); }  // to 1 unit in th
 PYLLMQ_DEVICE double exp(double value) { return ::exp(value); }
 PYLLMQ_DEVICE float log(float value) { return logf(value); }
 PYLLMQ_DEVICE double log(double value) { return ::log(value); }
+PYLLMQ_DEVICE float erf(float value) { return erff(value); }  // to 2 units in the last place
 // a / b to 2 units in the last place, for b between 2^-126 and 2^126: 3 instructions, an exact one takes 8 and a branch
 PYLLMQ_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
 PYLLMQ_DEVICE float fma(float a, float b, float c) { return fmaf(a, b, c); }

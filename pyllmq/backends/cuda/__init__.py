@@ -4,5 +4,14 @@ A machine layout is one uint8 blob in device memory, made on the host when a lay
 but the bias. Nothing here waits for the device, so calls can be captured in CUDA graphs. See docs/kernels-cuda.md.
 """
 
-from . import codebook, codebook_gradient, kmeans_1d, pack_codes, sinkhorn, softmax_cdist_l1, sparse  # noqa: F401  (for their rows)
+from . import (  # noqa: F401  (for their rows)
+    codebook,
+    codebook_gradient,
+    kmeans_1d,
+    pack_codes,
+    routed_experts,
+    sinkhorn,
+    softmax_cdist_l1,
+    sparse,
+)
 from .runtime import available as available

@@ -14,7 +14,7 @@ from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_la
 from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, PACKED_ROWS, WeightProblem, reads
 from ..checkpoints import codebook_checkpoint
 from . import runtime
-from .runtime import ORDER
+from .runtime import DTYPE_CODE, ORDER
 
 LAYOUT = "cuda.codebook"
 
@@ -84,11 +84,13 @@ packed_dequantize = partial(runtime.dequantize, operand)
 dequantize_matmul = partial(runtime.dequantize_matmul, operand)
 
 
-def dequantize_rows(weight: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """The whole matrix decoded, which torch's allocator takes back at once."""
-    outside = (ids < 0) | (ids >= weight.shape[0])
-    rows = packed_dequantize(weight, dtype)[ids.clamp(0, weight.shape[0] - 1)]
-    return rows.masked_fill(outside[:, None], torch.nan)
+def packed_rows(weight: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    device = weight.tensors[0].device
+    rows = torch.empty(ids.shape[0], weight.shape[1], dtype=dtype, device=device)
+    with runtime.current(device):
+        found = runtime.bound(operand, weight)
+        found.row_values(ids.data_ptr(), ids.shape[0], rows.data_ptr(), DTYPE_CODE[dtype], runtime.stream(device))
+    return rows
 
 
 _any_number = reads(LAYOUT, runtime.takes_activations)
@@ -114,5 +116,5 @@ because = "decoding is paid once, the product is cuBLAS's (predicted)"
 PACKED_LINEAR.register("cuda.dequantize_matmul", ORDER + 2, _any_number, dequantize_matmul, because)
 because = "decodes at the speed of the stores (predicted)"
 PACKED_DEQUANTIZE.register("cuda.dequantize", ORDER, _any_number, packed_dequantize, because)
-because = "the only one for this layout: it decodes the whole vocabulary for any number of ids"
-PACKED_ROWS.register("cuda.dequantize_rows", ORDER, _any_number, dequantize_rows, because)
+because = "reads the codes of those rows and the entries that they name"
+PACKED_ROWS.register("cuda.rows", ORDER, _any_number, packed_rows, because)

@@ -5,5 +5,14 @@ operations. With TRITON_INTERPRET=1 the kernels run on the CPU, slowly, for test
 docs/kernels-triton.md.
 """
 
-from . import codebook, codebook_gradient, kmeans_1d, pack_codes, sinkhorn, softmax_cdist_l1, sparse  # noqa: F401  (for their rows)
+from . import (  # noqa: F401  (for their rows)
+    codebook,
+    codebook_gradient,
+    kmeans_1d,
+    pack_codes,
+    routed_experts,
+    sinkhorn,
+    softmax_cdist_l1,
+    sparse,
+)
 from .runtime import available as available

@@ -1,0 +1,103 @@
+"""routed_experts of codebook weights: a list of work by expert is made on the device (csrc/experts/cuda/routed_experts.cu)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dispatch import Support
+from ...layouts import WeightOperand
+from ...operations import ROUTED_EXPERTS, ExpertsProblem, PackedExperts
+from . import codebook, runtime
+from .runtime import DTYPE_CODE, ORDER
+
+MOST_SUM_BYTES = 256 << 20
+"""Of fp32 sums between the Linears; more tokens are taken in waves, each of which reads the chosen experts. 32768 rows of 2048,
+which are 4096 tokens of Qwen3-30B-A3B."""
+
+
+def addresses_of(operands: Sequence[WeightOperand]) -> tuple[int, ...]:
+    return tuple(operand.tensors[0].data_ptr() for operand in operands)
+
+
+def bind(experts: PackedExperts) -> Any:
+    """Reads the layouts' headers, so it waits for the device: once, at the first call, which no graph may record."""
+    gate, shapes = experts.gate, {(up.shape, down.shape) for up, down in zip(experts.up, experts.down, strict=True)}
+    if len(shapes) > 1:
+        raise ValueError(f"the Linears of the experts have several shapes: {sorted(shapes)}; needs one for all of them")
+    device = experts.up[0].tensors[0].device
+    rows = experts.up[0].shape[0]
+    units = rows // 2 if gate.gated else rows
+    up_first, stride = (-1, 1) if not gate.gated else (1, 2) if gate.interleaved else (units, 1)
+    fields: dict[str, Any] = {}
+    for name, operands, bias in (("up", experts.up, experts.up_bias), ("down", experts.down, experts.down_bias)):
+        sizes = [operand.tensors[0].numel() for operand in operands]
+        table = torch.tensor(list(zip(addresses_of(operands), sizes, strict=True)), dtype=torch.int64, device="cpu")
+        fields |= {
+            f"{name}_layouts": table.to(device),
+            f"{name}_bias": None if bias is None else bias.to(device).contiguous(),
+            f"{name}_rows": operands[0].shape[0],
+            f"{name}_columns": operands[0].shape[1],
+            f"{name}_blocks": most_blocks(operands, sizes),
+        }
+    return runtime.extension().RoutedExperts(
+        experts=len(experts.up),
+        units=units,
+        gate_first=0,
+        up_first=up_first,
+        stride=stride,
+        activation=gate.activation,
+        limit=gate.limit,
+        alpha=gate.alpha,
+        offset=gate.offset,
+        sum_bytes=MOST_SUM_BYTES,
+        **fields,
+    )
+
+
+def most_blocks(operands: Sequence[WeightOperand], sizes: Sequence[int]) -> int:
+    """Of rows, of the expert that has most."""
+    _cuda = runtime.extension()
+    headers = torch.stack([operand.tensors[0][: _cuda.codebook_header_bytes] for operand in operands]).cpu()
+    aligned = [header.clone() for header in headers]
+    return max(_cuda.codebook_layout_blocks(each.data_ptr(), size) for each, size in zip(aligned, sizes, strict=True))
+
+
+def routed_experts(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, experts: PackedExperts) -> Tensor:
+    device, dtype, tokens = hidden_states.device, DTYPE_CODE[hidden_states.dtype], hidden_states.shape[0]
+    out = torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=device)
+    with runtime.current(device):
+        if experts.bound is None:
+            experts.bound = bind(experts)
+        native, choices = experts.bound, top_k_index.shape[1]
+        workspace = torch.empty(
+            runtime.extension().routed_experts_workspace(native, tokens, choices, dtype),
+            dtype=torch.uint8,
+            device=device,
+        )
+        runtime.extension().routed_experts(
+            native,
+            hidden_states.data_ptr(),
+            out.data_ptr(),
+            dtype,
+            tokens,
+            choices,
+            top_k_index.data_ptr(),
+            top_k_weights.data_ptr(),
+            workspace.data_ptr(),
+            runtime.stream(device),
+        )
+    return out
+
+
+def supports(problem: ExpertsProblem) -> Support:
+    if problem.layouts != (codebook.LAYOUT,):
+        return False, f"reads the layout {codebook.LAYOUT!r}, the experts are laid out as {', '.join(problem.layouts)}"
+    return runtime.takes_activations(problem)
+
+
+because = "five launches whatever was chosen, none of which waits for the host; a tile of tokens shares one decoding"
+ROUTED_EXPERTS.register("cuda.routed_experts", ORDER, supports, routed_experts, because)

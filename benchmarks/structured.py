@@ -31,7 +31,8 @@ from pyllmq.compression.statistics.run import CalibrationRun
 from pyllmq.linears import dense_weight, select_linears
 
 KEEPS = (0.9, 0.75, 0.5)
-OURS = "ours"
+OURS, PRICED = "ours", "ours, widths at one price"
+OWN = {OURS: {}, PRICED: {"allocation": "price"}}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ SCORES: dict[str, Callable[[Tensor, Inputs], Tensor]] = {
 REPAIRS = {"FLAP": "bias"}
 """What the paper of a score does for what is lost; the others do nothing (ModHiFi's factors, fitted to one weight at a time, lose
 more: its score stands alone). "+ least squares" is our repair for all of them."""
-METHODS = (*SCORES, *(f"{name} + least squares" for name in SCORES), OURS)
+METHODS = (*SCORES, *(f"{name} + least squares" for name in SCORES), *OWN)
 
 
 def narrow(model: Any, method: str, keep: float, batches: Sequence[Batch]) -> None:
@@ -113,8 +114,8 @@ def narrow(model: Any, method: str, keep: float, batches: Sequence[Batch]) -> No
 def run(subject: Subject, method: str, keep: float, draw: int) -> Result:
     model, batches = copy.deepcopy(subject.dense), subject.calibration(draw)
     started = time.perf_counter()
-    if method == OURS:
-        pyllmq.prune_structured(model, StructuredConfig(keep), batches)
+    if method in OWN:
+        pyllmq.prune_structured(model, StructuredConfig(keep, **OWN[method]), batches)
     else:
         narrow(model, method, keep, batches)
     return Result(subject.name, method, keep, draw, subject.judge(model), time.perf_counter() - started)

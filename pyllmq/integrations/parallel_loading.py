@@ -45,11 +45,11 @@ def from_pretrained(
     model_class, config = model_class_and_config(folder, auto_class, packed, **kwargs)
     with torch.device("meta"):
         whole = skeleton(model_class, deepcopy(config))
-    modules = put_skeletons(whole, packed.structures)
+    modules = put_skeletons(whole, packed.description)
     found = plan(whole, ranks, styles)
     with ExitStack() as files:
         tensors, parts = _read_part(files, packed, modules, found, rank)
-        config.quantization_config = Description.of(parts)
+        config.quantization_config = Description.of(parts, packed.description.shapes)
         config.quantization_config.part_of_ranks = ranks
         model = type(whole).from_pretrained(None, config=config, state_dict=tensors, **kwargs)
     take_part(model, found, rank, group, done=modules.values())

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+import pyllmq
 from pyllmq.benchmarks import whisper
+from pyllmq.benchmarks.record import read_rows
 from pyllmq.loading import load_model
 
 from . import models
@@ -134,6 +136,39 @@ def test_the_dense_model_is_judged_as_itself(monkeypatch, tmp_path):
     assert judge(dense).kl == pytest.approx(0, abs=1e-6) and judge(dense).agreement == 1
     p, q = (model(**batch).logits[0].double().log_softmax(-1) for model in (dense, other))
     assert judge(other).kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+
+
+def test_rounded_blocks():
+    """Every weight is within half a level of its value, but the largest of the other sign, which has one level less."""
+    weight = torch.randn(5, 96)
+    for bits in (4, 5):
+        found, half = whisper.round_blocks(weight, bits), 1 << bits - 1
+        blocks, off = weight.view(-1, 32), (found - weight).view(-1, 32).abs()
+        step = blocks.abs().amax(1, keepdim=True) / half
+        assert bool((off <= step * 1.001).all()) and float((off <= step * 0.501).double().mean()) > 0.97
+        assert all(len(block.unique()) <= 2 * half for block in found.view(-1, 32))
+    assert whisper.round_blocks(torch.zeros(1, 32), 4).count_nonzero() == 0
+
+
+def test_what_is_compared(monkeypatch, tmp_path, capsys):
+    """Dense, packed and rounded models in one table; the packed one is as large as its file, and says its bits."""
+    torch.manual_seed(0)
+    dense = models.tiny_whisper()
+    dense.half().save_pretrained(tmp_path / "dense")
+    dense = dense.float()
+    pyllmq.compress(dense, pyllmq.KMeansConfig(4), embeddings=8, progress=False)
+    pyllmq.save_pretrained(dense.half(), tmp_path / "packed")
+    batch = {"input_features": torch.randn(1, 16, 40), "decoder_input_ids": torch.randint(0, 512, (1, 9))}
+    monkeypatch.setattr(whisper, "batches_of_files", lambda *_: [batch])
+    monkeypatch.setattr(whisper, "record", lambda *_: [])
+    file = tmp_path / "rows.csv"
+    whisper.main([str(tmp_path / "dense"), "--judge", str(tmp_path / "packed"), "--csv", str(file)])
+    rows = {row.name: row for row in read_rows(file, whisper.Result)}
+    assert list(rows) == ["dense", "packed", "q4_0", "q5_0"] and capsys.readouterr().out.count("MB of weights") == 4
+    assert (rows["dense"].linear_bits, rows["q4_0"].embedding_bits, rows["q5_0"].linear_bits) == (16, 4.5, 5.5)
+    assert 4 < rows["packed"].linear_bits < 8 < rows["packed"].embedding_bits < 10
+    assert rows["dense"].kl < 1e-6 < rows["q5_0"].kl < rows["q4_0"].kl and rows["dense"].agreement == 1
+    assert rows["q4_0"].megabytes < rows["q5_0"].megabytes < rows["dense"].megabytes
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def _fidelity(weight: Tensor, x: Inputs) -> Tensor:
 
 
 SCORES: dict[str, Callable[[Tensor, Inputs], Tensor]] = {
-    "random": lambda w, x: torch.rand(w.shape[1], generator=torch.Generator().manual_seed(w.shape[0])),
+    "random": lambda w, x: torch.rand(w.shape[1]),
     "magnitude": lambda w, x: w.square().sum(0),
     "Wanda-sp": lambda w, x: (w.abs() * x.moments.diagonal().sqrt()).sum(0),
     "FLAP": lambda w, x: x.covariance.diagonal() * w.square().sum(0),
@@ -117,6 +117,7 @@ def narrow(model: Any, method: str, keep: float, batches: Sequence[Batch]) -> No
 def run(subject: Subject, method: str, keep: float, draw: int) -> Result:
     model, batches = copy.deepcopy(subject.dense), subject.calibration(draw)
     started = time.perf_counter()
+    torch.manual_seed(draw)  # of the channels that go by chance
     if method in OWN:
         pyllmq.prune_structured(model, StructuredConfig(keep, **OWN[method]), batches)
     else:

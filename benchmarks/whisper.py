@@ -48,8 +48,9 @@ SIGNAL_TO_NOISE = 15
 """In decibels, of every second window."""
 BLOCK = 32
 """Weights of a row that share a scale in ggml's formats."""
-CALIBRATION, EVALUATION, TUNING = 12, 12, 24
-"""Windows of speech; of the first so many for each draw."""
+CALIBRATION, EVALUATION, TUNING = 24, 12, 24
+"""Windows of speech; of the first so many for each draw, half of them those of the draw before. With 12 the Linears at 4 bits have
+a KL of .0313, with 24 .0272: a decoder has 80 tokens of each."""
 
 
 # ---- CTranslate2 -> transformers ---------------------------------------------------------------------------------------
@@ -340,6 +341,7 @@ class Result:
     kl: float
     agreement: float
     words: int
+    """Words said, and errors; 0 of 0 where that was not asked for."""
     errors: int
 
 
@@ -395,6 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--judge", type=Path, action="append", default=[], help="folder of a compressed one (repeatable)"
     )
     parser.add_argument("--windows", type=int, default=EVALUATION, help="of speech to judge by")
+    parser.add_argument("--words", action="store_true", help="also count the words that each writes wrongly (minutes)")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     given = parser.parse_args(arguments)
     if not given.out.exists():
@@ -409,15 +412,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         makers |= {f"q{bits}_0": partial(rounded, dense, bits) for bits in (4, 5)}
         for name, make in makers.items():
             model, size, bits = make()
-            found = judge(model, words=True)
+            found = judge(model, given.words)
             if given.csv:
                 row = Result(name, *bits, size, found.kl, found.agreement, found.words, found.errors)
                 append(given.csv, [row], [field.name for field in fields(row)])
-            print(
-                f"{name}: {size:.1f} MB of weights, KL {found.kl:.4f}, agreement {found.agreement:.3f}, "
-                f"{found.errors} errors in {found.words} words",
-                flush=True,
-            )
+            words = f", {found.errors} errors in {found.words} words" if given.words else ""
+            said = f"{size:.1f} MB of weights, KL {found.kl:.4f}, agreement {found.agreement:.3f}"
+            print(f"{name}: {said}{words}", flush=True)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,8 @@ def test_the_example_of_distillation(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(whisper, "batches_of_files", lambda *_: batches[:2])
     example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "distill_whisper.py"))
     example["main"].__globals__["batches_of_files"] = lambda *_: batches[2:]
+    first_gone = example["without"](dense, [0])  # the other layer has its number in the cache now
+    assert first_gone.config.decoder_layers == 1 and first_gone(**batches[0]).logits.isfinite().all()
     monkeypatch.setattr(
         "sys.argv", ["distill_whisper.py", "--out", str(tmp_path / "out"), "--judged", "2", "--steps", "3"]
     )

@@ -160,9 +160,13 @@ class Description(dict[str, Any]):
                         f"the tensor {full} is {_text(found.dtype)} {found.shape}, but config.json asks for {_text(dtype)} {shape}"
                     )
         for name, (n, k) in self.shapes.items():
-            stored = headers.get(f"{name}.weight")
-            if name not in self.structures and (stored is None or stored.shape not in ((n, k), (k, n))):
+            packed, stored = self.structures.get(name), headers.get(f"{name}.weight")
+            if packed is not None:
+                found: Any = [packed.out_features, packed.in_features]
+            else:
                 found = "no such tensor" if stored is None else list(stored.shape)
+            # Conv1D has it the other way round, and its format the right way.
+            if [n, k] != found and (packed is not None or [k, n] != found):
                 raise FormatError(
                     f"config.json says that {name} is [{n}, {k}], and the files hold {found}; the folder is damaged"
                 )

@@ -388,6 +388,17 @@ print([layer.mlp.up_proj.out_features for layer in from_pretrained(sys.argv[1]).
     assert theirs.returncode != 0  # never a model with random numbers in the place of MLPs
 
 
+def test_damaged_shapes_of_what_is_packed(tmp_path):
+    model = models.tiny_llama(num_hidden_layers=1)
+    pyllmq.swap_linear(model, lambda linear: pyllmq.CodebookLinear.from_dense(linear, 4))
+    pyllmq.save_pretrained(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["shapes"] = {"model.layers.0.mlp.up_proj": [128, 10**30]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(pyllmq.FormatError, match="up_proj is .128, 10*., and the files hold .128, 64.; the folder is"):
+        pyllmq.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -155,13 +155,14 @@ def speech(place: Path, tuned: bool) -> Subject:
     if not model.exists():
         whisper.convert(source, model)
     dense = load_model(model, dtype=torch.float32)
-    spoken = iter(whisper.record(place / "speech", whisper.EVALUATION + whisper.TUNING + 3 * whisper.CALIBRATION))
+    spoken = iter(whisper.record(place / "speech", whisper.EVALUATION + whisper.TUNING + 2 * whisper.CALIBRATION))
     judge = whisper.Judge(dense, model, list(islice(spoken, whisper.EVALUATION)))
     tuning = [recording.file for recording in islice(spoken, whisper.TUNING)]
     drawn = [recording.file for recording in spoken]
 
     def windows(draw: int) -> list[Batch]:
-        return batches_of_files(dense, model, drawn[draw * whisper.CALIBRATION :][: whisper.CALIBRATION])
+        start = draw * whisper.CALIBRATION // 2  # the text does not last for three draws of their own
+        return batches_of_files(dense, model, drawn[start:][: whisper.CALIBRATION])
 
     return Subject(
         whisper.BUNDLED,

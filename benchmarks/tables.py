@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import mean, pstdev
 
-from . import accuracy, embeddings, experts_accuracy, generation, goals, low_rank, sparse, structured
+from . import accuracy, embeddings, experts_accuracy, generation, goals, low_rank, sparse, structured, whisper
 from .memory import READ_LIMIT
 from .providers import BASELINE
 from .record import Row, read, read_rows
@@ -305,17 +305,55 @@ def low_rank_table() -> str:
     return markdown(["parameters kept", *(cell for keep in low_rank.KEEPS for cell in (f"{keep:g}", "draws"))], lines)
 
 
-def structured_table() -> str:
-    rows = read_rows(CSVS / "structured.csv", structured.Result)
+STRUCTURED = {
+    "ours": "ours (OBS and least squares)",
+    "ours, widths at one price": "ours, a width for each block at one price",
+    "ours, layers": "ours, whole layers: {}",
+}
+
+
+def structured_table(model: str, cut: str) -> str:
+    """Methods without a row are left out. `cut`: what of how many layers stays, for the label."""
+    rows = [row for row in read_rows(CSVS / "structured.csv", structured.Result) if row.model == model]
     lines = []
-    for method in structured.METHODS:
+    for method in (method for method in structured.METHODS if any(row.method == method for row in rows)):
         cells = []
         for keep in structured.KEEPS:
             found = [row.damage for row in rows if (row.method, row.keep) == (method, keep)]
             spread = f" +-{pstdev(found):.4f}" if len(found) > 1 else ""
             cells += [f"{mean(found):.4f}{spread}" if found else NOTHING, str(len(found))]
-        lines.append(["ours (OBS and least squares)" if method == structured.OURS else method, *cells])
+        lines.append([STRUCTURED.get(method, method).format(cut), *cells])
     return markdown(["channels kept", *(cell for keep in structured.KEEPS for cell in (f"{keep:g}", "draws"))], lines)
+
+
+def whisper_table() -> str:
+    lines = [
+        [row.name, f"{row.linear_bits:.2f}", f"{row.embedding_bits:.2f}", f"{row.megabytes:.1f} MB", f"{row.kl:.4f}",
+         f"{100 * row.agreement:.1f} %"]
+        for row in read_rows(CSVS / "whisper.csv", whisper.Result)
+    ]  # fmt: skip
+    names = ["", "bits of Linears", "of the embedding", "weights", "KL", "same next token"]
+    return markdown(names, lines)
+
+
+def structured_speed_table() -> str:
+    rows = read_rows(CSVS / "structured_speed.csv", structured.Speed)
+    lines = [
+        [
+            f"{row.keep:g}",
+            f"{row.dense_ms:.2f} ms",
+            f"{row.narrow_ms:.2f} ms",
+            f"{100 * row.removed:.0f} %",
+            f"{row.saved:.2f}",
+        ]
+        for row in rows
+    ]
+    first, busy = rows[0], max(row.others_cpu for row in rows)
+    names = ["channels kept", "dense, a sentence", "narrow", "arithmetic removed", "of that as time"]
+    return markdown(names, lines) + (
+        f"\n\n{first.sentences} sentences of {first.tokens} tokens in a batch. Measured on {first.device}; {first.threads} "
+        f"threads; torch {first.torch}; {first.timestamp[:10]}. Other processes used at most {100 * busy:.0f} % of the CPUs."
+    )
 
 
 def low_rank_speed_table() -> str:
@@ -533,7 +571,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "pruning-encoder": lambda: pruning_table(accuracy.BUNDLED, 4),
     "pruning-causal": lambda: pruning_table("tiny_lm", 2),
     "low-rank": low_rank_table,
-    "structured": structured_table,
+    "structured": lambda: structured_table(accuracy.BUNDLED, "5, 4, 3 of 6"),
+    "structured-speed": structured_speed_table,
+    "whisper": whisper_table,
     "experts-prior": lambda: experts_calibration(experts_accuracy.PRIOR),
     "experts-bits": lambda: experts_calibration(experts_accuracy.SHARE),
     "experts-goal": experts_goal,

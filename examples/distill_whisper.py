@@ -26,6 +26,7 @@ from pyllmq import ColumnCodebookConfig, KMeansConfig, StructuredConfig
 from pyllmq.benchmarks import whisper
 from pyllmq.compression.calibration import Batch, given_to_model
 from pyllmq.compression.media import batches_of_files
+from pyllmq.compression.methods.sizes import drop_layers, follow_config
 from pyllmq.loading import load_model
 from pyllmq.losses import SinkhornDistillationLoss
 
@@ -70,11 +71,10 @@ def packed(model: Any, bits: int, layers: Iterable[int]) -> Any:
 
 def without(model: Any, layers: Iterable[int]) -> Any:
     """A copy without these decoder layers."""
-    model = copy.deepcopy(model)
-    model.model.decoder.layers = torch.nn.ModuleList(
-        layer for i, layer in enumerate(model.model.decoder.layers) if i not in set(layers)
-    )
-    model.config.decoder_layers = len(model.model.decoder.layers)
+    model, gone = copy.deepcopy(model), set(layers)
+    kept = [i for i in range(len(model.model.decoder.layers)) if i not in gone]
+    drop_layers(model, "model.decoder.layers", kept)
+    follow_config(model, {"decoder_layers": len(kept)})
     return model
 
 

@@ -301,7 +301,7 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
 
 def run_compress(given: argparse.Namespace) -> int:
     from .compression.methods import METHODS, method_of
-    from .folders import is_packed, quantization_method, read_config
+    from .folders import is_dense, is_packed, quantization_method, read_config
 
     settings = _settings(given)
     size = settings.pop("size", None)
@@ -313,7 +313,8 @@ def run_compress(given: argparse.Namespace) -> int:
     config = METHODS[given.method].config(settings)
     packing = METHODS["mixed-sparsity" if "pattern" in then else DEFAULT_METHOD].config(then) if then else None
     needs = method_of(config).needs
-    quantized = quantization_method(read_config(given.source))
+    said = read_config(given.source)
+    quantized = quantization_method(said)
     output = Path(given.output)
     if output.resolve() == Path(given.source).resolve():
         raise ValueError(f"SRC and OUT are the same folder, {output}; give another OUT")
@@ -323,9 +324,10 @@ def run_compress(given: argparse.Namespace) -> int:
         )
     if given.report and not (folder := Path(given.report).parent).is_dir():
         raise FileNotFoundError(f"--report is {given.report}, and there is no folder {folder}; make it first")
-    if is_packed(given.source):
+    dense = is_dense(said)
+    if is_packed(given.source) and not dense:
         raise ValueError(f"{given.source} is already packed; compress the dense model that it was made from")
-    if quantized is not None:
+    if not dense:
         raise ValueError(
             f"{given.source} is quantized already ({quantized}); compress the dense model that it was made from"
         )
@@ -425,7 +427,7 @@ def _reshape(given: argparse.Namespace, config: MethodConfig, packing: MethodCon
         copy_others(Path(given.source), part, skip=(Path(given.output),))
         for name in stale:
             (part / name).unlink(missing_ok=True)
-    print(f"written to {given.output}; load it with transformers")
+    print(f"written to {given.output}; load it with {report.loads_with}")
     return 0
 
 
@@ -441,8 +443,8 @@ def _reshape_streamed(given: argparse.Namespace, config: Any, packing: MethodCon
         streamed = StreamedModel(given.source, architecture=given.architecture)
         batches = _calibration_batches(streamed.model, given)
         if packing is None:
-            print(prune_folder(streamed, output, config, batches, resume=given.resume, progress=progress))
-            print(f"written to {output}; load it with transformers")
+            pruned = prune_folder(streamed, output, config, batches, resume=given.resume, progress=progress)
+            print(f"{pruned}\nwritten to {output}; load it with {pruned.loads_with}")
             return 0
         narrow = _narrow_folder(output)
         print(prune_folder(streamed, narrow, config, batches, resume=given.resume, keep=True, progress=progress))
@@ -693,7 +695,13 @@ def run_inspect(given: argparse.Namespace) -> int:
 
     if given.fused:
         return _inspect_fused(given)
-    structures = PackedFolder.open(given.folder).structures
+    opened = PackedFolder.open(given.folder)
+    structures = opened.structures
+    if not structures and not given.json:
+        for name, (n, k) in opened.description.shapes.items():
+            print(f"{name}  {n}x{k}")
+        print(f"{len(opened.description.shapes)} dense Linears of widths of their own; nothing is packed")
+        return 0
     if given.json:
         rows = {
             name: {**s.to_dict(), "bits_per_weight": s.bits_per_weight, "nbytes": s.nbytes}

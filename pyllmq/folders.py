@@ -63,8 +63,15 @@ def expect_packed(folder: Folder, config: Mapping[str, Any]) -> None:
 
 
 def is_packed(folder: Folder) -> bool:
-    """Is this a folder that pyllmq wrote?"""
+    """Is this a folder that needs pyllmq to be loaded?"""
     return (Path(folder) / "config.json").is_file() and quantization_method(read_config(folder)) == METHOD
+
+
+def is_dense(config: Mapping[str, Any]) -> bool:
+    """Does a config.json pack nothing? It may say the widths of Linears all the same. Raises FormatError as `Description.parse`."""
+    if quantization_method(config) != METHOD:
+        return quantization_method(config) is None
+    return not Description.parse(config["quantization_config"]).structures
 
 
 # ---- the description in config.json ---------------------------------------------------------------------------------
@@ -77,6 +84,8 @@ class Description(dict[str, Any]):
     """
 
     structures: dict[str, Structure]
+    shapes: dict[str, tuple[int, int]]
+    """[N, K] of Linears, packed or dense, that the rest of config.json says otherwise: MLPs of several widths."""
     part_of_ranks = 0
     """Of how many processes the modules are one's part; 0: the modules are whole. Never in a file."""
     experts_of_part: Mapping[str, tuple[int, int]] = MappingProxyType({})
@@ -85,10 +94,14 @@ class Description(dict[str, Any]):
     """Files whose headers were compared with it."""
 
     @classmethod
-    def of(cls, structures: Mapping[str, Structure]) -> Description:
+    def of(
+        cls, structures: Mapping[str, Structure], shapes: Mapping[str, tuple[int, int]] | None = None
+    ) -> Description:
         modules = {name: structure.to_dict() for name, structure in structures.items()}
         description = cls(quant_method=METHOD, format_version=FORMAT_VERSION, modules=modules)
-        description.structures = dict(structures)
+        if shapes:
+            description["shapes"] = {name: list(shape) for name, shape in shapes.items()}
+        description.structures, description.shapes = dict(structures), dict(shapes or {})
         return description
 
     @classmethod
@@ -106,10 +119,13 @@ class Description(dict[str, Any]):
             )
         if "part_of_ranks" in described:
             raise FormatError("config.json describes one rank's part of a model; folders hold whole models")
-        unknown = sorted(map(str, described.keys() - {"quant_method", "format_version", "modules"}))
+        unknown = sorted(map(str, described.keys() - {"quant_method", "format_version", "modules", "shapes"}))
         if unknown:
-            raise FormatError(f"quantization_config has unknown keys {unknown}; allowed: format_version, modules")
-        if not isinstance(modules, Mapping) or not modules:
+            raise FormatError(
+                f"quantization_config has unknown keys {unknown}; allowed: format_version, modules, shapes"
+            )
+        shapes = _shapes(described.get("shapes", {}))
+        if not isinstance(modules, Mapping) or not (modules or shapes):
             raise FormatError("quantization_config must name its packed modules under 'modules'; the folder is damaged")
         structures = {}
         for name, values in modules.items():
@@ -117,7 +133,7 @@ class Description(dict[str, Any]):
                 raise FormatError(f"quantization_config of module {name} is {values!r}; it must be an object")
             with of_module(f"quantization_config of module {name}"):
                 structures[name] = structure_from_dict(values)
-        return cls.of(structures)
+        return cls.of(structures, shapes)
 
     @contextmanager
     def handed_on(self) -> Iterator[None]:
@@ -146,8 +162,30 @@ class Description(dict[str, Any]):
                     raise FormatError(
                         f"the tensor {full} is {_text(found.dtype)} {found.shape}, but config.json asks for {_text(dtype)} {shape}"
                     )
+        for name, (n, k) in self.shapes.items():
+            packed, stored = self.structures.get(name), headers.get(f"{name}.weight")
+            if packed is not None:
+                found: Any = [packed.out_features, packed.in_features]
+            else:
+                found = "no such tensor" if stored is None else list(stored.shape)
+            # Conv1D has it the other way round, and its format the right way.
+            if [n, k] != found and (packed is not None or [k, n] != found):
+                raise FormatError(
+                    f"config.json says that {name} is [{n}, {k}], and the files hold {found}; the folder is damaged"
+                )
         self.checked = frozenset(map(str, files))
         return headers
+
+
+def _shapes(described: Any) -> dict[str, tuple[int, int]]:
+    if not isinstance(described, Mapping):
+        raise FormatError(f"shapes is {described!r}; it must map names of Linears to [out_features, in_features]")
+    for name, shape in described.items():
+        if not isinstance(shape, list | tuple) or len(shape) != 2 or any(type(n) is not int or n < 1 for n in shape):
+            raise FormatError(
+                f"the shape of {name} is {shape!r}; it must be [out_features, in_features], both at least 1"
+            )
+    return {name: (shape[0], shape[1]) for name, shape in described.items()}
 
 
 _opened: ContextVar[Description | None] = ContextVar("opened", default=None)

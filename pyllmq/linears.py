@@ -138,6 +138,15 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight.detach().T if is_transposed_linear(module) else weight.detach()
 
 
+def follow_weight(module: nn.Module) -> None:
+    """Let a Linear-like module say the shape that its weight has by now."""
+    n, k = dense_weight(module).shape
+    if is_transposed_linear(module):
+        module.nf, module.nx = n, k  # type: ignore[assignment]
+    else:
+        module.out_features, module.in_features = n, k  # type: ignore[assignment]
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name) if parent_name else model

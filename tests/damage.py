@@ -29,6 +29,7 @@ DTYPES = (torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torc
 ADDED: tuple[tuple[str, Any], ...] = (
     ("auto_map", {"AutoModelForCausalLM": "modeling.Model", "AutoConfig": "modeling.Config"}),
     ("part_of_ranks", 2), ("dtype", "float16"), ("quantization_config", {}), ("kind", "codebook"), ("unknown", 1),
+    ("shapes", {"model.layers.0.mlp.up_proj": [29, 18]}), ("shapes", {"model.norm": [1, 18]}),
 )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ from pyllmq import CodebookLinear, Sparse24CodebookLinear, Sparse24Linear, Spars
 from pyllmq.folders import is_packed, read_config
 from pyllmq.formats import CodebookWeight, structure_from_dict
 from pyllmq.integrations.skeletons import packed_modules
+from pyllmq.integrations.transformers import describe_packed
 
 if __package__:
     from .damage import Files, damaged
@@ -93,7 +94,12 @@ def write_folders(place: Path) -> None:
         ("one-file", transformers.LlamaForCausalLM(llama), "1GB"),
         ("shards", transformers.LlamaForCausalLM(llama).bfloat16(), "3KB"),
         ("transposed", transformers.GPT2LMHeadModel(gpt2), "5KB"),
+        ("widths", transformers.LlamaForCausalLM(llama), "1GB"),
     ):
+        if name == "widths":  # the config says another one
+            model.config.intermediate_size = 40
+            shapes = {f"model.layers.0.mlp.{own}_proj": (29, 18) for own in ("gate", "up")}
+            describe_packed(model, {}, shapes | {"model.layers.0.mlp.down_proj": (18, 29)})
         for pattern, make_layer in LAYERS.items():
             if any(f".{pattern}" in module for module, _ in model.named_modules()):
                 pyllmq.swap_linear(model, make_layer, include=[pattern])

@@ -31,7 +31,7 @@ def distance(model, batches, wanted):
 def test_every_score_keeps_as_many(encoder):
     model, batches, wanted = encoder
     lost = {}
-    for method in structured.METHODS[:-1]:
+    for method in (method for method in structured.METHODS if method not in structured.OWN):
         thin = copy.deepcopy(model)
         structured.narrow(thin, method, 0.5, batches)
         for layer in thin.encoder.layer:

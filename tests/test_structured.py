@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pyllmq.compression.objective import mismatch
 
 from . import models
 from .kill_and_resume import digests, ended_after
+from .new_process import run_python
 from .test_methods import SMALL
 
 MLP = {
@@ -331,6 +333,124 @@ def test_channels_are_those_of_a_brute_force_search(count):
     while len(kept) > count:
         kept = min(([k for k in kept if k != j] for j in kept), key=loss)
     assert kept_channels(weight.clone(), torch.linalg.inv(covariance), count).tolist() == kept
+
+
+def with_uneven_spare_channels(model):
+    """The first block of a tiny Llama reads 32 of its 128 channels, the second one 96."""
+    for layer, used in zip(model.model.layers, (32, 96), strict=True):
+        layer.mlp.down_proj.weight.data[:, used:] = 0
+    return model
+
+
+def test_widths_at_one_price_lose_nothing(tmp_path):
+    """In memory, block by block, ended and resumed; the folder needs pyllmq and says so, and can be packed later."""
+    torch.manual_seed(0)
+    model = with_uneven_spare_channels(models.tiny_llama())
+    batches = inputs_of(model)
+    with torch.no_grad():
+        wanted = model(**batches[0])[0]
+    model.save_pretrained(tmp_path / "dense")
+    config = StructuredConfig(0.5, allocation="price", multiple=16, damping=1e-7)
+    prune_folder(tmp_path / "dense", tmp_path / "streamed", config, batches, progress=False)
+    alike = prune_structured(copy.deepcopy(model), StructuredConfig(0.5, multiple=16, damping=1e-7), batches)
+    report = prune_structured(model, config, batches)
+    assert [group.after for group in report.groups] == [32, 96] and all(g.error < 1e-5 for g in report.groups)
+    assert max(g.error for g in alike.groups) > 1e-2 and report.parameters_after == alike.parameters_after
+    assert (alike.loads_with, report.loads_with) == ("transformers", "pyllmq.from_pretrained")
+    pyllmq.save_pretrained(model, tmp_path / "saved")
+    resumed = tmp_path / "resumed"
+    with patch.object(Manifest, "add", add_and_end), pytest.raises(KeyboardInterrupt):
+        prune_folder(tmp_path / "dense", resumed, config, batches, progress=False)
+    with patch.object(StructuredPass, "choose_widths", side_effect=AssertionError):
+        prune_folder(tmp_path / "dense", resumed, config, batches, resume=True, progress=False)
+    assert digests(resumed) == digests(tmp_path / "streamed")
+    loaded = [pyllmq.from_pretrained(tmp_path / name) for name in ("saved", "streamed")]
+    for thin in (model, *loaded):
+        assert [layer.mlp.up_proj.out_features for layer in thin.model.layers] == [32, 96]
+        with torch.no_grad():
+            torch.testing.assert_close(
+                thin(**batches[0])[0], wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max()))
+            )
+    pyllmq.compress(loaded[0], pyllmq.KMeansConfig(8), progress=False)
+    pyllmq.save_pretrained(loaded[0], tmp_path / "packed")
+    assert pyllmq.from_pretrained(tmp_path / "packed").model.layers[1].mlp.down_proj.in_features == 96
+    code = """
+import sys, torch
+if sys.argv[2] == "ours":
+    from pyllmq import from_pretrained
+else:
+    from transformers import LlamaForCausalLM
+    from_pretrained = LlamaForCausalLM.from_pretrained
+print([layer.mlp.up_proj.out_features for layer in from_pretrained(sys.argv[1]).model.layers])
+"""
+    ours, theirs = (run_python("-c", code, tmp_path / "saved", whose) for whose in ("ours", "theirs"))
+    assert ours.returncode == 0 and "[32, 96]" in ours.stdout, ours.stderr
+    assert theirs.returncode != 0  # never a model with random numbers in the place of MLPs
+
+
+def test_damaged_shapes_of_what_is_packed(tmp_path):
+    model = models.tiny_llama(num_hidden_layers=1)
+    pyllmq.swap_linear(model, lambda linear: pyllmq.CodebookLinear.from_dense(linear, 4))
+    pyllmq.save_pretrained(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["shapes"] = {"model.layers.0.mlp.up_proj": [128, 10**30]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(pyllmq.FormatError, match="up_proj is .128, 10*., and the files hold .128, 64.; the folder is"):
+        pyllmq.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"model.layers.0.mlp.up_proj": [32, 63]},
+            "says that model.layers.0.mlp.up_proj is .32, 63., and the files hold",
+        ),
+        (
+            {"model.layers.0.mlp.up": [32, 64]},
+            "says that model.layers.0.mlp.up is .32, 64., and the files hold no such",
+        ),
+        ({"model.norm": [64, 1]}, "the files hold .64."),
+        ({"model.embed_tokens": [512, 64]}, "says the shape of model.embed_tokens, but LlamaForCausalLM has no Linear"),
+        ({"model.layers.0.mlp.up_proj": [32]}, "is .32.; it must be .out_features, in_features."),
+        ({"model.layers.0.mlp.up_proj": [32, "64"]}, "both at least 1"),
+        ([], "shapes is .., it must map names|shapes is ..; it must map"),
+    ],
+)
+def test_damaged_shapes(tmp_path, change, said):
+    torch.manual_seed(0)
+    model = with_uneven_spare_channels(models.tiny_llama())
+    prune_structured(model, StructuredConfig(0.5, allocation="price", multiple=16), inputs_of(model)[:1])
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    shapes = config["quantization_config"]["shapes"]
+    config["quantization_config"]["shapes"] = shapes | change if isinstance(change, dict) else change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(pyllmq.FormatError, match=said):
+        pyllmq.from_pretrained(tmp_path)
+
+
+def test_the_command_gives_each_mlp_its_width(tmp_path, capsys):
+    source, out = tmp_path / "dense", tmp_path / "thin"
+    with_uneven_spare_channels(models.tiny_llama()).save_pretrained(source)
+    models.tiny_tokenizer().save_pretrained(source)
+    command = ["compress", str(source), str(out), "--method", "structured", "--keep", "0.5", "--allocation", "price"]
+    assert main([*command, *SMALL]) == 0
+    assert "128 channels -> 32" in (said := capsys.readouterr().out) and "load it with pyllmq.from_pretrained" in said
+    assert main(["inspect", str(out)]) == 0
+    assert "6 dense Linears of widths of their own; nothing is packed" in capsys.readouterr().out
+    assert main([*command[:2], str(tmp_path / "both"), *command[3:], *SMALL, "--bits", "4"]) == 0
+    assert main(["compress", str(out), str(tmp_path / "later"), "--method", "kmeans", "--bits", "4"]) == 0
+    for name in ("both", "later"):
+        model = pyllmq.from_pretrained(tmp_path / name)
+        down = [layer.mlp.down_proj for layer in model.model.layers]
+        assert all(isinstance(m, pyllmq.CodebookLinear) for m in down) and [m.in_features for m in down] == [32, 96]
+        assert model(torch.arange(5)[None]).logits.isfinite().all()
+    capsys.readouterr()
+    assert main([*command, *SMALL, "--parts", "layers"]) == 1
+    assert (
+        "--allocation has no effect with these settings: it shares out the channels of MLPs" in capsys.readouterr().err
+    )
 
 
 def test_what_cannot_be_pruned():

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+import pyllmq
 from pyllmq.benchmarks import whisper
+from pyllmq.benchmarks.record import read_rows
 from pyllmq.loading import load_model
 
 from . import models
@@ -136,6 +138,38 @@ def test_the_dense_model_is_judged_as_itself(monkeypatch, tmp_path):
     assert judge(other).kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
 
 
+def test_rounded_blocks():
+    """Every weight is within half a level of its value, but the largest of the other sign, which has one level less."""
+    weight = torch.randn(5, 96)
+    for bits in (4, 5):
+        found, half = whisper.round_blocks(weight, bits), 1 << bits - 1
+        blocks, off = weight.view(-1, 32), (found - weight).view(-1, 32).abs()
+        step = blocks.abs().amax(1, keepdim=True) / half
+        assert bool((off <= step * 1.001).all()) and float((off <= step * 0.501).double().mean()) > 0.97
+        assert all(len(block.unique()) <= 2 * half for block in found.view(-1, 32))
+    assert whisper.round_blocks(torch.zeros(1, 32), 4).count_nonzero() == 0
+
+
+def test_what_is_compared(monkeypatch, tmp_path, capsys):
+    """Dense, packed and rounded models in one table; the packed one is as large as its file, and says its bits."""
+    torch.manual_seed(0)
+    dense = models.tiny_whisper().half()
+    dense.save_pretrained(tmp_path / "dense")
+    pyllmq.compress(dense, pyllmq.KMeansConfig(4), embeddings=3, progress=False)
+    pyllmq.save_pretrained(dense, tmp_path / "packed")
+    batch = {"input_features": torch.randn(1, 16, 40), "decoder_input_ids": torch.randint(0, 512, (1, 9))}
+    monkeypatch.setattr(whisper, "batches_of_files", lambda *_: [batch])
+    monkeypatch.setattr(whisper, "record", lambda *_: [])
+    file = tmp_path / "rows.csv"
+    whisper.main([str(tmp_path / "dense"), "--judge", str(tmp_path / "packed"), "--csv", str(file)])
+    rows = {row.name: row for row in read_rows(file, whisper.Result)}
+    assert list(rows) == ["dense", "packed", "q4_0", "q5_0"] and capsys.readouterr().out.count("MB of weights") == 4
+    assert (rows["dense"].linear_bits, rows["q4_0"].embedding_bits, rows["q5_0"].linear_bits) == (16, 4.5, 5.5)
+    assert 3 < rows["packed"].embedding_bits < 4 < rows["packed"].linear_bits < 8
+    assert rows["dense"].kl < 1e-6 < rows["q5_0"].kl < rows["q4_0"].kl and rows["dense"].agreement == 1
+    assert rows["q4_0"].megabytes < rows["q5_0"].megabytes < rows["dense"].megabytes
+
+
 @pytest.mark.slow
 def test_the_real_one(tmp_path):
     if whisper.bundled() is None:
@@ -159,6 +193,8 @@ def test_the_example_of_distillation(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(whisper, "batches_of_files", lambda *_: batches[:2])
     example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "distill_whisper.py"))
     example["main"].__globals__["batches_of_files"] = lambda *_: batches[2:]
+    first_gone = example["without"](dense, [0])  # the other layer has its number in the cache now
+    assert first_gone.config.decoder_layers == 1 and first_gone(**batches[0]).logits.isfinite().all()
     monkeypatch.setattr(
         "sys.argv", ["distill_whisper.py", "--out", str(tmp_path / "out"), "--judged", "2", "--steps", "3"]
     )

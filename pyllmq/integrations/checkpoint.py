@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..folders import Folder, Header, checkpoint_files, opened, quantization_method, read_config, read_headers
+from ..folders import Folder, Header, checkpoint_files, is_dense, opened, quantization_method, read_config, read_headers
 from ..formats import FormatError
 from ..linears import is_transposed_linear
 from ..memory import page_out
@@ -204,7 +204,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 def _skeleton(folder: Path, headers: Mapping[str, Header], device: torch.device, architecture: str | None) -> Any:
     config = read_config(folder)
-    if config.get("quantization_config") is not None:
+    if not is_dense(config):
         raise ValueError(
             f"{folder} is quantized already ({quantization_method(config)}); compress the dense model that it was made from"
         )

@@ -45,7 +45,7 @@ def from_pretrained(
     model_class, config = model_class_and_config(folder, auto_class, packed, **kwargs)
     with torch.device("meta"):
         whole = skeleton(model_class, deepcopy(config))
-    modules = put_skeletons(whole, packed.structures)
+    modules = put_skeletons(whole, packed.description)
     found = plan(whole, ranks, styles)
     with ExitStack() as files:
         held = {
@@ -55,7 +55,7 @@ def from_pretrained(
             f"{name}.{child}" for name, part in held.items() for child in whole.get_submodule(name).outside(*part)
         }
         tensors, parts = _read_part(files, packed, modules, found, rank, elsewhere)
-        config.quantization_config = Description.of(parts)
+        config.quantization_config = Description.of(parts, packed.description.shapes)
         config.quantization_config.part_of_ranks = ranks
         config.quantization_config.experts_of_part = held
         model = type(whole).from_pretrained(None, config=config, state_dict=tensors, **kwargs)

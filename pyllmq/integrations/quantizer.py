@@ -81,8 +81,7 @@ class PyllmqQuantizer(HfQuantizer):
         files = [str(file) for file in checkpoint_files or ()]
         if not self.description.checked.issuperset(files):
             self.description.check(files)
-        described = self.description
-        put_skeletons(model, described.structures, described.part_of_ranks > 0, described.experts_of_part)
+        put_skeletons(model, self.description)
         self.shapes = {key: tuple(tensor.shape) for key, tensor in _tensors(model).items()}
         in_fp32 = internals.kept_in_fp32(model)
         self.dtypes = {

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 
+import torch
 from torch import nn
 
 from ..experts import ExpertLinear, put_together, take_apart
-from ..formats import FormatError, Structure, layer_type
+from ..folders import Description
+from ..formats import FormatError, layer_type
 from ..layers.embedding import embedding_type, put_embedding
 from ..layers.linear import packed_modules
-from ..linears import as_linear, linear_modules, replace_module
+from ..linears import as_linear, follow_weight, is_transposed_linear, linear_modules, replace_module
 
 
 def modules_of_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -28,22 +29,35 @@ def _embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
 
-def put_skeletons(
-    model: nn.Module,
-    structures: Mapping[str, Structure],
-    part: bool = False,
-    experts_of_part: Mapping[str, tuple[int, int]] = MappingProxyType({}),
-) -> dict[str, str]:
-    """Replace the Linears and embeddings that `structures` names by empty packed layers of those sizes; what shares an embedding's
+def resize_linears(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Give Linears the shapes [N, K] that a folder has for them, by their names in its files; their values are lost."""
+    linears, targets = dict(linear_modules(model)), modules_of_names(model, shapes)
+    for name, (n, k) in shapes.items():
+        module = linears.get(targets[name])
+        if module is None:
+            raise FormatError(
+                f"config.json says the shape of {name}, but {type(model).__name__} has no Linear of that name"
+            )
+        sizes = {"weight": (k, n) if is_transposed_linear(module) else (n, k), "bias": (n,)}
+        for key, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(sizes[key], dtype=parameter.dtype, device=parameter.device)
+            setattr(module, key, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        follow_weight(module)
+
+
+def put_skeletons(model: nn.Module, description: Description) -> dict[str, str]:
+    """Replace the Linears and embeddings that are described by empty packed layers of those sizes; what shares an embedding's
     weight shares the packed one. Returns name -> module of the model.
 
-    Structures of one rank's `part` are smaller than the model's Linears, and of some stacks it has some experts only.
+    Structures of one rank's part are smaller than the model's Linears, and of some stacks it has some experts only.
     """
     from .transformers_internals import forget_ties, leave_alone, tied_modules
 
+    structures = description.structures
     take_apart(model)
-    for stack, held in experts_of_part.items():
+    for stack, held in description.experts_of_part.items():
         model.get_submodule(stack).keep(*held)  # type: ignore[operator]
+    resize_linears(model, description.shapes)
     linears, embeddings = dict(linear_modules(model)), _embeddings(model)
     targets = modules_of_names(model, structures)
     modules: dict[str, str] = {}
@@ -54,7 +68,10 @@ def put_skeletons(
                 f"config.json packs the module {name}, but {type(model).__name__} has no Linear of that name, nor an embedding"
             )
         dense = embeddings[found] if found in embeddings else as_linear(linears[found])
-        if not part and tuple(dense.weight.shape) != (structure.out_features, structure.in_features):
+        if not description.part_of_ranks and tuple(dense.weight.shape) != (
+            structure.out_features,
+            structure.in_features,
+        ):
             raise FormatError(
                 f"config.json says that {name} is [{structure.out_features}, {structure.in_features}], but "
                 f"{type(model).__name__} has {list(dense.weight.shape)} there"

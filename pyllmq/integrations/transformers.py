@@ -298,12 +298,21 @@ def is_transformers_model(model: object) -> bool:
     return isinstance(model, PreTrainedModel)
 
 
-def describe_packed(model: Any, structures: Mapping[str, Structure]) -> Any:
-    """Put into the model's config what loading needs to know of its packed layers; returns its quantizer."""
+def describe_packed(
+    model: Any, structures: Mapping[str, Structure], shapes: Mapping[str, tuple[int, int]] | None = None
+) -> Any:
+    """Put into the model's config what loading needs to know of its packed layers; returns its quantizer.
+
+    Args:
+        shapes: of Linears that the config says otherwise; None: those that were described before.
+    """
     from . import quantizer
     from .transformers_internals import forget_ties
 
-    config = quantizer.PyllmqConfig.from_dict(Description.of(structures))
+    if shapes is None:
+        before = getattr(model.config, "quantization_config", None)
+        shapes = before.description.shapes if isinstance(before, quantizer.PyllmqConfig) else {}
+    config = quantizer.PyllmqConfig.from_dict(Description.of(structures, shapes))
     model.config.quantization_config = config
     model.hf_quantizer = quantizer.PyllmqQuantizer(config, pre_quantized=True)
     model.is_quantized = True

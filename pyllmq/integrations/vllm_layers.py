@@ -55,7 +55,13 @@ class PyllmqVllmConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PyllmqVllmConfig:
-        return cls(Description.parse(config).structures)
+        description = Description.parse(config)
+        if description.shapes:
+            raise ValueError(
+                f"{next(iter(description.shapes))} has a width of its own, and vLLM builds all blocks alike: prune with "
+                "--allocation uniform"
+            )
+        return cls(description.structures)
 
     def get_name(self) -> Any:
         return METHOD

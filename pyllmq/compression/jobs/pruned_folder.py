@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...dispatch import plain_defaults
-from ...linears import select_linears
+from ...linears import follow_weight, select_linears
 from ...weights import OUTSIDE
 from ..calibration import as_batches, within_positions
-from ..methods.structured import ChannelReport, StructuredConfig, StructuredPass, StructuredReport, follow_weights
+from ..methods.structured import ChannelReport, StructuredConfig, StructuredPass, StructuredReport
 from ..model_state import quiet_eval
 from ..ranks import ALONE
 from ..statistics.blocks import BlockLoop, Chain, Stage, find_stages
+from ..statistics.loss_gradients import output_gradients_by_block
 from .folder import HiddenStates, job_signature, open_manifest, put_whole, write_unit
 from .job import check_finite
 from .manifest import batches_digest
@@ -70,9 +71,13 @@ def prune_folder(
         chains = loop.find_chains(stages, lambda stage: check_finite(stage.linears))
         if manifest.plan is None:
             work.choose_layers(loop, chains)
-            manifest.set_plan({"layers": work.report.layers})
+            if work.priced:
+                inputs = HiddenStates(manifest.place, "inputs", ALONE)
+                work.choose_widths(loop, chains, lambda: output_gradients_by_block(loop, chains, work.linears, inputs))
+            manifest.set_plan({"layers": work.report.layers, "widths": work.widths})
         else:
             work.take_layers(manifest.plan["layers"])
+            work.widths = manifest.plan["widths"]
         streamed.rename(work.names_of_layers())
         units = [unit for unit in (OUTSIDE, *streamed.blocks) if unit not in work.gone]
         for entry in manifest.finished:
@@ -105,7 +110,8 @@ def prune_folder(
                         write(unit, len(work.report.groups))
         for entry in manifest.finished:
             _take_shapes(model, entry["shapes"])
-        follow_weights(linears)
+        for module in linears.values():
+            follow_weight(module)
         work.finish()
         if manifest.folder.is_dir():
             name = type(model).__name__

@@ -30,6 +30,7 @@ from ..objective import mismatch
 from ..ranks import Ranks
 from ..solver.bayesian import bayesian_minimum
 from ..solver.hessian import as_matrix, centre_, factor_hessian, output_error
+from ..solver.price import buy
 from ..statistics.blocks import Chain, Stage
 from ..statistics.inputs import Group, InputStatistics, visit_groups
 from ..statistics.run import CalibrationRun
@@ -297,43 +298,21 @@ def uniform_rank(shape: tuple[int, int], keep: float) -> int:
 def price_ranks(losses: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], keep: float) -> dict[str, int]:
     """name -> rank, for the least loss in all with at most `keep` of the numbers.
 
-    Everything is bought at one price: a unit of ranks, or a whole Linear in the place of its factors. The price is found by
-    bisection; what it leaves over goes to those that would change next.
+    Everything is bought at one price: a unit of ranks, or a whole Linear in the place of its factors.
 
     Args:
         losses: name -> what each direction loses where it is left out, falling, float64 [min(N, K)], in one unit for all.
         shapes: name -> (N, K).
     """
-    budget = keep * sum(n * k for n, k in shapes.values())
+    numbers = sum(n * k for n, k in shapes.values())
     options = {name: _options(losses[name], shape) for name, shape in shapes.items()}
-
-    def at(price: float) -> dict[str, int]:
-        return {name: int((loss + price * cost).argmin()) for name, (_, cost, loss) in options.items()}
-
-    def cost_of(chosen: Mapping[str, int]) -> float:
-        return sum(float(options[name][1][at]) for name, at in chosen.items())
-
-    least = {name: int(cost.argmin()) for name, (_, cost, _) in options.items()}
-    largest = max(float(loss.max()) for _, _, loss in options.values())
-    high = math.log(largest + 1e-280) + 1
-    low = high - 100
-    if cost_of(least) > budget:
+    chosen = buy({name: (cost, loss) for name, (_, cost, loss) in options.items()}, keep * numbers)
+    if chosen is None:
+        least = sum(float(cost.min()) for _, cost, _ in options.values())
         raise ValueError(
-            f"keep is {keep:g}, but a rank of {UNIT} in every Linear already takes "
-            f"{cost_of(least) / sum(n * k for n, k in shapes.values()):.3g} of the parameters; ask for more"
+            f"keep is {keep:g}, but a rank of {UNIT} in every Linear already takes {least / numbers:.3g} of the parameters; "
+            "ask for more"
         )
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        if cost_of(at(math.exp(middle))) > budget:
-            low = middle
-        else:
-            high = middle
-    chosen, richer = at(math.exp(high)), at(math.exp(low))
-    if cost_of(chosen) > budget:
-        chosen = least
-    for name in chosen:
-        if cost_of(chosen | {name: richer[name]}) <= budget:
-            chosen[name] = richer[name]
     return {name: int(options[name][0][at]) for name, at in chosen.items()}
 
 

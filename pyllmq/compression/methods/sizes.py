@@ -6,7 +6,7 @@ They are set, the class is built without weights, and all shapes are compared.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -155,18 +155,29 @@ def parameter_shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.named_parameters(remove_duplicate=False)}
 
 
-def parameter_count(model: Any) -> int:
-    """Of the model that transformers builds from the config; tied ones count once."""
+def parameter_count(model: Any, apart: Collection[str] = ()) -> int:
+    """Of the model that transformers builds from the config; tied ones count once. `apart`: Linears that the config says otherwise.
+
+    Those count as they are.
+    """
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in type(model)(copy.deepcopy(model.config)).parameters())
+        built = type(model)(copy.deepcopy(model.config))
+    total = sum(parameter.numel() for parameter in built.parameters())
+    for name in apart:
+        pair = (module.get_submodule(name).parameters() for module in (model, built))
+        total += sum(own.numel() - other.numel() for own, other in zip(*pair, strict=True))
+    return total
 
 
-def say_sizes(model: Any, found: Mapping[str, set[tuple[int, int]]], fixed: Mapping[str, Any]) -> None:
+def say_sizes(
+    model: Any, found: Mapping[str, set[tuple[int, int]]], fixed: Mapping[str, Any], apart: Collection[str] = ()
+) -> None:
     """Set those fields of the config by which transformers builds a model of these shapes; they are found by trying.
 
     Args:
         found: part -> sizes of its groups, before and after.
         fixed: fields that say how many heads and layers there are.
+        apart: Linears whose shapes the config need not say.
     """
     for part, what in (("mlp", "MLPs"), ("heads", "attentions")):
         sizes = found.get(part, set())
@@ -182,10 +193,15 @@ def say_sizes(model: Any, found: Mapping[str, set[tuple[int, int]]], fixed: Mapp
         said.append(f"that the MLPs are {after} wide")
     if not said:
         return
-    shapes = parameter_shapes(model)
+    others = {f"{name}.{key}" for name in apart for key in ("weight", "bias")}
+
+    def told(shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+        return {name: shape for name, shape in shapes.items() if name not in others}
+
+    shapes = told(parameter_shapes(model))
     for way in ways:
         fields = {**way, **fixed}
-        if built_shapes(model, fields) == shapes:
+        if told(built_shapes(model, fields)) == shapes:
             follow_config(model, fields)
             return
     tried = dict.fromkeys(name for way in ways for name in way)

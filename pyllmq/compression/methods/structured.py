@@ -13,21 +13,25 @@ squares solution on the channels that stay, and its bias takes up the mean.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...config import Between, MethodConfig
 from ...layers.linear import packed_modules
-from ...linears import dense_weight, is_transposed_linear, matches, select_linears
+from ...linears import dense_weight, follow_weight, is_transposed_linear, linear_modules, matches, select_linears
 from ..calibration import as_batches, within_positions
 from ..model_state import quiet_eval
+from ..objective import NoLossError
 from ..solver.hessian import centre_
+from ..solver.price import buy
 from ..statistics.blocks import BlockLoop, Chain, Stage, find_stages
 from ..statistics.inputs import InputStatistics, input_statistics
+from ..statistics.loss_gradients import LossGradients, output_gradients
 from ..statistics.run import CalibrationRun
 from .layers import choose_layers
 from .method import Method, Needs
@@ -35,6 +39,8 @@ from .parts import Attention, parts_of
 from .sizes import drop_layers, fields_of_layers, heads_that_fit, parameter_count, say_sizes
 
 PARTS = ("mlp", "heads", "layers")
+NARROWEST = 0.5
+"""At one price no MLP gets narrower than this share of the width that all would have alike."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,9 @@ class StructuredConfig(MethodConfig):
     """What gets smaller: "mlp" (its channels), "heads" (with the keys and values that several of them share), "layers" (whole)."""
     only: tuple[str, ...] = ()
     """Where: name patterns of layers and Linears, such as "decoder"; empty: everywhere."""
+    allocation: Literal["uniform", "price"] = "uniform"
+    """How wide each MLP gets: "uniform", all alike; "price", one price for all on the scale of the model's loss: the blocks then
+    differ, and the result needs pyllmq to be loaded."""
     multiple: Annotated[int, Between(1)] = 32
     """The width of an MLP is a multiple of it."""
     damping: Annotated[float, Between(0, 1)] = 0.01
@@ -92,6 +101,12 @@ class StructuredReport:
         total = f"{self.parameters_before / 1e6:.2f} M parameters -> {self.parameters_after / 1e6:.2f} M"
         return "\n".join([*rows, total])
 
+    @property
+    def loads_with(self) -> str:
+        """What can load the result."""
+        alike = len({group.after for group in self.groups if group.part == "mlp"}) < 2
+        return "transformers" if alike else "pyllmq.from_pretrained"
+
 
 class Structured(Method[StructuredConfig]):
     config_type = StructuredConfig
@@ -100,6 +115,11 @@ class Structured(Method[StructuredConfig]):
     @property
     def needs(self) -> Needs:
         return Needs(covariance=True)
+
+    def without_effect(self) -> dict[str, str]:
+        return (
+            {} if "mlp" in self.config.parts else {"allocation": "it shares out the channels of MLPs, which all stay"}
+        )
 
     def reshape(
         self, model: nn.Module, tokenizer: Any, text: str, batches: Sequence[Any]
@@ -126,6 +146,8 @@ def prune_structured(model: Any, config: StructuredConfig, calibration: Any) -> 
             loop, work = BlockLoop(model, batches[0], batches), StructuredPass(model, config)
             chains = loop.find_chains(find_stages(model, work.linears, outside=False))
             work.choose_layers(loop, chains)
+            if work.priced:
+                work.choose_widths(loop, chains, lambda: output_gradients(model, work.linears, batches))
             with loop.without(work.gone):
                 for i, chain in enumerate(chains if work.narrows else ()):
                     loop.walk(chain, work.visitor(loop), hand_on=i + 1 < len(chains), done=lambda *_: work.cut())
@@ -164,12 +186,18 @@ class StructuredPass:
         self.report = StructuredReport(parameter_count(model))
         self.heads: dict[tuple[int, int], tuple[int, dict[str, int]]] = {}
         """(groups, inputs of one) of an attention -> how many groups stay, and the fields that say so."""
+        self.widths: dict[str, int] = {}
+        """Reader -> how many channels of its MLP stay; those that are not named: what all have alike."""
         self._layer_fields: dict[str, Any] = {}
         self._cuts: list[Callable[[], None]] = []
 
     @property
     def narrows(self) -> bool:
         return bool(set(self.config.parts) - {"layers"})
+
+    @property
+    def priced(self) -> bool:
+        return "mlp" in self.config.parts and self.config.allocation == "price" and self.config.keep < 1
 
     @property
     def gone(self) -> set[str]:
@@ -194,6 +222,51 @@ class StructuredPass:
         for layers, members in kept.items():
             self.report.layers[layers] = list(members)
             self._layer_fields |= fields_of_layers(self.model, layers, members) or {}
+
+    def choose_widths(self, loop: BlockLoop, chains: Sequence[Chain], gradients: Callable[[], LossGradients]) -> None:
+        """The widths at which the MLPs lose the least together, for as many numbers as if all were alike.
+
+        What one loses at each width is known of the dense model: its reader's squared error, weighed by the gradient of the loss.
+        A model without a loss leaves all alike, with a warning.
+        """
+        try:
+            weights = gradients()
+        except NoLossError as error:
+            warnings.warn(f"all MLPs get one width, as with allocation='uniform': {error}", stacklevel=3)
+            return
+        run, budget = CalibrationRun(loop, covariance=True), 0.0
+        widths: dict[str, list[int]] = {}
+        options: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def see(stage: Stage, forward: Callable[[int], Any]) -> None:
+            nonlocal budget
+            if stage.name in self.gone or not any(self._chosen(name) for name in stage.linears):
+                return
+            for reader, writers in parts_of(stage, forward)[0].items():
+                if not self._chosen(reader) or reader not in weights.scales:
+                    continue
+                inputs = input_statistics(run, [{reader: stage.linears[reader]}], set(), forward)[0]
+                known = _Reader.of(stage.linears[reader], inputs, self.config.damping)
+                n, width = known.weight.shape
+                alike, unit = _uniform_width(width, self.config), self.config.multiple
+                numbers = n + sum(dense_weight(stage.linears[name]).shape[1] for name in writers)
+                least = max(1, round(NARROWEST * alike / unit)) * unit
+                widths[reader] = found = [*range(least, width, unit), width]
+                rows = weights.row_weights[reader].cpu().double().sqrt()[:, None]
+                _, costs = removals(rows * known.weight, torch.linalg.inv(known.damped), width - least)
+                lost = torch.tensor([0.0, *costs], dtype=torch.float64).cumsum(0)
+                options[reader] = (
+                    torch.tensor(found, dtype=torch.float64) * numbers,
+                    torch.stack([lost[width - kept] for kept in found]) * weights.scales[reader],
+                )
+                budget += alike * numbers
+
+        with loop.without(self.gone):
+            for i, chain in enumerate(chains):
+                loop.walk(chain, see, hand_on=i + 1 < len(chains))
+        loop.outputs.clear()
+        bought = buy(options, budget) if options else None
+        self.widths = {reader: widths[reader][at] for reader, at in (bought or {}).items()}
 
     def names_of_layers(self) -> dict[str, str]:
         """Name of a layer that stays -> the name that it will have."""
@@ -223,7 +296,8 @@ class StructuredPass:
                 self._cuts.append(cut)
             for reader, writers in mlps.items() if "mlp" in parts else ():
                 if self._chosen(reader):
-                    done = _narrow(stage.linears, reader, writers, inputs_of(reader), self.config)
+                    width = self.widths.get(reader)
+                    done = _narrow(stage.linears, reader, writers, inputs_of(reader), self.config, width)
                     self.report.groups.append(done)
 
         return visit
@@ -236,6 +310,8 @@ class StructuredPass:
 
     def finish(self) -> None:
         """Let the config say what is left. Raises ValueError if it cannot, or a part was not found."""
+        from ...integrations.transformers import describe_packed, expect_own_names
+
         sizes: dict[str, set[tuple[int, int]]] = {}
         for group in self.report.groups:
             sizes.setdefault(group.part, set()).add((group.before, group.after))
@@ -251,31 +327,49 @@ class StructuredPass:
         else:
             self._layer_fields = {}
         heads = next((fields for _, fields in self.heads.values()), {})
-        say_sizes(self.model, sizes, {**heads, **self._layer_fields})
-        self.report.parameters_after = parameter_count(self.model)
+        narrowed: dict[str, nn.Module] = {}
+        if self.report.loads_with != "transformers" and self.priced:
+            own = {id(self.linears[n]) for g in self.report.groups if g.part == "mlp" for n in (g.reader, *g.writers)}
+            narrowed = {name: module for name, module in linear_modules(self.model) if id(module) in own}
+            del sizes["mlp"]
+        say_sizes(self.model, sizes, {**heads, **self._layer_fields}, narrowed)
+        self.report.parameters_after = parameter_count(self.model, narrowed)
+        if narrowed:
+            shapes = {name: (int(n), int(k)) for name, m in narrowed.items() for n, k in (dense_weight(m).shape,)}
+            names = expect_own_names(self.model, shapes)
+            describe_packed(self.model, {}, {names[name]: shape for name, shape in shapes.items()})
 
 
 # ---- an MLP, or an attention -----------------------------------------------------------------------------------------
 
 
-def kept_channels(weight: Tensor, inverse: Tensor, count: int) -> Tensor:
-    """The `count` inputs of a Linear that stay, int64 rising, by removing one after the other.
+def removals(weight: Tensor, inverse: Tensor, count: int) -> tuple[list[int], list[float]]:
+    """(the `count` inputs of a Linear that go first, one after the other; what each costs).
 
     Args:
         weight: float64 [N, K]. Written on.
         inverse: float64 [K, K], of the damped covariance. Written on.
     """
-    gone = torch.zeros(weight.shape[1], dtype=torch.bool)
-    for _ in range(weight.shape[1] - count):
+    gone: list[int] = []
+    costs = []
+    for _ in range(count):
         cost = weight.square().sum(0) / inverse.diagonal().clamp_min(1e-300)
         cost[gone] = torch.inf
         j = int(cost.argmin())
-        gone[j] = True
+        gone.append(j)
+        costs.append(float(cost[j]))
         row = inverse[j] / inverse[j, j]
         weight.addr_(weight[:, j].clone(), row, alpha=-1)
         inverse.addr_(inverse[:, j].clone(), row, alpha=-1)
         weight[:, j], inverse[j], inverse[:, j] = 0, 0, 0
-    return (~gone).nonzero().flatten()
+    return gone, costs
+
+
+def kept_channels(weight: Tensor, inverse: Tensor, count: int) -> Tensor:
+    """The `count` inputs of a Linear that stay, int64 rising; arguments as for `removals`."""
+    stays = torch.ones(weight.shape[1], dtype=torch.bool)
+    stays[removals(weight, inverse, weight.shape[1] - count)[0]] = False
+    return stays.nonzero().flatten()
 
 
 def kept_groups(weight: Tensor, inverse: Tensor, groups: Sequence[Tensor], count: int) -> list[int]:
@@ -331,18 +425,24 @@ class _Reader:
         return found, float(((lost @ self.covariance) * lost).sum()) / max(output, 1e-300)
 
 
+def _uniform_width(width: int, config: StructuredConfig) -> int:
+    """What an MLP of this width gets where all are narrowed alike."""
+    return min(width, max(1, round(config.keep * width / config.multiple)) * config.multiple)
+
+
 def _narrow(
     linears: Mapping[str, nn.Module],
     reader: str,
     writers: Sequence[str],
     inputs: InputStatistics,
     config: StructuredConfig,
+    count: int | None,
 ) -> ChannelReport:
-    """Cut an MLP to its best channels, and solve the reader for them."""
+    """Cut an MLP to its best channels, `count` or as many as the config says, and solve the reader for them."""
     module = linears[reader]
     known = _Reader.of(module, inputs, config.damping)
     width = len(known.covariance)
-    count = max(1, round(config.keep * width / config.multiple)) * config.multiple
+    count = _uniform_width(width, config) if count is None else count
     if count >= width:
         return ChannelReport(reader, tuple(writers), width, width, 0.0)
     kept = kept_channels(known.weight.clone(), torch.linalg.inv(known.damped), count)
@@ -350,7 +450,8 @@ def _narrow(
     _put(module, found)
     for name in writers:
         _cut_outputs(linears[name], kept)
-    follow_weights({name: linears[name] for name in (reader, *writers)})
+    for name in (reader, *writers):
+        follow_weight(linears[name])
     return ChannelReport(reader, tuple(writers), width, count, error)
 
 
@@ -381,7 +482,8 @@ def _thin(
         _put(module, found)
         for name, rows in attention.outputs.items():
             _cut_outputs(linears[name], torch.cat([rows[g] for g in kept]).sort().values)
-        follow_weights({name: linears[name] for name in (attention.reader, *writers)})
+        for name in (attention.reader, *writers):
+            follow_weight(linears[name])
 
     after = len(columns) // attention.head
     return ChannelReport(attention.reader, writers, heads, after, error, "heads"), cut
@@ -399,12 +501,3 @@ def _put(module: nn.Module, weight: Tensor) -> None:
     assert isinstance(module.weight, Tensor)
     own = weight.t() if is_transposed_linear(module) else weight
     module.weight.data = own.to(module.weight.data).contiguous()
-
-
-def follow_weights(linears: Mapping[str, nn.Module]) -> None:
-    for module in linears.values():
-        n, k = dense_weight(module).shape
-        if is_transposed_linear(module):
-            module.nf, module.nx = n, k  # type: ignore[assignment]
-        else:
-            module.out_features, module.in_features = n, k  # type: ignore[assignment]

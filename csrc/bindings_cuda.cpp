@@ -95,11 +95,11 @@ void bind_codebook(py::module_& m) {
       arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("codes_out"), NoGil());
   m.attr("codebook_header_bytes") = sizeof(LayoutHeader);
   m.def(
-      "codebook_layout_widest",
+      "codebook_layout_meta",
       [](Pointer header, int64_t layout_bytes, int64_t rows, int64_t columns) {
         const LayoutHeader& h = codebook_header(as<void>(header), layout_bytes);
         require_shape(h.rows, h.columns, rows, columns);
-        return h.widest;
+        return std::make_tuple(h.widest, h.patched);
       },
       arg("header"), arg("layout_bytes"), arg("rows"), arg("columns"));
   py::class_<CodebookOperand, LinearOperand>(m, "CodebookOperand", module_local())
@@ -109,6 +109,12 @@ void bind_codebook(py::module_& m) {
              return std::make_unique<CodebookBytePlanes>(as<uint8_t>(layout), layout_bytes, rows, columns, widest);
            }),
            arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("widest"));
+  py::class_<CodebookWgmma, LinearOperand>(m, "CodebookWgmma", module_local())
+      .def(py::init([](Pointer layout, int64_t layout_bytes, int64_t rows, int64_t columns) {
+             return std::make_unique<CodebookWgmma>(as<uint8_t>(layout), layout_bytes, rows, columns);
+           }),
+           arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"))
+      .def_static("runs", &CodebookWgmma::runs);
   m.def("pack_codes", with_addresses(&pack_codes), arg("codes"), arg("packed"), arg("rows"), arg("columns"), arg("bits"),
         arg("stream"));
   m.def("unpack_codes", with_addresses(&unpack_codes), arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"),

@@ -47,8 +47,8 @@ class LinearOperand {
   // number of tokens. Not for two threads at once.
   int64_t room(int64_t tokens, int dtype) {
     if (tokens > most_tokens())
-      throw std::invalid_argument("linear of " + std::to_string(tokens) + " tokens; at most " +
-                                  std::to_string(most_tokens()) + " at once: dequantize the weight for more");
+      throw std::invalid_argument("linear of " + std::to_string(tokens) + " tokens; at most " + std::to_string(most_tokens()) +
+                                  " at once: dequantize the weight for more");
     const auto found = rooms_.find({tokens, dtype});
     return found != rooms_.end() ? found->second : rooms_[{tokens, dtype}] = find_room(tokens, dtype);
   }

@@ -1,7 +1,7 @@
 """Many tokens by wgmma (csrc/codebook/cuda/linear_wgmma.cu) on the emulator, against fp64.
 
-The emulated device has 3 multiprocessors, so 3 blocks at a time. Blocks are of 16, 32, 64, 128 and 256 tokens; those of up to 64 have
-two groups of decoders, and all but those of 256 take 256 rows. A step is 64 columns.
+The emulated device has 3 multiprocessors, so 3 blocks at a time. Blocks are of 16, 32, 64, 128 and 256 tokens; those of up to 64
+have two groups of decoders, and all but those of 256 take 256 rows. A step is 64 columns.
 """
 
 import itertools
@@ -13,6 +13,7 @@ import pyllmq
 from pyllmq import CodebookWeight, dispatch
 from pyllmq.backends.cuda import codebook as cuda
 from pyllmq.functional import codebook_linear
+from pyllmq.layouts import WeightOperand
 from pyllmq.operations import WeightProblem
 
 from .cuda_emulator import emulated  # noqa: F401
@@ -152,3 +153,49 @@ def test_not_finite_in_means_not_finite_out_for_that_token_only(dtype):
     y = cuda.packed_linear_wgmma(x, operand_of(case), None, "high")
     assert not torch.isfinite(y[0]).any() and y[2].isnan().all()
     torch.testing.assert_close(y[1].double(), x[1].double() @ case.dense.T, rtol=1e-2, atol=1e-2)
+
+
+def row(tokens, dtype=torch.float16, meta=(4, 1), precision="high"):
+    return dispatch.choose(WeightProblem("packed_linear", "cpu", dtype, cuda.LAYOUT, tokens, meta, precision)).name
+
+
+def test_which_row_serves(hopper):
+    assert row(9) == row(1024) == row(16, torch.bfloat16, precision="exact") == row(64, meta=(8, 1)) == "cuda.wgmma"
+    assert row(8) == row(64, torch.float32) == row(64, meta=(4, 0)) == "cuda.fused" and row(2) == "cuda.byte_planes"
+    assert row(1025) == row(65, torch.float32) == row(65, meta=(4, 0)) == "cuda.dequantize_matmul"
+    hopper.emulator.set_hopper(False)
+    assert row(64) == "cuda.fused" and row(65) == "cuda.dequantize_matmul"
+
+
+def test_the_row_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("PYLLMQ_CUDA_WGMMA", "0")
+    assert row(64) == "cuda.fused"
+
+
+def test_what_is_refused(hopper):
+    case = random_case(40, 64, (2,), outliers=0.1, row_scale=True)
+    with pytest.raises(ValueError, match="fp16 and bf16, not fp32"):
+        cuda.packed_linear_wgmma(torch.randn(10, 64), operand_of(case), None, "high")
+    with pytest.raises(ValueError, match="linear of 4097 tokens; at most 4096"):
+        hopper.CodebookWgmma(0, 4096, 40, 64).room(4097, 2)
+
+
+def test_an_outlier_that_is_too_large_for_its_rows_scale():
+    case = random_case(40, 64, (2,), outliers=0.1, row_scale=True)
+    tensors = dict(case.weight.tensors)
+    assert operand_of(case).meta == (2, 1)
+    tensors["row_scale"] = torch.full_like(tensors["row_scale"], 1e-6)
+    with pyllmq.use_backend("cuda"):
+        weight = CodebookWeight(case.weight.structure, tensors)
+        assert weight.operand().meta == (2, 0)
+        x = torch.randn(10, 64).half()
+        torch.testing.assert_close(
+            codebook_linear(x, weight), codebook_linear(x.float(), weight).half(), rtol=2e-3, atol=2e-3
+        )
+    assert cuda.packed_linear_wgmma(x, weight.operand(), None, "high").isnan().all()
+
+
+def test_a_layout_of_another_shape_gives_nan():
+    operand = operand_of(random_case(40, 50))
+    odd = WeightOperand("codebook", cuda.LAYOUT, operand.tensors, operand.meta, (40, 49))
+    assert cuda.packed_linear_wgmma(torch.randn(10, 49).half(), odd, None, "high").isnan().all()

@@ -1,7 +1,7 @@
 """Everything that only a GPU can show, for each of its back ends: results, streams, graphs, compiled models, moves, refusals.
 
-Grid: M 1, 2 (products and tables), 8, 16, 17 (dots), 64, 65 (decoded), N and K odd and even, around tiles of 16 to 128. The full
-grid of widths runs on a CPU: the Triton kernels in the interpreter, the CUDA kernels in the emulator.
+Grid: M 1, 2 (products and tables), 8, 16, 17 (dots), 64, 65 (decoded), 130, 300 (more of wgmma), N and K odd and even, around
+tiles of 16 to 128. The full grid of widths runs on a CPU: the Triton kernels in the interpreter, the CUDA kernels in the emulator.
 """
 
 import pytest
@@ -67,7 +67,7 @@ def check(backend, case, x, bias=None):
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 17, 64, 65])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 17, 64, 65, 130, 300])
 def test_linear_of_a_mix_with_everything(backend, dtype, tokens):
     case = random_case(195, 323, (2, 3, 6), segments=3, outliers=0.02, row_scale=True)
     x = torch.randn(tokens, 323, device=DEVICE).to(dtype)

@@ -25,6 +25,8 @@
 #define PYLLMQ_LAUNCH_TOGETHER(kernel, blocks, threads, shared_bytes, stream, argument) \
   (static_cast<void>(stream),                                                           \
    ::pyllmq::cuda::emulator::launch_together(blocks, threads, shared_bytes, [=] { (kernel)(argument); }))
+#define PYLLMQ_LAUNCH_EARLY(kernel, blocks, threads, shared_bytes, stream, argument) \
+  PYLLMQ_LAUNCH(kernel, blocks, threads, shared_bytes, stream, argument)
 
 namespace pyllmq::cuda::emulator {
 
@@ -160,6 +162,8 @@ static inline void copy_bulk(void* shared, const void* global, int bytes, Barrie
   emulator::copy_bulk(shared, global, bytes, barrier);
 }
 static inline void fence_async() {}
+static inline void let_next_begin() {}
+static inline void wait_for_previous() {}
 static inline uint64_t matrix_at(const void* shared, int step) { return emulator::matrix_at(shared, step); }
 template <int kN>
 static inline void wgmma(float (&c)[kN / 2], uint64_t a, uint64_t b) {

@@ -2,8 +2,8 @@
 // multiply it there by wgmma.
 //
 // A first kernel brings x into the order of the layout's slots, as fp16, in pieces of 64 columns that a single copy takes into
-// shared memory as wgmma wants them. In the second a block takes 128 or 256 rows, up to 256 tokens and a range of steps of K, 64
-// columns each, and passes the steps through a ring of stages:
+// shared memory as wgmma wants them; meanwhile the second begins. There a block takes 128 or 256 rows, up to 256 tokens and a
+// range of steps of K, 64 columns each, and passes the steps through a ring of stages:
 //
 //   decoders   4 or 8 warps: each decodes a group of 16 columns, from a ring of its own; outliers take the place of what was
 //              decoded; one of them asks for x
@@ -96,6 +96,7 @@ PYLLMQ_DEVICE int fewer(int a, int b) { return a < b ? a : b; }
 PYLLMQ_KERNEL void __launch_bounds__(kOrderThreads, 8) codebook_linear_wgmma_x_kernel(const Arguments a) {
   PYLLMQ_DYNAMIC_SHARED(memory);
   auto* of_warps = reinterpret_cast<float*>(memory);
+  ptx::let_next_begin();
   const auto& h = *reinterpret_cast<const LayoutHeader*>(a.call.layout);
   if (!describes(h, a.call.layout_bytes, a.call.rows, a.call.columns)) return;
   const int thread = ptx::thread();
@@ -138,35 +139,32 @@ PYLLMQ_KERNEL void __launch_bounds__(kOrderThreads, 8) codebook_linear_wgmma_x_k
 
 // ---- W -------------------------------------------------------------------------------------------------------------------
 
-// Half a group of kTiles tiles into shared memory: decode(tile, pairs) gives the pairs of rows of the lane's two columns.
+// Decodes kTiles tiles of a group into shared memory: decode(tile, half, pairs) gives the pairs of rows of the lane's two columns
+// of a half.
 template <int kTiles, class Decode>
-PYLLMQ_DEVICE void store_tiles(uint8_t* group, int lane, int half, const Decode& decode) {
-  const int g = lane / 4, t = lane % 4;
-  uint8_t* const to = group + half * (kGroupBytes / 2) + 2 * t * 128 + (g ^ 2 * t) * 16;
-  uint8_t* const next = group + half * (kGroupBytes / 2) + (2 * t + 1) * 128 + (g ^ (2 * t + 1)) * 16;
-  unrolled<kTiles>([&](int tile) {
-    Words<4> pairs[2];
-    decode(tile, pairs[0].word, pairs[1].word);
-    *reinterpret_cast<Words<4>*>(to + tile * kTileBytes) = pairs[0];
-    *reinterpret_cast<Words<4>*>(next + tile * kTileBytes) = pairs[1];
-  });
+PYLLMQ_DEVICE void store_group(uint8_t* group, const Decode& decode) {
+  const int g = (ptx::thread() & 31) / 4, k = ptx::thread() % 4 * 2;
+  uint8_t* const to[2] = {group + k * 128 + (g ^ k) * 16, group + (k + 1) * 128 + (g ^ (k + 1)) * 16};
+#pragma unroll(kTiles / 2)
+  for (int tile = 0; tile < kTiles; ++tile)
+    unrolled<2>([&](int half) {
+      Words<4> pairs[2];
+      decode(tile, half, pairs);
+      unrolled<2>([&](int i) { *reinterpret_cast<Words<4>*>(to[i] + tile * kTileBytes + half * (kGroupBytes / 2)) = pairs[i]; });
+    });
 }
 
 // A group of up to 4 bits, from a stage of the ring.
 template <int kWidth, int kTiles>
 PYLLMQ_DEVICE void decode_group(const uint8_t* stage, uint8_t* group) {
   const int lane = ptx::thread() & 31;
-#pragma unroll 1
-  for (int half = 0; half < 2; ++half) {
-    RegisterTable<kWidth> table[2];
-    unrolled<2>([&](int i) { table[i].load(stage, lane % 4 + 8 * half + 4 * i); });
-    store_tiles<kTiles>(group, lane, half, [&](int tile, uint32_t (&first)[4], uint32_t (&second)[4]) {
-      uint32_t codes[2];
-      column_codes<kWidth>(stage + kTableRoom + tile * tile_bytes(kWidth), lane, half, codes);
-      table[0].decode(codes[0], first);
-      table[1].decode(codes[1], second);
-    });
-  }
+  RegisterTable<kWidth> table[4];
+  unrolled<4>([&](int i) { table[i].load(stage, lane % 4 + 4 * i); });
+  store_group<kTiles>(group, [&](int tile, int half, Words<4>(&pairs)[2]) {
+    uint32_t codes[2];
+    column_codes<kWidth>(stage + kTableRoom + tile * tile_bytes(kWidth), lane, half, codes);
+    unrolled<2>([&](int i) { table[2 * half + i].decode(codes[i], pairs[i].word); });
+  });
 }
 
 // A group of 5 to 8 bits: codebooks into the ring, codes straight from global memory.
@@ -177,18 +175,15 @@ PYLLMQ_DEVICE void decode_wide_group(const uint8_t* tables, const uint8_t* codes
   ptx::commit_async();
   ptx::wait_async<0>();
   ptx::sync_warp();
-#pragma unroll 1
-  for (int half = 0; half < 2; ++half) {
-    const auto* entries = reinterpret_cast<const uint16_t*>(ring) + ((lane % 4 + 8 * half) << kWidth);
-    store_tiles<kTiles>(group, lane, half, [&](int tile, uint32_t (&first)[4], uint32_t (&second)[4]) {
-      const uint8_t* at = codes + (tile < tiles ? tile : 0) * tile_bytes(kWidth);  // behind the last tile nothing may be read
-      uint32_t low[2], high[2];
-      column_codes<4>(at, lane, half, low);
-      column_codes<kWidth - 4>(at + tile_bytes(4), lane, half, high);
-      MemoryTable<kWidth>{entries}.decode(low[0], high[0], first);
-      MemoryTable<kWidth>{entries + (4 << kWidth)}.decode(low[1], high[1], second);
-    });
-  }
+  const auto* entries = reinterpret_cast<const uint16_t*>(ring) + (lane % 4 << kWidth);
+  store_group<kTiles>(group, [&](int tile, int half, Words<4>(&pairs)[2]) {
+    const uint8_t* at = codes + (tile < tiles ? tile : 0) * tile_bytes(kWidth);  // behind the last tile nothing may be read
+    uint32_t low[2], high[2];
+    column_codes<4>(at, lane, half, low);
+    column_codes<kWidth - 4>(at + tile_bytes(4), lane, half, high);
+    unrolled<2>(
+        [&](int i) { MemoryTable<kWidth>{entries + ((8 * half + 4 * i) << kWidth)}.decode(low[i], high[i], pairs[i].word); });
+  });
 }
 
 // A warp's groups of a block's work, one of every kStride, through a ring for those of up to 4 bits.
@@ -239,7 +234,7 @@ class Decoder {
     width_ = width_of(group_, width_);
     const uint8_t* const stage = ring_ + used_;
     switch (width_) {
-      case 0: clear(to); break;
+      case 0: store_group<S::kTiles>(to, [](int, int, Words<4>(&pairs)[2]) { pairs[0] = pairs[1] = {}; }); break;
       case 1: decode_group<1, S::kTiles>(stage, to); break;
       case 2: decode_group<2, S::kTiles>(stage, to); break;
       case 3: decode_group<3, S::kTiles>(stage, to); break;
@@ -292,14 +287,6 @@ class Decoder {
   PYLLMQ_MEMBER void decode_wide(uint8_t* to) const {
     decode_wide_group<kWidth, S::kTiles>(tables_of(kWidth, group_), codes_of(kWidth, group_), tiles_, ring_, to);
   }
-  PYLLMQ_MEMBER void clear(uint8_t* to) const {
-    unrolled<2>([&](int half) {
-      store_tiles<S::kTiles>(to, ptx::thread() & 31, half, [](int, uint32_t (&first)[4], uint32_t (&second)[4]) {
-        unrolled<4>([&](int i) { first[i] = second[i] = 0; });
-      });
-    });
-  }
-
   const uint8_t* const layout_;
   const LayoutHeader& h_;  // in shared memory
   const Work& w_;
@@ -338,6 +325,7 @@ PYLLMQ_DEVICE void decode_steps(const Arguments& a, Shared& shared, uint8_t* rin
   const bool asks = ptx::thread() % (32 * kStepGroups) == 0;
   const auto* x = reinterpret_cast<const uint8_t*>(a.x) + int64_t{w.token_block} * steps_of(shared.header) * S::kXBytes;
   Decoder<kTokens> decoder(a.call.layout, shared, rings + warp * S::kRingBytes, first * kStepGroups + group);
+  ptx::wait_for_previous();  // codes are under way while x is brought into order
 #pragma unroll 1
   for (int step = first; step < w.end_step; step += S::kDecoders) {
     const int turn = passed + step - w.first_step, stage = turn % S::kStages;
@@ -460,6 +448,7 @@ PYLLMQ_KERNEL void __launch_bounds__(Shape<kTokens>::kThreads, 1) codebook_linea
       decode_steps<kTokens>(a, shared, rings, stages, passed);
       ptx::sync_block();
     } else {
+      ptx::wait_for_previous();
       Sums<kTokens> sums = {};
       multiply_steps<kTokens>(shared, stages, consumer, passed, sums);
       ptx::sync_block();  // nobody reads a stage any more
@@ -517,7 +506,7 @@ void launch(const Arguments& arguments, const LinearPlan& plan, uintptr_t stream
   allow_shared(reinterpret_cast<const void*>(kernel), S::kSharedBytes);
   PYLLMQ_LAUNCH(codebook_linear_wgmma_x_kernel, plan.token_blocks * kTokens, kOrderThreads, kOrderThreads / 32 * 4, stream,
                 arguments);
-  PYLLMQ_LAUNCH(kernel, plan.grid, S::kThreads, S::kSharedBytes, stream, arguments);
+  PYLLMQ_LAUNCH_EARLY(kernel, plan.grid, S::kThreads, S::kSharedBytes, stream, arguments);
   check_launch("codebook_linear_wgmma");
 }
 

@@ -28,6 +28,18 @@
     cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(threads), \
                                 held_arguments, shared_bytes, reinterpret_cast<cudaStream_t>(stream));                     \
   } while (false)
+// The launch before, in the same stream, may still be under way: what it writes is there after wait_for_previous.
+#define PYLLMQ_LAUNCH_EARLY(kernel, blocks, threads, shared_bytes, stream, argument)                     \
+  do {                                                                                                   \
+    auto held = argument;                                                                                \
+    void* held_arguments[] = {&held};                                                                    \
+    cudaLaunchAttribute early{};                                                                         \
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;                                       \
+    early.val.programmaticStreamSerializationAllowed = 1;                                                \
+    const cudaLaunchConfig_t launch{dim3(static_cast<unsigned>(blocks)),    dim3(threads), shared_bytes, \
+                                    reinterpret_cast<cudaStream_t>(stream), &early,        1};           \
+    cudaLaunchKernelExC(&launch, reinterpret_cast<const void*>(kernel), held_arguments);                 \
+  } while (false)
 
 namespace pyllmq::cuda::ptx {
 
@@ -183,6 +195,14 @@ PYLLMQ_DEVICE void copy_bulk(void* shared, const void* global, int bytes, Barrie
 }
 // Between a thread's own reads and writes of shared memory and those of copy_bulk and wgmma, which go another way.
 PYLLMQ_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Lets a launch begin that may begin early, once all blocks have come here; and waits in it for the end of the one before.
+PYLLMQ_DEVICE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+PYLLMQ_DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // How wgmma finds a matrix of 16 bits: rows of 128 bytes, 8 to a kilobyte, whose chunk c of 16 bytes stands in place c ^ row % 8;
 // the next 8 rows `step` bytes further. The same for all threads of a warp group; begins at a multiple of 1024 bytes, or within

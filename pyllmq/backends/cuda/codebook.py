@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
@@ -26,9 +27,9 @@ cost 2.2 times the reading of an fp16 matrix; decoding to memory and multiplying
 """
 
 
-MIN_WGMMA_TOKENS, MAX_WGMMA_TOKENS = 9, 2048
-"""From here on decoding for all tokens at once takes fewer instructions than decoding for every 8 or 16 of them (counted); beyond,
-what torch's matmul gains over a kernel of its tile outweighs the decoding to memory (predicted)."""
+MIN_WGMMA_TOKENS, MAX_WGMMA_TOKENS = 9, 1024
+"""From here on decoding for all tokens at once takes fewer instructions than decoding for 16 of them (counted). It is predicted to
+give 0.85 of cuBLAS on dense weights from 256 tokens on; decoding to memory first 0.83 at 1024 and 0.91 at 2048."""
 
 MAX_PLANE_BITS = 4
 """Widths that have byte planes (csrc/codebook/cuda/layout.h): more entries than two permutations hold are looked up in memory."""
@@ -118,6 +119,8 @@ def _narrow_and_not_exact(problem: WeightProblem) -> Support:
 def _has_wgmma(problem: WeightProblem) -> Support:
     if problem.tokens < MIN_WGMMA_TOKENS:
         return False, f"serves {MIN_WGMMA_TOKENS} tokens and more, here {problem.tokens}"
+    if os.environ.get("PYLLMQ_CUDA_WGMMA") == "0":
+        return False, "is switched off by PYLLMQ_CUDA_WGMMA=0"
     fits, why = runtime.on_device(problem)
     if not fits:
         return fits, why
@@ -134,7 +137,7 @@ because = "a lookup is an operand of integer tensor cores: a third to a half of 
 one_or_two = reads(LAYOUT, _narrow_and_not_exact, MAX_PLANE_TOKENS)
 PACKED_LINEAR.register("cuda.byte_planes", ORDER, one_or_two, packed_linear_byte_planes, because)
 because = (
-    "decodes once for all tokens, into shared memory that warp groups multiply from (counted; predicted best to 2048)"
+    "decodes once for all tokens, into shared memory that warp groups multiply from (counted; predicted best to 1024)"
 )
 many = reads(LAYOUT, takes((torch.float16, torch.bfloat16), _has_wgmma), MAX_WGMMA_TOKENS)
 PACKED_LINEAR.register("cuda.wgmma", ORDER + 1, many, packed_linear_wgmma, because)

@@ -118,7 +118,9 @@ def test_wgmma_runs_on_while_others_decode_in_few_instructions_a_weight(tmp_path
         assert products["HGMMA"] == 4 * tiles // 2 and products["issued"] <= 140, "four depths of 16, two warp groups"
         # A loop is a tile of 64 rows, or two: it stores 16 bytes of each of a lane's four columns. Wide ones look up in memory.
         at_once = tiles // 2
-        widths = [loop for loop in counted if loop["STS"] == 4 * at_once and loop["PRMT"] and loop["LDS"] < 32 * at_once]
+        widths = [
+            loop for loop in counted if loop["STS"] == 4 * at_once and loop["PRMT"] and loop["LDS"] < 32 * at_once
+        ]
         assert len(widths) == 4
         for width, loop in enumerate(sorted(widths, key=lambda loop: loop["ALU"]), 1):
             issued, alu = loop["issued"] / (32 * at_once), loop["ALU"] / (32 * at_once)

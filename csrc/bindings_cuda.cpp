@@ -162,6 +162,11 @@ void bind_sparse(py::module_& m) {
   py::class_<SparseOperand, LinearOperand>(m, "SparseOperand", module_local())
       .def(py::init(&bind_sparse_layout), arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("kind"),
            arg("values"), arg("bits"), arg("stage_bytes"));
+  py::class_<SparseProducts, LinearOperand>(m, "SparseProducts", module_local())
+      .def(py::init([](Pointer layout, int64_t layout_bytes, int64_t rows, int64_t columns, int64_t stage_bytes) {
+             return std::make_unique<SparseProducts>(as<uint8_t>(layout), layout_bytes, rows, columns, stage_bytes);
+           }),
+           arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("stage_bytes"));
 }
 
 // --- the others ------------------------------------------------------------------------------------------------------

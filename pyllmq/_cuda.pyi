@@ -93,6 +93,11 @@ class SparseOperand(LinearOperand):
         stage_bytes: int,
     ) -> None: ...
 
+class SparseProducts(LinearOperand):
+    """Of one token and codes of 2 bits in 2:4."""
+
+    def __init__(self, layout: int, layout_bytes: int, rows: int, columns: int, stage_bytes: int) -> None: ...
+
 sparse_header_bytes: int
 
 def sparse_layout_bytes(checkpoint: SparseCheckpoint, sparse_columns: float) -> int: ...

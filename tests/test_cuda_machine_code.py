@@ -1,4 +1,4 @@
-"""What nvcc makes of the byte-plane kernel, of wgmma's and of decoding: no spills, instructions per weight."""
+"""What nvcc makes of the kernels of byte planes, wgmma, products and of decoding: no spills, instructions per weight."""
 
 import re
 import shutil
@@ -33,6 +33,8 @@ MOST_OF_WGMMA = {
     2: {1: (2.10, 1.30), 2: (2.10, 1.30), 3: (2.10, 1.50), 4: (3.35, 2.85)},
 }
 MOST_WGMMA_REGISTERS = {16: 128, 32: 128, 64: 128, 128: 168, 256: 168}
+
+MOST_OF_PRODUCTS = 4.6, 2.8  # per kept weight
 
 MOST_OF_DEQUANTIZE = 4.0  # issued, of columns of 1, 2, 3 or 4 bits stored in 16 bits without a row scale
 
@@ -126,6 +128,20 @@ def test_wgmma_runs_on_while_others_decode_in_few_instructions_a_weight(tmp_path
             issued, alu = loop["issued"] / (32 * at_once), loop["ALU"] / (32 * at_once)
             most_issued, most_alu = MOST_OF_WGMMA[tiles][width]
             assert issued <= most_issued and alu <= most_alu, (tokens, width, issued, alu)
+
+
+@pytest.mark.slow
+def test_products_have_no_spills_and_few_instructions_a_kept_weight(architecture, tmp_path):
+    said, kernels = compiled("csrc/sparse/cuda/linear_products.cu", architecture, tmp_path)
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said, said
+    assert int(re.search(r"Used (\d+) registers", said)[1]) <= MOST_REGISTERS, said
+    (name,) = (name for name in kernels if "products_kernel" in name)
+    counted = [gpu_loops.counts(loop) for loop in gpu_loops.loops(kernels[name])]
+    (loop,) = (loop for loop in counted if loop["IMMA"])
+    assert loop["IMMA"] == 128, "a cell of eight strips: 64 columns, of which 32 are kept, of 512 rows"
+    kept = 512 * 32 / 32  # of a lane
+    most_issued, most_alu = MOST_OF_PRODUCTS
+    assert loop["issued"] / kept <= most_issued and loop["ALU"] / kept <= most_alu, loop
 
 
 @pytest.mark.slow

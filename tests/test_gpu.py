@@ -129,7 +129,7 @@ def check_sparse(backend, weight, x):
     dense = dense_of(weight)
     with pyllmq.use_backend(backend):
         operand = type(weight)(weight.structure, weight.tensors).to(DEVICE).operand()
-    actual = LINEAR[type(weight)](x, operand)
+    actual = LINEAR[type(weight)](x, operand, None, "exact")
     exact = x.double() @ dense.to(DEVICE).T
     torchs = nn.functional.linear(x, dense.to(DEVICE, x.dtype))
     assert_as_good_as_torch(actual, exact, torchs, factor=8.0 if x.dtype == torch.float32 else 3.0)
@@ -143,6 +143,19 @@ def test_sparse_linear(backend, kind, dtype):
         weight = SPARSE[kind](n, k)
         for tokens in (1, 5, 16, 33, 65):
             check_sparse(backend, weight, torch.randn(tokens, k, device=DEVICE).to(dtype))
+
+
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_sanitized_by_products(backend, dtype):
+    """One token of codes of 2 bits."""
+    for n, k in ((70, 150), (300, 700)):
+        weight, x = SPARSE["2:4 of 2 bits"](n, k), torch.randn(1, k, device=DEVICE).to(dtype)
+        with pyllmq.use_backend(backend):
+            operand = type(weight)(weight.structure, weight.tensors).to(DEVICE).operand()
+        exact = x.double() @ dense_of(weight).to(DEVICE).T
+        error = LINEAR[type(weight)](x, operand).double() - exact
+        assert error.norm() <= (2e-4 + torch.finfo(dtype).eps) * exact.norm()
 
 
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)

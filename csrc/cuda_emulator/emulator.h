@@ -144,6 +144,8 @@ static inline void wait_async() {
   emulator::wait_async(kLatestLeft);
 }
 
+static inline void prefetch(const void* global) { static_cast<void>(*static_cast<const volatile uint8_t*>(global)); }
+
 using SharedAddress = uintptr_t;
 static inline SharedAddress shared_address(const void* shared) { return reinterpret_cast<SharedAddress>(shared); }
 static inline uint32_t load_shared_word(SharedAddress from) { return *reinterpret_cast<const uint32_t*>(from); }

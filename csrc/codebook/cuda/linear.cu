@@ -2,8 +2,8 @@
 //
 // A block of 8 warps takes up to 512 rows and a range of panels of K; each warp takes every 8th column group, streams its
 // codes and codebooks through a ring in shared memory of its own, and keeps the sums of all rows in registers. Then the
-// warps' sums are added in order, outliers and row scale applied; blocks that share rows leave their sums in a workspace,
-// and the one that comes last adds them, again in order. So the bits do not depend on which block is the last.
+// warps' sums are added in one pass, in order, outliers and row scale applied; blocks that share rows leave their sums in a
+// workspace, and the one that comes last adds them, again in order. So the bits do not depend on which block is the last.
 //
 // A product without transposes: decoding gives *pairs of rows* of one column, but an operand register of mma.m16n8k16 wants
 // two columns of one row. So the two k-slots of a register both stand for one column, the first for the pair's first row,
@@ -36,7 +36,6 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kMostColumns = 16;           // of the product: tokens, or twice the tokens for fp32
 constexpr int kRingBytes = 9216;           // of one warp: two stages of 4 bits, or the tables of an 8-bit group
-constexpr int kSums = kBlockRows * 4;      // rows x columns of a block's product, for each number of token tiles
 constexpr int64_t kMostXBytes = 24 << 10;  // one block fits on compute capability 8.6 (99 KiB), two on 9.0
 constexpr int kBlocksPerMultiprocessor = 2;
 
@@ -67,7 +66,7 @@ struct Shared {
   alignas(16) uint8_t ring[kWarps][kRingBytes];
 };
 static_assert(sizeof(Shared) + kMostXBytes <= 99 << 10, "what a block gets on compute capability 8.6");
-static_assert(kRingBytes * kWarps >= kSums * 4 && sizeof(Shared) % 16 == 0, "the sums must fit into the rings");
+static_assert(sizeof(Shared) % 16 == 0);
 
 // x of this block's columns, in the order of its groups, as fp16 [slot, column of the product].
 PYLLMQ_DEVICE void stage_x(const Work& w, const LinearCall& call, Shared& shared, uint16_t* x_shared) {
@@ -115,6 +114,24 @@ PYLLMQ_DEVICE void stage_x(const Work& w, const LinearCall& call, Shared& shared
     }
   }
   ptx::sync_block();
+}
+
+// The codes of a warp's first groups leave memory while x is brought into order.
+PYLLMQ_DEVICE void prefetch_codes(const Work& w) {
+  constexpr int kAhead = 3, kLine = 128;
+  const LayoutHeader& h = *w.header;
+  const int lane = ptx::thread() % 32, tiles = (w.rows + kTileRows - 1) / kTileRows;
+  for (int width = 1; width <= 8; ++width) {
+    const int end = w.groups[width].end;
+    int group = w.groups[width].begin + ptx::thread() / 32;
+    if (group >= end) continue;
+    for (const int last = group + kAhead * kWarps; group < end && group < last; group += kWarps) {
+      const uint8_t* codes = reinterpret_cast<const uint8_t*>(&h) + codes_offset(h, width, w.block, group) +
+                             w.first_row / kTileRows * tile_bytes(width);
+      for (int at = lane * kLine; at < tiles * tile_bytes(width); at += 32 * kLine) ptx::prefetch(codes + at);
+    }
+    return;
+  }
 }
 
 // Sums of 64 rows x 4 columns of the product: the two instructions' rows, the tiles of columns, the fragment.
@@ -268,43 +285,46 @@ PYLLMQ_DEVICE void accumulate_wide(const Work& w, uint8_t* ring, const uint16_t*
   ptx::sync_warp();
 }
 
-// The warps' sums, added in order: [column of the product, row], in place of the rings.
+// Where the sum of a row and a column of the product stands in a warp's ring: lanes of a store meet in pairs.
 template <int kTokenTiles>
-PYLLMQ_DEVICE float* add_warps(const Work& w, Shared& shared, const TileSums<kTokenTiles> (&sums)[kBlockTiles / kTokenTiles]) {
-  constexpr int kRows = kBlockRows / kTokenTiles;
-  const int lane = ptx::thread() % 32, warp = ptx::thread() / 32;
-  auto* total = reinterpret_cast<float*>(shared.ring);
-  for (int turn = 0; turn < kWarps; ++turn) {
-    ptx::sync_block();  // before the first turn: every warp is done with its ring
-    if (turn != warp) continue;
-    unrolled<kTokenTiles>([&](int column_tile) {
-      const int column = column_tile * 4 + lane % 4;
-      if (column >= w.columns()) return;
-      unrolled<kBlockTiles / kTokenTiles, 8>([&](int tile, int e) {
-        const int row = tile * kTileRows + e / 2 * 16 + lane / 4 * 2 + e % 2;
-        float& to = total[column * kRows + row];
-        const float sum = sums[tile][e / 4][column_tile][e % 4];
-        to = turn == 0 ? sum : to + sum;
-      });
-    });
-  }
-  ptx::sync_block();
-  return total;
+PYLLMQ_DEVICE int place_of_sum(int column, int row) {
+  constexpr int kStride = kBlockRows / kTokenTiles + 16;
+  static_assert(kStride * 4 * kTokenTiles * sizeof(float) <= kRingBytes, "a warp's sums take the place of its ring");
+  return column * kStride + row;
 }
 
-// Row scale, outliers; then y, or this split's part of it.
+// A warp's sums in place of its ring.
 template <int kTokenTiles>
-PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, const float* total) {
-  constexpr int kRows = kBlockRows / kTokenTiles;
+PYLLMQ_DEVICE void store_sums(const Work& w, const TileSums<kTokenTiles> (&sums)[kBlockTiles / kTokenTiles], float* part) {
+  const int lane = ptx::thread() % 32;
+  unrolled<kTokenTiles>([&](int column_tile) {
+    const int column = column_tile * 4 + lane % 4;
+    if (column >= w.columns()) return;
+    unrolled<kBlockTiles / kTokenTiles, 8>([&](int tile, int e) {
+      const int row = tile * kTileRows + e / 2 * 16 + lane / 4 * 2 + e % 2;
+      part[place_of_sum<kTokenTiles>(column, row)] = sums[tile][e / 4][column_tile][e % 4];
+    });
+  });
+}
+
+// Sums of all warps, in order, row scale, outliers; then y, or this split's part of it.
+template <int kTokenTiles>
+PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared) {
   const LayoutHeader& h = *w.header;
   const int64_t row_begin = w.block.row_begin + w.first_row;
   const auto for_each_output = [&](const auto& body) {
     for (int token = 0; token < w.tokens; ++token)
       for (int row = ptx::thread(); row < w.rows; row += kThreads) body(token, row);
   };
+  const auto of_warps = [&](int column, int row) {
+    float sum = 0.0f;
+    unrolled<kWarps>(
+        [&](int warp) { sum += reinterpret_cast<const float*>(shared.ring[warp])[place_of_sum<kTokenTiles>(column, row)]; });
+    return sum;
+  };
   const auto sum_of = [&](int token, int row) {
-    float sum = total[token * w.planes * kRows + row];
-    if (w.planes == 2) sum += total[(token * 2 + 1) * kRows + row] * (1.0f / kLowPlane);
+    float sum = of_warps(token * w.planes, row);
+    if (w.planes == 2) sum += of_warps(token * 2 + 1, row) * (1.0f / kLowPlane);
     sum *= shared.unscale[token];
     if (h.row_scale_offset != 0) sum *= ptx::fp16_to_fp32(section<uint16_t>(h, h.row_scale_offset)[row_begin + row]);
     if (h.outliers != 0) {
@@ -369,6 +389,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) codeboo
     ptx::sync_block();
     if (w.rows <= 0) continue;
 
+    prefetch_codes(w);
     stage_x(w, a.call, shared, x_shared);
     TileSums<kTokenTiles> sums[kBlockTiles / kTokenTiles] = {};
     accumulate<1, kTokenTiles>(w, ring, x_shared, sums);
@@ -379,8 +400,9 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) codeboo
     accumulate_wide<6, kTokenTiles>(w, ring, x_shared, sums);
     accumulate_wide<7, kTokenTiles>(w, ring, x_shared, sums);
     accumulate_wide<8, kTokenTiles>(w, ring, x_shared, sums);
-    const float* total = add_warps<kTokenTiles>(w, shared, sums);
-    finish<kTokenTiles>(w, a, shared, total);
+    store_sums<kTokenTiles>(w, sums, reinterpret_cast<float*>(ring));
+    ptx::sync_block();
+    finish<kTokenTiles>(w, a, shared);
   }
 }
 

@@ -7,8 +7,7 @@
 //
 //   decoders   4 or 8 warps: each decodes a group of 16 columns, from a ring of its own; outliers take the place of what was
 //              decoded; one of them asks for x
-//   consumers  8 warps: the sums of 64 rows are in the registers of four; a step's wgmma begin before those of the last have
-//   ended
+//   consumers  8 warps: the sums of 64 rows are in the registers of four; a step begins before the one before has ended
 //
 // Nothing is transposed: wgmma takes W with the 64 rows of a column one after the other, and which row stands where is the
 // layout's choice (layout.h), so the 8 rows of a column that a lane decodes are 16 bytes of shared memory. A weight is decoded

@@ -56,7 +56,6 @@ struct Shape {
   static constexpr int kDecodeWarps = 4 * kDecoders;
   static constexpr int kThreads = 32 * (kDecodeWarps + 4 * kConsumers);
   static constexpr int kRows = kTiles * kTileRows;
-  static constexpr int kConsumerTiles = kTiles / kConsumers;
 
   static constexpr int kCodeStageBytes = kTableRoom + kRows * kGroupColumns / 2;  // of 4 bits
   static constexpr int kRingBytes = std::max(kCodeStages * kCodeStageBytes, kGroupColumns * 2 << 8);
@@ -68,6 +67,9 @@ struct Shape {
   static constexpr int kSumStride = kRows + 1;  // two lanes of a warp meet in a bank
   static_assert(kStages >= 2 && kSumStride * kTokens * 4 <= kStages * kStageBytes);
 };
+
+template <int kTokens>
+constexpr int kConsumerTiles = Shape<kTokens>::kTiles / kConsumers;
 
 // What one block computes.
 struct Work {
@@ -87,7 +89,7 @@ static_assert(sizeof(Shared) <= 2048);
 
 PYLLMQ_DEVICE int steps_of(const LayoutHeader& h) { return static_cast<int>((h.slots + kStepColumns - 1) / kStepColumns); }
 
-PYLLMQ_DEVICE int fewer(int a, int b) { return a < b ? a : b; }
+[[maybe_unused]] PYLLMQ_DEVICE int fewer(int a, int b) { return a < b ? a : b; }
 
 // ---- x -------------------------------------------------------------------------------------------------------------------
 
@@ -344,7 +346,7 @@ PYLLMQ_DEVICE void decode_steps(const Arguments& a, Shared& shared, uint8_t* rin
 }
 
 template <int kTokens>
-using Sums = float[Shape<kTokens>::kConsumerTiles][kTokens / 2];
+using Sums = float[kConsumerTiles<kTokens>][kTokens / 2];
 
 template <int kTokens>
 PYLLMQ_DEVICE void multiply_steps(Shared& shared, const uint8_t* stages, int consumer, int passed, Sums<kTokens>& sums) {
@@ -353,16 +355,16 @@ PYLLMQ_DEVICE void multiply_steps(Shared& shared, const uint8_t* stages, int con
   const auto free = [&](int turn) {
     if (ptx::thread() % 32 == 0) ptx::barrier_arrive(&shared.empty[turn % S::kStages]);
   };
-  unrolled<S::kConsumerTiles>([&](int i) { ptx::hold(sums[i]); });
+  unrolled<kConsumerTiles<kTokens>>([&](int i) { ptx::hold(sums[i]); });
 #pragma unroll 1
   for (int turn = passed; turn < passed + steps; ++turn) {
     const uint8_t* const stage = stages + turn % S::kStages * S::kStageBytes;
     ptx::barrier_wait(&shared.full[turn % S::kStages], turn / S::kStages & 1);
     ptx::wgmma_begin();
-    const uint64_t w = ptx::matrix_at(stage + consumer * S::kConsumerTiles * kTileBytes, kMatrixAlignment);
+    const uint64_t w = ptx::matrix_at(stage + consumer * kConsumerTiles<kTokens> * kTileBytes, kMatrixAlignment);
     const uint64_t x = ptx::matrix_at(stage + S::kTiles * kTileBytes, kMatrixAlignment);
     // A descriptor's address is in units of 16 bytes. 16 columns of W are rows of its matrix, of x they are 32 bytes of a row.
-    unrolled<kStepGroups, S::kConsumerTiles>([&](int group, int i) {
+    unrolled<kStepGroups, kConsumerTiles<kTokens>>([&](int group, int i) {
       ptx::wgmma<kTokens>(sums[i], w + static_cast<uint64_t>(i * kTileBytes + group * kGroupBytes) / 16,
                           x + static_cast<uint64_t>(group * kGroupColumns * 2) / 16);
     });
@@ -371,7 +373,7 @@ PYLLMQ_DEVICE void multiply_steps(Shared& shared, const uint8_t* stages, int con
     if (turn > passed) free(turn - 1);
   }
   ptx::wgmma_wait<0>();
-  unrolled<S::kConsumerTiles>([&](int i) { ptx::hold(sums[i]); });
+  unrolled<kConsumerTiles<kTokens>>([&](int i) { ptx::hold(sums[i]); });
   free(passed + steps - 1);
 }
 
@@ -380,9 +382,9 @@ template <int kTokens>
 PYLLMQ_DEVICE void store_sums(const Sums<kTokens>& sums, int consumer, float* total) {
   using S = Shape<kTokens>;
   const int lane = ptx::thread() % 32, warp = ptx::thread() / 32 % 4;
-  unrolled<S::kConsumerTiles, kTokens / 2>([&](int i, int e) {
+  unrolled<kConsumerTiles<kTokens>, kTokens / 2>([&](int i, int e) {
     const int token = e / 4 * 8 + lane % 4 * 2 + e % 2, m = warp * 16 + lane / 4 + e / 2 % 2 * 8;
-    total[token * S::kSumStride + (consumer * S::kConsumerTiles + i) * kTileRows + tile_row(m)] = sums[i][e];
+    total[token * S::kSumStride + (consumer * kConsumerTiles<kTokens> + i) * kTileRows + tile_row(m)] = sums[i][e];
   });
 }
 

@@ -80,7 +80,7 @@ void allow_shared(const void* kernel, size_t bytes) {
 bool has_code(const void* kernel) {
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  return attributes.sharedSizeBytes == 0;
+  return attributes.sharedSizeBytes < kNoCodeBytes;
 }
 
 bool is_captured(uintptr_t stream) {

@@ -15,9 +15,9 @@
 // Where a kernel of what only compute capability 9.0 has is compiled for another: nothing but static shared memory, by which the
 // host knows (has_code).
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define PYLLMQ_NO_CODE          \
-  __shared__ volatile int none; \
-  none = 0;                     \
+#define PYLLMQ_NO_CODE                            \
+  __shared__ volatile int none[kNoCodeBytes / 4]; \
+  none[0] = 0;                                    \
   return;
 #endif
 // All blocks run at once, or the launch is refused: they may wait for each other.

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...dispatch import Support
 from ...formats.codebook import CODES, pack_widths
 from ...layouts import Fields, Layout, Shape, Shapes, WeightOperand, register_layout
-from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, PACKED_ROWS, WeightProblem, reads, takes
+from ...operations import PACKED_DEQUANTIZE, PACKED_LINEAR, PACKED_ROWS, WeightProblem, reads
 from ..checkpoints import codebook_checkpoint
 from . import runtime
 from .runtime import ORDER
@@ -117,6 +117,8 @@ def _narrow_and_not_exact(problem: WeightProblem) -> Support:
 
 
 def _has_wgmma(problem: WeightProblem) -> Support:
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return False, f"takes float16, bfloat16, not {problem.dtype}"
     if problem.tokens < MIN_WGMMA_TOKENS:
         return False, f"serves {MIN_WGMMA_TOKENS} tokens and more, here {problem.tokens}"
     if os.environ.get("PYLLMQ_CUDA_WGMMA") == "0":
@@ -139,7 +141,7 @@ PACKED_LINEAR.register("cuda.byte_planes", ORDER, one_or_two, packed_linear_byte
 because = (
     "decodes once for all tokens, into shared memory that warp groups multiply from (counted; predicted best to 1024)"
 )
-many = reads(LAYOUT, takes((torch.float16, torch.bfloat16), _has_wgmma), MAX_WGMMA_TOKENS)
+many = reads(LAYOUT, _has_wgmma, MAX_WGMMA_TOKENS)
 PACKED_LINEAR.register("cuda.wgmma", ORDER + 1, many, packed_linear_wgmma, because)
 because = "reads only the codes, decodes in registers (predicted: best to 64 tokens)"
 few = reads(LAYOUT, runtime.takes_activations, MAX_FUSED_TOKENS)

@@ -31,7 +31,8 @@ SHORTEST_S = 5.0
 
 SHAPES = ("28672x8192", "8192x8192", "4096x4096")
 BITS = "2,3,4,2.1+0.005"
-TOKENS = "1,2,16,512,2048"
+TOKENS = "1,2,16,64,512,2048"
+WGMMA_TOKENS = "16,64,512,2048"
 SPARSE_TOKENS = "1,16,2048"
 WIDTHS = "1,2,3,4,5,6,7,8"
 
@@ -102,6 +103,12 @@ def steps(out: Path, python: str) -> list[Step]:
                 100,
             )
             for shape in SHAPES
+        ),
+        # No GPU has said yet from how many tokens on, and up to how many, the row cuda.wgmma is the faster one.
+        Step(
+            "bench without wgmma",
+            f"PYLLMQ_CUDA_WGMMA=0 {bench} --shapes {SHAPES[1]} --bits {BITS} --m {WGMMA_TOKENS}",
+            60,
         ),
         Step(
             "bench sparse",

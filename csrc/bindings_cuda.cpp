@@ -96,11 +96,11 @@ void bind_codebook(py::module_& m) {
       arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("codes_out"), NoGil());
   m.attr("codebook_header_bytes") = sizeof(LayoutHeader);
   m.def(
-      "codebook_layout_widest",
+      "codebook_layout_meta",
       [](Pointer header, int64_t layout_bytes, int64_t rows, int64_t columns) {
         const LayoutHeader& h = codebook_header(as<void>(header), layout_bytes);
         require_shape(h.rows, h.columns, rows, columns);
-        return h.widest;
+        return std::make_tuple(h.widest, h.patched);
       },
       arg("header"), arg("layout_bytes"), arg("rows"), arg("columns"));
   py::class_<CodebookOperand, LinearOperand>(m, "CodebookOperand", module_local())
@@ -116,6 +116,12 @@ void bind_codebook(py::module_& m) {
              return std::make_unique<CodebookBytePlanes>(as<uint8_t>(layout), layout_bytes, rows, columns, widest);
            }),
            arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("widest"));
+  py::class_<CodebookWgmma, LinearOperand>(m, "CodebookWgmma", module_local())
+      .def(py::init([](Pointer layout, int64_t layout_bytes, int64_t rows, int64_t columns) {
+             return std::make_unique<CodebookWgmma>(as<uint8_t>(layout), layout_bytes, rows, columns);
+           }),
+           arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"))
+      .def_static("runs", &CodebookWgmma::runs);
   m.def("pack_codes", with_addresses(&pack_codes), arg("codes"), arg("packed"), arg("rows"), arg("columns"), arg("bits"),
         arg("stream"));
   m.def("unpack_codes", with_addresses(&unpack_codes), arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"),
@@ -163,6 +169,11 @@ void bind_sparse(py::module_& m) {
   py::class_<SparseOperand, LinearOperand>(m, "SparseOperand", module_local())
       .def(py::init(&bind_sparse_layout), arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("kind"),
            arg("values"), arg("bits"), arg("stage_bytes"));
+  py::class_<SparseProducts, LinearOperand>(m, "SparseProducts", module_local())
+      .def(py::init([](Pointer layout, int64_t layout_bytes, int64_t rows, int64_t columns, int64_t stage_bytes) {
+             return std::make_unique<SparseProducts>(as<uint8_t>(layout), layout_bytes, rows, columns, stage_bytes);
+           }),
+           arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("stage_bytes"));
 }
 
 // --- experts ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ constexpr int64_t kAlignment = 128, kReadAlignment = 16;  // of a layout's array
 // cleared before a call, and nothing lives beside the operand. Calls of one weight on different streams may overlap, so each
 // stream has a set of counters. Graphs share the first set: those that call the same weight must not overlap.
 constexpr int kCounterSets = 4;
-constexpr int64_t kMostLinearTokens = 64;  // of a call
+constexpr int64_t kMostLinearTokens = 64;  // of a call, for most kernels
 constexpr int64_t kTokenBlocks = 16;       // that 64 tokens make at most: 4 of them to a block
 inline int64_t counter_bytes(int64_t tiles) { return 4 * kCounterSets * kTokenBlocks * tiles; }  // tiles of at most 64 rows
 
@@ -46,9 +46,9 @@ class LinearOperand {
   // Elements of call.partials, all overwritten. Depends on the device: it is asked for its multiprocessors, and once for each
   // number of tokens. Not for two threads at once.
   int64_t room(int64_t tokens, int dtype) {
-    if (tokens > kMostLinearTokens)
-      throw std::invalid_argument("linear of " + std::to_string(tokens) + " tokens; at most " +
-                                  std::to_string(kMostLinearTokens) + " at once: dequantize the weight for more");
+    if (tokens > most_tokens())
+      throw std::invalid_argument("linear of " + std::to_string(tokens) + " tokens; at most " + std::to_string(most_tokens()) +
+                                  " at once: dequantize the weight for more");
     const auto found = rooms_.find({tokens, dtype});
     return found != rooms_.end() ? found->second : rooms_[{tokens, dtype}] = find_room(tokens, dtype);
   }
@@ -85,6 +85,7 @@ class LinearOperand {
   }
 
  private:
+  virtual int64_t most_tokens() const { return kMostLinearTokens; }
   virtual int64_t find_room(int64_t tokens, int dtype) const = 0;
   virtual void run(const LinearCall& call, uintptr_t stream) const = 0;  // of at least one token
 

@@ -13,7 +13,7 @@ class LinearOperand:
 
     layout: int
     def room(self, tokens: int, dtype: int) -> int:
-        """fp32 elements of workspace for up to 64 tokens."""
+        """fp32 elements of workspace."""
 
     def linear(
         self, x: int, dtype: int, tokens: int, bias: int, bias_dtype: int, y: int, partials: int, stream: int
@@ -30,10 +30,18 @@ class CodebookBytePlanes(LinearOperand):
 
     def __init__(self, layout: int, layout_bytes: int, rows: int, columns: int, widest: int) -> None: ...
 
+class CodebookWgmma(LinearOperand):
+    """Of many tokens in fp16 or bf16, on compute capability 9.0."""
+
+    def __init__(self, layout: int, layout_bytes: int, rows: int, columns: int) -> None: ...
+    @staticmethod
+    def runs() -> bool:
+        """Whether the current device is such a one, and the build is for it."""
+
 codebook_header_bytes: int
 
-def codebook_layout_widest(header: int, layout_bytes: int, rows: int, columns: int) -> int:
-    """The largest width of a column, from a copy of the layout's header on the host."""
+def codebook_layout_meta(header: int, layout_bytes: int, rows: int, columns: int) -> tuple[int, int]:
+    """The largest width of a column and whether there are patches, from a copy of the layout's header on the host."""
 
 def codebook_layout_bytes(checkpoint: CodebookCheckpoint) -> int: ...
 def codebook_layout_pack(layout: int, layout_bytes: int, checkpoint: CodebookCheckpoint) -> None: ...
@@ -110,6 +118,11 @@ class SparseOperand(LinearOperand):
         bits: int,
         stage_bytes: int,
     ) -> None: ...
+
+class SparseProducts(LinearOperand):
+    """Of one token and codes of 2 bits in 2:4."""
+
+    def __init__(self, layout: int, layout_bytes: int, rows: int, columns: int, stage_bytes: int) -> None: ...
 
 sparse_header_bytes: int
 

@@ -104,6 +104,7 @@ def test_a_source_that_does_not_compile_is_named_and_nothing_is_left_behind(tree
 
 FAKE_NVCC = """#!/bin/sh
 if [ "$1" = --list-gpu-arch ]; then echo compute_80; exit 0; fi
+if [ "$1" = --help ]; then echo --compress-mode; exit 0; fi
 echo "$@" >> "{log}"
 while [ "$1" != -o ]; do shift; done
 touch "$2"
@@ -124,6 +125,7 @@ def test_cuda_is_built_when_asked_for_and_for_what_is_asked(tree):
     assert done.returncode == 0, done.stdout + done.stderr
     compiles = [line for line in (tree / "nvcc.log").read_text().splitlines() if "-c csrc/one/cuda/leaf.cu " in line]
     assert len(compiles) == 1 and "-lineinfo" not in compiles[0]
+    assert "--compress-mode=size" in compiles[0]
     assert "code=[sm_80,compute_80]" in compiles[0] and "arch=compute_90a,code=sm_90a" in compiles[0]
     assert list((tree / "pyllmq").glob("_cuda*"))
     assert build(tree, PYLLMQ_DEBUG="1", **asked).returncode == 0

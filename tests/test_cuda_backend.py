@@ -197,6 +197,12 @@ def test_no_kernel_spills_or_uses_local_memory():
             assert len(registers) == 6 and max(registers) <= 128, report
         if name == "experts/cuda/routed_experts.cu":  # two blocks of 256; three of them multiply
             assert len(registers) == 6 and max(registers) <= 128, report
+        if (
+            name == "codebook/cuda/linear_wgmma.cu" and architecture == "90a"
+        ):  # of 512 threads, or of 384; and one for x
+            assert len(registers) == 6 and max(registers) <= 168, report
+        if name == "sparse/cuda/linear_products.cu":  # two blocks of 256
+            assert len(registers) == 1 and max(registers) <= 128, report
         if name == "sparse/cuda/linear.cu":  # four blocks of 128 threads, of bitmaps three
             assert len(registers) == 16 and max(registers) <= 168, report
         if name == "sparse/cuda/columns.cu":  # two blocks of 256

@@ -175,7 +175,7 @@ def test_what_another_row_serves(emulated):  # noqa: F811
     assert row((5,)) == row((4,), tokens=3) == row((4,), precision="exact") == "cuda.fused"
     with pyllmq.use_backend("cuda"):
         wide = random_case(40, 50, (2, 5)).weight.operand()
-    assert wide.meta == (5,)
+    assert wide.meta == (5, 1)
     with pytest.raises(ValueError, match="1 to 4 bits, this one has columns of 5"):
         cuda.byte_planes(wide)
     with pyllmq.use_backend("cuda"):

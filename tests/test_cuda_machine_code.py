@@ -1,4 +1,4 @@
-"""What nvcc makes of the byte-plane kernel and of decoding: no spills at two blocks a multiprocessor, instructions per weight."""
+"""What nvcc makes of the kernels of byte planes, wgmma, products and of decoding: no spills, instructions per weight."""
 
 import re
 import shutil
@@ -26,6 +26,15 @@ MOST = {
 }
 MOST_AT_2_BITS = {"80": 1.16, "90a": 1.15}  # issued, one token, where no column is wider
 
+
+# The same of decoding for wgmma, at 4 tiles of 64 rows and at 2; and registers that the threads of a block leave each other.
+MOST_OF_WGMMA = {
+    4: {1: (1.85, 1.28), 2: (1.85, 1.28), 3: (1.90, 1.48), 4: (3.15, 2.80)},
+    2: {1: (2.10, 1.30), 2: (2.10, 1.30), 3: (2.10, 1.50), 4: (3.35, 2.85)},
+}
+MOST_WGMMA_REGISTERS = {16: 128, 32: 128, 64: 128, 128: 168, 256: 168}
+
+MOST_OF_PRODUCTS = 4.6, 2.8  # per kept weight
 
 MOST_OF_DEQUANTIZE = 4.0  # issued, of columns of 1, 2, 3 or 4 bits stored in 16 bits without a row scale
 
@@ -93,3 +102,52 @@ def test_decoding_stores_16_bytes_and_takes_few_instructions_a_weight(architectu
         stores = [line for line in loop if gpu_loops.word(line) == "STG"]
         assert len(stores) == 8 and all(".128" in line for line in stores), stores
         assert len(loop) / 64 <= MOST_OF_DEQUANTIZE, len(loop)  # 32 lanes decode 64 rows of 32 columns
+
+
+@pytest.mark.slow
+def test_wgmma_runs_on_while_others_decode_in_few_instructions_a_weight(tmp_path):
+    said, kernels = compiled("csrc/codebook/cuda/linear_wgmma.cu", "90a", tmp_path)
+    assert "serialized" not in said, "wgmma would wait for each other"
+    reports = {report.split("'")[1]: report for report in said.split("Compiling entry function")[1:]}
+    found = {int(m[1]): name for name in kernels if (m := re.search(r"wgmma_kernelILi(\d+)E", name))}
+    assert set(found) == set(MOST_WGMMA_REGISTERS)
+    for tokens, name in found.items():
+        report, tiles = reports[name], 2 if tokens == 256 else 4
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
+        assert int(re.search(r"Used (\d+) registers", report)[1]) <= MOST_WGMMA_REGISTERS[tokens], report
+        counted = [gpu_loops.counts(loop) for loop in gpu_loops.loops(kernels[name])]
+        (products,) = (loop for loop in counted if loop["HGMMA"])
+        assert products["HGMMA"] == 4 * tiles // 2 and products["issued"] <= 140, "four depths of 16, two warp groups"
+        # A loop is a tile of 64 rows, or two: it stores 16 bytes of each of a lane's four columns. Wide ones look up in memory.
+        at_once = tiles // 2
+        widths = [
+            loop for loop in counted if loop["STS"] == 4 * at_once and loop["PRMT"] and loop["LDS"] < 32 * at_once
+        ]
+        assert len(widths) == 4
+        for width, loop in enumerate(sorted(widths, key=lambda loop: loop["ALU"]), 1):
+            issued, alu = loop["issued"] / (32 * at_once), loop["ALU"] / (32 * at_once)
+            most_issued, most_alu = MOST_OF_WGMMA[tiles][width]
+            assert issued <= most_issued and alu <= most_alu, (tokens, width, issued, alu)
+
+
+@pytest.mark.slow
+def test_products_have_no_spills_and_few_instructions_a_kept_weight(architecture, tmp_path):
+    said, kernels = compiled("csrc/sparse/cuda/linear_products.cu", architecture, tmp_path)
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said, said
+    assert int(re.search(r"Used (\d+) registers", said)[1]) <= MOST_REGISTERS, said
+    (name,) = (name for name in kernels if "products_kernel" in name)
+    counted = [gpu_loops.counts(loop) for loop in gpu_loops.loops(kernels[name])]
+    (loop,) = (loop for loop in counted if loop["IMMA"])
+    assert loop["IMMA"] == 128, "a cell of eight strips: 64 columns, of which 32 are kept, of 512 rows"
+    kept = 512 * 32 / 32  # of a lane
+    most_issued, most_alu = MOST_OF_PRODUCTS
+    assert loop["issued"] / kept <= most_issued and loop["ALU"] / kept <= most_alu, loop
+
+
+@pytest.mark.slow
+def test_there_is_no_wgmma_for_other_devices(tmp_path):
+    """By the shared memory that stands in its place the host knows."""
+    said, kernels = compiled("csrc/codebook/cuda/linear_wgmma.cu", "80", tmp_path)
+    for report in said.split("Compiling entry function")[1:]:
+        assert ("bytes smem" in report) == ("wgmma_kernel" in report), report
+    assert not any(gpu_loops.word(line) == "HGMMA" for lines in kernels.values() for line in lines)

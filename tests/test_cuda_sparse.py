@@ -53,7 +53,7 @@ def check(weight, x, bias=None, columns=False, factor=2.0):
         packed = packed_here(weight)
         operand = packed.operand()
         assert operand.layout == f"cuda.{weight.kind}" and bool(operand.meta[0]) == columns
-        actual = LINEAR[type(weight)](x, packed, bias)
+        actual = LINEAR[type(weight)](x, packed, bias, "exact")
     exact = x.double() @ dense.T + (0 if bias is None else bias.double())
     orders = [
         torch.randperm(x.shape[1]) for _ in range(4 if exact.numel() >= 4096 else 16 if exact.numel() >= 64 else 64)
@@ -298,6 +298,7 @@ def test_a_layout_of_another_shape_gives_nan_and_a_damaged_one_is_refused():
         for tensor, n, k in ((blob, 40, 49), (blob, 41, 52), (magic, 40, 52), (blob[:-128].clone(), 40, 52)):
             wrong = replace(operand, tensors=(tensor,), shape=(n, k))
             assert sparse.packed_linear(torch.randn(2, k), wrong, None, "").isnan().all()
+            assert sparse.packed_linear_products(torch.randn(1, k), wrong, None, "").isnan().all()
             assert sparse.packed_dequantize(wrong, torch.float16).isnan().all()
         for given, shape, message in (
             (blob[:100].clone(), (40, 52), "at least"),
@@ -316,8 +317,9 @@ def test_a_layout_of_another_shape_gives_nan_and_a_damaged_one_is_refused():
 
 
 def test_what_the_table_says():
-    def reason(layout, tokens, columns=0):
-        problem = WeightProblem("packed_linear", "cpu", torch.bfloat16, layout, tokens, (columns, 1, 0, 0))
+    def reason(layout, tokens, columns=0, bits=0, precision="high"):
+        meta = (columns, 1, bits, 0)
+        problem = WeightProblem("packed_linear", "cpu", torch.bfloat16, layout, tokens, meta, precision)
         with pyllmq.use_backend("cuda"):
             return dispatch.choose(problem).name
 
@@ -325,6 +327,10 @@ def test_what_the_table_says():
     assert reason("cuda.bitmap", 65) == "cuda.bitmap_matmul"
     assert reason("cuda.sparse24", 16, 1) == "cuda.sparse24_columns"
     assert reason("cuda.sparse24", 17, 1) == "cuda.sparse24_matmul"
+    codes = "cuda.sparse24_codebook"
+    assert reason(codes, 1, bits=2) == f"{codes}_products"
+    assert reason(codes, 2, bits=2) == reason(codes, 1, bits=4) == f"{codes}_fused"
+    assert reason(codes, 1, bits=2, precision="exact") == f"{codes}_fused"
     with pytest.raises(
         dispatch.NoKernelError, match=r"(?s)reads the layout 'cuda.bitmap'.*reads the layout 'cuda.sparse24'"
     ):

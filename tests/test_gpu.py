@@ -1,7 +1,7 @@
 """Everything that only a GPU can show, for each of its back ends: results, streams, graphs, compiled models, moves, refusals.
 
-Grid: M 1, 2 (products and tables), 8, 16, 17 (dots), 64, 65 (decoded), N and K odd and even, around tiles of 16 to 128. The full
-grid of widths runs on a CPU: the Triton kernels in the interpreter, the CUDA kernels in the emulator.
+Grid: M 1, 2 (products and tables), 8, 16, 17 (dots), 64, 65 (decoded), 130, 300 (more of wgmma), N and K odd and even, around
+tiles of 16 to 128. The full grid of widths runs on a CPU: the Triton kernels in the interpreter, the CUDA kernels in the emulator.
 """
 
 import pytest
@@ -77,7 +77,7 @@ def check(backend, case, x, bias=None):
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 17, 64, 65])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 17, 64, 65, 130, 300])
 def test_linear_of_a_mix_with_everything(backend, dtype, tokens):
     case = random_case(195, 323, (2, 3, 6), segments=3, outliers=0.02, row_scale=True)
     x = torch.randn(tokens, 323, device=DEVICE).to(dtype)
@@ -139,7 +139,7 @@ def check_sparse(backend, weight, x):
     dense = dense_of(weight)
     with pyllmq.use_backend(backend):
         operand = type(weight)(weight.structure, weight.tensors).to(DEVICE).operand()
-    actual = LINEAR[type(weight)](x, operand)
+    actual = LINEAR[type(weight)](x, operand, None, "exact")
     exact = x.double() @ dense.to(DEVICE).T
     torchs = nn.functional.linear(x, dense.to(DEVICE, x.dtype))
     assert_as_good_as_torch(actual, exact, torchs, factor=8.0 if x.dtype == torch.float32 else 3.0)
@@ -153,6 +153,19 @@ def test_sparse_linear(backend, kind, dtype):
         weight = SPARSE[kind](n, k)
         for tokens in (1, 5, 16, 33, 65):
             check_sparse(backend, weight, torch.randn(tokens, k, device=DEVICE).to(dtype))
+
+
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_sanitized_by_products(backend, dtype):
+    """One token of codes of 2 bits."""
+    for n, k in ((70, 150), (300, 700)):
+        weight, x = SPARSE["2:4 of 2 bits"](n, k), torch.randn(1, k, device=DEVICE).to(dtype)
+        with pyllmq.use_backend(backend):
+            operand = type(weight)(weight.structure, weight.tensors).to(DEVICE).operand()
+        exact = x.double() @ dense_of(weight).to(DEVICE).T
+        error = LINEAR[type(weight)](x, operand).double() - exact
+        assert error.norm() <= (2e-4 + torch.finfo(dtype).eps) * exact.norm()
 
 
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)

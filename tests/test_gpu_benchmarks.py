@@ -127,7 +127,7 @@ def test_dry_run_prints_the_steps_and_makes_nothing(tmp_path):
     assert done.returncode == 0 and not (tmp_path / "out").exists()
     for step in gpu_steps.steps(tmp_path / "out", sys.executable):
         assert f"{step.name}  (limit {step.limit_s:.0f} s" in done.stdout
-    assert "--shapes 28672x8192 --bits 2,3,4,2.1+0.005 --m 1,2,16,512,2048" in done.stdout
+    assert "--shapes 28672x8192 --bits 2,3,4,2.1+0.005 --m 1,2,16,64,512,2048" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

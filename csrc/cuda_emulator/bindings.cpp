@@ -14,6 +14,7 @@ void add_bindings(pybind11::module_& parent) {
       },
       pybind11::kw_only(), pybind11::arg("last_thread_first") = false, pybind11::arg("last_block_first") = false,
       pybind11::arg("eager_copies") = false);
+  m.def("set_hopper", [](bool set) { is_hopper = set; }, pybind11::arg("set"));
   m.def("launches", &launches);
 }
 

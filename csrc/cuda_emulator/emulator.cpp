@@ -34,14 +34,15 @@ pyllmq_emulator_switch:
 namespace pyllmq::cuda::emulator {
 
 Schedule schedule;
+bool is_hopper = false;
 
 namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kWarp = 32;
 constexpr size_t kGuardBytes = 64;
-constexpr size_t kMostSharedBytes = 163 << 10;  // what a block gets on compute capability 8.0
-constexpr uint8_t kPoison = 0xFF;               // fp16, bf16 and fp32 of these bytes are NaN
+constexpr size_t kMostSharedBytes[] = {163 << 10, 227 << 10};  // what a block gets on compute capability 8.0 and 9.0
+constexpr uint8_t kPoison = 0xFF;                              // fp16, bf16 and fp32 of these bytes are NaN
 constexpr int kMostYields = 1 << 22;
 
 struct Copy {
@@ -50,12 +51,32 @@ struct Copy {
   int bytes;
 };
 
+// What the 128 threads of a warp group asked for by one instruction each.
+constexpr int kWarpGroup = 128;
+struct Wgmma {
+  int n, arrived = 0;
+  uint64_t a, b;
+  bool done = false;
+  float* c[kWarpGroup];
+};
+
 struct Fiber {
   void* stack_pointer;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Meeting waits_for;
+  const void* waits_at;  // a barrier, or a multiplication
   bool done;
-  std::vector<std::vector<Copy>> copies;  // groups, the last one still open
+  std::vector<std::vector<Copy>> copies;                      // groups, the last one still open
+  std::vector<std::vector<std::shared_ptr<Wgmma>>> products;  // the same
+};
+
+struct BulkCopy {
+  Copy copy;
+  uint64_t* barrier;
+};
+
+struct WarpGroup {
+  std::vector<std::shared_ptr<Wgmma>> asked;  // that not all threads have come to
 };
 
 struct Warp {
@@ -67,11 +88,13 @@ struct Warp {
 struct Block {
   std::vector<uint8_t> shared;
   int at_barrier;
+  std::vector<BulkCopy> copies;  // under way
 };
 
 struct Machine {
   std::vector<Fiber> fibers;  // of all blocks that run at once
   std::vector<Warp> warps;
+  std::vector<WarpGroup> groups;
   std::vector<Block> running;
   const std::function<void()>* kernel;
   void* main_stack_pointer;
@@ -114,7 +137,7 @@ void run_next() {
   }
   if (done < count)
     fail("deadlock: " + std::to_string(done) + " of " + std::to_string(count) + " threads have left, " +
-         std::to_string(at_barrier) + " wait at a block barrier, the others at a warp's meeting");
+         std::to_string(at_barrier) + " wait at a block barrier, the others at a warp's meeting or a barrier's phase");
   void* finished;
   pyllmq_emulator_switch(&finished, m.main_stack_pointer);
 }
@@ -134,6 +157,7 @@ void prepare(Fiber& fiber) {
   fiber.waits_for = Meeting::none;
   fiber.done = false;
   fiber.copies.assign(1, {});
+  fiber.products.assign(1, {});
   auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) / 64 * 64;
   auto* at = reinterpret_cast<void**>(top - 64);
   *--at = nullptr;  // fiber_main's own return address: it never returns
@@ -147,9 +171,11 @@ void run_blocks(int64_t first) {
   m.first_block = first;
   for (Block& block : m.running) {
     block.at_barrier = 0;
+    block.copies.clear();
     block.shared.assign(m.shared_bytes + 2 * kGuardBytes, kPoison);
   }
   for (Warp& warp : m.warps) warp.arrived = 0;
+  for (WarpGroup& group : m.groups) group.asked.clear();
   for (int i = 0; i < m.count(); ++i) prepare(m.fibers[i]);
   m.current = schedule.last_thread_first ? m.count() - 1 : 0;
   pyllmq_emulator_switch(&m.main_stack_pointer, m.fibers[m.current].stack_pointer);
@@ -159,14 +185,20 @@ void run_blocks(int64_t first) {
       if (block.shared[i] != kPoison || block.shared[kGuardBytes + m.shared_bytes + i] != kPoison)
         throw std::runtime_error("emulator: shared memory was written outside of the " + std::to_string(m.shared_bytes) +
                                  " bytes of the launch");
-  for (int i = 0; i < m.count(); ++i)
+  for (const Block& block : m.running)
+    if (!block.copies.empty()) throw std::runtime_error("emulator: a block left before its bulk copies landed");
+  for (int i = 0; i < m.count(); ++i) {
     for (const auto& group : m.fibers[i].copies)
       if (!group.empty()) throw std::runtime_error("emulator: a thread left before its asynchronous copies landed");
+    for (const auto& group : m.fibers[i].products)
+      if (!group.empty()) throw std::runtime_error("emulator: a thread left before its wgmma was done");
+  }
 }
 
 void begin_launch(int64_t blocks, int64_t at_once, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
   Machine& m = machine;
-  if (blocks < 1 || blocks > 0x7FFFFFFF || threads < 1 || threads > 1024 || threads % kWarp || shared_bytes > kMostSharedBytes)
+  if (blocks < 1 || blocks > 0x7FFFFFFF || threads < 1 || threads > 1024 || threads % kWarp ||
+      shared_bytes > kMostSharedBytes[is_hopper])
     throw std::runtime_error("emulator: a launch of " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
                              " threads with " + std::to_string(shared_bytes) + " bytes of shared memory");
   ++launch_count;
@@ -178,6 +210,7 @@ void begin_launch(int64_t blocks, int64_t at_once, int threads, size_t shared_by
   m.running.resize(at_once);
   if (m.fibers.size() < static_cast<size_t>(m.count())) m.fibers.resize(m.count());
   m.warps.resize(m.count() / kWarp);
+  m.groups.resize(m.count() / kWarpGroup + 1);
 }
 
 }  // namespace
@@ -257,6 +290,149 @@ void wait_async(int latest_left) {
   const int closed = static_cast<int>(groups.size()) - 1;
   for (int i = 0; i < closed - latest_left; ++i) {
     for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    groups.erase(groups.begin());
+  }
+}
+
+namespace {
+
+// A word in shared memory: threads that are missing, threads of a phase, bytes that are missing, parity of the phase.
+struct Phase {
+  uint16_t missing, arrivals;
+  int32_t bytes_and_parity;
+  int bytes() const { return bytes_and_parity >> 1; }
+  int parity() const { return bytes_and_parity & 1; }
+};
+static_assert(sizeof(Phase) == sizeof(uint64_t));
+
+Phase& phase_of(uint64_t* barrier) {
+  auto& phase = *reinterpret_cast<Phase*>(barrier);
+  if (phase.arrivals == 0 || phase.arrivals > 1024) fail("a barrier that was not made");
+  return phase;
+}
+
+void wake(Meeting meeting, const void* at) {
+  for (Fiber& fiber : machine.fibers)
+    if (fiber.waits_for == meeting && fiber.waits_at == at) fiber.waits_for = Meeting::none;
+}
+
+void wait_for(Meeting meeting, const void* at) {
+  machine.fibers[machine.current].waits_for = meeting;
+  machine.fibers[machine.current].waits_at = at;
+  run_next();
+}
+
+void settle(uint64_t* barrier) {
+  Phase& phase = phase_of(barrier);
+  if (phase.missing != 0) return;
+  // All threads have come: at the latest now the copies land.
+  auto& copies = machine.block().copies;
+  for (size_t i = 0; i < copies.size();) {
+    if (copies[i].barrier != barrier) {
+      ++i;
+      continue;
+    }
+    std::memcpy(copies[i].copy.to, copies[i].copy.from, copies[i].copy.bytes);
+    phase.bytes_and_parity -= 2 * copies[i].copy.bytes;
+    copies.erase(copies.begin() + static_cast<std::ptrdiff_t>(i));
+  }
+  if (phase.bytes() != 0) return;
+  phase.missing = phase.arrivals;
+  phase.bytes_and_parity ^= 1;
+  wake(Meeting::phase, barrier);
+}
+
+// What a wgmma's descriptors count from: shared memory begins at a multiple of 1024 bytes at the latest.
+uint8_t* matrix_base() { return reinterpret_cast<uint8_t*>(reinterpret_cast<uintptr_t>(dynamic_shared()) / 1024 * 1024); }
+
+// Element `column` of row `row` of a matrix that a descriptor describes, swizzled by the address as the hardware does it.
+float element_of(uint64_t descriptor, int row, int column) {
+  const uint64_t step = (descriptor >> 32 & 0x3FFF) * 16;
+  uint64_t at = (descriptor & 0x3FFF) * 16 + row / 8 * step + row % 8 * 128 + column * 2;
+  at ^= (at >> 7 & 7) << 4;
+  uint16_t half;
+  std::memcpy(&half, matrix_base() + at, 2);
+  return cpu::fp16_to_fp32(half);
+}
+
+void multiply(Wgmma& asked) {
+  constexpr int kRows = 64, kDepth = 16;
+  std::vector<float> a(kRows * kDepth), b(kDepth * asked.n);
+  for (int k = 0; k < kDepth; ++k) {
+    for (int i = 0; i < kRows; ++i) a[i * kDepth + k] = element_of(asked.a, k, i);
+    for (int j = 0; j < asked.n; ++j) b[k * asked.n + j] = element_of(asked.b, j, k);
+  }
+  for (int thread = 0; thread < kWarpGroup; ++thread)
+    for (int e = 0; e < asked.n / 2; ++e) {
+      const int i = thread / 32 * 16 + thread % 32 / 4 + e / 2 % 2 * 8, j = e / 4 * 8 + thread % 4 * 2 + e % 2;
+      for (int k = 0; k < kDepth; ++k) asked.c[thread][e] += a[i * kDepth + k] * b[k * asked.n + j];
+    }
+  asked.done = true;
+}
+
+}  // namespace
+
+void barrier_init(uint64_t* barrier, int arrivals) {
+  *reinterpret_cast<Phase*>(barrier) = {static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0};
+}
+
+void barrier_arrive(uint64_t* barrier, int expected_bytes) {
+  Phase& phase = phase_of(barrier);
+  if (phase.missing == 0) fail("more threads arrive at a barrier than it is for");
+  phase.bytes_and_parity += 2 * expected_bytes;
+  --phase.missing;
+  settle(barrier);
+}
+
+void barrier_wait(uint64_t* barrier, int parity) {
+  while (phase_of(barrier).parity() == parity) wait_for(Meeting::phase, barrier);
+}
+
+void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
+    fail("a bulk copy is not aligned to 16 bytes");
+  Phase& phase = phase_of(barrier);
+  if (schedule.eager_copies) {
+    std::memcpy(to, from, bytes);
+    phase.bytes_and_parity -= 2 * bytes;
+  } else {
+    machine.block().copies.push_back({{to, from, bytes}, barrier});
+  }
+  settle(barrier);
+}
+
+uint64_t matrix_at(const void* shared, int step) {
+  const auto at = static_cast<uint64_t>(static_cast<const uint8_t*>(shared) - matrix_base());
+  if (at / 128 % 8 != 0 || step % 1024 != 0) fail("a matrix of wgmma begins within 8 rows");
+  return uint64_t{1} << 62 | static_cast<uint64_t>(step >> 4) << 32 | uint64_t{1} << 16 | at >> 4;
+}
+
+void wgmma(int n, float* c, uint64_t a, uint64_t b) {
+  Machine& m = machine;
+  const int thread = m.current % m.threads;
+  auto& asked = m.groups[m.current / kWarpGroup].asked;
+  size_t mine = 0;  // the first that this thread has not come to
+  while (mine < asked.size() && asked[mine]->c[thread % kWarpGroup] != nullptr) ++mine;
+  if (mine == asked.size()) asked.push_back(std::make_shared<Wgmma>(Wgmma{n, 0, a, b, false, {}}));
+  const auto product = asked[mine];
+  if (product->n != n || product->a != a || product->b != b) fail("threads of a warp group ask for different wgmma");
+  product->c[thread % kWarpGroup] = c;
+  m.fibers[m.current].products.back().push_back(product);
+  if (++product->arrived < kWarpGroup) return;
+  asked.erase(asked.begin() + static_cast<std::ptrdiff_t>(mine));
+  if (schedule.eager_copies) multiply(*product);
+  wake(Meeting::multiplication, product.get());
+}
+
+void commit_wgmma() { machine.fibers[machine.current].products.emplace_back(); }
+
+void wait_wgmma(int latest_left) {
+  auto& groups = machine.fibers[machine.current].products;
+  while (static_cast<int>(groups.size()) - 1 > latest_left) {
+    for (const auto& product : groups.front()) {
+      while (product->arrived < kWarpGroup) wait_for(Meeting::multiplication, product.get());
+      if (!product->done) multiply(*product);
+    }
     groups.erase(groups.begin());
   }
 }

@@ -1,7 +1,7 @@
 // Tests only: runs CUDA kernel bodies on a CPU, one fiber per thread, one block after the other, or all of a launch together.
 //
 // What it finds: wrong indices, layouts, masks and sums; a missing barrier (fibers of a warp run one after the other, in
-// either order, and an asynchronous copy lands as late as the kernel allows); shared memory read before it was written
+// either order, and an asynchronous copy or wgmma runs as late as the kernel allows); shared memory read before it was written
 // (it is full of NaN); lanes of a warp that meet at different instructions; barriers that some thread never reaches.
 // What it cannot find: races between blocks, the cost of anything, and whatever the hardware does differently.
 #pragma once
@@ -25,6 +25,8 @@
 #define PYLLMQ_LAUNCH_TOGETHER(kernel, blocks, threads, shared_bytes, stream, argument) \
   (static_cast<void>(stream),                                                           \
    ::pyllmq::cuda::emulator::launch_together(blocks, threads, shared_bytes, [=] { (kernel)(argument); }))
+#define PYLLMQ_LAUNCH_EARLY(kernel, blocks, threads, shared_bytes, stream, argument) \
+  PYLLMQ_LAUNCH(kernel, blocks, threads, shared_bytes, stream, argument)
 
 namespace pyllmq::cuda::emulator {
 
@@ -32,9 +34,12 @@ namespace pyllmq::cuda::emulator {
 struct Schedule {
   bool last_thread_first = false;
   bool last_block_first = false;
-  bool eager_copies = false;  // an asynchronous copy lands when issued, not when waited for
+  bool eager_copies = false;  // an asynchronous copy lands when issued, not when waited for; wgmma reads its operands then
 };
 extern Schedule schedule;
+
+// Whether the device is of compute capability 9.0, which decides what runs, or of 8.0.
+extern bool is_hopper;
 
 void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
 void launch_together(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
@@ -45,7 +50,7 @@ int64_t block();
 int64_t blocks();
 uint8_t* dynamic_shared();
 
-enum class Meeting : int { none, block_barrier, warp_barrier, shuffle, mma, sparse_mma, integer_mma };
+enum class Meeting : int { none, block_barrier, warp_barrier, shuffle, mma, sparse_mma, integer_mma, phase, multiplication };
 // Waits until all threads of the block or warp came to the same meeting. The last one to come calls `work` with what each
 // lane brought; `brought` lives on the fibers' stacks.
 using WarpWork = void (*)(void* const* brought);
@@ -66,6 +71,17 @@ struct Mma {
   int selector;
 };
 void mma(Meeting meeting, Mma held);
+
+// Barriers in shared memory; the fields of a word. None that was not made has a valid number of threads.
+void barrier_init(uint64_t* barrier, int arrivals);
+void barrier_arrive(uint64_t* barrier, int expected_bytes);
+void barrier_wait(uint64_t* barrier, int parity);
+void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier);
+
+uint64_t matrix_at(const void* shared, int step);
+void wgmma(int n, float* c, uint64_t a, uint64_t b);
+void commit_wgmma();
+void wait_wgmma(int latest_left);
 
 struct IntegerMma {
   int* c;
@@ -128,6 +144,8 @@ static inline void wait_async() {
   emulator::wait_async(kLatestLeft);
 }
 
+static inline void prefetch(const void* global) { static_cast<void>(*static_cast<const volatile uint8_t*>(global)); }
+
 using SharedAddress = uintptr_t;
 static inline SharedAddress shared_address(const void* shared) { return reinterpret_cast<SharedAddress>(shared); }
 static inline uint32_t load_shared_word(SharedAddress from) { return *reinterpret_cast<const uint32_t*>(from); }
@@ -136,6 +154,31 @@ template <int kTo, int kFrom>
 static inline void copy_async_16_if(bool wanted, SharedAddress to, const void* from) {
   if (wanted) copy_async_16(reinterpret_cast<void*>(to + kTo), static_cast<const uint8_t*>(from) + kFrom);
 }
+
+using Barrier = uint64_t;
+static inline void barrier_init(Barrier* barrier, int arrivals) { emulator::barrier_init(barrier, arrivals); }
+static inline void barrier_arrive(Barrier* barrier) { emulator::barrier_arrive(barrier, 0); }
+static inline void barrier_arrive_and_expect(Barrier* barrier, int bytes) { emulator::barrier_arrive(barrier, bytes); }
+static inline void barrier_wait(Barrier* barrier, int parity) { emulator::barrier_wait(barrier, parity); }
+static inline void copy_bulk(void* shared, const void* global, int bytes, Barrier* barrier) {
+  emulator::copy_bulk(shared, global, bytes, barrier);
+}
+static inline void fence_async() {}
+static inline void let_next_begin() {}
+static inline void wait_for_previous() {}
+static inline uint64_t matrix_at(const void* shared, int step) { return emulator::matrix_at(shared, step); }
+template <int kN>
+static inline void wgmma(float (&c)[kN / 2], uint64_t a, uint64_t b) {
+  emulator::wgmma(kN, c, a, b);
+}
+static inline void wgmma_begin() {}
+static inline void wgmma_commit() { emulator::commit_wgmma(); }
+template <int kLatestLeft>
+static inline void wgmma_wait() {
+  emulator::wait_wgmma(kLatestLeft);
+}
+template <int kCount>
+static inline void hold(float (&)[kCount]) {}
 
 static inline float load_l2(const float* from) { return *from; }
 static inline uint32_t count_to(uint32_t* counter, uint32_t last) {

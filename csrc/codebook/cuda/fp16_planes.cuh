@@ -1,4 +1,4 @@
-// fp32 and bf16 activations on fp16 tensor cores: scaled to where fp16 is finest, fp32 as the sum of two fp16 numbers.
+// fp32 and bf16 activations on tensor cores: in fp16, scaled to where that is finest, fp32 as the sum of two; or as integers.
 #pragma once
 #include "runtime/cuda/words.cuh"
 
@@ -14,6 +14,24 @@ PYLLMQ_DEVICE int scale_exponent(float largest) {
   if (largest == 0.0f || biased == 255) return 0;
   const int exponent = 14 - (biased - 127);
   return exponent < 126 ? exponent : 126;
+}
+
+// A number times up[0] times up[1] is an integer, an integer times down[0] times down[1] is the number: two factors each, since
+// one would not be a normal number for the smallest and the largest.
+struct Unit {
+  float up[2], down[2];
+};
+
+// So that `largest` becomes the integer `most`. Where it is not finite, no number is one again.
+PYLLMQ_DEVICE Unit unit_of(float largest, int most) {
+  if (largest == 0.0f) return {};
+  const int exponent = static_cast<int>(ptx::fp32_to_bits(largest) >> 23 & 255) - 127, first = exponent / 2;
+  Unit unit{{power_of_two(-first), power_of_two(first - exponent)}, {power_of_two(first), power_of_two(exponent - first)}};
+  const float mantissa = largest * unit.up[0] * unit.up[1];
+  unit.up[1] *= static_cast<float>(most) / mantissa;
+  unit.down[0] *= mantissa / static_cast<float>(most);
+  if (exponent == 128) unit.down[0] = ptx::bits_to_fp32(0x7FC00000u);
+  return unit;
 }
 
 }  // namespace pyllmq::cuda

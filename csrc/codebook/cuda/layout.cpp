@@ -62,6 +62,7 @@ Plan make_plan(const CodebookCheckpoint& c) {
   h.panels = ceil_div(h.slots / kGroupColumns, kPanelGroups);
   h.segment_table_bytes = entries;
   h.outliers = outliers;
+  h.patched = 1;
 
   Sections section{sizeof(LayoutHeader), kAlignment};
   h.blocks_offset = section(h.blocks * sizeof(RowBlock));
@@ -74,6 +75,8 @@ Plan make_plan(const CodebookCheckpoint& c) {
     h.outlier_columns_offset = section(outliers * sizeof(int32_t));
     h.outlier_deltas_offset = section(outliers * sizeof(float));
     h.outlier_values_offset = section(outliers * sizeof(uint16_t));
+    h.patch_begin_offset = section((h.slots / kGroupColumns * h.tiles + 1) * sizeof(uint32_t));
+    h.patches_offset = section(outliers * sizeof(Patch));
   }
   h.tables_begin = section(c.segments * h.segment_table_bytes);
   if (h.widest <= kMostPlaneBits) {
@@ -263,26 +266,53 @@ float table_entry(const uint8_t* table, int width, uint32_t code) {
   return cpu::fp16_to_fp32(static_cast<uint16_t>(table[code] | table[(1 << width) + code] << 8));
 }
 
+template <class Body>  // body(outlier, block, row in the block)
+void for_each_outlier(const Plan& plan, const CodebookCheckpoint& c, Body&& body) {
+  for (const RowBlock& block : plan.blocks)
+    for (int row = 0; row < block.rows; ++row)
+      for (int64_t i = c.outlier_row_offsets[block.row_begin + row]; i < c.outlier_row_offsets[block.row_begin + row + 1]; ++i)
+        body(i, block, row);
+}
+
+float row_scale(const CodebookCheckpoint& c, int64_t row) { return c.row_scale ? cpu::fp16_to_fp32(c.row_scale[row]) : 1.0f; }
+
+// Counting sort of the checkpoint's outliers (by row, column) to group, tile.
+void write_patches(const Plan& plan, const CodebookCheckpoint& c, const std::vector<ColumnPlace>& places, uint8_t* base) {
+  LayoutHeader& h = *at<LayoutHeader>(base, 0);
+  auto* begin = at<uint32_t>(base, h.patch_begin_offset);
+  auto* patches = at<Patch>(base, h.patches_offset);
+  const auto bucket_of = [&](int64_t i, const RowBlock& block, int row) {
+    const ColumnPlace& place = places[c.outlier_column(i)];
+    return (h.first_slot[place.width] / kGroupColumns + place.group) * h.tiles + block.tile_begin + row / kTileRows;
+  };
+  std::vector<uint32_t> next(h.slots / kGroupColumns * h.tiles + 1, 0);
+  for_each_outlier(plan, c, [&](int64_t i, const RowBlock& block, int row) { ++next[bucket_of(i, block, row) + 1]; });
+  for (size_t bucket = 1; bucket < next.size(); ++bucket) next[bucket] += next[bucket - 1];
+  std::copy(next.begin(), next.end(), begin);
+  for_each_outlier(plan, c, [&](int64_t i, const RowBlock& block, int row) {
+    const float value = cpu::fp16_to_fp32(c.outlier_values[i]), scale = row_scale(c, block.row_begin + row);
+    const uint16_t half = cpu::fp32_to_fp16(value == 0.0f ? 0.0f : value / scale);
+    if (!std::isfinite(cpu::fp16_to_fp32(half))) h.patched = 0;
+    const int place = half_in_tile(row % kTileRows, places[c.outlier_column(i)].in_group);
+    patches[next[bucket_of(i, block, row)]++] = {static_cast<uint16_t>(row / kTileRows << 10 | place), half};
+  });
+}
+
 // Counting sort of the checkpoint's outliers (by row, column) to panel, tile, row, column.
-void write_outliers(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base) {
+void write_outliers(const Plan& plan, const CodebookCheckpoint& c, const std::vector<ColumnPlace>& places, uint8_t* base) {
   const LayoutHeader& h = plan.header;
-  const std::vector<ColumnPlace> places = column_places(plan);
   auto* begin = at<uint32_t>(base, h.outlier_begin_offset);
   auto* row_end = at<uint16_t>(base, h.outlier_row_end_offset);
   auto* columns = at<int32_t>(base, h.outlier_columns_offset);
   auto* deltas = at<float>(base, h.outlier_deltas_offset);
   auto* values = at<uint16_t>(base, h.outlier_values_offset);
 
-  const auto for_each_outlier = [&](auto&& body) {  // body(outlier, bucket, row in its tile, block, row in the block)
-    for (const RowBlock& block : plan.blocks)
-      for (int row = 0; row < block.rows; ++row)
-        for (int64_t i = c.outlier_row_offsets[block.row_begin + row]; i < c.outlier_row_offsets[block.row_begin + row + 1];
-             ++i) {
-          const int64_t tile = block.tile_begin + row / kTileRows;
-          body(i, places[c.outlier_column(i)].panel * h.tiles + tile, row % kTileRows, block, row);
-        }
+  const auto bucket_of = [&](int64_t i, const RowBlock& block, int row) {
+    return places[c.outlier_column(i)].panel * h.tiles + block.tile_begin + row / kTileRows;
   };
-  for_each_outlier([&](int64_t, int64_t bucket, int row, const RowBlock&, int) { ++row_end[bucket * kTileRows + row]; });
+  for_each_outlier(plan, c, [&](int64_t i, const RowBlock& block, int row) {
+    ++row_end[bucket_of(i, block, row) * kTileRows + row % kTileRows];
+  });
   uint32_t total = 0;
   for (int64_t bucket = 0; bucket < h.panels * h.tiles; ++bucket) {
     begin[bucket] = total;
@@ -290,14 +320,15 @@ void write_outliers(const Plan& plan, const CodebookCheckpoint& c, uint8_t* base
     total += row_end[bucket * kTileRows + kTileRows - 1];
   }
   std::vector<uint16_t> filled(h.panels * h.tiles, 0);
-  for_each_outlier([&](int64_t i, int64_t bucket, int, const RowBlock& block, int row) {
+  for_each_outlier(plan, c, [&](int64_t i, const RowBlock& block, int row) {
+    const int64_t bucket = bucket_of(i, block, row);
     const int64_t column = c.outlier_column(i);
     const ColumnPlace& place = places[column];
     const uint32_t code =
         get_code(tile_words(base, h, place.width, block, place.group, row), Place(place.width, row % kTileRows, place.in_group));
     const uint8_t* table =
         base + tables_offset(h, place.width, block.segment, place.group) + (int64_t{place.in_group} * 2 << place.width);
-    const float scale = c.row_scale ? cpu::fp16_to_fp32(c.row_scale[block.row_begin + row]) : 1.0f;
+    const float scale = row_scale(c, block.row_begin + row);
     const int64_t to = begin[bucket] + filled[bucket]++;
     columns[to] = static_cast<int32_t>(column);
     values[to] = c.outlier_values[i];
@@ -332,7 +363,10 @@ void codebook_layout_pack(void* layout, int64_t layout_bytes, const CodebookChec
   in_parts(h.rows * h.columns, h.blocks, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) write_codes(plan, c, plan.blocks[block], base);
   });
-  if (h.outliers > 0) write_outliers(plan, c, base);
+  if (h.outliers == 0) return;
+  const std::vector<ColumnPlace> places = column_places(plan);
+  write_outliers(plan, c, places, base);
+  write_patches(plan, c, places, base);
 }
 
 void codebook_layout_codes(const void* layout, int64_t layout_bytes, uint8_t* codes_out) {

@@ -17,6 +17,9 @@
 //
 // Weights of at most 4 bits have their codebooks a second time, as integers: an entry is middle + half * e / kMostEntry of its
 // column, e = 256 high + low, and the low and the high bytes are a plane each (linear_byte_planes.cu).
+//
+// Outliers stand a second time as patches of decoded tiles (linear_wgmma.cu): where in shared memory, and the value over its
+// row's scale, by group of columns, in the order of the slots, and tile.
 #pragma once
 #include <cstdint>
 
@@ -48,9 +51,14 @@ struct ColumnSpan {
   float middle, half;
 };
 
+// The weight that takes the place of a decoded one. place: the tile within its block in the highest 3 bits, then half_in_tile.
+struct Patch {
+  uint16_t place, half;
+};
+
 struct LayoutHeader {
   static constexpr uint64_t kMagic = 0x67632D716D6C6C79;  // "yllmq-cg"
-  static constexpr uint64_t kVersion = 2;
+  static constexpr uint64_t kVersion = 3;
   uint64_t magic = kMagic, version = kVersion;
   int64_t bytes, rows, columns, segments, blocks, tiles, panels, slots;
   int64_t widest;            // width that has columns
@@ -72,6 +80,9 @@ struct LayoutHeader {
   int64_t outlier_columns_offset;             // int32 [outliers]
   int64_t outlier_deltas_offset;              // fp32 [outliers]: value - what the code under it stands for
   int64_t outlier_values_offset;              // fp16 [outliers]
+  int64_t patched;                            // 0: a value over its row's scale is not finite in fp16, so there are no patches
+  int64_t patch_begin_offset;                 // uint32 [slots / 16, tiles] and the end of the last
+  int64_t patches_offset;                     // Patch [outliers]
   int64_t counters_offset;                    // uint32 [counter sets, token blocks, tiles] (linear_operand_cuda.h)
 };
 
@@ -117,6 +128,18 @@ PYLLMQ_HOST_DEVICE int low_part(int width) { return width < 4 ? width : 4; }
 PYLLMQ_HOST_DEVICE int word_index(int part, int lane, int word) { return part == 3 ? word * 32 + lane : lane * part + word; }
 // Nibble that holds row 16i + 2g + h. Decoding 1 and 2 bits takes every second nibble at a time.
 PYLLMQ_HOST_DEVICE int nibble_of(int i, int h) { return 4 * (i & 1) + 2 * h + (i >> 1); }
+
+// A group's decoded tile in shared memory, as wgmma takes it: 16 columns of 128 bytes. A lane's two columns of a half of the
+// group are neighbours, so that it stores both without meeting other lanes' banks; its 8 rows of a column are a chunk of 16
+// bytes.
+PYLLMQ_HOST_DEVICE int tile_column(int column) { return column / 8 * 8 + column % 4 * 2 + column / 4 % 2; }
+PYLLMQ_HOST_DEVICE int column_of_tile(int k) { return k / 8 * 8 + k % 2 * 4 + k % 8 / 2; }
+PYLLMQ_HOST_DEVICE int tile_row(int m) { return m % 8 / 2 * 16 + m / 8 * 2 + m % 2; }  // that stands in place m of a column
+// Where row 16i + 2g + h of a column begins, in units of 2 bytes.
+PYLLMQ_HOST_DEVICE int half_in_tile(int row, int column) {
+  const int k = tile_column(column), g = row % 16 / 2;
+  return k * 64 + (g ^ k % 8) * 8 + row / 16 * 2 + row % 2;
+}
 
 // Host functions. They throw std::invalid_argument that says what does not fit.
 int64_t codebook_layout_bytes(const CodebookCheckpoint& checkpoint);

@@ -96,10 +96,41 @@ PYLLMQ_DEVICE void stage_x(const Work& w, const LinearCall& call, Shared& shared
   ptx::sync_block();
 }
 
-// Row scale, outliers; then y, or this split's part of it.
+// The codes of a warp's first groups leave memory while x is brought into order.
+PYLLMQ_DEVICE void prefetch_codes(const Work& w) {
+  constexpr int kAhead = 3, kLine = 128;
+  const LayoutHeader& h = *w.header;
+  const int lane = ptx::thread() % 32, tiles = (w.rows + kTileRows - 1) / kTileRows;
+  for (int width = 1; width <= 8; ++width) {
+    const int end = w.groups[width].end;
+    int group = w.groups[width].begin + ptx::thread() / 32;
+    if (group >= end) continue;
+    for (const int last = group + kAhead * kWarps; group < end && group < last; group += kWarps) {
+      const uint8_t* codes = reinterpret_cast<const uint8_t*>(&h) + codes_offset(h, width, w.block, group) +
+                             w.first_row / kTileRows * tile_bytes(width);
+      for (int at = lane * kLine; at < tiles * tile_bytes(width); at += 32 * kLine) ptx::prefetch(codes + at);
+    }
+    return;
+  }
+}
+
+// Sums of all warps, row scale, outliers; then y, or this split's part of it.
 template <int kTokenTiles>
-PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, const float* total) {
-  constexpr int kRows = kBlockRows / kTokenTiles;
+PYLLMQ_DEVICE void store_sums(const Work& w, const TileSums<kTokenTiles> (&sums)[kBlockTiles / kTokenTiles], float* part) {
+  const int lane = ptx::thread() % 32;
+  unrolled<kTokenTiles>([&](int column_tile) {
+    const int column = column_tile * 4 + lane % 4;
+    if (column >= w.columns()) return;
+    unrolled<kBlockTiles / kTokenTiles, 8>([&](int tile, int e) {
+      const int row = tile * kTileRows + e / 2 * 16 + lane / 4 * 2 + e % 2;
+      part[place_of_sum<kTokenTiles>(column, row)] = sums[tile][e / 4][column_tile][e % 4];
+    });
+  });
+}
+
+// Sums of all warps, in order, row scale, outliers; then y, or this split's part of it.
+template <int kTokenTiles>
+PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared) {
   const LayoutHeader& h = *w.header;
   const int64_t row_begin = w.block.row_begin + w.first_row;
   const auto for_each_output = [&](const auto& body) {
@@ -107,8 +138,8 @@ PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared, con
       for (int row = ptx::thread(); row < w.rows; row += kThreads) body(token, row);
   };
   const auto sum_of = [&](int token, int row) {
-    float sum = total[token * w.planes * kRows + row];
-    if (w.planes == 2) sum += total[(token * 2 + 1) * kRows + row] * (1.0f / kLowPlane);
+    float sum = sum_of_warps<kTokenTiles>(shared.ring, token * w.planes, row);
+    if (w.planes == 2) sum += sum_of_warps<kTokenTiles>(shared.ring, token * 2 + 1, row) * (1.0f / kLowPlane);
     sum *= shared.unscale[token];
     if (h.row_scale_offset != 0) sum *= ptx::fp16_to_fp32(section<uint16_t>(h, h.row_scale_offset)[row_begin + row]);
     if (h.outliers != 0) {
@@ -173,11 +204,13 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) codeboo
     ptx::sync_block();
     if (w.rows <= 0) continue;
 
+    prefetch_codes(w);
     stage_x(w, a.call, shared, x_shared);
     TileSums<kTokenTiles> sums[kBlockTiles / kTokenTiles] = {};
     accumulate_all<kTokenTiles>(w, ring, x_shared, sums);
-    const float* total = add_warps<kTokenTiles>(w, shared.ring, sums);
-    finish<kTokenTiles>(w, a, shared, total);
+    store_sums<kTokenTiles>(w, sums, ring);
+    ptx::sync_block();
+    finish<kTokenTiles>(w, a, shared);
   }
 }
 

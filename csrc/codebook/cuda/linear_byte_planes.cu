@@ -69,12 +69,6 @@ struct alignas(16) Group {
   uint32_t x[kMostTokens][2][4];  // low bytes, high bytes: word t is columns t, t + 4, t + 8, t + 12
 };
 
-// x times up[0] times up[1] is an integer, a sum of integers times down[0] times down[1] is one of x: two factors each, since
-// one would not be a normal number for the smallest and the largest x.
-struct Unit {
-  float up[2], down[2];
-};
-
 struct Shared {
   Work work;
   uint32_t arrived;
@@ -85,17 +79,6 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= 99 << 10, "what a block gets on compute capability 8.6");
 static_assert(kRingBytes >= 2 * kPartStride * 4, "a warp's sums take the place of its ring");
-
-PYLLMQ_DEVICE Unit unit_of(float largest) {
-  if (largest == 0.0f) return {};
-  const int exponent = static_cast<int>(ptx::fp32_to_bits(largest) >> 23 & 255) - 127, first = exponent / 2;
-  Unit unit{{power_of_two(-first), power_of_two(first - exponent)}, {power_of_two(first), power_of_two(exponent - first)}};
-  const float mantissa = largest * unit.up[0] * unit.up[1];
-  unit.up[1] *= kMostX / mantissa;
-  unit.down[0] *= mantissa / (static_cast<float>(kMostX) * kMostEntry);
-  if (exponent == 128) unit.down[0] = ptx::bits_to_fp32(0x7FC00000u);  // x is not finite
-  return unit;
-}
 
 // Each lane describes one of its warp's groups; the widths' groups are dealt to the warps as one sequence. Returns how many.
 template <int kWidest>
@@ -150,7 +133,7 @@ PYLLMQ_DEVICE void stage_x(const LayoutHeader& h, const LinearCall& call, int gr
       largest = fmaxf(largest, ptx::shuffle_xor(largest, mask));
       middle += ptx::shuffle_xor(middle, mask);
     }
-    const Unit unit = unit_of(largest);
+    const Unit unit = unit_of(largest, kMostX);
     for_each_slot([&](int group, int64_t slot) {
       int x = 0;
       if (column_of[slot] >= 0) x = ptx::nearest_integer(x_of(column_of[slot]) * spans[slot].half * unit.up[0] * unit.up[1]);
@@ -160,7 +143,7 @@ PYLLMQ_DEVICE void stage_x(const LayoutHeader& h, const LinearCall& call, int gr
     });
     if (lane == 0) {
       shared.middle[warp][token] = middle;
-      shared.down[warp][token][0] = unit.down[0];
+      shared.down[warp][token][0] = unit.down[0] / kMostEntry;
       shared.down[warp][token][1] = unit.down[1];
     }
   }

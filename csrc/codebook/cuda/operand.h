@@ -32,4 +32,18 @@ class CodebookBytePlanes final : public CodebookOperand {
   const int64_t widest_;
 };
 
+// The same for many tokens in fp16 or bf16 on compute capability 9.0. Not of a weight whose layout has no patches.
+class CodebookWgmma final : public CodebookOperand {
+ public:
+  using CodebookOperand::CodebookOperand;
+
+  // Whether the current device is such a one, and the build is for it.
+  static bool runs();
+
+ private:
+  int64_t most_tokens() const override { return 256 * kTokenBlocks; }
+  int64_t find_room(int64_t tokens, int dtype) const override;
+  void run(const LinearCall& call, uintptr_t stream) const override;
+};
+
 }  // namespace pyllmq::cuda

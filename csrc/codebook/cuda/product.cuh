@@ -2,7 +2,7 @@
 //
 // A block of 8 warps has up to 512 rows and a range of panels of K; each warp takes every 8th column group, streams its codes
 // and codebooks through a ring in shared memory of its own, and keeps the sums of all rows in registers. Then the warps' sums
-// are added in order.
+// are added in one pass, in order.
 //
 // A product without transposes: decoding gives *pairs of rows* of one column, but an operand register of mma.m16n8k16 wants
 // two columns of one row. So the two k-slots of a register both stand for one column, the first for the pair's first row,
@@ -24,10 +24,8 @@ constexpr int kProductWarps = 8;
 constexpr int kProductThreads = 32 * kProductWarps;
 constexpr int kMostProductColumns = 16;  // tokens, or twice the tokens for fp32
 constexpr int kRingBytes = 9216;         // of one warp: two stages of 4 bits, or the tables of an 8-bit group
-constexpr int kSums = kBlockRows * 4;    // rows x columns of a block's product, for each number of token tiles
 
 using Rings = uint8_t[kProductWarps][kRingBytes];  // after the loop: the sums
-static_assert(sizeof(Rings) >= kSums * 4, "the sums must fit into the rings");
 
 // What a block multiplies: the same for all threads, so it lies in shared memory, and sums have the registers.
 struct Product {
@@ -190,28 +188,36 @@ PYLLMQ_DEVICE void accumulate_wide(const Product& w, uint8_t* ring, const uint16
   ptx::sync_warp();
 }
 
-// The warps' sums, added in order: [column of the product, row], in place of the rings.
+// Where the sum of a row and a column of the product stands in a warp's ring: lanes of a store meet in pairs.
 template <int kTokenTiles>
-PYLLMQ_DEVICE float* add_warps(const Product& w, Rings& rings, const TileSums<kTokenTiles> (&sums)[kBlockTiles / kTokenTiles]) {
-  constexpr int kRows = kBlockRows / kTokenTiles;
-  const int lane = ptx::thread() % 32, warp = ptx::thread() / 32;
-  auto* total = reinterpret_cast<float*>(rings);
-  for (int turn = 0; turn < kProductWarps; ++turn) {
-    ptx::sync_block();  // before the first turn: every warp is done with its ring
-    if (turn != warp) continue;
-    unrolled<kTokenTiles>([&](int column_tile) {
-      const int column = column_tile * 4 + lane % 4;
-      if (column >= w.columns()) return;
-      unrolled<kBlockTiles / kTokenTiles, 8>([&](int tile, int e) {
-        const int row = tile * kTileRows + e / 2 * 16 + lane / 4 * 2 + e % 2;
-        float& to = total[column * kRows + row];
-        const float sum = sums[tile][e / 4][column_tile][e % 4];
-        to = turn == 0 ? sum : to + sum;
-      });
+PYLLMQ_DEVICE int place_of_sum(int column, int row) {
+  constexpr int kStride = kBlockRows / kTokenTiles + 16;
+  static_assert(kStride * 4 * kTokenTiles * sizeof(float) <= kRingBytes, "a warp's sums take the place of its ring");
+  return column * kStride + row;
+}
+
+// A warp's sums in place of its ring.
+template <int kTokenTiles>
+PYLLMQ_DEVICE void store_sums(const Product& w, const TileSums<kTokenTiles> (&sums)[kBlockTiles / kTokenTiles], uint8_t* ring) {
+  const int lane = ptx::thread() % 32;
+  auto* part = reinterpret_cast<float*>(ring);
+  unrolled<kTokenTiles>([&](int column_tile) {
+    const int column = column_tile * 4 + lane % 4;
+    if (column >= w.columns()) return;
+    unrolled<kBlockTiles / kTokenTiles, 8>([&](int tile, int e) {
+      const int row = tile * kTileRows + e / 2 * 16 + lane / 4 * 2 + e % 2;
+      part[place_of_sum<kTokenTiles>(column, row)] = sums[tile][e / 4][column_tile][e % 4];
     });
-  }
-  ptx::sync_block();
-  return total;
+  });
+}
+
+// That of all warps, in order.
+template <int kTokenTiles>
+PYLLMQ_DEVICE float sum_of_warps(const Rings& rings, int column, int row) {
+  float sum = 0.0f;
+  unrolled<kProductWarps>(
+      [&](int warp) { sum += reinterpret_cast<const float*>(rings[warp])[place_of_sum<kTokenTiles>(column, row)]; });
+  return sum;
 }
 
 // Adds the columns of all widths.

@@ -243,18 +243,17 @@ PYLLMQ_DEVICE void stage_x(const Multiplication& m, const Work& w, uint16_t* x_s
   }
 }
 
-// Row scale, outliers.
+// Sums of all warps, row scale, outliers.
 template <int kTokenTiles>
-PYLLMQ_DEVICE void finish(const Multiplication& m, const Work& w, const float* total) {
-  constexpr int kRows = kBlockRows / kTokenTiles;
+PYLLMQ_DEVICE void finish(const Multiplication& m, const Work& w, const Rings& rings) {
   const LayoutHeader& h = *w.header;
   const int64_t row_begin = w.block.row_begin + w.first_row;
   for (int token = 0; token < w.tokens; ++token) {
     const uint16_t* x = m.x.values + int64_t{w.x_row[token]} * w.planes * h.columns;
     const float unscale = m.x.unscale[w.x_row[token]];
     for (int row = ptx::thread(); row < w.rows; row += kThreads) {
-      float sum = total[token * w.planes * kRows + row];
-      if (w.planes == 2) sum += total[(token * 2 + 1) * kRows + row] * (1.0f / kLowPlane);
+      float sum = sum_of_warps<kTokenTiles>(rings, token * w.planes, row);
+      if (w.planes == 2) sum += sum_of_warps<kTokenTiles>(rings, token * 2 + 1, row) * (1.0f / kLowPlane);
       if (h.row_scale_offset != 0) sum *= ptx::fp16_to_fp32(section<uint16_t>(h, h.row_scale_offset)[row_begin + row]);
       if (h.outliers != 0) {
         const int in_block = w.first_row + row;
@@ -301,7 +300,9 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) experts
       ptx::sync_block();
       accumulate_all<kTokenTiles>(w, shared.ring[ptx::thread() / 32], x_shared, sums);
     } while (w.panel < w.panel_end);
-    finish<kTokenTiles>(m, w, add_warps<kTokenTiles>(w, shared.ring, sums));
+    store_sums<kTokenTiles>(w, sums, shared.ring[ptx::thread() / 32]);
+    ptx::sync_block();
+    finish<kTokenTiles>(m, w, shared.ring);
   }
 }
 

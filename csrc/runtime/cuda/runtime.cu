@@ -77,6 +77,12 @@ void allow_shared(const void* kernel, size_t bytes) {
   allowed[key] = bytes;
 }
 
+bool has_code(const void* kernel) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return attributes.sharedSizeBytes < kNoCodeBytes;
+}
+
 bool is_captured(uintptr_t stream) {
   if (stream == 0) return false;  // the default stream cannot be
   cudaStreamCaptureStatus status{};

@@ -21,6 +21,11 @@ int64_t shared_bytes();
 // Lets a kernel take that much dynamic shared memory on the current device; done once per kernel and device.
 void allow_shared(const void* kernel, size_t bytes);
 
+// Of a kernel for compute capability 9.0 alone: whether the current device is one, and the build is for it. What stands in its
+// place elsewhere has so much static shared memory (PYLLMQ_NO_CODE); drivers may count a kibibyte of their own.
+constexpr size_t kNoCodeBytes = 16 << 10;
+bool has_code(const void* kernel);
+
 // Whether work for the stream is recorded in a graph, not run.
 bool is_captured(uintptr_t stream);
 

@@ -12,6 +12,14 @@
 #define PYLLMQ_DYNAMIC_SHARED(name) extern __shared__ __align__(16) uint8_t name[]
 #define PYLLMQ_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+// Where a kernel of what only compute capability 9.0 has is compiled for another: nothing but static shared memory, by which the
+// host knows (has_code).
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PYLLMQ_NO_CODE                            \
+  __shared__ volatile int none[kNoCodeBytes / 4]; \
+  none[0] = 0;                                    \
+  return;
+#endif
 // All blocks run at once, or the launch is refused: they may wait for each other.
 #define PYLLMQ_LAUNCH_TOGETHER(kernel, blocks, threads, shared_bytes, stream, argument)                                    \
   do {                                                                                                                     \
@@ -19,6 +27,18 @@
     void* held_arguments[] = {&held};                                                                                      \
     cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(threads), \
                                 held_arguments, shared_bytes, reinterpret_cast<cudaStream_t>(stream));                     \
+  } while (false)
+// The launch before, in the same stream, may still be under way: what it writes is there after wait_for_previous.
+#define PYLLMQ_LAUNCH_EARLY(kernel, blocks, threads, shared_bytes, stream, argument)                     \
+  do {                                                                                                   \
+    auto held = argument;                                                                                \
+    void* held_arguments[] = {&held};                                                                    \
+    cudaLaunchAttribute early{};                                                                         \
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;                                       \
+    early.val.programmaticStreamSerializationAllowed = 1;                                                \
+    const cudaLaunchConfig_t launch{dim3(static_cast<unsigned>(blocks)),    dim3(threads), shared_bytes, \
+                                    reinterpret_cast<cudaStream_t>(stream), &early,        1};           \
+    cudaLaunchKernelExC(&launch, reinterpret_cast<const void*>(kernel), held_arguments);                 \
   } while (false)
 
 namespace pyllmq::cuda::ptx {
@@ -120,6 +140,9 @@ PYLLMQ_DEVICE void wait_async() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLatestLeft) : "memory");
 }
 
+// Asks for the 128 bytes around an address, which a copy soon finds in L2.
+PYLLMQ_DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 // A byte address in shared memory: sums of such addresses stay as they are written, one instruction each, where a pointer's
 // would be split into an offset and the block's base.
 using SharedAddress = uint32_t;
@@ -141,6 +164,103 @@ PYLLMQ_DEVICE void copy_async_16_if(bool wanted, SharedAddress to, const void* f
                    static_cast<int>(wanted)),
                "r"(to), "n"(kTo), "l"(from), "n"(kFrom)
                : "memory");
+}
+
+// ---- what only compute capability 9.0 has (sm_90a): warp groups of 128 threads multiply what lies in shared memory
+// -------------
+
+// A barrier in shared memory, of phases 0, 1, 0, ...: a phase is over when so many threads have arrived, and all bytes have that
+// one of them said to expect. What they wrote is then there for whoever waits.
+using Barrier = uint64_t;
+PYLLMQ_DEVICE void barrier_init(Barrier* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+PYLLMQ_DEVICE void barrier_arrive(Barrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+PYLLMQ_DEVICE void barrier_arrive_and_expect(Barrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+// Until a phase of that parity is over; of a barrier that was just made, the one before its first.
+PYLLMQ_DEVICE void barrier_wait(Barrier* barrier, int parity) {
+  asm volatile(
+      "{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra over; bra again; over: }" ::"r"(
+          shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// A multiple of 16 bytes from global to shared memory, requested by one thread; they count as bytes that the barrier expects.
+PYLLMQ_DEVICE void copy_bulk(void* shared, const void* global, int bytes, Barrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+// Between a thread's own reads and writes of shared memory and those of copy_bulk and wgmma, which go another way.
+PYLLMQ_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Lets a launch begin that may begin early, once all blocks have come here; and waits in it for the end of the one before.
+PYLLMQ_DEVICE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+PYLLMQ_DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// How wgmma finds a matrix of 16 bits: rows of 128 bytes, 8 to a kilobyte, whose chunk c of 16 bytes stands in place c ^ row % 8;
+// the next 8 rows `step` bytes further. The same for all threads of a warp group; begins at a multiple of 1024 bytes, or within
+// the first row.
+PYLLMQ_DEVICE uint64_t matrix_at(const void* shared, int step) {
+  return uint64_t{1} << 62 | static_cast<uint64_t>(step >> 4) << 32 | uint64_t{1} << 16 | (shared_address(shared) & 0x3FFFF) >> 4;
+}
+
+#define PYLLMQ_NUMBERS_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define PYLLMQ_NUMBERS_16 PYLLMQ_NUMBERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define PYLLMQ_NUMBERS_32 PYLLMQ_NUMBERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define PYLLMQ_NUMBERS_64                                                                                                    \
+  PYLLMQ_NUMBERS_32                                                                                                          \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61" \
+  ",%62,%63"
+#define PYLLMQ_NUMBERS_128                                                                                                   \
+  PYLLMQ_NUMBERS_64                                                                                                          \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93" \
+  ",%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118"  \
+  ",%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define PYLLMQ_SUMS_4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define PYLLMQ_SUMS_8(i) PYLLMQ_SUMS_4(i), PYLLMQ_SUMS_4(i + 4)
+#define PYLLMQ_SUMS_16(i) PYLLMQ_SUMS_8(i), PYLLMQ_SUMS_8(i + 8)
+#define PYLLMQ_SUMS_32(i) PYLLMQ_SUMS_16(i), PYLLMQ_SUMS_16(i + 16)
+#define PYLLMQ_SUMS_64(i) PYLLMQ_SUMS_32(i), PYLLMQ_SUMS_32(i + 32)
+#define PYLLMQ_SUMS_128(i) PYLLMQ_SUMS_64(i), PYLLMQ_SUMS_64(i + 64)
+#define PYLLMQ_WGMMA(n, sums, a_number, b_number)                                                                                \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" PYLLMQ_NUMBERS_##sums "}, %" #a_number ", %" #b_number \
+                                                                                                ", 1, 1, 1, 1, 0;"               \
+               : PYLLMQ_SUMS_##sums(0)                                                                                           \
+               : "l"(a), "l"(b))
+
+// c += a * b: fp16 [64, 16] x [16, kN], summed in fp32; under way until wgmma_wait. In memory a row of a's matrix is one k with
+// 64 m, a row of b's one n with 64 k, of which 16 are taken. With g = lane / 4 and t = lane % 4 a lane of warp w holds c[4j + e]
+// = C[16w + g + 8 (e / 2)][8j + 2t + e % 2].
+template <int kN>
+PYLLMQ_DEVICE void wgmma(float (&c)[kN / 2], uint64_t a, uint64_t b) {
+  static_assert(kN == 16 || kN == 32 || kN == 64 || kN == 128 || kN == 256, "what kernels use");
+  if constexpr (kN == 16) PYLLMQ_WGMMA(16, 8, 8, 9);
+  if constexpr (kN == 32) PYLLMQ_WGMMA(32, 16, 16, 17);
+  if constexpr (kN == 64) PYLLMQ_WGMMA(64, 32, 32, 33);
+  if constexpr (kN == 128) PYLLMQ_WGMMA(128, 64, 64, 65);
+  if constexpr (kN == 256) PYLLMQ_WGMMA(256, 128, 128, 129);
+}
+PYLLMQ_DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }  // sums may be used
+PYLLMQ_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kLatestLeft>  // until at most so many of the latest groups are under way
+PYLLMQ_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLatestLeft) : "memory");
+}
+// Keeps the compiler from moving what reads or writes sums to the other side.
+template <int kCount>
+PYLLMQ_DEVICE void hold(float (&c)[kCount]) {
+  PYLLMQ_UNROLL
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(c[i])::"memory");
 }
 
 // What another block wrote: read from L2, where all blocks see the same.

@@ -147,7 +147,6 @@ struct Codes2Cells {
     }
   }
 
- private:
   // Nibble 2 r + j: code + 4 position.
   PYLLMQ_MEMBER static uint32_t indices(const uint8_t* cell, int step, int tile, int lane) {
     const auto* words = reinterpret_cast<const uint32_t*>(cell);
@@ -156,6 +155,7 @@ struct Codes2Cells {
     return (codes & 0x33333333u) | (kept << 2 & 0x0C0C0C0Cu) | (kept << 4 & 0xC0C0C0C0u);
   }
 
+ private:
   template <int kStep, int kTokenTiles, class X>
   PYLLMQ_MEMBER static void multiply_step(const uint8_t* cell, const uint8_t* tables, int lane, const X& x,
                                           float (&sums)[kStripTiles][kTokenTiles][4]) {

@@ -107,20 +107,37 @@ struct Cursor {
   const Work& w;
   int cell, strip, table;  // table: slot of the cell's codebooks; as many as stages, since a stage may be a whole cell
 
+  // body(where the cell of a strip of the block begins, its bytes)
+  template <class Body>
+  PYLLMQ_MEMBER void at_cell(const Arguments& a, int of_strip, const Body& body) const {
+    const SparseHeader& h = *w.header;
+    const int64_t in_strip = int64_t{w.strip_begin + of_strip};
+    const auto* data = section<uint8_t>(h, h.data_offset);
+    if constexpr (Cells::kKind == SparseKind::bitmap) {
+      const uint32_t* begin = section<uint32_t>(h, h.begin_offset) + in_strip * (h.cells + 1) + cell;
+      body(data + int64_t{begin[0]} * 16, static_cast<int>(begin[1] - begin[0]) * 16);
+    } else {
+      body(data + (in_strip * h.cells + cell) * a.stage_bytes, a.stage_bytes);
+    }
+  }
+
+  // The first cells leave memory while x is brought into order.
+  PYLLMQ_MEMBER void prefetch(const Arguments& a, int lane) const {
+    constexpr int kLine = 128;
+    for (int of_strip = 0; cell < w.cell_end && of_strip < w.strips; ++of_strip)
+      at_cell(a, of_strip, [&](const uint8_t* from, int bytes) {
+        for (int at = lane * kLine; at < bytes; at += 32 * kLine) ptx::prefetch(from + at);
+      });
+  }
+
   // Copies the next cell of a strip, and with the first strip's the codebooks, if there is any left.
   PYLLMQ_MEMBER void fetch(const Arguments& a, uint8_t* to, uint8_t* tables, int lane) {
     if (cell < w.cell_end) {
       const SparseHeader& h = *w.header;
       const auto* base = reinterpret_cast<const uint8_t*>(&h);
-      const int64_t in_strip = int64_t{w.strip_begin + strip};
-      const uint8_t* from = base + h.data_offset + (in_strip * h.cells + cell) * a.stage_bytes;
-      int bytes = a.stage_bytes;
-      if constexpr (Cells::kKind == SparseKind::bitmap) {
-        const uint32_t* begin = section<uint32_t>(h, h.begin_offset) + in_strip * (h.cells + 1) + cell;
-        from = base + h.data_offset + int64_t{begin[0]} * 16;
-        bytes = static_cast<int>(begin[1] - begin[0]) * 16;
-      }
-      for (int at = lane * 16; at < bytes; at += 512) ptx::copy_async_16(to + at, from + at);
+      at_cell(a, strip, [&](const uint8_t* from, int bytes) {
+        for (int at = lane * 16; at < bytes; at += 512) ptx::copy_async_16(to + at, from + at);
+      });
       if (Cells::kTableBytes > 0 && strip == 0) {
         const uint8_t* codebooks = base + h.codebook_offset + int64_t{cell} * Cells::kTableBytes;
         for (int at = lane * 16; at < Cells::kTableBytes; at += 512)
@@ -187,17 +204,18 @@ PYLLMQ_DEVICE void add_warps(const Work& w, const Arguments& a, float* total,
                              const StripSums<kTokenTiles> (&sums)[kBlockStrips / kTokenTiles]) {
   constexpr int kRows = kBlockStrips / kTokenTiles * kStripRows;
   const int lane = ptx::thread() % 32, warp = ptx::thread() / 32;
-  for (int turn = 0; turn < a.warps; ++turn) {
-    ptx::sync_block();  // before the first turn: every warp is done with its ring
-    if (turn != warp) continue;
-    unrolled<kBlockStrips / kTokenTiles, kStripTiles>([&](int strip, int tile) {
-      unrolled<kTokenTiles, 4>([&](int i, int e) {
-        const int column = i * 8 + lane % 4 * 2 + e % 2;
-        if (column >= w.columns()) return;
-        float& to = total[column * kRows + strip * kStripRows + tile * 16 + lane / 4 + e / 2 * 8];
-        to = turn == 0 ? sums[strip][tile][i][e] : to + sums[strip][tile][i][e];
-      });
+  ptx::sync_block();  // every warp is done with its ring
+  unrolled<kBlockStrips / kTokenTiles, kStripTiles>([&](int strip, int tile) {
+    unrolled<kTokenTiles, 4>([&](int i, int e) {
+      const int column = i * 8 + lane % 4 * 2 + e % 2, row = strip * kStripRows + tile * 16 + lane / 4 + e / 2 * 8;
+      if (column < w.columns()) total[warp * kSums + column * kRows + row] = sums[strip][tile][i][e];
     });
+  });
+  ptx::sync_block();
+  for (int i = ptx::thread(); i < w.columns() * kRows; i += a.warps * 32) {
+    float sum = total[i];
+    for (int other = 1; other < a.warps; ++other) sum += total[other * kSums + i];
+    total[i] = sum;
   }
   ptx::sync_block();
 }
@@ -281,6 +299,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kMostWarps * 32, Cells::kBlocks)
     ptx::sync_block();  // the item before is done with shared memory
     if (ptx::thread() == 0) take<Cells, kTokenTiles>(a, h, item, w);
     ptx::sync_block();
+    Cursor<Cells>{w, w.cell_begin + ptx::thread() / 32, 0, 0}.prefetch(a, ptx::thread() % 32);
     stage_x<Cells>(w, a, shared, x_shared);
     StripSums<kTokenTiles> sums[kBlockStrips / kTokenTiles] = {};
     accumulate<Cells, kTokenTiles>(w, a, rings + ptx::thread() / 32 * warp_bytes, x_shared, sums);
@@ -310,7 +329,7 @@ SparsePlan plan_for(const SparseOperand& operand, int64_t tokens, int dtype) {
   const int64_t most_x = std::min(kMostXBytes, cells * cell_x);
   const auto bytes = [&](int warps, int64_t x_bytes) {
     return static_cast<int64_t>(sizeof(Shared)) + x_bytes +
-           std::max<int64_t>(warps * warp_bytes<Cells>(operand.stage_bytes), kSums * 4);
+           warps * std::max<int64_t>(warp_bytes<Cells>(operand.stage_bytes), kSums * 4);
   };
   plan.warps = kMostWarps;
   while (plan.warps > 1 && bytes(plan.warps, most_x) > shared_limit) plan.warps /= 2;

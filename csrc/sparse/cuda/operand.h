@@ -15,7 +15,7 @@ struct SparsePlan {
   int64_t partials;               // elements of the workspace
 };
 
-class SparseOperand final : public LinearOperand {
+class SparseOperand : public LinearOperand {
  public:
   // kind to stage_bytes: what the blob's header says.
   SparseOperand(const uint8_t* layout, int64_t layout_bytes, int64_t rows, int64_t columns, SparseKind kind, ValueType values,
@@ -38,6 +38,17 @@ class SparseOperand final : public LinearOperand {
   // Of the layout `columns`.
   SparsePlan plan_columns(int64_t tokens) const;
   void run_columns(const LinearCall& call, uintptr_t stream) const;
+};
+
+// The same of codes of 2 bits for one token, by integer tensor cores; its errors are those of `high`.
+class SparseProducts final : public SparseOperand {
+ public:
+  SparseProducts(const uint8_t* layout, int64_t layout_bytes, int64_t rows, int64_t columns, int64_t stage_bytes)
+      : SparseOperand(layout, layout_bytes, rows, columns, SparseKind::codes, ValueType::fp16, 2, stage_bytes) {}
+
+ private:
+  int64_t find_room(int64_t tokens, int dtype) const override;
+  void run(const LinearCall& call, uintptr_t stream) const override;
 };
 
 }  // namespace pyllmq::cuda

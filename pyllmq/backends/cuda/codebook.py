@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,10 @@ cost 2.2 times the reading of an fp16 matrix; decoding to memory and multiplying
 """
 
 
+MIN_WGMMA_TOKENS, MAX_WGMMA_TOKENS = 9, 1024
+"""From here on decoding for all tokens at once takes fewer instructions than decoding for 16 of them (counted). It is predicted to
+give 0.85 of cuBLAS on dense weights from 256 tokens on; decoding to memory first 0.83 at 1024 and 0.91 at 2048."""
+
 MAX_PLANE_BITS = 4
 """Widths that have byte planes (csrc/codebook/cuda/layout.h): more entries than two permutations hold are looked up in memory."""
 
@@ -37,13 +42,14 @@ MAX_PLANE_TOKENS = 2
 
 
 def from_blob(blob: Tensor, shape: Shape) -> WeightOperand:
-    """`meta` is the largest width of a column. Raises ValueError if the blob is no such layout, is cut off, or holds a weight of
+    """`meta` is the largest width of a column, and whether the layout has patches, which it lacks where an outlier over its row's
+    scale is too large for fp16. Raises ValueError if the blob is no such layout, is cut off, or holds a weight of
     another shape."""
     if blob.dtype != torch.uint8 or blob.dim() != 1:
         raise ValueError(f"a layout {LAYOUT!r} is a uint8 vector, given: {blob.dtype} of shape {tuple(blob.shape)}")
     header = blob[: runtime.extension().codebook_header_bytes].to("cpu", copy=True)  # aligned, wherever the blob begins
-    widest = runtime.extension().codebook_layout_widest(header.data_ptr(), blob.numel(), *shape)
-    return WeightOperand("codebook", LAYOUT, (blob,), (widest,), shape)
+    meta = runtime.extension().codebook_layout_meta(header.data_ptr(), blob.numel(), *shape)
+    return WeightOperand("codebook", LAYOUT, (blob,), meta, shape)
 
 
 def prepack(field: Fields, shape: Shape) -> WeightOperand:
@@ -75,11 +81,18 @@ def operand(weight: WeightOperand) -> Any:
 def byte_planes(weight: WeightOperand) -> Any:
     """One or two tokens: codebooks and x as integers, looked up and multiplied a byte at a time."""
     (blob,) = weight.tensors
-    return runtime.extension().CodebookBytePlanes(blob.data_ptr(), blob.numel(), *weight.shape, *weight.meta)
+    return runtime.extension().CodebookBytePlanes(blob.data_ptr(), blob.numel(), *weight.shape, weight.meta[0])
+
+
+def wgmma(weight: WeightOperand) -> Any:
+    """Many tokens: codes decoded once for all of them, multiplied by warp groups."""
+    (blob,) = weight.tensors
+    return runtime.extension().CodebookWgmma(blob.data_ptr(), blob.numel(), *weight.shape)
 
 
 packed_linear = partial(runtime.run_linear, operand)
 packed_linear_byte_planes = partial(runtime.run_linear, byte_planes)
+packed_linear_wgmma = partial(runtime.run_linear, wgmma)
 packed_dequantize = partial(runtime.dequantize, operand)
 dequantize_matmul = partial(runtime.dequantize_matmul, operand)
 
@@ -105,15 +118,38 @@ def _narrow_and_not_exact(problem: WeightProblem) -> Support:
     return fits, why
 
 
+def _has_wgmma(problem: WeightProblem) -> Support:
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return False, f"takes float16, bfloat16, not {problem.dtype}"
+    if problem.tokens < MIN_WGMMA_TOKENS:
+        return False, f"serves {MIN_WGMMA_TOKENS} tokens and more, here {problem.tokens}"
+    if os.environ.get("PYLLMQ_CUDA_WGMMA") == "0":
+        return False, "is switched off by PYLLMQ_CUDA_WGMMA=0"
+    fits, why = runtime.on_device(problem)
+    if not fits:
+        return fits, why
+    with runtime.on(problem.device):
+        if not runtime.extension().CodebookWgmma.runs():
+            return False, "needs compute capability 9.0, and a build for it (sm_90a)"
+    if not problem.meta[1]:
+        return False, "an outlier over its row's scale is too large for fp16"
+    return True, ""
+
+
 register_layout(Layout("cuda", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
 because = "a lookup is an operand of integer tensor cores: a third to a half of cuda.fused's instructions (counted)"
 one_or_two = reads(LAYOUT, _narrow_and_not_exact, MAX_PLANE_TOKENS)
 PACKED_LINEAR.register("cuda.byte_planes", ORDER, one_or_two, packed_linear_byte_planes, because)
+because = (
+    "decodes once for all tokens, into shared memory that warp groups multiply from (counted; predicted best to 1024)"
+)
+many = reads(LAYOUT, _has_wgmma, MAX_WGMMA_TOKENS)
+PACKED_LINEAR.register("cuda.wgmma", ORDER + 1, many, packed_linear_wgmma, because)
 because = "reads only the codes, decodes in registers (predicted: best to 64 tokens)"
 few = reads(LAYOUT, runtime.takes_activations, MAX_FUSED_TOKENS)
-PACKED_LINEAR.register("cuda.fused", ORDER + 1, few, packed_linear, because)
+PACKED_LINEAR.register("cuda.fused", ORDER + 2, few, packed_linear, because)
 because = "decoding is paid once, the product is cuBLAS's (predicted)"
-PACKED_LINEAR.register("cuda.dequantize_matmul", ORDER + 2, _any_number, dequantize_matmul, because)
+PACKED_LINEAR.register("cuda.dequantize_matmul", ORDER + 3, _any_number, dequantize_matmul, because)
 because = "decodes at the speed of the stores (predicted)"
 PACKED_DEQUANTIZE.register("cuda.dequantize", ORDER, _any_number, packed_dequantize, because)
 because = "reads the codes of those rows and the entries that they name"

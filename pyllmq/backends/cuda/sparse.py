@@ -97,7 +97,16 @@ def operand(weight: WeightOperand) -> Any:
     return runtime.extension().SparseOperand(blob.data_ptr(), blob.numel(), *weight.shape, kind, *meta[1:])
 
 
+def products(weight: WeightOperand) -> Any:
+    """One token, codes of 2 bits: products of codebooks and x as integers, looked up and added a byte at a time."""
+    (blob,) = weight.tensors
+    return runtime.extension().SparseProducts(
+        blob.data_ptr(), blob.numel(), *weight.shape, Meta(*weight.meta).stage_bytes
+    )
+
+
 packed_linear = partial(runtime.run_linear, operand)
+packed_linear_products = partial(runtime.run_linear, products)
 packed_dequantize = partial(runtime.dequantize, operand)
 dequantize_matmul = partial(runtime.dequantize_matmul, operand)
 
@@ -124,17 +133,29 @@ def _as_cells(problem: WeightProblem) -> Support:
     return runtime.takes_activations(problem)
 
 
+def _of_2_bits_and_not_exact(problem: WeightProblem) -> Support:
+    if problem.precision == "exact":
+        return False, "errs by up to 2e-4 of the result, and precision is 'exact'"
+    if Meta(*problem.meta).bits != 2:
+        return False, "serves codes of 2 bits: of more, a group's products do not fit into two permutations"
+    return runtime.takes_activations(problem)
+
+
+layout = "cuda.sparse24_codebook"
+because = "a lookup is a product and an operand of integer tensor cores: 2.9 instructions of the integer pipe for 4.4 (counted)"
+one = reads(layout, _of_2_bits_and_not_exact, 1)
+PACKED_LINEAR.register(f"{layout}_products", ORDER, one, packed_linear_products, because)
 for kind in SPARSE_KINDS:
     make, back = partial(prepack, kind), partial(from_blob, kind)
     register_layout(Layout("cuda", kind, ORDER, weight_type(kind).fields, runtime.serves, make, unpack, back))
     layout = f"cuda.{kind}"
     few, any_number = reads(layout, _as_cells, MAX_FUSED_TOKENS), reads(layout, runtime.takes_activations)
-    PACKED_LINEAR.register(f"{layout}_fused", ORDER, few, packed_linear, _FUSED[kind])
+    PACKED_LINEAR.register(f"{layout}_fused", ORDER + 1, few, packed_linear, _FUSED[kind])
     if kind != "sparse24_codebook":
         few = reads(layout, _as_columns, MAX_COLUMNS_TOKENS)
         because = "the work is that of the kept weights: predicted best below 25 % kept, and for fp32 values"
-        PACKED_LINEAR.register(f"{layout}_columns", ORDER, few, packed_linear, because)
+        PACKED_LINEAR.register(f"{layout}_columns", ORDER + 1, few, packed_linear, because)
     because = "spreading is paid once, the product is cuBLAS's (predicted)"
-    PACKED_LINEAR.register(f"{layout}_matmul", ORDER + 1, any_number, dequantize_matmul, because)
+    PACKED_LINEAR.register(f"{layout}_matmul", ORDER + 2, any_number, dequantize_matmul, because)
     because = "one pass over the packed weight (predicted)"
     PACKED_DEQUANTIZE.register(f"{layout}_dequantize", ORDER, any_number, packed_dequantize, because)

@@ -32,7 +32,7 @@ from pyllmq.experts import ExpertLinear, RoutedExperts, take_apart
 from pyllmq.linears import dense_weight, select_linears
 
 BITS = 3.0
-ENDS = {"embeddings": 3, "head": 3}
+ENDS: dict[str, Any] = {"embeddings": 3, "head": 3}
 TEXTS = (4, 128)
 """Windows of calibration."""
 PRIORS = {"own alone": 0.0, "K / 4": 0.25, "K": 1.0, "4 K": 4.0, "layer alone": 1e9}
@@ -117,7 +117,7 @@ def by_share(share: str, of_experts: Mapping[str, Routed]) -> Any:
             weights = torch.tensor([weigh(name) for name in names]).clamp_min(1e-30)
             more = 0.5 * weights.log2()
             more = (more - more.mean()).clamp(-1, 1)  # 1.1 bits are the least
-            sizes = torch.tensor([linears[name].out_features * linears[name].in_features for name in names])
+            sizes = torch.tensor([dense_weight(linears[name]).numel() for name in names])
             more -= (more * sizes).sum() / sizes.sum()
             for name, bits, size in zip(names, more.tolist(), sizes.tolist(), strict=True):
                 found["bytes"][name] += bits * size / 8

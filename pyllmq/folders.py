@@ -165,13 +165,13 @@ class Description(dict[str, Any]):
         for name, (n, k) in self.shapes.items():
             packed, stored = self.structures.get(name), headers.get(f"{name}.weight")
             if packed is not None:
-                found: Any = [packed.out_features, packed.in_features]
+                held: Any = [packed.out_features, packed.in_features]
             else:
-                found = "no such tensor" if stored is None else list(stored.shape)
+                held = "no such tensor" if stored is None else list(stored.shape)
             # Conv1D has it the other way round, and its format the right way.
-            if [n, k] != found and (packed is not None or [k, n] != found):
+            if [n, k] != held and (packed is not None or [k, n] != held):
                 raise FormatError(
-                    f"config.json says that {name} is [{n}, {k}], and the files hold {found}; the folder is damaged"
+                    f"config.json says that {name} is [{n}, {k}], and the files hold {held}; the folder is damaged"
                 )
         self.checked = frozenset(map(str, files))
         return headers

@@ -41,6 +41,20 @@ def test_every_score_keeps_as_many(encoder):
         assert 0 < lost[f"{name} + least squares"] < lost[name], name
 
 
+def test_both_halves_of_whisper():
+    torch.manual_seed(0)
+    model = models.tiny_whisper()
+    ids = torch.randint(0, 512, (2, 9))
+    structured.narrow(
+        model,
+        "FLAP + least squares",
+        0.5,
+        [{"input_features": torch.randn(2, 16, 40), "decoder_input_ids": ids}],
+    )
+    kept = [int((m.weight != 0).any(0).sum()) for name, m in model.named_modules() if name.endswith("fc2")]
+    assert kept == [64] * 4
+
+
 def test_scores():
     """FLAP: the variance of what is lost; fidelity is 1 where an input is all of an output."""
     weight = torch.tensor([[2.0, 0.0], [0.0, 3.0]], dtype=torch.float64)

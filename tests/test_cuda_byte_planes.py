@@ -17,6 +17,7 @@ from pyllmq.operations import WeightProblem
 
 from .cuda_emulator import emulated  # noqa: F401
 from .oracle import CODEBOOK_SIZE, assert_within, random_case
+from .test_cuda_kernels import SHAPES
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("emulated")]
 
@@ -44,21 +45,6 @@ def test_every_width_and_mix(widths, tokens):
     case = random_case(67, 259, widths)
     for dtype, precision in zip(DTYPES, ("high", "fast", "high"), strict=True):
         check(case, torch.randn(tokens, 259).to(dtype), torch.randn(67), precision)
-
-
-SHAPES = [
-    (1, 1),
-    (1, 300),
-    (300, 1),
-    (63, 17),
-    (64, 16),
-    (65, 15),
-    (3, 5),
-    (513, 33),
-    (129, 600),
-    (1300, 40),
-    (40, 1500),
-]
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)

@@ -18,6 +18,7 @@ from pyllmq.operations import WeightProblem
 
 from .cuda_emulator import emulated  # noqa: F401
 from .oracle import assert_as_good_as_torch, random_case
+from .test_cuda_kernels import SHAPES
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("hopper")]
 
@@ -73,21 +74,6 @@ def test_blocks_of_many_tokens(tokens):
     case = random_case(150, 200, (2, 3, 6), segments=2, outliers=0.02, row_scale=True)
     for dtype in DTYPES:
         check(case, torch.randn(tokens, 200).to(dtype), torch.randn(150).to(dtype))
-
-
-SHAPES = [
-    (1, 1),
-    (1, 300),
-    (300, 1),
-    (63, 17),
-    (64, 16),
-    (65, 15),
-    (3, 5),
-    (513, 33),
-    (129, 600),
-    (1300, 40),
-    (40, 1500),
-]
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)

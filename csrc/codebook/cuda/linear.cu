@@ -114,20 +114,6 @@ PYLLMQ_DEVICE void prefetch_codes(const Work& w) {
   }
 }
 
-// Sums of all warps, row scale, outliers; then y, or this split's part of it.
-template <int kTokenTiles>
-PYLLMQ_DEVICE void store_sums(const Work& w, const TileSums<kTokenTiles> (&sums)[kBlockTiles / kTokenTiles], float* part) {
-  const int lane = ptx::thread() % 32;
-  unrolled<kTokenTiles>([&](int column_tile) {
-    const int column = column_tile * 4 + lane % 4;
-    if (column >= w.columns()) return;
-    unrolled<kBlockTiles / kTokenTiles, 8>([&](int tile, int e) {
-      const int row = tile * kTileRows + e / 2 * 16 + lane / 4 * 2 + e % 2;
-      part[place_of_sum<kTokenTiles>(column, row)] = sums[tile][e / 4][column_tile][e % 4];
-    });
-  });
-}
-
 // Sums of all warps, in order, row scale, outliers; then y, or this split's part of it.
 template <int kTokenTiles>
 PYLLMQ_DEVICE void finish(const Work& w, const Arguments& a, Shared& shared) {

@@ -24,17 +24,17 @@ constexpr int64_t kMostLinearTokens = 64;  // of a call, for most kernels
 constexpr int64_t kTokenBlocks = 16;       // that 64 tokens make at most: 4 of them to a block
 inline int64_t counter_bytes(int64_t tiles) { return 4 * kCounterSets * kTokenBlocks * tiles; }  // tiles of at most 64 rows
 
-struct LinearCall {  // by value to a kernel
-  const uint8_t* layout;
-  int64_t layout_bytes;
-  int64_t rows, columns, tokens;
+struct LinearCall {  // by value to a kernel; what has a default is filled in by the operand
+  const uint8_t* layout = nullptr;
+  int64_t layout_bytes = 0;
+  int64_t rows = 0, columns = 0, tokens;
   const void* x;
   int dtype;         // of x and y: 0 fp32, 1 bf16, 2 fp16
   const void* bias;  // or null
   int bias_dtype;
   void* y;
   float* partials;
-  int counter_set;
+  int counter_set = 0;
 };
 
 class LinearOperand {

@@ -6,6 +6,7 @@
 namespace pyllmq {
 
 enum class Activation { silu, gelu, gelu_tanh, relu, relu_squared };
-inline const std::vector<std::string> kActivations = {"silu", "gelu", "gelu_tanh", "relu", "relu_squared"};  // their names
+// Not a variable: files compiled for an instruction set include this, and what they hold must not run at import.
+inline std::vector<std::string> activation_names() { return {"silu", "gelu", "gelu_tanh", "relu", "relu_squared"}; }
 
 }  // namespace pyllmq

@@ -425,7 +425,7 @@ Bound<MlpStep> bound_mlp_step(const py::kwargs& given) {
                .gate_rows = rows_of<UnitRows>(gate),
                .up_rows = rows_of<UnitRows>(up.value_or(gate)),
                .gated = up.has_value(),
-               .activation = choice<Activation>("activation", arguments.take<std::string>("activation"), kActivations),
+               .activation = choice<Activation>("activation", arguments.take<std::string>("activation"), activation_names()),
                .output = output_of(arguments, output),
                .precision = precision_of(arguments.take<int>("precision", 1))};
   arguments.finish();
@@ -547,19 +547,20 @@ Bound<RoutedExperts> bound_routed_experts(const py::kwargs& given) {
   const auto up = arguments.take<py::tuple>("up"), down = arguments.take<py::tuple>("down");
   const auto gate_rows = arguments.take<Two>("gate_rows");
   const auto up_rows = arguments.take<std::optional<Two>>("up_rows");
-  RoutedExperts experts{.up = up.cast<std::vector<const LinearOperand*>>(),
-                        .down = down.cast<std::vector<const LinearOperand*>>(),
-                        .up_bias = arguments.take<Floats>("up_bias"),
-                        .down_bias = arguments.take<Floats>("down_bias"),
-                        .units = arguments.take<int64_t>("units"),
-                        .gate_rows = {gate_rows[0], gate_rows[1]},
-                        .up_rows = up_rows ? GateRows{(*up_rows)[0], (*up_rows)[1]} : GateRows{},
-                        .gated = up_rows.has_value(),
-                        .activation = choice<Activation>("activation", arguments.take<std::string>("activation"), kActivations),
-                        .limit = arguments.take<float>("limit"),
-                        .alpha = arguments.take<float>("alpha"),
-                        .offset = arguments.take<float>("offset"),
-                        .precision = precision_of(arguments.take<int>("precision"))};
+  RoutedExperts experts{
+      .up = up.cast<std::vector<const LinearOperand*>>(),
+      .down = down.cast<std::vector<const LinearOperand*>>(),
+      .up_bias = arguments.take<Floats>("up_bias"),
+      .down_bias = arguments.take<Floats>("down_bias"),
+      .units = arguments.take<int64_t>("units"),
+      .gate_rows = {gate_rows[0], gate_rows[1]},
+      .up_rows = up_rows ? GateRows{(*up_rows)[0], (*up_rows)[1]} : GateRows{},
+      .gated = up_rows.has_value(),
+      .activation = choice<Activation>("activation", arguments.take<std::string>("activation"), activation_names()),
+      .limit = arguments.take<float>("limit"),
+      .alpha = arguments.take<float>("alpha"),
+      .offset = arguments.take<float>("offset"),
+      .precision = precision_of(arguments.take<int>("precision"))};
   arguments.finish();
   check_routed_experts(experts);
   return {std::move(experts), py::make_tuple(up, down)};

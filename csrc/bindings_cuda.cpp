@@ -183,9 +183,10 @@ RoutedExperts routed_experts_of(Keywords& given) {
   given.fill("experts", e.experts, "units", e.units, "gate_first", e.gate_first, "up_first", e.up_first, "stride", e.stride,
              "limit", e.limit, "alpha", e.alpha, "offset", e.offset, "sum_bytes", e.sum_bytes);
   const auto activation = given.take<std::string>("activation");
-  const auto found = std::find(kActivations.begin(), kActivations.end(), activation);
-  if (found == kActivations.end()) throw std::invalid_argument("activation '" + activation + "' is not known");
-  e.activation = static_cast<Activation>(found - kActivations.begin());
+  const std::vector<std::string> names = activation_names();
+  const auto found = std::find(names.begin(), names.end(), activation);
+  if (found == names.end()) throw std::invalid_argument("activation '" + activation + "' is not known");
+  e.activation = static_cast<Activation>(found - names.begin());
   given.fill("up_layouts", e.up.layouts, "up_bias", e.up.bias, "up_rows", e.up.rows, "up_columns", e.up.columns, "up_blocks",
              e.up.blocks);
   given.fill("down_layouts", e.down.layouts, "down_bias", e.down.bias, "down_rows", e.down.rows, "down_columns", e.down.columns,

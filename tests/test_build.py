@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -153,3 +154,18 @@ def test_what_is_asked_and_impossible_is_said(tree, value, complaint):
     compiler = shutil.which(os.environ.get("CXX", "g++").split()[0])
     done = build(tree, PYLLMQ_CUDA=value, PATH=str(tree), CXX=compiler)
     assert done.returncode != 0 and complaint in done.stderr
+
+
+def test_what_an_instruction_set_compiles_runs_nowhere_else():
+    """A variable that is made at import, or an inline function that the linker may take for other files, would run vectors of
+    AVX-512 on every processor."""
+    objects = [
+        path for path in ROOT.glob("build/*/pyllmq._cpu/csrc/**/*.o") if re.search("_avx|_amx|avx2|avx512", path.name)
+    ]
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("the extension was not built here, or there is no nm")
+    for path in objects:
+        symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout.splitlines()
+        assert not [line for line in symbols if "_GLOBAL__sub_I" in line], path
+        shared = [line for line in symbols if re.search(r" [WVu] ", line) and "pyllmq::cpu::" not in line]
+        assert not shared, (path, shared)

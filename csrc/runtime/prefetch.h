@@ -14,7 +14,8 @@ struct Ahead {        // bytes
 // 375. The far one is touchy: 6 KiB takes a fifth longer than 4 at 4 bits, 8 a sixth longer at 3 (Intel). Zen 5, the
 // three ways in turns, 4 / 3 / 2 bits: 1 and 4 KiB 187, 137, 88 us; 2 and 8 KiB 179, 137, 90; once, 8 KiB 175, 132, 87, and the
 // same loop without arithmetic 155, 120, 80. 16384 x 4096: 1140, 1000, 890. On Intel asking once takes 2.6 times as long.
-static constexpr Ahead kLookupsAvx2{1024, 6144}, kLookupsAvx512{1024, 4096}, kLookupsAvx512Amd{8192, 0, true};
+static constexpr Ahead kLookupsAvx2{1024, 6144};
+extern const Ahead kLookupsAvx512;  // by the processor's maker
 // Cells of the sparse formats. AVX2: 2:4 takes 6 % longer with 2 and 16 KiB, codes of 2 bits 283 in place of 262 us, and 278 with
 // 1/2 and 4. AVX-512, 2:4 in bf16 and fp32: 690 and 1154 us, 718 and 1280 where the second is 16 KiB; bitmaps take as long
 // with either; one distance alone: 1.3 to 1.6 times as long.

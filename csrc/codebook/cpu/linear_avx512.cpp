@@ -90,11 +90,9 @@ struct Rows {  // rows 0-15 and 16-31 of a tile
   __m512i half[2];
 };
 
-const Ahead kLookups = (__builtin_cpu_init(), __builtin_cpu_is("amd")) ? kLookupsAvx512Amd : kLookupsAvx512;
-
 inline Rows load_rows(const uint8_t* codes) {
-  prefetch(codes, kLookups);
-  prefetch(codes + 64, kLookups);
+  prefetch(codes, kLookupsAvx512);
+  prefetch(codes + 64, kLookupsAvx512);
   return {{load(codes), load(codes + 64)}};
 }
 

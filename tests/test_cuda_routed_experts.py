@@ -144,7 +144,6 @@ def test_refusals():
         choose(ExpertsProblem("routed_experts", "cpu", torch.float16, ("cuda.bitmap", "cuda.codebook")))
 
 
-@pytest.mark.transformers
 def test_stacks_of_a_model_run_it(monkeypatch):
     """Biases, gate and up interleaved, clamps."""
     model = make("GptOss")

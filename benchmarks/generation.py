@@ -364,9 +364,9 @@ def ratios(rows: Sequence[GenerationRow]) -> list[str]:
 
 
 def read(path: Path) -> list[GenerationRow]:
-    """The rows of a CSV; of each system at each context the last one."""
+    """The rows of a CSV; of each system at each context on each machine the last one."""
     rows = record.read_rows(path, GenerationRow)
-    return list({(r.model, r.system, r.weights, r.mode, r.context): r for r in rows}.values())
+    return list({(r.model, r.system, r.weights, r.mode, r.context, r.device): r for r in rows}.values())
 
 
 def draw(rows: Sequence[GenerationRow], png: Path) -> None:

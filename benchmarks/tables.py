@@ -489,15 +489,19 @@ def streaming_table(what: str) -> str:
 # ---- whole models -----------------------------------------------------------------------------------------------------
 
 
-def generation_rows() -> list[generation.GenerationRow]:
-    return generation.read(CSVS / "generation.csv")
+ZEN3, ZEN5 = "family 25", "family 26"
+
+
+def generation_rows(model: str, machine: str) -> list[generation.GenerationRow]:
+    rows = generation.read(CSVS / "generation.csv")
+    return [row for row in rows if row.model == model and machine in row.device]
 
 
 SHORT = ("4 fused high", "2.1+0.005 fused high", "2 fused high", "Q4_0", "Q2_K", "bfloat16")
 
 
-def generation_table(model: str, short: bool = False) -> str:
-    rows = [row for row in generation_rows() if row.model == model]
+def generation_table(model: str, machine: str = ZEN3, short: bool = False) -> str:
+    rows = generation_rows(model, machine)
     rows = [row for row in rows if not short or f"{row.weights} {row.mode}".strip() in SHORT]
     of_system: dict[str, list[generation.GenerationRow]] = {}
     for row in sorted(rows, key=lambda row: row.context):
@@ -514,11 +518,10 @@ def generation_table(model: str, short: bool = False) -> str:
     return markdown(head, lines) + generation_machine(rows)
 
 
-def generation_ratios(model: str) -> str:
-    rows = [row for row in generation_rows() if row.model == model]
+def generation_ratios(model: str, machine: str = ZEN3) -> str:
     lines = [
         [each.what, each.bits, f"{each.ratio:.2f}", f"{each.bar:g}", f"{each.goal:g}", each.against]
-        for each in generation.compared(rows)
+        for each in generation.compared(generation_rows(model, machine))
     ]
     return markdown(["", "bits", "ratio", "bar", "goal", "against"], lines)
 
@@ -588,6 +591,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "readme-generation": lambda: generation_table("TinyLlama-1.1B", short=True),
     "generation": lambda: generation_table("TinyLlama-1.1B"),
     "generation-ratios": lambda: generation_ratios("TinyLlama-1.1B"),
+    "generation-avx512": lambda: generation_table("TinyLlama-1.1B", ZEN5),
+    "generation-ratios-avx512": lambda: generation_ratios("TinyLlama-1.1B", ZEN5),
 }
 
 

@@ -42,6 +42,21 @@ static inline PackedGroup packed_group(const uint8_t* packed, int64_t slots, int
 // For kDecodeInt16AvxVnni, the rest of which is that of AVX2.
 void multiply_int16_avxvnni(const uint8_t* weights, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums);
 
+namespace {
+
+// What a Dot (chains_avx2.h, chains_avx512.h) of any instruction set has; the rest is its instruction. In a namespace without a
+// name, as no file may take the code of another instruction set for its own.
+struct Int16Pairs {
+  using Group = PackedGroup;
+  static constexpr int64_t kColumns = 2;
+
+  static Group group(const uint8_t* packed, int64_t slots, int64_t begin, int64_t count) {
+    return packed_group(packed, slots, begin, count);
+  }
+};
+
+}  // namespace
+
 // The factor of a column's weights; its maximum is finite, or `pack` has refused x.
 static inline float to_int16(float max_magnitude) { return max_magnitude > 0 ? kLargestWeight / max_magnitude : 0.0f; }
 

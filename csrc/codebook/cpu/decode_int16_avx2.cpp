@@ -43,13 +43,7 @@ void decode_any(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, c
 
 // --- multiply ------------------------------------------------------------------------------------------------------
 
-struct Int16Dot {
-  using Group = PackedGroup;
-  static constexpr int64_t kColumns = 2;
-
-  static Group group(const uint8_t* packed, int64_t slots, int64_t begin, int64_t count) {
-    return packed_group(packed, slots, begin, count);
-  }
+struct Int16Dot : Int16Pairs {
   static __m256i start(const Group&, int64_t) { return _mm256_setzero_si256(); }
   static void add(__m256i& sum, __m256i weights, __m256i x) {
     // In place, in a register: left to itself gcc 12 keeps half of the sums on the stack and copies the others.

@@ -50,13 +50,7 @@ void decode_any(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, c
 
 // --- multiply ------------------------------------------------------------------------------------------------------
 
-struct Int16Dot {
-  using Group = PackedGroup;
-  static constexpr int64_t kColumns = 2;
-
-  static Group group(const uint8_t* packed, int64_t slots, int64_t begin, int64_t count) {
-    return packed_group(packed, slots, begin, count);
-  }
+struct Int16Dot : Int16Pairs {
   static __m512i start(const Group&, int64_t) { return _mm512_setzero_si512(); }
   static __m512i add(__m512i sum, __m512i weights, __m512i x) { return _mm512_dpwssd_epi32(sum, x, weights); }
 };

@@ -7,13 +7,7 @@
 namespace pyllmq::cpu {
 namespace {
 
-struct Int16Dot {
-  using Group = PackedGroup;
-  static constexpr int64_t kColumns = 2;
-
-  static Group group(const uint8_t* packed, int64_t slots, int64_t begin, int64_t count) {
-    return packed_group(packed, slots, begin, count);
-  }
+struct Int16Dot : Int16Pairs {
   static __m256i start(const Group&, int64_t) { return _mm256_setzero_si256(); }
   static void add(__m256i& sum, __m256i weights, __m256i x) {
     sum = _mm256_dpwssd_avx_epi32(sum, x, weights);

@@ -7,10 +7,12 @@
 // Relative error 7e-3 to 1.1e-2 for normal x, about that of engines that round activations to int8. `static` because files of
 // several instruction sets hold this code.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "codebook/cpu/decode.h"
 #include "codebook/cpu/decode_int16.h"
+#include "runtime/half.h"
 
 namespace pyllmq::cpu {
 
@@ -35,5 +37,40 @@ static inline ByteGroup byte_group(uint8_t* packed, int64_t slots, int64_t begin
 static inline ByteGroup byte_group(const uint8_t* packed, int64_t slots, int64_t begin, int64_t count) {
   return byte_group(const_cast<uint8_t*>(packed), slots, begin, count);
 }
+
+namespace {
+
+// As Int16Pairs.
+struct ByteQuads {
+  using Group = ByteGroup;
+  static constexpr int64_t kColumns = 4;
+
+  static Group group(const uint8_t* packed, int64_t slots, int64_t begin, int64_t count) {
+    return byte_group(packed, slots, begin, count);
+  }
+};
+
+// DecodeKernels::pack. Of kFlushColumns numbers a Vectors gives largest(x), the bits of the largest magnitude, and
+// to_quads(x, order, factor, quads): round(x * factor) as int8 by place, and their sum.
+template <class Vectors>
+bool pack_int8(const float* x, int64_t slots, const uint8_t* order, const TokenGroups& groups, int64_t group, uint8_t* packed) {
+  const int64_t count = groups.size(group);
+  const ByteGroup to = byte_group(packed, slots, groups.begin(group), count);
+  for (int64_t t = 0; t < count; ++t)
+    for (int64_t first = 0; first < slots; first += kFlushColumns) {
+      const float* from = x + t * kDecodedColumns + first;  // zeros after the last slot
+      const float largest = bits_float(Vectors::largest(from));
+      if (!(largest == 0 || (largest >= 0x1p-90f && largest <= 0x1p100f))) return false;
+      alignas(64) int32_t quads[kFlushColumns / 4];
+      const int32_t sum = Vectors::to_quads(from, order + first, largest > 0 ? kLargestByte / largest : 0.0f, quads);
+      const int64_t flush = first / kFlushColumns * count + t;
+      to.units[flush] = largest / kLargestByte / kLargestByte;
+      to.starts[flush] = -kByteBias * sum;
+      for (int64_t q = 0; q < std::min(slots - first, kFlushColumns) / 4; ++q) to.x[(first / 4 + q) * count + t] = quads[q];
+    }
+  return true;
+}
+
+}  // namespace
 
 }  // namespace pyllmq::cpu

@@ -1,11 +1,8 @@
 #include <immintrin.h>
 
-#include <algorithm>
-
 #include "codebook/cpu/chains_avx2.h"
 #include "codebook/cpu/decode_int8.h"
 #include "codebook/cpu/integers_avx2.h"
-#include "runtime/half.h"
 #include "runtime/instances.h"
 
 namespace pyllmq::cpu {
@@ -56,53 +53,34 @@ inline uint32_t joined(__m256i lanes, Join join) {
   return static_cast<uint32_t>(_mm_cvtsi128_si32(join(both, _mm_shuffle_epi32(both, 0xB1))));
 }
 
-// Of kFlushColumns numbers; the bits of magnitudes order like floats, those of NaN above all.
-inline float largest_magnitude(const float* x) {
-  const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
-  __m256i largest = _mm256_setzero_si256();
-  for (int64_t i = 0; i < kFlushColumns; i += 8) largest = _mm256_max_epu32(largest, _mm256_and_si256(load_32(x + i), magnitude));
-  return bits_float(joined(largest, [](__m128i a, __m128i b) { return _mm_max_epu32(a, b); }));
-}
-
-bool pack(const float* x, int64_t slots, const uint8_t*, const TokenGroups& groups, int64_t group, uint8_t* packed) {
-  const int64_t count = groups.size(group);
-  const ByteGroup to = byte_group(packed, slots, groups.begin(group), count);
-  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  for (int64_t t = 0; t < count; ++t)
-    for (int64_t first = 0; first < slots; first += kFlushColumns) {
-      const float* from = x + t * kDecodedColumns + first;  // zeros after the last slot
-      const float largest = largest_magnitude(from);
-      if (!(largest == 0 || (largest >= 0x1p-90f && largest <= 0x1p100f))) return false;
-      const __m256 per_unit = _mm256_set1_ps(largest > 0 ? kLargestByte / largest : 0.0f);
-      alignas(32) int32_t quads[kFlushColumns / 4];
-      __m256i sum = _mm256_setzero_si256();
-      for (int64_t i = 0; i < kFlushColumns; i += 32) {
-        __m256i whole[4];
+struct Vectors {
+  // The bits of magnitudes order like floats, those of NaN above all.
+  static uint32_t largest(const float* x) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
+    __m256i found = _mm256_setzero_si256();
+    for (int64_t i = 0; i < kFlushColumns; i += 8) found = _mm256_max_epu32(found, _mm256_and_si256(load_32(x + i), magnitude));
+    return joined(found, [](__m128i a, __m128i b) { return _mm_max_epu32(a, b); });
+  }
+  static int32_t to_quads(const float* x, const uint8_t*, float factor, int32_t* quads) {
+    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i sum = _mm256_setzero_si256();
+    for (int64_t i = 0; i < kFlushColumns; i += 32) {
+      __m256i whole[4];
 #pragma GCC unroll 4
-        for (int part = 0; part < 4; ++part) {
-          whole[part] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + i + 8 * part), per_unit));
-          sum = _mm256_add_epi32(sum, whole[part]);
-        }
-        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(whole[0], whole[1]), _mm256_packs_epi32(whole[2], whole[3]));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(quads + i / 4), _mm256_permutevar8x32_epi32(bytes, in_order));
+      for (int part = 0; part < 4; ++part) {
+        whole[part] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * part), _mm256_set1_ps(factor)));
+        sum = _mm256_add_epi32(sum, whole[part]);
       }
-      const int64_t flush = first / kFlushColumns * count + t;
-      to.units[flush] = largest / kLargestByte / kLargestByte;
-      to.starts[flush] = -kByteBias * static_cast<int32_t>(joined(sum, [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); }));
-      for (int64_t q = 0; q < std::min(slots - first, kFlushColumns) / 4; ++q) to.x[(first / 4 + q) * count + t] = quads[q];
+      const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(whole[0], whole[1]), _mm256_packs_epi32(whole[2], whole[3]));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(quads + i / 4), _mm256_permutevar8x32_epi32(bytes, in_order));
     }
-  return true;
-}
+    return static_cast<int32_t>(joined(sum, [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); }));
+  }
+};
 
 // --- multiply ------------------------------------------------------------------------------------------------------
 
-struct ByteDot {
-  using Group = ByteGroup;
-  static constexpr int64_t kColumns = 4;
-
-  static Group group(const uint8_t* packed, int64_t slots, int64_t begin, int64_t count) {
-    return byte_group(packed, slots, begin, count);
-  }
+struct ByteDot : ByteQuads {
   static __m256i start(const Group& group, int64_t chain) { return _mm256_set1_epi32(group.starts[chain]); }
   static void add(__m256i& sum, __m256i weights, __m256i x) {
     sum = _mm256_dpbusd_avx_epi32(sum, weights, x);
@@ -116,7 +94,7 @@ const DecodeKernels kDecodeInt8AvxVnni = {.token_group = kChainTokens,
                                           .weight_bytes = 1,
                                           .relative = true,
                                           .packed_bytes = packed_int8_bytes,
-                                          .pack = pack,
+                                          .pack = pack_int8<Vectors>,
                                           .split_codebook = split_any,
                                           .decode = decode_any,
                                           .multiply = multiply_chains<ByteDot>,

@@ -7,7 +7,8 @@ Every class that transformers' `use_experts_implementation` decorates is known b
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -221,6 +222,16 @@ def put_together(model: nn.Module) -> None:
             _replace(model, name, module.dense)
         for stack in module.packed_stacks():
             del module._parameters[stack]
+
+
+@contextmanager
+def apart(model: nn.Module) -> Iterator[None]:
+    """The experts of `model` as Linears of their own within, put together again however it ends."""
+    try:
+        take_apart(model)
+        yield
+    finally:
+        put_together(model)
 
 
 def stacks_of(model: nn.Module, linears: set[str]) -> set[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from .experts import put_together, take_apart
+from .experts import apart
 from .integrations.transformers import mark_packed
 from .layers.embedding import PackedEmbedding, put_embedding
 from .linears import DEFAULT_EXCLUDE, as_linear, input_embeddings, replace_module, select_linears
@@ -23,13 +23,10 @@ def swap_linear(
     Stacked experts are taken apart: each projection of each is a Linear (`pyllmq.experts`). All new layers are made before the
     first is put in: if one fails, the model is as it was. Returns the names swapped.
     """
-    take_apart(model)
-    try:
+    with apart(model):
         made = {name: make_layer(as_linear(module)) for name, module in select_linears(model, include, exclude).items()}
         for name, layer in made.items():
             replace_module(model, name, layer)
-    finally:
-        put_together(model)
     mark_packed(model)
     return list(made)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyllmq
-from pyllmq.compression.jobs.in_memory import visit_groups
+from pyllmq.compression.jobs.in_memory import bits_for_size, visit_groups
 from pyllmq.compression.statistics.inputs import PRIOR_TOKENS
 from pyllmq.experts import RoutedExperts, put_together, take_apart
 
@@ -297,6 +297,21 @@ def test_a_failed_job_leaves_the_model_as_it_was(monkeypatch):
     assert model.model.layers[0].mlp.experts is experts and torch.equal(logits(model), before)
     with pytest.raises(ValueError, match="fits no Linear"):
         pyllmq.compress(model, pyllmq.KMeansConfig(4), include=["nothing"], progress=False)
+    assert model.model.layers[0].mlp.experts is experts
+
+
+def test_counting_and_visiting_that_fail_leave_the_stacks():
+    model = make("Qwen3Moe")
+    experts = model.model.layers[0].mlp.experts
+
+    def fail(group, inputs):
+        raise RuntimeError("no")
+
+    with pytest.raises(ValueError, match="fits no Linear"):
+        bits_for_size(model, 1 << 20, include=["nothing"])
+    assert model.model.layers[0].mlp.experts is experts
+    with pytest.raises(RuntimeError, match="no"):
+        visit_groups(model, [torch.arange(3, 19)[None]], fail)
     assert model.model.layers[0].mlp.experts is experts
 
 

@@ -142,7 +142,7 @@ def _of_2_bits_and_not_exact(problem: WeightProblem) -> Support:
 
 
 layout = "cuda.sparse24_codebook"
-because = "a lookup is a product and an operand of integer tensor cores: 2.9 instructions of the integer pipe for 4.4 (counted)"
+because = "a lookup is a product and an operand of integer tensor cores: 2.7 instructions of the integer pipe for 4.4 (counted)"
 one = reads(layout, _of_2_bits_and_not_exact, 1)
 PACKED_LINEAR.register(f"{layout}_products", ORDER, one, packed_linear_products, because)
 for kind in SPARSE_KINDS:

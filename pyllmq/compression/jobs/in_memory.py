@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ...config import MethodConfig
 from ...dispatch import plain_defaults
-from ...experts import put_together, stacks_of, take_apart
+from ...experts import apart, put_together, stacks_of
 from ...linears import DEFAULT_EXCLUDE, dense_weight, select_linears
 from ..calibration import as_batches, within_positions
 from ..methods import StaysDenseError, method_of
@@ -187,10 +187,9 @@ def visit_groups(
 
     `visit` may change the weights: what runs after them sees the change. For methods that are not registered.
     """
-    take_apart(model)
-    stages = find_stages(model, select_linears(model, None, exclude), outside=False)
-    batches = as_batches(calibration, model)
-    with quiet_eval(model), torch.no_grad():
+    with apart(model), quiet_eval(model), torch.no_grad():
+        stages = find_stages(model, select_linears(model, None, exclude), outside=False)
+        batches = as_batches(calibration, model)
         loop = BlockLoop(model, batches[0], batches)
         run = CalibrationRun(loop)
         chains = loop.find_chains(stages)
@@ -198,7 +197,6 @@ def visit_groups(
             loop.walk(
                 chain, lambda stage, forward: visit_stage(run, stage, forward, visit), hand_on=i + 1 < len(chains)
             )
-    put_together(model)
 
 
 def bytes_beside(model: nn.Module, linears: Mapping[str, nn.Module], ends: Sequence[End], indexed: bool) -> int:
@@ -231,13 +229,12 @@ def bits_for_size(
     `compress_folder` writes them.
     Raises ValueError if what stays dense takes the whole size, or leaves fewer than 1.1 bits or more than 8.
     """
-    take_apart(model)
-    chosen = select_linears(model, include, not_included(include, exclude))
-    stages = find_stages(model, chosen, include is not None)
-    linears = {name: module for stage in stages for name, module in stage.linears.items()}
-    weights = sum(dense_weight(module).numel() for module in linears.values())
-    dense = other_files + bytes_beside(model, linears, find_ends(model, embeddings, head, chosen), indexed)
-    put_together(model)
+    with apart(model):
+        chosen = select_linears(model, include, not_included(include, exclude))
+        stages = find_stages(model, chosen, include is not None)
+        linears = {name: module for stage in stages for name, module in stage.linears.items()}
+        weights = sum(dense_weight(module).numel() for module in linears.values())
+        dense = other_files + bytes_beside(model, linears, find_ends(model, embeddings, head, chosen), indexed)
     bits = 8 * (nbytes - dense) / max(1, weights)
     if not 1.1 <= bits <= 8:
         raise ValueError(

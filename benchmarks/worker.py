@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -52,6 +53,7 @@ def serve(make: Callable[[], System]) -> None:
 
 def _forget_peak() -> None:
     """Making the model may take more memory than running it."""
+    gc.collect()
     return_freed()
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -62,13 +64,24 @@ def _forget_peak() -> None:
 # ---- outside of it --------------------------------------------------------------------------------------------------
 
 
+HIDDEN = ("scipy", "sklearn", "triton")
+"""transformers imports them where they are installed, 135 MB. pyllmq does not ask for them, and no system uses them."""
+
+_START = """
+import runpy, sys
+sys.modules.update(dict.fromkeys({hidden}))
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
 class Worker:
     """A process that makes its system; `nbytes` waits until it has. Raises RuntimeError with its own words where it fails."""
 
     def __init__(self, module: str, arguments: Sequence[str]) -> None:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, "-c", _START.format(hidden=HIDDEN), module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

@@ -172,12 +172,18 @@ void join_parts(const AttentionStep& step, const Sizes& sizes, float* memory, in
   for (int64_t d = 0; d < step.value_size; ++d) out[d] *= inverse;
 }
 
+// At most: parts that nobody sees need none.
+int64_t attend_bytes(const Sizes& sizes) {
+  const int64_t tasks = sizes.units * sizes.tiles * ceil_div(sizes.length, sizes.part_keys);
+  return 2 * Workspace::need<float>(sizes.batch * sizes.padded_rows) + Workspace::need<float>(tasks * PartResult::floats(sizes));
+}
+
 // q: [batch, kv_heads, rows / lanes, head_size, lanes]; context [token, heads, value_size].
 void attend(const AttentionStep& step, const StepTokens& tokens, const KeyValueCache& cache, const Sizes& sizes, const float* q,
-            float* context, Scratch& scratch) {
+            float* context, Workspace& workspace) {
   const Traced traced(Part::attention);
   const int64_t all_rows = sizes.batch * sizes.padded_rows;
-  float *first = scratch.take(all_rows), *last = scratch.take(all_rows);
+  auto *first = workspace.take<float>(all_rows), *last = workspace.take<float>(all_rows);
   const std::vector<Sight> sights = sights_of(step, tokens, sizes, first, last);
   int64_t first_part = sizes.length / sizes.part_keys;
   double seen = 0;
@@ -187,7 +193,7 @@ void attend(const AttentionStep& step, const StepTokens& tokens, const KeyValueC
   }
   const int64_t parts = ceil_div(sizes.length, sizes.part_keys) - first_part;
   const int64_t tiles = sizes.tiles, tasks = sizes.units * tiles * parts, floats = PartResult::floats(sizes);
-  float* results = scratch.take(tasks * floats);
+  auto* results = workspace.take<float>(tasks * floats);
   const double products =
       seen * static_cast<double>(step.kv_heads * sizes.padded_tile_rows() * (step.head_size + sizes.value_size));
 
@@ -302,13 +308,15 @@ void attention_step(const AttentionStep& step, const StepCall& call, const StepT
   check_attention_call(step, call, tokens, cache, past);
   const Traced traced(Part::step);
   const HotThreads hot;
-  thread_local Scratch scratch;
-  scratch.clear();
   const Sizes sizes(step, tokens, past);
-  const std::vector<float*> outputs = project(step.input, step.norm, call, step.precision, scratch);
-
   const int64_t size = step.head_size, lanes = sizes.lanes;
-  float* q = scratch.take(sizes.units * sizes.padded_rows * size);
+  const int64_t of_q = sizes.units * sizes.padded_rows * size, of_context = call.tokens * step.heads * step.value_size;
+  Workspace& workspace = step_workspace();
+  workspace.reserve(room_bytes(step.input, step.output, call.tokens) + outputs_bytes(step.input, call.tokens) +
+                    Workspace::need<float>(of_q) + Workspace::need<float>(of_context) + attend_bytes(sizes));
+  float* room = take_room(step.input, step.output, call.tokens, workspace);
+  const std::vector<float*> outputs = project(step.input, step.norm, call, step.precision, room, workspace);
+  auto* q = workspace.take<float>(of_q);
   if (sizes.padded_rows > sizes.rows) std::fill_n(q, sizes.units * sizes.padded_rows * size, 0.0f);
   const auto prepare_token = [&](int64_t token) {
     const auto heads_of = [&](const HeadRows& rows) {
@@ -343,9 +351,9 @@ void attention_step(const AttentionStep& step, const StepCall& call, const StepT
     for (int64_t token = begin; token < end; ++token) prepare_token(token);
   });
 
-  float* context = scratch.take(call.tokens * step.heads * step.value_size);
-  attend(step, tokens, cache, sizes, q, context, scratch);
-  finish(step.output, context, call, step.precision, scratch);
+  auto* context = workspace.take<float>(of_context);
+  attend(step, tokens, cache, sizes, q, context, workspace);
+  finish(step.output, context, call, step.precision, room);
 }
 
 }  // namespace pyllmq::cpu

@@ -33,13 +33,18 @@ void mlp_step(const MlpStep& step, const StepCall& call) {
   check_call(call);
   const Traced traced(Part::step);
   const HotThreads hot;
-  thread_local Scratch scratch;
-  scratch.clear();
-  const std::vector<float*> outputs = project(step.input, step.norm, call, step.precision, scratch);
-  const int64_t units = step.units;
-  float* activated = scratch.take(call.tokens * units);
-  float* gates = step.gate_rows.stride == 1 ? nullptr : scratch.take(call.tokens * units);
-  float* ups = !step.gated || step.up_rows.stride == 1 ? nullptr : scratch.take(call.tokens * units);
+  const int64_t units = step.units, of_units = Workspace::need<float>(call.tokens * units);
+  const bool scattered_gates = step.gate_rows.stride != 1, scattered_ups = step.gated && step.up_rows.stride != 1;
+  // Where a Linear makes the gates alone, the activations take their place.
+  const bool in_place = !scattered_gates && step.input.operands[step.gate_rows.operand]->rows() == units;
+  Workspace& workspace = step_workspace();
+  workspace.reserve(room_bytes(step.input, step.output, call.tokens) + outputs_bytes(step.input, call.tokens) +
+                    (!in_place + scattered_gates + scattered_ups) * of_units);
+  float* room = take_room(step.input, step.output, call.tokens, workspace);
+  const std::vector<float*> outputs = project(step.input, step.norm, call, step.precision, room, workspace);
+  const auto take = [&](bool needed) { return needed ? workspace.take<float>(call.tokens * units) : nullptr; };
+  float *gates = take(scattered_gates), *ups = take(scattered_ups);
+  float* activated = in_place ? outputs[step.gate_rows.operand] : take(true);
   parallel_for(call.tokens, 1, kNsPerUnit * static_cast<double>(call.tokens * units), [&](int64_t begin, int64_t end) {
     const auto rows_of = [&](const UnitRows& rows, int64_t t, float* room) {
       const float* all = outputs[rows.operand] + t * step.input.operands[rows.operand]->rows();
@@ -49,7 +54,7 @@ void mlp_step(const MlpStep& step, const StepCall& call) {
       step_kernels().activate(step.activation, rows_of(step.gate_rows, t, gates),
                               step.gated ? rows_of(step.up_rows, t, ups) : nullptr, units, activated + t * units);
   });
-  finish(step.output, activated, call, step.precision, scratch);
+  finish(step.output, activated, call, step.precision, room);
 }
 
 }  // namespace pyllmq::cpu

@@ -1,9 +1,7 @@
 #include "decode_step/cpu/step_parts.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <numeric>
-#include <new>
 #include <stdexcept>
 #include <utility>
 
@@ -20,38 +18,30 @@ constexpr double kNsPerElement = 0.3;  // of a norm, a residual or a conversion,
 
 double elements_cost(int64_t tokens, int64_t size) { return kNsPerElement * static_cast<double>(tokens * size); }
 
+// y += elements first, first + 1, ... of x.
+void add(const RowKernels& conversions, const void* x, DType dtype, int64_t first, int64_t count, float* y) {
+  float piece[512];
+  for (int64_t at = 0; at < count; at += 512) {
+    const int64_t some = std::min<int64_t>(512, count - at);
+    conversions.to_fp32[static_cast<int>(dtype)](static_cast<const uint8_t*>(x) + (first + at) * element_bytes(dtype), piece,
+                                                 some);
+    for (int64_t i = 0; i < some; ++i) y[at + i] += piece[i];
+  }
+}
+
+int64_t room_floats(const InputLinears& input, const OutputLinear& output, int64_t tokens) {
+  return tokens * std::max(input.operands[0]->columns(), output.operand->rows());
+}
+
 }  // namespace
 
 const StepKernels& step_kernels() {
   return by_isa([]<Isa isa>() -> const StepKernels& { return step_kernels_for<isa>(); });
 }
 
-void Scratch::Free::operator()(void* memory) const { std::free(memory); }
-
-void Scratch::clear() {
-  if (blocks_.size() > 1) {
-    blocks_.clear();
-    size_ = 0;
-    const int64_t all = taken_;
-    taken_ = used_ = 0;
-    take(all);
-  }
-  used_ = taken_ = 0;
-}
-
-float* Scratch::take(int64_t count) {
-  const int64_t padded = rounded_up(count, 16);
-  if (used_ + padded > size_) {
-    auto* memory = static_cast<float*>(std::aligned_alloc(64, padded * sizeof(float)));
-    if (memory == nullptr) throw std::bad_alloc();
-    blocks_.emplace_back(memory);
-    size_ = padded;
-    used_ = 0;
-  }
-  float* begin = blocks_.back().get() + used_;
-  used_ += padded;
-  taken_ += padded;
-  return begin;
+Workspace& step_workspace() {
+  thread_local Workspace workspace;
+  return workspace;
 }
 
 void require(bool condition, const std::string& message) {
@@ -127,9 +117,9 @@ void normalize(const Norm& norm, const float* x, int64_t size, int64_t part, flo
 void norm_step(const Norm& norm, const StepCall& call, int64_t size) {
   check_call(call);
   check_norm("norm", norm, {size});
-  thread_local Scratch scratch;
-  scratch.clear();
-  float* rows = scratch.take(call.tokens * size);
+  Workspace& workspace = step_workspace();
+  workspace.reserve(Workspace::need<float>(call.tokens * size));
+  auto* rows = workspace.take<float>(call.tokens * size);
   parallel_for(call.tokens, 1, elements_cost(call.tokens, size), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       float* y = rows + t * size;
@@ -140,18 +130,31 @@ void norm_step(const Norm& norm, const StepCall& call, int64_t size) {
   });
 }
 
-std::vector<float*> project(const InputLinears& input, const Norm& norm, const StepCall& call, Precision precision,
-                            Scratch& scratch) {
+int64_t room_bytes(const InputLinears& input, const OutputLinear& output, int64_t tokens) {
+  return Workspace::need<float>(room_floats(input, output, tokens));
+}
+
+int64_t outputs_bytes(const InputLinears& input, int64_t tokens) {
+  int64_t bytes = 0;
+  for (const LinearOperand* operand : input.operands) bytes += Workspace::need<float>(tokens * operand->rows());
+  return bytes;
+}
+
+float* take_room(const InputLinears& input, const OutputLinear& output, int64_t tokens, Workspace& workspace) {
+  return workspace.take<float>(room_floats(input, output, tokens));
+}
+
+std::vector<float*> project(const InputLinears& input, const Norm& norm, const StepCall& call, Precision precision, float* room,
+                            Workspace& workspace) {
   const int64_t columns = input.operands[0]->columns();
   const float* h = static_cast<const float*>(call.x);
   if (call.dtype != DType::fp32 || norm.kind != NormKind::none) {
-    float* own = scratch.take(call.tokens * columns);
     parallel_for(call.tokens, 1, elements_cost(call.tokens, columns), [&](int64_t begin, int64_t end) {
-      const float* x = rows_in_fp32(row_kernels(), call.x, call.dtype, begin, end - begin, columns, own + begin * columns);
+      const float* x = rows_in_fp32(row_kernels(), call.x, call.dtype, begin, end - begin, columns, room + begin * columns);
       if (norm.kind == NormKind::none) return;
-      for (int64_t t = begin; t < end; ++t) normalize(norm, x + (t - begin) * columns, columns, 0, own + t * columns);
+      for (int64_t t = begin; t < end; ++t) normalize(norm, x + (t - begin) * columns, columns, 0, room + t * columns);
     });
-    h = own;
+    h = room;
   }
   const Traced traced(Part::linear);
   std::vector<float*> outputs;
@@ -159,7 +162,7 @@ std::vector<float*> project(const InputLinears& input, const Norm& norm, const S
   std::vector<LinearOfMany> together;
   const float* bias = input.bias.empty() ? nullptr : input.bias.data();
   for (const LinearOperand* operand : input.operands) {
-    outputs.push_back(scratch.take(call.tokens * operand->rows()));
+    outputs.push_back(workspace.take<float>(call.tokens * operand->rows()));
     biases.push_back(bias);
     if (const auto* codebook = dynamic_cast<const CodebookOperand*>(operand))
       together.push_back({codebook->view(), h, call.tokens, bias, outputs.back()});
@@ -173,24 +176,19 @@ std::vector<float*> project(const InputLinears& input, const Norm& norm, const S
   return outputs;
 }
 
-void finish(const OutputLinear& output, const float* x, const StepCall& call, Precision precision, Scratch& scratch) {
+void finish(const OutputLinear& output, const float* x, const StepCall& call, Precision precision, float* room) {
   const int64_t rows = output.operand->rows();
-  float* out = scratch.take(call.tokens * rows);
-  float* converted = scratch.take(call.tokens * rows);
-  output.operand->linear(x, DType::fp32, call.tokens, output.bias.empty() ? nullptr : output.bias.data(), DType::fp32, out,
+  output.operand->linear(x, DType::fp32, call.tokens, output.bias.empty() ? nullptr : output.bias.data(), DType::fp32, room,
                          precision);
   const RowKernels& conversions = row_kernels();
   parallel_for(call.tokens, 1, elements_cost(call.tokens, rows), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      float* y = out + t * rows;
+      float* y = room + t * rows;
       const bool has_norm = output.norm.kind != NormKind::none;
       if (has_norm && !output.norm_last) normalize(output.norm, y, rows, 0, y);
       if (output.multiplier != 1)
         for (int64_t i = 0; i < rows; ++i) y[i] *= output.multiplier;
-      if (call.residual != nullptr) {
-        const float* residual = rows_in_fp32(conversions, call.residual, call.dtype, t, 1, rows, converted + t * rows);
-        for (int64_t i = 0; i < rows; ++i) y[i] += residual[i];
-      }
+      if (call.residual != nullptr) add(conversions, call.residual, call.dtype, t * rows, rows, y);
       if (has_norm && output.norm_last) normalize(output.norm, y, rows, 0, y);
       conversions.from_fp32[static_cast<int>(call.dtype)](y, static_cast<uint8_t*>(call.y) + t * rows * element_bytes(call.dtype),
                                                           rows);

@@ -134,9 +134,10 @@ class OthersCpu:
 def environment() -> dict[str, str]:
     """The fields of a row that are the same for a whole run, but for the ISA."""
     from pyllmq import __version__
+    from pyllmq.backends.cpu.runtime import ISA_VARIABLE
 
     return {
-        "device": cpu_model(),
+        "device": cpu_model() + (f", held to {isa}" if (isa := os.environ.get(ISA_VARIABLE)) else ""),
         "torch": torch.__version__,
         "pyllmq": __version__,
         "commit": git_commit(),

@@ -9,6 +9,7 @@ import torch
 import pyllmq
 from pyllmq import NoKernelError, _cpu, backends, dispatch
 from pyllmq.backends.cpu import instruction_sets
+from pyllmq.backends.cpu import runtime as cpu_runtime
 from pyllmq.backends.cuda import codebook as cuda_codebook
 from pyllmq.backends.cuda import runtime as cuda_runtime
 from pyllmq.backends.cuda import sinkhorn as cuda_sinkhorn
@@ -205,6 +206,23 @@ def test_an_unknown_back_end_in_the_environment_is_explained(monkeypatch):
     finally:
         monkeypatch.delenv("PYLLMQ_BACKEND")
         dispatch.clear_cache()
+
+
+def test_the_environment_holds_kernels_to_an_instruction_set(monkeypatch):
+    """As the extension does in a new process; afterwards it is what it was."""
+    before, load = _cpu.isa(), cpu_runtime.extension.__wrapped__
+    try:
+        for name in _cpu.supported_isas():
+            monkeypatch.setenv("PYLLMQ_ISA", name)
+            assert load() is _cpu and _cpu.isa() == name
+        monkeypatch.setenv("PYLLMQ_ISA", "avx9")
+        with pytest.raises(ValueError, match="PYLLMQ_ISA=avx9: .*allowed on this machine: .*scalar"):
+            load()
+        assert _cpu.isa() == name
+        monkeypatch.setenv("PYLLMQ_ISA", "")
+        assert load().isa() == name
+    finally:
+        _cpu.set_isa(before)
 
 
 def test_report_says_why_a_back_end_is_missing():

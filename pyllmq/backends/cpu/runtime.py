@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 from contextlib import suppress
 from functools import cache
@@ -24,10 +25,13 @@ PRECISION_CODE = {name: code for code, name in enumerate(PRECISIONS)}
 KMEANS_CODE = {"exact": 0, "windowed": 1, "lloyd": 2}
 """KMeans1dMethod in csrc/kmeans/cpu/kmeans_1d.h."""
 
+ISA_VARIABLE = "PYLLMQ_ISA"
+"""The environment variable that holds kernels to one of `_cpu.supported_isas()`, such as avx2: to compare, or to rule out a fault."""
+
 
 def available() -> tuple[bool, str]:
     try:
-        from ... import _cpu
+        _cpu = extension()
     except ImportError as error:
         return False, f"pyllmq._cpu could not be imported ({error}); reinstall pyllmq-kernels with a C++20 compiler"
     return True, f"{_cpu.isa()} kernels, {torch.get_num_threads()} threads"
@@ -37,6 +41,12 @@ def available() -> tuple[bool, str]:
 def extension() -> ModuleType:
     from ... import _cpu  # an import statement at every call would cost 1 us
 
+    held_to = os.environ.get(ISA_VARIABLE)
+    if held_to:
+        try:
+            _cpu.set_isa(held_to)
+        except ValueError as error:
+            raise ValueError(f"{ISA_VARIABLE}={held_to}: {error}") from None
     return _cpu
 
 

@@ -43,7 +43,7 @@ class GenerationRow:
     weights: str
     """Ours: bits; torch: dtype; GGUF: format."""
     mode: str
-    """Ours: fused or unfused, and the precision."""
+    """Ours: fused or unfused, and the precision. llama.cpp: "plain buffers" where it crashes with others."""
     weights_mb: float
     """All of them, embedding and head included: of the file for GGUF, else in memory."""
     context: int
@@ -207,8 +207,12 @@ def _rivals(
                 llama_cpp.write_gguf(source, config)
             llama_cpp.quantize(maker, source, target, file_format, threads)
         for system, package in chosen.items():
-            arguments = (package, str(target), str(threads), str(context + PROMPT))
-            yield System(system, file_format, "", llama_cpp.MODULE, arguments)
+            buffers = llama_cpp.EXTRA
+            if system == "llama.cpp":
+                buffers = llama_cpp.buffers_that_run(package, target, threads)
+            mode = "" if buffers == llama_cpp.EXTRA else "plain buffers"
+            arguments = (package, str(target), str(threads), str(context + PROMPT), buffers)
+            yield System(system, file_format, mode, llama_cpp.MODULE, arguments)
     source.unlink(missing_ok=True)
 
 

@@ -29,6 +29,9 @@ FORMATS = {"Q4_0": 2, "Q4_K_M": 15, "Q3_K_M": 12, "Q2_K": 10}
 
 MODULE = "pyllmq.benchmarks.llama_cpp"
 
+EXTRA, PLAIN = "extra", "plain"
+"""Buffers of llama.cpp: weights repacked for AMX or for wider vectors where it can, or as the file has them."""
+
 ARCHITECTURES = ("llama", "qwen3")
 """Model types that `write_gguf` knows."""
 
@@ -138,15 +141,25 @@ def _library(module: Any) -> Any:
     return module._lib
 
 
+def buffers_that_run(package: str, file: Path, threads: int) -> str:
+    """`EXTRA`, or `PLAIN` where a prompt in extra buffers ends the process: 0.3.36 built for Sapphire Rapids, with AMX, does."""
+    code = f"import sys; from {MODULE} import LlamaCpp; LlamaCpp(*sys.argv[1:3], {threads}, 64).prompt(32)"
+    tried = subprocess.run([sys.executable, "-c", code, package, str(file)], capture_output=True)
+    return EXTRA if tried.returncode == 0 else PLAIN
+
+
 # ---- a process that runs one file -----------------------------------------------------------------------------------
 
 
 class LlamaCpp:
     """One file, one sequence, greedy without sampling: logits are read, nothing is made of them."""
 
-    def __init__(self, package: str, file: str, threads: int, context: int) -> None:
+    def __init__(self, package: str, file: str, threads: int, context: int, buffers: str = EXTRA) -> None:
         self.api = api = bindings(package)
-        self.model = api.llama_model_load_from_file(file.encode(), api.llama_model_default_params())
+        loading = api.llama_model_default_params()
+        if buffers == PLAIN:
+            loading.use_extra_bufts = False
+        self.model = api.llama_model_load_from_file(file.encode(), loading)
         if not self.model:
             raise RuntimeError(f"{package} cannot load {file}")
         parameters = api.llama_context_default_params()
@@ -201,4 +214,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "quantize":
         _quantize(*sys.argv[2:])
     else:
-        serve(lambda: LlamaCpp(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+        serve(lambda: LlamaCpp(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]))

@@ -16,6 +16,8 @@ PATHS = {"tables": 0, "decode": 1, "automatic": 2}
 PRECISIONS = {"exact": 0, "high": 1, "fast": 2}
 MAX_ERROR = {"exact": 0.0, "high": 2e-4, "fast": 2e-3}
 MAX_ERROR_IN_BYTES = 2e-2
+IN_BYTES = ("avx2", "avx_vnni", "avx512", "neon_dotprod", "neon_i8mm")
+"""Instruction sets that multiply bytes for `fast`."""
 WIDTHS = [[1], [2], [3], [4], [5], [6], [7], [8], [2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8]]
 
 
@@ -140,9 +142,7 @@ class Weight:
 
 def max_error(precision, path):
     """What the arithmetic that a path takes on this machine may cost, of the result's size."""
-    in_bytes = (
-        precision == "fast" and path == "decode" and _cpu.isa() in ("avx_vnni", "avx512", "neon_dotprod", "neon_i8mm")
-    )
+    in_bytes = precision == "fast" and path == "decode" and _cpu.isa() in IN_BYTES
     return MAX_ERROR_IN_BYTES if in_bytes else MAX_ERROR[precision]
 
 

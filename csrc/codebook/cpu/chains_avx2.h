@@ -1,7 +1,8 @@
 // Tokens times decoded rows in integers, in chains over kFlushColumns columns. `static` because only files compiled for AVX2 may
 // hold this code.
 //
-// A Dot says which instruction, as in chains_avx512.h; its `add` multiplies into the sum in place.
+// A Dot says which instruction, as in chains_avx512.h; its `add` multiplies into the sum in place, kSteps times Dot::kColumns
+// columns.
 #pragma once
 #include <immintrin.h>
 
@@ -11,6 +12,11 @@
 #include "runtime/instances.h"
 
 namespace pyllmq::cpu {
+
+// 6 tokens x 16 rows: 12 of 16 registers hold sums. Up to kFewTokens take both halves of the rows at once.
+struct ChainShape {
+  static constexpr int64_t kSteps = 1, kMostTokens = 6, kFewTokens = 3;
+};
 
 // Tokens x (16 * Halves) rows in registers.
 template <class Dot, int Tokens, int Halves>
@@ -26,15 +32,24 @@ static void multiply_group(const uint8_t* weights, const typename Dot::Group& gr
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) sum[t][v] = Dot::start(group, chains + t);
     for (int64_t chain = slots < kFlushColumns ? slots : kFlushColumns; chain > 0;
-         chain -= Dot::kColumns, weights += 64, x += Tokens) {
-      __m256i w[vectors];
+         chain -= Dot::kSteps * Dot::kColumns, weights += Dot::kSteps * 64, x += Dot::kSteps * Tokens) {
+      const auto rows_of = [&](int v) { return weights + v / 2 * half_bytes + v % 2 * 32; };
+      __m256i w[vectors], next[vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) w[v] = load_32(weights + v / 2 * half_bytes + v % 2 * 32);
+      for (int v = 0; v < vectors; ++v) {
+        w[v] = load_32(rows_of(v));
+        if constexpr (Dot::kSteps == 2) next[v] = load_32(rows_of(v) + 64);
+      }
 #pragma GCC unroll 6
       for (int t = 0; t < Tokens; ++t) {
         const __m256i x_t = _mm256_set1_epi32(x[t]);
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) Dot::add(sum[t][v], w[v], x_t);
+        for (int v = 0; v < vectors; ++v) {
+          if constexpr (Dot::kSteps == 2)
+            Dot::add(sum[t][v], w[v], x_t, next[v], _mm256_set1_epi32(x[Tokens + t]));
+          else
+            Dot::add(sum[t][v], w[v], x_t);
+        }
       }
     }
 #pragma GCC unroll 6
@@ -48,22 +63,21 @@ static void multiply_group(const uint8_t* weights, const typename Dot::Group& gr
   }
 }
 
-static constexpr int64_t kChainTokens = 6;  // 6 tokens x 16 rows: 12 of 16 registers hold sums
-static constexpr int64_t kFewTokens = 3;
 template <class Dot>
-constexpr auto kBoth = instances<1, kFewTokens>([]<int Tokens>() { return multiply_group<Dot, Tokens, 2>; });
+constexpr auto kBoth = instances<1, Dot::kFewTokens>([]<int Tokens>() { return multiply_group<Dot, Tokens, 2>; });
 template <class Dot>
-constexpr auto kHalf = instances<kFewTokens + 1, kChainTokens>([]<int Tokens>() { return multiply_group<Dot, Tokens, 1>; });
+constexpr auto kHalf =
+    instances<Dot::kFewTokens + 1, Dot::kMostTokens>([]<int Tokens>() { return multiply_group<Dot, Tokens, 1>; });
 
 template <class Dot>
 static void multiply_chains(const uint8_t* weights, const uint8_t* packed, int64_t slots, int64_t tokens, float* sums) {
-  const TokenGroups groups{tokens, kChainTokens};
+  const TokenGroups groups{tokens, Dot::kMostTokens};
   for (int half = 0; half < 2; ++half)
     for (int64_t g = 0; g < groups.count(); ++g) {
       const int64_t begin = groups.begin(g), count = groups.size(g);
       const auto group = Dot::group(packed, slots, begin, count);
       float* group_sums = sums + begin * kTileRows;
-      if (count > kFewTokens)
+      if (count > Dot::kFewTokens)
         kHalf<Dot>[count](weights + half* kDecodedColumns / Dot::kColumns* 64, group, slots, group_sums + half* kHalfRows);
       else if (half == 0)
         kBoth<Dot>[count](weights, group, slots, group_sums);

@@ -364,7 +364,8 @@ const DecodeKernels& decode_kernels(StepOrder order, Precision precision) {
   if (isa >= Isa::avx512 && order == StepOrder::fours)
     return fp32 ? kDecodeAvx512 : precision == Precision::fast ? kDecodeInt8Avx512 : kDecodeInt16Avx512;
   if (isa >= Isa::avx2 && order == StepOrder::rows) {
-    if (fp32 || isa == Isa::avx2) return fp32 ? kDecodeAvx2 : kDecodeInt16Avx2;
+    if (fp32) return kDecodeAvx2;
+    if (isa == Isa::avx2) return precision == Precision::fast ? kDecodeInt8Avx2 : kDecodeInt16Avx2;
     return precision == Precision::fast ? kDecodeInt8AvxVnni : kDecodeInt16AvxVnni;
   }
 #elif defined(__aarch64__)

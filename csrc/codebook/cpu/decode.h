@@ -7,7 +7,8 @@
 //   int16  decode_int16.h: twice the multiply-adds of fp32, error 1e-4; with AVX-VNNI in half of the instructions.
 //   2 int8 decode_amx.cpp: AMX tiles, three products of numbers cut into two bytes, error 5e-5.
 //   int8   decode_int8.h, decode_int8_neon.h: `fast` with AVX-VNNI, AVX-512 alone and ARM's byte products, four or eight
-//          times the multiply-adds of fp32, error 1e-2. On ARM `high` is fp32: a product of int16 takes as many instructions.
+//          times the multiply-adds of fp32, error 1e-2; with AVX2 alone 2.7 times, error 1.7e-2. On ARM `high` is fp32: a product
+//          of int16 takes as many instructions.
 //
 //   weights  [2 halves, columns, 16 rows]: a half of 256 columns is 16 KiB in fp32; with the 32 rows of a column side
 //            by side each half would use only every other set of an L1 cache. 16-bit weights: [2, pairs, 16 rows, 2]; of
@@ -115,6 +116,7 @@ extern const DecodeKernels kDecodeScalar;       // reads both orders of steps
 extern const DecodeKernels kDecodeAvx2;         // rows
 extern const DecodeKernels kDecodeAvx512;       // fours
 extern const DecodeKernels kDecodeAmx;          // fours; `high` and `fast`
+extern const DecodeKernels kDecodeInt8Avx2;     // rows; `fast`
 extern const DecodeKernels kDecodeInt8AvxVnni;  // rows; `fast`
 extern const DecodeKernels kDecodeInt8Avx512;   // fours; `fast`
 extern const DecodeKernels kDecodeNeon;         // rows

@@ -43,7 +43,7 @@ void decode_any(int width, StepOrder, const uint8_t* tile_codes, int64_t slot, c
 
 // --- multiply ------------------------------------------------------------------------------------------------------
 
-struct Int16Dot : Int16Pairs {
+struct Int16Dot : Int16Pairs, ChainShape {
   static __m256i start(const Group&, int64_t) { return _mm256_setzero_si256(); }
   static void add(__m256i& sum, __m256i weights, __m256i x) {
     // In place, in a register: left to itself gcc 12 keeps half of the sums on the stack and copies the others.
@@ -52,7 +52,7 @@ struct Int16Dot : Int16Pairs {
 };
 
 constexpr DecodeKernels kernels(decltype(DecodeKernels::multiply) multiply) {
-  return {.token_group = kChainTokens,
+  return {.token_group = ChainShape::kMostTokens,
           .weight_bytes = 2,
           .relative = true,
           .packed_bytes = packed_int16_bytes,

@@ -7,7 +7,7 @@
 namespace pyllmq::cpu {
 namespace {
 
-struct Int16Dot : Int16Pairs {
+struct Int16Dot : Int16Pairs, ChainShape {
   static __m256i start(const Group&, int64_t) { return _mm256_setzero_si256(); }
   static void add(__m256i& sum, __m256i weights, __m256i x) {
     sum = _mm256_dpwssd_avx_epi32(sum, x, weights);

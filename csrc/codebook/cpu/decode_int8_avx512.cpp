@@ -9,10 +9,10 @@ namespace {
 
 struct BiasedByte {
   static constexpr int kPlanes = 1;
-  static constexpr float kLargest = kLargestByte;
+  static constexpr float kLargest = kWholeBytes.largest_weight;
 
   static void store(__m512 value, uint8_t* to, int64_t) {
-    const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(value), _mm512_set1_epi32(kByteBias));
+    const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(value), _mm512_set1_epi32(kWholeBytes.bias));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(biased));
   }
 };
@@ -47,7 +47,7 @@ const DecodeKernels kDecodeInt8Avx512 = {.token_group = kChainTokens,
                                          .weight_bytes = 1,
                                          .relative = true,
                                          .packed_bytes = packed_int8_bytes,
-                                         .pack = pack_int8<Vectors>,
+                                         .pack = pack_int8<Vectors, kWholeBytes>,
                                          .split_codebook = split_any_quads<BiasedByte>,
                                          .decode = decode_any_quads<BiasedByte>,
                                          .multiply = multiply_chains<ByteDot>,

@@ -36,7 +36,7 @@ SERVED: dict[str, dict[str, str]] = {
     "amx": _served("avx512", "", ", bf16 in amx") | {_MORE: "amx, exact in avx512 fp32"},
     "avx512": _served("avx512", "int16, exact in fp32, fast in int8"),
     "avx_vnni": _served("avx2", "int16 by vpdpwssd, exact in fp32, fast in int8 by vpdpbusd"),
-    "avx2": _served("avx2", "int16, exact in fp32"),
+    "avx2": _served("avx2", "int16, exact in fp32, fast in int8 by vpmaddubsw"),
     "neon_i8mm": _served("neon", "fp32, fast in int8 by smmla"),
     "neon_dotprod": _served("neon", "fp32, fast in int8 by sdot"),
     "neon": _served("neon", "fp32"),

@@ -323,7 +323,10 @@ def _plan(
     errors = [allocation.ColumnErrors.joined(parts) for parts in zip(*ranks.gather(mine), strict=True)]
     # Back from processing order.
     place = factor.order.argsort()
-    plans = ranks.from_first(lambda: _spend(names, errors, nbytes, config))
+    try:
+        plans = ranks.from_first(lambda: _spend(names, errors, nbytes, config))
+    except ValueError as too_few:
+        raise ValueError(f"{', '.join(names)}: {too_few}") from too_few
     return {name: (bits[place], counts[place]) for name, (bits, counts) in plans.items()}
 
 

@@ -198,12 +198,20 @@ def each_in_its_rank(
     ranks: Ranks,
     compress: Callable[[Mapping[str, Tensor], InputStatistics], Mapping[str, CompressedLinear]],
 ) -> dict[str, CompressedLinear]:
-    """What `compress` makes of all, in all processes, in the order given."""
+    """What `compress` makes of all, in all processes, in the order given. An error in one is raised in all."""
     mine: dict[str, CompressedLinear] = {}
-    for weights, inputs in experts:
-        if not inputs.of_other_rank:
-            mine |= compress(weights, inputs)
-    found = {name: done for part in ranks.gather(mine) for name, done in part.items()}
+    failure: Exception | None = None
+    try:
+        for weights, inputs in experts:
+            if not inputs.of_other_rank:
+                mine |= compress(weights, inputs)
+    except Exception as error:
+        failure = error
+    found: dict[str, CompressedLinear] = {}
+    for part, failed in ranks.gather((mine, failure)):
+        if failed is not None:
+            raise failed
+        found |= part
     return {name: found[name] for weights, _ in experts for name in weights if name in found}
 
 

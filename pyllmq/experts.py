@@ -135,8 +135,9 @@ class RoutedExperts(nn.Module):
             return False
         if top_k_index.device.type != "cpu" or top_k_index.numel() > self.experts // 2:
             return _state(linears) == made
-        chosen = [2 * index + part for index in top_k_index.flatten().tolist() for part in (0, 1)]
-        chosen = [place for place in chosen if 0 <= place < len(linears)]  # the operation says what is wrong with the others
+        # The operation says what is wrong with an index outside.
+        experts = [index for index in top_k_index.flatten().tolist() if 0 <= index < self.experts]
+        chosen = [2 * index + part for index in experts for part in (0, 1)]
         return _state([linears[place] for place in chosen]) == [[column[place] for place in chosen] for column in made]
 
     def _made(self, gate: Gate) -> PackedExperts:

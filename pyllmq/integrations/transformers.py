@@ -120,8 +120,8 @@ def expect_complete(folder: str | os.PathLike[str], model: Any, info: Mapping[st
             else ""
         )
         raise FormatError(
-            f"{folder} has shape {list(found)} for {name}, config.json asks for {list(wanted)}{experts}; the folder is incomplete or "
-            "its config.json is of another model, copy it again"
+            f"{folder} has shape {list(found)} for {name}, config.json asks for {list(wanted)}{experts}; the folder is incomplete "
+            "or its config.json is of another model, copy it again"
         )
     if names := sorted(info["missing_keys"]):
         raise FormatError(

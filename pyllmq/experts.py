@@ -10,7 +10,7 @@ import math
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,14 +123,15 @@ class RoutedExperts(nn.Module):
             if not all(map(_runs_as_it_is, linears)) or (gate := gate_of(self.dense)) is None:
                 return None
             packed = self._made(gate)  # lays out what is not yet
-            self._held = _state(list(self._modules.values())), packed
+            self._held = _state(cast(list[nn.Module], list(self._modules.values()))), packed
         return self._held[1]
 
     def _holds(self, top_k_index: Tensor) -> bool:
         """Is what was made of the experts still what they are? One token on a CPU asks only those that it chose: 8 of 128 in 15 us,
         all of them in 83. Who was chosen on a GPU would have to be waited for."""
         assert self._held is not None
-        linears, made = list(self._modules.values()), self._held[0]
+        linears: list[Any] = list(self._modules.values())
+        made = self._held[0]
         if len(linears) != len(made[0]):
             return False
         if top_k_index.device.type != "cpu" or top_k_index.numel() > self.experts // 2:

@@ -148,7 +148,7 @@ class Method(Generic[Settings]):
     ) -> dict[str, CompressedLinear]:
         """`compress_group` for Linears of which none is another's input, each in the process that has its statistics."""
         alone = replace(run, ranks=ALONE)
-        return each_in_its_rank(experts, run.ranks, lambda *expert: self.compress_group(*expert, alone))
+        return each_in_its_rank(experts, run.ranks, lambda weights, inputs: self.compress_group(weights, inputs, alone))
 
     def reshape(self, model: nn.Module, tokenizer: Any, text: str, batches: Sequence[Any]) -> tuple[Any, Any]:
         """Make the model smaller, in place; gives the tokenizer that goes with it, and a report.

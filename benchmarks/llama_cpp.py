@@ -32,8 +32,8 @@ MODULE = "pyllmq.benchmarks.llama_cpp"
 EXTRA, PLAIN = "extra", "plain"
 """Buffers of llama.cpp: weights repacked for AMX or for wider vectors where it can, or as the file has them."""
 
-ARCHITECTURES = ("llama", "qwen3")
-"""Model types that `write_gguf` knows."""
+ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
+"""Model types that `write_gguf` knows -> what a GGUF file calls them."""
 
 
 def installed() -> dict[str, str]:
@@ -61,11 +61,16 @@ def write_gguf(path: Path, config: Any, seed: int = 0) -> None:
     if find_spec("gguf") is None:
         raise ImportError("GGUF files are written by the package gguf; pip install 'pyllmq-kernels[bench]'")
     gguf = import_module("gguf")
-    out = gguf.GGUFWriter(str(path), config.model_type)
+    # With experts a model in fp16 is larger than its packed ones together: not all of it in memory.
+    out = gguf.GGUFWriter(str(path), ARCHITECTURES[config.model_type], use_temp_file=_has_experts(config))
     out.add_context_length(config.max_position_embeddings)
     out.add_embedding_length(config.hidden_size)
     out.add_block_count(config.num_hidden_layers)
     out.add_feed_forward_length(config.intermediate_size)
+    if _has_experts(config):
+        out.add_expert_count(config.num_experts)
+        out.add_expert_used_count(config.num_experts_per_tok)
+        out.add_expert_feed_forward_length(config.moe_intermediate_size)
     out.add_head_count(config.num_attention_heads)
     out.add_head_count_kv(config.num_key_value_heads)
     out.add_key_length(config.head_dim)
@@ -86,16 +91,26 @@ def write_gguf(path: Path, config: Any, seed: int = 0) -> None:
     for name, shape in tensors(config):
         if len(shape) == 1:
             out.add_tensor(name, np.ones(shape, dtype=np.float32))
-        else:
-            out.add_tensor(name, (generator.standard_normal(shape, dtype=np.float32) * 0.02).astype(np.float16))
+            continue
+        values = generator.standard_normal(shape, dtype=np.float32)
+        values *= 0.02
+        out.add_tensor(name, values if name.endswith(ROUTER) else values.astype(np.float16))
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
 
 
+ROUTER = "ffn_gate_inp.weight"
+"""Stays fp32 in every file."""
+
+
+def _has_experts(config: Any) -> bool:
+    return config.model_type == "qwen3_moe"
+
+
 def tensors(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, mlp = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     yield "token_embd.weight", (config.vocab_size, hidden)
     yield "output_norm.weight", (hidden,)
@@ -103,9 +118,18 @@ def tensors(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "output.weight", (config.vocab_size, hidden)
     for i in range(config.num_hidden_layers):
         block = {"attn_q": (q, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden), "attn_output": (hidden, q),
-                 "ffn_gate": (mlp, hidden), "ffn_up": (mlp, hidden), "ffn_down": (hidden, mlp),
                  "attn_norm": (hidden,), "ffn_norm": (hidden,)}  # fmt: skip
-        if config.model_type == "qwen3":
+        mlp = config.moe_intermediate_size if _has_experts(config) else config.intermediate_size
+        ffn: dict[str, tuple[int, ...]] = {
+            "ffn_gate": (mlp, hidden),
+            "ffn_up": (mlp, hidden),
+            "ffn_down": (hidden, mlp),
+        }
+        if _has_experts(config):
+            ffn = {f"{name}_exps": (config.num_experts, *size) for name, size in ffn.items()}
+            ffn[ROUTER.removesuffix(".weight")] = (config.num_experts, hidden)
+        block |= ffn
+        if config.model_type != "llama":
             block |= {"attn_q_norm": (config.head_dim,), "attn_k_norm": (config.head_dim,)}
         for name, shape in block.items():
             yield f"blk.{i}.{name}.weight", shape
@@ -174,7 +198,8 @@ class LlamaCpp:
         batch = api.llama_batch_init(count, 0, 1)
         batch.n_tokens = count
         for i in range(count):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = 3 + i % 500, self.past + i, 1, 0
+            at = self.past + i  # a router chooses by the token: never the same one twice in a row
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = 3 + at % 500, at, 1, 0
             batch.logits[i] = i == count - 1
         if api.llama_decode(self.context, batch):
             raise RuntimeError("llama_decode failed")

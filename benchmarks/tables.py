@@ -246,7 +246,7 @@ def accuracy_table(
             spread = f" +-{pstdev(found):.{digits}f}" if len(found) > 1 else ""
             cells.append(f"{mean(found):.{digits}f}{spread}{unit}" if found else NOTHING)
         lines.append([METHODS[method], *cells])
-    for method in accuracy.OURS:
+    for method in (method for method in accuracy.OURS if method in methods):
         cells = []
         for bits in widths:
             pairs = zip(values(method, bits), values(accuracy.PUBLISHED, bits), strict=True)
@@ -420,8 +420,8 @@ def experts_goal() -> str:
     return markdown(["", "true bits of all but norms and routers", "perplexity above dense", "of k-means'"], lines)
 
 
-def experts_speed(tokens: int) -> str:
-    rows = [row for row in read(CSVS / "experts.csv") if row.m == tokens]
+def experts_speed(tokens: int, device: str) -> str:
+    rows = [row for row in read(CSVS / "experts.csv") if row.m == tokens and device in row.device]
     lines = []
     for row in rows:
         share = NOTHING if math.isnan(row.share_of_read_limit) else f"{100 * row.share_of_read_limit:.0f} %"
@@ -497,6 +497,7 @@ def generation_rows(model: str, machine: str) -> list[generation.GenerationRow]:
     return [row for row in rows if row.model == model and machine in row.device]
 
 
+EXPERTS = "Qwen3-30B-A3B, 3 layers"
 SHORT = ("4 fused high", "2.1+0.005 fused high", "2 fused high", "Q4_0", "Q2_K", "bfloat16")
 
 
@@ -571,6 +572,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy-causal": lambda: accuracy_table(
         "tiny_lm", tuple(m for m in METHODS if m != "RTN g128"), ENCODER_BITS, 2, percent=True
     ),
+    "accuracy-experts": lambda: accuracy_table(
+        "tiny_moe", ("CLAQ published", "GPTQ g128", "k-means per row", "ours"), ENCODER_BITS, 2, percent=True
+    ),
     "pruning-encoder": lambda: pruning_table(accuracy.BUNDLED, 4),
     "pruning-causal": lambda: pruning_table("tiny_lm", 2),
     "low-rank": low_rank_table,
@@ -580,8 +584,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "experts-prior": lambda: experts_calibration(experts_accuracy.PRIOR),
     "experts-bits": lambda: experts_calibration(experts_accuracy.SHARE),
     "experts-goal": experts_goal,
-    "experts-speed-1": lambda: experts_speed(1),
-    "experts-speed-64": lambda: experts_speed(64),
+    "experts-speed-1": lambda: experts_speed(1, ZEN5),
+    "experts-speed-64": lambda: experts_speed(64, ZEN5),
+    "experts-speed-1-amx": lambda: experts_speed(1, "Intel"),
+    "experts-speed-64-amx": lambda: experts_speed(64, "Intel"),
     "embeddings-accuracy": embeddings_accuracy,
     "embeddings-speed": embeddings_speed,
     "low-rank-speed": low_rank_speed_table,
@@ -591,6 +597,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "readme-generation": lambda: generation_table("TinyLlama-1.1B", short=True),
     "generation": lambda: generation_table("TinyLlama-1.1B"),
     "generation-ratios": lambda: generation_ratios("TinyLlama-1.1B"),
+    "generation-experts": lambda: generation_table(EXPERTS, "Intel"),
     "generation-avx512": lambda: generation_table("TinyLlama-1.1B", ZEN5),
     "generation-ratios-avx512": lambda: generation_ratios("TinyLlama-1.1B", ZEN5),
 }

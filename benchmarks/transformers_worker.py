@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pyllmq import CodebookWeight, fusion
+from pyllmq.experts import put_together, take_apart
 from pyllmq.folders import is_packed
 from pyllmq.integrations.transformers import mark_packed
 from pyllmq.linears import replace_module
@@ -39,6 +40,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
         "num_key_value_heads": 8, "vocab_size": 151936, "max_position_embeddings": 8192, "head_dim": 128,
         "tie_word_embeddings": True,
+    }),
+    # 3 of 48 layers, and a head in keeping with them: the whole one would be half of what a token reads.
+    "Qwen3-30B-A3B, 3 layers": ("qwen3_moe", {
+        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True, "num_hidden_layers": 3, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "vocab_size": 16384, "max_position_embeddings": 8192, "head_dim": 128,
     }),
 }  # fmt: skip
 """Name -> model type and sizes of the published model. Its weights are random here."""
@@ -69,6 +76,7 @@ def random_model(config: Any, bits: str, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)
+    take_apart(model)
     packed: dict[tuple[int, int], CodebookWeight] = {}
     for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and bits != "dense"]:
         shape = (linear.out_features, linear.in_features)
@@ -76,6 +84,7 @@ def random_model(config: Any, bits: str, dtype: torch.dtype) -> nn.Module:
             own = str(HEAD_BITS) if linear is model.get_output_embeddings() else bits
             packed[shape] = pack_normal(torch.randn(shape) * SPREAD, Widths.parse(own))
         replace_module(model, name, CodebookLinear.from_weight(packed[shape], dtype=dtype))
+    put_together(model)
     dense: dict[torch.Size, torch.Tensor] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -114,6 +123,8 @@ class Generation:
             def end(self) -> None: ...
 
         ids = torch.arange(context).remainder(500).add(3)[None]
+        if hasattr(self.model.config, "num_experts"):
+            given["logits_processor"] = [_next_in_turn]
         with torch.inference_mode():
             self.model.generate(
                 ids,
@@ -135,6 +146,12 @@ class Generation:
         taken = self._generate(context + 1, tokens + 1, each, past_key_values=cache)[1:]
         cache.crop(context - cache.get_seq_length())
         return taken
+
+
+def _next_in_turn(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """The token after those of `ids`, whatever the scores: a router chooses by the token, and random weights may repeat one."""
+    scores[:, 3 + ids.shape[1] % 500] = torch.inf
+    return scores
 
 
 def filled_cache(model: Any, context: int) -> Any:

@@ -117,7 +117,8 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     _switch(b, "--goals", "instead: the ratios that the kernels are built to reach, beside the measured")
     model = (
         "instead: a whole model. DIR: packed beside dense; what DIR is not is made from it. With --rivals, or the name of a "
-        "shape (TinyLlama-1.1B, Llama-3.2-1B, Qwen3-0.6B): fused, unfused, torch and rivals, with random weights"
+        "shape (TinyLlama-1.1B, Llama-3.2-1B, Qwen3-0.6B, 'Qwen3-30B-A3B, 3 layers'): fused, unfused, torch and rivals, with "
+        "random weights"
     )
     _value(b, "--model DIR|SHAPE", model)
     _value(b, "--rivals R,R", "with --model: llama.cpp, ik_llama.cpp or none; default for a shape: both")

@@ -22,6 +22,7 @@ from torch.distributed import TCPStore
 from pyllmq import ColumnCodebookConfig, SparseConfig, compress_folder
 from pyllmq.compression.jobs.folder import FolderJob
 from pyllmq.compression.jobs.job import Job
+from pyllmq.compression.methods import column_codebook
 from pyllmq.compression.ranks import joined
 
 METHODS: dict[str, Any] = {
@@ -55,7 +56,12 @@ def work(rank: int, size: int, port: int, log: Path, arguments: tuple[Any, ...],
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     hessians: list[torch.Tensor] = []
-    compress_group, finish = Job.compress_group, FolderJob.finish
+    swept: list[int] = []
+    compress_group, finish, sweep = Job.compress_group, FolderJob.finish, column_codebook.sweep_
+
+    def count_and_sweep(stored: torch.Tensor, *rest: Any) -> Any:
+        swept.append(stored.numel())
+        return sweep(stored, *rest)
 
     def seen(self: Job, group: Any, inputs: Any) -> None:
         hessians.append(inputs.hessian.clone())
@@ -67,6 +73,7 @@ def work(rank: int, size: int, port: int, log: Path, arguments: tuple[Any, ...],
             os.kill(os.getpid(), signal.SIGKILL)
 
     Job.compress_group, FolderJob.finish = seen, finish_and_die
+    column_codebook.sweep_ = count_and_sweep
     source, output, method = arguments
     try:
         with joined() as ranks:
@@ -77,7 +84,8 @@ def work(rank: int, size: int, port: int, log: Path, arguments: tuple[Any, ...],
         log.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
         sys.exit(1)
     torch.save(hessians[0], log.with_suffix(".pt"))
-    log.write_text(json.dumps({"error": "", "mean": report.mean_error, "bits": report.bits_per_weight}))
+    said = {"error": "", "mean": report.mean_error, "bits": report.bits_per_weight}
+    log.write_text(json.dumps(said | {"swept": swept}))
 
 
 def job(

@@ -20,9 +20,13 @@ TINY = {
 }  # fmt: skip
 
 
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(transformers_worker.SHAPES, "tiny", ("llama", TINY))
+    monkeypatch.setitem(transformers_worker.SHAPES, "tiny experts", ("qwen3_moe", TINY | MOE))
     threads = torch.get_num_threads()
     yield "tiny"
     torch.set_num_threads(threads)
@@ -70,14 +74,31 @@ def test_a_model_of_a_shape_generates_in_its_cache(tiny, bits, fused):
     assert (system.nbytes < 2 * parameters) == (bits != "dense")
 
 
-@pytest.mark.parametrize("model_type, tied", [("llama", False), ("qwen3", True)])
+def test_a_model_with_experts_is_packed_whole_and_given_other_tokens_each_time(tiny):
+    system = transformers_worker.make("tiny experts", "4", "high", "bfloat16", "1", "1")
+    assert not any(p.dim() == 3 for p in system.model.parameters())
+    chosen = []
+    system.model.model.layers[0].mlp.experts.register_forward_pre_hook(
+        lambda _, given: chosen.append(given[1].tolist())
+    )
+    assert len(system.decode(20, 8)) == 8
+    assert len({str(index) for index in chosen}) > 1
+    ids, scores = torch.arange(6)[None], torch.randn(1, 512)
+    assert int(transformers_worker._next_in_turn(ids, scores).argmax()) == 9
+
+
+@pytest.mark.parametrize("model_type, tied", [("llama", False), ("qwen3", True), ("qwen3_moe", False)])
 def test_a_gguf_file_has_the_tensors_of_the_model(model_type, tied):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **TINY, tie_word_embeddings=tied)
+    config = AutoConfig.for_model(model_type, **TINY, **(MOE if "moe" in model_type else {}), tie_word_embeddings=tied)
     with torch.device("meta"):
-        wanted = sorted(tuple(p.shape) for p in AutoModelForCausalLM.from_config(config).parameters())
-    assert sorted(shape for _, shape in llama_cpp.tensors(config)) == wanted
+        parameters = dict(AutoModelForCausalLM.from_config(config).named_parameters())
+    # A GGUF file has gate and up of the experts in two tensors.
+    wanted = [
+        part for name, p in parameters.items() for part in (p.chunk(2, 1) if name.endswith("gate_up_proj") else [p])
+    ]
+    assert sorted(shape for _, shape in llama_cpp.tensors(config)) == sorted(tuple(p.shape) for p in wanted)
     config.model_type = "gpt2"
     with pytest.raises(ValueError, match="known: llama, qwen3"):
         llama_cpp.write_gguf("never.gguf", config)

@@ -381,6 +381,25 @@ def test_a_folder_that_lacks_an_expert(tmp_path):
         pyllmq.from_pretrained(tmp_path / "lacking")
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_dense_folder_that_lacks_an_expert(calibrated, tmp_path):
+    """On disk Mixtral's experts are one by one; stacked they are one too few."""
+    from safetensors.torch import load_file, save_file
+
+    make("Mixtral").save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense/model.safetensors"
+    kept = {key: tensor for key, tensor in load_file(file).items() if ".1.block_sparse_moe.experts.2." not in key}
+    save_file(kept, file, {"format": "pt"})
+    message = r"layers\.1\.mlp\.experts\.\w+, config.json asks for \[4, \d+, \d+\]: 3 of 4 experts are there"
+    with pytest.raises(pyllmq.FormatError, match=message):
+        if calibrated:
+            config = pyllmq.ColumnCodebookConfig.preset("fast", 4.0)
+            pyllmq.compress_folder(tmp_path / "dense", tmp_path / "packed", config, [torch.arange(24)[None]])
+        else:
+            pyllmq.compress_files(tmp_path / "dense", tmp_path / "packed", pyllmq.KMeansConfig(4))
+    assert not (tmp_path / "packed").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_linear_with_a_forward_of_its_own_counts_where_it_multiplies(dtype):
     from transformers.models.falcon.modeling_falcon import FalconLinear

@@ -36,6 +36,17 @@ def test_the_number_of_processes_changes_only_the_order_of_sums(found, method):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_experts_of_a_layer_are_swept_by_all_processes(found, size):
+    alone = found["experts"]["processes"]["1"][0]
+    shares = [sum(said["swept"]) for said in found["experts"]["processes"][str(size)]]
+    assert sum(shares) == sum(alone["swept"]), "each weight is swept once"
+    # 16 experts in turns of three processes are 6, 5 and 5.
+    assert max(shares) < 1.3 * min(shares)
+    assert alone["bits"] <= 3
+
+
+@pytest.mark.slow
 def test_a_dead_process_ends_the_job_and_loses_no_block(found):
     first, second = found["lost"]["processes"]
     assert second["exit"] == -9 and first["exit"] == 1

@@ -233,11 +233,13 @@ def one_by_one(layers, monkeypatch):
 
 
 @pytest.mark.transformers
-def test_what_changes_is_seen():
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_what_changes_is_seen(tokens):
+    """One token asks the experts that it chose, more ask all."""
     model = make("GptOss")
     pyllmq.compress(model, pyllmq.KMeansConfig(6), progress=False)
     layer = expert_layers(model)[0]
-    x, index, weights = torch.randn(2, 64), torch.tensor([[0, 2], [1, 2]]), torch.rand(2, 2)
+    x, index, weights = torch.randn(tokens, 64), torch.tensor([[0, 2], [1, 2]])[-tokens:], torch.rand(tokens, 2)
 
     def run():
         with torch.no_grad():

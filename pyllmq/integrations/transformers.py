@@ -113,6 +113,16 @@ def from_pretrained(
 
 def expect_complete(folder: str | os.PathLike[str], model: Any, info: Mapping[str, Any]) -> None:
     """`info`: what transformers says of the loading."""
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        experts = (
+            f": {found[0]} of {wanted[0]} experts are there"
+            if len(wanted) == 3 and found[1:] == wanted[1:] and found[0] < wanted[0]
+            else ""
+        )
+        raise FormatError(
+            f"{folder} has shape {list(found)} for {name}, config.json asks for {list(wanted)}{experts}; the folder is incomplete "
+            "or its config.json is of another model, copy it again"
+        )
     if names := sorted(info["missing_keys"]):
         raise FormatError(
             f"{folder} has no tensors for {len(names)} parameters of {type(model).__name__}, such as {names[0]}, which would be "
@@ -237,6 +247,7 @@ def load_on_meta(model_class: Any, config: Any, headers: Mapping[str, Header], f
             device_map={"": "meta"},
             generation_config=generation_config(folder) if model_class.can_generate() else None,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `expect_complete` says what is wrong
         )
 
 

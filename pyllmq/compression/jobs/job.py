@@ -30,7 +30,7 @@ from ..methods import CompressedLinear, Method
 from ..ranks import ALONE, Ranks
 from ..report import CompressionReport, LayerReport, summary
 from ..statistics.blocks import BlockLoop, Stage, find_stages
-from ..statistics.inputs import Group, InputStatistics, visit_groups
+from ..statistics.inputs import Experts, Group, InputStatistics, visit_groups
 from ..statistics.run import CalibrationRun
 from .ends import End, compress_ends, find_ends
 
@@ -170,7 +170,7 @@ class Job:
 
     def compress_stage(self, stage: Stage, forward: Callable[[int], Any]) -> None:
         """Group the Linears of a stage by their input, take the statistics of each input, compress them."""
-        visit_groups(self.run, stage, forward, self.compress_group)
+        visit_groups(self.run, stage, forward, self.compress_group, self.compress_experts)
         if stage.ends:
             done = compress_ends(stage.ends, self.run, forward)
             for end in stage.ends:
@@ -178,6 +178,18 @@ class Job:
 
     def compress_group(self, group: Group, inputs: InputStatistics) -> None:
         """Put packed layers in the place of Linears that share an input."""
+        self._expect_reached(group, inputs)
+        self._put(group, self.task.method.compress_group(weights_of(group), inputs, self.run))
+
+    def compress_experts(self, experts: Experts) -> None:
+        """Put packed layers in the place of Linears of which each process has the statistics of some."""
+        for group, inputs in experts:
+            self._expect_reached(group, inputs)
+        found = self.task.method.compress_experts([(weights_of(group), inputs) for group, inputs in experts], self.run)
+        for group, _ in experts:
+            self._put(group, found)
+
+    def _expect_reached(self, group: Group, inputs: InputStatistics) -> None:
         if not inputs.reached:
             for name, module in group.items():
                 instead = (
@@ -186,8 +198,8 @@ class Job:
                     else "its weights alone"
                 )
                 warn(self.task.report, f"{self._why_never_run(name, module)}; it is compressed by {instead}")
-        weights = {name: dense_weight(module) for name, module in group.items()}
-        found = self.task.method.compress_group(weights, inputs, self.run)
+
+    def _put(self, group: Group, found: Mapping[str, CompressedLinear]) -> None:
         for name, module in group.items():
             if name in found:
                 self.replace(name, module, found[name])
@@ -231,6 +243,10 @@ class Job:
         for name, module in self.replaced.items():
             replace_module(self.task.model, name, module)
         self.replaced.clear()
+
+
+def weights_of(group: Group) -> dict[str, Tensor]:
+    return {name: dense_weight(module) for name, module in group.items()}
 
 
 def layer_report(name: str, dense: Tensor, done: CompressedLinear) -> LayerReport:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -42,7 +42,7 @@ from ..statistics.inputs import InputStatistics
 from ..statistics.run import CalibrationRun
 from ..tune import tune_codebooks
 from .claq import FP16_TINY, check_weight, outgrown
-from .method import CompressedLinear, Method, Needs
+from .method import CompressedLinear, Method, Needs, each_in_its_rank
 
 MAX_OUTLIERS = 0.02
 """Largest share of a column's weights that may stay in fp16."""
@@ -173,10 +173,27 @@ class ColumnCodebook(Method[ColumnCodebookConfig]):
     def compress_group(
         self, weights: Mapping[str, Tensor], inputs: InputStatistics, run: CalibrationRun
     ) -> dict[str, CompressedLinear]:
-        budget = sum(self.plan["bytes"][name] for name in weights) + self.carried.get("left over", 0.0)
+        budget = self._planned(weights) + self.carried.get("left over", 0.0)
         compressed = compress_linears(weights, inputs, budget, self.config, run.gradients.row_weights, run.ranks)
         self.carried["left over"] = budget - sum(done.weight.nbytes for done in compressed.values())
         return compressed
+
+    def compress_experts(
+        self, experts: Sequence[tuple[Mapping[str, Tensor], InputStatistics]], run: CalibrationRun
+    ) -> dict[str, CompressedLinear]:
+        """Each by its own bytes, so that none waits for another. What all leave goes to the Linears behind them."""
+
+        def compress(weights: Mapping[str, Tensor], inputs: InputStatistics) -> dict[str, CompressedLinear]:
+            return compress_linears(weights, inputs, self._planned(weights), self.config, run.gradients.row_weights)
+
+        compressed = each_in_its_rank(experts, run.ranks, compress)
+        left = self._planned(compressed) - sum(done.weight.nbytes for done in compressed.values())
+        self.carried["left over"] = self.carried.get("left over", 0.0) + left
+        return compressed
+
+    def _planned(self, names: Iterable[str]) -> float:
+        """Bytes."""
+        return sum(self.plan["bytes"][name] for name in names)
 
     def finish(self, model: nn.Module, dense: nn.Module, text: Sequence[Any], progress: bool) -> list[float]:
         return tune_codebooks(model, dense, text, steps=self.config.tune_steps, progress=progress)
@@ -306,7 +323,10 @@ def _plan(
     errors = [allocation.ColumnErrors.joined(parts) for parts in zip(*ranks.gather(mine), strict=True)]
     # Back from processing order.
     place = factor.order.argsort()
-    plans = ranks.from_first(lambda: _spend(names, errors, nbytes, config))
+    try:
+        plans = ranks.from_first(lambda: _spend(names, errors, nbytes, config))
+    except ValueError as too_few:
+        raise ValueError(f"{', '.join(names)}: {too_few}") from too_few
     return {name: (bits[place], counts[place]) for name, (bits, counts) in plans.items()}
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...config import MethodConfig, Option, options_of
 from ...formats import LowRankWeight, PackedWeight
 from ...packing import count_not_finite
+from ..ranks import ALONE, Ranks
 from ..solver.hessian import output_error
 from ..statistics.blocks import Chain
 from ..statistics.inputs import InputStatistics
@@ -142,6 +143,13 @@ class Method(Generic[Settings]):
             {name: self.compress_weight(name, weight, inputs.hessian) for name, weight in mine.items()}, list(weights)
         )
 
+    def compress_experts(
+        self, experts: Sequence[tuple[Mapping[str, Tensor], InputStatistics]], run: CalibrationRun
+    ) -> dict[str, CompressedLinear]:
+        """`compress_group` for Linears of which none is another's input, each in the process that has its statistics."""
+        alone = replace(run, ranks=ALONE)
+        return each_in_its_rank(experts, run.ranks, lambda weights, inputs: self.compress_group(weights, inputs, alone))
+
     def reshape(self, model: nn.Module, tokenizer: Any, text: str, batches: Sequence[Any]) -> tuple[Any, Any]:
         """Make the model smaller, in place; gives the tokenizer that goes with it, and a report.
 
@@ -183,6 +191,28 @@ class Method(Generic[Settings]):
     def finish(self, model: nn.Module, dense: nn.Module, text: Sequence[Any], progress: bool) -> list[float]:
         """Called with the compressed and the dense model, where `needs.dense_model`; gives the losses of its steps."""
         return []
+
+
+def each_in_its_rank(
+    experts: Sequence[tuple[Mapping[str, Tensor], InputStatistics]],
+    ranks: Ranks,
+    compress: Callable[[Mapping[str, Tensor], InputStatistics], Mapping[str, CompressedLinear]],
+) -> dict[str, CompressedLinear]:
+    """What `compress` makes of all, in all processes, in the order given. An error in one is raised in all."""
+    mine: dict[str, CompressedLinear] = {}
+    failure: Exception | None = None
+    try:
+        for weights, inputs in experts:
+            if not inputs.of_other_rank:
+                mine |= compress(weights, inputs)
+    except Exception as error:
+        failure = error
+    found: dict[str, CompressedLinear] = {}
+    for part, failed in ranks.gather((mine, failure)):
+        if failed is not None:
+            raise failed
+        found |= part
+    return {name: found[name] for weights, _ in experts for name in weights if name in found}
 
 
 # ---- the registry -----------------------------------------------------------------------------------------------------

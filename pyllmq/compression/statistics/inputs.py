@@ -51,6 +51,8 @@ class InputStatistics:
     """name -> the error of the model before it that its output should make up for; Linears that are not named: nothing."""
     reached: bool = True
     """False: no calibration token reached these Linears; the Hessian is that of the layer's experts, elsewhere the identity."""
+    of_other_rank: bool = False
+    """Another process compresses these Linears and alone has their Hessian: it is empty here."""
 
     def take_hessian(self) -> Tensor:
         """The Hessian, to be written on. Raises RuntimeError the second time."""
@@ -59,32 +61,65 @@ class InputStatistics:
         hessian, self.hessian = self.hessian, torch.empty(0)
         return hessian
 
+    def leave_to_other_rank(self) -> None:
+        self.hessian, self.of_other_rank = torch.empty(0), True
+
+
+Experts = list[tuple[Group, InputStatistics]]
+"""Groups of which none is another's input, such as experts of one layer."""
+
 
 def visit_groups(
-    run: CalibrationRun, stage: Stage, forward: Callable[[int], Any], visit: Callable[[Group, InputStatistics], None]
+    run: CalibrationRun,
+    stage: Stage,
+    forward: Callable[[int], Any],
+    visit: Callable[[Group, InputStatistics], None],
+    visit_experts: Callable[[Experts], None] | None = None,
 ) -> None:
     """Call `visit(group, inputs)` for the Linears of a stage, group by group of one input, in the order in which they run.
 
     `forward(index)` runs the stage on a batch. What `visit` changes, later groups see, if the run is sequential.
+    `visit_experts`, if given, is called for experts in its place, with as many as there are processes: one for each.
     """
     if not stage.linears:
         return
+    waiting: Experts = []
 
     def rest() -> None:
         """While Linears are compressed, nothing runs."""
         run.loop.weights.rest(stage.name)
         return_freed()
 
+    def visit_waiting() -> None:
+        if waiting:
+            assert visit_experts is not None
+            rest()
+            visit_experts(waiting[:])
+            waiting.clear()
+
+    def take(group: Group, inputs: InputStatistics) -> None:
+        if visit_experts is None or _pool_of(group) is None:
+            visit_waiting()
+            rest()
+            visit(group, inputs)
+            return
+        if len(waiting) != run.ranks.rank:
+            inputs.leave_to_other_rank()
+        waiting.append((group, inputs))
+        if len(waiting) == run.ranks.size:
+            visit_waiting()
+
     forward = _padding_to_no_expert(run, stage, forward)
     groups, repeated = group_by_input(run, stage, forward)
     pools: dict[Any, _Sums] = {}
     for some in _at_a_time(groups) if run.sequential else [groups]:
+        if waiting and _pool_of(waiting[0][0]) != _pool_of(some[0]):
+            visit_waiting()  # what follows them sees them packed
         for key in dict.fromkeys(map(_pool_of, some)):
             if key is not None and key not in pools:
                 pools[key] = _pooled(run, stage, key, forward)
         for group, inputs in zip(some, input_statistics(run, some, repeated, forward, pools), strict=True):
-            rest()
-            visit(group, inputs)
+            take(group, inputs)
     reached = {name for group in groups for name in group}
     for name, module in stage.linears.items():
         if name not in reached:
@@ -95,7 +130,8 @@ def visit_groups(
             else:
                 inputs = _means(run, pool.copy(), {name: module}, {})
                 inputs.reached = False
-            visit({name: module}, inputs)
+            take({name: module}, inputs)
+    visit_waiting()
 
 
 def _padding_to_no_expert(run: CalibrationRun, stage: Stage, forward: Callable[[int], Any]) -> Callable[[int], Any]:

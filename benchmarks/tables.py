@@ -309,30 +309,33 @@ STRUCTURED = {
     "ours": "ours (OBS and least squares)",
     "ours, widths at one price": "ours, a width for each block at one price",
     "ours, layers": "ours, whole layers: {}",
+    "ours, heads": "ours, heads: {}",
 }
 
 
-def structured_table(model: str, cut: str) -> str:
-    """Methods without a row are left out. `cut`: what of how many layers stays, for the label."""
+def structured_table(model: str, cut: str, keeps: Sequence[float] = structured.KEEPS, percent: bool = False) -> str:
+    """Methods without a row are left out. `cut`: what of how many layers or heads stays, for the label."""
     rows = [row for row in read_rows(CSVS / "structured.csv", structured.Result) if row.model == model]
+    scale, digits, unit = (100, 1, " %") if percent else (1, 4, "")
     lines = []
     for method in (method for method in structured.METHODS if any(row.method == method for row in rows)):
         cells = []
-        for keep in structured.KEEPS:
-            found = [row.damage for row in rows if (row.method, row.keep) == (method, keep)]
-            spread = f" +-{pstdev(found):.4f}" if len(found) > 1 else ""
-            cells += [f"{mean(found):.4f}{spread}" if found else NOTHING, str(len(found))]
+        for keep in keeps:
+            found = [scale * row.damage for row in rows if (row.method, row.keep) == (method, keep)]
+            spread = f" +-{pstdev(found):.{digits}f}" if len(found) > 1 else ""
+            cells += [f"{mean(found):.{digits}f}{spread}{unit}" if found else NOTHING, str(len(found))]
         lines.append([STRUCTURED.get(method, method).format(cut), *cells])
-    return markdown(["channels kept", *(cell for keep in structured.KEEPS for cell in (f"{keep:g}", "draws"))], lines)
+    first = "share kept" if percent else "channels kept"
+    return markdown([first, *(cell for keep in keeps for cell in (f"{keep:g}", "draws"))], lines)
 
 
 def whisper_table() -> str:
     lines = [
         [row.name, f"{row.linear_bits:.2f}", f"{row.embedding_bits:.2f}", f"{row.megabytes:.1f} MB", f"{row.kl:.4f}",
-         f"{100 * row.agreement:.1f} %"]
+         f"{100 * row.agreement:.1f} %", f"{row.errors} of {row.words}" if row.words else NOTHING]
         for row in read_rows(CSVS / "whisper.csv", whisper.Result)
     ]  # fmt: skip
-    names = ["", "bits of Linears", "of the embedding", "weights", "KL", "same next token"]
+    names = ["", "bits of Linears", "of the embedding", "weights", "KL", "same next token", "words wrong"]
     return markdown(names, lines)
 
 
@@ -359,15 +362,17 @@ def structured_speed_table() -> str:
 def low_rank_speed_table() -> str:
     with (CSVS / "low_rank_speed.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
+    devices = list(dict.fromkeys(row["device"] for row in rows))
     lines = [
-        [f"{row['n']} x {row['k']}, rank {row['rank']}", row["m"], f"{float(row['dense_us']):.0f} us",
-         f"{float(row['low_rank_us']):.0f} us", times(float(row["ratio"]))]
-        for row in rows
+        [f"{row['n']} x {row['k']}, rank {row['rank']}", row["m"], row["device"].partition(",")[0],
+         f"{float(row['dense_us']):.0f} us", f"{float(row['low_rank_us']):.0f} us", times(float(row["ratio"]))]
+        for row in sorted(rows, key=lambda row: devices.index(row["device"]))
     ]  # fmt: skip
-    first, busy = rows[0], max(float(row["others_cpu"]) for row in rows)
-    return markdown(["N x K", "tokens (M)", "dense", "low rank", "ratio"], lines) + (
-        f"\n\nMeasured on {first['device']}; {first['threads']} threads; torch {first['torch']}; {first['timestamp'][:10]}. Other "
-        f"processes used at most {100 * busy:.0f} % of the CPUs."
+    first, days = rows[0], sorted(row["timestamp"][:10] for row in rows)
+    busy = max(float(row["others_cpu"]) for row in rows)
+    return markdown(["N x K", "tokens (M)", "processor", "dense", "low rank", "ratio"], lines) + (
+        f"\n\nMeasured on {'; '.join(devices)}; {first['threads']} thread; torch {first['torch']}; {days[0]} to {days[-1]}. "
+        f"Other processes used at most {100 * busy:.0f} % of the CPUs."
     )
 
 
@@ -579,6 +584,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pruning-causal": lambda: pruning_table("tiny_lm", 2),
     "low-rank": low_rank_table,
     "structured": lambda: structured_table(accuracy.BUNDLED, "5, 4, 3 of 6"),
+    "structured-heads": lambda: structured_table("tiny_moe", "3, 2 of 4", (0.75, 0.5), percent=True),
     "structured-speed": structured_speed_table,
     "whisper": whisper_table,
     "experts-prior": lambda: experts_calibration(experts_accuracy.PRIOR),

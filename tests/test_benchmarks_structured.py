@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from pyllmq.benchmarks import structured
+from pyllmq.benchmarks.accuracy import Subject
+from pyllmq.benchmarks.record import read_rows
 
 from . import models
 
@@ -64,3 +66,25 @@ def test_scores():
     assert structured.SCORES["FLAP"](weight, x).tolist() == [4 * 4, 9 * 9]
     assert structured.SCORES["Wanda-sp"](weight, x).tolist() == pytest.approx([2 * 5**0.5, 3 * 13**0.5])
     assert structured.SCORES["ModHiFi"](weight, x).tolist() == pytest.approx([1, 1])
+
+
+def test_heads_of_a_causal_model(monkeypatch, tmp_path, capsys):
+    """Half of the heads go by default, then half of the layers; what the file has is not run again."""
+    torch.manual_seed(0)
+    dense = models.tiny_llama(num_attention_heads=8, num_key_value_heads=4)
+    batches = [{"input_ids": ids} for ids in models.token_batches(2, 24)]
+    seen = []
+
+    def judge(model):
+        seen.append((model.config.num_attention_heads, model.config.num_hidden_layers))
+        return 0.5
+
+    subject = Subject("tiny", dense, lambda draw: batches, [], judge, ("lm_head",))
+    monkeypatch.setattr(structured, "causal", lambda folder, name: subject)
+    file = tmp_path / "rows.csv"
+    for _ in range(2):
+        structured.main(["--causal", "tiny", "--keep", "0.5", "--draws", "0", "--csv", str(file)])
+    assert seen == [(4, 2), (8, 1)]
+    assert [row.method for row in read_rows(file, structured.Result)] == [structured.HEADS, structured.LAYERS]
+    with pytest.raises(SystemExit, match="--methods does not know \\['heads'\\]"):
+        structured.main(["--causal", "tiny", "--methods", "heads"])

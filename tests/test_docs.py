@@ -139,7 +139,7 @@ def small():
 def dense(tmp_path_factory):
     """A folder with all that the pages call by name."""
     folder = tmp_path_factory.mktemp("models")
-    for name in ("my-model", "my-student", "pruned-elsewhere"):
+    for name in ("my-model", "my-llama", "my-student", "pruned-elsewhere"):
         model = small()
         if name == "pruned-elsewhere":
             for linear in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):

@@ -146,9 +146,9 @@ def row(tokens, dtype=torch.float16, meta=(4, 1), precision="high"):
 
 
 def test_which_row_serves(hopper):
-    assert row(9) == row(1024) == row(16, torch.bfloat16, precision="exact") == row(64, meta=(8, 1)) == "cuda.wgmma"
+    assert row(9) == row(2048) == row(16, torch.bfloat16, precision="exact") == row(64, meta=(8, 1)) == "cuda.wgmma"
     assert row(8) == row(64, torch.float32) == row(64, meta=(4, 0)) == "cuda.fused" and row(2) == "cuda.byte_planes"
-    assert row(1025) == row(65, torch.float32) == row(65, meta=(4, 0)) == "cuda.dequantize_matmul"
+    assert row(2049) == row(65, torch.float32) == row(65, meta=(4, 0)) == "cuda.dequantize_matmul"
     hopper.emulator.set_hopper(False)
     assert row(64) == "cuda.fused" and row(65) == "cuda.dequantize_matmul"
 

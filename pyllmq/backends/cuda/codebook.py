@@ -27,9 +27,9 @@ cost 2.2 times the reading of an fp16 matrix; decoding to memory and multiplying
 """
 
 
-MIN_WGMMA_TOKENS, MAX_WGMMA_TOKENS = 9, 1024
+MIN_WGMMA_TOKENS, MAX_WGMMA_TOKENS = 9, 2048
 """From here on decoding for all tokens at once takes fewer instructions than decoding for 16 of them (counted). It is predicted to
-give 0.85 of cuBLAS on dense weights from 256 tokens on; decoding to memory first 0.83 at 1024 and 0.91 at 2048."""
+give 0.90 to 0.95 of cuBLAS on dense weights from 256 tokens on; decoding to memory first 0.83 at 1024 and 0.91 at 2048."""
 
 MAX_PLANE_BITS = 4
 """Widths that have byte planes (csrc/codebook/cuda/layout.h): more entries than two permutations hold are looked up in memory."""
@@ -145,7 +145,7 @@ because = "a lookup is an operand of integer tensor cores: a third to a half of 
 one_or_two = reads(LAYOUT, _narrow_and_not_exact, MAX_PLANE_TOKENS)
 PACKED_LINEAR.register("cuda.byte_planes", ORDER, one_or_two, packed_linear_byte_planes, because)
 because = (
-    "decodes once for all tokens, into shared memory that warp groups multiply from (counted; predicted best to 1024)"
+    "decodes once for all tokens, into shared memory that warp groups multiply from (counted; predicted best to 2048)"
 )
 many = reads(LAYOUT, _takes_wgmma, MAX_WGMMA_TOKENS)
 PACKED_LINEAR.register("cuda.wgmma", ORDER + 1, many, packed_linear_wgmma, because)

@@ -20,8 +20,8 @@
 #include <string>
 
 #include "codebook/cuda/decode.cuh"
-#include "codebook/cuda/fp16_planes.cuh"
 #include "codebook/cuda/operand.h"
+#include "codebook/cuda/token_scale.cuh"
 #include "linear_outputs.cuh"
 #include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
@@ -106,17 +106,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kOrderThreads, 8) codebook_linear_wgmma_x_k
   const auto dtype = static_cast<DType>(a.call.dtype);
   const auto x_of = [&](int64_t column) { return load_element(a.call.x, dtype, token * h.columns + column); };
 
-  int exponent = 0;
-  if (is_token && dtype != DType::fp16) {
-    float largest = 0.0f;
-    for (int64_t column = thread; column < h.columns; column += kOrderThreads)
-      largest = fmaxf(largest, ptx::magnitude(x_of(column)));
-    for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, ptx::shuffle_xor(largest, mask));
-    if (thread % 32 == 0) of_warps[thread / 32] = largest;
-    ptx::sync_block();
-    for (int warp = 0; warp < kOrderThreads / 32; ++warp) largest = fmaxf(largest, of_warps[warp]);
-    exponent = scale_exponent(largest);
-  }
+  const int exponent = is_token ? token_exponent<kOrderThreads>(a.call, token, of_warps) : 0;
   const float scale = power_of_two(exponent);
   if (thread == 0) a.unscale[token] = power_of_two(-exponent);
 

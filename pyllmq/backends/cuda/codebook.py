@@ -37,7 +37,7 @@ there are zeros, so 64 tokens take longer than by `cuda.wgmma` (counted)."""
 
 MIN_REGISTER_TOKENS, MIN_REGISTER_TOKENS_4_BITS, MIN_REGISTER_TOKENS_FP32 = 9, 17, 5
 """From here on it is predicted to be faster than the rows behind it, by clocks for 256 rows and 64 columns at 2, 3 and 4 bits. 16
-tokens: 425, 481 and 829, `cuda.wgmma` 676, 760 and 768. 32 tokens: 512, 512 and 829, `cuda.wgmma` 756, 840 and 848. 16 tokens in
+tokens: 425, 481 and 829, `cuda.wgmma` 676, 760 and 768. 32 tokens: 512, 580 and 829, `cuda.wgmma` 756, 840 and 848. 16 tokens in
 fp32 as 32 tokens, `cuda.fused` 1850. Up to 8 tokens `cuda.fused` takes 435, 480 and 820, without a first kernel for x."""
 
 MAX_PLANE_BITS = 4
@@ -157,6 +157,9 @@ def _takes_wgmma(problem: WeightProblem) -> Support:
 
 
 def _takes_wgmma_registers(problem: WeightProblem) -> Support:
+    fits, why = runtime.takes_activations(problem)
+    if not fits:
+        return fits, why
     fp32 = problem.dtype == torch.float32
     if problem.meta[0] > MAX_PLANE_BITS:
         return False, f"serves columns of up to {MAX_PLANE_BITS} bits, this weight has one of {problem.meta[0]}"
@@ -168,10 +171,9 @@ def _takes_wgmma_registers(problem: WeightProblem) -> Support:
         return False, f"serves up to {MAX_REGISTER_COLUMNS} tokens, half as many in float32, here {problem.tokens}"
     if os.environ.get("PYLLMQ_CUDA_WGMMA") == "0":
         return False, "is switched off by PYLLMQ_CUDA_WGMMA=0"
-    fits, why = runtime.takes_activations(problem)
-    if fits and not has_wgmma(problem.device):
+    if not has_wgmma(problem.device):
         return False, "needs compute capability 9.0, and a build for it (sm_90a)"
-    return fits, why
+    return True, ""
 
 
 register_layout(Layout("cuda", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))

@@ -104,7 +104,7 @@ def steps(out: Path, python: str) -> list[Step]:
             )
             for shape in SHAPES
         ),
-        # No GPU has said yet from how many tokens on, and up to how many, the row cuda.wgmma is the faster one.
+        # No GPU has said yet from how many tokens on, and up to how many, the rows by wgmma are the faster ones.
         Step(
             "bench without wgmma",
             f"PYLLMQ_CUDA_WGMMA=0 {bench} --shapes {SHAPES[1]} --bits {BITS} --m {WGMMA_TOKENS}",

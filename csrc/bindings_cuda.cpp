@@ -122,6 +122,11 @@ void bind_codebook(py::module_& m) {
            }),
            arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"))
       .def_static("runs", &CodebookWgmma::runs);
+  py::class_<CodebookWgmmaRegisters, LinearOperand>(m, "CodebookWgmmaRegisters", module_local())
+      .def(py::init([](Pointer layout, int64_t layout_bytes, int64_t rows, int64_t columns) {
+             return std::make_unique<CodebookWgmmaRegisters>(as<uint8_t>(layout), layout_bytes, rows, columns);
+           }),
+           arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"));
   m.def("pack_codes", with_addresses(&pack_codes), arg("codes"), arg("packed"), arg("rows"), arg("columns"), arg("bits"),
         arg("stream"));
   m.def("unpack_codes", with_addresses(&unpack_codes), arg("packed"), arg("codes"), arg("rows"), arg("columns"), arg("bits"),
@@ -172,6 +177,11 @@ void bind_sparse(py::module_& m) {
   py::class_<SparseProducts, LinearOperand>(m, "SparseProducts", module_local())
       .def(py::init([](Pointer layout, int64_t layout_bytes, int64_t rows, int64_t columns, int64_t stage_bytes) {
              return std::make_unique<SparseProducts>(as<uint8_t>(layout), layout_bytes, rows, columns, stage_bytes);
+           }),
+           arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("stage_bytes"));
+  py::class_<SparseTables, LinearOperand>(m, "SparseTables", module_local())
+      .def(py::init([](Pointer layout, int64_t layout_bytes, int64_t rows, int64_t columns, int64_t stage_bytes) {
+             return std::make_unique<SparseTables>(as<uint8_t>(layout), layout_bytes, rows, columns, stage_bytes);
            }),
            arg("layout"), arg("layout_bytes"), arg("rows"), arg("columns"), arg("stage_bytes"));
 }

@@ -38,6 +38,11 @@ class CodebookWgmma(LinearOperand):
     def runs() -> bool:
         """Whether the current device is such a one, and the build is for it."""
 
+class CodebookWgmmaRegisters(LinearOperand):
+    """Of up to 32 tokens, 16 in fp32, and columns of at most 4 bits, where CodebookWgmma runs."""
+
+    def __init__(self, layout: int, layout_bytes: int, rows: int, columns: int) -> None: ...
+
 codebook_header_bytes: int
 
 def codebook_layout_meta(header: int, layout_bytes: int, rows: int, columns: int) -> tuple[int, int]:
@@ -121,6 +126,11 @@ class SparseOperand(LinearOperand):
 
 class SparseProducts(LinearOperand):
     """Of one token and codes of 2 bits in 2:4."""
+
+    def __init__(self, layout: int, layout_bytes: int, rows: int, columns: int, stage_bytes: int) -> None: ...
+
+class SparseTables(LinearOperand):
+    """Of one token and codes of 3 or 4 bits in 2:4."""
 
     def __init__(self, layout: int, layout_bytes: int, rows: int, columns: int, stage_bytes: int) -> None: ...
 

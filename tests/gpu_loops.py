@@ -43,15 +43,26 @@ def word(instruction: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", instruction).split(" ")[0].split(".")[0]
 
 
-def loops(lines: list[str]) -> list[list[str]]:
-    """Instructions of those loops that hold no other."""
+def ranges(lines: list[str]) -> list[tuple[int, int]]:
+    """From a label to the branch back to it."""
     place = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
-    ranges = []
+    found = []
     for i, line in enumerate(lines):
         target = re.search(r"\(?(\.L_\w+)\)?", line)
         if not line.endswith(":") and word(line) == "BRA" and target and place.get(target[1], i) < i:
-            ranges.append((place[target[1]], i))
-    inner = [r for r in ranges if not any(o != r and r[0] <= o[0] and o[1] <= r[1] for o in ranges)]
+            found.append((place[target[1]], i))
+    return found
+
+
+def every_loop(lines: list[str]) -> list[list[str]]:
+    """Instructions of all loops, with those of the loops within."""
+    return [[line for line in lines[begin : end + 1] if not line.endswith(":")] for begin, end in ranges(lines)]
+
+
+def loops(lines: list[str]) -> list[list[str]]:
+    """Instructions of those loops that hold no other."""
+    found = ranges(lines)
+    inner = [r for r in found if not any(o != r and r[0] <= o[0] and o[1] <= r[1] for o in found)]
     return [[line for line in lines[begin : end + 1] if not line.endswith(":")] for begin, end in inner]
 
 

@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels of byte planes, wgmma, products and of decoding: no spills, instructions per weight."""
+"""What nvcc makes of the kernels of byte planes, wgmma, products, tables and of decoding: no spills, instructions per weight."""
 
 import re
 import shutil
@@ -29,12 +29,26 @@ MOST_AT_2_BITS = {"80": 1.16, "90a": 1.15}  # issued, one token, where no column
 
 # The same of decoding for wgmma, at 4 tiles of 64 rows and at 2; and registers that the threads of a block leave each other.
 MOST_OF_WGMMA = {
-    4: {1: (1.85, 1.28), 2: (1.85, 1.28), 3: (1.90, 1.48), 4: (3.15, 2.80)},
-    2: {1: (2.10, 1.30), 2: (2.10, 1.30), 3: (2.10, 1.50), 4: (3.35, 2.85)},
+    4: {1: (1.85, 1.28), 2: (1.85, 1.28), 3: (2.15, 1.65), 4: (3.25, 2.80)},
+    2: {1: (2.15, 1.30), 2: (2.15, 1.30), 3: (2.45, 1.70), 4: (3.50, 2.85)},
 }
+# Loads of codes and exchanges between lanes for a tile x group, 4 bytes a lane each: clocks of shared memory.
+PASSES_OF_WGMMA = {1: 1, 2: 2, 3: 3 + 2, 4: 4}
 MOST_WGMMA_REGISTERS = {16: 128, 32: 128, 64: 128, 128: 168, 256: 168}
 
+# The same of decoding into registers: a pass of a group, and one with what comes once for two of them; without asking, which
+# one warp of four does.
+MOST_OF_WGMMA_REGISTERS = {
+    1: ((2.75, 1.50), (3.50, 1.95)),
+    2: ((2.75, 1.50), (3.50, 1.95)),
+    3: ((2.80, 1.75), (3.60, 2.20)),
+    4: ((4.15, 3.10), (4.95, 3.55)),
+}
+MOST_REGISTERS_OF_WGMMA_REGISTERS = {16: 128, 32: 128, 64: 255}
+
 MOST_OF_PRODUCTS = 4.6, 2.8  # per kept weight
+MOST_OF_TABLES = 7.6, 3.5  # the same
+MOST_REGISTERS_OF_TABLES = 64  # two blocks of 512 threads
 
 MOST_OF_DEQUANTIZE = 4.0  # issued, of columns of 1, 2, 3 or 4 bits stored in 16 bits without a row scale
 
@@ -124,10 +138,54 @@ def test_wgmma_runs_on_while_others_decode_in_few_instructions_a_weight(tmp_path
             loop for loop in counted if loop["STS"] == 4 * at_once and loop["PRMT"] and loop["LDS"] < 32 * at_once
         ]
         assert len(widths) == 4
-        for width, loop in enumerate(sorted(widths, key=lambda loop: loop["ALU"]), 1):
+        for width, loop in enumerate(sorted(widths, key=lambda loop: (loop["PRMT"], loop["LDS"])), 1):
             issued, alu = loop["issued"] / (32 * at_once), loop["ALU"] / (32 * at_once)
             most_issued, most_alu = MOST_OF_WGMMA[tiles][width]
             assert issued <= most_issued and alu <= most_alu, (tokens, width, issued, alu)
+            assert loop["LDS"] + loop["SHFL"] == PASSES_OF_WGMMA[width] * at_once, (tokens, width)
+
+
+@pytest.mark.slow
+def test_wgmma_from_registers_runs_on_while_the_same_warps_decode(tmp_path):
+    said, kernels = compiled("csrc/codebook/cuda/linear_wgmma_registers.cu", "90a", tmp_path)
+    assert "serialized" not in said, "wgmma would wait for each other"
+    reports = {report.split("'")[1]: report for report in said.split("Compiling entry function")[1:]}
+    found = {int(m[1]): name for name in kernels if (m := re.search(r"registers_kernelILi(\d+)E", name))}
+    assert set(found) == set(MOST_REGISTERS_OF_WGMMA_REGISTERS)
+    for n, name in found.items():
+        report = reports[name]
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
+        assert int(re.search(r"Used (\d+) registers", report)[1]) <= MOST_REGISTERS_OF_WGMMA_REGISTERS[n], report
+        passes, stages = [], []
+        for loop in gpu_loops.every_loop(kernels[name]):
+            if gpu_loops.counts(loop)["HGMMA"] != 8 or len(loop) > 600:
+                continue  # two tiles, halves and fragments; what is left of the loop of pieces of work is far longer
+            copies = [i for i, line in enumerate(loop) if gpu_loops.word(line) == "UBLKCP"]
+            if copies:  # what asks ends with what it stores for the next time
+                stores = [i for i, line in enumerate(loop) if gpu_loops.word(line) == "STS" and i > copies[-1]]
+                loop = loop[stores[-1] + 1 :]
+            (stages if copies else passes).append(gpu_loops.counts(loop))
+        assert len(passes) == len(stages) == 4, "a loop of stages for each width, and in it one of groups"
+        for loops, which in ((passes, 0), (stages, 1)):
+            for width, loop in enumerate(sorted(loops, key=lambda loop: (loop["PRMT"], loop["LDS"])), 1):
+                issued, alu = loop["issued"] / 64, loop["ALU"] / 64  # a lane decodes 64 weights of a group
+                most_issued, most_alu = MOST_OF_WGMMA_REGISTERS[width][which]
+                assert issued <= most_issued and alu <= most_alu, (n, width, which, issued, alu)
+
+
+@pytest.mark.slow
+def test_tables_of_products_have_no_spills_and_few_instructions_a_kept_weight(architecture, tmp_path):
+    said, kernels = compiled("csrc/sparse/cuda/linear_tables.cu", architecture, tmp_path)
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said, said
+    assert int(re.search(r"Used (\d+) registers", said)[1]) <= MOST_REGISTERS_OF_TABLES, said
+    (name,) = (name for name in kernels if "tables_kernel" in name)
+    counted = [gpu_loops.counts(loop) for loop in gpu_loops.loops(kernels[name])]
+    (loop,) = (loop for loop in counted if loop["LDGSTS"])
+    kept = 2 * 64 * 16 / 32  # of a lane: two cells of 32 columns, of which 16 are kept, of 64 rows
+    loads = kept * (1 + 2 / 8) + 2  # a lookup each, codes and positions of eight, x twice
+    assert loop["LDS"] <= loads + 4 * loop["LDGSTS"], "with a copy come loads that are never executed"
+    most_issued, most_alu = MOST_OF_TABLES
+    assert loop["issued"] / kept <= most_issued and loop["ALU"] / kept <= most_alu, loop
 
 
 @pytest.mark.slow
@@ -145,9 +203,10 @@ def test_products_have_no_spills_and_few_instructions_a_kept_weight(architecture
 
 
 @pytest.mark.slow
-def test_there_is_no_wgmma_for_other_devices(tmp_path):
+@pytest.mark.parametrize("source", ["linear_wgmma", "linear_wgmma_registers"])
+def test_there_is_no_wgmma_for_other_devices(source, tmp_path):
     """By the shared memory that stands in its place the host knows."""
-    said, kernels = compiled("csrc/codebook/cuda/linear_wgmma.cu", "80", tmp_path)
+    said, kernels = compiled(f"csrc/codebook/cuda/{source}.cu", "80", tmp_path)
     for report in said.split("Compiling entry function")[1:]:
-        assert ("bytes smem" in report) == ("wgmma_kernel" in report), report
+        assert ("bytes smem" in report) == bool(re.search("wgmma(_registers)?_kernel", report)), report
     assert not any(gpu_loops.word(line) == "HGMMA" for lines in kernels.values() for line in lines)

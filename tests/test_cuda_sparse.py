@@ -329,7 +329,8 @@ def test_what_the_table_says():
     assert reason("cuda.sparse24", 17, 1) == "cuda.sparse24_matmul"
     codes = "cuda.sparse24_codebook"
     assert reason(codes, 1, bits=2) == f"{codes}_products"
-    assert reason(codes, 2, bits=2) == reason(codes, 1, bits=4) == f"{codes}_fused"
+    assert reason(codes, 2, bits=2) == reason(codes, 2, bits=4) == f"{codes}_fused"
+    assert reason(codes, 1, bits=4) == reason(codes, 1, bits=4, precision="exact") == f"{codes}_tables"
     assert reason(codes, 1, bits=2, precision="exact") == f"{codes}_fused"
     with pytest.raises(
         dispatch.NoKernelError, match=r"(?s)reads the layout 'cuda.bitmap'.*reads the layout 'cuda.sparse24'"

@@ -146,16 +146,21 @@ def row(tokens, dtype=torch.float16, meta=(4, 1), precision="high"):
 
 
 def test_which_row_serves(hopper):
-    assert row(9) == row(1024) == row(16, torch.bfloat16, precision="exact") == row(64, meta=(8, 1)) == "cuda.wgmma"
-    assert row(8) == row(64, torch.float32) == row(64, meta=(4, 0)) == "cuda.fused" and row(2) == "cuda.byte_planes"
-    assert row(1025) == row(65, torch.float32) == row(65, meta=(4, 0)) == "cuda.dequantize_matmul"
+    assert row(9) == row(2048) == row(16, torch.bfloat16, precision="exact") == row(64, meta=(8, 1)) == "cuda.wgmma"
+    assert row(33, meta=(2, 1)) == row(16, meta=(5, 1)) == "cuda.wgmma"
+    registers = "cuda.wgmma_registers"
+    assert row(9, meta=(3, 0)) == row(17) == row(32, torch.bfloat16, precision="exact") == registers
+    assert row(5, torch.float32) == row(16, torch.float32, meta=(1, 0), precision="exact") == registers
+    assert row(8) == row(8, meta=(2, 1)) == row(4, torch.float32) == row(17, torch.float32) == "cuda.fused"
+    assert row(64, torch.float32) == row(64, meta=(4, 0)) == "cuda.fused" and row(2) == "cuda.byte_planes"
+    assert row(2049) == row(65, torch.float32) == row(65, meta=(4, 0)) == "cuda.dequantize_matmul"
     hopper.emulator.set_hopper(False)
-    assert row(64) == "cuda.fused" and row(65) == "cuda.dequantize_matmul"
+    assert row(64) == row(32) == "cuda.fused" and row(65) == "cuda.dequantize_matmul"
 
 
 def test_the_row_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("PYLLMQ_CUDA_WGMMA", "0")
-    assert row(64) == "cuda.fused"
+    assert row(64) == row(32) == "cuda.fused"
 
 
 def test_what_is_refused(hopper):

@@ -40,7 +40,7 @@ def kmeans(op, device, method):
     return ClusterProblem(op, device, F32, method)
 
 
-CELLS, COLUMNS, TWO_BITS = (0, 1, 0, 256), (1, 1, 0, 0), (0, 1, 2, 256)
+CELLS, COLUMNS, TWO_BITS, FOUR_BITS = (0, 1, 0, 256), (1, 1, 0, 0), (0, 1, 2, 256), (0, 1, 4, 768)
 PROBLEMS = {
     "cpu.codebook_linear": linear("cpu.codebook", "cpu", F32),
     "cpu.codebook_dequantize": dequantize("cpu.codebook", "cpu", F16),
@@ -49,6 +49,7 @@ PROBLEMS = {
     "cuda.byte_planes": linear("cuda.codebook", "cuda", F32, 2, (4,)),
     "cuda.fused": linear("cuda.codebook", "cuda", F32, 2, (5,)),
     "cuda.wgmma": linear("cuda.codebook", "cuda", BF16, 65, (4, True)),
+    "cuda.wgmma_registers": linear("cuda.codebook", "cuda", BF16, 32, (3, False)),
     "cuda.dequantize_matmul": linear("cuda.codebook", "cuda", BF16, 65, (4, False)),
     "cuda.dequantize": dequantize("cuda.codebook", "cuda", F16),
     "triton.fused": linear("triton.codebook", "cuda", F16, 64),
@@ -64,6 +65,7 @@ PROBLEMS = {
     **{f"cpu.{kind}_dequantize": dequantize(f"cpu.{kind}", "cpu", F32) for kind in SPARSE},
     **{f"cuda.{kind}_fused": linear(f"cuda.{kind}", "cuda", BF16, 64, CELLS) for kind in SPARSE},
     "cuda.sparse24_codebook_products": linear("cuda.sparse24_codebook", "cuda", BF16, 1, TWO_BITS),
+    "cuda.sparse24_codebook_tables": linear("cuda.sparse24_codebook", "cuda", BF16, 1, FOUR_BITS),
     **{f"cuda.{kind}_columns": linear(f"cuda.{kind}", "cuda", BF16, 16, COLUMNS) for kind in SPARSE[:2]},
     **{f"cuda.{kind}_matmul": linear(f"cuda.{kind}", "cuda", BF16, 65, CELLS) for kind in SPARSE},
     **{f"cuda.{kind}_dequantize": dequantize(f"cuda.{kind}", "cuda", BF16) for kind in SPARSE},

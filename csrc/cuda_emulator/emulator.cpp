@@ -58,6 +58,7 @@ struct Wgmma {
   uint64_t a, b;
   bool done = false;
   float* c[kWarpGroup];
+  const uint32_t* a_registers[kWarpGroup];  // or null
 };
 
 struct Fiber {
@@ -347,19 +348,27 @@ uint8_t* matrix_base() { return reinterpret_cast<uint8_t*>(reinterpret_cast<uint
 
 // Element `column` of row `row` of a matrix that a descriptor describes, swizzled by the address as the hardware does it.
 float element_of(uint64_t descriptor, int row, int column) {
+  const bool narrow = descriptor >> 62 == 2;
   const uint64_t step = (descriptor >> 32 & 0x3FFF) * 16;
-  uint64_t at = (descriptor & 0x3FFF) * 16 + row / 8 * step + row % 8 * 128 + column * 2;
-  at ^= (at >> 7 & 7) << 4;
+  uint64_t at = (descriptor & 0x3FFF) * 16 + row / 8 * step + row % 8 * (narrow ? 64 : 128) + column * 2;
+  at ^= (at >> 7 & (narrow ? 3 : 7)) << 4;
   uint16_t half;
   std::memcpy(&half, matrix_base() + at, 2);
   return cpu::fp16_to_fp32(half);
+}
+
+// Of the registers as of mma_m16n8k16.
+float a_of(const Wgmma& asked, int i, int k) {
+  const int thread = i / 16 * 32 + i % 8 * 4 + k % 8 / 2;
+  if (asked.a_registers[thread] == nullptr) return element_of(asked.a, k, i);
+  return cpu::fp16_to_fp32(static_cast<uint16_t>(asked.a_registers[thread][i / 8 % 2 + k / 8 * 2] >> (k % 2 * 16)));
 }
 
 void multiply(Wgmma& asked) {
   constexpr int kRows = 64, kDepth = 16;
   std::vector<float> a(kRows * kDepth), b(kDepth * asked.n);
   for (int k = 0; k < kDepth; ++k) {
-    for (int i = 0; i < kRows; ++i) a[i * kDepth + k] = element_of(asked.a, k, i);
+    for (int i = 0; i < kRows; ++i) a[i * kDepth + k] = a_of(asked, i, k);
     for (int j = 0; j < asked.n; ++j) b[k * asked.n + j] = element_of(asked.b, j, k);
   }
   for (int thread = 0; thread < kWarpGroup; ++thread)
@@ -407,16 +416,23 @@ uint64_t matrix_at(const void* shared, int step) {
   return uint64_t{1} << 62 | static_cast<uint64_t>(step >> 4) << 32 | uint64_t{1} << 16 | at >> 4;
 }
 
-void wgmma(int n, float* c, uint64_t a, uint64_t b) {
+uint64_t narrow_matrix_at(const void* shared) {
+  const auto at = static_cast<uint64_t>(static_cast<const uint8_t*>(shared) - matrix_base());
+  if (at % 512 != 0) fail("a matrix of wgmma with rows of 64 bytes begins within 8 rows");
+  return uint64_t{2} << 62 | uint64_t{512 >> 4} << 32 | uint64_t{1} << 16 | at >> 4;
+}
+
+void wgmma(int n, float* c, const uint32_t* a_registers, uint64_t a, uint64_t b) {
   Machine& m = machine;
   const int thread = m.current % m.threads;
   auto& asked = m.groups[m.current / kWarpGroup].asked;
   size_t mine = 0;  // the first that this thread has not come to
   while (mine < asked.size() && asked[mine]->c[thread % kWarpGroup] != nullptr) ++mine;
-  if (mine == asked.size()) asked.push_back(std::make_shared<Wgmma>(Wgmma{n, 0, a, b, false, {}}));
+  if (mine == asked.size()) asked.push_back(std::make_shared<Wgmma>(Wgmma{n, 0, a, b, false, {}, {}}));
   const auto product = asked[mine];
   if (product->n != n || product->a != a || product->b != b) fail("threads of a warp group ask for different wgmma");
   product->c[thread % kWarpGroup] = c;
+  product->a_registers[thread % kWarpGroup] = a_registers;
   m.fibers[m.current].products.back().push_back(product);
   if (++product->arrived < kWarpGroup) return;
   asked.erase(asked.begin() + static_cast<std::ptrdiff_t>(mine));

@@ -79,7 +79,8 @@ void barrier_wait(uint64_t* barrier, int parity);
 void copy_bulk(void* to, const void* from, int bytes, uint64_t* barrier);
 
 uint64_t matrix_at(const void* shared, int step);
-void wgmma(int n, float* c, uint64_t a, uint64_t b);
+uint64_t narrow_matrix_at(const void* shared);
+void wgmma(int n, float* c, const uint32_t* a_registers, uint64_t a, uint64_t b);  // a lies in shared memory without registers
 void commit_wgmma();
 void wait_wgmma(int latest_left);
 
@@ -167,9 +168,14 @@ static inline void fence_async() {}
 static inline void let_next_begin() {}
 static inline void wait_for_previous() {}
 static inline uint64_t matrix_at(const void* shared, int step) { return emulator::matrix_at(shared, step); }
+static inline uint64_t narrow_matrix_at(const void* shared) { return emulator::narrow_matrix_at(shared); }
 template <int kN>
 static inline void wgmma(float (&c)[kN / 2], uint64_t a, uint64_t b) {
-  emulator::wgmma(kN, c, a, b);
+  emulator::wgmma(kN, c, nullptr, a, b);
+}
+template <int kN>
+static inline void wgmma(float (&c)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
+  emulator::wgmma(kN, c, a, 0, b);
 }
 static inline void wgmma_begin() {}
 static inline void wgmma_commit() { emulator::commit_wgmma(); }

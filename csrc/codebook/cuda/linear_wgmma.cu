@@ -20,8 +20,8 @@
 #include <string>
 
 #include "codebook/cuda/decode.cuh"
-#include "codebook/cuda/fp16_planes.cuh"
 #include "codebook/cuda/operand.h"
+#include "codebook/cuda/token_scale.cuh"
 #include "linear_outputs.cuh"
 #include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
@@ -106,17 +106,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kOrderThreads, 8) codebook_linear_wgmma_x_k
   const auto dtype = static_cast<DType>(a.call.dtype);
   const auto x_of = [&](int64_t column) { return load_element(a.call.x, dtype, token * h.columns + column); };
 
-  int exponent = 0;
-  if (is_token && dtype != DType::fp16) {
-    float largest = 0.0f;
-    for (int64_t column = thread; column < h.columns; column += kOrderThreads)
-      largest = fmaxf(largest, ptx::magnitude(x_of(column)));
-    for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, ptx::shuffle_xor(largest, mask));
-    if (thread % 32 == 0) of_warps[thread / 32] = largest;
-    ptx::sync_block();
-    for (int warp = 0; warp < kOrderThreads / 32; ++warp) largest = fmaxf(largest, of_warps[warp]);
-    exponent = scale_exponent(largest);
-  }
+  const int exponent = is_token ? token_exponent<kOrderThreads>(a.call, token, of_warps) : 0;
   const float scale = power_of_two(exponent);
   if (thread == 0) a.unscale[token] = power_of_two(-exponent);
 
@@ -140,31 +130,81 @@ PYLLMQ_KERNEL void __launch_bounds__(kOrderThreads, 8) codebook_linear_wgmma_x_k
 
 // ---- W -------------------------------------------------------------------------------------------------------------------
 
-// Decodes kTiles tiles of a group into shared memory: decode(tile, half, pairs) gives the pairs of rows of the lane's two columns
-// of a half.
-template <int kTiles, class Decode>
+// 8 rows of one column of a group: 16 bytes of shared memory.
+struct Chunk {
+  int k, g;  // tile_column of the column; rows 16i + 2g + h
+};
+
+// The four chunks of a tile that a lane decodes. The fewer columns they are of, the fewer codebooks it reads; the words of its
+// codes lie beside those of other lanes, and eight lanes store to different banks.
+template <int kWidth>
+PYLLMQ_DEVICE Chunk chunk_of(int lane, int i) {
+  const int t = lane % 4, g = lane / 4, pair = t * 2 + i % 2;
+  if constexpr (kWidth == 4) return {tile_column(lane / 2), 2 * i + lane % 2};  // a word each
+  if constexpr (kWidth == 3) return {g % 2 * 8 + pair, g ^ i / 2};  // two columns, with the lane beside that has others
+  if constexpr (kWidth == 2) return {g / 2 % 2 * 8 + pair, i / 2 * 4 + g / 4 * 2 + g % 2};  // two words of two columns
+  return {i / 2 * 8 + pair, g};                                                             // all that the lane has in the layout
+}
+
+// The codes of its chunks.
+template <int kWidth>
+PYLLMQ_DEVICE void chunk_codes(const uint8_t* tile, int lane, uint32_t (&codes)[4]) {
+  const auto* words = reinterpret_cast<const uint32_t*>(tile);
+  const int t = lane % 4, g = lane / 4;
+  if constexpr (kWidth == 4) {
+    const auto* from = words + lane % 2 * 16 + lane / 2 % 4 * 4 + lane / 8;
+    unrolled<4>([&](int i) { codes[i] = from[32 * i]; });
+  } else if constexpr (kWidth == 3) {
+    uint32_t own[2][2];  // by half of the group
+    unrolled<2>([&](int half) { column_codes<3>(tile, lane, half, own[half]); });
+    const bool last = g % 2 != 0;
+    unrolled<2>([&](int i) {
+      codes[i] = last ? own[1][i] : own[0][i];
+      codes[2 + i] = ptx::shuffle(last ? own[0][i] : own[1][i], lane ^ 4);
+    });
+  } else if constexpr (kWidth == 2) {
+    const auto* from = words + (g / 4 * 2 + g % 2) * 8 + t * 2 + g / 2 % 2;
+    unrolled<2>([&](int i) {
+      codes[2 * i] = from[32 * i] & 0x33333333u;
+      codes[2 * i + 1] = from[32 * i] >> 2 & 0x33333333u;
+    });
+  } else {
+    unrolled<2>([&](int half) {
+      uint32_t pair[2];
+      column_codes<1>(tile, lane, half, pair);
+      unrolled<2>([&](int i) { codes[2 * half + i] = pair[i]; });
+    });
+  }
+}
+
+// Stores kTiles decoded tiles of a group: decode(tile, put) gives put(number of the chunk, its rows in pairs).
+template <int kWidth, int kTiles, class Decode>
 PYLLMQ_DEVICE void store_group(uint8_t* group, const Decode& decode) {
-  const int g = (ptx::thread() & 31) / 4, k = ptx::thread() % 4 * 2;
-  uint8_t* const to[2] = {group + k * 128 + (g ^ k) * 16, group + (k + 1) * 128 + (g ^ (k + 1)) * 16};
+  uint8_t* to[4];
+  unrolled<4>([&](int i) {
+    const Chunk chunk = chunk_of<kWidth>(ptx::thread() & 31, i);
+    to[i] = group + chunk.k * 128 + (chunk.g ^ chunk.k % 8) * 16;
+  });
 #pragma unroll(kTiles / 2)
   for (int tile = 0; tile < kTiles; ++tile)
-    unrolled<2>([&](int half) {
-      Words<4> pairs[2];
-      decode(tile, half, pairs);
-      unrolled<2>([&](int i) { *reinterpret_cast<Words<4>*>(to[i] + tile * kTileBytes + half * (kGroupBytes / 2)) = pairs[i]; });
-    });
+    decode(tile, [&](int i, const Words<4>& rows) { *reinterpret_cast<Words<4>*>(to[i] + tile * kTileBytes) = rows; });
 }
 
 // A group of up to 4 bits, from a stage of the ring.
 template <int kWidth, int kTiles>
 PYLLMQ_DEVICE void decode_group(const uint8_t* stage, uint8_t* group) {
+  constexpr int kColumns = kWidth == 4 ? 1 : kWidth == 1 ? 4 : 2;  // of a lane
   const int lane = ptx::thread() & 31;
-  RegisterTable<kWidth> table[4];
-  unrolled<4>([&](int i) { table[i].load(stage, lane % 4 + 4 * i); });
-  store_group<kTiles>(group, [&](int tile, int half, Words<4>(&pairs)[2]) {
-    uint32_t codes[2];
-    column_codes<kWidth>(stage + kTableRoom + tile * tile_bytes(kWidth), lane, half, codes);
-    unrolled<2>([&](int i) { table[2 * half + i].decode(codes[i], pairs[i].word); });
+  RegisterTable<kWidth> table[kColumns];
+  unrolled<kColumns>([&](int i) { table[i].load(stage, column_of_tile(chunk_of<kWidth>(lane, i).k)); });
+  store_group<kWidth, kTiles>(group, [&](int tile, const auto& put) {
+    uint32_t codes[4];
+    chunk_codes<kWidth>(stage + kTableRoom + tile * tile_bytes(kWidth), lane, codes);
+    unrolled<4>([&](int i) {
+      Words<4> rows;
+      table[i % kColumns].decode(codes[i], rows.word);
+      put(i, rows);
+    });
   });
 }
 
@@ -177,13 +217,18 @@ PYLLMQ_DEVICE void decode_wide_group(const uint8_t* tables, const uint8_t* codes
   ptx::wait_async<0>();
   ptx::sync_warp();
   const auto* entries = reinterpret_cast<const uint16_t*>(ring) + (lane % 4 << kWidth);
-  store_group<kTiles>(group, [&](int tile, int half, Words<4>(&pairs)[2]) {
+  store_group<kWidth, kTiles>(group, [&](int tile, const auto& put) {
     const uint8_t* at = codes + (tile < tiles ? tile : 0) * tile_bytes(kWidth);  // behind the last tile nothing may be read
-    uint32_t low[2], high[2];
-    column_codes<4>(at, lane, half, low);
-    column_codes<kWidth - 4>(at + tile_bytes(4), lane, half, high);
-    unrolled<2>(
-        [&](int i) { MemoryTable<kWidth>{entries + ((8 * half + 4 * i) << kWidth)}.decode(low[i], high[i], pairs[i].word); });
+    unrolled<2>([&](int half) {
+      uint32_t low[2], high[2];
+      column_codes<4>(at, lane, half, low);
+      column_codes<kWidth - 4>(at + tile_bytes(4), lane, half, high);
+      unrolled<2>([&](int i) {
+        Words<4> rows;
+        MemoryTable<kWidth>{entries + ((8 * half + 4 * i) << kWidth)}.decode(low[i], high[i], rows.word);
+        put(2 * half + i, rows);
+      });
+    });
   });
 }
 
@@ -235,7 +280,7 @@ class Decoder {
     width_ = width_of(group_, width_);
     const uint8_t* const stage = ring_ + used_;
     switch (width_) {
-      case 0: store_group<S::kTiles>(to, [](int, int, Words<4>(&pairs)[2]) { pairs[0] = pairs[1] = {}; }); break;
+      case 0: store_group<1, S::kTiles>(to, [](int, const auto& put) { unrolled<4>([&](int i) { put(i, {}); }); }); break;
       case 1: decode_group<1, S::kTiles>(stage, to); break;
       case 2: decode_group<2, S::kTiles>(stage, to); break;
       case 3: decode_group<3, S::kTiles>(stage, to); break;
@@ -301,6 +346,11 @@ class Decoder {
 };
 
 // ---- the block -----------------------------------------------------------------------------------------------------------
+
+template <int kTokens>
+PYLLMQ_DEVICE int items(const Arguments& a, const LayoutHeader& h) {
+  return static_cast<int>(h.blocks) * (kBlockTiles / Shape<kTokens>::kTiles) * a.token_blocks * a.splits;
+}
 
 template <int kTokens>
 PYLLMQ_DEVICE void take(const Arguments& a, const LayoutHeader& h, int item, Work& w) {
@@ -436,28 +486,37 @@ PYLLMQ_KERNEL void __launch_bounds__(Shape<kTokens>::kThreads, 1) codebook_linea
     ptx::fence_async();
   }
 
-  const int items = static_cast<int>(h.blocks) * (kBlockTiles / S::kTiles) * a.token_blocks * a.splits;
-  int passed = 0;
-  for (auto item = static_cast<int>(ptx::block()); item < items; item += static_cast<int>(ptx::blocks())) {
-    ptx::fence_async();  // copies follow what the work before wrote to the stages
-    ptx::sync_block();
-    if (thread == 0) take<kTokens>(a, h, item, shared.work);
-    ptx::sync_block();
-    if (shared.work.rows <= 0) continue;
-    auto* total = reinterpret_cast<float*>(stages);
-    if (consumer < 0) {
+  // body(steps passed before) for each piece of work.
+  const auto for_each_item = [&](const auto& body) {
+    int passed = 0;
+    for (auto item = static_cast<int>(ptx::block()); item < items<kTokens>(a, h); item += static_cast<int>(ptx::blocks())) {
+      ptx::fence_async();  // copies follow what the work before wrote to the stages
+      ptx::sync_block();
+      if (thread == 0) take<kTokens>(a, h, item, shared.work);
+      ptx::sync_block();
+      if (shared.work.rows <= 0) continue;
+      body(passed);
+      passed += shared.work.end_step - shared.work.first_step;
+    }
+  };
+  auto* const total = reinterpret_cast<float*>(stages);
+  if (consumer < 0) {
+    for_each_item([&](int passed) {
       decode_steps<kTokens>(a, shared, rings, stages, passed);
       ptx::sync_block();
-    } else {
-      ptx::wait_for_previous();
+      ptx::sync_block();
+      finish<kTokens>(a, shared, total);
+    });
+  } else {
+    ptx::wait_for_previous();
+    for_each_item([&](int passed) {
       Sums<kTokens> sums = {};
       multiply_steps<kTokens>(shared, stages, consumer, passed, sums);
       ptx::sync_block();  // nobody reads a stage any more
       store_sums<kTokens>(sums, consumer, total);
-    }
-    ptx::sync_block();
-    passed += shared.work.end_step - shared.work.first_step;
-    finish<kTokens>(a, shared, total);
+      ptx::sync_block();
+      finish<kTokens>(a, shared, total);
+    });
   }
 #endif
 }

@@ -46,4 +46,15 @@ class CodebookWgmma final : public CodebookOperand {
   void run(const LinearCall& call, uintptr_t stream) const override;
 };
 
+// The same for 3 to 32 tokens, 16 in fp32, and weights of at most 4 bits on compute capability 9.0 (CodebookWgmma::runs).
+class CodebookWgmmaRegisters final : public CodebookOperand {
+ public:
+  using CodebookOperand::CodebookOperand;
+
+ private:
+  int64_t most_tokens() const override;
+  int64_t find_room(int64_t tokens, int dtype) const override;
+  void run(const LinearCall& call, uintptr_t stream) const override;
+};
+
 }  // namespace pyllmq::cuda

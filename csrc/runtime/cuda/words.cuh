@@ -214,6 +214,11 @@ PYLLMQ_DEVICE uint64_t matrix_at(const void* shared, int step) {
   return uint64_t{1} << 62 | static_cast<uint64_t>(step >> 4) << 32 | uint64_t{1} << 16 | (shared_address(shared) & 0x3FFFF) >> 4;
 }
 
+// The same with rows of 64 bytes, 8 to half a kilobyte, and chunk c in place c ^ row / 2 % 4; begins at a multiple of 512 bytes.
+PYLLMQ_DEVICE uint64_t narrow_matrix_at(const void* shared) {
+  return uint64_t{2} << 62 | uint64_t{512 >> 4} << 32 | uint64_t{1} << 16 | (shared_address(shared) & 0x3FFFF) >> 4;
+}
+
 #define PYLLMQ_NUMBERS_8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define PYLLMQ_NUMBERS_16 PYLLMQ_NUMBERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define PYLLMQ_NUMBERS_32 PYLLMQ_NUMBERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
@@ -249,6 +254,21 @@ PYLLMQ_DEVICE void wgmma(float (&c)[kN / 2], uint64_t a, uint64_t b) {
   if constexpr (kN == 64) PYLLMQ_WGMMA(64, 32, 32, 33);
   if constexpr (kN == 128) PYLLMQ_WGMMA(128, 64, 64, 65);
   if constexpr (kN == 256) PYLLMQ_WGMMA(256, 128, 128, 129);
+}
+
+#define PYLLMQ_WGMMA_REGISTERS(n, sums, a0, a1, a2, a3, b_number)                               \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" PYLLMQ_NUMBERS_##sums \
+               "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b_number ", 1, 1, 1, 0;"          \
+               : PYLLMQ_SUMS_##sums(0)                                                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+// The same with a in registers, which stay as they are until it is done: of warp w rows 16w.. of a as mma_m16n8k16 wants them.
+template <int kN>
+PYLLMQ_DEVICE void wgmma(float (&c)[kN / 2], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(kN == 16 || kN == 32 || kN == 64, "what kernels use");
+  if constexpr (kN == 16) PYLLMQ_WGMMA_REGISTERS(16, 8, 8, 9, 10, 11, 12);
+  if constexpr (kN == 32) PYLLMQ_WGMMA_REGISTERS(32, 16, 16, 17, 18, 19, 20);
+  if constexpr (kN == 64) PYLLMQ_WGMMA_REGISTERS(64, 32, 32, 33, 34, 35, 36);
 }
 PYLLMQ_DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }  // sums may be used
 PYLLMQ_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -51,4 +51,15 @@ class SparseProducts final : public SparseOperand {
   void run(const LinearCall& call, uintptr_t stream) const override;
 };
 
+// The same of codes of 3 and 4 bits for one token, by products in shared memory, added in fp32.
+class SparseTables final : public SparseOperand {
+ public:
+  SparseTables(const uint8_t* layout, int64_t layout_bytes, int64_t rows, int64_t columns, int64_t stage_bytes)
+      : SparseOperand(layout, layout_bytes, rows, columns, SparseKind::codes, ValueType::fp16, 4, stage_bytes) {}
+
+ private:
+  int64_t find_room(int64_t tokens, int dtype) const override;
+  void run(const LinearCall& call, uintptr_t stream) const override;
+};
+
 }  // namespace pyllmq::cuda

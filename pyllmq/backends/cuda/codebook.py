@@ -27,9 +27,18 @@ cost 2.2 times the reading of an fp16 matrix; decoding to memory and multiplying
 """
 
 
-MIN_WGMMA_TOKENS, MAX_WGMMA_TOKENS = 9, 1024
+MIN_WGMMA_TOKENS, MAX_WGMMA_TOKENS = 9, 2048
 """From here on decoding for all tokens at once takes fewer instructions than decoding for 16 of them (counted). It is predicted to
-give 0.85 of cuBLAS on dense weights from 256 tokens on; decoding to memory first 0.83 at 1024 and 0.91 at 2048."""
+give 0.90 to 0.95 of cuBLAS on dense weights from 256 tokens on; decoding to memory first 0.83 at 1024 and 0.91 at 2048."""
+
+MAX_REGISTER_COLUMNS = 32
+"""Columns of the product that wgmma from registers serves: tokens, or twice the tokens in fp32. Half of what tensor cores multiply
+there are zeros, so 64 tokens take longer than by `cuda.wgmma` (counted)."""
+
+MIN_REGISTER_TOKENS, MIN_REGISTER_TOKENS_4_BITS, MIN_REGISTER_TOKENS_FP32 = 9, 17, 5
+"""From here on it is predicted to be faster than the rows behind it, by clocks for 256 rows and 64 columns at 2, 3 and 4 bits. 16
+tokens: 425, 481 and 829, `cuda.wgmma` 676, 760 and 768. 32 tokens: 512, 580 and 829, `cuda.wgmma` 756, 840 and 848. 16 tokens in
+fp32 as 32 tokens, `cuda.fused` 1850. Up to 8 tokens `cuda.fused` takes 435, 480 and 820, without a first kernel for x."""
 
 MAX_PLANE_BITS = 4
 """Widths that have byte planes (csrc/codebook/cuda/layout.h): more entries than two permutations hold are looked up in memory."""
@@ -90,9 +99,16 @@ def wgmma(weight: WeightOperand) -> Any:
     return runtime.extension().CodebookWgmma(blob.data_ptr(), blob.numel(), *weight.shape)
 
 
+def wgmma_registers(weight: WeightOperand) -> Any:
+    """Codes decoded in registers once for up to 32 tokens, multiplied from there by warp groups."""
+    (blob,) = weight.tensors
+    return runtime.extension().CodebookWgmmaRegisters(blob.data_ptr(), blob.numel(), *weight.shape)
+
+
 packed_linear = partial(runtime.run_linear, operand)
 packed_linear_byte_planes = partial(runtime.run_linear, byte_planes)
 packed_linear_wgmma = partial(runtime.run_linear, wgmma)
+packed_linear_wgmma_registers = partial(runtime.run_linear, wgmma_registers)
 packed_dequantize = partial(runtime.dequantize, operand)
 dequantize_matmul = partial(runtime.dequantize_matmul, operand)
 
@@ -140,12 +156,37 @@ def _takes_wgmma(problem: WeightProblem) -> Support:
     return True, ""
 
 
+def _takes_wgmma_registers(problem: WeightProblem) -> Support:
+    fits, why = runtime.takes_activations(problem)
+    if not fits:
+        return fits, why
+    fp32 = problem.dtype == torch.float32
+    if problem.meta[0] > MAX_PLANE_BITS:
+        return False, f"serves columns of up to {MAX_PLANE_BITS} bits, this weight has one of {problem.meta[0]}"
+    fewest = MIN_REGISTER_TOKENS_4_BITS if problem.meta[0] == MAX_PLANE_BITS else MIN_REGISTER_TOKENS
+    fewest = MIN_REGISTER_TOKENS_FP32 if fp32 else fewest
+    if problem.tokens < fewest:
+        return False, f"serves {fewest} tokens and more of this dtype and width, here {problem.tokens}"
+    if problem.tokens * (2 if fp32 else 1) > MAX_REGISTER_COLUMNS:
+        return False, f"serves up to {MAX_REGISTER_COLUMNS} tokens, half as many in float32, here {problem.tokens}"
+    if os.environ.get("PYLLMQ_CUDA_WGMMA") == "0":
+        return False, "is switched off by PYLLMQ_CUDA_WGMMA=0"
+    if not has_wgmma(problem.device):
+        return False, "needs compute capability 9.0, and a build for it (sm_90a)"
+    return True, ""
+
+
 register_layout(Layout("cuda", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
 because = "a lookup is an operand of integer tensor cores: a third to a half of cuda.fused's instructions (counted)"
 one_or_two = reads(LAYOUT, _narrow_and_not_exact, MAX_PLANE_TOKENS)
 PACKED_LINEAR.register("cuda.byte_planes", ORDER, one_or_two, packed_linear_byte_planes, because)
 because = (
-    "decodes once for all tokens, into shared memory that warp groups multiply from (counted; predicted best to 1024)"
+    "decodes once for up to 32 tokens, in registers: 425 clocks where cuda.wgmma takes 676 (2 bits, 16 tokens; counted)"
+)
+some = reads(LAYOUT, _takes_wgmma_registers, MAX_REGISTER_COLUMNS)
+PACKED_LINEAR.register("cuda.wgmma_registers", ORDER, some, packed_linear_wgmma_registers, because)
+because = (
+    "decodes once for all tokens, into shared memory that warp groups multiply from (counted; predicted best to 2048)"
 )
 many = reads(LAYOUT, _takes_wgmma, MAX_WGMMA_TOKENS)
 PACKED_LINEAR.register("cuda.wgmma", ORDER + 1, many, packed_linear_wgmma, because)

@@ -105,8 +105,17 @@ def products(weight: WeightOperand) -> Any:
     )
 
 
+def tables(weight: WeightOperand) -> Any:
+    """One token, codes of 3 and 4 bits: products of codebooks and x, looked up in shared memory and added in fp32."""
+    (blob,) = weight.tensors
+    return runtime.extension().SparseTables(
+        blob.data_ptr(), blob.numel(), *weight.shape, Meta(*weight.meta).stage_bytes
+    )
+
+
 packed_linear = partial(runtime.run_linear, operand)
 packed_linear_products = partial(runtime.run_linear, products)
+packed_linear_tables = partial(runtime.run_linear, tables)
 packed_dequantize = partial(runtime.dequantize, operand)
 dequantize_matmul = partial(runtime.dequantize_matmul, operand)
 
@@ -141,10 +150,18 @@ def _of_2_bits_and_not_exact(problem: WeightProblem) -> Support:
     return runtime.takes_activations(problem)
 
 
+def _of_3_and_4_bits(problem: WeightProblem) -> Support:
+    if Meta(*problem.meta).bits == 2:
+        return False, "serves codes of 3 and 4 bits: the 16 entries of a group of 2 bits fit into registers"
+    return runtime.takes_activations(problem)
+
+
 layout = "cuda.sparse24_codebook"
 because = "a lookup is a product and an operand of integer tensor cores: 2.7 instructions of the integer pipe for 4.4 (counted)"
 one = reads(layout, _of_2_bits_and_not_exact, 1)
 PACKED_LINEAR.register(f"{layout}_products", ORDER, one, packed_linear_products, because)
+because = "a lookup is a product that is added: 7.5 instructions a kept weight for 11.4 (counted)"
+PACKED_LINEAR.register(f"{layout}_tables", ORDER, reads(layout, _of_3_and_4_bits, 1), packed_linear_tables, because)
 for kind in SPARSE_KINDS:
     make, back = partial(prepack, kind), partial(from_blob, kind)
     register_layout(Layout("cuda", kind, ORDER, weight_type(kind).fields, runtime.serves, make, unpack, back))

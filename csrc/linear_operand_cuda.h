@@ -37,6 +37,12 @@ struct LinearCall {  // by value to a kernel; what has a default is filled in by
   int counter_set = 0;
 };
 
+[[noreturn]] inline void refuse_work(const char* kernel, const LinearCall& call) {
+  throw std::invalid_argument(std::string(kernel) + " of " + std::to_string(call.tokens) + " tokens by [" +
+                              std::to_string(call.rows) + ", " + std::to_string(call.columns) +
+                              "] has more than 2^31 pieces of work; give fewer tokens at a time");
+}
+
 class LinearOperand {
  public:
   virtual ~LinearOperand() = default;
@@ -77,11 +83,6 @@ class LinearOperand {
     if (reinterpret_cast<uintptr_t>(layout) % kReadAlignment != 0)
       throw std::invalid_argument("the layout lies " + std::to_string(reinterpret_cast<uintptr_t>(layout) % kReadAlignment) +
                                   " bytes behind a multiple of 16, where no kernel can read it; give a copy of it (clone())");
-  }
-  [[noreturn]] static void refuse_work(const char* kernel, const LinearCall& call) {
-    throw std::invalid_argument(std::string(kernel) + " of " + std::to_string(call.tokens) + " tokens by [" +
-                                std::to_string(call.rows) + ", " + std::to_string(call.columns) +
-                                "] has more than 2^31 pieces of work; give fewer tokens at a time");
   }
 
  private:

@@ -16,19 +16,12 @@
 // A block of 8 warps takes 512 rows (256 for two tokens) and a split of K, of which each warp takes every 8th column group, and
 // streams it through a ring in shared memory of its own. Codes are under way before x is read. A warp has its own unit of x, so
 // that the largest product of at most 272 columns is 2^15 units: errors are 3e-5 of the result's size for normal x (`high`).
-// Sums of warps are added in one pass, in order; blocks that share rows leave theirs in a workspace, as in linear.cu.
-#include <algorithm>
-#include <limits>
+// The frame is that of streamed_linear.cuh.
 #include <stdexcept>
 #include <string>
 
 #include "codebook/cuda/decode.cuh"
-#include "codebook/cuda/fp16_planes.cuh"
-#include "codebook/cuda/operand.h"
-#include "codebook/cuda/outliers.cuh"
-#include "linear_outputs.cuh"
-#include "runtime/counting.h"
-#include "runtime/cuda/runtime.h"
+#include "codebook/cuda/stream.cuh"
 
 namespace pyllmq::cuda {
 namespace {
@@ -44,17 +37,11 @@ constexpr int kMostStages = 3;
 constexpr int kMostX = 127 * 257;             // of x as an integer: either byte is at most 127
 constexpr int kPartStride = kBlockRows + 16;  // floats: the two planes of x lie in different banks
 
-struct Arguments {
-  LinearCall call;
-  int splits;
-};
-
 struct Work {
-  int item;
   RowBlock block;
-  int first_row, rows;  // within the row block; no rows: nothing to do
-  int64_t panel_begin, panel_end, split;
-  GroupRange groups[kMostPlaneBits + 1];  // by width
+  int first_row, rows;  // within the row block
+  Range panels;
+  GroupRange groups[9];  // by width
 };
 
 // Where a warp's group is copied from, and how many bytes. Behind the last group all is 0.
@@ -70,6 +57,7 @@ struct alignas(16) Group {
 };
 
 struct Shared {
+  Item item;
   Work work;
   uint32_t arrived;
   float down[kWarps][kMostTokens][2];
@@ -305,70 +293,18 @@ PYLLMQ_DEVICE void store_sums(const PlaneSums<kTokens>& sums, float* part) {
   });
 }
 
-// Sums of all warps, units, row scale, outliers; then y, or this split's part of it.
-template <int kTokens>
-PYLLMQ_DEVICE void finish(const LayoutHeader& h, const Arguments& a, Shared& shared) {
-  constexpr int kRows = kBlockRows / kTokens;
-  const Work& w = shared.work;
-  const int64_t row_begin = w.block.row_begin + w.first_row;
-  const auto for_each_output = [&](const auto& body) {
-    for (int token = 0; token < kTokens; ++token)
-      for (int row = ptx::thread(); row < w.rows; row += kThreads) body(token, row);
-  };
-  const auto sum_of = [&](int token, int row) {
-    float sum = 0.0f;
-    for (int warp = 0; warp < kWarps; ++warp) {
-      const float* part = reinterpret_cast<const float*>(shared.ring[warp]) + token * kRows + row;
-      const float* down = shared.down[warp][token];
-      sum += (part[kPartStride] * 256.0f + part[0]) * down[0] * down[1] + shared.middle[warp][token];
-    }
-    if (h.row_scale_offset != 0) sum *= ptx::fp16_to_fp32(section<uint16_t>(h, h.row_scale_offset)[row_begin + row]);
-    const int in_block = w.first_row + row;
-    if (h.outliers != 0)
-      sum += outlier_sum(h, a.call, token, w.panel_begin, w.panel_end, w.block.tile_begin + in_block / kTileRows,
-                         in_block % kTileRows);
-    return sum;
-  };
-  uint32_t* counter = counter_of(a.call, h, 0, h.tiles, w.block.tile_begin + w.first_row / kTileRows);
-  store_outputs(a.call, a.splits, w.split, counter, 0, row_begin, shared.arrived, for_each_output, sum_of);
-}
-
-// Called by threads 0..4: the first describes the item, each of the others the groups of one width.
-template <int kTokens>
-PYLLMQ_DEVICE void take(const Arguments& a, const LayoutHeader& h, int item, Work& w) {
-  constexpr int kRows = kBlockRows / kTokens;
-  const int row_parts = static_cast<int>(h.blocks) * kTokens, split = item / row_parts, row_part = item % row_parts;
-  const int64_t panel_begin = split * h.panels / a.splits, panel_end = (split + 1) * h.panels / a.splits;
-  if (ptx::thread() != 0) {
-    w.groups[ptx::thread()] = panel_groups(h, ptx::thread(), panel_begin, panel_end);
-    return;
-  }
-  w.item = item;
-  w.block = section<RowBlock>(h, h.blocks_offset)[row_part / kTokens];
-  w.first_row = row_part % kTokens * kRows;
-  w.rows = w.block.rows - w.first_row < kRows ? w.block.rows - w.first_row : kRows;
-  w.panel_begin = panel_begin;
-  w.panel_end = panel_end;
-  w.split = split;
-}
-
 template <int kWidest, int kTokens>
-PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) codebook_linear_byte_planes_kernel(const Arguments a) {
-  PYLLMQ_DYNAMIC_SHARED(memory);
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  const int warp = ptx::thread() / 32;
-  const auto& h = *reinterpret_cast<const LayoutHeader*>(a.call.layout);
-  if (!describes(h, a.call.layout_bytes, a.call.rows, a.call.columns) || h.widest > kWidest)
-    return store_nan(a.call.y, static_cast<DType>(a.call.dtype), kTokens * a.call.rows, kThreads);
-  Work& w = shared.work;
-  const int items = static_cast<int>(h.blocks) * kTokens * a.splits;
-  for (auto item = static_cast<int>(ptx::block()); item < items; item = w.item + static_cast<int>(ptx::blocks())) {
-    ptx::sync_block();  // the item before is done with shared memory
-    if (ptx::thread() <= kMostPlaneBits) take<kTokens>(a, h, item, w);
-    ptx::sync_block();
-    if (w.rows <= 0) continue;
+struct OneOrTwoTokens : CodebookStream<kBlockRows / kTokens, Shared> {
+  using Base = CodebookStream<kBlockRows / kTokens, Shared>;
+  using Base::a, Base::h, Base::shared;
 
-    const int groups = list_groups<kWidest>(h, w, warp, shared.groups[warp]);
+  PYLLMQ_MEMBER static bool serves(const LayoutHeader& h, const StreamArguments& a) {
+    return Base::serves(h, a) && h.widest <= kWidest;
+  }
+
+  PYLLMQ_MEMBER void multiply() const {
+    const int warp = ptx::thread() / 32;
+    const int groups = list_groups<kWidest>(h, shared.work, warp, shared.groups[warp]);
     Ring<kWidest, kTokens> ring{shared.ring[warp], shared.groups[warp]};
     ring.begin();
     stage_x<kTokens>(h, a.call, groups, shared);
@@ -380,42 +316,42 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) codeboo
     ptx::wait_async<0>();
     ptx::sync_warp();
     store_sums<kTokens>(sums, reinterpret_cast<float*>(shared.ring[warp]));
-    ptx::sync_block();
-    finish<kTokens>(h, a, shared);
   }
-}
 
-struct LinearPlan {
-  int64_t splits, grid;
+  PYLLMQ_MEMBER float sum(int token, int row) const {
+    float sum = 0.0f;
+    for (int warp = 0; warp < kWarps; ++warp) {
+      const float* part = reinterpret_cast<const float*>(shared.ring[warp]) + token * (kBlockRows / kTokens) + row;
+      const float* down = shared.down[warp][token];
+      sum += (part[kPartStride] * 256.0f + part[0]) * down[0] * down[1] + shared.middle[warp][token];
+    }
+    return Base::finished(token, row, sum);
+  }
 };
 
-// By shape alone: nothing on the device is read.
-LinearPlan plan_linear(int64_t rows, int64_t columns, int64_t tokens) {
-  // The panels are in the layout; at most, each of the 4 widths pads a group.
-  const int64_t panels = ceil_div(ceil_div(columns, kGroupColumns) + kMostPlaneBits - 1, kPanelGroups);
-  const int64_t slots = int64_t{multiprocessors()} * kBlocksPerMultiprocessor;
-  const int64_t cells = ceil_div(rows, kBlockRows / tokens);
-  // The time of a slot in panels of work; beginning and ending an item cost as much as one.
-  const auto time = [&](int64_t splits) { return ceil_div(cells * splits, slots) * (ceil_div(panels, splits) + 1); };
-  int64_t best = ceil_div(panels, kMostSplitPanels);
-  for (int64_t splits = best; splits <= std::min(panels, best + slots); ++splits)
-    if (time(splits) < time(best)) best = splits;
-  return {best, std::min(slots, cells * best)};
+template <int kWidest, int kTokens>
+PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    codebook_linear_byte_planes_kernel(const StreamArguments a) {
+  run_items<OneOrTwoTokens<kWidest, kTokens>>(a, kThreads);
 }
 
-template <int kWidest, int kTokens>
-void launch(const Arguments& arguments, int64_t grid, uintptr_t stream) {
-  const auto kernel = codebook_linear_byte_planes_kernel<kWidest, kTokens>;
-  allow_shared(reinterpret_cast<const void*>(kernel), sizeof(Shared));
-  PYLLMQ_LAUNCH(kernel, grid, kThreads, sizeof(Shared), stream, arguments);
-  check_launch("codebook_linear_byte_planes");
+LinearPlan plan_linear(int64_t rows, int64_t columns, int64_t tokens) {
+  LinearPlan plan{};
+  plan.set_tokens(tokens, kMostTokens);
+  plan.token_tiles = static_cast<int>(tokens);
+  plan.threads = kThreads;
+  plan.shared_bytes = sizeof(Shared);
+  plan.slots = int64_t{multiprocessors()} * kBlocksPerMultiprocessor;
+  plan.row_parts = ceil_div(rows, kBlockRows / tokens);
+  // In panels of work; beginning and ending an item cost as much as one.
+  plan.set_splits(most_panels(columns, kMostPlaneBits), kMostSplitPanels, [](int64_t of_item) { return of_item + 1; });
+  return plan;
 }
 
 template <int kTokens>
-void launch_for(int64_t widest, const Arguments& arguments, int64_t grid, uintptr_t stream) {
-  if (widest <= 2) return launch<2, kTokens>(arguments, grid, stream);
-  if (widest == 3) return launch<3, kTokens>(arguments, grid, stream);
-  launch<4, kTokens>(arguments, grid, stream);
+auto kernel_for(int64_t widest) {
+  if (widest <= 2) return codebook_linear_byte_planes_kernel<2, kTokens>;
+  return widest == 3 ? codebook_linear_byte_planes_kernel<3, kTokens> : codebook_linear_byte_planes_kernel<4, kTokens>;
 }
 
 }  // namespace
@@ -428,19 +364,15 @@ CodebookBytePlanes::CodebookBytePlanes(const uint8_t* layout, int64_t layout_byt
 }
 
 int64_t CodebookBytePlanes::find_room(int64_t tokens, int) const {
-  const int64_t splits = plan_linear(rows, columns, tokens).splits;
-  return splits > 1 ? splits * tokens * rows : 0;
+  return plan_linear(rows, columns, tokens).partials(tokens, rows);
 }
 
 void CodebookBytePlanes::run(const LinearCall& call, uintptr_t stream) const {
   if (call.tokens > kMostTokens)
     throw std::invalid_argument("byte planes serve one or two tokens, here " + std::to_string(call.tokens));
   const LinearPlan plan = plan_linear(rows, columns, call.tokens);
-  if (call.rows * call.tokens * plan.splits > std::numeric_limits<int32_t>::max())
-    refuse_work("codebook_linear_byte_planes", call);  // each item has at least one row
-  const Arguments arguments{call, static_cast<int>(plan.splits)};
-  if (call.tokens == 1) launch_for<1>(widest_, arguments, plan.grid, stream);
-  if (call.tokens == 2) launch_for<2>(widest_, arguments, plan.grid, stream);
+  launch_items("codebook_linear_byte_planes", call.tokens == 1 ? kernel_for<1>(widest_) : kernel_for<2>(widest_), plan,
+               plan.arguments(call), stream);
 }
 
 }  // namespace pyllmq::cuda

@@ -15,17 +15,10 @@
 //
 // A block of 8 warps takes 512 rows (eight strips) and a split of K, of which each warp takes every 8th cell, at most four, and
 // streams it strip by strip through a ring of its own. Sums are exact; errors are those of the products (`high`).
-#include <algorithm>
-#include <limits>
 #include <stdexcept>
 #include <string>
 
-#include "codebook/cuda/fp16_planes.cuh"
-#include "linear_outputs.cuh"
-#include "runtime/counting.h"
-#include "runtime/cuda/runtime.h"
-#include "sparse/cuda/cells.cuh"
-#include "sparse/cuda/operand.h"
+#include "sparse/cuda/stream.cuh"
 
 namespace pyllmq::cuda {
 namespace {
@@ -43,17 +36,9 @@ constexpr int kGroupTableBytes = 32;     // of 16 entries: low bytes, high bytes
 constexpr int kMostProduct = 126 * 257;  // either byte is at most 126
 constexpr int kPartStride = kRows + 16;  // floats: the two planes lie in different banks
 
-struct Arguments {
-  LinearCall call;
-  int splits;
-};
-
-struct Work {
-  int strip_begin, strips, rows, cell_begin, cell_end, split;
-};
-
 struct Shared {
-  Work work;
+  Item item;
+  Strips work;
   uint32_t arrived;
   float down[kWarps][2];
   alignas(16) uint8_t products[kWarps][kMostWarpCells][kTableBytes];
@@ -115,16 +100,16 @@ PYLLMQ_DEVICE void multiply_codebooks(const SparseHeader& h, const LinearCall& c
 using ProductSums = int[kBlockStrips][kStripTiles / 2][4];
 
 // A warp's cells through its ring, strip by strip.
-PYLLMQ_DEVICE void accumulate(const SparseHeader& h, const Work& w, int first, const uint8_t* products, uint8_t* ring,
+PYLLMQ_DEVICE void accumulate(const SparseHeader& h, const Strips& w, int first, const uint8_t* products, uint8_t* ring,
                               ProductSums& sums) {
   const int lane = ptx::thread() & 31;
-  const auto* base = section<uint8_t>(h, h.data_offset) + int64_t{w.strip_begin} * h.cells * kCellBytes;
+  const auto* base = section<uint8_t>(h, h.data_offset) + int64_t{w.begin} * h.cells * kCellBytes;
   int next_cell = first, next_strip = 0, filled = 0, used = 0;
   const auto fetch = [&] {
-    if (next_cell < w.cell_end) {
+    if (next_cell < w.cells.end) {
       const uint8_t* from = base + (int64_t{next_strip} * h.cells + next_cell) * kCellBytes;
       for (int at = lane * 16; at < kCellBytes; at += 512) ptx::copy_async_16(ring + filled + at, from + at);
-      if (++next_strip == w.strips) {
+      if (++next_strip == w.count) {
         next_strip = 0;
         next_cell += kWarps;
       }
@@ -137,9 +122,9 @@ PYLLMQ_DEVICE void accumulate(const SparseHeader& h, const Work& w, int first, c
   const auto ones = [&](int plane) { return lane / 4 == 2 * plane ? 0x0101u : lane / 4 == 2 * plane + 1 ? 0x01010000u : 0u; };
   const uint32_t adds[2][2] = {{ones(0), ones(0)}, {ones(1), ones(1)}};
 #pragma unroll 1
-  for (int cell = first; cell < w.cell_end; cell += kWarps, products += kTableBytes)
+  for (int cell = first; cell < w.cells.end; cell += kWarps, products += kTableBytes)
     unrolled<kBlockStrips>([&](int strip) {
-      if (strip >= w.strips) return;
+      if (strip >= w.count) return;
       fetch();
       ptx::wait_async<kStages - 1>();
       ptx::sync_warp();
@@ -185,99 +170,53 @@ PYLLMQ_DEVICE void store_sums(const ProductSums& sums, float* part) {
   });
 }
 
-// Sums of all warps, units, outliers, row scale; then y, or this split's part of it.
-PYLLMQ_DEVICE void finish(const SparseHeader& h, const Arguments& a, Shared& shared) {
-  const Work& w = shared.work;
-  const int64_t row_begin = int64_t{w.strip_begin} * kStripRows;
-  const auto for_each_output = [&](const auto& body) {
-    for (int row = ptx::thread(); row < w.rows; row += kThreads) body(0, row);
-  };
-  const auto sum_of = [&](int, int row) {
+struct OneToken : SparseStream<Codes2Cells, kBlockStrips, Shared> {
+  PYLLMQ_MEMBER static bool serves(const SparseHeader& h, const StreamArguments& a) { return describes_cells(h, a, kCellBytes); }
+
+  PYLLMQ_MEMBER void multiply() const {
+    const Strips& w = shared.work;
+    const int warp = ptx::thread() / 32, first = w.cells.begin + warp;
+    multiply_codebooks(h, a.call, first, w.cells.end, shared);
+    ProductSums sums = {};
+    accumulate(h, w, first, shared.products[warp][0], shared.ring[warp], sums);
+    store_sums(sums, reinterpret_cast<float*>(shared.ring[warp]));
+  }
+
+  PYLLMQ_MEMBER float sum(int token, int row) {
     float sum = 0.0f;
     for (int warp = 0; warp < kWarps; ++warp) {
       const float* part = reinterpret_cast<const float*>(shared.ring[warp]) + row;
       sum += (part[kPartStride] * 256.0f + part[0]) * shared.down[warp][0] * shared.down[warp][1];
     }
-    if (h.outliers != 0) {
-      const auto first_of = [&](int cell) { return outlier_from(h, row_begin + row, int64_t{cell} * Codes2Cells::kColumns); };
-      const uint32_t end = first_of(w.cell_end);
-      for (uint32_t i = first_of(w.cell_begin); i < end; ++i)
-        sum += section<float>(h, h.outlier_deltas_offset)[i] *
-               load_element(a.call.x, static_cast<DType>(a.call.dtype), section<uint32_t>(h, h.outlier_columns_offset)[i]);
-    }
-    return h.scale_offset == 0 ? sum : sum * section<float>(h, h.scale_offset)[row_begin + row];
-  };
-  uint32_t* counter = counter_of(a.call, h, 0, h.strips, w.strip_begin);
-  store_outputs(a.call, a.splits, w.split, counter, 0, row_begin, shared.arrived, for_each_output, sum_of);
-}
-
-PYLLMQ_DEVICE void take(const Arguments& a, const SparseHeader& h, int item, Work& w) {
-  const int row_blocks = static_cast<int>((h.strips + kBlockStrips - 1) / kBlockStrips);
-  w.split = item / row_blocks;
-  w.strip_begin = item % row_blocks * kBlockStrips;
-  w.strips = h.strips - w.strip_begin < kBlockStrips ? static_cast<int>(h.strips - w.strip_begin) : kBlockStrips;
-  const int64_t rows = h.rows - int64_t{w.strip_begin} * kStripRows;
-  w.rows = rows < kRows ? static_cast<int>(rows) : kRows;
-  w.cell_begin = static_cast<int>(w.split * h.cells / a.splits);
-  w.cell_end = static_cast<int>((w.split + 1) * h.cells / a.splits);
-}
-
-PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    sparse_linear_products_kernel(const Arguments a, int items) {
-  PYLLMQ_DYNAMIC_SHARED(memory);
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  const int warp = ptx::thread() / 32;
-  const auto& h = *reinterpret_cast<const SparseHeader*>(a.call.layout);
-  if (!describes(h, SparseKind::codes, a.call.layout_bytes, a.call.rows, a.call.columns) || h.stage_bytes != kCellBytes)
-    return store_nan(a.call.y, static_cast<DType>(a.call.dtype), a.call.rows, kThreads);
-  Work& w = shared.work;
-  for (auto item = static_cast<int>(ptx::block()); item < items; item += static_cast<int>(ptx::blocks())) {
-    ptx::sync_block();  // the item before is done with shared memory
-    if (ptx::thread() == 0) take(a, h, item, w);
-    ptx::sync_block();
-    const int first = w.cell_begin + warp;
-    multiply_codebooks(h, a.call, first, w.cell_end, shared);
-    ProductSums sums = {};
-    accumulate(h, w, first, shared.products[warp][0], shared.ring[warp], sums);
-    store_sums(sums, reinterpret_cast<float*>(shared.ring[warp]));
-    ptx::sync_block();
-    finish(h, a, shared);
+    return finished(token, row, sum);
   }
-}
-
-struct ProductsPlan {
-  int64_t row_blocks, splits, grid;
 };
 
-ProductsPlan plan_products(int64_t rows, int64_t columns) {
-  const int64_t cells = ceil_div(columns, Codes2Cells::kColumns), row_blocks = ceil_div(rows, kRows);
-  const int64_t slots = int64_t{multiprocessors()} * kBlocksPerMultiprocessor;
-  // The time of a slot in a warp's cells; beginning and ending an item cost as much as two.
-  const auto time = [&](int64_t splits) {
-    return ceil_div(row_blocks * splits, slots) * (ceil_div(ceil_div(cells, splits), kWarps) + 2);
-  };
-  int64_t best = ceil_div(cells, kMostWarpCells * kWarps);
-  for (int64_t splits = best; splits <= std::min(cells, best + slots); ++splits)
-    if (time(splits) < time(best)) best = splits;
-  return {row_blocks, best, std::min(slots, row_blocks * best)};
+PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) sparse_linear_products_kernel(const StreamArguments a) {
+  run_items<OneToken>(a, kThreads);
+}
+
+LinearPlan plan_linear(int64_t rows, int64_t columns) {
+  LinearPlan plan{};
+  plan.set_tokens(1, 1);
+  plan.threads = kThreads;
+  plan.shared_bytes = sizeof(Shared);
+  plan.slots = int64_t{multiprocessors()} * kBlocksPerMultiprocessor;
+  plan.row_parts = ceil_div(rows, kRows);
+  // In a warp's cells; beginning and ending an item cost as much as two.
+  plan.set_splits(ceil_div(columns, Codes2Cells::kColumns), kMostWarpCells * kWarps,
+                  [](int64_t of_item) { return ceil_div(of_item, kWarps) + 2; });
+  return plan;
 }
 
 }  // namespace
 
-int64_t SparseProducts::find_room(int64_t, int) const {
-  const int64_t splits = plan_products(rows, columns).splits;
-  return splits > 1 ? splits * rows : 0;
-}
+int64_t SparseProducts::find_room(int64_t tokens, int) const { return plan_linear(rows, columns).partials(tokens, rows); }
 
 void SparseProducts::run(const LinearCall& call, uintptr_t stream) const {
   if (call.tokens > 1) throw std::invalid_argument("products serve one token, here " + std::to_string(call.tokens));
-  const ProductsPlan plan = plan_products(rows, columns);
-  const int64_t items = plan.row_blocks * plan.splits;
-  if (items > std::numeric_limits<int32_t>::max()) refuse_work("sparse_linear_products", call);
-  allow_shared(reinterpret_cast<const void*>(sparse_linear_products_kernel), sizeof(Shared));
-  const Arguments arguments{call, static_cast<int>(plan.splits)};
-  PYLLMQ_LAUNCH(sparse_linear_products_kernel, plan.grid, kThreads, sizeof(Shared), stream, arguments, static_cast<int>(items));
-  check_launch("sparse_linear_products");
+  const LinearPlan plan = plan_linear(rows, columns);
+  launch_items("sparse_linear_products", sparse_linear_products_kernel, plan, plan.arguments(call), stream);
 }
 
 }  // namespace pyllmq::cuda

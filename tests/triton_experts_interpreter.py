@@ -13,12 +13,14 @@ import pyllmq
 from pyllmq.functional import routed_experts
 from pyllmq.operations import Gate, PackedExperts
 
-from .expert_layer import ALL_WIDTHS, EVERYTHING, PLAIN
+from .expert_layer import ALL_WIDTHS, EVERYTHING, PLAIN, SPARSE_KINDS
 from .expert_layer import Layer as LayerOf
 from .test_routed_experts import GATES
 from .triton_interpreter import guarded as guarded
 
 Layer = partial(LayerOf, backend="triton")
+KINDS = [name for name in SPARSE_KINDS if "bf16" not in name]
+MIXED = ["3 bits", (2, 8), "bitmap int8", "2:4 fp16", "bitmap fp32"]
 
 
 @pytest.mark.parametrize("bits", ALL_WIDTHS)
@@ -33,6 +35,39 @@ def test_every_width(guarded, bits):
 def test_experts_of_their_own_widths_and_pairs_a_tile(guarded, tokens, dtype):
     layer = Layer([(2,), ALL_WIDTHS, (4, 8), (3,)], **EVERYTHING)
     layer.check(*layer.route(tokens, 3, none=True), dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_sparse_kind(guarded, kind):
+    layer = Layer([kind], experts=3, hidden=137, units=70, bias=True)
+    assert len(layer.packed.layouts) == 1
+    for tokens, dtype in ((1, torch.float16), (1, torch.float32), (7, torch.float16), (7, torch.float32)):
+        layer.check(*layer.route(tokens, 2), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("mixes", [["2 bits", "4 bits", "3 bits"], MIXED], ids=str)
+def test_experts_of_their_own_kinds(guarded, mixes, tokens, dtype):
+    """33 tokens of 5 experts are up to 33 of one: several tiles."""
+    layer = Layer(mixes, experts=5, gate=Gate("silu", interleaved=True, limit=0.7), **EVERYTHING)
+    layer.check(*layer.route(tokens, 3, none=True), dtype)
+
+
+@pytest.mark.parametrize(("hidden", "units"), [(1, 1), (33, 17), (130, 70), (2, 100), (300, 3)])
+@pytest.mark.parametrize("mixes", [["3 bits", "2 bits"], ["2:4 fp16"], ["bitmap fp16"]], ids=str)
+def test_shapes_of_sparse_experts(guarded, mixes, hidden, units):
+    layer = Layer(mixes, experts=2, hidden=hidden, units=units, gate=Gate("gelu", gated=False), bias=True)
+    for tokens, dtype in ((1, torch.float16), (9, torch.float32)):
+        layer.check(*layer.route(tokens, 2), dtype)
+
+
+def test_splits_of_sparse_experts(guarded):
+    """More programs than tiles: columns are split, and some splits of a kind with fewer steps are empty."""
+    layer = Layer(["4 bits", (2, 8), "bitmap int8"], experts=3, hidden=300, units=70)
+    x, index, weights = layer.route(3, 1)
+    y = layer.check(x, index, weights, torch.float32)
+    assert torch.equal(layer.run(x, index, weights), y)
 
 
 @pytest.mark.parametrize(
@@ -51,10 +86,11 @@ def test_gates_and_biases(guarded, gate):
     layer.check(*layer.route(5, 2), torch.float32)
 
 
-def test_an_expert_that_nobody_chose_and_waves(guarded, monkeypatch):
+@pytest.mark.parametrize("mixes", [[(2,)], ["2:4 fp16", "4 bits"], ["bitmap int8"]], ids=str)
+def test_an_expert_that_nobody_chose_and_waves(guarded, monkeypatch, mixes):
     from pyllmq.triton_kernels import routed_experts as kernels
 
-    layer = Layer([(2,)], experts=5, hidden=16, units=8)
+    layer = Layer(mixes, experts=5, hidden=16, units=8)
     x, index, weights = layer.route(50, 2)
     index[index == 3] = 5
     layer.check(x, index, weights, torch.float32)
@@ -64,8 +100,9 @@ def test_an_expert_that_nobody_chose_and_waves(guarded, monkeypatch):
     layer.check(x, index, weights, torch.float32)
 
 
-def test_an_index_outside_and_weights_that_are_not_finite_give_nan_to_their_token_alone():
-    layer = Layer([(4,)])
+@pytest.mark.parametrize("mixes", [[(4,)], ["2:4 int8"], ["2 bits", "bitmap fp16"]], ids=str)
+def test_an_index_outside_and_weights_that_are_not_finite_give_nan_to_their_token_alone(mixes):
+    layer = Layer(mixes)
     x, index, weights = layer.route(6, 2)
     expected = layer.run(x, index, weights)
     index[1, 0], index[3, 1], weights[4, 0] = -1, 6, math.nan

@@ -75,6 +75,13 @@ def test_shapes_of_sparse_experts(mixes, hidden, units):
         layer.check(*layer.route(tokens, 2), dtype)
 
 
+@pytest.mark.parametrize("kind", ["2:4 bf16", "3 bits", "bitmap int8"])
+def test_x_of_sparse_experts_in_several_stages(kind):
+    """So many tiles and rows that K is not split, and more cells than shared memory holds x of."""
+    layer = Layer([kind], experts=4, hidden=1700, units=300)
+    layer.check(*layer.route(20, 3), torch.float32)
+
+
 @pytest.mark.parametrize("gate", GATES, ids=str)
 def test_gates_and_biases_of_sparse_experts(gate):
     layer = Layer(["2:4 bf16", "4 bits", "bitmap int8"], gate=gate, bias=True)

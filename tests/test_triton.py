@@ -47,6 +47,7 @@ def assert_passes_in_the_interpreter(name, more_than):
         pytest.param("triton_interpreter.py", 100, marks=pytest.mark.slow),
         pytest.param("triton_sparse_interpreter.py", 50, marks=pytest.mark.slow),
         pytest.param("triton_experts_interpreter.py", 20, marks=pytest.mark.slow),
+        pytest.param("triton_sparse_experts_interpreter.py", 20, marks=pytest.mark.slow),
     ],
 )
 def test_in_the_interpreter(name, least):

@@ -13,14 +13,12 @@ import pyllmq
 from pyllmq.functional import routed_experts
 from pyllmq.operations import Gate, PackedExperts
 
-from .expert_layer import ALL_WIDTHS, EVERYTHING, PLAIN, SPARSE_KINDS
+from .expert_layer import ALL_WIDTHS, EVERYTHING, PLAIN
 from .expert_layer import Layer as LayerOf
 from .test_routed_experts import GATES
 from .triton_interpreter import guarded as guarded
 
 Layer = partial(LayerOf, backend="triton")
-KINDS = [name for name in SPARSE_KINDS if "bf16" not in name]
-MIXED = ["3 bits", (2, 8), "bitmap int8", "2:4 fp16", "bitmap fp32"]
 
 
 @pytest.mark.parametrize("bits", ALL_WIDTHS)
@@ -35,39 +33,6 @@ def test_every_width(guarded, bits):
 def test_experts_of_their_own_widths_and_pairs_a_tile(guarded, tokens, dtype):
     layer = Layer([(2,), ALL_WIDTHS, (4, 8), (3,)], **EVERYTHING)
     layer.check(*layer.route(tokens, 3, none=True), dtype)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_sparse_kind(guarded, kind):
-    layer = Layer([kind], experts=3, hidden=137, units=70, bias=True)
-    assert len(layer.packed.layouts) == 1
-    for tokens, dtype in ((1, torch.float16), (1, torch.float32), (7, torch.float16), (7, torch.float32)):
-        layer.check(*layer.route(tokens, 2), dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("tokens", [1, 33])
-@pytest.mark.parametrize("mixes", [["2 bits", "4 bits", "3 bits"], MIXED], ids=str)
-def test_experts_of_their_own_kinds(guarded, mixes, tokens, dtype):
-    """33 tokens of 5 experts are up to 33 of one: several tiles."""
-    layer = Layer(mixes, experts=5, gate=Gate("silu", interleaved=True, limit=0.7), **EVERYTHING)
-    layer.check(*layer.route(tokens, 3, none=True), dtype)
-
-
-@pytest.mark.parametrize(("hidden", "units"), [(1, 1), (33, 17), (130, 70), (2, 100), (300, 3)])
-@pytest.mark.parametrize("mixes", [["3 bits", "2 bits"], ["2:4 fp16"], ["bitmap fp16"]], ids=str)
-def test_shapes_of_sparse_experts(guarded, mixes, hidden, units):
-    layer = Layer(mixes, experts=2, hidden=hidden, units=units, gate=Gate("gelu", gated=False), bias=True)
-    for tokens, dtype in ((1, torch.float16), (9, torch.float32)):
-        layer.check(*layer.route(tokens, 2), dtype)
-
-
-def test_splits_of_sparse_experts(guarded):
-    """More programs than tiles: columns are split, and some splits of a kind with fewer steps are empty."""
-    layer = Layer(["4 bits", (2, 8), "bitmap int8"], experts=3, hidden=300, units=70)
-    x, index, weights = layer.route(3, 1)
-    y = layer.check(x, index, weights, torch.float32)
-    assert torch.equal(layer.run(x, index, weights), y)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyllmq.formats.codebook import CodebookWeight
+from pyllmq.formats import PackedWeight
 from pyllmq.functional import packed_rows, routed_experts
 from pyllmq.layouts import WeightOperand, layout_for, machine_layout
 from pyllmq.operations import PACKED_ROWS, ROUTED_EXPERTS, Gate, PackedExperts
@@ -27,6 +28,7 @@ from .gpu_table import BASELINE, gpu_table
 from .gpu_timing import measure_replays
 from .providers import Widths, WrongResultError, dense_weight, pack_normal
 from .record import Row
+from .sparse import coded, pruned, pruned_24
 from .timing import Samples
 
 TOKENS = (1, 16, 64, 512, 4096)
@@ -37,24 +39,33 @@ IDS = (128, 4096)
 TOLERANCE = 1e-2
 """Of bf16 outputs against fp64."""
 
+SPARSE: dict[str, Callable[[Tensor], PackedWeight]] = {
+    "2:4 bf16": partial(pruned_24, torch.bfloat16),
+    "2:4 2 bits": partial(coded, 2),
+    "2:4 4 bits": partial(coded, 4),
+    "bitmap 50 % bf16": partial(pruned, 0.5, torch.bfloat16),
+}
+"""Experts that are measured beside those of codebooks."""
+
 Calls = dict[str, Sequence[Callable[[], Tensor]]]
 Measure = Callable[..., tuple[dict[str, Samples], dict[str, str]]]
 
 
-def copies_of(weight: CodebookWeight, count: int, device: str) -> tuple[WeightOperand, ...]:
+def copies_of(weight: PackedWeight, count: int, device: str) -> tuple[WeightOperand, ...]:
     """The operand, each time in memory of its own."""
     first = weight.to(device).prepack()
-    if layout_for("codebook", device) is None:
+    if layout_for(first.kind, device) is None:
         return (first,) * count
     layout = machine_layout(first.layout)
     others = (layout.from_blob(first.tensors[0].clone(), first.shape) for _ in range(count - 1))
     return (first, *others)
 
 
-def packed_experts(shape: ExpertShape, width: str, device: str) -> tuple[PackedExperts, int, tuple[Tensor, Tensor]]:
-    """All experts of a layer, the bytes of one, and its dense weights."""
+def packed_experts(shape: ExpertShape, form: str, device: str) -> tuple[PackedExperts, int, tuple[Tensor, Tensor]]:
+    """All experts of a layer, the bytes of one, and its dense weights; a form is a codebook's width or a name of SPARSE."""
     sizes = (2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
-    weights = [pack_normal(dense_weight(*size), Widths.parse(width)) for size in sizes]
+    pack = SPARSE.get(form) or (lambda weight: pack_normal(weight, Widths.parse(form)))
+    weights = [pack(dense_weight(*size)) for size in sizes]
     up, down = (copies_of(weight, shape.experts, device) for weight in weights)
     dense = weights[0].dequantize().to(device), weights[1].dequantize().to(device)
     return PackedExperts(up, down, Gate("silu")), sum(weight.nbytes for weight in weights), dense
@@ -93,11 +104,12 @@ def run_gpu_experts(
     vocabularies: Sequence[str] = ("llama-3.2-1b",),
     csv: Path | None = None,
     *,
+    sparse: Sequence[str] = tuple(SPARSE),
     device: str = "cuda",
     budget_s: float = 0.15,
     measure: Measure = measure_replays,
 ) -> list[Row]:
-    """Measure both operations and print one table; the last three are a test's.
+    """Measure both operations and print one table; the last four are a test's.
 
     Raises ValueError for a shape with biases, which transformers computes otherwise, and WrongResultError where ours is wrong.
     """
@@ -126,7 +138,7 @@ def run_gpu_experts(
 
     with torch.no_grad():
         for name in shapes:
-            _experts(SHAPES[name], bits, tokens, device, add, failed)
+            _experts(SHAPES[name], [*bits, *sparse], tokens, device, add, failed)
         for name in vocabularies:
             _rows(name, bits, device, add)
     print(gpu_table([row.__dict__ for row in rows]))
@@ -140,13 +152,15 @@ def run_gpu_experts(
 
 def _experts(
     shape: ExpertShape,
-    bits: Sequence[str],
+    forms: Sequence[str],
     tokens: Sequence[int],
     device: str,
     add: Callable[..., None],
     failed: dict[str, str],
 ) -> None:
-    layers = {f"pyllmq {width} bits": packed_experts(shape, width, device) for width in bits}
+    layers = {
+        f"pyllmq {form}{'' if form in SPARSE else ' bits'}": packed_experts(shape, form, device) for form in forms
+    }
     dense = next(iter(layers.values()))[2]
     rivals = {BASELINE: "grouped_mm", "torch bf16, batched_mm": "batched_mm"}
     torchs = {name: of_torch(shape, implementation, dense, device) for name, implementation in rivals.items()}

@@ -144,11 +144,16 @@ const std::map<std::string, SparseKind> kSparseKinds = {{"bitmap", SparseKind::b
                                                         {"sparse24", SparseKind::sparse24},
                                                         {"sparse24_codebook", SparseKind::codes}};
 
+SparseKind sparse_kind(const std::string& name) {
+  const auto found = kSparseKinds.find(name);
+  if (found == kSparseKinds.end())
+    throw std::invalid_argument("kind '" + name + "'; allowed: bitmap, columns, sparse24, sparse24_codebook");
+  return found->second;
+}
+
 std::unique_ptr<SparseOperand> bind_sparse_layout(Pointer layout, int64_t layout_bytes, int64_t rows, int64_t columns,
                                                   const std::string& kind, int values, int64_t bits, int64_t stage_bytes) {
-  if (kSparseKinds.count(kind) == 0)
-    throw std::invalid_argument("kind '" + kind + "'; allowed: bitmap, columns, sparse24, sparse24_codebook");
-  return std::make_unique<SparseOperand>(as<uint8_t>(layout), layout_bytes, rows, columns, kSparseKinds.at(kind),
+  return std::make_unique<SparseOperand>(as<uint8_t>(layout), layout_bytes, rows, columns, sparse_kind(kind),
                                          static_cast<ValueType>(values), bits, stage_bytes);
 }
 
@@ -188,6 +193,17 @@ void bind_sparse(py::module_& m) {
 
 // --- experts ---------------------------------------------------------------------------------------------------------
 
+// (kind, values, bits, size) of each: "codebook", or as a SparseOperand's.
+std::vector<WeightKind> weight_kinds(const std::vector<std::tuple<std::string, int, int64_t, int64_t>>& given) {
+  std::vector<WeightKind> kinds;
+  for (const auto& [kind, values, bits, size] : given) {
+    const bool is_codebook = kind == "codebook";
+    kinds.push_back(
+        {is_codebook, is_codebook ? SparseKind::bitmap : sparse_kind(kind), static_cast<ValueType>(values), bits, size});
+  }
+  return kinds;
+}
+
 RoutedExperts routed_experts_of(Keywords& given) {
   RoutedExperts e{};
   given.fill("experts", e.experts, "units", e.units, "gate_first", e.gate_first, "up_first", e.up_first, "stride", e.stride,
@@ -197,10 +213,14 @@ RoutedExperts routed_experts_of(Keywords& given) {
   const auto found = std::find(names.begin(), names.end(), activation);
   if (found == names.end()) throw std::invalid_argument("activation '" + activation + "' is not known");
   e.activation = static_cast<Activation>(found - names.begin());
-  given.fill("up_layouts", e.up.layouts, "up_bias", e.up.bias, "up_rows", e.up.rows, "up_columns", e.up.columns, "up_blocks",
-             e.up.blocks);
-  given.fill("down_layouts", e.down.layouts, "down_bias", e.down.bias, "down_rows", e.down.rows, "down_columns", e.down.columns,
-             "down_blocks", e.down.blocks);
+  using Kinds = std::vector<std::tuple<std::string, int, int64_t, int64_t>>;
+  static_assert(sizeof(ExpertLayout) == 3 * sizeof(int64_t), "a row of the tables");
+  e.up.layouts = reinterpret_cast<const ExpertLayout*>(given.take<const int64_t*>("up_layouts"));
+  e.down.layouts = reinterpret_cast<const ExpertLayout*>(given.take<const int64_t*>("down_layouts"));
+  e.up_kinds = weight_kinds(given.take<Kinds>("up_kinds"));
+  e.down_kinds = weight_kinds(given.take<Kinds>("down_kinds"));
+  given.fill("up_bias", e.up.bias, "up_rows", e.up.rows, "up_columns", e.up.columns);
+  given.fill("down_bias", e.down.bias, "down_rows", e.down.rows, "down_columns", e.down.columns);
   check_routed_experts(e);
   return e;
 }

@@ -141,6 +141,24 @@ class PackedExperts:
     def __post_init__(self) -> None:
         self.layouts = tuple(sorted({operand.layout for operand in (*self.up, *self.down)}))
 
+    @property
+    def units(self) -> int:
+        """Width between the Linears."""
+        return self.up[0].shape[0] // (2 if self.gate.gated else 1)
+
+    def check_shapes(self) -> None:
+        """Raises ValueError unless all experts have the shapes of the first, and down takes what the gate gives."""
+        for name, operands in (("up", self.up), ("down", self.down)):
+            if len(shapes := {operand.shape for operand in operands}) > 1:
+                raise ValueError(
+                    f"the Linears {name} of the experts have several shapes: {sorted(shapes)}; needs one for all of them"
+                )
+        up, needed = self.up[0].shape, (self.up[0].shape[1], self.units)
+        if self.down[0].shape != needed or self.gate.gated and up[0] % 2:
+            raise ValueError(
+                f"down is {list(self.down[0].shape)}; needs {list(needed)}: [hidden, units] where up is {list(up)}"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "bound": None}
 

@@ -11,6 +11,8 @@ from pyllmq.operations import Gate, PackedExperts
 
 from .oracle import random_case
 from .test_routed_experts import error
+from .test_sparse_formats import random_codes
+from .test_sparse_linear import bitmap, dense_of, sparse24
 
 ALL_WIDTHS = tuple(range(1, 9))
 PLAIN = {"outliers": 0.0}
@@ -26,23 +28,51 @@ SHAPES = [
 """(hidden, units, what the weights have): rows above a block's 512, several panels of columns, too many for shared memory."""
 
 
-class Layer:
-    """Experts of the given widths in turn, as the back end lays codebooks out."""
+HALF, BRAIN = torch.float16, torch.bfloat16
+SPARSE_KINDS = {
+    "2:4 fp16": lambda n, k: sparse24(n, k, HALF),
+    "2:4 bf16": lambda n, k: sparse24(n, k, BRAIN),
+    "2:4 fp32": lambda n, k: sparse24(n, k, torch.float32),
+    "2:4 int8": lambda n, k: sparse24(n, k, torch.int8),
+    "2 bits": lambda n, k: random_codes(n, k, 2)[0],
+    "3 bits": lambda n, k: random_codes(n, k, 3, 0.05)[0],
+    "4 bits": lambda n, k: random_codes(n, k, 4, 0.05)[0],
+    "bitmap fp16": lambda n, k: bitmap(n, k, 0.5, HALF),
+    "bitmap bf16": lambda n, k: bitmap(n, k, 0.6, BRAIN),
+    "bitmap fp32": lambda n, k: bitmap(n, k, 0.5, torch.float32),
+    "bitmap int8": lambda n, k: bitmap(n, k, 0.3, torch.int8),
+    "few fp16": lambda n, k: bitmap(n, k, 0.9, HALF),
+    "few int8": lambda n, k: bitmap(n, k, 0.97, torch.int8),
+}
+"""By name: a random weight [n, k]."""
 
-    def __init__(self, widths, backend, experts=4, hidden=72, units=40, gate=None, bias=False, device="cpu", **extra):
+
+def drawn(mix, n, k, **extra):
+    """(weight, the fp64 matrix that it stands for)."""
+    if isinstance(mix, str):
+        weight = SPARSE_KINDS[mix](n, k)
+        return weight, dense_of(weight)
+    case = random_case(n, k, mix, **extra)
+    return case.weight, case.dense
+
+
+class Layer:
+    """Experts of the given mixes in turn, widths of a codebook or a name of SPARSE_KINDS, as the back end lays them out."""
+
+    def __init__(self, mixes, backend, experts=4, hidden=72, units=40, gate=None, bias=False, device="cpu", **extra):
         self.gate, self.experts, self.hidden = gate or Gate("silu"), experts, hidden
         self.backend, self.device = backend, device
         rows = 2 * units if self.gate.gated else units
-        mixes = [widths[e % len(widths)] for e in range(experts)]
+        mixes = [mixes[e % len(mixes)] for e in range(experts)]
         if min(rows, hidden) < extra.get("segments", 1):
             extra["segments"] = 1
-        cases = [[random_case(*shape, mix, **extra) for mix in mixes] for shape in ((rows, hidden), (hidden, units))]
-        self.dense = [[case.dense.to(device) for case in part] for part in cases]
+        cases = [[drawn(mix, *shape, **extra) for mix in mixes] for shape in ((rows, hidden), (hidden, units))]
+        self.dense = [[dense.to(device) for _, dense in part] for part in cases]
         self.bias = [torch.randn(experts, n, device=device) * 0.3 for n in (rows, hidden)] if bias else [None, None]
         with pyllmq.use_backend(backend):
-            up, down = (tuple(case.weight.to(device).prepack() for case in part) for part in cases)
+            up, down = (tuple(weight.to(device).prepack() for weight, _ in part) for part in cases)
         self.packed = PackedExperts(up, down, self.gate, *self.bias)
-        assert self.packed.layouts == (f"{backend}.codebook",)
+        assert all(layout.startswith(f"{backend}.") for layout in self.packed.layouts)
 
     def route(self, tokens: int, choices: int, none: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """States, index, weights; with `none`, some choices name no expert."""

@@ -153,14 +153,18 @@ def test_rows_are_one_kernel_and_nothing_else(emulated):  # noqa: F811
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
-def test_experts_are_five_kernels_and_nothing_else(emulated, tokens):  # noqa: F811
-    layer = Layer([(2,), (4,)], "cuda")
+@pytest.mark.parametrize(
+    ("mixes", "launches"), [([(2,), (4,)], 5), (["2:4 bf16"], 5), (["3 bits", "4 bits"], 5), ([(2,), "few fp16"], 7)]
+)
+def test_experts_are_five_kernels_and_nothing_else(emulated, mixes, launches, tokens):  # noqa: F811
+    """Two more for each further kind of weights."""
+    layer = Layer(mixes, "cuda")
     x, index, weights = layer.route(tokens, 2)
     check_that_nothing_stays(lambda: routed_experts(x, index, weights, layer.packed))  # the first call makes the tables
     before = emulated.emulator.launches()
     with Recorded() as recorded:
         routed_experts(x, index, weights, layer.packed)
-    assert set(recorded.names) <= {"aten.detach.default"} and emulated.emulator.launches() == before + 5
+    assert set(recorded.names) <= {"aten.detach.default"} and emulated.emulator.launches() == before + launches
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

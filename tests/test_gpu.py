@@ -21,7 +21,7 @@ from pyllmq.functional import (
 )
 from pyllmq.layouts import WeightOperand, machine_layout
 
-from .expert_layer import ALL_WIDTHS, EVERYTHING, SHAPES, Layer
+from .expert_layer import ALL_WIDTHS, EVERYTHING, SHAPES, SPARSE_KINDS, Layer
 from .oracle import assert_as_good_as_torch, assert_within, random_case
 from .test_experts import expert_layers, make
 from .test_routed_experts import GATES
@@ -288,6 +288,21 @@ def test_experts(backend, dtype, tokens):
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", SPARSE_KINDS)
+def test_sparse_experts(backend, kind, dtype):
+    for tokens in (1, 33):
+        check_experts(Layer([kind], backend, 9, 200, 150, bias=True, device=DEVICE), tokens, dtype)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_experts_of_their_own_formats(backend, tokens):
+    mixes = ["3 bits", (2, 8), "bitmap int8", "2:4 bf16", "few fp16", "bitmap fp32", "2 bits", "2:4 fp16"]
+    check_experts(Layer(mixes, backend, 8, 700, 520, device=DEVICE), tokens, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 @pytest.mark.parametrize(("hidden", "units", "extra"), SHAPES)
 def test_experts_of_any_shape(backend, hidden, units, extra):
     check_experts(Layer([(1, 3, 4, 6), (2,)], backend, 3, hidden, units, device=DEVICE, **extra), 9, torch.bfloat16)
@@ -301,16 +316,18 @@ def test_experts_of_every_gate(backend, gate):
 
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 def test_experts_sanitized(backend):
-    layer = Layer([(2,), ALL_WIDTHS], backend, device=DEVICE, **EVERYTHING)
-    for tokens in (1, 20):
-        check_experts(layer, tokens, torch.bfloat16)
+    for mixes in ([(2,), ALL_WIDTHS], ["2:4 bf16", "3 bits", "bitmap fp16", "few int8"]):
+        layer = Layer(mixes, backend, device=DEVICE, **EVERYTHING)
+        for tokens in (1, 20):
+            check_experts(layer, tokens, torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_experts_captured_in_a_cuda_graph(backend, tokens):
+@pytest.mark.parametrize("mixes", [[(2, 4), (3,)], ["2:4 bf16"], ["4 bits", "bitmap fp16"]], ids=str)
+def test_experts_captured_in_a_cuda_graph(backend, mixes, tokens):
     """What is chosen changes from replay to replay."""
-    layer = Layer([(2, 4), (3,)], backend, 12, 600, 320, device=DEVICE)
+    layer = Layer(mixes, backend, 12, 600, 320, device=DEVICE)
     given = layer.route(tokens, 3)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

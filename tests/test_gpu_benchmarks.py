@@ -370,8 +370,11 @@ def test_experts_and_rows_print_and_record(tmp_path, capsys):
         }
 
     file = tmp_path / "rows.csv"
-    rows = gpu_experts.run_gpu_experts(["tiny"], ["4"], [1, 5], ["tiny"], file, device="cpu", measure=measure)
-    assert [row.provider for row in rows] == ["torch bf16", "pyllmq 4 bits"] * (2 + len(gpu_experts.IDS))
+    given = ["tiny"], ["4"], [1, 5], ["tiny"], file
+    rows = gpu_experts.run_gpu_experts(*given, device="cpu", measure=measure)
+    ours = [f"pyllmq {form}" for form in gpu_experts.SPARSE]
+    experts, embeddings = ["torch bf16", "pyllmq 4 bits", *ours] * 2, ["torch bf16", "pyllmq 4 bits"] * 2
+    assert [row.provider for row in rows] == experts + embeddings
     assert [row.provider for row in record.read(file)] == [row.provider for row in rows]
     assert {row.kernel for row in rows} == {"grouped_mm", "cpu.routed_experts", "F.embedding", "cpu.codebook"}
     out = capsys.readouterr().out
@@ -382,6 +385,6 @@ def test_experts_and_rows_print_and_record(tmp_path, capsys):
 def test_wrong_experts_are_not_timed(monkeypatch):
     monkeypatch.setattr(gpu_experts, "expected", lambda dense, routing: torch.ones(64, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="pyllmq 4 bits: relative error .* It is not timed"):
-        gpu_experts.run_gpu_experts(["tiny"], ["4"], [1], [], device="cpu")
+        gpu_experts.run_gpu_experts(["tiny"], ["4"], [1], [], device="cpu", sparse=())
     with pytest.raises(ValueError, match="gpt-oss-20b have biases; allowed: qwen3-30b-a3b, mixtral-8x7b, tiny"):
         gpu_experts.run_gpu_experts(["gpt-oss-20b"])

@@ -47,6 +47,7 @@ def assert_passes_in_the_interpreter(name, more_than):
         pytest.param("triton_interpreter.py", 100, marks=pytest.mark.slow),
         pytest.param("triton_sparse_interpreter.py", 50, marks=pytest.mark.slow),
         pytest.param("triton_experts_interpreter.py", 20, marks=pytest.mark.slow),
+        pytest.param("triton_sparse_experts_interpreter.py", 20, marks=pytest.mark.slow),
     ],
 )
 def test_in_the_interpreter(name, least):
@@ -190,13 +191,23 @@ def test_the_sparse_kernels_compile_without_spills(arch, x, codes):
     assert_no_spills(sparse._spread_bitmap, fixed | {"HAS_SCALE": True, "BLOCK_SLOTS": 64}, arch=arch, x=x)
 
 
+SPARSE_EXPERTS = ((1, 1, "bfloat16"), (1, 1, "int8"), (1, 0b1100, "uint8"), (1, 0b10000, "uint8"), (2, 0, "bfloat16"))
+"""Kind, widths, values of `Part`."""
+
+
 @needs_triton
 @ARCHITECTURES
 @pytest.mark.parametrize(
-    ("tokens", "widths"),
-    [(1, (3, 4)), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((16, (3, 4)), (16, (2, 8))))],
+    ("tokens", "widths", "sparse"),
+    [
+        (1, (3, 4), False),
+        (1, (), True),
+        *(pytest.param(16, *case, marks=pytest.mark.slow) for case in (((3, 4), False), ((2, 8), False), ((), True))),
+    ],
 )
-def test_experts_compile_without_spills(arch, tokens, widths):
+def test_experts_compile_without_spills(arch, tokens, widths, sparse):
+    import triton.language as tl
+
     from pyllmq.triton_kernels import routed_experts as experts
 
     tile = experts.ONE_TOKEN if tokens == 1 else experts.MORE_TOKENS
@@ -210,8 +221,11 @@ def test_experts_compile_without_spills(arch, tokens, widths):
     fixed = {"WIDTHS": sum(1 << bits for bits in widths), "ONE_SEGMENT": True, "CONSECUTIVE": False, "WIDE": False}
     fixed |= {"BLOCK_TOKENS": tile.tokens, "BLOCK_ROWS": tile.rows, "BLOCK_SLOTS": tile.slots, "FP32_DOT": "tf32x3"}
     for x in ("bf16", "fp32"):
-        assert_no_spills(experts._multiply, fixed, x=x, warps=tile.warps, stages=tile.stages, **options)
-    if tokens == 1:
+        for kind, width, values in SPARSE_EXPERTS if sparse else ((0, fixed["WIDTHS"], "uint8"),):
+            part = experts.Part(None, kind, width, values, True, False, False)
+            sizes = {"KIND": kind, "WIDTHS": width, "VALUES": getattr(tl, values), "BLOCK_SLOTS": part.slots(tokens)}
+            assert_no_spills(experts._multiply, fixed | sizes, x=x, warps=tile.warps, stages=tile.stages, **options)
+    if tokens == 1 and not sparse:
         gate = {"ACTIVATION": 1, "GATED": True, "INTERLEAVED": True, "HAS_BIAS": True, "BLOCK": 256}
         assert_no_spills(experts._activate, gate, **options)
         assert_no_spills(experts._combine, {"HAS_BIAS": True, "BLOCK": 256}, **options)

@@ -51,10 +51,11 @@ def test_gates_and_biases(guarded, gate):
     layer.check(*layer.route(5, 2), torch.float32)
 
 
-def test_an_expert_that_nobody_chose_and_waves(guarded, monkeypatch):
+@pytest.mark.parametrize("mixes", [[(2,)], ["2:4 fp16", "4 bits"], ["bitmap int8"]], ids=str)
+def test_an_expert_that_nobody_chose_and_waves(guarded, monkeypatch, mixes):
     from pyllmq.triton_kernels import routed_experts as kernels
 
-    layer = Layer([(2,)], experts=5, hidden=16, units=8)
+    layer = Layer(mixes, experts=5, hidden=16, units=8)
     x, index, weights = layer.route(50, 2)
     index[index == 3] = 5
     layer.check(x, index, weights, torch.float32)
@@ -64,8 +65,9 @@ def test_an_expert_that_nobody_chose_and_waves(guarded, monkeypatch):
     layer.check(x, index, weights, torch.float32)
 
 
-def test_an_index_outside_and_weights_that_are_not_finite_give_nan_to_their_token_alone():
-    layer = Layer([(4,)])
+@pytest.mark.parametrize("mixes", [[(4,)], ["2:4 int8"], ["2 bits", "bitmap fp16"]], ids=str)
+def test_an_index_outside_and_weights_that_are_not_finite_give_nan_to_their_token_alone(mixes):
+    layer = Layer(mixes)
     x, index, weights = layer.route(6, 2)
     expected = layer.run(x, index, weights)
     index[1, 0], index[3, 1], weights[4, 0] = -1, 6, math.nan

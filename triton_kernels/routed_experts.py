@@ -13,6 +13,7 @@ import triton.language as tl
 from pyllmq.triton_kernels.codebook_decode import decode_tile
 from pyllmq.triton_kernels.codebook_linear import FP32_DOT, add_product, outlier_product
 from pyllmq.triton_kernels.configs import Tile
+from pyllmq.triton_kernels.sparse_decode import add_columns, add_groups
 
 ONE_TOKEN = Tile(rows=64, slots=32, tokens=1, warps=4, stages=2, programs=792)
 MORE_TOKENS = Tile(rows=64, slots=32, tokens=16, warps=4, stages=2, programs=528)
@@ -22,27 +23,54 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
 MOST_SUM_BYTES = 256 << 20
 """Of fp32 sums between the Linears; more tokens are taken in waves."""
 
+CODEBOOK, GROUPS, BITMAP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Kinds of weights; GROUPS are 2:4, of values or codes."""
+
 FIELDS, WIDTH_FIELDS = tl.constexpr(38), tl.constexpr(4)
-"""Of an expert in a table: addresses of row_segment, row_scale, outlier_row_offsets, outlier_columns, outlier_values and
-outlier_replaced, 0 where there is none; then for each width from 1 on those of codes, columns and codebook, and how many slots."""
+"""Of an expert in a table of codebooks: addresses of row_segment, row_scale, outlier_row_offsets, outlier_columns, outlier_values
+and outlier_replaced, 0 where there is none; then for each width from 1 on those of codes, columns and codebook, and how many slots.
+
+2:4: addresses of positions, scale and the same four; then of values or codes and codebook, and the bits of a code, 0 of values.
+A bitmap: masks, scale, four times 0; then ranks, row_offsets and values."""
+
+
+class Part(NamedTuple):
+    """The experts of one kind in a projection: one launch."""
+
+    table: torch.Tensor
+    """int64 [experts, FIELDS], on the device; of other kinds' experts zeros."""
+    kind: int
+    widths: int
+    """Bit b: some expert has columns of b bits, or codes; bit 0: 2:4 of values."""
+    values: str
+    """Dtype of values, as triton calls it; of codes "uint8"."""
+    one_segment: bool
+    consecutive: bool
+    """Every expert has one width, so that slots are columns."""
+    wide: bool
+    """Outlier columns, or a bitmap's ranks, are int32, not uint16."""
+
+    def slots(self, tokens: int) -> int:
+        """Of a program's tile: columns, or groups of four. With fp32 tokens, 32 groups of 4-bit codes need 16 bytes of stack."""
+        if self.kind == BITMAP.value:
+            return 64
+        return 16 if self.kind == GROUPS.value and self.widths > 1 and tokens > 1 else 32
+
+    def steps(self, columns: int, tokens: int) -> int:
+        """Tiles that columns are."""
+        slots = triton.cdiv(columns, 4) if self.kind == GROUPS.value else columns
+        return triton.cdiv(slots, self.slots(tokens))
 
 
 class Projection(NamedTuple):
     """One Linear of all experts."""
 
-    table: torch.Tensor
-    """int64 [experts, FIELDS], on the device."""
+    parts: tuple[Part, ...]
     bias: torch.Tensor | None
     """fp32 [experts, rows]."""
+    experts: int
     rows: int
     columns: int
-    widths: int
-    """Bit b: some expert has columns of b bits."""
-    one_segment: bool
-    consecutive: bool
-    """Every expert has one width, so that slots are columns."""
-    wide: bool
-    """Outlier columns are int32, not uint16."""
 
 
 class Experts(NamedTuple):
@@ -95,13 +123,17 @@ def _address(table, field, TYPE: tl.constexpr):
 @triton.jit(do_not_specialize=["pairs", "choices", "tiles", "splits"])
 def _multiply(
     x, table, tile_of, order, sums, pairs, choices, tiles, rows, columns, splits,
-    WIDTHS: tl.constexpr, ONE_SEGMENT: tl.constexpr, CONSECUTIVE: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, FP32_DOT: tl.constexpr,
+    KIND: tl.constexpr, WIDTHS: tl.constexpr, VALUES: tl.constexpr, ONE_SEGMENT: tl.constexpr, CONSECUTIVE: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, FP32_DOT: tl.constexpr,
 ):  # fmt: skip
-    """sums[split] [pairs, rows] of a tile = x of its pairs (choices 0), or of their tokens, times the rows of its expert."""
+    """sums[split] [pairs, rows] of a tile = x of its pairs (choices 0), or of their tokens, times the rows of its expert.
+
+    Tiles of experts of other kinds are left to other launches.
+    """
     tile, split = tl.program_id(0), tl.program_id(2)
-    expert = tl.load(tile_of + tile).to(tl.int64)
-    first, count = tl.load(tile_of + tiles + tile), tl.load(tile_of + 2 * tiles + tile)
+    mine = table + tl.load(tile_of + tile).to(tl.int64) * FIELDS
+    is_mine = tl.load(mine) != 0
+    first, count = tl.load(tile_of + tiles + tile), tl.load(tile_of + 2 * tiles + tile) * is_mine.to(tl.int32)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     place = first + tl.arange(0, BLOCK_TOKENS)
     there = place < first + count
@@ -109,43 +141,66 @@ def _multiply(
     if choices > 0:
         token = tl.load(order + place, mask=there, other=0) // choices
     of_token = token.to(tl.int64) * columns
-    mine = table + expert * FIELDS
-    row_segment = _address(mine, 0, tl.int32)
     if BLOCK_TOKENS == 1:
         total = tl.zeros([BLOCK_SLOTS, BLOCK_ROWS], tl.float32)
     else:
         total = tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], tl.float32)
-    for bits in tl.static_range(1, 9):
-        if (WIDTHS >> bits) & 1:
-            group = mine + 6 + WIDTH_FIELDS * (bits - 1)
-            slots = tl.load(group + 3).to(tl.int32) * (count > 0).to(tl.int32)
-            codes, columns_of = _address(group, 0, tl.uint8), _address(group, 1, tl.int32)
-            codebook = _address(group, 2, tl.float16)
-            each = tl.cdiv(tl.cdiv(slots, splits), BLOCK_SLOTS) * BLOCK_SLOTS
-            for first_slot in range(split * each, tl.minimum((split + 1) * each, slots), BLOCK_SLOTS):
-                weight = decode_tile(
-                    codes, (slots * bits + 7) // 8, codebook, row_segment, rows, slots, row, first_slot, BLOCK_SLOTS, bits,
-                    ONE_SEGMENT,
-                )  # fmt: skip
-                slot = first_slot + tl.arange(0, BLOCK_SLOTS)
-                column = slot if CONSECUTIVE else tl.load(columns_of + slot, mask=slot < slots, other=0)
-                inside = there[:, None] & (slot < slots)[None, :]
-                factor = tl.load(x + of_token[:, None] + column[None, :], mask=inside, other=0.0)
-                if BLOCK_TOKENS == 1:
-                    total += tl.trans(factor.to(tl.float32)) * weight.to(tl.float32)
-                else:
-                    total = add_product(total, factor, weight, FP32_DOT)
+    if KIND == CODEBOOK:
+        row_segment = _address(mine, 0, tl.int32)
+        for bits in tl.static_range(1, 9):
+            if (WIDTHS >> bits) & 1:
+                group = mine + 6 + WIDTH_FIELDS * (bits - 1)
+                slots = tl.load(group + 3).to(tl.int32) * (count > 0).to(tl.int32)
+                codes, columns_of = _address(group, 0, tl.uint8), _address(group, 1, tl.int32)
+                codebook = _address(group, 2, tl.float16)
+                each = tl.cdiv(tl.cdiv(slots, splits), BLOCK_SLOTS) * BLOCK_SLOTS
+                for first_slot in range(split * each, tl.minimum((split + 1) * each, slots), BLOCK_SLOTS):
+                    weight = decode_tile(
+                        codes, (slots * bits + 7) // 8, codebook, row_segment, rows, slots, row, first_slot, BLOCK_SLOTS, bits,
+                        ONE_SEGMENT,
+                    )  # fmt: skip
+                    slot = first_slot + tl.arange(0, BLOCK_SLOTS)
+                    column = slot if CONSECUTIVE else tl.load(columns_of + slot, mask=slot < slots, other=0)
+                    inside = there[:, None] & (slot < slots)[None, :]
+                    factor = tl.load(x + of_token[:, None] + column[None, :], mask=inside, other=0.0)
+                    if BLOCK_TOKENS == 1:
+                        total += tl.trans(factor.to(tl.float32)) * weight.to(tl.float32)
+                    else:
+                        total = add_product(total, factor, weight, FP32_DOT)
+    elif KIND == GROUPS:
+        groups = tl.cdiv(columns, 4)
+        each = tl.cdiv(tl.cdiv(groups, splits), BLOCK_SLOTS) * BLOCK_SLOTS
+        for bits in tl.static_range(0, 5):
+            if (WIDTHS >> bits) & 1:
+                end = tl.minimum((split + 1) * each, groups) * ((count > 0) & (tl.load(mine + 8) == bits)).to(tl.int32)
+                for first_slot in range(split * each, end, BLOCK_SLOTS):
+                    total = add_groups(
+                        total, x, of_token, there, _address(mine, 6, VALUES), _address(mine, 7, tl.float16),
+                        _address(mine, 0, tl.uint8), rows, columns, groups, first_slot, row,
+                        bits, BLOCK_TOKENS, BLOCK_SLOTS, FP32_DOT,
+                    )  # fmt: skip
+    else:
+        each = tl.cdiv(tl.cdiv(columns, splits), BLOCK_SLOTS) * BLOCK_SLOTS
+        end = tl.minimum((split + 1) * each, columns) * (count > 0).to(tl.int32)
+        for first_slot in range(split * each, end, BLOCK_SLOTS):
+            total = add_columns(
+                total, x, of_token, there, _address(mine, 8, VALUES), _address(mine, 0, tl.int32),
+                _address(mine, 6, tl.int32 if WIDE else tl.uint16), _address(mine, 7, tl.int32), rows, columns, first_slot, row,
+                BLOCK_TOKENS, BLOCK_SLOTS, FP32_DOT,
+            )  # fmt: skip
     if BLOCK_TOKENS == 1:
         total = tl.sum(total, 0)[None, :]
     scale = tl.full([BLOCK_ROWS], 1.0, tl.float32)
     if tl.load(mine + 1) != 0:
-        scale = tl.load(_address(mine, 1, tl.float16) + row, mask=row < rows, other=0.0).to(tl.float32)
+        SCALE: tl.constexpr = tl.float16 if KIND == CODEBOOK else tl.float32
+        scale = tl.load(_address(mine, 1, SCALE) + row, mask=row < rows, other=0.0).to(tl.float32)
     total *= scale[None, :]
-    if (tl.load(mine + 2) != 0) & (split == 0) & (count > 0):
-        total += outlier_product(
-            x, of_token, there, _address(mine, 2, tl.int32), _address(mine, 3, tl.int32 if WIDE else tl.uint16),
-            _address(mine, 4, tl.float16), _address(mine, 5, tl.float16), scale, row, rows, 16,
-        )  # fmt: skip
+    if KIND != BITMAP:  # noqa: SIM102 - of a kind, so that the other kinds' code is not there
+        if (tl.load(mine + 2) != 0) & (split == 0) & (count > 0):
+            total += outlier_product(
+                x, of_token, there, _address(mine, 2, tl.int32), _address(mine, 3, tl.int32 if WIDE else tl.uint16),
+                _address(mine, 4, tl.float16), _address(mine, 5, tl.float16), scale, row, rows, 16,
+            )  # fmt: skip
     to = sums + (split.to(tl.int64) * pairs + place)[:, None] * rows + row[None, :]
     tl.store(to, total, mask=there[:, None] & (row < rows)[None, :])
 
@@ -220,10 +275,11 @@ def _combine(
     tl.store(out + token * hidden + column, total.to(out.dtype.element_ty), mask=column < hidden)
 
 
-def _splits(rows: int, columns: int, tile: Tile, tiles: int) -> int:
+def _splits(weights: Projection, tile: Tile, tiles: int) -> int:
     """So many that there are about as many programs as the tile asks for; none of them smaller than its slots."""
-    cells = triton.cdiv(rows, tile.rows) * tiles
-    return max(1, min(triton.cdiv(tile.programs, cells), triton.cdiv(columns, tile.slots)))
+    cells = triton.cdiv(weights.rows, tile.rows) * tiles
+    steps = max(part.steps(weights.columns, tile.tokens) for part in weights.parts)
+    return max(1, min(triton.cdiv(tile.programs, cells), steps))
 
 
 def _product(
@@ -231,23 +287,31 @@ def _product(
 ) -> torch.Tensor:
     sums = torch.empty(splits, pairs, weights.rows, dtype=torch.float32, device=x.device)
     tiles = work.tiles.shape[1]
-    _multiply[(tiles, triton.cdiv(weights.rows, tile.rows), splits)](
-        x, weights.table, work.tiles, work.order, sums, pairs, choices, tiles, weights.rows, weights.columns, splits,
-        WIDTHS=weights.widths, ONE_SEGMENT=weights.one_segment, CONSECUTIVE=weights.consecutive, WIDE=weights.wide,
-        BLOCK_TOKENS=tile.tokens, BLOCK_ROWS=tile.rows, BLOCK_SLOTS=tile.slots, FP32_DOT=FP32_DOT,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    for part in weights.parts:
+        _multiply[(tiles, triton.cdiv(weights.rows, tile.rows), splits)](
+            x, part.table, work.tiles, work.order, sums, pairs, choices, tiles, weights.rows, weights.columns, splits,
+            KIND=part.kind, WIDTHS=part.widths, VALUES=getattr(tl, part.values), ONE_SEGMENT=part.one_segment,
+            CONSECUTIVE=part.consecutive, WIDE=part.wide, BLOCK_TOKENS=tile.tokens, BLOCK_ROWS=tile.rows,
+            BLOCK_SLOTS=part.slots(tile.tokens), FP32_DOT=FP32_DOT, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return sums
+
+
+def _tile(tokens: int, experts: Experts) -> Tile:
+    # Codes in 2:4 of a single row and more tokens: triton 3.6's compiler aborts.
+    parts = (part for weights in (experts.up, experts.down) if weights.rows == 1 for part in weights.parts)
+    token_by_token = tokens == 1 or any(part.kind == GROUPS.value and part.widths > 1 for part in parts)
+    return ONE_TOKEN if token_by_token else MORE_TOKENS
 
 
 def _wave(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: Experts, out: torch.Tensor) -> None:
     up, down = experts.up, experts.down
     tokens, choices = index.shape
-    count, pairs = up.table.shape[0], index.numel()
-    tile = ONE_TOKEN if tokens == 1 else MORE_TOKENS
+    count, pairs = up.experts, index.numel()
+    tile = _tile(tokens, experts)
     index, work = index.reshape(-1), work_of(index.reshape(-1), count, tile.tokens)
     likely = max(min(pairs, count), triton.cdiv(pairs, tile.tokens))
-    splits = _splits(up.rows, up.columns, tile, likely), _splits(down.rows, down.columns, tile, likely)
+    splits = _splits(up, tile, likely), _splits(down, tile, likely)
     sums = _product(x, up, work, tile, choices, splits[0], pairs)
     activated = torch.empty(pairs, down.columns, dtype=x.dtype, device=x.device)
     _activate[(pairs, triton.cdiv(down.columns, 256))](

@@ -8,73 +8,16 @@ import torch
 import triton
 import triton.language as tl
 
-from pyllmq.triton_kernels.codebook_decode import GROUP_SLOTS, load_codes
 from pyllmq.triton_kernels.codebook_dequantize import put_outliers
-from pyllmq.triton_kernels.codebook_linear import FP32_DOT, add_parts, add_product, multiply_outliers, splits
+from pyllmq.triton_kernels.codebook_linear import FP32_DOT, add_parts, multiply_outliers, splits
 from pyllmq.triton_kernels.configs import Tile
+from pyllmq.triton_kernels.sparse_decode import add_columns, add_groups, load_columns, load_groups
 
 ONE_TOKEN = Tile(rows=64, slots=32, tokens=1, warps=4, stages=3, programs=264)
 MORE_TOKENS = Tile(rows=64, slots=32, tokens=16, warps=4, stages=3, programs=264)
 MORE_TOKENS_CODES = Tile(rows=64, slots=16, tokens=16, warps=4, stages=3, programs=264)
 """`slots` are groups of four columns in 2:4, columns / 4 in a bitmap. With fp32 tokens, 32 slots of 4-bit codes need 16 bytes
 of stack."""
-
-
-@triton.jit
-def _load_groups(
-    values, codebook, positions, rows, columns, groups, first_group, row,
-    BITS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BY_WORD: tl.constexpr,
-):  # fmt: skip
-    """(first, second weights, first, second columns) [groups, rows] of the groups from `first_group` on.
-
-    `values` are codes where BITS is not 0. Outside the matrix, where columns are too large, weights are anything finite.
-    """
-    COUNT: tl.constexpr = BLOCK_SLOTS // GROUP_SLOTS
-    begin = first_group // GROUP_SLOTS
-    group = first_group + tl.arange(0, BLOCK_SLOTS)
-    inside = (group < groups)[:, None] & (row < rows)[None, :]
-    if BY_WORD:
-        # A group's positions are 4 bits in a row, as codes of 4 bits are. 9 to 14 instructions per weight at one token where
-        # bytes take 11 to 17, but 16 to 25 for 13 to 24 at sixteen.
-        places = load_codes(positions, (groups + 1) // 2, rows, row, begin, COUNT, 4)
-    else:
-        packed = tl.load(positions + (group // 2).to(tl.int64)[:, None] * rows + row[None, :], mask=inside, other=0)
-        places = packed.to(tl.int32) >> (group % 2 * 4)[:, None] & 15
-    first_column = 4 * group[:, None] + (places & 3)
-    second_column = 4 * group[:, None] + (places >> 2)
-    if BITS == 0:
-        first = tl.load(values + group.to(tl.int64)[:, None] * rows + row[None, :], mask=inside, other=0)
-        second = tl.load(values + (group + groups).to(tl.int64)[:, None] * rows + row[None, :], mask=inside, other=0)
-    else:
-        code_bytes = (groups * BITS + 7) // 8
-        second_codes = values + code_bytes.to(tl.int64) * rows
-        first_code = load_codes(values, code_bytes, rows, row, begin, COUNT, BITS)
-        second_code = load_codes(second_codes, code_bytes, rows, row, begin, COUNT, BITS)
-        first = tl.load(codebook + (tl.minimum(first_column, columns - 1) << BITS | first_code))
-        second = tl.load(codebook + (tl.minimum(second_column, columns - 1) << BITS | second_code))
-    return first, second, first_column, second_column
-
-
-@triton.jit
-def _bits_set(word):
-    """Of each int32: the same arithmetic on every GPU and in the interpreter."""
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return (word + (word >> 8) + (word >> 16) + (word >> 24)) & 63
-
-
-@triton.jit
-def _load_columns(values, masks, ranks, row_offsets, rows, columns, column, row):
-    """The weights [columns, rows] of a bitmap."""
-    inside = (column < columns)[:, None] & (row < rows)[None, :]
-    place = (column // 32).to(tl.int64)[:, None] * rows + row[None, :]
-    word = tl.load(masks + place, mask=inside, other=0)
-    bit = (column % 32)[:, None]
-    kept = inside & (((word >> bit) & 1) == 1)
-    before = tl.load(ranks + place, mask=inside, other=0).to(tl.int32) + _bits_set(word & ((1 << bit) - 1))
-    begin = tl.load(row_offsets + row, mask=row < rows, other=0)[None, :]
-    return tl.load(values + begin + before, mask=kept, other=0)
 
 
 @triton.jit(do_not_specialize=["tokens", "groups", "slots_per_split"])
@@ -92,24 +35,10 @@ def _multiply_24(
     else:
         total = tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], tl.float32)
     for slot in range(begin, end, BLOCK_SLOTS):
-        first, second, first_column, second_column = _load_groups(
-            values, codebook, positions, rows, columns, groups, slot, row, BITS, BLOCK_SLOTS, BLOCK_TOKENS == 1
-        )
-        if BLOCK_TOKENS == 1:
-            # x by the place of each weight: neighbouring threads read one of four neighbours
-            of_token = x + tl.program_id(2) * columns
-            factor = tl.load(of_token + first_column, mask=first_column < columns, other=0.0)
-            total += factor.to(tl.float32) * first.to(tl.float32)
-            factor = tl.load(of_token + second_column, mask=second_column < columns, other=0.0)
-            total += factor.to(tl.float32) * second.to(tl.float32)
-        else:
-            for j in tl.static_range(4):
-                column = 4 * (slot + tl.arange(0, BLOCK_SLOTS)) + j
-                weight = tl.where(first_column == column[:, None], first, 0)
-                weight += tl.where(second_column == column[:, None], second, 0)
-                inside = (token < tokens)[:, None] & (column < columns)[None, :]
-                factor = tl.load(x + token[:, None] * columns + column[None, :], mask=inside, other=0.0)
-                total = add_product(total, factor, weight, FP32_DOT)
+        total = add_groups(
+            total, x, token * columns, token < tokens, values, codebook, positions, rows, columns, groups, slot, row,
+            BITS, BLOCK_TOKENS, BLOCK_SLOTS, FP32_DOT,
+        )  # fmt: skip
     part = tl.program_id(1).to(tl.int64) * tokens
     if BLOCK_TOKENS == 1:
         tl.store(parts + (part + tl.program_id(2)) * rows + row, tl.sum(total, 0), mask=row < rows)
@@ -133,15 +62,10 @@ def _multiply_bitmap(
     else:
         total = tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], tl.float32)
     for slot in range(begin, end, BLOCK_SLOTS):
-        column = slot + tl.arange(0, BLOCK_SLOTS)
-        weight = _load_columns(values, masks, ranks, row_offsets, rows, columns, column, row)
-        if BLOCK_TOKENS == 1:
-            factor = tl.load(x + tl.program_id(2) * columns + column, mask=column < columns, other=0.0)
-            total += factor.to(tl.float32)[:, None] * weight.to(tl.float32)
-        else:
-            inside = (token < tokens)[:, None] & (column < columns)[None, :]
-            factor = tl.load(x + token[:, None] * columns + column[None, :], mask=inside, other=0.0)
-            total = add_product(total, factor, weight, FP32_DOT)
+        total = add_columns(
+            total, x, token * columns, token < tokens, values, masks, ranks, row_offsets, rows, columns, slot, row,
+            BLOCK_TOKENS, BLOCK_SLOTS, FP32_DOT,
+        )  # fmt: skip
     part = tl.program_id(1).to(tl.int64) * tokens
     if BLOCK_TOKENS == 1:
         tl.store(parts + (part + tl.program_id(2)) * rows + row, tl.sum(total, 0), mask=row < rows)
@@ -158,7 +82,7 @@ def _spread_24(
     """out [rows, columns]: the dense matrix, without outliers."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     slot = tl.program_id(1) * BLOCK_SLOTS
-    first, second, first_column, second_column = _load_groups(
+    first, second, first_column, second_column = load_groups(
         values, codebook, positions, rows, columns, groups, slot, row, BITS, BLOCK_SLOTS, False
     )
     factor = tl.full([BLOCK_ROWS], 1.0, tl.float32)
@@ -181,7 +105,7 @@ def _spread_bitmap(
     """out [rows, columns]: the dense matrix."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
-    weight = _load_columns(values, masks, ranks, row_offsets, rows, columns, column, row).to(tl.float32)
+    weight = load_columns(values, masks, ranks, row_offsets, rows, columns, column, row).to(tl.float32)
     if HAS_SCALE:
         weight *= tl.load(scale + row, mask=row < rows, other=0.0)[None, :]
     inside = (column < columns)[:, None] & (row < rows)[None, :]

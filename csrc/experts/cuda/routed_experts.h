@@ -1,23 +1,39 @@
 // The experts of one layer for routed tokens on the device; what is computed: csrc/experts/routed_experts.h. Weights are layouts
-// `cuda.codebook` (codebook/cuda/layout.h), each of its own widths. Pointers and integers only; all pointers are of the current
-// device. Nothing waits for the device: which experts are chosen is known there alone.
+// of codebooks (codebook/cuda/layout.h) and of the sparse formats (sparse/cuda/layout.h), each expert's of its own kind. Pointers
+// and integers only; all pointers are of the current device. Nothing waits for the device: which experts are chosen is known
+// there alone.
 #pragma once
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include "activation.h"
+#include "sparse/shape.h"
 
 namespace pyllmq::cuda {
 
-// One projection of all experts.
-struct ExpertWeights {
-  const int64_t* layouts;  // [experts, 2]: address and bytes of each layout
-  const float* bias;       // [experts, rows] or null
-  int64_t rows, columns;   // of each expert
-  int64_t blocks;          // of rows, of the expert that has most (RowBlock)
+// What the experts of one launch have in common. Of a layout `columns` the kind is that, whatever the format.
+struct WeightKind {
+  bool is_codebook;
+  SparseKind sparse;  // else
+  ValueType values;   // of bitmap, sparse24 and columns
+  int64_t bits;       // of sparse24 with codes: 2, or 4 for 3 and 4
+  int64_t size;       // largest of an expert: blocks of rows (RowBlock) of a codebook, bytes of a cell of the others
 };
 
-struct RoutedExperts {
+struct ExpertLayout {
+  int64_t address, bytes;
+  int64_t kind;  // its number
+};
+
+// One projection of all experts.
+struct ExpertWeights {
+  const ExpertLayout* layouts;  // [experts]
+  const float* bias;            // [experts, rows] or null
+  int64_t rows, columns;        // of each expert
+};
+
+struct ExpertLayer {
   int64_t experts;
   ExpertWeights up, down;
   int64_t units;  // width between the Linears
@@ -26,6 +42,10 @@ struct RoutedExperts {
   Activation activation = Activation::silu;
   float limit = std::numeric_limits<float>::infinity();
   float alpha = 1, offset = 0;
+};
+
+struct RoutedExperts : ExpertLayer {
+  std::vector<WeightKind> up_kinds, down_kinds;  // by number
   int64_t sum_bytes;  // of a call's sums at most, but for a single token: more tokens are taken in waves
 };
 
@@ -44,7 +64,7 @@ void check_routed_experts(const RoutedExperts& experts);
 // Bytes of workspace, at a multiple of 16; all that is read there is written before.
 int64_t routed_experts_workspace(const RoutedExperts& experts, int64_t tokens, int64_t choices, int dtype);
 
-// Of one expert's layout that does not hold a weight of that shape, the tokens sent to it become NaN.
+// Of one expert's layout that does not hold a weight of that shape and kind, the tokens sent to it become NaN.
 void routed_experts(const RoutedExperts& experts, const RoutedTokens& tokens, void* workspace, uintptr_t stream);
 
 }  // namespace pyllmq::cuda

@@ -494,12 +494,13 @@ def streaming_table(what: str) -> str:
 # ---- whole models -----------------------------------------------------------------------------------------------------
 
 
-ZEN3, ZEN5 = "family 25", "family 26"
+ZEN3, ZEN5, AMX, AMX_AS_AVX2 = "family 25", "family 26", "family 6 model 167", "held to avx2"
 
 
 def generation_rows(model: str, machine: str) -> list[generation.GenerationRow]:
     rows = generation.read(CSVS / "generation.csv")
-    return [row for row in rows if row.model == model and machine in row.device]
+    held = machine.startswith("held to")
+    return [row for row in rows if row.model == model and machine in row.device and held == ("held to" in row.device)]
 
 
 EXPERTS = "Qwen3-30B-A3B, 3 layers"
@@ -606,6 +607,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation-experts": lambda: generation_table(EXPERTS, "Intel"),
     "generation-avx512": lambda: generation_table("TinyLlama-1.1B", ZEN5),
     "generation-ratios-avx512": lambda: generation_ratios("TinyLlama-1.1B", ZEN5),
+    "generation-amx": lambda: generation_table("TinyLlama-1.1B", AMX),
+    "generation-ratios-amx": lambda: generation_ratios("TinyLlama-1.1B", AMX),
+    "generation-ratios-amx-as-avx2": lambda: generation_ratios("TinyLlama-1.1B", AMX_AS_AVX2),
 }
 
 

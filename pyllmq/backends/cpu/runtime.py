@@ -26,7 +26,7 @@ KMEANS_CODE = {"exact": 0, "windowed": 1, "lloyd": 2}
 """KMeans1dMethod in csrc/kmeans/cpu/kmeans_1d.h."""
 
 ISA_VARIABLE = "PYLLMQ_ISA"
-"""The environment variable that holds kernels to one of `_cpu.supported_isas()`, such as avx2: to compare, or to rule out a fault."""
+"""The environment variable that holds kernels to one of `_cpu.supported_isas()`, such as avx2: to compare, to rule out a fault."""
 
 
 def available() -> tuple[bool, str]:

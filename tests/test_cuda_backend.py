@@ -199,7 +199,7 @@ def test_no_kernel_spills_or_uses_local_memory():
             assert len(registers) == 3 and max(registers) <= 128, report
         if name == "experts/cuda/multiply_codebook.cu":  # two blocks of 256
             assert len(registers) == 3 and max(registers) <= 128, report
-        if name == "experts/cuda/multiply_cells.cu":  # four blocks of 128 threads, of bitmaps three
+        if name == "experts/cuda/multiply_cells.cu":  # three blocks of 128 threads
             assert len(registers) == 16 and max(registers) <= 168, report
         if name == "experts/cuda/multiply_columns.cu":  # two blocks of 256
             assert len(registers) == 8 and max(registers) <= 128, report
@@ -214,7 +214,7 @@ def test_no_kernel_spills_or_uses_local_memory():
             assert len(registers) == 1 and max(registers) <= 64, report
         if name == "sparse/cuda/linear_products.cu":  # two blocks of 256
             assert len(registers) == 1 and max(registers) <= 128, report
-        if name == "sparse/cuda/linear.cu":  # four blocks of 128 threads, of bitmaps three
+        if name == "sparse/cuda/linear.cu":  # three blocks of 128 threads
             assert len(registers) == 16 and max(registers) <= 168, report
         if name == "sparse/cuda/columns.cu":  # two blocks of 256
             assert len(registers) == 12 and max(registers) <= 128, report

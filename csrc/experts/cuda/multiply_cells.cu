@@ -21,6 +21,10 @@ constexpr int kSums = kBlockStrips * kStripRows * 8;
 constexpr int64_t kMostXBytes = 24 << 10;
 constexpr int kItemCost = 8;  // what starts and ends an item, in cells of a strip (predicted, as sparse_linear's)
 
+// Blocks of a multiprocessor: four would leave 128 registers to a thread, of which one kernel spills two.
+template <class Cells>
+constexpr int kBlocks = Cells::kBlocks < 3 ? Cells::kBlocks : 3;
+
 // Cells of K that a block has at work, and its strips.
 struct Range {
   const SparseHeader* header;
@@ -266,7 +270,7 @@ struct CellWeights {
 };
 
 template <class Cells, int kTokenTiles>
-PYLLMQ_KERNEL void __launch_bounds__(kMostWarps * 32, Cells::kBlocks) experts_multiply_cells_kernel(const Multiplication m) {
+PYLLMQ_KERNEL void __launch_bounds__(kMostWarps * 32, kBlocks<Cells>) experts_multiply_cells_kernel(const Multiplication m) {
   PYLLMQ_DYNAMIC_SHARED(memory);
   multiply_items<CellWeights<Cells, kTokenTiles>>(m, memory);
 }
@@ -292,7 +296,7 @@ MultiplyPlan plan_of(const MultiplyProblem& problem, int64_t splits) {
   while (plan.warps > 1 && bytes(plan.warps, most_x) > shared_limit) plan.warps /= 2;
   // 1 KiB of every block, and of the device's limit, is the driver's.
   plan.slots =
-      multiprocessors() * std::clamp<int64_t>((shared_limit + 1024) / (bytes(plan.warps, most_x) + 1024), 1, Cells::kBlocks);
+      multiprocessors() * std::clamp<int64_t>((shared_limit + 1024) / (bytes(plan.warps, most_x) + 1024), 1, kBlocks<Cells>);
 
   plan.splits = splits > 0 ? splits : 1;
   const int64_t items = problem.likely_tiles * plan.parts;

@@ -55,9 +55,7 @@ def check(weight, x, bias=None, columns=False, factor=2.0):
         assert operand.layout == f"cuda.{weight.kind}" and bool(operand.meta[0]) == columns
         actual = LINEAR[type(weight)](x, packed, bias, "exact")
     exact = x.double() @ dense.T + (0 if bias is None else bias.double())
-    orders = [
-        torch.randperm(x.shape[1]) for _ in range(4 if exact.numel() >= 4096 else 16 if exact.numel() >= 64 else 64)
-    ]
+    orders = [torch.randperm(x.shape[1]) for _ in range(16 if exact.numel() >= 64 else 64)]
     torchs = [
         torch.nn.functional.linear(x[:, order], dense.to(x.dtype)[:, order], None if bias is None else bias.to(x.dtype))
         for order in orders
@@ -72,7 +70,9 @@ def check(weight, x, bias=None, columns=False, factor=2.0):
 def test_every_type_of_values_and_number_of_tokens(make, values, dtype):
     weight = make(67, 259, values=values)
     for tokens in TOKENS:
-        check(weight, torch.randn(tokens, 259).to(dtype), torch.randn(67), values == torch.float32)
+        # fp32 x becomes two fp16 numbers, 22 bits in place of 24: 2.01 times torch's error where torch sums by AVX-512
+        factor = 2.5 if dtype == torch.float32 and values == torch.float16 else 2.0
+        check(weight, torch.randn(tokens, 259).to(dtype), torch.randn(67), values == torch.float32, factor=factor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

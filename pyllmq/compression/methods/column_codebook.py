@@ -184,7 +184,11 @@ class ColumnCodebook(Method[ColumnCodebookConfig]):
         """Each by its own bytes, so that none waits for another. What all leave goes to the Linears behind them."""
 
         def compress(weights: Mapping[str, Tensor], inputs: InputStatistics) -> dict[str, CompressedLinear]:
-            return compress_linears(weights, inputs, self._planned(weights), self.config, run.gradients.row_weights)
+            # Of an expert that hardly any token reaches, the plan by price may fall short of what its narrowest form takes.
+            rows, columns = [len(weight) for weight in weights.values()], next(iter(weights.values())).shape[1]
+            least = allocation.least_bytes(self.config.allowed_widths[0], rows, columns, self.config.row_scale)
+            nbytes = max(self._planned(weights), least)
+            return compress_linears(weights, inputs, nbytes, self.config, run.gradients.row_weights)
 
         compressed = each_in_its_rank(experts, run.ranks, compress)
         left = self._planned(compressed) - sum(done.weight.nbytes for done in compressed.values())

@@ -256,6 +256,13 @@ def accuracy_table(
     return markdown(["true bits", *(f"{bits:g}" for bits in widths)], lines)
 
 
+def whisper_rivals() -> str:
+    """Each point at its own true bits: there are two for a method, too far apart to interpolate."""
+    rows = [row for row in read_rows(CSVS / "accuracy.csv", accuracy.Result) if row.model == whisper.BUNDLED]
+    lines = [[METHODS[row.method], f"{row.true_bits:.2f}", f"{row.damage:.4f}"] for row in rows]
+    return markdown(["Linears", "true bits", "KL"], sorted(lines, key=lambda line: (-float(line[1]), float(line[2]))))
+
+
 PRUNING = {
     "magnitude": "magnitude", "wanda": "wanda", "wanda + owl": "wanda, shares by OWL",
     "sparsegpt published": "sparsegpt as published", "mixed published": "mixed-sparsity as published",
@@ -501,7 +508,9 @@ def generation_rows(model: str, machine: str) -> list[generation.GenerationRow]:
     rows = generation.read(CSVS / "generation.csv")
     held = machine.startswith("held to")
     rows = [row for row in rows if row.model == model and machine in row.device and held == ("held to" in row.device)]
-    return [row for row in rows if not (held and row.system == "llama.cpp")]  # which is compiled for more than ours is held to
+    return [
+        row for row in rows if not (held and row.system == "llama.cpp")
+    ]  # which is compiled for more than ours is held to
 
 
 EXPERTS = "Qwen3-30B-A3B, 3 layers"
@@ -589,6 +598,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "structured-heads": lambda: structured_table("tiny_moe", "3, 2 of 4", (0.75, 0.5), percent=True),
     "structured-speed": structured_speed_table,
     "whisper": whisper_table,
+    "whisper-rivals": whisper_rivals,
     "experts-prior": lambda: experts_calibration(experts_accuracy.PRIOR),
     "experts-bits": lambda: experts_calibration(experts_accuracy.SHARE),
     "experts-goal": experts_goal,

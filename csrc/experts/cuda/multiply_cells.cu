@@ -83,17 +83,6 @@ struct Cursor {
   }
 };
 
-// x of this lane's column of the product in a step; columns that do not exist are 0.
-template <int kTokenTiles>
-PYLLMQ_DEVICE void load_x(const uint16_t* x_step, int columns, int lane, StepX<kTokenTiles>& x) {
-  unrolled<kTokenTiles>([&](int tile) {
-    const int column = tile * 8 + lane / 4;
-    Words<4> words = {};
-    if (column < columns) words = load_words<4>(x_step + column * kStepColumns + lane % 4 * 8);
-    unrolled<4>([&](int i) { x[tile][i] = words[i]; });
-  });
-}
-
 template <class Cells>
 PYLLMQ_HOST_DEVICE int64_t warp_bytes(int64_t stage_bytes) {
   const int64_t ring = Cells::kStages * (stage_bytes + Cells::kTableBytes) + Cells::kOwnBytes;

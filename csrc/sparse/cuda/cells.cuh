@@ -32,6 +32,17 @@ using StripSums = float[kStripTiles][kTokenTiles][4];
 template <int kTokenTiles>
 using StepX = uint32_t[kTokenTiles][4];
 
+// x of this lane's column of the product in a step; columns that do not exist are 0.
+template <int kTokenTiles>
+PYLLMQ_DEVICE void load_x(const uint16_t* x_step, int columns, int lane, StepX<kTokenTiles>& x) {
+  unrolled<kTokenTiles>([&](int tile) {
+    const int column = tile * 8 + lane / 4;
+    Words<4> words = {};
+    if (column < columns) words = load_words<4>(x_step + column * kStepColumns + lane % 4 * 8);
+    unrolled<4>([&](int i) { x[tile][i] = words[i]; });
+  });
+}
+
 constexpr int kWeightsOfLane = 8;  // in a tile x step of what is kept
 
 // Four int8 -> two pairs of fp16: a byte above 0x64 is 1024 + byte.

@@ -94,17 +94,6 @@ struct Cursor {
   }
 };
 
-// x of this lane's column of the product in a step; columns that do not exist are 0.
-template <int kTokenTiles>
-PYLLMQ_DEVICE void load_x(const uint16_t* x_step, int columns, int lane, StepX<kTokenTiles>& x) {
-  unrolled<kTokenTiles>([&](int tile) {
-    const int column = tile * 8 + lane / 4;
-    Words<4> words = {};
-    if (column < columns) words = load_words<4>(x_step + column * kStepColumns + lane % 4 * 8);
-    unrolled<4>([&](int i) { x[tile][i] = words[i]; });
-  });
-}
-
 template <class Cells, int kTokenTiles>
 struct FewTokens : SparseStream<Cells, kBlockStrips / kTokenTiles, Shared, Arguments> {
   static constexpr int kStrips = kBlockStrips / kTokenTiles;

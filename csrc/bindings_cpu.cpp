@@ -14,6 +14,7 @@
 
 #include "bindings.h"
 #include "state_guard.h"
+#include "torch_tensors.h"
 #include "codebook/cpu/checkpoint.h"
 #include "codebook/cpu/layout.h"
 #include "codebook/cpu/operand.h"
@@ -129,7 +130,46 @@ std::unique_ptr<Operand> bind_layout(Pointer layout, int64_t layout_bytes) {
   return std::make_unique<Operand>(as<void>(layout), layout_bytes);
 }
 
+TorchTensors& torch_tensors() {
+  static auto* const tensors = new TorchTensors;  // never destroyed: it names objects of an interpreter that ends before
+  return *tensors;
+}
+
+std::optional<Precision> precision_named(py::handle name) {
+  if (PyUnicode_Check(name.ptr()) == 0) return std::nullopt;
+  static constexpr std::pair<const char*, Precision> kNames[] = {
+      {"high", Precision::high}, {"exact", Precision::exact}, {"fast", Precision::fast}};
+  for (const auto& [known, precision] : kNames)
+    if (PyUnicode_CompareWithASCIIString(name.ptr(), known) == 0) return precision;
+  return std::nullopt;
+}
+
+// None for what needs more than reading memory: the caller goes its general way, which also has the errors.
+py::object linear_of_tensors(const LinearOperand& self, py::handle x, py::handle bias, py::handle precision_name) {
+  const TorchTensors& torch = torch_tensors();
+  const std::optional<Precision> precision = precision_named(precision_name);
+  const std::optional<TensorRows> from = torch.rows_of(x);
+  if (!precision || !from || from->columns != self.columns() || !self.is_intact()) return py::none();
+  std::optional<TensorRows> added;
+  if (!bias.is_none()) {
+    added = torch.rows_of(bias);
+    if (!added || added->tensor.ndim != 1 || added->columns != self.rows()) return py::none();
+  }
+  if (const int threads = torch.num_threads(); threads != num_threads()) set_num_threads(threads);
+  TorchTensors::Made y = torch.empty_like_rows(*from, self.rows());
+  {
+    const py::gil_scoped_release released;
+    self.linear(from->data, from->dtype, from->rows, added ? added->data : nullptr, added ? added->dtype : DType::fp32, y.data,
+                *precision);
+  }
+  return std::move(y.tensor);
+}
+
 void bind_linear_operand(py::module_& m) {
+  m.def("use_tensors", [](py::object tensor_type, py::object parameter_type, py::object is_grad_enabled, py::object num_threads) {
+    return torch_tensors().bind(std::move(tensor_type), std::move(parameter_type), std::move(is_grad_enabled),
+                                std::move(num_threads));
+  }, arg("tensor_type"), arg("parameter_type"), arg("is_grad_enabled"), arg("num_threads"));
   py::class_<LinearOperand>(m, "LinearOperand")
       .def_property_readonly("rows", &LinearOperand::rows)
       .def_property_readonly("columns", &LinearOperand::columns)
@@ -142,7 +182,8 @@ void bind_linear_operand(py::module_& m) {
             self.linear(elements(x, x_type), x_type, tokens, elements(bias, bias_type), bias_type, elements(y, x_type),
                         precision_of(precision));
           },
-          arg("x"), arg("x_dtype"), arg("tokens"), arg("bias"), arg("bias_dtype"), arg("y"), arg("precision"), NoGil());
+          arg("x"), arg("x_dtype"), arg("tokens"), arg("bias"), arg("bias_dtype"), arg("y"), arg("precision"), NoGil())
+      .def("linear_of_tensors", &linear_of_tensors, arg("x"), arg("bias"), arg("precision"));
 }
 
 // --- the codebook format -------------------------------------------------------------------------------------------

@@ -9,7 +9,10 @@ bytes without pointers inside: it may be copied to another aligned place. Argume
 write outside raise ValueError.
 """
 
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 def supported_isas() -> list[str]:
     """Instruction sets compiled in and usable on this machine, best first."""
@@ -17,6 +20,11 @@ def supported_isas() -> list[str]:
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def num_threads() -> int: ...
+def use_tensors(
+    tensor_type: type, parameter_type: type, is_grad_enabled: Callable[[], bool], num_threads: Callable[[], int]
+) -> bool:
+    """Reads torch's tensors without asking Python, by DLPack's table of C functions. False: this torch has none (before 2.10)."""
+
 def set_num_threads(threads: int) -> None:
     """Size of the thread pool, the calling thread included: 1..1024. Waits for a running kernel."""
 
@@ -65,6 +73,10 @@ class LinearOperand:
     def linear(self, x: int, x_dtype: int, tokens: int, bias: int, bias_dtype: int, y: int, precision: int) -> None:
         """y [tokens, rows] = x [tokens, columns] @ W.T + bias [rows]; y has x's dtype, bias 0 = none; precision 0 exact, 1 high,
         2 fast."""
+
+    def linear_of_tensors(self, x: Tensor, bias: Tensor | None, precision: str) -> Tensor | None:
+        """The same of tensors, with a new y [..., rows]. None where x or bias is more than memory to read: it wants a gradient, is of
+        a subclass, on another device, of another shape or dtype, not contiguous, negated only as it is read."""
 
 class CodebookOperand(LinearOperand):
     def __init__(self, layout: int, layout_bytes: int) -> None: ...

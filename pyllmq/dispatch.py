@@ -72,7 +72,7 @@ class Operation(Generic[P, Run]):
     def register(self, name: str, order: int, supports: Callable[[P], Support], run: Run, because: str) -> None:
         self.rows.append(Kernel(self.name, name, order, supports, run, because))
         self.rows.sort(key=lambda row: row.order)
-        self.kernel_for.cache_clear()
+        clear_cache()
 
     def choose(self, problem: P) -> Kernel[P, Run]:
         """The first row that supports `problem`. Raises NoKernelError with every row's reason if there is none."""
@@ -97,6 +97,8 @@ class Operation(Generic[P, Run]):
 
 
 _TABLE: dict[str, Operation[Any, Any]] = {}
+changes = 0
+"""How often what was chosen was forgotten: who keeps a choice compares."""
 _forced_backend: str | None = None
 
 
@@ -114,6 +116,8 @@ def choose(problem: Problem) -> Kernel[Any, Any]:
 
 def clear_cache() -> None:
     """Forget what was chosen: after a change of what back ends say of themselves."""
+    global changes
+    changes += 1
     for operation in _TABLE.values():
         operation.kernel_for.cache_clear()
 

@@ -48,6 +48,9 @@ class WeightOperand:
     shape: Shape
     bound: Any = field(default=None, repr=False)
     """What the layout's back end made of the tensors at its first call, such as an object of its extension. Never copied."""
+    chosen_at: int = field(default=-1, repr=False)
+    """`dispatch.changes` when a kernel was chosen whose `bound` serves tensors in one native call: it does while the table is the
+    same."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "bound": None}

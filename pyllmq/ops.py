@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import dispatch
 from .dispatch import NoKernelError
 from .layouts import CHECKPOINT, WeightOperand, for_kernels, readable
 from .operations import (
@@ -145,6 +146,10 @@ def packed_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, precisi
         NoKernelError: no kernel serves the device, dtype and layout; the message lists every kernel's reason.
     """
     operand = weight if type(weight) is WeightOperand else weight.operand()  # type: ignore[union-attr]
+    if operand.bound is not None and operand.chosen_at == dispatch.changes and not torch.compiler.is_compiling():
+        y = operand.bound.linear_of_tensors(x, bias, precision)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
     n, k = operand.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be in_features = {k}")
@@ -178,6 +183,8 @@ def _run_linear(x: Tensor, operand: WeightOperand, bias: Tensor | None, precisio
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     kernel = PACKED_LINEAR.kernel_for(device, x.dtype, operand.layout, rows.shape[0], operand.meta, precision)
     y = kernel(readable(rows), operand, None if bias is None else for_kernels(bias), precision)
+    if hasattr(operand.bound, "linear_of_tensors"):
+        operand.chosen_at = dispatch.changes
     return y if x.dim() == 2 else y.view(*x.shape[:-1], operand.shape[0])
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pyllmq import _cpu, functional
+from pyllmq.backends.cpu import runtime
 
 from .oracle import random_case
 
@@ -159,6 +160,33 @@ def test_forked_child_gets_a_pool_of_its_own():
         assert child.exitcode == 0
         assert queue.get() == ([1] * 64, 3)
     assert _cpu.parallel_probe(64)[0] == [1] * 64
+
+
+def small_layout_in_child(queue):
+    queue.put(runtime.empty_layout(runtime.SMALL_LAYOUT).numel())
+
+
+def trace_in_child(queue):
+    queue.put(_cpu.take_trace())
+
+
+@pytest.mark.parametrize("in_child, expected", [(small_layout_in_child, runtime.SMALL_LAYOUT), (trace_in_child, [])])
+def test_a_forked_child_waits_for_no_thread_of_its_parent(in_child, expected):
+    """Forked in the middle of another thread's layout, or of a trace, whose spans stay the parent's."""
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=in_child, args=(queue,))
+    _cpu.start_trace()
+    try:
+        _cpu.parallel_probe(64, task_us=LONG_TASK_US)
+        functional.codebook_linear(torch.randn(2, 300), random_case(700, 300, (2,)).weight)
+        with runtime._shared_pages.lock:
+            child.start()
+        child.join(60)
+        assert child.exitcode == 0 and queue.get() == expected
+    finally:
+        child.kill()
+        assert _cpu.take_trace() != []
 
 
 THREADS_BEFORE_AND_AFTER = """

@@ -1,7 +1,10 @@
 #include "runtime/trace.h"
 
+#include <pthread.h>
+
 #include <chrono>
 #include <mutex>
+#include <new>
 #include <utility>
 
 namespace pyllmq::cpu {
@@ -34,7 +37,16 @@ int64_t trace_clock() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// A thread of the parent may have held the mutex.
+static void forget_trace_after_fork() {
+  new (&mutex) std::mutex;
+  detail::tracing.store(false);
+  new (&spans) std::vector<Span>;
+}
+
 void start_trace() {
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_trace_after_fork);
+  (void)registered;
   std::lock_guard<std::mutex> lock(mutex);
   spans.clear();
   detail::tracing.store(true);

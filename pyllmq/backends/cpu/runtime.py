@@ -47,6 +47,7 @@ def extension() -> ModuleType:
             _cpu.set_isa(held_to)
         except ValueError as error:
             raise ValueError(f"{ISA_VARIABLE}={held_to}: {error}") from None
+    _cpu.use_tensors(Tensor, torch.nn.Parameter, torch.is_grad_enabled, torch.get_num_threads)
     return _cpu
 
 
@@ -74,10 +75,18 @@ SMALL_LAYOUT = 64 << 10
 class _SharedPages:
     """Where the next small layout goes."""
 
+    lock: threading.Lock
+    memory: mmap.mmap | None
+    used: int
+    end: int
+
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.memory: mmap.mmap | None = None
-        self.used = self.end = 0
+        self.begin_anew()
+        if hasattr(os, "register_at_fork"):  # a child would wait for a thread of its parent that held the lock
+            os.register_at_fork(after_in_child=self.begin_anew)
+
+    def begin_anew(self) -> None:
+        self.lock, self.memory, self.used, self.end = threading.Lock(), None, 0, 0
 
     def take(self, size: int) -> Tensor:
         with self.lock:

@@ -166,14 +166,18 @@ py::object linear_of_tensors(const LinearOperand& self, py::handle x, py::handle
 }
 
 void bind_linear_operand(py::module_& m) {
-  m.def("use_tensors", [](py::object tensor_type, py::object parameter_type, py::object is_grad_enabled, py::object num_threads) {
-    return torch_tensors().bind(std::move(tensor_type), std::move(parameter_type), std::move(is_grad_enabled),
-                                std::move(num_threads));
-  }, arg("tensor_type"), arg("parameter_type"), arg("is_grad_enabled"), arg("num_threads"));
+  m.def(
+      "use_tensors",
+      [](py::object tensor_type, py::object parameter_type, py::object is_grad_enabled, py::object num_threads) {
+        return torch_tensors().bind(std::move(tensor_type), std::move(parameter_type), std::move(is_grad_enabled),
+                                    std::move(num_threads));
+      },
+      arg("tensor_type"), arg("parameter_type"), arg("is_grad_enabled"), arg("num_threads"));
   py::class_<LinearOperand>(m, "LinearOperand")
       .def_property_readonly("rows", &LinearOperand::rows)
       .def_property_readonly("columns", &LinearOperand::columns)
       .def_property_readonly("is_intact", &LinearOperand::is_intact)
+      .def_property_readonly("is_native", &LinearOperand::is_native)
       .def(
           "linear",
           [](const LinearOperand& self, Pointer x, int x_dtype, int64_t tokens, Pointer bias, int bias_dtype, Pointer y,

@@ -74,6 +74,8 @@ class Layout:
     """The tensors that `holds` names, as they were prepacked: from an operand, all tensors' shapes, and those beside it."""
     from_blob: Callable[[Tensor, Shape], WeightOperand]
     """The operand whose first tensor is this one, after a copy or a move. May wait for the device: at load, never in a call."""
+    settle: Callable[[WeightOperand], WeightOperand | None] = lambda operand: operand
+    """An operand that was copied or unpickled, in memory as kernels like it; None where another machine's must be made anew."""
 
     @property
     def name(self) -> str:

@@ -149,7 +149,7 @@ def packed_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, precisi
     if operand.bound is not None and operand.chosen_at == dispatch.changes and not torch.compiler.is_compiling():
         y = operand.bound.linear_of_tensors(x, bias, precision)
         if y is not None:
-            return y  # type: ignore[no-any-return]
+            return y
     n, k = operand.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be in_features = {k}")

@@ -78,7 +78,9 @@ REFUSED = {
     "strided": lambda: torch.randn(2, 2 * K)[:, ::2],
     "transposed": lambda: torch.randn(K, 2).T,
     "negated as it is read": lambda: torch._neg_view(torch.randn(2, K)),
-    "at an odd address": lambda: torch.frombuffer(bytearray(1 + 8 * K), dtype=torch.float32, offset=1, count=2 * K).view(2, K),
+    "at an odd address": lambda: torch.frombuffer(
+        bytearray(1 + 8 * K), dtype=torch.float32, offset=1, count=2 * K
+    ).view(2, K),
     "another dtype": lambda: torch.randn(2, K).double(),
     "integers": lambda: torch.ones(2, K, dtype=torch.int32),
     "another width": lambda: torch.randn(2, K + 1),

@@ -246,6 +246,18 @@ class PackedLayer(PackedModule):
             self.prepare()
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After a copy or a pickle, which may come from another machine."""
+        super().__setstate__(state)
+        if self._operand is None or self._operand.layout.startswith(CHECKPOINT):
+            return
+        settled = machine_layout(self._operand.layout).settle(self._operand)
+        if settled is None:
+            self._set_weight(self.packed_weight())  # laid out anew at the first call
+        else:
+            self._operand = settled
+            self.register_buffer("layout", settled.tensors[0], persistent=False)
+
     def _device(self) -> torch.device:
         return next(buffer.device for buffer in self._buffers.values() if buffer is not None)
 

@@ -21,6 +21,10 @@ class CodebookOperand final : public LinearOperand {
     require_intact();
     return view_;
   }
+  bool is_native() const override {
+    require_intact();
+    return view_.header().order == native_order();
+  }
   // What LinearPath::automatic is for this many tokens.
   LinearPath path(DType x_dtype, int64_t tokens, Precision precision) const {
     require_intact();

@@ -11,6 +11,10 @@ class SparseOperand final : public LinearOperand {
   // Throws std::invalid_argument when the header does not fit the bytes.
   SparseOperand(const void* layout, int64_t layout_bytes) : SparseOperand(SparseView(layout, layout_bytes)) {}
 
+  bool is_native() const override {
+    require_intact();
+    return view_.header().order == native_order();
+  }
   void dequantize(void* out, DType out_dtype) const {
     require_intact();
     sparse_dequantize(view_, out, out_dtype);

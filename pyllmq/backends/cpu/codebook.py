@@ -50,7 +50,7 @@ def packed_rows(weight: WeightOperand, ids: Tensor, dtype: torch.dtype) -> Tenso
     return rows
 
 
-register_layout(Layout("cpu", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob))
+register_layout(Layout("cpu", "codebook", ORDER, CODES, runtime.serves, prepack, unpack, from_blob, runtime.settle))
 supports = reads("cpu.codebook", runtime.takes_activations)
 because = "tables of partial products or decode-once, by widths, tokens and precision (path_cost.h)"
 PACKED_LINEAR.register("cpu.codebook_linear", ORDER, supports, runtime.packed_linear, because)

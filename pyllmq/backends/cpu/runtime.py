@@ -126,6 +126,14 @@ def from_blob(kind: str, blob: Tensor, shape: Shape) -> WeightOperand:
     return WeightOperand(kind, f"cpu.{kind}", (blob,), (), shape)
 
 
+def settle(weight: WeightOperand) -> WeightOperand | None:
+    """On huge pages again, which a copy or a pickle leaves. None for a layout of another instruction set."""
+    if not available()[0] or not bound(weight).is_native:
+        return None
+    (blob,) = weight.tensors
+    return from_blob(weight.kind, empty_layout(blob.numel()).copy_(blob), weight.shape)
+
+
 def bound(weight: WeightOperand) -> Any:
     """The `_cpu.CodebookOperand` or `_cpu.SparseOperand` of a layout: its header is checked here, once.
 

@@ -49,7 +49,7 @@ because = "the packed weight is read once for few tokens; expanded to the L1 cac
 for kind in SPARSE_KINDS:
     holds = weight_type(kind).fields
     make, back = partial(prepack, kind), partial(runtime.from_blob, kind)
-    register_layout(Layout("cpu", kind, ORDER, holds, runtime.serves, make, unpack, back))
+    register_layout(Layout("cpu", kind, ORDER, holds, runtime.serves, make, unpack, back, runtime.settle))
     supports = reads(f"cpu.{kind}", runtime.takes_activations)
     PACKED_LINEAR.register(f"cpu.{kind}_linear", ORDER, supports, runtime.packed_linear, because)
     PACKED_DEQUANTIZE.register(f"cpu.{kind}_dequantize", ORDER, supports, packed_dequantize, because)

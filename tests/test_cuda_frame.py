@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyllmq
-from pyllmq.backends.cuda import codebook, sparse
+from pyllmq.backends.cuda import codebook, runtime, sparse
 
 from .cuda_emulator import emulated  # noqa: F401
 from .oracle import random_case
@@ -49,6 +49,10 @@ KERNELS = {
     "products": (lambda n, k: random_codes(n, k, 2, 0.02)[0], sparse.products, 1),
     "tables": (lambda n, k: random_codes(n, k, 4, 0.02)[0], sparse.tables, 1),
 }
+OF_TWO_LAUNCHES = {
+    "wgmma": (wide, codebook.wgmma, 20),
+    "wgmma from registers": (narrow, codebook.wgmma_registers, 9),
+}
 ORDERS = list(itertools.product((False, True), repeat=3))
 
 
@@ -56,7 +60,8 @@ class Layer:
     """A weight, and what its calls need: memory that stays where it is until a launch is over."""
 
     def __init__(self, name, n, k):
-        make, bind, self.tokens = KERNELS[name]
+        make, bind, self.tokens = (KERNELS | OF_TWO_LAUNCHES)[name]
+        self.dtype = torch.float16 if name in OF_TWO_LAUNCHES else torch.float32
         weight = make(n, k)
         with pyllmq.use_backend("cuda"):
             self.weight = type(weight)(weight.structure, weight.tensors).operand()
@@ -68,16 +73,20 @@ class Layer:
 
     def launch(self, x, y):
         operand = self.bind(self.weight)
-        assert operand.room(self.tokens, 0) <= len(self.partials)
-        operand.linear(x.data_ptr(), 0, self.tokens, 0, 0, y.data_ptr(), self.partials.data_ptr(), 0)
+        code = runtime.DTYPE_CODE[self.dtype]
+        assert operand.room(self.tokens, code) <= len(self.partials)
+        operand.linear(x.data_ptr(), code, self.tokens, 0, 0, y.data_ptr(), self.partials.data_ptr(), 0)
 
     def of(self, x):
-        y = torch.full((self.tokens, self.shape[0]), torch.nan)
+        y = self.y()
         self.launch(x, y)
         return y
 
+    def y(self):
+        return torch.full((self.tokens, self.shape[0]), torch.nan, dtype=self.dtype)
+
     def x(self):
-        return torch.randn(self.tokens, self.shape[1])
+        return torch.randn(self.tokens, self.shape[1]).to(self.dtype)
 
 
 def set_order(emulator, threads=False, blocks=False, copies=False, **others):
@@ -136,15 +145,14 @@ def chain(name, emulator, early, **others):
     layers = [Layer(name, 70, 900), Layer(name, 60, 70), Layer(name, 70, 300)]
     x, other = layers[0].x(), layers[2].x()
     set_order(emulator, early_launches=early, **others)
-    between = torch.full((layers[0].tokens, 70), torch.nan)
-    last = torch.full((layers[0].tokens, 60), torch.nan)
+    between, last = layers[0].y(), layers[1].y()
     for layer, given, y in ((layers[0], x, between), (layers[1], between, last), (layers[2], other, between)):
         layer.launch(given, y)
     emulator.finish()
     return between, last
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", KERNELS | OF_TWO_LAUNCHES)
 def test_a_launch_that_begins_early_changes_nothing(hopper, name):
     expected = chain(name, hopper.emulator, False)
     assert all(torch.isfinite(each).all() for each in expected)
@@ -153,7 +161,7 @@ def test_a_launch_that_begins_early_changes_nothing(hopper, name):
         assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", KERNELS | OF_TWO_LAUNCHES)
 def test_a_missing_wait_for_the_launch_before_is_found(hopper, name):
     with pytest.raises(RuntimeError, match="over before it has waited for the one before"):
         chain(name, hopper.emulator, True, fault=hopper.emulator.Fault.wait_for_previous)

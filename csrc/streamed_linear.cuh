@@ -184,15 +184,16 @@ struct LinearPlan {
   int64_t row_parts = 0;  // at least: segments may make more of them
   int64_t splits = 1;     // of K
   bool is_cluster = false;
-  int64_t slots = 0;  // blocks that run at once
+  int64_t all = multiprocessors(), slots = 0;  // of the device; blocks that run at once
   int64_t x_bytes = 0, shared_bytes = 0;
   int threads = 0;
 
   int64_t parts() const { return row_parts * token_blocks; }  // of y
   int64_t grid() const { return is_cluster ? std::min(clusters(splits), parts()) * splits : std::min(slots, parts() * splits); }
-  // Of so many blocks, that run at once: one lies within 16 multiprocessors, as many as H100 and H200 have in a group at least.
+  // Of so many blocks, that run at once: one lies within 16 multiprocessors, as H100 and H200 are taken to have in a group at
+  // least. Where it has fewer, some begin a round later.
   int64_t clusters(int64_t blocks) const {
-    const int64_t all = multiprocessors(), group = std::min<int64_t>(all, 16);
+    const int64_t group = std::min<int64_t>(all, 16);
     return all / group * (slots / all * group / blocks);
   }
   // Elements of the workspace.
@@ -210,6 +211,7 @@ struct LinearPlan {
   // a cluster, or all of K one.
   template <class Time>
   void set_splits(int64_t units, int64_t least, int64_t begins_and_ends, const Time& time) {
+    const int64_t most_of_cluster = code_version() >= 90 ? kMostClusterBlocks : 1;
     int64_t best = std::numeric_limits<int64_t>::max();
     const auto consider = [&](int64_t n, bool together, int64_t rounds) {
       const int64_t needed = rounds * (2 * time(ceil_div(units, n)) + (n == 1 || together ? 1 : 2) * begins_and_ends);
@@ -220,8 +222,7 @@ struct LinearPlan {
     };
     for (int64_t n = least; n <= std::max(least, std::min(units, least + slots)); ++n) {
       consider(n, false, ceil_div(parts() * n, slots));
-      if (n > 1 && n <= kMostClusterBlocks && code_version() >= 90 && clusters(n) > 0)
-        consider(n, true, ceil_div(parts(), clusters(n)));
+      if (n > 1 && n <= most_of_cluster && clusters(n) > 0) consider(n, true, ceil_div(parts(), clusters(n)));
     }
   }
 };

@@ -113,6 +113,34 @@ def test_byte_planes_have_no_spills_and_few_instructions_a_weight(architecture, 
             assert issued <= most_issued and alu <= most_alu, (widest, tokens, width, issued, alu)
 
 
+# Of the frame for few tokens, at most. __threadfence in place of acquire and release is two MEMBAR.SC.
+FRAME = {"80": {"MEMBAR": 1, "CCTL": 1, "ATOMG": 1}, "90a": {"MEMBAR": 2, "CCTL": 3, "ATOMG": 1}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "source", ["codebook/cuda/linear_byte_planes", "sparse/cuda/linear_products", "sparse/cuda/linear_tables"]
+)
+def test_one_token_begins_early_gives_up_what_it_read_and_waits_for_no_fence(source, architecture, tmp_path):
+    _, kernels = compiled(f"csrc/{source}.cu", architecture, tmp_path)
+    for name, lines in kernels.items():
+        found = gpu_loops.counts(lines)
+        for instruction, most in FRAME[architecture].items():
+            assert found[instruction] <= most, (name, instruction, found[instruction])
+        assert not any("MEMBAR.SC" in line for line in lines), name
+        assert any(re.search(r"0x12[0f]", line) and "UMOV" in line for line in lines), "L2's policy, a constant"
+        words = list(map(gpu_loops.word, lines))
+        of_90 = [words.count(each) for each in ("PREEXIT", "UCGABAR_ARV", "UCGABAR_WAIT")]
+        if architecture == "80":
+            assert of_90 == [0, 0, 0] and "ACQBULK" not in words
+            continue
+        assert of_90 == [1, 2, 2], "let_next_begin; a cluster meets twice"
+        # Weights are asked for before the wait and needed behind it; another wait is of a layout that is none of this shape.
+        waits = [i for i, each in enumerate(words) if each == "ACQBULK"]
+        assert len(waits) == 2 and words.index("PREEXIT") < words.index("LDGSTS")
+        assert any(words.index("LDGSTS") < wait < words.index("DEPBAR") for wait in waits)
+
+
 @pytest.mark.slow
 def test_decoding_stores_16_bytes_and_takes_few_instructions_a_weight(architecture, tmp_path):
     said, kernels = compiled("csrc/codebook/cuda/dequantize.cu", architecture, tmp_path)

@@ -409,6 +409,30 @@ def test_captured_in_a_cuda_graph(backend, tokens):
         assert torch.equal(y, codebook_linear(x, weight))
 
 
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("precision", ["exact", "high"])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_launches_that_begin_before_the_one_before_is_over(backend, tokens, precision):
+    """y of one is x of the next, and the memory of a y before that is its y. On compute capability 9.0 12288 rows are clusters'."""
+    weights = [on_gpu(random_case(n, k, (2, 4), outliers=0.01), backend) for n, k in ((12288, 512), (512, 12288))] * 3
+    x = torch.randn(tokens, 512, device=DEVICE)
+
+    def chain(wait):
+        y = x
+        for weight in weights:
+            y = codebook_linear(y, weight, None, precision)
+            wait()
+        return y
+
+    expected = chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(lambda: None)
+    for _ in range(50):
+        graph.replay()
+        assert torch.equal(y, expected) and torch.equal(chain(lambda: None), expected)
+
+
 @pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 @pytest.mark.parametrize(("n", "k"), [(64, 96), (4096, 1024)], ids=["one block", "blocks share rows"])

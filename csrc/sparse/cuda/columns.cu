@@ -43,6 +43,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const auto dtype = static_cast<DType>(call.dtype);
   const auto& h = *reinterpret_cast<const SparseHeader*>(call.layout);
   const int warp = ptx::thread() / 32, lane = ptx::thread() % 32;
+  ptx::let_next_begin();
   if (!describes(h, SparseKind::columns, call.layout_bytes, call.rows, call.columns) || h.values != kType)
     return store_nan(call.y, dtype, call.tokens * call.rows, kThreads);
 

@@ -162,7 +162,8 @@ int main() {
 
   const Rate rates[kOps] = {
       measure<kPrmt>(sms, sink, cycles), measure<kLop3>(sms, sink, cycles),  measure<kShf>(sms, sink, cycles),
-      measure<kIadd3>(sms, sink, cycles), measure<kLds>(sms, sink, cycles),   measure<kShfl>(sms, sink, cycles),
+      measure<kIadd3>(sms, sink, cycles), measure<kMulHi>(sms, sink, cycles), measure<kLds>(sms, sink, cycles),
+      measure<kShfl>(sms, sink, cycles),
       measure<kFfma>(sms, sink, cycles), measure<kHfma2>(sms, sink, cycles), measure<kMma>(sms, sink, cycles),
       measure<kMmaInt8>(sms, sink, cycles)};
 

@@ -10,8 +10,14 @@
 //   row_parts(h)         into how many the rows are cut
 //   tiles(h), tile()     of 64 rows: the weight's, and the item's first
 //   take(item)           says what `item` is: its rows; called by threads 0..8, of which the first keeps it
-//   multiply()           leaves the sums of all warps in shared memory
+//   multiply()           asks for the first weights, then wait_for_previous, then reads x; the sums of all warps in shared memory
 //   sum(token, row)      y without bias of this split, after multiply and a barrier; of a row token by token
+//   place(token, row)    of shared memory, that only this sum reads: where it is left for the other blocks of a cluster
+//
+// A launch begins early (code for compute capability 9.0), so a kernel touches behind wait_for_previous alone what others may
+// write, x, and what others may still read or write where y, sums and counters are to stand. The wait is for the launch before,
+// and through its own wait for all before that one. Who follows and is not launched so begins when all is over, whoever let it
+// begin. Weights are read before the wait: what writes a layout must be a copy, or be over.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -23,6 +29,7 @@
 
 namespace pyllmq::cuda {
 
+constexpr int64_t kMostClusterBlocks = 8;  // that every device with clusters serves
 constexpr int64_t kMostXBytes = 24 << 10;  // of shared memory: one block fits on compute capability 8.6 (99 KiB), two on 9.0
 
 // How many columns of the product a token is: fp16 weights meet fp32 x as the sum of two fp16 numbers (22 bits), and bf16 x as
@@ -36,6 +43,7 @@ PYLLMQ_HOST_DEVICE int planes_of(bool bf16_weights, DType x) {
 struct StreamArguments {  // by value to a kernel
   LinearCall call;
   int tokens_per_block, token_blocks, splits;
+  bool is_cluster;  // whether blocks are the splits of a cluster, which has a part of y
 };
 
 // What one block computes: the same for all threads, so it lies in shared memory, and sums have the registers.
@@ -51,8 +59,9 @@ struct Item {
 PYLLMQ_DEVICE Item item_of(const StreamArguments& a, int row_parts, int number) {
   Item item{};
   item.number = number;
-  item.split = number / (row_parts * a.token_blocks);
-  item.row_part = number % (row_parts * a.token_blocks);
+  const int by = a.is_cluster ? a.splits : row_parts * a.token_blocks, quotient = number / by, rest = number % by;
+  item.split = a.is_cluster ? rest : quotient;
+  item.row_part = a.is_cluster ? quotient : rest;
   for (; item.row_part >= row_parts; item.row_part -= row_parts) ++item.token_block;  // at most 15 times
   item.token_begin = int64_t{item.token_block} * a.tokens_per_block;
   const int64_t left = a.call.tokens - item.token_begin;
@@ -76,7 +85,11 @@ PYLLMQ_DEVICE void run_items(const Arguments& a, int threads) {
   PYLLMQ_DYNAMIC_SHARED(memory);
   auto& shared = *reinterpret_cast<typename Stream::Shared*>(memory);
   const auto& h = *reinterpret_cast<const typename Stream::Header*>(a.call.layout);
-  if (!Stream::serves(h, a)) return store_nan(a.call.y, static_cast<DType>(a.call.dtype), a.call.tokens * a.call.rows, threads);
+  ptx::let_next_begin();
+  if (!Stream::serves(h, a)) {
+    ptx::wait_for_previous();
+    return store_nan(a.call.y, static_cast<DType>(a.call.dtype), a.call.tokens * a.call.rows, threads);
+  }
   const Item& w = shared.item;
   // What is the same for all threads is looked up again: a register of each is what the loops lack.
   for (auto number = static_cast<int>(ptx::block()); number < Stream::row_parts(h) * a.token_blocks * a.splits;
@@ -99,8 +112,10 @@ PYLLMQ_DEVICE void run_items(const Arguments& a, int threads) {
         for (int token = 0; token < w.tokens; ++token) body(token, row);
     };
     uint32_t* counter = counter_of(a.call, h, w.token_block, Stream::tiles(h), stream.tile());
-    store_outputs(a.call, a.splits, w.split, counter, w.token_begin, w.row_begin, shared.arrived, for_each_output,
-                  [&](int token, int row) { return stream.sum(token, row); });
+    store_outputs(
+        a.call, a.splits, w.split, counter, w.token_begin, w.row_begin, shared.arrived, for_each_output,
+        [&](int token, int row) { return stream.sum(token, row); }, a.is_cluster,
+        [&](int token, int row) { return stream.place(token, row); });
   }
 }
 
@@ -122,6 +137,7 @@ PYLLMQ_DEVICE void stage_x(const LinearCall& call, const Item& item, int warps, 
     return column < 0 ? 0.0f : load_element(call.x, dtype, (item.token_begin + token) * call.columns + column);
   };
   const bool scaled = !kBf16 && dtype != DType::fp16;
+  ptx::wait_for_previous();
   for (int token = 0; scaled && token < item.tokens; ++token) {
     float largest = 0.0f;
     for_each_slot([&](int, int64_t column) { largest = fmaxf(largest, fabsf(x_of(token, column))); });
@@ -167,30 +183,46 @@ struct LinearPlan {
   int64_t tokens_per_block = 0, token_blocks = 1;
   int64_t row_parts = 0;  // at least: segments may make more of them
   int64_t splits = 1;     // of K
-  int64_t slots = 0;      // blocks that run at once
+  bool is_cluster = false;
+  int64_t slots = 0;  // blocks that run at once
   int64_t x_bytes = 0, shared_bytes = 0;
   int threads = 0;
 
-  int64_t grid() const { return std::min(slots, row_parts * token_blocks * splits); }
+  int64_t parts() const { return row_parts * token_blocks; }  // of y
+  int64_t grid() const { return is_cluster ? std::min(clusters(splits), parts()) * splits : std::min(slots, parts() * splits); }
+  // Of so many blocks, that run at once: one lies within 16 multiprocessors, as many as H100 and H200 have in a group at least.
+  int64_t clusters(int64_t blocks) const {
+    const int64_t all = multiprocessors(), group = std::min<int64_t>(all, 16);
+    return all / group * (slots / all * group / blocks);
+  }
   // Elements of the workspace.
-  int64_t partials(int64_t tokens, int64_t rows) const { return splits > 1 ? splits * tokens * rows : 0; }
+  int64_t partials(int64_t tokens, int64_t rows) const { return splits > 1 && !is_cluster ? splits * tokens * rows : 0; }
   StreamArguments arguments(const LinearCall& call) const {
-    return {call, static_cast<int>(tokens_per_block), static_cast<int>(token_blocks), static_cast<int>(splits)};
+    return {call, static_cast<int>(tokens_per_block), static_cast<int>(token_blocks), static_cast<int>(splits), is_cluster};
   }
 
   void set_tokens(int64_t tokens, int64_t most) {
     tokens_per_block = std::min(tokens, most);
     token_blocks = ceil_div(tokens, tokens_per_block);
   }
-  // Cuts K, of so many units, into splits of at most `most` of them, so that the rounds of blocks take the least time:
-  // time(units) is that of an item, what begins and ends it included.
+  // Cuts K, of so many units, into `least` splits or more, so that the rounds of blocks take the least time: time(units) is that
+  // of an item, and begins_and_ends what comes beside, half of it to share outputs by counters (predicted). Up to 8 splits may be
+  // a cluster, or all of K one.
   template <class Time>
-  void set_splits(int64_t units, int64_t most, const Time& time) {
-    const auto of_all = [&](int64_t n) { return ceil_div(row_parts * token_blocks * n, slots) * time(ceil_div(units, n)); };
-    const int64_t least = ceil_div(units, most);
-    splits = least;
-    for (int64_t n = least; n <= std::min(units, least + slots); ++n)
-      if (of_all(n) < of_all(splits)) splits = n;
+  void set_splits(int64_t units, int64_t least, int64_t begins_and_ends, const Time& time) {
+    int64_t best = std::numeric_limits<int64_t>::max();
+    const auto consider = [&](int64_t n, bool together, int64_t rounds) {
+      const int64_t needed = rounds * (2 * time(ceil_div(units, n)) + (n == 1 || together ? 1 : 2) * begins_and_ends);
+      if (needed >= best) return;
+      best = needed;
+      splits = n;
+      is_cluster = together;
+    };
+    for (int64_t n = least; n <= std::max(least, std::min(units, least + slots)); ++n) {
+      consider(n, false, ceil_div(parts() * n, slots));
+      if (n > 1 && n <= kMostClusterBlocks && code_version() >= 90 && clusters(n) > 0)
+        consider(n, true, ceil_div(parts(), clusters(n)));
+    }
   }
 };
 
@@ -202,7 +234,11 @@ void launch_items(const char* name, void (*kernel)(Arguments), const LinearPlan&
   if (call.rows * plan.token_tiles * plan.token_blocks * plan.splits > std::numeric_limits<int32_t>::max())
     refuse_work(name, call);
   allow_shared(reinterpret_cast<const void*>(kernel), plan.shared_bytes);
-  PYLLMQ_LAUNCH(kernel, plan.grid(), plan.threads, plan.shared_bytes, stream, arguments);
+  if (code_version() >= 90)
+    PYLLMQ_LAUNCH_CLUSTERS(kernel, plan.is_cluster ? plan.splits : 1, plan.grid(), plan.threads, plan.shared_bytes, stream,
+                           arguments);
+  else
+    PYLLMQ_LAUNCH(kernel, plan.grid(), plan.threads, plan.shared_bytes, stream, arguments);
   check_launch(name);
 }
 

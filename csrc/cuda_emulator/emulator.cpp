@@ -1,10 +1,12 @@
 #include "cuda_emulator/emulator.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "runtime/cuda/runtime.h"
@@ -70,6 +72,7 @@ struct Fiber {
   void* stack_pointer;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Meeting waits_for;
+  int cluster_barriers;  // that it came to
   const void* waits_at;  // a barrier, or a multiplication
   bool done;
   std::vector<std::vector<Copy>> copies;                      // groups, the last one still open
@@ -105,7 +108,7 @@ struct Machine {
   const std::function<void()>* kernel;
   void* main_stack_pointer;
   int64_t first_block, blocks;
-  int current, threads;
+  int current, threads, at_cluster_barrier;
   size_t shared_bytes;
   std::string failure;
 
@@ -114,6 +117,7 @@ struct Machine {
 };
 Machine machine;
 int64_t launch_count = 0;
+std::vector<Launch> waiting;  // launches of which nothing has run, in order
 
 [[noreturn]] void fail(const std::string& why) {
   machine.failure = why;
@@ -148,14 +152,17 @@ void run_next() {
     }
   } while (next != self);
   if (land_copy()) return run_next();
-  int done = 0, at_barrier = 0;
+  int done = 0, at_barrier = 0, early = 0;
   for (int i = 0; i < count; ++i) {
     done += m.fibers[i].done;
     at_barrier += m.fibers[i].waits_for == Meeting::block_barrier;
+    early += m.fibers[i].waits_for == Meeting::previous_launch;
   }
+  if (early > 0) return pyllmq_emulator_switch(&m.fibers[self].stack_pointer, m.main_stack_pointer);
   if (done < count)
     fail("deadlock: " + std::to_string(done) + " of " + std::to_string(count) + " threads have left, " +
-         std::to_string(at_barrier) + " wait at a block barrier, the others at a warp's meeting or a barrier's phase");
+         std::to_string(at_barrier) +
+         " wait at a block barrier, the others at a cluster's, a warp's meeting or a barrier's phase");
   void* finished;
   pyllmq_emulator_switch(&finished, m.main_stack_pointer);
 }
@@ -174,6 +181,7 @@ void prepare(Fiber& fiber) {
 #endif
   fiber.waits_for = Meeting::none;
   fiber.done = false;
+  fiber.cluster_barriers = 0;
   fiber.copies.assign(1, {});
   fiber.products.assign(1, {});
   auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) / 64 * 64;
@@ -182,6 +190,22 @@ void prepare(Fiber& fiber) {
   *--at = reinterpret_cast<void*>(&fiber_main);
   for (int i = 0; i < 6; ++i) *--at = nullptr;
   fiber.stack_pointer = at;
+}
+
+void run_waiting();
+
+// All fibers wait, some of them for what was launched before.
+void run_previous() {
+  Machine early = std::move(machine);
+  machine = {};
+  run_waiting();
+  machine = std::move(early);
+  for (int i = machine.count() - 1; i >= 0; --i)
+    if (machine.fibers[i].waits_for == Meeting::previous_launch) {
+      machine.fibers[i].waits_for = Meeting::none;
+      machine.current = i;
+    }
+  pyllmq_emulator_switch(&machine.main_stack_pointer, machine.fibers[machine.current].stack_pointer);
 }
 
 void run_blocks(int64_t first) {
@@ -194,9 +218,12 @@ void run_blocks(int64_t first) {
   }
   for (Warp& warp : m.warps) warp.arrived = 0;
   for (WarpGroup& group : m.groups) group.asked.clear();
+  m.at_cluster_barrier = 0;
   for (int i = 0; i < m.count(); ++i) prepare(m.fibers[i]);
   m.current = schedule.last_thread_first ? m.count() - 1 : 0;
   pyllmq_emulator_switch(&m.main_stack_pointer, m.fibers[m.current].stack_pointer);
+  const auto is_early = [](const Fiber& fiber) { return !fiber.done && fiber.waits_for == Meeting::previous_launch; };
+  while (m.failure.empty() && std::any_of(m.fibers.begin(), m.fibers.begin() + m.count(), is_early)) run_previous();
   if (!m.failure.empty()) throw std::runtime_error("emulator: " + m.failure);
   for (const Block& block : m.running)
     for (size_t i = 0; i < kGuardBytes; ++i)
@@ -215,35 +242,67 @@ void run_blocks(int64_t first) {
   }
 }
 
-void begin_launch(int64_t blocks, int64_t at_once, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+void begin_launch(const Launch& wanted, int64_t at_once) {
   Machine& m = machine;
-  if (blocks < 1 || blocks > 0x7FFFFFFF || threads < 1 || threads > 1024 || threads % kWarp ||
-      shared_bytes > kMostSharedBytes[is_hopper])
-    throw std::runtime_error("emulator: a launch of " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
-                             " threads with " + std::to_string(shared_bytes) + " bytes of shared memory");
-  ++launch_count;
+  if (wanted.blocks < 1 || wanted.blocks > 0x7FFFFFFF || wanted.threads < 1 || wanted.threads > 1024 || wanted.threads % kWarp ||
+      wanted.shared_bytes > kMostSharedBytes[is_hopper] || wanted.cluster < 1 || wanted.cluster > 8 ||
+      wanted.blocks % wanted.cluster || (wanted.early && !is_hopper))
+    throw std::runtime_error("emulator: a launch of " + std::to_string(wanted.blocks) + " blocks of " +
+                             std::to_string(wanted.threads) + " threads with " + std::to_string(wanted.shared_bytes) +
+                             " bytes of shared memory in clusters of " + std::to_string(wanted.cluster));
   m.failure.clear();
-  m.kernel = &kernel;
-  m.blocks = blocks;
-  m.threads = threads;
-  m.shared_bytes = shared_bytes;
+  m.kernel = &wanted.kernel;
+  m.blocks = wanted.blocks;
+  m.threads = wanted.threads;
+  m.shared_bytes = wanted.shared_bytes;
   m.running.resize(at_once);
   if (m.fibers.size() < static_cast<size_t>(m.count())) m.fibers.resize(m.count());
   m.warps.resize(m.count() / kWarp);
   m.groups.resize(m.count() / kWarpGroup + 1);
 }
 
+void run(const Launch& wanted) {
+  begin_launch(wanted, wanted.cluster);
+  for (int64_t i = 0; i < wanted.blocks; i += wanted.cluster)
+    run_blocks(schedule.last_block_first ? wanted.blocks - wanted.cluster - i : i);
+}
+
+// The last launch and, as late as it allows, those before.
+void run_waiting() {
+  if (waiting.empty()) return;
+  const Launch last = std::move(waiting.back());
+  waiting.pop_back();
+  if (!last.early) run_waiting();
+  run(last);
+  if (waiting.empty()) return;
+  waiting.clear();
+  throw std::runtime_error("emulator: a launch that may begin early is over before it has waited for the one before");
+}
+
 }  // namespace
 
-void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
-  begin_launch(blocks, 1, threads, shared_bytes, kernel);
-  for (int64_t i = 0; i < blocks; ++i) run_blocks(schedule.last_block_first ? blocks - 1 - i : i);
+void launch(Launch wanted) {
+  ++launch_count;
+  waiting.push_back(std::move(wanted));
+  if (!schedule.early_launches) finish();
+}
+
+void finish() {
+  try {
+    run_waiting();
+  } catch (...) {
+    waiting.clear();
+    throw;
+  }
 }
 
 void launch_together(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
   if (blocks > multiprocessors())
     throw std::runtime_error("emulator: " + std::to_string(blocks) + " blocks cannot all run at once");
-  begin_launch(blocks, blocks, threads, shared_bytes, kernel);
+  finish();
+  ++launch_count;
+  const Launch wanted{blocks, 1, threads, shared_bytes, false, kernel};
+  begin_launch(wanted, blocks);
   run_blocks(0);
 }
 
@@ -267,6 +326,38 @@ void meet_block() {
   block.at_barrier = 0;
   for (int i = first; i < first + m.threads; ++i)
     if (m.fibers[i].waits_for == Meeting::block_barrier) m.fibers[i].waits_for = Meeting::none;
+}
+
+void meet_cluster() {
+  Machine& m = machine;
+  Fiber& fiber = m.fibers[m.current];
+  const int left_out = schedule.fault == Fault::first_cluster_barrier    ? 1
+                       : schedule.fault == Fault::second_cluster_barrier ? 2
+                                                                         : 0;
+  if (++fiber.cluster_barriers == left_out) return;
+  if (++m.at_cluster_barrier < m.count()) {
+    fiber.waits_for = Meeting::cluster_barrier;
+    run_next();
+    return;
+  }
+  m.at_cluster_barrier = 0;
+  for (int i = 0; i < m.count(); ++i)
+    if (m.fibers[i].waits_for == Meeting::cluster_barrier) m.fibers[i].waits_for = Meeting::none;
+}
+
+const uint8_t* of_block(const void* own, int rank) {
+  Machine& m = machine;
+  if (rank < 0 || rank >= static_cast<int>(m.running.size())) fail("a cluster has no block of that rank");
+  const auto begin = m.fibers.begin() + rank * m.threads;
+  if (std::all_of(begin, begin + m.threads, [](const Fiber& fiber) { return fiber.done; }))
+    fail("shared memory is read of a block that has left");
+  return m.running[rank].shared.data() + (static_cast<const uint8_t*>(own) - m.block().shared.data());
+}
+
+void wait_for_previous() {
+  if (waiting.empty() || schedule.fault == Fault::wait_for_previous) return;
+  machine.fibers[machine.current].waits_for = Meeting::previous_launch;
+  run_next();
 }
 
 void wait_while(const uint32_t* word, uint32_t value) {

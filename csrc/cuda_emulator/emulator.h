@@ -1,9 +1,11 @@
-// Tests only: runs CUDA kernel bodies on a CPU, one fiber per thread, one block after the other, or all of a launch together.
+// Tests only: runs CUDA kernel bodies on a CPU, one fiber per thread, one cluster of blocks after the other, or all of a launch
+// together.
 //
 // What it finds: wrong indices, layouts, masks and sums; a missing barrier (fibers of a warp run one after the other, in
 // either order, warps in turn or one as far as it gets, and an asynchronous copy or wgmma runs as late as the kernel allows);
 // shared memory read before it was written (it is full of NaN); lanes of a warp that meet at different instructions; barriers
-// that some thread never reaches.
+// that some thread never reaches; what a launch that begins early does too early, and shared memory read of a block that has
+// left.
 // What it cannot find: races between blocks, the cost of anything, and whatever the hardware does differently.
 #pragma once
 #include <cmath>
@@ -22,15 +24,24 @@
 #define PYLLMQ_UNROLL
 #define __launch_bounds__(...)
 #define PYLLMQ_DYNAMIC_SHARED(name) uint8_t* name = ::pyllmq::cuda::emulator::dynamic_shared()
-#define PYLLMQ_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
-  (static_cast<void>(stream), ::pyllmq::cuda::emulator::launch(blocks, threads, shared_bytes, [=] { (kernel)(__VA_ARGS__); }))
+#define PYLLMQ_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...)                        \
+  (static_cast<void>(stream),                                                                    \
+   ::pyllmq::cuda::emulator::launch({static_cast<int64_t>(blocks), 1, static_cast<int>(threads), \
+                                     static_cast<size_t>(shared_bytes), false, [=] { (kernel)(__VA_ARGS__); }}))
 #define PYLLMQ_LAUNCH_TOGETHER(kernel, blocks, threads, shared_bytes, stream, argument) \
   (static_cast<void>(stream),                                                           \
    ::pyllmq::cuda::emulator::launch_together(blocks, threads, shared_bytes, [=] { (kernel)(argument); }))
+#define PYLLMQ_LAUNCH_CLUSTERS(kernel, cluster, blocks, threads, shared_bytes, stream, argument)                         \
+  (static_cast<void>(stream),                                                                                            \
+   ::pyllmq::cuda::emulator::launch({static_cast<int64_t>(blocks), static_cast<int>(cluster), static_cast<int>(threads), \
+                                     static_cast<size_t>(shared_bytes), true, [=] { (kernel)(argument); }}))
 #define PYLLMQ_LAUNCH_EARLY(kernel, blocks, threads, shared_bytes, stream, argument) \
-  PYLLMQ_LAUNCH(kernel, blocks, threads, shared_bytes, stream, argument)
+  PYLLMQ_LAUNCH_CLUSTERS(kernel, 1, blocks, threads, shared_bytes, stream, argument)
 
 namespace pyllmq::cuda::emulator {
+
+// What a kernel is made to leave out, so that tests see it found.
+enum class Fault : int { none, first_cluster_barrier, second_cluster_barrier, wait_for_previous };
 
 // How fibers, blocks and copies are ordered; a correct kernel gives the same bits for every setting.
 struct Schedule {
@@ -38,13 +49,25 @@ struct Schedule {
   bool last_block_first = false;
   bool eager_copies = false;  // an asynchronous copy lands when issued, not when waited for; wgmma reads its operands then
   bool warps_apart = false;   // of what can run always the first, so that a warp gets as far ahead as it may; else all in turn
+  // Launches run at `finish`: of one that may begin early the first cluster as far as it comes before it waits, then what was
+  // launched before, then the rest.
+  bool early_launches = false;
+  Fault fault = Fault::none;
 };
 extern Schedule schedule;
 
 // Whether the device is of compute capability 9.0, which decides what runs, or of 8.0.
 extern bool is_hopper;
 
-void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+struct Launch {
+  int64_t blocks;
+  int cluster, threads;
+  size_t shared_bytes;
+  bool early;
+  std::function<void()> kernel;
+};
+void launch(Launch wanted);
+void finish();  // until all that was launched is over
 void launch_together(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
 int64_t launches();  // since the process started
 
@@ -53,11 +76,26 @@ int64_t block();
 int64_t blocks();
 uint8_t* dynamic_shared();
 
-enum class Meeting : int { none, block_barrier, warp_barrier, shuffle, mma, sparse_mma, integer_mma, phase, multiplication };
+enum class Meeting : int {
+  none,
+  block_barrier,
+  cluster_barrier,
+  previous_launch,
+  warp_barrier,
+  shuffle,
+  mma,
+  sparse_mma,
+  integer_mma,
+  phase,
+  multiplication
+};
 // Waits until all threads of the block or warp came to the same meeting. The last one to come calls `work` with what each
 // lane brought; `brought` lives on the fibers' stacks.
 using WarpWork = void (*)(void* const* brought);
 void meet_block();
+void meet_cluster();
+const uint8_t* of_block(const void* own, int rank);  // where it stands in the shared memory of another block of the cluster
+void wait_for_previous();
 void meet_warp(Meeting meeting, void* brought, WarpWork work);
 void wait_while(const uint32_t* word, uint32_t value);  // lets the other fibers run until another block has changed it
 
@@ -112,7 +150,15 @@ static inline void sync_block(emulator::Place at = emulator::Place::current()) {
 static inline void sync_warp(emulator::Place at = emulator::Place::current()) {
   if (!emulator::is_left_out(at)) emulator::meet_warp(emulator::Meeting::warp_barrier, nullptr, nullptr);
 }
-static inline void fence() {}
+static inline void sync_cluster(emulator::Place at = emulator::Place::current()) {
+  if (!emulator::is_left_out(at)) emulator::meet_cluster();
+}
+static inline void sync_cluster_after_reads(emulator::Place at = emulator::Place::current()) {
+  if (!emulator::is_left_out(at)) emulator::meet_cluster();
+}
+static inline float load_of_block(const float* own, int rank) {
+  return *reinterpret_cast<const float*>(emulator::of_block(own, rank));
+}
 
 static inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t pool = static_cast<uint64_t>(b) << 32 | a;
@@ -150,7 +196,10 @@ static inline void mma_sp_m16n8k32(float (&c)[4], const uint32_t (&a)[4], const 
 
 static inline void mma_m16n8k32(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { emulator::integer_mma({c, a, b}); }
 
-static inline void copy_async_16(void* shared, const void* global) { emulator::copy_async(shared, global, 16); }
+template <bool kOnce = false>
+static inline void copy_async_16(void* shared, const void* global) {
+  emulator::copy_async(shared, global, 16);
+}
 static inline void commit_async() { emulator::commit_async(); }
 template <int kLatestLeft>
 static inline void wait_async(emulator::Place at = emulator::Place::current()) {
@@ -163,7 +212,7 @@ using SharedAddress = uintptr_t;
 static inline SharedAddress shared_address(const void* shared) { return reinterpret_cast<SharedAddress>(shared); }
 static inline uint32_t load_shared_word(SharedAddress from) { return *reinterpret_cast<const uint32_t*>(from); }
 
-template <int kTo, int kFrom>
+template <int kTo, int kFrom, bool kOnce = false>
 static inline void copy_async_16_if(bool wanted, SharedAddress to, const void* from) {
   if (wanted) copy_async_16(reinterpret_cast<void*>(to + kTo), static_cast<const uint8_t*>(from) + kFrom);
 }
@@ -180,7 +229,7 @@ static inline void copy_bulk(void* shared, const void* global, int bytes, Barrie
 }
 static inline void fence_async() {}
 static inline void let_next_begin() {}
-static inline void wait_for_previous() {}
+static inline void wait_for_previous() { emulator::wait_for_previous(); }
 static inline uint64_t matrix_at(const void* shared, int step) { return emulator::matrix_at(shared, step); }
 static inline uint64_t narrow_matrix_at(const void* shared) { return emulator::narrow_matrix_at(shared); }
 template <int kN>

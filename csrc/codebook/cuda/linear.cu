@@ -63,6 +63,9 @@ struct FewTokens : CodebookStream<kBlockRows / kTokenTiles, Shared> {
     const auto of_warps = [&](int column) { return sum_of_warps<kTokenTiles>(shared.ring, column, row); };
     return Base::finished(token, row, sum_of_planes<false>(shared.item, shared.scales, token, of_warps));
   }
+  PYLLMQ_MEMBER float* place(int token, int row) const {
+    return reinterpret_cast<float*>(shared.ring[0]) + place_of_sum<kTokenTiles>(token * shared.item.planes, row);
+  }
 
  private:
   // The codes of a warp's first groups leave memory while x is brought into order.
@@ -100,7 +103,8 @@ LinearPlan plan_linear(int64_t rows, int64_t columns, int64_t tokens, int dtype)
 
   // Of x a split of q panels stages at most 16 q + 8 groups, since each of 8 widths rounds up to one.
   const int64_t panels = most_panels(columns, 8), group_x = kGroupColumns * 2 * plan.tokens_per_block * planes;
-  plan.set_splits(panels, (kMostXBytes / group_x - 8) / kPanelGroups, [](int64_t of_item) { return of_item + 1; });
+  plan.set_splits(panels_of(columns), ceil_div(panels, (kMostXBytes / group_x - 8) / kPanelGroups), 1,
+                  [](int64_t of_item) { return of_item; });
   plan.shared_bytes = sizeof(Shared) + (ceil_div(panels, plan.splits) * kPanelGroups + 8) * group_x;
   return plan;
 }

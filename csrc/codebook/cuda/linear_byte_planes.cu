@@ -247,7 +247,7 @@ struct Ring {
   PYLLMQ_MEMBER void copy_codes(int left, ptx::SharedAddress to, const uint8_t* middle) {
     if constexpr (kFirst < kCodeBytes) {
       const bool wanted = left > kFirst / kChunk * kChunk;
-      ptx::copy_async_16_if<kPlaneBytes + kFirst, kFirst - kCodeBytes / 2>(wanted, to, middle);
+      ptx::copy_async_16_if<kPlaneBytes + kFirst, kFirst - kCodeBytes / 2, true>(wanted, to, middle);
       copy_codes<kFirst + 512>(left, to, middle);
     }
   }
@@ -309,6 +309,7 @@ struct OneOrTwoTokens : CodebookStream<kBlockRows / kTokens, Shared> {
     const int groups = list_groups<kWidest>(h, shared.work, warp, shared.groups[warp]);
     Ring<kWidest, kTokens> ring{shared.ring[warp], shared.groups[warp]};
     ring.begin();
+    ptx::wait_for_previous();
     stage_x<kTokens>(h, a.call, groups, shared);
     PlaneSums<kTokens> sums = {};
     ring.template accumulate<1>(sums);
@@ -323,11 +324,17 @@ struct OneOrTwoTokens : CodebookStream<kBlockRows / kTokens, Shared> {
   PYLLMQ_MEMBER float sum(int token, int row) const {
     float sum = 0.0f;
     for (int warp = 0; warp < kWarps; ++warp) {
-      const float* part = reinterpret_cast<const float*>(shared.ring[warp]) + token * (kBlockRows / kTokens) + row;
+      const float* part = part_of(warp, token, row);
       const float* down = shared.down[warp][token];
       sum += (part[kPartStride] * 256.0f + part[0]) * down[0] * down[1] + shared.middle[warp][token];
     }
     return Base::finished(token, row, sum);
+  }
+  PYLLMQ_MEMBER float* place(int token, int row) const { return part_of(0, token, row); }
+
+ private:
+  PYLLMQ_MEMBER float* part_of(int warp, int token, int row) const {
+    return reinterpret_cast<float*>(shared.ring[warp]) + token * (kBlockRows / kTokens) + row;
   }
 };
 
@@ -346,7 +353,8 @@ LinearPlan plan_linear(int64_t rows, int64_t columns, int64_t tokens) {
   plan.slots = int64_t{multiprocessors()} * kBlocksPerMultiprocessor;
   plan.row_parts = ceil_div(rows, kBlockRows / tokens);
   // In panels of work; beginning and ending an item cost as much as one.
-  plan.set_splits(most_panels(columns, kMostPlaneBits), kMostSplitPanels, [](int64_t of_item) { return of_item + 1; });
+  plan.set_splits(panels_of(columns), ceil_div(most_panels(columns, kMostPlaneBits), kMostSplitPanels), 1,
+                  [](int64_t panels) { return panels; });
   return plan;
 }
 

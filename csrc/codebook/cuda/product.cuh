@@ -111,7 +111,8 @@ PYLLMQ_DEVICE void accumulate(const Product& w, uint8_t* ring, const uint16_t* x
       uint8_t* to = ring + stage * R::kStageBytes;
       for (int at = lane * 16; at < R::kTableBytes; at += 512) ptx::copy_async_16(to + at, next_tables + at);
       const int code_bytes = tiles * static_cast<int>(tile_bytes(kWidth));
-      for (int at = lane * 16; at < code_bytes; at += 512) ptx::copy_async_16(to + R::kTableBytes + at, next_codes + at);
+      for (int at = lane * 16; at < code_bytes; at += 512)
+        ptx::copy_async_16<kTokenTiles == 1>(to + R::kTableBytes + at, next_codes + at);
       next_tables += kProductWarps * R::kTableBytes;
       next_codes += codes_step;
     }

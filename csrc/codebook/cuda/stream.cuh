@@ -53,7 +53,8 @@ struct CodebookStream {
   }
 };
 
-// Panels of K of the layout, at most: it pads each of so many widths to whole groups.
+// Panels of K of a layout of one width; and at most, where each of so many widths is padded to whole groups.
+inline int64_t panels_of(int64_t columns) { return ceil_div(columns, kGroupColumns * kPanelGroups); }
 inline int64_t most_panels(int64_t columns, int widths) {
   return ceil_div(ceil_div(columns, kGroupColumns) + widths - 1, kPanelGroups);
 }

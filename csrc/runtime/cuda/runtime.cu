@@ -28,6 +28,20 @@ int current_device() {
   return device;
 }
 
+// What is asked of a device once.
+using Known = std::array<std::atomic<int>, kMostDevices>;
+template <class Ask>
+int of_device(Known& known, const Ask& ask) {
+  const int device = current_device();
+  if (device >= kMostDevices) throw std::runtime_error("device " + std::to_string(device) + " is beyond the 64 served");
+  int answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    answer = ask(device);
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer;
+}
+
 }  // namespace
 
 int runtime_version() {
@@ -49,15 +63,21 @@ std::string device_problem() {
 }
 
 int multiprocessors() {
-  static std::array<std::atomic<int>, kMostDevices> known{};
-  const int device = current_device();
-  if (device >= kMostDevices) throw std::runtime_error("device " + std::to_string(device) + " is beyond the 64 served");
-  int count = known[device].load(std::memory_order_relaxed);
-  if (count == 0) {
+  static Known known{};
+  return of_device(known, [](int device) {
+    int count = 0;
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    known[device].store(count, std::memory_order_relaxed);
-  }
-  return count;
+    return count;
+  });
+}
+
+int code_version() {
+  static Known known{};
+  return of_device(known, [](int) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, probe), "cudaFuncGetAttributes");
+    return attributes.ptxVersion;
+  });
 }
 
 int64_t shared_bytes() {

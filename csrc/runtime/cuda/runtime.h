@@ -15,6 +15,10 @@ std::string device_problem();
 // Of the current device; asked once per device.
 int multiprocessors();
 
+// For which compute capability, times ten, the code was compiled that the current device runs: 80 on a newer device, too, that
+// translates the PTX for 8.0. From 90 on kernels form clusters and begin early. Asked once per device.
+int code_version();
+
 // Most shared memory that a block can get on the current device.
 int64_t shared_bytes();
 

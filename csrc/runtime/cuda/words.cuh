@@ -28,18 +28,24 @@
     cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(threads), \
                                 held_arguments, shared_bytes, reinterpret_cast<cudaStream_t>(stream));                     \
   } while (false)
-// The launch before, in the same stream, may still be under way: what it writes is there after wait_for_previous.
-#define PYLLMQ_LAUNCH_EARLY(kernel, blocks, threads, shared_bytes, stream, argument)                     \
-  do {                                                                                                   \
-    auto held = argument;                                                                                \
-    void* held_arguments[] = {&held};                                                                    \
-    cudaLaunchAttribute early{};                                                                         \
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;                                       \
-    early.val.programmaticStreamSerializationAllowed = 1;                                                \
-    const cudaLaunchConfig_t launch{dim3(static_cast<unsigned>(blocks)),    dim3(threads), shared_bytes, \
-                                    reinterpret_cast<cudaStream_t>(stream), &early,        1};           \
-    cudaLaunchKernelExC(&launch, reinterpret_cast<const void*>(kernel), held_arguments);                 \
+// A launch that may begin while the one before it in the same stream is under way, if that one lets it: what that one writes is
+// there, and what it reads may be overwritten, after wait_for_previous, to which each of its threads comes. `cluster` blocks that
+// follow each other run at once and see each other's shared memory. Code for compute capability 9.0 only (code_version).
+#define PYLLMQ_LAUNCH_CLUSTERS(kernel, cluster, blocks, threads, shared_bytes, stream, argument)                              \
+  do {                                                                                                                        \
+    auto held = argument;                                                                                                     \
+    void* held_arguments[] = {&held};                                                                                         \
+    cudaLaunchAttribute attributes[2]{};                                                                                      \
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;                                                    \
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;                                                             \
+    attributes[1].id = cudaLaunchAttributeClusterDimension;                                                                   \
+    attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};                                                    \
+    const cudaLaunchConfig_t launch{dim3(static_cast<unsigned>(blocks)),    dim3(threads), static_cast<size_t>(shared_bytes), \
+                                    reinterpret_cast<cudaStream_t>(stream), attributes,    (cluster) > 1 ? 2u : 1u};          \
+    cudaLaunchKernelExC(&launch, reinterpret_cast<const void*>(kernel), held_arguments);                                      \
   } while (false)
+#define PYLLMQ_LAUNCH_EARLY(kernel, blocks, threads, shared_bytes, stream, argument) \
+  PYLLMQ_LAUNCH_CLUSTERS(kernel, 1, blocks, threads, shared_bytes, stream, argument)
 
 namespace pyllmq::cuda::ptx {
 
@@ -49,7 +55,30 @@ PYLLMQ_DEVICE int64_t blocks() { return gridDim.x; }
 
 PYLLMQ_DEVICE void sync_block() { __syncthreads(); }
 PYLLMQ_DEVICE void sync_warp() { __syncwarp(); }
-PYLLMQ_DEVICE void fence() { __threadfence(); }
+
+// The blocks of a cluster (PYLLMQ_LAUNCH_CLUSTERS) meet, and what they wrote to shared memory is there for all of them:
+// MEMBAR.ALL of each warp, which after reads alone is not needed.
+PYLLMQ_DEVICE void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+PYLLMQ_DEVICE void sync_cluster_after_reads() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+// What stands in the shared memory of the cluster's block of that rank where `own` is in this one's. It must not have left.
+PYLLMQ_DEVICE float load_of_block(const float* own, int rank) {
+  float value = *own;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.f32 %0, [a]; }"
+               : "=f"(value)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(rank)
+               : "memory");
+#endif
+  return value;
+}
 
 // Byte i of the result is byte (selector >> 4i & 7) of {b, a}, or where bit 3 of that nibble is set its sign: 0 or 0xFF.
 PYLLMQ_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
@@ -137,8 +166,24 @@ PYLLMQ_DEVICE void mma_sp_m16n8k32(float (&c)[4], const uint32_t (&a)[4], const 
                    "n"(kSelector));
 }
 
-// 16 bytes from global to shared memory, past the L1 cache; there after wait_async and a barrier.
+// What L2 gives up first: for what is read once. A constant, which copies take at no cost.
+PYLLMQ_DEVICE uint64_t read_once() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// 16 bytes from global to shared memory, past the L1 cache; there after wait_async and a barrier. kOnce: nobody reads them again
+// soon.
+template <bool kOnce = false>
 PYLLMQ_DEVICE void copy_async_16(void* shared, const void* global) {
+  if constexpr (kOnce) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(
+                     static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+                 "l"(global), "l"(read_once())
+                 : "memory");
+    return;
+  }
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
                "l"(global)
                : "memory");
@@ -167,12 +212,33 @@ PYLLMQ_DEVICE uint32_t load_shared_word(SharedAddress from) {
 }
 
 // copy_async_16 from from + kFrom to to + kTo, where it is wanted: such offsets are part of the instruction.
-template <int kTo, int kFrom>
+template <int kTo, int kFrom, bool kOnce = false>
 PYLLMQ_DEVICE void copy_async_16_if(bool wanted, SharedAddress to, const void* from) {
+  if constexpr (kOnce) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.s32 p, %0, 0; @p cp.async.cg.shared.global.L2::cache_hint [%1+%2], [%3+%4], 16, %5; }" ::"r"(
+            static_cast<int>(wanted)),
+        "r"(to), "n"(kTo), "l"(from), "n"(kFrom), "l"(read_once())
+        : "memory");
+    return;
+  }
   asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p cp.async.cg.shared.global [%1+%2], [%3+%4], 16; }" ::"r"(
                    static_cast<int>(wanted)),
                "r"(to), "n"(kTo), "l"(from), "n"(kFrom)
                : "memory");
+}
+
+// Lets a launch begin that may begin early (PYLLMQ_LAUNCH_CLUSTERS), once all blocks have come here; and waits in it for the end
+// of the one before, and so of all before that one, which has waited itself.
+PYLLMQ_DEVICE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+PYLLMQ_DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // ---- what only compute capability 9.0 has (sm_90a): warp groups of 128 threads multiply what lies in shared memory
@@ -207,14 +273,6 @@ PYLLMQ_DEVICE void copy_bulk(void* shared, const void* global, int bytes, Barrie
 }
 // Between a thread's own reads and writes of shared memory and those of copy_bulk and wgmma, which go another way.
 PYLLMQ_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Lets a launch begin that may begin early, once all blocks have come here; and waits in it for the end of the one before.
-PYLLMQ_DEVICE void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-PYLLMQ_DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // How wgmma finds a matrix of 16 bits: rows of 128 bytes, 8 to a kilobyte, whose chunk c of 16 bytes stands in place c ^ row % 8;
 // the next 8 rows `step` bytes further. The same for all threads of a warp group; begins at a multiple of 1024 bytes, or within
@@ -294,8 +352,14 @@ PYLLMQ_DEVICE void hold(float (&c)[kCount]) {
 
 // What another block wrote: read from L2, where all blocks see the same.
 PYLLMQ_DEVICE float load_l2(const float* from) { return __ldcg(from); }
-// Returns the old value; counts 0..last and starts again at 0.
-PYLLMQ_DEVICE uint32_t count_to(uint32_t* counter, uint32_t last) { return atomicInc(counter, last); }
+// Returns the old value; counts 0..last and starts again at 0. What blocks wrote before they counted is there for one that counts
+// later; the other threads of a block are on either side of a barrier. One thread's MEMBAR.ALL, where __threadfence by all
+// threads before and behind was two MEMBAR.SC of each warp.
+PYLLMQ_DEVICE uint32_t count_to(uint32_t* counter, uint32_t last) {
+  uint32_t old;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(last) : "memory");
+  return old;
+}
 // To a word in shared memory.
 PYLLMQ_DEVICE void add_shared(uint32_t* word, uint32_t value) { atomicAdd(word, value); }
 // A word through which blocks wait for each other: what was written before `publish` is there after `observe` saw it.

@@ -63,14 +63,10 @@ struct Team {
     ptx::sync_block();
     if (ptx::thread() == 0) {
       const uint32_t before = ptx::observe(turn), last = static_cast<uint32_t>(size - 1);
-      ptx::fence();
-      if (ptx::count_to(counter, last) == last) {
-        ptx::fence();
+      if (ptx::count_to(counter, last) == last)
         ptx::publish(turn, before + 1);
-      } else {
+      else
         ptx::wait_while(turn, before);
-      }
-      ptx::fence();
     }
     ptx::sync_block();
   }

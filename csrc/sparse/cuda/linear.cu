@@ -34,17 +34,18 @@ template <ValueType kType>
 constexpr int kCellBytes<BitmapCells<kType>> = 0;
 
 // By a warp. A loop of as many turns as bytes ask for would keep their number in a register.
-template <int kBytes>
+template <int kBytes, bool kOnce>
 PYLLMQ_DEVICE void copy_async(uint8_t* to, const uint8_t* from, int lane) {
   unrolled<(kBytes + 511) / 512>([&](int i) {
     const int at = i * 512 + lane * 16;
-    if (i < kBytes / 512 || at < kBytes) ptx::copy_async_16(to + at, from + at);
+    if (i < kBytes / 512 || at < kBytes) ptx::copy_async_16<kOnce>(to + at, from + at);
   });
 }
 
-// Where a warp's next cells come from: its cells one after the other, of each the strips of the block.
-template <class Cells>
-struct Cursor {
+// Where a warp's next cells come from: its cells one after the other, of each the strips of the block. kOnce: no other block
+// reads them.
+template <class Cells, bool kOnce>
+struct CellCursor {
   const Arguments& a;
   const SparseHeader& h;
   const Strips& w;
@@ -78,13 +79,13 @@ struct Cursor {
     if (cell() < w.cells.end) {
       at_cell(strip, [&](const uint8_t* from, int bytes) {
         if constexpr (kCellBytes<Cells> > 0)
-          copy_async<kCellBytes<Cells>>(to, from, lane);
+          copy_async<kCellBytes<Cells>, kOnce>(to, from, lane);
         else
-          for (int at = lane * 16; at < bytes; at += 512) ptx::copy_async_16(to + at, from + at);
+          for (int at = lane * 16; at < bytes; at += 512) ptx::copy_async_16<kOnce>(to + at, from + at);
       });
       if (Cells::kTableBytes > 0 && strip == 0)
-        copy_async<Cells::kTableBytes>(tables + turn % Cells::kStages * Cells::kTableBytes,
-                                       w.codebooks + int64_t{cell()} * Cells::kTableBytes, lane);
+        copy_async<Cells::kTableBytes, false>(tables + turn % Cells::kStages * Cells::kTableBytes,
+                                              w.codebooks + int64_t{cell()} * Cells::kTableBytes, lane);
       if (++strip == w.count) {
         strip = 0;
         ++turn;
@@ -101,6 +102,7 @@ struct FewTokens : SparseStream<Cells, kBlockStrips / kTokenTiles, Shared, Argum
   static constexpr int kSumBytes = kSumStride * kTokenTiles * 8 * 4;
   using Base = SparseStream<Cells, kStrips, Shared, Arguments>;
   using Base::a, Base::h, Base::shared;
+  using Cursor = CellCursor<Cells, kTokenTiles == 1>;  // so few tokens are one block's
 
   PYLLMQ_MEMBER static bool serves(const SparseHeader& h, const Arguments& a) {
     return Base::describes_cells(h, a, a.stage_bytes);
@@ -112,7 +114,7 @@ struct FewTokens : SparseStream<Cells, kBlockStrips / kTokenTiles, Shared, Argum
     const int lane = ptx::thread() % 32;
     auto* x_shared = reinterpret_cast<uint16_t*>(&shared + 1);
     uint8_t* ring = of_warp(ptx::thread() / 32);
-    Cursor<Cells> cursor{a, h, w};
+    Cursor cursor{a, h, w};
     cursor.prefetch(lane);
 
     // As fragments: 16 bits [step][column of the product][t][i][2] hold columns 8i + 2t and the next.
@@ -141,6 +143,9 @@ struct FewTokens : SparseStream<Cells, kBlockStrips / kTokenTiles, Shared, Argum
     };
     return Base::finished(token, row, sum_of_planes<Cells::kBf16>(shared.item, shared.scales, token, of_warps));
   }
+  PYLLMQ_MEMBER float* place(int token, int row) const {
+    return reinterpret_cast<float*>(of_warp(0)) + token * shared.item.planes * kSumStride + row;
+  }
 
  private:
   PYLLMQ_MEMBER uint8_t* of_warp(int warp) const {
@@ -148,7 +153,7 @@ struct FewTokens : SparseStream<Cells, kBlockStrips / kTokenTiles, Shared, Argum
   }
 
   // Adds all cells of this warp to the sums.
-  PYLLMQ_MEMBER void accumulate(Cursor<Cells>& cursor, uint8_t* ring, const uint16_t* x_shared,
+  PYLLMQ_MEMBER void accumulate(Cursor& cursor, uint8_t* ring, const uint16_t* x_shared,
                                 StripSums<kTokenTiles> (&sums)[kStrips]) const {
     constexpr int kSteps = Cells::kColumns / kStepColumns;
     const Strips& w = shared.work;
@@ -157,7 +162,7 @@ struct FewTokens : SparseStream<Cells, kBlockStrips / kTokenTiles, Shared, Argum
     uint8_t* own = tables + Cells::kStages * Cells::kTableBytes;
     for (int ahead = 0; ahead < Cells::kStages - 1; ++ahead) cursor.fetch(ring + ahead * a.stage_bytes, tables, lane);
     int stage = 0;  // as many slots of codebooks as stages, since a stage may be a whole cell
-    for (Cursor<Cells> now{a, h, w}; now.cell() < w.cells.end; ++now.turn) {
+    for (Cursor now{a, h, w}; now.cell() < w.cells.end; ++now.turn) {
       const auto x = [&](int step, StepX<kTokenTiles>& fragments) {
         const int columns = shared.item.columns();
         load_x<kTokenTiles>(x_shared + ((now.cell() - w.cells.begin) * kSteps + step) * columns * kStepColumns, columns, lane,
@@ -221,7 +226,8 @@ SparseLinearPlan plan_linear(const SparseOperand& operand, int64_t tokens, int d
   const int64_t resident = std::clamp<int64_t>((shared_limit + 1024) / (bytes(warps, most_x) + 1024), 1, Cells::kBlocks);
   plan.slots = multiprocessors() * resident;
   const int64_t strips = kBlockStrips / plan.token_tiles;
-  plan.set_splits(cells, kMostXBytes / cell_x, [&](int64_t of_item) { return ceil_div(of_item, warps) * strips + kItemCost; });
+  plan.set_splits(cells, ceil_div(cells, kMostXBytes / cell_x), kItemCost,
+                  [&](int64_t of_item) { return ceil_div(of_item, warps) * strips; });
   plan.x_bytes = ceil_div(cells, plan.splits) * cell_x;
   plan.shared_bytes = bytes(warps, plan.x_bytes);
   return plan;

@@ -100,15 +100,16 @@ PYLLMQ_DEVICE void multiply_codebooks(const SparseHeader& h, const LinearCall& c
 using ProductSums = int[kBlockStrips][kStripTiles / 2][4];
 
 // A warp's cells through its ring, strip by strip.
-PYLLMQ_DEVICE void accumulate(const SparseHeader& h, const Strips& w, int first, const uint8_t* products, uint8_t* ring,
-                              ProductSums& sums) {
-  const int lane = ptx::thread() & 31;
+PYLLMQ_DEVICE void accumulate(const SparseHeader& h, const LinearCall& call, Shared& shared, ProductSums& sums) {
+  const Strips& w = shared.work;
+  const int lane = ptx::thread() & 31, warp = ptx::thread() / 32, first = w.cells.begin + warp;
+  uint8_t* const ring = shared.ring[warp];
   const auto* base = section<uint8_t>(h, h.data_offset) + int64_t{w.begin} * h.cells * kCellBytes;
   int next_cell = first, next_strip = 0, filled = 0, used = 0;
   const auto fetch = [&] {
     if (next_cell < w.cells.end) {
       const uint8_t* from = base + (int64_t{next_strip} * h.cells + next_cell) * kCellBytes;
-      for (int at = lane * 16; at < kCellBytes; at += 512) ptx::copy_async_16(ring + filled + at, from + at);
+      for (int at = lane * 16; at < kCellBytes; at += 512) ptx::copy_async_16<true>(ring + filled + at, from + at);
       if (++next_strip == w.count) {
         next_strip = 0;
         next_cell += kWarps;
@@ -118,6 +119,9 @@ PYLLMQ_DEVICE void accumulate(const SparseHeader& h, const Strips& w, int first,
     filled = filled == (kStages - 1) * kCellBytes ? 0 : filled + kCellBytes;
   };
   for (int ahead = 0; ahead < kStages - 1; ++ahead) fetch();
+  ptx::wait_for_previous();
+  multiply_codebooks(h, call, first, w.cells.end, shared);
+  const uint8_t* products = shared.products[warp][0];
   // Ones for the slots of row g, of row g + 8, for the outputs of a plane.
   const auto ones = [&](int plane) { return lane / 4 == 2 * plane ? 0x0101u : lane / 4 == 2 * plane + 1 ? 0x01010000u : 0u; };
   const uint32_t adds[2][2] = {{ones(0), ones(0)}, {ones(1), ones(1)}};
@@ -174,12 +178,9 @@ struct OneToken : SparseStream<Codes2Cells, kBlockStrips, Shared> {
   PYLLMQ_MEMBER static bool serves(const SparseHeader& h, const StreamArguments& a) { return describes_cells(h, a, kCellBytes); }
 
   PYLLMQ_MEMBER void multiply() const {
-    const Strips& w = shared.work;
-    const int warp = ptx::thread() / 32, first = w.cells.begin + warp;
-    multiply_codebooks(h, a.call, first, w.cells.end, shared);
     ProductSums sums = {};
-    accumulate(h, w, first, shared.products[warp][0], shared.ring[warp], sums);
-    store_sums(sums, reinterpret_cast<float*>(shared.ring[warp]));
+    accumulate(h, a.call, shared, sums);
+    store_sums(sums, reinterpret_cast<float*>(shared.ring[ptx::thread() / 32]));
   }
 
   PYLLMQ_MEMBER float sum(int token, int row) {
@@ -190,6 +191,7 @@ struct OneToken : SparseStream<Codes2Cells, kBlockStrips, Shared> {
     }
     return finished(token, row, sum);
   }
+  PYLLMQ_MEMBER float* place(int, int row) const { return reinterpret_cast<float*>(shared.ring[0]) + row; }
 };
 
 PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) sparse_linear_products_kernel(const StreamArguments a) {
@@ -204,8 +206,8 @@ LinearPlan plan_linear(int64_t rows, int64_t columns) {
   plan.slots = int64_t{multiprocessors()} * kBlocksPerMultiprocessor;
   plan.row_parts = ceil_div(rows, kRows);
   // In a warp's cells; beginning and ending an item cost as much as two.
-  plan.set_splits(ceil_div(columns, Codes2Cells::kColumns), kMostWarpCells * kWarps,
-                  [](int64_t of_item) { return ceil_div(of_item, kWarps) + 2; });
+  const int64_t cells = ceil_div(columns, Codes2Cells::kColumns);
+  plan.set_splits(cells, ceil_div(cells, kMostWarpCells * kWarps), 2, [](int64_t of_item) { return ceil_div(of_item, kWarps); });
   return plan;
 }
 

@@ -6,16 +6,10 @@
 // and reads their products from a column of words of its own, so that no lookup meets another's bank. Entry 16 position + code is
 // 256 bytes, 128 for each of the two groups: a byte of the index stands where the address wants it. The next cell's table is made
 // beside the lookups of this one.
-#include <algorithm>
-#include <limits>
 #include <stdexcept>
 #include <string>
 
-#include "linear_outputs.cuh"
-#include "runtime/counting.h"
-#include "runtime/cuda/runtime.h"
-#include "sparse/cuda/cells.cuh"
-#include "sparse/cuda/operand.h"
+#include "sparse/cuda/stream.cuh"
 
 namespace pyllmq::cuda {
 namespace {
@@ -31,18 +25,10 @@ constexpr int kEntries = 64;  // of a group
 constexpr int kTableBytes = kEntries * 2 * 32 * 4;
 static_assert(kEntries * kStepColumns / 4 == kThreads, "a product each");
 
-struct Arguments {
-  LinearCall call;
-  int splits;
-};
-
-struct Work {
-  int strip_begin, rows, cell_begin, cell_end, split;
-};
-
 // Shared memory: this, two tables.
 struct Shared {
-  Work work;
+  Item item;
+  Strips work;
   uint32_t arrived;
   float x[(kMostCells + 2) * kStepColumns];  // after the loop: the sums; two cells more are asked for
   alignas(16) uint8_t ring[kWarps][kStages * kCellBytes];
@@ -53,9 +39,9 @@ static_assert(kSharedBytes <= 99 << 10, "what a block gets on compute capability
 
 // x of a block's columns, 0 beyond them.
 PYLLMQ_DEVICE void stage_x(const SparseHeader& h, const LinearCall& call, Shared& shared) {
-  const Work& w = shared.work;
-  const int64_t first = int64_t{w.cell_begin} * kStepColumns;
-  for (int at = ptx::thread(); at < (w.cell_end - w.cell_begin + 2) * kStepColumns; at += kThreads)
+  const Range cells = shared.work.cells;
+  const int64_t first = int64_t{cells.begin} * kStepColumns;
+  for (int at = ptx::thread(); at < (cells.end - cells.begin + 2) * kStepColumns; at += kThreads)
     shared.x[at] = first + at < h.columns ? load_element(call.x, static_cast<DType>(call.dtype), first + at) : 0.0f;
 }
 
@@ -63,12 +49,12 @@ PYLLMQ_DEVICE void stage_x(const SparseHeader& h, const LinearCall& call, Shared
 class Maker {
  public:
   PYLLMQ_MEMBER Maker(const SparseHeader& h, const Shared& shared, uint8_t* tables)
-      : left_(shared.work.cell_end - shared.work.cell_begin) {
+      : left_(shared.work.cells.end - shared.work.cells.begin) {
     const int thread = ptx::thread(), entry = thread % 256 / 4, group = thread / 256 * 4 + thread % 4,
               column = group * 4 + entry / 16;
     x_ = shared.x + column;
     values_ =
-        section<uint16_t>(h, h.codebook_offset) + (int64_t{shared.work.cell_begin} * kStepColumns + column) * 16 + entry % 16;
+        section<uint16_t>(h, h.codebook_offset) + (int64_t{shared.work.cells.begin} * kStepColumns + column) * 16 + entry % 16;
     unrolled<8>([&](int i) { to_[i] = tables + entry * 256 + group / 4 * 128 + group % 4 * 4 + (thread / 4 % 8 ^ i) * 16; });
   }
 
@@ -111,31 +97,37 @@ PYLLMQ_DEVICE void add_tile(const uint8_t* cell, int tile, int lane, ptx::Shared
   });
 }
 
-PYLLMQ_DEVICE void accumulate(const SparseHeader& h, const Shared& shared, uint8_t* tables, uint8_t* ring, RowSums& sums) {
-  const Work& w = shared.work;
-  const int lane = ptx::thread() & 31, strip = w.strip_begin + ptx::thread() / 32;
-  const bool has_strip = strip < h.strips;
-  const uint8_t* from = section<uint8_t>(h, h.data_offset) + (strip * h.cells + w.cell_begin) * kCellBytes + lane * 16;
-  int left = has_strip ? w.cell_end - w.cell_begin : 0, filled = 0, used = 0;
+PYLLMQ_DEVICE void accumulate(const SparseHeader& h, const LinearCall& call, Shared& shared, RowSums& sums) {
+  const Strips& w = shared.work;
+  const int lane = ptx::thread() & 31, warp = ptx::thread() / 32, cell_begin = w.cells.begin, cell_end = w.cells.end;
+  const bool has_strip = warp < w.count;
+  uint8_t* const ring = shared.ring[warp];
+  auto* tables = reinterpret_cast<uint8_t*>(&shared + 1);
+  tables += -static_cast<uint32_t>(ptx::shared_address(tables)) % kTableBytes;
+  const uint8_t* from = section<uint8_t>(h, h.data_offset) + ((w.begin + warp) * h.cells + cell_begin) * kCellBytes + lane * 16;
+  int left = has_strip ? cell_end - cell_begin : 0, filled = 0, used = 0;
   const auto fetch = [&] {
     if (left-- > 0) {
-      ptx::copy_async_16(ring + filled + lane * 16, from);
-      if (lane < (kCellBytes - 512) / 16) ptx::copy_async_16(ring + filled + lane * 16 + 512, from + 512);
+      ptx::copy_async_16<true>(ring + filled + lane * 16, from);
+      if (lane < (kCellBytes - 512) / 16) ptx::copy_async_16<true>(ring + filled + lane * 16 + 512, from + 512);
     }
     ptx::commit_async();
     from += kCellBytes;
     filled = filled == (kStages - 1) * kCellBytes ? 0 : filled + kCellBytes;
   };
   for (int ahead = 0; ahead < kStages - 1; ++ahead) fetch();
+  ptx::wait_for_previous();
+  stage_x(h, call, shared);
+  ptx::sync_block();
   Maker maker(h, shared, tables);
   maker.fetch();
   maker.store(0);
   maker.fetch();
   const ptx::SharedAddress own = ptx::shared_address(tables) | static_cast<uint32_t>(lane * 4);
 #pragma unroll 1
-  for (int cell = w.cell_begin; cell < w.cell_end; cell += 2)
+  for (int cell = cell_begin; cell < cell_end; cell += 2)
     unrolled<2>([&](int odd) {
-      if (cell + odd >= w.cell_end) return;
+      if (cell + odd >= cell_end) return;
       fetch();
       ptx::wait_async<kStages - 1>();
       ptx::sync_block();  // the cell's table is there, and nobody reads the other one any more
@@ -160,95 +152,47 @@ PYLLMQ_DEVICE void store_sums(const RowSums& sums, float* to) {
   });
 }
 
-// Outliers, row scale; then y, or this split's part of it.
-PYLLMQ_DEVICE void finish(const SparseHeader& h, const Arguments& a, Shared& shared) {
-  const Work& w = shared.work;
-  const int64_t row_begin = int64_t{w.strip_begin} * kStripRows;
-  const auto for_each_output = [&](const auto& body) {
-    for (int row = ptx::thread(); row < w.rows; row += kThreads) body(0, row);
-  };
-  const auto sum_of = [&](int, int row) {
-    float sum = shared.x[row];
-    if (h.outliers != 0) {
-      const auto first_of = [&](int cell) { return outlier_from(h, row_begin + row, int64_t{cell} * kStepColumns); };
-      const uint32_t end = first_of(w.cell_end);
-      for (uint32_t i = first_of(w.cell_begin); i < end; ++i)
-        sum += section<float>(h, h.outlier_deltas_offset)[i] *
-               load_element(a.call.x, static_cast<DType>(a.call.dtype), section<uint32_t>(h, h.outlier_columns_offset)[i]);
-    }
-    return h.scale_offset == 0 ? sum : sum * section<float>(h, h.scale_offset)[row_begin + row];
-  };
-  uint32_t* counter = counter_of(a.call, h, 0, h.strips, w.strip_begin);
-  store_outputs(a.call, a.splits, w.split, counter, 0, row_begin, shared.arrived, for_each_output, sum_of);
-}
-
-PYLLMQ_DEVICE void take(const Arguments& a, const SparseHeader& h, int item, Work& w) {
-  const int row_blocks = static_cast<int>((h.strips + kWarps - 1) / kWarps);
-  w.split = item / row_blocks;
-  w.strip_begin = item % row_blocks * kWarps;
-  const int64_t rows = h.rows - int64_t{w.strip_begin} * kStripRows;
-  w.rows = rows < kRows ? static_cast<int>(rows) : kRows;
-  w.cell_begin = static_cast<int>(w.split * h.cells / a.splits);
-  w.cell_end = static_cast<int>((w.split + 1) * h.cells / a.splits);
-}
-
-PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    sparse_linear_tables_kernel(const Arguments a, int items) {
-  PYLLMQ_DYNAMIC_SHARED(memory);
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  uint8_t* tables = memory + sizeof(Shared);
-  tables += -static_cast<uint32_t>(ptx::shared_address(tables)) % kTableBytes;
-  const int warp = ptx::thread() / 32;
-  const auto& h = *reinterpret_cast<const SparseHeader*>(a.call.layout);
-  if (!describes(h, SparseKind::codes, a.call.layout_bytes, a.call.rows, a.call.columns) || h.stage_bytes != kCellBytes ||
-      h.bits < 3)
-    return store_nan(a.call.y, static_cast<DType>(a.call.dtype), a.call.rows, kThreads);
-  for (auto item = static_cast<int>(ptx::block()); item < items; item += static_cast<int>(ptx::blocks())) {
-    ptx::sync_block();  // the item before is done with shared memory
-    if (ptx::thread() == 0) take(a, h, item, shared.work);
-    ptx::sync_block();
-    stage_x(h, a.call, shared);
-    ptx::sync_block();
-    RowSums sums = {};
-    accumulate(h, shared, tables, shared.ring[warp], sums);
-    ptx::sync_block();  // nobody reads x any more
-    store_sums(sums, shared.x + warp * kStripRows);
-    ptx::sync_block();
-    finish(h, a, shared);
+struct OneToken : SparseStream<Codes4Cells, kWarps, Shared> {
+  PYLLMQ_MEMBER static bool serves(const SparseHeader& h, const StreamArguments& a) {
+    return describes_cells(h, a, kCellBytes) && h.bits >= 3;
   }
-}
 
-struct TablesPlan {
-  int64_t row_blocks, splits, grid;
+  PYLLMQ_MEMBER void multiply() const {
+    RowSums sums = {};
+    accumulate(h, a.call, shared, sums);
+    ptx::sync_block();  // nobody reads x any more
+    store_sums(sums, shared.x + ptx::thread() / 32 * kStripRows);
+  }
+
+  PYLLMQ_MEMBER float sum(int token, int row) { return finished(token, row, shared.x[row]); }
+  PYLLMQ_MEMBER float* place(int, int row) const { return shared.x + row; }
 };
 
-TablesPlan plan_tables(int64_t rows, int64_t columns) {
-  const int64_t cells = ceil_div(columns, kStepColumns), row_blocks = ceil_div(rows, kRows);
-  const int64_t slots = int64_t{multiprocessors()} * kBlocksPerMultiprocessor;
-  // The time of a slot in cells; beginning and ending an item cost as much as six.
-  const auto time = [&](int64_t splits) { return ceil_div(row_blocks * splits, slots) * (ceil_div(cells, splits) + 6); };
-  int64_t best = ceil_div(cells, kMostCells);
-  for (int64_t splits = best; splits <= std::min(cells, best + slots); ++splits)
-    if (time(splits) < time(best)) best = splits;
-  return {row_blocks, best, std::min(slots, row_blocks * best)};
+PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) sparse_linear_tables_kernel(const StreamArguments a) {
+  run_items<OneToken>(a, kThreads);
+}
+
+LinearPlan plan_linear(int64_t rows, int64_t columns) {
+  LinearPlan plan{};
+  plan.set_tokens(1, 1);
+  plan.threads = kThreads;
+  plan.shared_bytes = kSharedBytes;
+  plan.slots = int64_t{multiprocessors()} * kBlocksPerMultiprocessor;
+  plan.row_parts = ceil_div(rows, kRows);
+  // In cells; beginning and ending an item cost as much as six.
+  const int64_t cells = ceil_div(columns, kStepColumns);
+  plan.set_splits(cells, ceil_div(cells, kMostCells), 6, [](int64_t of_item) { return of_item; });
+  return plan;
 }
 
 }  // namespace
 
-int64_t SparseTables::find_room(int64_t, int) const {
-  const int64_t splits = plan_tables(rows, columns).splits;
-  return splits > 1 ? splits * rows : 0;
-}
+int64_t SparseTables::find_room(int64_t tokens, int) const { return plan_linear(rows, columns).partials(tokens, rows); }
 
 void SparseTables::run(const LinearCall& call, uintptr_t stream) const {
   if (call.tokens > 1) throw std::invalid_argument("tables of products serve one token, here " + std::to_string(call.tokens));
-  const TablesPlan plan = plan_tables(rows, columns);
-  const int64_t items = plan.row_blocks * plan.splits;
-  if (items > std::numeric_limits<int32_t>::max()) refuse_work("sparse_linear_tables", call);
-  allow_shared(reinterpret_cast<const void*>(sparse_linear_tables_kernel), kSharedBytes);
-  const Arguments arguments{call, static_cast<int>(plan.splits)};
-  PYLLMQ_LAUNCH(sparse_linear_tables_kernel, plan.grid, kThreads, kSharedBytes, stream, arguments, static_cast<int>(items));
-  check_launch("sparse_linear_tables");
+  const LinearPlan plan = plan_linear(rows, columns);
+  launch_items("sparse_linear_tables", sparse_linear_tables_kernel, plan, plan.arguments(call), stream);
 }
 
 }  // namespace pyllmq::cuda

@@ -65,6 +65,8 @@ def orders() -> Iterator[dict[str, bool]]:
         yield dict(zip(names, (*settings, False), strict=True))
     for settings in itertools.product((False, True), repeat=2):
         yield dict(zip(names, (False, *settings, True), strict=True))
+    for last_thread_first in (True, False):
+        yield {"warps_apart": True, "blocks_apart": True, "last_thread_first": last_thread_first}
 
 
 def in_every_order(extension: Any, run: Callable[[], torch.Tensor]) -> None:

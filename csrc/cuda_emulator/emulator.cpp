@@ -109,6 +109,7 @@ struct Machine {
   void* main_stack_pointer;
   int64_t first_block, blocks;
   int current, threads, at_cluster_barrier;
+  int held_block = -1;  // of those that run at once
   size_t shared_bytes;
   std::string failure;
 
@@ -135,11 +136,12 @@ void run_next() {
   if (schedule.warps_apart) {
     for (int i = 0; i < count; ++i) {
       const int first = schedule.last_thread_first ? count - 1 - i : i;
-      if (m.fibers[first].done || m.fibers[first].waits_for != Meeting::none) continue;
+      if (m.fibers[first].done || m.fibers[first].waits_for != Meeting::none || first / m.threads == m.held_block) continue;
       m.current = first;
       if (first != self) pyllmq_emulator_switch(&m.fibers[self].stack_pointer, m.fibers[first].stack_pointer);
       return;
     }
+    if (std::exchange(m.held_block, -1) >= 0) return run_next();
   }
   int next = self;
   do {
@@ -219,6 +221,7 @@ void run_blocks(int64_t first) {
   for (Warp& warp : m.warps) warp.arrived = 0;
   for (WarpGroup& group : m.groups) group.asked.clear();
   m.at_cluster_barrier = 0;
+  m.held_block = -1;
   for (int i = 0; i < m.count(); ++i) prepare(m.fibers[i]);
   m.current = schedule.last_thread_first ? m.count() - 1 : 0;
   pyllmq_emulator_switch(&m.main_stack_pointer, m.fibers[m.current].stack_pointer);
@@ -262,9 +265,10 @@ void begin_launch(const Launch& wanted, int64_t at_once) {
 }
 
 void run(const Launch& wanted) {
-  begin_launch(wanted, wanted.cluster);
-  for (int64_t i = 0; i < wanted.blocks; i += wanted.cluster)
-    run_blocks(schedule.last_block_first ? wanted.blocks - wanted.cluster - i : i);
+  const int64_t few = wanted.blocks % 2 == 0 ? 2 : wanted.blocks % 3 == 0 ? 3 : 1;
+  const int64_t at_once = schedule.blocks_apart && wanted.cluster == 1 ? few : wanted.cluster;
+  begin_launch(wanted, at_once);
+  for (int64_t i = 0; i < wanted.blocks; i += at_once) run_blocks(schedule.last_block_first ? wanted.blocks - at_once - i : i);
 }
 
 // The last launch and, as late as it allows, those before.
@@ -357,6 +361,12 @@ const uint8_t* of_block(const void* own, int rank) {
 void wait_for_previous() {
   if (waiting.empty() || schedule.fault == Fault::wait_for_previous) return;
   machine.fibers[machine.current].waits_for = Meeting::previous_launch;
+  run_next();
+}
+
+void let_other_blocks_run() {
+  if (!schedule.blocks_apart || machine.running.size() == 1 || machine.held_block >= 0) return;
+  machine.held_block = machine.current / machine.threads;
   run_next();
 }
 

@@ -49,6 +49,7 @@ struct Schedule {
   bool last_block_first = false;
   bool eager_copies = false;  // an asynchronous copy lands when issued, not when waited for; wgmma reads its operands then
   bool warps_apart = false;   // of what can run always the first, so that a warp gets as far ahead as it may; else all in turn
+  bool blocks_apart = false;  // with warps_apart: two or three blocks at a time; one that has counted itself waits for the others
   // Launches run at `finish`: of one that may begin early the first cluster as far as it comes before it waits, then what was
   // launched before, then the rest.
   bool early_launches = false;
@@ -97,6 +98,7 @@ void meet_cluster();
 const uint8_t* of_block(const void* own, int rank);  // where it stands in the shared memory of another block of the cluster
 void wait_for_previous();
 void meet_warp(Meeting meeting, void* brought, WarpWork work);
+void let_other_blocks_run();
 void wait_while(const uint32_t* word, uint32_t value);  // lets the other fibers run until another block has changed it
 
 void copy_async(void* to, const void* from, int bytes);
@@ -253,6 +255,7 @@ static inline float load_l2(const float* from) { return *from; }
 static inline uint32_t count_to(uint32_t* counter, uint32_t last) {
   const uint32_t old = *counter;
   *counter = old >= last ? 0 : old + 1;
+  emulator::let_other_blocks_run();
   return old;
 }
 static inline void add_shared(uint32_t* word, uint32_t value) { *word += value; }

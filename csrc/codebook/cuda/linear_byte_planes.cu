@@ -135,7 +135,6 @@ PYLLMQ_DEVICE void stage_x(const LayoutHeader& h, const LinearCall& call, int gr
       shared.down[warp][token][1] = unit.down[1];
     }
   }
-  ptx::sync_warp();
 }
 
 // A column's integer codebook in registers.
@@ -316,8 +315,8 @@ struct OneOrTwoTokens : CodebookStream<kBlockRows / kTokens, Shared> {
     ring.template accumulate<2>(sums);
     ring.template accumulate<3>(sums);
     ring.template accumulate<4>(sums);
-    ptx::wait_async<0>();
-    ptx::sync_warp();
+    ptx::wait_async<0>();  // for groups without copies
+    ptx::sync_warp();      // the ring is free
     store_sums<kTokens>(sums, reinterpret_cast<float*>(shared.ring[warp]));
   }
 

@@ -46,6 +46,7 @@ constexpr size_t kGuardBytes = 64;
 constexpr size_t kMostSharedBytes[] = {163 << 10, 227 << 10};  // what a block gets on compute capability 8.0 and 9.0
 constexpr uint8_t kPoison = 0xFF;                              // fp16, bf16 and fp32 of these bytes are NaN
 constexpr int kMostYields = 1 << 22;
+constexpr int kMostBlocksApart = 6;  // as many as have room on the device
 
 struct Copy {
   void* to;
@@ -265,8 +266,8 @@ void begin_launch(const Launch& wanted, int64_t at_once) {
 }
 
 void run(const Launch& wanted) {
-  const int64_t few = wanted.blocks % 2 == 0 ? 2 : wanted.blocks % 3 == 0 ? 3 : 1;
-  const int64_t at_once = schedule.blocks_apart && wanted.cluster == 1 ? few : wanted.cluster;
+  const bool together = schedule.blocks_apart && wanted.cluster == 1 && wanted.blocks <= kMostBlocksApart;
+  const int64_t at_once = together ? wanted.blocks : wanted.cluster;
   begin_launch(wanted, at_once);
   for (int64_t i = 0; i < wanted.blocks; i += at_once) run_blocks(schedule.last_block_first ? wanted.blocks - at_once - i : i);
 }

@@ -49,7 +49,7 @@ struct Schedule {
   bool last_block_first = false;
   bool eager_copies = false;  // an asynchronous copy lands when issued, not when waited for; wgmma reads its operands then
   bool warps_apart = false;   // of what can run always the first, so that a warp gets as far ahead as it may; else all in turn
-  bool blocks_apart = false;  // with warps_apart: two or three blocks at a time; one that has counted itself waits for the others
+  bool blocks_apart = false;  // with warps_apart: up to six blocks run at once; the first that counts itself waits for the others
   // Launches run at `finish`: of one that may begin early the first cluster as far as it comes before it waits, then what was
   // launched before, then the rest.
   bool early_launches = false;

@@ -19,8 +19,8 @@
     }                                                                                                  \
   } while (0)
 
-enum Op { kPrmt, kLop3, kShf, kIadd3, kLds, kShfl, kFfma, kHfma2, kMma, kMmaInt8, kOps };
-constexpr const char* kNames[kOps] = {"prmt", "lop3", "shf", "iadd3", "lds32", "shfl", "ffma", "hfma2", "mma_m16n8k16_f16",
+enum Op { kPrmt, kLop3, kShf, kIadd3, kMulHi, kLds, kShfl, kFfma, kHfma2, kMma, kMmaInt8, kOps };
+constexpr const char* kNames[kOps] = {"prmt", "lop3", "shf", "iadd3", "mul_hi", "lds32", "shfl", "ffma", "hfma2", "mma_m16n8k16_f16",
                                       "mma_m16n8k32_u8s8"};
 
 constexpr int kThreads = 1024, kChains = 8, kUnrolled = 8, kRounds = 512;
@@ -35,6 +35,7 @@ __device__ __forceinline__ void step(uint32_t (&a)[kChains], float (&f)[kChains]
     if constexpr (op == kLop3) asm volatile("lop3.b32 %0, %0, %1, %2, 0xE8;" : "+r"(a[i]) : "r"(next), "r"(c));
     if constexpr (op == kShf) asm volatile("shf.l.wrap.b32 %0, %0, %1, %2;" : "+r"(a[i]) : "r"(next), "r"(c));
     if constexpr (op == kIadd3) asm volatile("{.reg .u32 t; add.u32 t, %0, %1; add.u32 %0, t, %2;}" : "+r"(a[i]) : "r"(next), "r"(c));
+    if constexpr (op == kMulHi) asm volatile("mul.hi.u32 %0, %0, %1;" : "+r"(a[i]) : "r"(next));
     if constexpr (op == kLds) asm volatile("ld.shared.u32 %0, [%0];" : "+r"(a[i])::"memory");
     if constexpr (op == kShfl) asm volatile("shfl.sync.bfly.b32 %0, %0, 1, 0x1f, 0xffffffff;" : "+r"(a[i]));
     if constexpr (op == kFfma) asm volatile("fma.rn.f32 %0, %0, %1, %2;" : "+f"(f[i]) : "f"(f[(i + 1) % kChains]), "f"(__uint_as_float(b)));
@@ -161,7 +162,8 @@ int main() {
 
   const Rate rates[kOps] = {
       measure<kPrmt>(sms, sink, cycles), measure<kLop3>(sms, sink, cycles),  measure<kShf>(sms, sink, cycles),
-      measure<kIadd3>(sms, sink, cycles), measure<kLds>(sms, sink, cycles),   measure<kShfl>(sms, sink, cycles),
+      measure<kIadd3>(sms, sink, cycles), measure<kMulHi>(sms, sink, cycles), measure<kLds>(sms, sink, cycles),
+      measure<kShfl>(sms, sink, cycles),
       measure<kFfma>(sms, sink, cycles), measure<kHfma2>(sms, sink, cycles), measure<kMma>(sms, sink, cycles),
       measure<kMmaInt8>(sms, sink, cycles)};
 

@@ -12,7 +12,7 @@ PYLLMQ_DEVICE void store_y(const LinearCall& call, int64_t token, int64_t row, f
 
 // Called by all threads of a block that has stored its sums; true in the block that comes last. The counter is 0 again then.
 PYLLMQ_DEVICE bool is_last_of(uint32_t splits, uint32_t* counter, uint32_t& shared_arrived) {
-  ptx::sync_block();
+  ptx::sync_block();  // all sums of the block are there
   if (ptx::thread() == 0) shared_arrived = ptx::count_to(counter, splits - 1);
   ptx::sync_block();
   return shared_arrived == splits - 1;

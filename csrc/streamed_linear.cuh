@@ -26,6 +26,7 @@
 #include "linear_outputs.cuh"
 #include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
+#include "split_of_k.cuh"
 
 namespace pyllmq::cuda {
 
@@ -67,16 +68,6 @@ PYLLMQ_DEVICE Item item_of(const StreamArguments& a, int row_parts, int number) 
   const int64_t left = a.call.tokens - item.token_begin;
   item.tokens = static_cast<int>(left < a.tokens_per_block ? left : a.tokens_per_block);
   return item;
-}
-
-struct Range {
-  int begin, end;
-};
-
-// What a split has of so many units of K: as many as the others, or one more.
-PYLLMQ_DEVICE Range of_split(int units, int splits, int split) {
-  const int least = units / splits, rest = units % splits, begin = split * least + (split < rest ? split : rest);
-  return {begin, begin + least + (split < rest ? 1 : 0)};
 }
 
 // The items of a block, one after the other.
@@ -144,7 +135,7 @@ PYLLMQ_DEVICE void stage_x(const LinearCall& call, const Item& item, int warps, 
     for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, ptx::shuffle_xor(largest, mask));
     scales.largest[token][ptx::thread() / 32] = largest;
   }
-  ptx::sync_block();
+  ptx::sync_block();  // the largest of each warp is there
 
   for (int token = 0; token < item.tokens; ++token) {
     float largest = 0.0f;
@@ -161,7 +152,7 @@ PYLLMQ_DEVICE void stage_x(const LinearCall& call, const Item& item, int warps, 
       }
     });
   }
-  ptx::sync_block();
+  ptx::sync_block();  // x is there
 }
 
 // A token's sum: of_warps(column of the product) gives that of all warps, in order.

@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import importlib.util
+import itertools
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +56,26 @@ def emulated_extension():
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda", loader))
     loader.exec_module(module)
     return module
+
+
+def orders() -> Iterator[dict[str, bool]]:
+    """What `set_schedule` takes: every order of threads, blocks, copies and warps, the hardest first."""
+    names = "warps_apart", "eager_copies", "last_thread_first", "last_block_first"
+    for settings in itertools.product((True, False), repeat=3):
+        yield dict(zip(names, (*settings, False), strict=True))
+    for settings in itertools.product((False, True), repeat=2):
+        yield dict(zip(names, (False, *settings, True), strict=True))
+    for last_thread_first in (True, False):
+        yield {"warps_apart": True, "blocks_apart": True, "last_thread_first": last_thread_first}
+
+
+def in_every_order(extension: Any, run: Callable[[], torch.Tensor]) -> None:
+    """A kernel gives the same bits in every order."""
+    results = []
+    for order in orders():
+        extension.emulator.set_schedule(**order)
+        results.append(run())
+    assert all(torch.equal(results[0], result) for result in results)
 
 
 GUARD_BYTES = 64

@@ -54,16 +54,29 @@ def ranges(lines: list[str]) -> list[tuple[int, int]]:
     return found
 
 
+def instructions(lines: list[str]) -> list[str]:
+    """Without what BRA.CONV jumps over where the lanes of a warp are together, as they are here: a call that joins them."""
+    found, joined_at = [], ""
+    for line in lines:
+        if not joined_at and not line.endswith(":"):
+            found.append(line)
+        if line.startswith("BRA.CONV"):
+            joined_at = re.search(r"\.L_\w+", line)[0] + ":"
+        elif line == joined_at:
+            joined_at = ""
+    return found
+
+
 def every_loop(lines: list[str]) -> list[list[str]]:
     """Instructions of all loops, with those of the loops within."""
-    return [[line for line in lines[begin : end + 1] if not line.endswith(":")] for begin, end in ranges(lines)]
+    return [instructions(lines[begin : end + 1]) for begin, end in ranges(lines)]
 
 
 def loops(lines: list[str]) -> list[list[str]]:
     """Instructions of those loops that hold no other."""
     found = ranges(lines)
     inner = [r for r in found if not any(o != r and r[0] <= o[0] and o[1] <= r[1] for o in found)]
-    return [[line for line in lines[begin : end + 1] if not line.endswith(":")] for begin, end in inner]
+    return [instructions(lines[begin : end + 1]) for begin, end in inner]
 
 
 def counts(loop: list[str]) -> Counter[str]:

@@ -98,6 +98,23 @@ def assert_as_good_as_torch(
     )
 
 
+def linear_and_size(dense: Tensor, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x times `dense`, with a bias, in fp64; and the same of magnitudes alone, by which errors of sums are judged."""
+    exact, size = x.double() @ dense.T, x.double().abs() @ dense.abs().T
+    return (exact, size) if bias is None else (exact + bias.double(), size + bias.double().abs())
+
+
+def assert_linear_as_good_as_torch(
+    dense: Tensor, x: Tensor, y: Tensor, bias: Tensor | None = None, factor: float = 2.0
+) -> None:
+    """y is x times `dense` as well as torch computes it in x's dtype, in any order of the columns."""
+    exact, _ = linear_and_size(dense, x, bias)
+    rounded, of_bias = dense.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    orders = [torch.randperm(x.shape[1]) for _ in range(4 if exact.numel() >= 4096 else 16)]
+    torchs = [torch.nn.functional.linear(x[:, order], rounded[:, order], of_bias) for order in orders]
+    assert_as_good_as_torch(y, exact, *torchs, factor=factor, roundings=1.0 if x.shape[1] > 8 else 2.0)
+
+
 def assert_within(permitted: float, case: Case, x: Tensor, y: Tensor, bias: Tensor | None = None) -> None:
     """The norm of y's error is at most `permitted` of what products of this size sum to, beside twice that of torch."""
     assert y.dtype == x.dtype and y.shape == (len(x), len(case.dense))

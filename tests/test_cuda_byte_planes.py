@@ -4,8 +4,6 @@ The emulated device has 3 multiprocessors, so 6 blocks at a time: 700 columns ar
 permits is asserted of every case, and a quarter of it of normal x.
 """
 
-import itertools
-
 import pytest
 import torch
 
@@ -15,7 +13,7 @@ from pyllmq.backends.cuda import codebook as cuda
 from pyllmq.functional import codebook_linear
 from pyllmq.operations import WeightProblem
 
-from .cuda_emulator import emulated  # noqa: F401
+from .cuda_emulator import emulated, in_every_order  # noqa: F401
 from .oracle import CODEBOOK_SIZE, assert_within, random_case
 from .test_cuda_kernels import SHAPES
 
@@ -120,13 +118,7 @@ def test_splits_of_k_and_their_workspace(emulated):  # noqa: F811
 def test_no_order_of_threads_blocks_and_copies_changes_a_bit(emulated, tokens):  # noqa: F811
     case = random_case(150, 700, (1, 2, 3, 4), segments=2, outliers=0.02, row_scale=True)
     x = torch.randn(tokens, 700)
-    results = []
-    for last_thread_first, last_block_first, eager_copies in itertools.product((False, True), repeat=3):
-        emulated.emulator.set_schedule(
-            last_thread_first=last_thread_first, last_block_first=last_block_first, eager_copies=eager_copies
-        )
-        results.append(check(case, x))
-    assert all(torch.equal(results[0], result) for result in results)
+    in_every_order(emulated, lambda: check(case, x))
 
 
 @pytest.mark.parametrize("magnitude", [1e-37, 1e-30, 1e30, 1e37])

@@ -19,8 +19,8 @@ from pyllmq.formats import codes as reference
 from pyllmq.functional import codebook_dequantize, codebook_linear, pack_codes, unpack_codes
 from pyllmq.layouts import WeightOperand
 
-from .cuda_emulator import emulated  # noqa: F401
-from .oracle import assert_as_good_as_torch, random_case
+from .cuda_emulator import emulated, in_every_order  # noqa: F401
+from .oracle import assert_as_good_as_torch, assert_linear_as_good_as_torch, random_case
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("emulated")]
 
@@ -39,14 +39,7 @@ def check(case, x, bias=None, factor=2.0):
         weight = packed(case)
         assert weight.operand().layout == "cuda.codebook"
         actual = codebook_linear(x, weight, bias, "exact")
-    exact = x.double() @ case.dense.T + (0 if bias is None else bias.double())
-    dense = case.dense.to(x.dtype)
-    orders = [torch.randperm(x.shape[1]) for _ in range(4 if exact.numel() >= 4096 else 16)]
-    torchs = [
-        torch.nn.functional.linear(x[:, order], dense[:, order], None if bias is None else bias.to(x.dtype))
-        for order in orders
-    ]
-    assert_as_good_as_torch(actual, exact, *torchs, factor=factor, roundings=1.0 if x.shape[1] > 8 else 2.0)
+    assert_linear_as_good_as_torch(case.dense, x, actual, bias, factor)
     return actual
 
 
@@ -113,13 +106,7 @@ def test_many_columns_of_x_do_not_fit_into_shared_memory_at_once():
 def test_no_order_of_threads_blocks_and_copies_changes_a_bit(emulated, tokens, dtype):  # noqa: F811
     case = random_case(150, 700, ALL_WIDTHS, segments=2, outliers=0.02, row_scale=True)
     x = torch.randn(tokens, 700).to(dtype)
-    results = []
-    for last_thread_first, last_block_first, eager_copies in itertools.product((False, True), repeat=3):
-        emulated.emulator.set_schedule(
-            last_thread_first=last_thread_first, last_block_first=last_block_first, eager_copies=eager_copies
-        )
-        results.append(check(case, x))
-    assert all(torch.equal(results[0], result) for result in results)
+    in_every_order(emulated, lambda: check(case, x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

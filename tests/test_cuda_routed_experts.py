@@ -18,7 +18,7 @@ from pyllmq.functional import routed_experts
 from pyllmq.layouts import WeightOperand
 from pyllmq.operations import ExpertsProblem, Gate, PackedExperts
 
-from .cuda_emulator import emulated  # noqa: F401
+from .cuda_emulator import emulated, in_every_order  # noqa: F401
 from .expert_layer import ALL_WIDTHS, EVERYTHING, SHAPES, SPARSE_KINDS
 from .expert_layer import Layer as LayerOf
 from .oracle import random_case
@@ -131,13 +131,7 @@ def test_an_index_outside_and_weights_that_are_not_finite_give_nan_to_their_toke
 def test_no_order_of_threads_blocks_and_copies_changes_a_bit(emulated, mixes, tokens):  # noqa: F811
     layer = Layer(mixes, experts=3, hidden=300, units=300, **EVERYTHING)
     x, index, weights = layer.route(tokens, 2)
-    results = []
-    for last_thread_first, last_block_first, eager_copies in itertools.product((False, True), repeat=3):
-        emulated.emulator.set_schedule(
-            last_thread_first=last_thread_first, last_block_first=last_block_first, eager_copies=eager_copies
-        )
-        results.append(layer.run(x, index, weights))
-    assert all(torch.equal(results[0], result) for result in results)
+    in_every_order(emulated, lambda: layer.run(x, index, weights))
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30])

@@ -4,8 +4,6 @@ The emulated device has 3 multiprocessors, so 6 blocks at a time: 700 columns ar
 `high` permits is asserted of every case, and less of normal x.
 """
 
-import itertools
-
 import pytest
 import torch
 
@@ -13,7 +11,7 @@ import pyllmq
 from pyllmq.backends.cuda import sparse
 from pyllmq.functional import sparse24_codebook_linear
 
-from .cuda_emulator import emulated  # noqa: F401
+from .cuda_emulator import emulated, in_every_order  # noqa: F401
 from .test_sparse_formats import random_codes
 from .test_sparse_linear import dense_of
 
@@ -82,13 +80,7 @@ def test_not_finite_in_means_not_finite_out(value):
 def test_no_order_of_threads_blocks_and_copies_changes_a_bit(emulated):  # noqa: F811
     weight = random_codes(600, 700, 2, 0.02)[0]
     x = torch.randn(1, 700)
-    results = []
-    for last_thread_first, last_block_first, eager_copies in itertools.product((False, True), repeat=3):
-        emulated.emulator.set_schedule(
-            last_thread_first=last_thread_first, last_block_first=last_block_first, eager_copies=eager_copies
-        )
-        results.append(check(weight, x))
-    assert all(torch.equal(results[0], result) for result in results)
+    in_every_order(emulated, lambda: check(weight, x))
 
 
 def test_splits_of_k_and_what_is_refused(emulated):  # noqa: F811

@@ -14,7 +14,8 @@ from pyllmq.backends.cuda import sparse
 from pyllmq.functional import sparse24_codebook_linear
 from pyllmq.layouts import WeightOperand
 
-from .cuda_emulator import emulated  # noqa: F401
+from .cuda_emulator import emulated, in_every_order  # noqa: F401
+from .oracle import linear_and_size
 from .test_sparse_formats import random_codes
 from .test_sparse_linear import dense_of
 
@@ -33,8 +34,7 @@ def check(weight, x, bias=None):
     """Each output errs by no more than fp32 sums of so many terms and its own rounding may."""
     dense = dense_of(weight)
     y = sparse.packed_linear_tables(x, operand_of(weight), bias, "exact")
-    exact = x.double() @ dense.T + (0 if bias is None else bias.double())
-    size = x.double().abs() @ dense.abs().T + (0 if bias is None else bias.double().abs())
+    exact, size = linear_and_size(dense, x, bias)
     assert bool(((y.double() - exact).abs() <= 4e-7 * size + ROUNDING[x.dtype] * exact.abs() + 1e-37).all())
     return y
 
@@ -78,13 +78,7 @@ def test_not_finite_where_a_weight_is_kept(value):
 def test_no_order_of_threads_blocks_and_copies_changes_a_bit(emulated):  # noqa: F811
     weight = random_codes(1100, 420, 4, 0.02)[0]
     x = torch.randn(1, 420)
-    results = []
-    for last_thread_first, last_block_first, eager_copies in itertools.product((False, True), repeat=3):
-        emulated.emulator.set_schedule(
-            last_thread_first=last_thread_first, last_block_first=last_block_first, eager_copies=eager_copies
-        )
-        results.append(check(weight, x))
-    assert all(torch.equal(results[0], result) for result in results)
+    in_every_order(emulated, lambda: check(weight, x))
 
 
 def test_splits_of_k_and_what_is_refused(emulated):  # noqa: F811

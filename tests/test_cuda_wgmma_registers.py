@@ -6,6 +6,7 @@ and 32 of them are a kernel each.
 """
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ import torch
 from pyllmq.backends.cuda import codebook as cuda
 from pyllmq.layouts import WeightOperand
 
-from .cuda_emulator import emulated  # noqa: F401
-from .oracle import assert_as_good_as_torch, random_case
+from .cuda_emulator import emulated, in_every_order  # noqa: F401
+from .oracle import random_case
 from .test_cuda_kernels import SHAPES
+from .test_cuda_wgmma import check as wgmma_check
 from .test_cuda_wgmma import hopper, operand_of  # noqa: F401
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("hopper")]
@@ -23,24 +25,7 @@ pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("hopper")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check(case, x, bias=None, factor=2.0):
-    weight = operand_of(case)
-    before = weight.tensors[0].clone()
-    y = cuda.packed_linear_wgmma_registers(x, weight, bias, "exact")
-    assert torch.equal(weight.tensors[0], before), "a kernel left a counter that is not zero"
-    exact = x.double() @ case.dense.T + (0 if bias is None else bias.double())
-    if x.dtype == torch.float32:  # two fp16 planes, 22 bits, where torch has 24
-        size = x.double().abs() @ case.dense.abs().T + (0 if bias is None else bias.double().abs())
-        assert bool(((y.double() - exact).abs() <= 1e-6 * size + 1e-37).all())
-        return y
-    dense = case.dense.to(x.dtype)
-    orders = [torch.randperm(x.shape[1]) for _ in range(4 if exact.numel() >= 4096 else 16)]
-    torchs = [
-        torch.nn.functional.linear(x[:, order], dense[:, order], None if bias is None else bias.to(x.dtype))
-        for order in orders
-    ]
-    assert_as_good_as_torch(y, exact, *torchs, factor=factor, roundings=1.0 if x.shape[1] > 8 else 2.0)
-    return y
+check = partial(wgmma_check, linear=cuda.packed_linear_wgmma_registers)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -96,13 +81,7 @@ def test_no_order_of_threads_blocks_and_copies_changes_a_bit(hopper, tokens):  #
     """Stages pass three times through their rings: of 30 tokens two warp groups have 12 pairs of groups each."""
     case = random_case(150, 1600, (1, 3, 4), segments=2, outliers=0.02, row_scale=True)
     x = torch.randn(tokens, 1600).half()
-    results = []
-    for last_thread_first, last_block_first, eager_copies in itertools.product((False, True), repeat=3):
-        hopper.emulator.set_schedule(
-            last_thread_first=last_thread_first, last_block_first=last_block_first, eager_copies=eager_copies
-        )
-        results.append(check(case, x))
-    assert all(torch.equal(results[0], result) for result in results)
+    in_every_order(hopper, lambda: check(case, x))
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30])

@@ -46,6 +46,7 @@ constexpr size_t kGuardBytes = 64;
 constexpr size_t kMostSharedBytes[] = {163 << 10, 227 << 10};  // what a block gets on compute capability 8.0 and 9.0
 constexpr uint8_t kPoison = 0xFF;                              // fp16, bf16 and fp32 of these bytes are NaN
 constexpr int kMostYields = 1 << 22;
+constexpr int kMostBlocksApart = 6;  // as many as have room on the device
 
 struct Copy {
   void* to;
@@ -53,14 +54,19 @@ struct Copy {
   int bytes;
 };
 
-// What the 128 threads of a warp group asked for by one instruction each.
+// What the 128 threads of a warp group ask for by one instruction each.
 constexpr int kWarpGroup = 128;
 struct Wgmma {
   int n, arrived = 0;
   uint64_t a, b;
-  bool done = false;
+  bool done[kWarpGroup / kWarp] = {};  // a warp's rows
   float* c[kWarpGroup];
   const uint32_t* a_registers[kWarpGroup];  // or null
+  int of_warp(int warp) const {
+    int count = 0;
+    for (int lane = 0; lane < kWarp; ++lane) count += c[warp * kWarp + lane] != nullptr;
+    return count;
+  }
 };
 
 struct Fiber {
@@ -104,6 +110,7 @@ struct Machine {
   void* main_stack_pointer;
   int64_t first_block, blocks;
   int current, threads, at_cluster_barrier;
+  int held_block = -1;  // of those that run at once
   size_t shared_bytes;
   std::string failure;
 
@@ -121,10 +128,22 @@ std::vector<Launch> waiting;  // launches of which nothing has run, in order
   std::abort();
 }
 
-// The next fiber that is neither finished nor waiting; ends the blocks when all are finished.
+bool land_copy();
+
+// The next fiber that is neither finished nor waiting, or the first; ends the blocks when all are finished.
 void run_next() {
   Machine& m = machine;
   const int self = m.current, count = m.count(), step = schedule.last_thread_first ? count - 1 : 1;
+  if (schedule.warps_apart) {
+    for (int i = 0; i < count; ++i) {
+      const int first = schedule.last_thread_first ? count - 1 - i : i;
+      if (m.fibers[first].done || m.fibers[first].waits_for != Meeting::none || first / m.threads == m.held_block) continue;
+      m.current = first;
+      if (first != self) pyllmq_emulator_switch(&m.fibers[self].stack_pointer, m.fibers[first].stack_pointer);
+      return;
+    }
+    if (std::exchange(m.held_block, -1) >= 0) return run_next();
+  }
   int next = self;
   do {
     next = (next + step) % count;
@@ -135,6 +154,7 @@ void run_next() {
       return;
     }
   } while (next != self);
+  if (land_copy()) return run_next();
   int done = 0, at_barrier = 0, early = 0;
   for (int i = 0; i < count; ++i) {
     done += m.fibers[i].done;
@@ -202,6 +222,7 @@ void run_blocks(int64_t first) {
   for (Warp& warp : m.warps) warp.arrived = 0;
   for (WarpGroup& group : m.groups) group.asked.clear();
   m.at_cluster_barrier = 0;
+  m.held_block = -1;
   for (int i = 0; i < m.count(); ++i) prepare(m.fibers[i]);
   m.current = schedule.last_thread_first ? m.count() - 1 : 0;
   pyllmq_emulator_switch(&m.main_stack_pointer, m.fibers[m.current].stack_pointer);
@@ -215,6 +236,8 @@ void run_blocks(int64_t first) {
                                  " bytes of the launch");
   for (const Block& block : m.running)
     if (!block.copies.empty()) throw std::runtime_error("emulator: a block left before its bulk copies landed");
+  for (const WarpGroup& group : m.groups)
+    if (!group.asked.empty()) throw std::runtime_error("emulator: a wgmma that some threads of a warp group never came to");
   for (int i = 0; i < m.count(); ++i) {
     for (const auto& group : m.fibers[i].copies)
       if (!group.empty()) throw std::runtime_error("emulator: a thread left before its asynchronous copies landed");
@@ -243,9 +266,10 @@ void begin_launch(const Launch& wanted, int64_t at_once) {
 }
 
 void run(const Launch& wanted) {
-  begin_launch(wanted, wanted.cluster);
-  for (int64_t i = 0; i < wanted.blocks; i += wanted.cluster)
-    run_blocks(schedule.last_block_first ? wanted.blocks - wanted.cluster - i : i);
+  const bool together = schedule.blocks_apart && wanted.cluster == 1 && wanted.blocks <= kMostBlocksApart;
+  const int64_t at_once = together ? wanted.blocks : wanted.cluster;
+  begin_launch(wanted, at_once);
+  for (int64_t i = 0; i < wanted.blocks; i += at_once) run_blocks(schedule.last_block_first ? wanted.blocks - at_once - i : i);
 }
 
 // The last launch and, as late as it allows, those before.
@@ -341,6 +365,12 @@ void wait_for_previous() {
   run_next();
 }
 
+void let_other_blocks_run() {
+  if (!schedule.blocks_apart || machine.running.size() == 1 || machine.held_block >= 0) return;
+  machine.held_block = machine.current / machine.threads;
+  run_next();
+}
+
 void wait_while(const uint32_t* word, uint32_t value) {
   for (int yields = 0; *word == value; ++yields) {
     if (yields == kMostYields) fail("a thread waits for another block, which never comes");
@@ -416,22 +446,25 @@ void wait_for(Meeting meeting, const void* at) {
 
 void settle(uint64_t* barrier) {
   Phase& phase = phase_of(barrier);
-  if (phase.missing != 0) return;
-  // All threads have come: at the latest now the copies land.
-  auto& copies = machine.block().copies;
-  for (size_t i = 0; i < copies.size();) {
-    if (copies[i].barrier != barrier) {
-      ++i;
-      continue;
-    }
-    std::memcpy(copies[i].copy.to, copies[i].copy.from, copies[i].copy.bytes);
-    phase.bytes_and_parity -= 2 * copies[i].copy.bytes;
-    copies.erase(copies.begin() + static_cast<std::ptrdiff_t>(i));
-  }
-  if (phase.bytes() != 0) return;
+  if (phase.missing != 0 || phase.bytes() != 0) return;
   phase.missing = phase.arrivals;
   phase.bytes_and_parity ^= 1;
   wake(Meeting::phase, barrier);
+}
+
+// Bulk copies land as late as they may: where all threads wait. Whether there was one.
+bool land_copy() {
+  for (Block& block : machine.running) {
+    if (block.copies.empty()) continue;
+    const auto which = schedule.last_thread_first ? block.copies.end() - 1 : block.copies.begin();
+    const BulkCopy landing = *which;
+    block.copies.erase(which);
+    std::memcpy(landing.copy.to, landing.copy.from, landing.copy.bytes);
+    phase_of(landing.barrier).bytes_and_parity -= 2 * landing.copy.bytes;
+    settle(landing.barrier);
+    return true;
+  }
+  return false;
 }
 
 // What a wgmma's descriptors count from: shared memory begins at a multiple of 1024 bytes at the latest.
@@ -455,19 +488,27 @@ float a_of(const Wgmma& asked, int i, int k) {
   return cpu::fp16_to_fp32(static_cast<uint16_t>(asked.a_registers[thread][i / 8 % 2 + k / 8 * 2] >> (k % 2 * 16)));
 }
 
-void multiply(Wgmma& asked) {
-  constexpr int kRows = 64, kDepth = 16;
+// A warp's 16 of the 64 rows.
+void multiply(Wgmma& asked, int warp) {
+  if (asked.done[warp]) return;
+  constexpr int kRows = 16, kDepth = 16;
   std::vector<float> a(kRows * kDepth), b(kDepth * asked.n);
   for (int k = 0; k < kDepth; ++k) {
-    for (int i = 0; i < kRows; ++i) a[i * kDepth + k] = a_of(asked, i, k);
+    for (int i = 0; i < kRows; ++i) a[i * kDepth + k] = a_of(asked, warp * kRows + i, k);
     for (int j = 0; j < asked.n; ++j) b[k * asked.n + j] = element_of(asked.b, j, k);
   }
-  for (int thread = 0; thread < kWarpGroup; ++thread)
+  for (int lane = 0; lane < kWarp; ++lane)
     for (int e = 0; e < asked.n / 2; ++e) {
-      const int i = thread / 32 * 16 + thread % 32 / 4 + e / 2 % 2 * 8, j = e / 4 * 8 + thread % 4 * 2 + e % 2;
-      for (int k = 0; k < kDepth; ++k) asked.c[thread][e] += a[i * kDepth + k] * b[k * asked.n + j];
+      const int i = lane / 4 + e / 2 % 2 * 8, j = e / 4 * 8 + lane % 4 * 2 + e % 2;
+      for (int k = 0; k < kDepth; ++k) asked.c[warp * kWarp + lane][e] += a[i * kDepth + k] * b[k * asked.n + j];
     }
-  asked.done = true;
+  asked.done[warp] = true;
+}
+
+// Whether the threads came that a warp's rows wait for: its own where warps run apart, which the hardware may let them, else all
+// of the warp group, for which it may wait.
+bool is_ready(const Wgmma& asked, int warp) {
+  return schedule.warps_apart ? asked.of_warp(warp) == kWarp : asked.arrived == kWarpGroup;
 }
 
 }  // namespace
@@ -519,16 +560,18 @@ void wgmma(int n, float* c, const uint32_t* a_registers, uint64_t a, uint64_t b)
   auto& asked = m.groups[m.current / kWarpGroup].asked;
   size_t mine = 0;  // the first that this thread has not come to
   while (mine < asked.size() && asked[mine]->c[thread % kWarpGroup] != nullptr) ++mine;
-  if (mine == asked.size()) asked.push_back(std::make_shared<Wgmma>(Wgmma{n, 0, a, b, false, {}, {}}));
+  if (mine == asked.size()) asked.push_back(std::make_shared<Wgmma>(Wgmma{n, 0, a, b, {}, {}, {}}));
   const auto product = asked[mine];
   if (product->n != n || product->a != a || product->b != b) fail("threads of a warp group ask for different wgmma");
   product->c[thread % kWarpGroup] = c;
   product->a_registers[thread % kWarpGroup] = a_registers;
   m.fibers[m.current].products.back().push_back(product);
-  if (++product->arrived < kWarpGroup) return;
-  asked.erase(asked.begin() + static_cast<std::ptrdiff_t>(mine));
-  if (schedule.eager_copies) multiply(*product);
-  wake(Meeting::multiplication, product.get());
+  if (++product->arrived == kWarpGroup) asked.erase(asked.begin() + static_cast<std::ptrdiff_t>(mine));
+  for (int warp = 0; warp < kWarpGroup / kWarp; ++warp) {
+    if (!is_ready(*product, warp)) continue;
+    if (schedule.eager_copies) multiply(*product, warp);
+    wake(Meeting::multiplication, product.get());
+  }
 }
 
 void commit_wgmma() { machine.fibers[machine.current].products.emplace_back(); }
@@ -537,8 +580,9 @@ void wait_wgmma(int latest_left) {
   auto& groups = machine.fibers[machine.current].products;
   while (static_cast<int>(groups.size()) - 1 > latest_left) {
     for (const auto& product : groups.front()) {
-      while (product->arrived < kWarpGroup) wait_for(Meeting::multiplication, product.get());
-      if (!product->done) multiply(*product);
+      const int warp = machine.current % machine.threads % kWarpGroup / kWarp;
+      while (!is_ready(*product, warp)) wait_for(Meeting::multiplication, product.get());
+      multiply(*product, warp);
     }
     groups.erase(groups.begin());
   }

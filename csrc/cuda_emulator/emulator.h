@@ -2,9 +2,10 @@
 // together.
 //
 // What it finds: wrong indices, layouts, masks and sums; a missing barrier (fibers of a warp run one after the other, in
-// either order, and an asynchronous copy or wgmma runs as late as the kernel allows); shared memory read before it was written
-// (it is full of NaN); lanes of a warp that meet at different instructions; barriers that some thread never reaches; what a
-// launch that begins early does too early, and shared memory read of a block that has left.
+// either order, warps in turn or one as far as it gets, and an asynchronous copy or wgmma runs as late as the kernel allows);
+// shared memory read before it was written (it is full of NaN); lanes of a warp that meet at different instructions; barriers
+// that some thread never reaches; what a launch that begins early does too early, and shared memory read of a block that has
+// left.
 // What it cannot find: races between blocks, the cost of anything, and whatever the hardware does differently.
 #pragma once
 #include <cmath>
@@ -13,6 +14,7 @@
 #include <cstring>
 #include <functional>
 
+#include "cuda_emulator/waits.h"
 #include "runtime/half.h"
 
 #define PYLLMQ_KERNEL
@@ -46,6 +48,8 @@ struct Schedule {
   bool last_thread_first = false;
   bool last_block_first = false;
   bool eager_copies = false;  // an asynchronous copy lands when issued, not when waited for; wgmma reads its operands then
+  bool warps_apart = false;   // of what can run always the first, so that a warp gets as far ahead as it may; else all in turn
+  bool blocks_apart = false;  // with warps_apart: up to six blocks run at once; the first that counts itself waits for the others
   // Launches run at `finish`: of one that may begin early the first cluster as far as it comes before it waits, then what was
   // launched before, then the rest.
   bool early_launches = false;
@@ -94,6 +98,7 @@ void meet_cluster();
 const uint8_t* of_block(const void* own, int rank);  // where it stands in the shared memory of another block of the cluster
 void wait_for_previous();
 void meet_warp(Meeting meeting, void* brought, WarpWork work);
+void let_other_blocks_run();
 void wait_while(const uint32_t* word, uint32_t value);  // lets the other fibers run until another block has changed it
 
 void copy_async(void* to, const void* from, int bytes);
@@ -141,10 +146,18 @@ static inline void store_16(uint8_t* to, uint32_t step, uint32_t count, const ui
   std::memcpy(to + uint64_t{step} * count, words, 16);
 }
 
-static inline void sync_block() { emulator::meet_block(); }
-static inline void sync_warp() { emulator::meet_warp(emulator::Meeting::warp_barrier, nullptr, nullptr); }
-static inline void sync_cluster() { emulator::meet_cluster(); }
-static inline void sync_cluster_after_reads() { emulator::meet_cluster(); }
+static inline void sync_block(emulator::Place at = emulator::Place::current()) {
+  if (!emulator::is_left_out(at)) emulator::meet_block();
+}
+static inline void sync_warp(emulator::Place at = emulator::Place::current()) {
+  if (!emulator::is_left_out(at)) emulator::meet_warp(emulator::Meeting::warp_barrier, nullptr, nullptr);
+}
+static inline void sync_cluster(emulator::Place at = emulator::Place::current()) {
+  if (!emulator::is_left_out(at)) emulator::meet_cluster();
+}
+static inline void sync_cluster_after_reads(emulator::Place at = emulator::Place::current()) {
+  if (!emulator::is_left_out(at)) emulator::meet_cluster();
+}
 static inline float load_of_block(const float* own, int rank) {
   return *reinterpret_cast<const float*>(emulator::of_block(own, rank));
 }
@@ -159,6 +172,11 @@ static inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     d |= byte << (8 * i);
   }
   return d;
+}
+
+template <int kBits>
+static inline uint32_t shift_by_multiplying(uint32_t word) {
+  return word >> kBits;
 }
 
 float shuffle_xor(float value, int mask);
@@ -186,8 +204,8 @@ static inline void copy_async_16(void* shared, const void* global) {
 }
 static inline void commit_async() { emulator::commit_async(); }
 template <int kLatestLeft>
-static inline void wait_async() {
-  emulator::wait_async(kLatestLeft);
+static inline void wait_async(emulator::Place at = emulator::Place::current()) {
+  if (!emulator::is_left_out(at)) emulator::wait_async(kLatestLeft + emulator::is_weaker(at));
 }
 
 static inline void prefetch(const void* global) { static_cast<void>(*static_cast<const volatile uint8_t*>(global)); }
@@ -205,7 +223,9 @@ using Barrier = uint64_t;
 static inline void barrier_init(Barrier* barrier, int arrivals) { emulator::barrier_init(barrier, arrivals); }
 static inline void barrier_arrive(Barrier* barrier) { emulator::barrier_arrive(barrier, 0); }
 static inline void barrier_arrive_and_expect(Barrier* barrier, int bytes) { emulator::barrier_arrive(barrier, bytes); }
-static inline void barrier_wait(Barrier* barrier, int parity) { emulator::barrier_wait(barrier, parity); }
+static inline void barrier_wait(Barrier* barrier, int parity, emulator::Place at = emulator::Place::current()) {
+  if (!emulator::is_left_out(at)) emulator::barrier_wait(barrier, parity);
+}
 static inline void copy_bulk(void* shared, const void* global, int bytes, Barrier* barrier) {
   emulator::copy_bulk(shared, global, bytes, barrier);
 }
@@ -225,8 +245,8 @@ static inline void wgmma(float (&c)[kN / 2], const uint32_t (&a)[4], uint64_t b)
 static inline void wgmma_begin() {}
 static inline void wgmma_commit() { emulator::commit_wgmma(); }
 template <int kLatestLeft>
-static inline void wgmma_wait() {
-  emulator::wait_wgmma(kLatestLeft);
+static inline void wgmma_wait(emulator::Place at = emulator::Place::current()) {
+  if (!emulator::is_left_out(at)) emulator::wait_wgmma(kLatestLeft + emulator::is_weaker(at));
 }
 template <int kCount>
 static inline void hold(float (&)[kCount]) {}
@@ -235,6 +255,7 @@ static inline float load_l2(const float* from) { return *from; }
 static inline uint32_t count_to(uint32_t* counter, uint32_t last) {
   const uint32_t old = *counter;
   *counter = old >= last ? 0 : old + 1;
+  emulator::let_other_blocks_run();
   return old;
 }
 static inline void add_shared(uint32_t* word, uint32_t value) { *word += value; }

@@ -14,7 +14,7 @@ template <int kPart>
 PYLLMQ_DEVICE void column_codes(const uint8_t* part, int lane, int half, uint32_t (&codes)[2]) {
   const auto* words = reinterpret_cast<const uint32_t*>(part);
   if constexpr (kPart == 4) {
-    const Words<2> pair = load_words<2>(words + lane * 4 + half * 2);
+    const Words<2> pair = load_words<2>(part + lane * 16 + half * 8);
     codes[0] = pair[0];
     codes[1] = pair[1];
   } else if constexpr (kPart == 3) {
@@ -74,7 +74,7 @@ struct RegisterTable {
     }
   }
 
-  // The four codes from bit `shift` on, of 3 or 4 bits: low and high bytes of their entries, then zipped to two pairs.
+  // The four codes from bit `shift` on, 0 or 16, of 3 or 4 bits: low and high bytes of their entries, then zipped to two pairs.
   PYLLMQ_MEMBER void decode_four(uint32_t codes, int shift, Zip zip, uint32_t& first, uint32_t& second,
                                  uint32_t top_bits = 0x44444444u) const {
     const uint32_t low = lookup(codes, shift, 0, top_bits), high = lookup(codes, shift, kWords / 2, top_bits);
@@ -85,13 +85,14 @@ struct RegisterTable {
  private:
   // Entries of one byte plane for the four codes from bit `shift` on.
   PYLLMQ_MEMBER uint32_t lookup(uint32_t codes, int shift, int first, uint32_t top_bits) const {
-    const uint32_t low_bits = (codes & 0x77777777u) >> shift;
+    const auto shifted = [&](uint32_t word) { return shift == 0 ? word : ptx::shift_by_multiplying<16>(word); };
+    const uint32_t low_bits = shifted(codes & 0x77777777u);
     const uint32_t lower = ptx::permute(word[first], word[first + 1], low_bits);
     if constexpr (kWidth == 3) return lower;
     // 16 entries are two permutes; a third takes byte i of the one or the other by the code's top bit.
     const uint32_t upper = ptx::permute(word[first + 2], word[first + 3], low_bits);
-    const uint32_t choose = ((codes >> 1 & top_bits) | 0x32103210u) >> shift;
-    return ptx::permute(lower, upper, choose);
+    const uint32_t choose = (ptx::shift_by_multiplying<1>(codes) & top_bits) | 0x32103210u;
+    return ptx::permute(lower, upper, shifted(choose));
   }
 };
 

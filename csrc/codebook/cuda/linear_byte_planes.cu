@@ -135,7 +135,6 @@ PYLLMQ_DEVICE void stage_x(const LayoutHeader& h, const LinearCall& call, int gr
       shared.down[warp][token][1] = unit.down[1];
     }
   }
-  ptx::sync_warp();
 }
 
 // A column's integer codebook in registers.
@@ -157,7 +156,7 @@ struct PlaneTable {
   PYLLMQ_MEMBER void look_up(uint32_t codes, int plane, int half, uint32_t& first, uint32_t& second) const {
     const int from = plane * kWords + 2 * half, other = kWords == 1 ? from : from + 1;
     first = ptx::permute(word[from], word[other], codes);
-    second = ptx::permute(word[from], word[other], codes >> 16);
+    second = ptx::permute(word[from], word[other], kWidth < 3 ? codes >> 16 : ptx::shift_by_multiplying<16>(codes));
   }
 };
 
@@ -225,7 +224,7 @@ struct Ring {
   const Group* current;
   const int at = (ptx::thread() & 31) * 16;  // of a lane's copies
   const ptx::SharedAddress lane_stages = ptx::shared_address(stages) + at;
-  const int lane_x = (ptx::thread() >> 4 & 1) * 4 + (ptx::thread() & 3);
+  const int lane_x = (ptx::thread() & 16) | (ptx::thread() & 3) * 4;  // bytes
   const Slot<kTokens> slot;
   int used = 0, done = (kStages - 1) * kStageBytes;  // offsets of stages: the one that is read, the one before
 
@@ -270,7 +269,9 @@ struct Ring {
         ptx::wait_async<kStages - 2>();
         ptx::sync_warp();  // all lanes' copies are there, and all are done with the stage before, which is filled next
         fetch(current[kStages - 1].source, kStages == 2 ? kStageBytes - used : done);
-        multiply<kWidth, kTokens>(stages + used, stages + used + kPlaneBytes, &current->x[0][0][0] + lane_x, slot, sums);
+        const auto* lane_words = reinterpret_cast<const uint8_t*>(current->x) + lane_x;
+        multiply<kWidth, kTokens>(stages + used, stages + used + kPlaneBytes, reinterpret_cast<const uint32_t*>(lane_words), slot,
+                                  sums);
         advance();
       }
     }
@@ -314,8 +315,8 @@ struct OneOrTwoTokens : CodebookStream<kBlockRows / kTokens, Shared> {
     ring.template accumulate<2>(sums);
     ring.template accumulate<3>(sums);
     ring.template accumulate<4>(sums);
-    ptx::wait_async<0>();
-    ptx::sync_warp();
+    ptx::wait_async<0>();  // for groups without copies
+    ptx::sync_warp();      // the ring is free
     store_sums<kTokens>(sums, reinterpret_cast<float*>(shared.ring[warp]));
   }
 

@@ -392,7 +392,7 @@ PYLLMQ_DEVICE void decode_steps(const Arguments& a, Shared& shared, uint8_t* rin
     ptx::sync_warp();
     if (ptx::thread() % 32 == 0) ptx::barrier_arrive(&shared.full[stage]);
   }
-  ptx::wait_async<0>();
+  ptx::wait_async<0>();  // for groups without copies
 }
 
 template <int kTokens>

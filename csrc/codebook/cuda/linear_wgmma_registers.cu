@@ -209,7 +209,7 @@ struct Stream {
 #pragma unroll 1
     for (int left = shared.sources[warp_group()][kWidth - 1].left; left > 0; left -= S::kWarpGroups * kStageGroups, ++turn) {
       fetch(turn + kAhead);
-      ptx::sync_warp();
+      ptx::sync_warp();  // together again, as wgmma wants the lanes
       ptx::barrier_wait(&shared.full[warp_group()][turn % kStages], turn / kStages & 1);
 #pragma unroll 1
       for (int group = 0; group < kStageGroups && group < left; ++group) {

@@ -148,7 +148,7 @@ PYLLMQ_DEVICE void accumulate(const Product& w, uint8_t* ring, const uint16_t* x
     stage = (stage + 1) % R::kStages;
     x_group += kProductWarps * kGroupColumns * w.columns();
   }
-  ptx::wait_async<0>();
+  ptx::wait_async<0>();  // for groups without copies
 }
 
 // The same for widths 5..8: codebooks in shared memory, codes straight from global memory.
@@ -186,7 +186,7 @@ PYLLMQ_DEVICE void accumulate_wide(const Product& w, uint8_t* ring, const uint16
       multiply<kTokenTiles>(tiles, x, decode, sums);
     }
   }
-  ptx::sync_warp();
+  ptx::sync_warp();  // the ring is free
 }
 
 // Where the sum of a row and a column of the product stands in a warp's ring: lanes of a store meet in pairs.

@@ -1,8 +1,6 @@
-// Experts packed as bitmap, 2:4 or 2:4 with codes: cells of W are the first operand of tensor core instructions, spread or looked
-// up once for a tile of pairs, or 2:4 sparse as they are (sparse/cuda/cells.cuh); x is the second.
-//
-// A block of 4 warps takes up to 256 rows (four strips) and a split of the cells of K; each warp takes every fourth cell of those
-// whose x is in shared memory and streams it strip by strip through a ring of its own, as sparse_linear does.
+// Experts packed as bitmap, 2:4 or 2:4 with codes: cells of W, spread or looked up once for a tile of pairs, times x
+// (sparse/cuda/product.cuh). A block takes some strips and a split of the cells of K, in stages of those whose x is in shared
+// memory at once.
 #include <algorithm>
 
 #include "codebook/cuda/fp16_planes.cuh"
@@ -10,92 +8,22 @@
 #include "experts/cuda/multiply.h"
 #include "runtime/counting.h"
 #include "runtime/cuda/runtime.h"
-#include "sparse/cuda/cells.cuh"
+#include "sparse/cuda/product.cuh"
 
 namespace pyllmq::cuda {
 namespace {
 
-constexpr int kMostWarps = 4;
-constexpr int kBlockStrips = 4;  // with one tile of 8 columns of the product, two with two
-constexpr int kSums = kBlockStrips * kStripRows * 8;
 constexpr int64_t kMostXBytes = 24 << 10;
-constexpr int kItemCost = 8;  // what starts and ends an item, in cells of a strip (predicted, as sparse_linear's)
 
 // Blocks of a multiprocessor: four would leave 128 registers to a thread, of which one kernel spills two.
 template <class Cells>
 constexpr int kBlocks = Cells::kBlocks < 3 ? Cells::kBlocks : 3;
 
-// Cells of K that a block has at work, and its strips.
-struct Range {
-  const SparseHeader* header;
-  int strip_begin, strips, begin, end;
-};
-
-// Where a warp's next cells come from: its cells one after the other, of each the strips of the block.
-template <class Cells>
-struct Cursor {
-  Range range;
-  int stage_bytes, warps;
-  int cell, strip, table;  // table: slot of the cell's codebooks; as many as stages, since a stage may be a whole cell
-
-  // body(where the cell of a strip of the block begins, its bytes)
-  template <class Body>
-  PYLLMQ_MEMBER void at_cell(int of_strip, const Body& body) const {
-    const SparseHeader& h = *range.header;
-    const int64_t in_strip = int64_t{range.strip_begin + of_strip};
-    const auto* data = section<uint8_t>(h, h.data_offset);
-    if constexpr (Cells::kKind == SparseKind::bitmap) {
-      const uint32_t* begin = section<uint32_t>(h, h.begin_offset) + in_strip * (h.cells + 1) + cell;
-      body(data + int64_t{begin[0]} * 16, static_cast<int>(begin[1] - begin[0]) * 16);
-    } else {
-      body(data + (in_strip * h.cells + cell) * stage_bytes, stage_bytes);
-    }
-  }
-
-  // The first cells leave memory while x is brought into order.
-  PYLLMQ_MEMBER void prefetch(int lane) const {
-    constexpr int kLine = 128;
-    for (int of_strip = 0; cell < range.end && of_strip < range.strips; ++of_strip)
-      at_cell(of_strip, [&](const uint8_t* from, int bytes) {
-        for (int at = lane * kLine; at < bytes; at += 32 * kLine) ptx::prefetch(from + at);
-      });
-  }
-
-  // Copies the next cell of a strip, and with the first strip's the codebooks, if there is any left.
-  PYLLMQ_MEMBER void fetch(uint8_t* to, uint8_t* tables, int lane) {
-    if (cell < range.end) {
-      at_cell(strip, [&](const uint8_t* from, int bytes) {
-        for (int at = lane * 16; at < bytes; at += 512) ptx::copy_async_16(to + at, from + at);
-      });
-      if (Cells::kTableBytes > 0 && strip == 0) {
-        const SparseHeader& h = *range.header;
-        const auto* codebooks = section<uint8_t>(h, h.codebook_offset + int64_t{cell} * Cells::kTableBytes);
-        for (int at = lane * 16; at < Cells::kTableBytes; at += 512)
-          ptx::copy_async_16(tables + table * Cells::kTableBytes + at, codebooks + at);
-        table = (table + 1) % Cells::kStages;
-      }
-      if (++strip == range.strips) {
-        strip = 0;
-        cell += warps;
-      }
-    }
-    ptx::commit_async();
-  }
-};
-
-template <class Cells>
-PYLLMQ_HOST_DEVICE int64_t warp_bytes(int64_t stage_bytes) {
-  const int64_t ring = Cells::kStages * (stage_bytes + Cells::kTableBytes) + Cells::kOwnBytes;
-  return ring > kSums * 4 ? ring : kSums * 4;
-}
-
 template <class Cells, int kTokenTiles>
 struct CellWeights {
-  static constexpr int kStrips = kBlockStrips / kTokenTiles;
-  static constexpr int kRows = kStrips * kStripRows;
   using Header = SparseHeader;
   struct Work : Item<SparseHeader> {
-    int strip_begin, strips, cell_begin, cell_end;
+    Strips strips;
   };
   // Shared memory: this, x, the warps' rings and tables (after the loop: the sums).
   struct alignas(16) Shared {
@@ -112,49 +40,43 @@ struct CellWeights {
 
   PYLLMQ_MEMBER static void take(const Multiplication& m, int part, Work& w) {
     const SparseHeader& h = *w.header;
-    w.strip_begin = part * kStrips;
-    w.strips = h.strips - w.strip_begin < kStrips ? static_cast<int>(h.strips - w.strip_begin) : kStrips;
-    const int64_t rows = h.rows - int64_t{w.strip_begin} * kStripRows;
-    w.rows = rows < kRows ? static_cast<int>(rows) : kRows;
-    w.cell_begin = static_cast<int>(w.split * h.cells / m.splits);
-    w.cell_end = static_cast<int>((w.split + 1) * h.cells / m.splits);
+    w.strips.take(h, part * kStripsOf<kTokenTiles>, kStripsOf<kTokenTiles>, m.splits, w.split);
+    w.rows = w.strips.rows(h);
   }
 
   PYLLMQ_MEMBER static void run(const Multiplication& m, Shared& shared) {
     const Work& w = shared.work;
+    const Strips& strips = w.strips;
     auto* x_shared = reinterpret_cast<uint16_t*>(&shared + 1);
     uint8_t* rings = reinterpret_cast<uint8_t*>(&shared + 1) + m.x_bytes;
-    StripSums<kTokenTiles> sums[kStrips] = {};
-    for (int begin = w.cell_begin; begin < w.cell_end; begin += m.stage) {
-      const Range range{w.header, w.strip_begin, w.strips, begin, begin + m.stage < w.cell_end ? begin + m.stage : w.cell_end};
-      cursor_of(m, range).prefetch(ptx::thread() % 32);
+    const auto stage_bytes = static_cast<int>(m.weights.size);
+    const int64_t ring_bytes = cell_ring_bytes<Cells, kTokenTiles>(stage_bytes);
+    uint8_t* const ring = rings + ptx::thread() / 32 * ring_bytes;
+    BlockSums<kTokenTiles> sums = {};
+    for (int begin = strips.cells.begin; begin < strips.cells.end; begin += m.stage) {
+      const Range cells{begin, begin + m.stage < strips.cells.end ? begin + m.stage : strips.cells.end};
+      CellCursor<Cells, false> cursor{*w.header, strips, cells, m.warps};
+      cursor.prefetch(ptx::thread() % 32);
       ptx::sync_block();  // the stage before is multiplied
-      stage_x(m, w, range, x_shared);
-      ptx::sync_block();
-      const int64_t of_warp = warp_bytes<Cells>(m.weights.size);
-      accumulate(m, range, w.tokens * m.planes, rings + ptx::thread() / 32 * of_warp, x_shared, sums);
+      stage_x(m, w, cells, x_shared);
+      ptx::sync_block();  // x is there
+      accumulate<Cells, false, kTokenTiles>(cursor, ring, stage_bytes, x_shared, [&] { return w.tokens * m.planes; }, sums);
     }
-    auto* total = reinterpret_cast<float*>(rings);
-    add_warps(m, w.tokens * m.planes, total, sums);
-    finish(m, w, total);
+    store_sums<kTokenTiles>(sums, w.tokens * m.planes, ring);
+    ptx::sync_block();  // all warps' sums are there
+    finish(m, w, rings, ring_bytes);
   }
 
  private:
-  PYLLMQ_MEMBER static Cursor<Cells> cursor_of(const Multiplication& m, const Range& range) {
-    return {range, static_cast<int>(m.weights.size), m.warps, range.begin + ptx::thread() / 32, 0, 0};
-  }
-
-  // x of these cells as fragments: 16 bits [step][column of the product][t][i][2] hold columns 8i + 2t and the next.
-  PYLLMQ_MEMBER static void stage_x(const Multiplication& m, const Work& w, const Range& range, uint16_t* x_shared) {
-    const int64_t begin = int64_t{range.begin} * Cells::kColumns;
-    const int slots = (range.end - range.begin) * Cells::kColumns, product_columns = w.tokens * m.planes;
+  // x of these cells.
+  PYLLMQ_MEMBER static void stage_x(const Multiplication& m, const Work& w, const Range& cells, uint16_t* x_shared) {
+    const int64_t begin = int64_t{cells.begin} * Cells::kColumns;
+    const int slots = (cells.end - cells.begin) * Cells::kColumns, product_columns = w.tokens * m.planes;
     for (int token = 0; token < w.tokens; ++token) {
       const int64_t row = w.x_row[token];
       for (int slot = ptx::thread(); slot < slots; slot += threads(m)) {
         const int64_t column = begin + slot;
-        const int in_step = slot % kStepColumns;
-        uint16_t* to = x_shared + (slot / kStepColumns * product_columns + token * m.planes) * kStepColumns +
-                       in_step % 8 / 2 * 8 + in_step / 8 * 2 + in_step % 2;
+        uint16_t* to = x_shared + place_of_x(slot, token * m.planes, product_columns);
         const bool inside = column < m.columns;
         if constexpr (Cells::kBf16) {
           float rest = inside ? load_element(m.x.source, m.x.dtype, row * m.columns + column) : 0.0f;
@@ -170,67 +92,14 @@ struct CellWeights {
     }
   }
 
-  // Adds this warp's cells to the sums.
-  PYLLMQ_MEMBER static void accumulate(const Multiplication& m, const Range& range, int product_columns, uint8_t* memory,
-                                       const uint16_t* x_shared, StripSums<kTokenTiles> (&sums)[kStrips]) {
-    const int lane = ptx::thread() % 32, stage_bytes = static_cast<int>(m.weights.size);
-    uint8_t* ring = memory;
-    uint8_t* tables = ring + Cells::kStages * stage_bytes;
-    uint8_t* own = tables + Cells::kStages * Cells::kTableBytes;
-    Cursor<Cells> cursor = cursor_of(m, range);
-    for (int ahead = 0; ahead < Cells::kStages - 1; ++ahead) cursor.fetch(ring + ahead * stage_bytes, tables, lane);
-    constexpr int kSteps = Cells::kColumns / kStepColumns;
-    int stage = 0, table = 0;
-    for (int cell = range.begin + ptx::thread() / 32; cell < range.end; cell += m.warps) {
-      const auto x = [&](int step, StepX<kTokenTiles>& fragments) {
-        load_x<kTokenTiles>(x_shared + ((cell - range.begin) * kSteps + step) * product_columns * kStepColumns, product_columns,
-                            lane, fragments);
-      };
-      unrolled<kStrips>([&](int strip) {
-        if (strip >= range.strips) return;
-        cursor.fetch(ring + (stage + Cells::kStages - 1) % Cells::kStages * stage_bytes, tables, lane);
-        ptx::wait_async<Cells::kStages - 1>();
-        ptx::sync_warp();
-        const uint8_t* cell_tables = tables + table * Cells::kTableBytes;
-        if (strip == 0) Cells::begin_cell(cell_tables, own, lane);
-        Cells::template multiply<kTokenTiles>(ring + stage * stage_bytes, cell_tables, own, lane, x, sums[strip]);
-        ptx::sync_warp();  // the next fetch overwrites this stage
-        stage = (stage + 1) % Cells::kStages;
-      });
-      table = (table + 1) % Cells::kStages;
-    }
-    ptx::wait_async<0>();
-  }
-
-  // The warps' sums, added in order: [column of the product, row], in place of the rings.
-  PYLLMQ_MEMBER static void add_warps(const Multiplication& m, int product_columns, float* total,
-                                      const StripSums<kTokenTiles> (&sums)[kStrips]) {
-    const int lane = ptx::thread() % 32;
-    const auto of_warp = static_cast<int>(warp_bytes<Cells>(m.weights.size) / 4);
-    float* const own = total + ptx::thread() / 32 * of_warp;
-    unrolled<kStrips, kStripTiles>([&](int strip, int tile) {
-      unrolled<kTokenTiles, 4>([&](int i, int e) {
-        const int column = i * 8 + lane % 4 * 2 + e % 2, row = strip * kStripRows + tile * 16 + lane / 4 + e / 2 * 8;
-        if (column < product_columns) own[column * kRows + row] = sums[strip][tile][i][e];
-      });
-    });
-    ptx::sync_block();
-    for (int i = ptx::thread(); i < product_columns * kRows; i += threads(m)) {
-      float sum = total[i];
-      for (int warp = 1; warp < m.warps; ++warp) sum += total[warp * of_warp + i];
-      total[i] = sum;
-    }
-    ptx::sync_block();
-  }
-
   // What the outliers of a row in this split's columns add for a token, in the unit of its planes.
   PYLLMQ_MEMBER static float outliers_of(const Multiplication& m, const Work& w, int token, int64_t row) {
     const SparseHeader& h = *w.header;
     const uint16_t* x = m.x.planes + int64_t{w.x_row[token]} * m.planes * m.columns;
     const auto first_of = [&](int cell) { return outlier_from(h, row, int64_t{cell} * Cells::kColumns); };
-    const uint32_t end = first_of(w.cell_end);
+    const uint32_t end = first_of(w.strips.cells.end);
     float sum = 0.0f;
-    for (uint32_t i = first_of(w.cell_begin); i < end; ++i) {
+    for (uint32_t i = first_of(w.strips.cells.begin); i < end; ++i) {
       const uint32_t column = section<uint32_t>(h, h.outlier_columns_offset)[i];
       float value = ptx::fp16_to_fp32(x[column]);
       if (m.planes == 2) value += ptx::fp16_to_fp32(x[m.columns + column]) * (1.0f / kLowPlane);
@@ -239,15 +108,15 @@ struct CellWeights {
     return sum;
   }
 
-  // Planes, outliers, row scale.
-  PYLLMQ_MEMBER static void finish(const Multiplication& m, const Work& w, const float* total) {
+  // Sums of all warps, planes, outliers, row scale.
+  PYLLMQ_MEMBER static void finish(const Multiplication& m, const Work& w, const uint8_t* rings, int64_t ring_bytes) {
     const SparseHeader& h = *w.header;
-    const int64_t row_begin = int64_t{w.strip_begin} * kStripRows;
+    const int64_t row_begin = w.strips.row_begin();
     for (int token = 0; token < w.tokens; ++token)
       for (int row = ptx::thread(); row < w.rows; row += threads(m)) {
         float sum = 0.0f, weight = 1.0f;
         for (int plane = 0; plane < m.planes; ++plane) {
-          sum += total[(token * m.planes + plane) * kRows + row] * weight;
+          sum += sum_of_warps<kTokenTiles>(rings, ring_bytes, m.warps, token * m.planes + plane, row) * weight;
           if (!Cells::kBf16) weight *= 1.0f / kLowPlane;
         }
         if (Cells::kKind == SparseKind::codes && h.outliers != 0) sum += outliers_of(m, w, token, row_begin + row);
@@ -278,7 +147,8 @@ MultiplyPlan plan_of(const MultiplyProblem& problem, int64_t splits) {
   plan.parts = ceil_div(problem.rows, plan.part_rows);
   const auto bytes = [&](int64_t warps, int64_t x_bytes) {
     return static_cast<int64_t>(sizeof(typename CellWeights<Cells, 1>::Shared)) + x_bytes +
-           warps * warp_bytes<Cells>(problem.weights.size);
+           warps * (token_tiles == 1 ? cell_ring_bytes<Cells, 1>(problem.weights.size)
+                                     : cell_ring_bytes<Cells, 2>(problem.weights.size));
   };
   const int64_t most_x = std::min(kMostXBytes, cells * cell_x);
   plan.warps = kMostWarps;

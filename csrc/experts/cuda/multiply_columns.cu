@@ -1,8 +1,6 @@
 // Experts laid out as column numbers, which few kept weights and fp32 values are: fp32 products of the kept weights alone
 // (sparse/cuda/column_entries.cuh), as in sparse_columns_linear.
-//
-// A block takes 64 rows and a split of the panels of 4096 columns; x of one panel and up to 4 pairs of the tile lies in shared
-// memory at once.
+// A block takes a split of the panels, and up to 4 pairs of the tile at once.
 #include <algorithm>
 
 #include "experts/cuda/multiply.cuh"
@@ -14,12 +12,6 @@
 namespace pyllmq::cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kItemRows = kStripRows;
-constexpr int kMostTokens = 4;
-constexpr int kBlocksPerMultiprocessor = 2;
-
 template <ValueType kType, int kTokens>
 struct ColumnWeights {
   using Header = SparseHeader;
@@ -28,7 +20,7 @@ struct ColumnWeights {
   };
   struct Shared {
     Work work;
-    float total[kTokens][kItemRows];
+    RowTotals<kTokens> totals;
     PanelX<kTokens> x;
   };
 
@@ -49,49 +41,28 @@ struct ColumnWeights {
   PYLLMQ_MEMBER static void run(const Multiplication& m, Shared& shared) {
     const Work& w = shared.work;
     for (int first = 0; first < w.tokens; first += kTokens) {
-      for (int i = ptx::thread(); i < kTokens * kItemRows; i += kThreads) shared.total[i / kItemRows][i % kItemRows] = 0.0f;
+      for (int i = ptx::thread(); i < kTokens * kItemRows; i += kThreads) shared.totals[i / kItemRows][i % kItemRows] = 0.0f;
       for (int panel = w.panel_begin; panel < w.panel_end; ++panel) {
         ptx::sync_block();  // all are done with x, and see the sums begin at 0
-        stage_x(m, w, first, panel, shared.x);
-        ptx::sync_block();
-        add_panel(w, panel, shared);
+        stage_panel<kTokens>(panel, w.tokens - first, m.columns, shared.x, [&](int token, int64_t column) {
+          return load_element(m.x.source, m.x.dtype, w.x_row[first + token] * m.columns + column);
+        });
+        ptx::sync_block();  // x is there
+        add_panel<kType, kTokens>(*w.header, panel, w.row_begin, w.rows, false, shared.x, shared.totals);
       }
-      ptx::sync_block();
+      ptx::sync_block();  // the sums are there
       finish(m, w, first, shared);
       ptx::sync_block();  // before the sums begin again
     }
   }
 
  private:
-  PYLLMQ_MEMBER static void stage_x(const Multiplication& m, const Work& w, int first, int panel, PanelX<kTokens>& x) {
-    for (int i = ptx::thread(); i < (kPanelColumns + 1) * kTokens; i += kThreads) {
-      const int token = i / (kPanelColumns + 1), column = i % (kPanelColumns + 1);
-      const int64_t k = int64_t{panel} * kPanelColumns + column;
-      const bool inside = column < kPanelColumns && k < m.columns && first + token < w.tokens;
-      x[column][token] = inside ? load_element(m.x.source, m.x.dtype, w.x_row[first + token] * m.columns + k) : 0.0f;
-    }
-  }
-
-  // A warp takes every eighth row.
-  PYLLMQ_MEMBER static void add_panel(const Work& w, int panel, Shared& shared) {
-    const SparseHeader& h = *w.header;
-    for (int row = ptx::thread() / 32; row < w.rows; row += kWarps) {
-      const uint32_t* begin = section<uint32_t>(h, h.begin_offset) + panel * (h.rows + 1) + w.row_begin + row;
-      float sums[kTokens] = {};
-      add_row<kType, kTokens>(h, shared.x, int64_t{begin[0]} * kEntryGroup, int64_t{begin[1]} * kEntryGroup, sums);
-      unrolled<kTokens>([&](int token) {
-        for (int mask = 16; mask > 0; mask /= 2) sums[token] += ptx::shuffle_xor(sums[token], mask);
-        if (ptx::thread() % 32 == 0) shared.total[token][row] += sums[token];
-      });
-    }
-  }
-
   PYLLMQ_MEMBER static void finish(const Multiplication& m, const Work& w, int first, const Shared& shared) {
     const SparseHeader& h = *w.header;
     const int tokens = w.tokens - first < kTokens ? w.tokens - first : kTokens;
     for (int i = ptx::thread(); i < tokens * w.rows; i += kThreads) {
       const int token = i / w.rows, row = i % w.rows;
-      float sum = shared.total[token][row];
+      float sum = shared.totals[token][row];
       if (h.scale_offset != 0) sum *= section<float>(h, h.scale_offset)[w.row_begin + row];
       sums_of(m, w.split, w.first_pair + first + token)[w.row_begin + row] = sum;
     }

@@ -82,9 +82,9 @@ PYLLMQ_DEVICE Scanned scan_block(uint32_t value, uint32_t (&room)[kWarps]) {
 
 PYLLMQ_DEVICE float largest_of_block(float value, uint32_t (&room)[kWarps]) {
   for (int mask = 16; mask > 0; mask /= 2) value = fmaxf(value, ptx::shuffle_xor(value, mask));
-  ptx::sync_block();
+  ptx::sync_block();  // room is read, where the block had a row before
   if (ptx::thread() % 32 == 0) room[ptx::thread() / 32] = ptx::fp32_to_bits(value);
-  ptx::sync_block();
+  ptx::sync_block();  // the largest of each warp is there
   for (int i = 0; i < kWarps; ++i) value = fmaxf(value, ptx::bits_to_fp32(room[i]));
   return value;
 }

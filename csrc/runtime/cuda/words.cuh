@@ -87,6 +87,15 @@ PYLLMQ_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   return d;
 }
 
+// word >> kBits, by the pipe of multiplications: that of shifts has `permute`, too, and is what decoding waits for. The factor is
+// one that the compiler does not know, or it would write a shift.
+static __constant__ uint32_t shift_factors[2] = {1u << 16, 1u << 31};
+template <int kBits>
+PYLLMQ_DEVICE uint32_t shift_by_multiplying(uint32_t word) {
+  static_assert(kBits == 16 || kBits == 1, "what kernels use");
+  return __umulhi(word, shift_factors[kBits == 1]);
+}
+
 PYLLMQ_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 
 // What the warp's lane holds.

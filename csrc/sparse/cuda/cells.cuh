@@ -8,8 +8,9 @@
 //   spread_step         put(row of the strip, column of the cell, fp16 or bf16); `next` is the state of a bitmap's walk
 #pragma once
 #include "codebook/cuda/decode.cuh"
-#include "sparse/cuda/layout.h"
 #include "runtime/cuda/words.cuh"
+#include "sparse/cuda/layout.h"
+#include "split_of_k.cuh"
 
 namespace pyllmq::cuda {
 
@@ -26,6 +27,29 @@ PYLLMQ_DEVICE uint32_t outlier_from(const SparseHeader& h, int64_t row, int64_t 
   }
   return begin;
 }
+
+// What a block works on.
+struct Strips {
+  int begin, count;  // of 64 rows
+  Range cells;
+  int strip_cells;
+  const uint8_t* data;  // of the weight, and its codebooks: here, since a loop has no registers for them
+  const uint8_t* codebooks;
+
+  PYLLMQ_MEMBER void take(const SparseHeader& h, int first, int most, int splits, int split) {
+    begin = first;
+    count = h.strips - begin < most ? static_cast<int>(h.strips - begin) : most;
+    strip_cells = static_cast<int>(h.cells);
+    cells = of_split(strip_cells, splits, split);
+    data = section<uint8_t>(h, h.data_offset);
+    codebooks = section<uint8_t>(h, h.codebook_offset);
+  }
+  PYLLMQ_MEMBER int64_t row_begin() const { return int64_t{begin} * kStripRows; }
+  PYLLMQ_MEMBER int rows(const SparseHeader& h) const {
+    const int64_t left = h.rows - row_begin();
+    return left < count * kStripRows ? static_cast<int>(left) : count * kStripRows;
+  }
+};
 
 template <int kTokenTiles>
 using StripSums = float[kStripTiles][kTokenTiles][4];

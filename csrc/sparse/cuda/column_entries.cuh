@@ -1,10 +1,16 @@
-// A row's kept weights as the layout `columns` (layout.h) holds them, times x in shared memory.
+// A row's kept weights as the layout `columns` (layout.h) holds them, times x in shared memory: for sparse_columns_linear and the
+// experts. A block has 64 rows, of which a warp takes every eighth, and x of a panel and up to 4 tokens at once.
 #pragma once
 #include "runtime/cuda/words.cuh"
 #include "sparse/cuda/layout.h"
 
 namespace pyllmq::cuda {
 
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kItemRows = kStripRows;
+constexpr int kMostTokens = 4;
+constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int kWarpEntries = 32 * kEntryGroup;
 
 // x of a panel by column; the last is 0: where steps that fill up may end.
@@ -65,6 +71,34 @@ PYLLMQ_DEVICE void add_row(const SparseHeader& h, const PanelX<kTokens>& x, int6
       const int place = at < kPanelColumns ? at : kPanelColumns;
       const float value = now.value(i);
       unrolled<kTokens>([&](int token) { sums[token] = fmaf(value, x[place][token], sums[token]); });
+    });
+  }
+}
+
+// x of a panel: x_of(token, column), 0 beyond the last of each.
+template <int kTokens, class XOf>
+PYLLMQ_DEVICE void stage_panel(int64_t panel, int tokens, int64_t columns, PanelX<kTokens>& x, const XOf& x_of) {
+  for (int i = ptx::thread(); i < (kPanelColumns + 1) * kTokens; i += kThreads) {
+    const int token = i / (kPanelColumns + 1), column = i % (kPanelColumns + 1);
+    const int64_t k = panel * kPanelColumns + column;
+    x[column][token] = column < kPanelColumns && k < columns && token < tokens ? x_of(token, k) : 0.0f;
+  }
+}
+
+template <int kTokens>
+using RowTotals = float[kTokens][kItemRows];
+
+// Adds a panel to the totals of rows, or begins them with it.
+template <ValueType kType, int kTokens>
+PYLLMQ_DEVICE void add_panel(const SparseHeader& h, int64_t panel, int64_t row_begin, int rows, bool begins,
+                             const PanelX<kTokens>& x, RowTotals<kTokens>& totals) {
+  for (int row = ptx::thread() / 32; row < rows; row += kWarps) {
+    const uint32_t* begin = section<uint32_t>(h, h.begin_offset) + panel * (h.rows + 1) + row_begin + row;
+    float sums[kTokens] = {};
+    add_row<kType, kTokens>(h, x, int64_t{begin[0]} * kEntryGroup, int64_t{begin[1]} * kEntryGroup, sums);
+    unrolled<kTokens>([&](int token) {
+      for (int mask = 16; mask > 0; mask /= 2) sums[token] += ptx::shuffle_xor(sums[token], mask);
+      if (ptx::thread() % 32 == 0) totals[token][row] = begins ? sums[token] : totals[token][row] + sums[token];
     });
   }
 }

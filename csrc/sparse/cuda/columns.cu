@@ -1,9 +1,9 @@
 // bitmap_linear and sparse24_linear by column numbers (layout `cuda.columns`): the work is that of the kept weights alone, so it
 // serves where few are kept; and fp32 values, whose products are fp32 here.
 //
-// A block takes 64 rows and a range of panels of 4096 columns, with x of one panel and 1, 2 or 4 tokens in shared memory. A warp
-// takes every eighth row: its lanes take 8 entries each, a scan of the lanes' steps gives their columns, and the lanes' sums
-// are added at the end of the row's panel. The next entries are loaded before these are multiplied.
+// A block takes 64 rows and a range of panels of 4096 columns, with x of one panel and 1, 2 or 4 tokens in shared memory. Of a
+// warp's row the lanes take 8 entries each, a scan of their steps gives their columns, and the lanes' sums are added at the end
+// of the row's panel. The next entries are loaded before these are multiplied.
 #include <algorithm>
 #include <limits>
 
@@ -16,12 +16,6 @@
 namespace pyllmq::cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kItemRows = kStripRows;
-constexpr int kMostTokens = 4;
-constexpr int kBlocksPerMultiprocessor = 2;
-
 struct Arguments {
   LinearCall call;
   int splits, tokens_per_block;
@@ -30,7 +24,7 @@ struct Arguments {
 template <int kTokens>
 struct Shared {
   PanelX<kTokens> x;
-  float total[kTokens][kItemRows];
+  RowTotals<kTokens> totals;
   uint32_t arrived;
 };
 
@@ -42,7 +36,6 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const LinearCall& call = a.call;
   const auto dtype = static_cast<DType>(call.dtype);
   const auto& h = *reinterpret_cast<const SparseHeader*>(call.layout);
-  const int warp = ptx::thread() / 32, lane = ptx::thread() % 32;
   ptx::let_next_begin();
   if (!describes(h, SparseKind::columns, call.layout_bytes, call.rows, call.columns) || h.values != kType)
     return store_nan(call.y, dtype, call.tokens * call.rows, kThreads);
@@ -57,25 +50,11 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const int64_t first_panel = split * h.cells / a.splits, last_panel = (split + 1) * h.cells / a.splits;
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       ptx::sync_block();  // all are done with x, and with the item before
-      for (int i = ptx::thread(); i < (kPanelColumns + 1) * kTokens; i += kThreads) {
-        const int token = i / (kPanelColumns + 1), column = i % (kPanelColumns + 1);
-        const int64_t k = panel * kPanelColumns + column;
-        shared.x[column][token] = column < kPanelColumns && k < call.columns && token < tokens
-                                      ? load_element(call.x, dtype, (token_begin + token) * call.columns + k)
-                                      : 0.0f;
-      }
-      ptx::sync_block();
-      for (int row = warp; row < rows; row += kWarps) {
-        const uint32_t* begin = section<uint32_t>(h, h.begin_offset) + panel * (h.rows + 1) + row_begin + row;
-        float sums[kTokens] = {};
-        add_row<kType, kTokens>(h, shared.x, int64_t{begin[0]} * kEntryGroup, int64_t{begin[1]} * kEntryGroup, sums);
-        unrolled<kTokens>([&](int token) {
-          for (int mask = 16; mask > 0; mask /= 2) sums[token] += ptx::shuffle_xor(sums[token], mask);
-          if (lane != 0) return;
-          float& to = shared.total[token][row];
-          to = panel == first_panel ? sums[token] : to + sums[token];
-        });
-      }
+      stage_panel<kTokens>(panel, tokens, call.columns, shared.x, [&](int token, int64_t column) {
+        return load_element(call.x, dtype, (token_begin + token) * call.columns + column);
+      });
+      ptx::sync_block();  // x is there
+      add_panel<kType, kTokens>(h, panel, row_begin, rows, panel == first_panel, shared.x, shared.totals);
     }
     ptx::sync_block();
 
@@ -83,7 +62,7 @@ PYLLMQ_KERNEL void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       for (int i = ptx::thread(); i < tokens * rows; i += kThreads) body(i / rows, i % rows);
     };
     const auto sum_of = [&](int token, int row) {
-      const float sum = shared.total[token][row];
+      const float sum = shared.totals[token][row];
       return h.scale_offset == 0 ? sum : sum * section<float>(h, h.scale_offset)[row_begin + row];
     };
     uint32_t* counter = counter_of(call, h, token_begin / kTokens, h.strips, row_block);

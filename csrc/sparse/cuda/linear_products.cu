@@ -93,7 +93,6 @@ PYLLMQ_DEVICE void multiply_codebooks(const SparseHeader& h, const LinearCall& c
     shared.down[warp][0] = unit.down[0] + poison;
     shared.down[warp][1] = unit.down[1];
   }
-  ptx::sync_warp();
 }
 
 // Of a warp: tiles of 16 rows in pairs, by strip.
@@ -148,7 +147,8 @@ PYLLMQ_DEVICE void accumulate(const SparseHeader& h, const LinearCall& call, Sha
               uint32_t bytes[4];
               unrolled<2>([&](int i) {
                 bytes[i] = ptx::permute(near[plane][2 * half], near[plane][2 * half + 1], kept[i]);
-                bytes[2 + i] = ptx::permute(far[plane][2 * half], far[plane][2 * half + 1], kept[i] >> 16);
+                bytes[2 + i] =
+                    ptx::permute(far[plane][2 * half], far[plane][2 * half + 1], ptx::shift_by_multiplying<16>(kept[i]));
               });
               ptx::mma_m16n8k32(sums[strip][pair], bytes, adds[plane]);
             });
@@ -158,8 +158,8 @@ PYLLMQ_DEVICE void accumulate(const SparseHeader& h, const LinearCall& call, Sha
       ptx::sync_warp();  // the next fetch overwrites this stage
       used = used == (kStages - 1) * kCellBytes ? 0 : used + kCellBytes;
     });
-  ptx::wait_async<0>();
-  ptx::sync_warp();
+  ptx::wait_async<0>();  // for groups without copies
+  ptx::sync_warp();      // the ring is free
 }
 
 // A warp's sums in place of its ring, without units: [plane, row].

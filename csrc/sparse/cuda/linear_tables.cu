@@ -138,7 +138,7 @@ PYLLMQ_DEVICE void accumulate(const SparseHeader& h, const LinearCall& call, Sha
       ptx::sync_warp();  // the next fetch overwrites this stage
       used = used == (kStages - 1) * kCellBytes ? 0 : used + kCellBytes;
     });
-  ptx::wait_async<0>();
+  ptx::wait_async<0>();  // for groups without copies
 }
 
 // The four lanes that share rows have two of eight groups each.

@@ -7,14 +7,6 @@
 
 namespace pyllmq::cuda {
 
-struct Strips {
-  int begin, count;  // of 64 rows
-  Range cells;
-  int strip_cells;
-  const uint8_t* data;  // of the weight, and its codebooks: here, since a loop has no registers for them
-  const uint8_t* codebooks;
-};
-
 // Shared has `work`, of type Strips.
 template <class Cells, int kStrips, class Shared_, class Arguments = StreamArguments>
 struct SparseStream {
@@ -37,15 +29,9 @@ struct SparseStream {
   PYLLMQ_MEMBER void take(Item& item) const {
     if (ptx::thread() != 0) return;
     Strips& w = shared.work;
-    w.begin = item.row_part * kStrips;
-    w.count = h.strips - w.begin < kStrips ? static_cast<int>(h.strips - w.begin) : kStrips;
-    w.strip_cells = static_cast<int>(h.cells);
-    w.cells = of_split(w.strip_cells, a.splits, item.split);
-    w.data = section<uint8_t>(h, h.data_offset);
-    w.codebooks = section<uint8_t>(h, h.codebook_offset);
-    item.row_begin = int64_t{w.begin} * kStripRows;
-    const int64_t rows = h.rows - item.row_begin;
-    item.rows = rows < w.count * kStripRows ? static_cast<int>(rows) : w.count * kStripRows;
+    w.take(h, item.row_part * kStrips, kStrips, a.splits, item.split);
+    item.row_begin = w.row_begin();
+    item.rows = w.rows(h);
   }
 
   // What the sum of a row becomes; a row's outliers are found with its first token.

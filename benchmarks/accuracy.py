@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import mean, pstdev
@@ -33,7 +33,6 @@ from pyllmq.benchmarks.record import append, read_rows
 from pyllmq.compression import calibration
 from pyllmq.compression.calibration import Batch
 from pyllmq.compression.jobs.in_memory import visit_groups
-from pyllmq.compression.media import batches_of_files
 from pyllmq.compression.solver.hessian import factor_hessian
 from pyllmq.compression.solver.sweep import ColumnQuantizer, sweep_columns
 from pyllmq.compression.statistics.inputs import InputStatistics
@@ -160,19 +159,15 @@ def speech(place: Path, tuned: bool) -> Subject:
     tuning = [recording.file for recording in islice(spoken, whisper.TUNING)]
     drawn = [recording.file for recording in spoken]
 
-    @cache  # the model transcribes it: two seconds
-    def window(number: int) -> list[Batch]:
-        return batches_of_files(dense, model, [drawn[number]])
-
     def windows(draw: int) -> list[Batch]:
         start = draw * whisper.CALIBRATION // 2  # the text does not last for three draws of their own
-        return [batch for number in range(start, start + whisper.CALIBRATION) for batch in window(number)]
+        return whisper.heard(dense, model, drawn[start : start + whisper.CALIBRATION])
 
     return Subject(
         whisper.BUNDLED,
         dense,
         windows,
-        batches_of_files(dense, model, tuning) if tuned else [],
+        whisper.heard(dense, model, tuning) if tuned else [],
         lambda model: judge(model).kl,
         DEFAULT_EXCLUDE,
     )

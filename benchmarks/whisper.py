@@ -213,12 +213,17 @@ def sentences() -> list[str]:
 def record(folder: Path, windows: int, skip: int = 0) -> list[Recording]:
     """`windows` WAV files of 16 kHz in `folder`; of what there is to say, the first `skip` windows are left out.
 
-    Voices change from window to window, and every second window has white noise. Raises ValueError if there is not enough text,
-    FileNotFoundError without espeak-ng.
+    What an earlier call left there, with its texts.json, is not spoken again. Voices change from window to window, and every
+    second window has white noise. Raises ValueError if there is not enough text, FileNotFoundError without espeak-ng.
     """
     if shutil.which("espeak-ng") is None:
         raise FileNotFoundError("espeak-ng speaks the text and is not installed; apt-get install espeak-ng")
     folder.mkdir(parents=True, exist_ok=True)
+    written = folder / "texts.json"  # not NAME.txt beside NAME.wav: a decoder would be given that text for its own
+    texts = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
+    wanted = [folder / f"{number:04d}.wav" for number in range(skip, skip + windows)]
+    if all(file.name in texts and file.exists() for file in wanted):
+        return [Recording(file, texts[file.name]) for file in wanted]
     recordings, source = [], iter(sentences())
     generator = np.random.default_rng(0)
     waiting = next(source)
@@ -239,6 +244,8 @@ def record(folder: Path, windows: int, skip: int = 0) -> list[Recording]:
             file = folder / f"{number:04d}.wav"
             write_wav(file, spoken)
             recordings.append(Recording(file, " ".join(said)))
+    texts |= {recording.file.name: recording.text for recording in recordings}
+    written.write_text(json.dumps(texts), encoding="utf-8")
     return recordings
 
 
@@ -261,6 +268,17 @@ def write_wav(file: Path, samples: np.ndarray) -> None:
         sound.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
 
 
+def heard(dense: Any, folder: Path, files: Sequence[Path]) -> list[Batch]:
+    """Recordings with the transcript of `dense`, the model of `folder`; kept beside them, as each takes some seconds to write."""
+    batches = []
+    for file in files:
+        kept = file.with_suffix(".pt")
+        if not kept.exists() or kept.stat().st_mtime < file.stat().st_mtime:
+            torch.save(batches_of_files(dense, folder, [file])[0], kept)
+        batches.append(torch.load(kept, weights_only=True))
+    return batches
+
+
 # ---- what a model makes of it -------------------------------------------------------------------------------------------
 
 
@@ -280,7 +298,7 @@ class Judge:
 
     def __init__(self, dense: Any, folder: Path, recordings: Sequence[Recording]) -> None:
         self.folder, self.recordings = folder, recordings
-        self.batches = batches_of_files(dense, folder, [recording.file for recording in recordings])
+        self.batches = heard(dense, folder, [recording.file for recording in recordings])
         self.wanted = [self._logits(dense, batch) for batch in self.batches]
 
     @staticmethod

@@ -25,7 +25,6 @@ import pyllmq
 from pyllmq import ColumnCodebookConfig, KMeansConfig, StructuredConfig
 from pyllmq.benchmarks import whisper
 from pyllmq.compression.calibration import Batch, given_to_model
-from pyllmq.compression.media import batches_of_files
 from pyllmq.compression.methods.sizes import drop_layers, follow_config
 from pyllmq.loading import load_model
 from pyllmq.losses import SinkhornDistillationLoss
@@ -95,7 +94,7 @@ def main() -> None:
     teacher = load_model(folder, dtype=torch.float32)
     spoken = whisper.record(given.out / "speech", given.judged + given.windows)
     judge = whisper.Judge(teacher, folder, spoken[: given.judged])
-    batches = batches_of_files(teacher, folder, [recording.file for recording in spoken[given.judged :]])
+    batches = whisper.heard(teacher, folder, [recording.file for recording in spoken[given.judged :]])
 
     def show(name: str, model: Any) -> float:
         found = judge(model)

@@ -131,13 +131,25 @@ class OthersCpu:
         return sum(passed), sum(passed) - idle, own
 
 
+TORCH_ISA_VARIABLE = "ATEN_CPU_CAPABILITY"
+"""Holds torch's own kernels; oneDNN's and MKL's have ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS."""
+
+
+def held_to() -> str:
+    """The instruction sets that our kernels and torch's may not go beyond, where the environment says so."""
+    from pyllmq.backends.cpu.runtime import ISA_VARIABLE
+
+    held = {"": os.environ.get(ISA_VARIABLE), "torch to ": os.environ.get(TORCH_ISA_VARIABLE)}
+    named = [whose + isa for whose, isa in held.items() if isa]
+    return f", held to {', '.join(named)}" if named else ""
+
+
 def environment() -> dict[str, str]:
     """The fields of a row that are the same for a whole run, but for the ISA."""
     from pyllmq import __version__
-    from pyllmq.backends.cpu.runtime import ISA_VARIABLE
 
     return {
-        "device": cpu_model() + (f", held to {isa}" if (isa := os.environ.get(ISA_VARIABLE)) else ""),
+        "device": cpu_model() + held_to(),
         "torch": torch.__version__,
         "pyllmq": __version__,
         "commit": git_commit(),

@@ -112,6 +112,24 @@ def codebook_read_limit() -> str:
     return markdown(head, lines) + machine(used)
 
 
+ONE_TOKEN_BARS = {"avx2": (0.70, 0.60, 0.65, 0.55), "amx": (0.85, 0.75, 0.80, 0.70)}
+"""Of the read limit, at 4096 x 4096 and the widths of WIDTHS."""
+
+
+def codebook_one_token() -> str:
+    """Each share is the lowest of the runs."""
+    rows, lines = read(CSVS / "one_token.csv"), []
+    for isa, bars in ONE_TOKEN_BARS.items():
+        for width, bar in zip(WIDTHS, bars, strict=True):
+            worst = min((r for r in rows if (r.isa, r.provider) == (isa, f"pyllmq {width}")), key=lambda r: r.share_of_read_limit)
+            shares = f"{100 * worst.share_of_read_limit:.0f} %", f"{100 * bar:.0f} %"
+            lines.append([
+                {"amx": "AVX-512"}.get(isa, "AVX2"), WIDTHS[width], f"{worst.median_us:.0f} us", f"{worst.gb_per_s:.1f}", *shares,
+            ])  # fmt: skip
+    head = ["kernels", "weight", "time", "GB/s", "of the read limit", "bar"]
+    return markdown(head, lines) + machine(rows)
+
+
 def codebook_formats() -> str:
     """The first version of the kernels (`exact`, AVX2) beside torch's other formats."""
     rows = of_device(results(), "AMD", "square")
@@ -502,12 +520,18 @@ def streaming_table(what: str) -> str:
 
 
 ZEN3, ZEN5, AMX, AMX_AS_AVX2 = "family 25", "family 26", "family 6 model 167", "held to avx2"
+ALL_AS_AVX2 = "held to avx2, torch to avx2"
 
 
 def generation_rows(model: str, machine: str) -> list[generation.GenerationRow]:
     rows = generation.read(CSVS / "generation.csv")
     held = machine.startswith("held to")
-    rows = [row for row in rows if row.model == model and machine in row.device and held == ("held to" in row.device)]
+    rows = [
+        row
+        for row in rows
+        if row.model == model and (row.device.endswith(f", {machine}") if held else machine in row.device.partition(", held")[0])
+        and held == (", held" in row.device)
+    ]  # fmt: skip
     return [
         row for row in rows if not (held and row.system == "llama.cpp")
     ]  # which is compiled for more than ours is held to
@@ -576,6 +600,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "readme-accuracy": lambda: accuracy_table(accuracy.BUNDLED, ("CLAQ published", *accuracy.OURS), ENCODER_BITS, 4),
     "codebook-speed": lambda: codebook_speed("high", list(SHAPES)),
     "codebook-speed-fast": lambda: codebook_speed("fast", SQUARE),
+    "codebook-one-token": codebook_one_token,
     "codebook-read-limit": codebook_read_limit,
     "codebook-formats": codebook_formats,
     "codebook-llama": codebook_llama,
@@ -621,6 +646,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation-ratios-avx512": lambda: generation_ratios("TinyLlama-1.1B", ZEN5),
     "generation-amx": lambda: generation_table("TinyLlama-1.1B", AMX),
     "generation-ratios-amx": lambda: generation_ratios("TinyLlama-1.1B", AMX),
+    "generation-ratios-all-as-avx2": lambda: generation_ratios("TinyLlama-1.1B", ALL_AS_AVX2),
     "generation-ratios-amx-as-avx2": lambda: generation_ratios("TinyLlama-1.1B", AMX_AS_AVX2),
 }
 

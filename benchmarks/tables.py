@@ -121,7 +121,10 @@ def codebook_one_token() -> str:
     rows, lines = read(CSVS / "one_token.csv"), []
     for isa, bars in ONE_TOKEN_BARS.items():
         for width, bar in zip(WIDTHS, bars, strict=True):
-            worst = min((r for r in rows if (r.isa, r.provider) == (isa, f"pyllmq {width}")), key=lambda r: r.share_of_read_limit)
+            worst = min(
+                (r for r in rows if (r.isa, r.provider) == (isa, f"pyllmq {width}")),
+                key=lambda r: r.share_of_read_limit,
+            )
             shares = f"{100 * worst.share_of_read_limit:.0f} %", f"{100 * bar:.0f} %"
             lines.append([
                 {"amx": "AVX-512"}.get(isa, "AVX2"), WIDTHS[width], f"{worst.median_us:.0f} us", f"{worst.gb_per_s:.1f}", *shares,

@@ -623,7 +623,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pruning-causal": lambda: pruning_table("tiny_lm", 2),
     "low-rank": low_rank_table,
     "structured": lambda: structured_table(accuracy.BUNDLED, "5, 4, 3 of 6"),
-    "structured-whisper": lambda: structured_table(whisper.BUNDLED, "{}", (0.75, 0.5)),
+    "structured-whisper": lambda: structured_table(whisper.BUNDLED, "{}"),
     "structured-heads": lambda: structured_table("tiny_moe", "3, 2 of 4", (0.75, 0.5), percent=True),
     "structured-speed": structured_speed_table,
     "whisper": whisper_table,

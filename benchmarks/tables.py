@@ -532,9 +532,9 @@ def generation_rows(model: str, machine: str) -> list[generation.GenerationRow]:
     rows = [
         row
         for row in rows
-        if row.model == model and (row.device.endswith(f", {machine}") if held else machine in row.device.partition(", held")[0])
-        and held == (", held" in row.device)
-    ]  # fmt: skip
+        if row.model == model
+        and (row.device.endswith(f", {machine}") if held else machine in row.device and ", held" not in row.device)
+    ]
     return [
         row for row in rows if not (held and row.system == "llama.cpp")
     ]  # which is compiled for more than ours is held to

@@ -39,20 +39,24 @@ namespace {
 
 using py::arg;
 
-// The enumerator of a code, which are numbered as their names stand here.
-template <class Enum, class... Names>
-Enum enumerator(const char* what, int code, const Names&... names) {
-  if (code >= 0 && code < static_cast<int>(sizeof...(names))) return static_cast<Enum>(code);
+// Enumerators are numbered as their names stand here.
+constexpr std::array kDTypes = {"fp32", "bf16", "fp16"};
+constexpr std::array kPrecisions = {"exact", "high", "fast"};
+constexpr std::array kPaths = {"tables", "decode", "automatic"};
+constexpr std::array kKMeans1dMethods = {"exact", "windowed", "lloyd"};
+
+template <class Enum, size_t kCount>
+Enum enumerator(const char* what, int code, const std::array<const char*, kCount>& names) {
+  if (code >= 0 && code < static_cast<int>(kCount)) return static_cast<Enum>(code);
   std::string allowed;
-  int next = 0;
-  ((allowed += (next == 0 ? "" : ", ") + std::to_string(next) + " (" + names + ")", ++next), ...);
+  for (size_t i = 0; i < kCount; ++i) allowed += (i == 0 ? "" : ", ") + std::to_string(i) + " (" + names[i] + ")";
   throw std::invalid_argument(std::string(what) + " " + std::to_string(code) + "; allowed: " + allowed);
 }
 
-DType dtype_of(int code) { return enumerator<DType>("dtype code", code, "fp32", "bf16", "fp16"); }
-Precision precision_of(int code) { return enumerator<Precision>("precision", code, "exact", "high", "fast"); }
-LinearPath path_of(int code) { return enumerator<LinearPath>("path", code, "tables", "decode", "automatic"); }
-KMeans1dMethod kmeans_method_of(int code) { return enumerator<KMeans1dMethod>("method", code, "exact", "windowed", "lloyd"); }
+DType dtype_of(int code) { return enumerator<DType>("dtype code", code, kDTypes); }
+Precision precision_of(int code) { return enumerator<Precision>("precision", code, kPrecisions); }
+LinearPath path_of(int code) { return enumerator<LinearPath>("path", code, kPaths); }
+KMeans1dMethod kmeans_method_of(int code) { return enumerator<KMeans1dMethod>("method", code, kKMeans1dMethods); }
 
 void* elements(Pointer pointer, DType dtype) {
   return dtype == DType::fp32 ? static_cast<void*>(as<float>(pointer)) : static_cast<void*>(as<uint16_t>(pointer));
@@ -137,10 +141,8 @@ TorchTensors& torch_tensors() {
 
 std::optional<Precision> precision_named(py::handle name) {
   if (PyUnicode_Check(name.ptr()) == 0) return std::nullopt;
-  static constexpr std::pair<const char*, Precision> kNames[] = {
-      {"high", Precision::high}, {"exact", Precision::exact}, {"fast", Precision::fast}};
-  for (const auto& [known, precision] : kNames)
-    if (PyUnicode_CompareWithASCIIString(name.ptr(), known) == 0) return precision;
+  for (size_t code = 0; code < kPrecisions.size(); ++code)
+    if (PyUnicode_CompareWithASCIIString(name.ptr(), kPrecisions[code]) == 0) return static_cast<Precision>(code);
   return std::nullopt;
 }
 

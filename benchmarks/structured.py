@@ -157,7 +157,7 @@ class Speed:
 def speed(subject: Subject, keep: float, sentences: int) -> Speed:
     torch.set_num_threads(1)
     thin, batch = copy.deepcopy(subject.dense), subject.calibration(0)[0]
-    batch = {key: value[:sentences] for key, value in given_to_model(batch).items()}
+    batch = {key: value[:sentences] for key, value in given_to_model(batch, thin).items()}
     pyllmq.prune_structured(thin, StructuredConfig(keep), [batch])
     weights = {name: sum(dense_weight(m).numel() for m in select_linears(model, None, subject.exclude).values())
                for name, model in (("dense", subject.dense), ("narrow", thin))}  # fmt: skip

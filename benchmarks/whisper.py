@@ -304,7 +304,7 @@ class Judge:
     @staticmethod
     @torch.no_grad()
     def _logits(model: Any, batch: Batch) -> Tensor:
-        return model(**given_to_model(batch)).logits[0].float().log_softmax(-1)
+        return model(**given_to_model(batch, model)).logits[0].float().log_softmax(-1)
 
     def __call__(self, model: Any, words: bool = False) -> Judgement:
         total = agreed = tokens = 0.0

@@ -103,7 +103,8 @@ def main() -> None:
 
     def judged(model: Any) -> float:
         return sum(
-            float(KL(model(**given_to_model(b)).logits, teacher(**given_to_model(b)).logits)) for b in batches[:4]
+            float(KL(model(**given_to_model(b, model)).logits, teacher(**given_to_model(b, teacher)).logits))
+            for b in batches[:4]
         )
 
     print("| decoder | KL from the full model | same next token |\n|---|--:|--:|")

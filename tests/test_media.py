@@ -75,6 +75,25 @@ def test_whisper_by_its_own_transcript(whisper, sounds, tmp_path, capsys):
     assert (out / "preprocessor_config.json").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "job",
+    [["--bits", "3"], ["--method", "structured", "--keep", "0.5", "--bits", "4"], ["--preset", "best", "--tune", "2"]],
+    ids=["packed", "narrow and packed", "tuned"],
+)
+def test_models_in_half_precision_hear_float32(whisper, sounds, tmp_path, capsys, dtype, job):
+    model = models.tiny_whisper().to(dtype)
+    model.save_pretrained(whisper)
+    command = ["compress", str(whisper), str(tmp_path / "out"), "--calibration", str(sounds), "--quiet", *job]
+    assert main(command) == 0, capsys.readouterr().err
+    packed = pyllmq.from_pretrained(tmp_path / "out")
+    assert isinstance(packed.model.encoder.layers[0].fc1, pyllmq.CodebookLinear)
+    assert packed.model.encoder.conv1.weight.dtype == dtype
+    (batch,) = batches_of_files(packed, tmp_path / "out", media_files(packed, sounds)[:1])
+    batch["input_features"] = batch["input_features"].to(dtype)
+    assert packed(**batch).logits.isfinite().all()
+
+
 def test_errors_of_sounds(whisper, sounds, tmp_path, capsys):
     def refused(folder: Path, *words: str) -> str:
         assert (

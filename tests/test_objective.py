@@ -107,7 +107,7 @@ def test_with_labels_it_is_the_loss_of_transformers(kind, make, labels):
     wanted = model(**batch, **labels).loss
     config = model.config.to_dict()
     (made,) = as_batches([batch | labels], model)
-    answer = answer_of(model, model(**given_to_model(made)), made)
+    answer = answer_of(model, model(**given_to_model(made, model)), made)
     (loss,) = losses(answer, torch.Generator())
     counted = sum(int((targets >= 0).sum()) for targets in answer.targets if targets is not None)
     torch.testing.assert_close(loss / counted, wanted, rtol=1e-4, atol=1e-4)

@@ -266,9 +266,14 @@ def after_start(ids: Tensor, config: Any) -> Tensor:
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
 
 
-def given_to_model(batch: Batch) -> Batch:
-    """The arguments of its forward."""
-    return {key: value for key, value in batch.items() if key not in LABELS}
+def given_to_model(batch: Batch, model: Any) -> Batch:
+    """The arguments of its forward. Sounds and images, which processors make in float32, are in the model's own dtype."""
+    dtype = getattr(model, "dtype", None)
+    return {
+        key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        for key, value in batch.items()
+        if key not in LABELS
+    }
 
 
 def token_mask(batch: Batch, name: str, shape: Sequence[int], crossing: bool = False) -> Tensor | None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..loading import is_causal, load_extractor, load_tokenizer
-from .calibration import Batch, after_start, builtin_sentences
+from .calibration import Batch, after_start, builtin_sentences, given_to_model
+from .half_products import widened_products
 
 SUFFIXES = {"audio": (".wav",), "image": (".png", ".jpg", ".jpeg", ".bmp", ".webp")}
 TAKEN = {"input_features": "audio", "input_values": "audio", "pixel_values": "image"}
@@ -108,8 +109,8 @@ def _written(model: Any, source: str | Path, batch: Batch, file: Path) -> Batch:
     text = _text_beside(file)
     if text is None:
         device = next(model.parameters()).device
-        given = {key: value.to(device) for key, value in batch.items()}
-        with torch.no_grad():
+        given = {key: value.to(device) for key, value in given_to_model(batch, model).items()}
+        with torch.no_grad(), widened_products(model):
             # Whisper gives out its prompt (language, task) only so.
             ids = model.generate(**given, return_dict_in_generate=True).sequences.cpu()
     else:

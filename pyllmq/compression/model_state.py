@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .half_products import widened_products
+
 
 @contextmanager
 def quiet_eval(*models: nn.Module) -> Iterator[None]:
-    """Eval mode (no dropout) and no key-value cache."""
+    """Eval mode (no dropout), no key-value cache, and products at the speed of fp32 at least."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     caching: list[Any] = [
         model.config for model in models if getattr(getattr(model, "config", None), "use_cache", None)
@@ -23,7 +25,8 @@ def quiet_eval(*models: nn.Module) -> Iterator[None]:
     for config in caching:
         config.use_cache = False
     try:
-        yield
+        with widened_products(*models):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

@@ -35,6 +35,8 @@ WARM_UP = 0.05
 """Share of the steps in which the learning rate rises; then it falls along a cosine to zero."""
 OTHERS = 0.1
 """Learning rate of biases and norms, whose unit is 1, as a share of the codebooks'."""
+SCALE = 2.0**12
+"""What the loss of a model in fp16 is multiplied by at first: a mean over thousands of tokens has gradients below 6e-8."""
 
 
 def tune_codebooks(
@@ -74,8 +76,8 @@ def tune_codebooks(
     def loss() -> Tensor:
         batch = {key: value.to(device) for key, value in batches[next(order)].items()}
         with torch.no_grad():
-            wanted = dense(**given_to_model(batch))
-        return mismatch(model, model(**given_to_model(batch)), wanted, batch)
+            wanted = dense(**given_to_model(batch, dense))
+        return mismatch(model, model(**given_to_model(batch, model)), wanted, batch)
 
     # transformers' own switch for this works in training mode only.
     again = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
@@ -187,8 +189,13 @@ def _train(
             replace_module(model, name, module)
         moves = [p for module in trained.values() for p in module.moves()]
         biases = [module.bias for module in trained.values() if module.bias is not None]
-        groups: list[dict[str, Any]] = [{"params": moves}, {"params": [*others, *biases], "scale": OTHERS}]
+        # bf16 and fp16 have no room for steps this small, and Adam's epsilon is 0 in fp16.
+        exact = [nn.Parameter(p.detach().float().clone()) for p in others]
+        groups: list[dict[str, Any]] = [{"params": moves}, {"params": [*exact, *biases], "scale": OTHERS}]
         optimizer = torch.optim.Adam(groups, lr=learning_rate, betas=(0.9, 0.95))
+        used = {p.dtype for p in scope.parameters()}
+        device = next(scope.parameters()).device.type
+        scaler = torch.amp.GradScaler(device, init_scale=SCALE, enabled=torch.float16 in used)
         with gradients_for(model, [*moves, *others, *biases]):
             for step in range(steps):
                 rate = learning_rate * _schedule(step, steps)
@@ -200,8 +207,14 @@ def _train(
                         f"the tuning loss is {loss.item()} at step {step}; lower learning_rate (given: {learning_rate:g})"
                     )
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
+                scaler.scale(loss).backward()
+                for own, p in zip(exact, others, strict=True):
+                    own.grad, p.grad = None if p.grad is None else p.grad.float(), None
+                scaler.step(optimizer)
+                scaler.update()
+                with torch.no_grad():
+                    for own, p in zip(exact, others, strict=True):
+                        p.copy_(own)
                 losses.append(loss.item())
                 bar.set_postfix_str(f"loss {losses[-1]:.5f}", refresh=False)
                 bar.update()

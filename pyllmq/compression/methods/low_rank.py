@@ -411,12 +411,12 @@ def _searched(
         return judge(tried[-1])
 
     with torch.no_grad():
-        wanted = [run.loop.model(**given_to_model(batch)) for batch in batches]
+        wanted = [run.loop.model(**given_to_model(batch, run.loop.model)) for batch in batches]
 
     def judge(ranks: Mapping[str, int]) -> float:
         with _projected(run, linears, known, ranks, config), torch.no_grad():
             found = [
-                float(mismatch(run.loop.model, run.loop.model(**given_to_model(batch)), output, batch))
+                float(mismatch(run.loop.model, run.loop.model(**given_to_model(batch, run.loop.model)), output, batch))
                 for batch, output in zip(batches, wanted, strict=True)
             ]
         return sum(found) / len(found)

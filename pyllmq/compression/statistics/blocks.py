@@ -235,7 +235,7 @@ class BlockLoop:
                 hooks.callback(stage.block.register_forward_pre_hook(begin(name), with_kwargs=True).remove)
                 hooks.callback(stage.block.register_forward_hook(end(name)).remove)
                 hooks.callback(self.weights.drop, name)
-            self.model(**given_to_model(self.first))
+            self.model(**given_to_model(self.first, self.model))
         return list(self.seen)
 
     def _is_alike(self, chain: Chain) -> bool:
@@ -316,7 +316,7 @@ class BlockLoop:
 
         with self._stubs(stub, with_graph=False):
             try:
-                self.model(**given_to_model(batch))
+                self.model(**given_to_model(batch, self.model))
             except Enough:
                 return recorded
         raise ValueError(
@@ -328,7 +328,7 @@ class BlockLoop:
         """The model's output for a batch; blocks of chains that are done give out what they gave then."""
 
         with self._stubs(lambda name, call: self._done(name, index, call.hidden)):
-            return self.model(**given_to_model(self.batches[index]))
+            return self.model(**given_to_model(self.batches[index], self.model))
 
     def _done(self, name: str, index: int, hidden: Tensor) -> Tensor | None:
         if name not in self.outputs:

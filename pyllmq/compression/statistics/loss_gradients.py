@@ -19,7 +19,7 @@ from ...memory import return_freed
 from ...weights import OUTSIDE
 from ..calibration import Batch, given_to_model, token_mask
 from ..model_state import gradients_for, hooked
-from ..objective import checked_answer, losses
+from ..objective import NoLossError, checked_answer, losses
 from ..ranks import ALONE, Ranks
 from .blocks import BlockLoop, Call, Chain, Stage
 
@@ -71,11 +71,14 @@ class LossGradients:
 
 
 def output_gradients(model: nn.Module, linears: Mapping[str, nn.Module], batches: Sequence[Batch]) -> LossGradients:
-    """Row and token weights of each Linear for the model's own loss (`objective`). Raises NoLossError if it has none."""
+    """Row and token weights of each Linear for the model's own loss (`objective`).
+
+    Raises NoLossError for a model that has none, or a gradient of it that is not finite.
+    """
     watched = _Watched(linears, batches)
     with gradients_for(model), watched.hooks():
         for watched.index, batch in enumerate(batches):
-            answer = checked_answer(model, model(**given_to_model(batch)), batch)
+            answer = checked_answer(model, model(**given_to_model(batch, model)), batch)
             found = losses(answer, _generator(watched.index))
             for left, loss in enumerate(found, 1 - len(found)):
                 loss.backward(retain_graph=left < 0)
@@ -93,7 +96,7 @@ def output_gradients_by_block(
         stored: keeps the inputs of a block by its name between the two ways: write, read, remove.
 
     Raises:
-        NoLossError: a model that has no loss.
+        NoLossError: a model that has no loss, or a gradient of it that is not finite.
     """
     watched = _Watched(linears, loop.batches)
     ways: list[_Way] = []
@@ -241,7 +244,7 @@ class _Watched:
         return hook
 
     def result(self, ranks: Ranks = ALONE) -> LossGradients:
-        """Of all processes."""
+        """Of all processes. Raises NoLossError for a gradient that is not finite."""
         tokens = {name: [known[i] for i in sorted(known)] for name, known in self.tokens.items()}
         complete = {name: known for name, known in tokens.items() if len(known) == len(self.batches)}
         shares = ranks.gather((self.squares, complete))
@@ -249,6 +252,10 @@ class _Watched:
         for name in self.linears:
             if parts := [squares[name] for squares, _ in shares if name in squares]:
                 total = torch.stack(parts).sum(0)
+                if not bool(torch.isfinite(total).all()):
+                    raise NoLossError(
+                        f"the gradient of the loss at {name} is not finite; look for overflows of its dtype"
+                    )
                 found.row_weights[name], found.scales[name] = _limited(total), float(total.mean())
             if all(name in known for _, known in shares):
                 all_tokens = ranks.interleaved([known[name] for _, known in shares])

@@ -13,6 +13,7 @@ Source: Hutchinson 1989; Shao et al. 2023 (arXiv 2310.09499), eq. 5 and 6, for t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -42,7 +43,8 @@ def trace_per_weight(
         draws: random vectors for each batch.
 
     Raises:
-        ValueError: an unknown method, or a model whose output has neither logits nor hidden states.
+        ValueError: an unknown method, a model whose output has neither logits nor hidden states, or sensitivities that are not
+            finite.
     """
     if method not in ("fisher", "hutchinson"):
         raise ValueError(f"method is {method!r}; allowed: 'fisher', 'hutchinson'")
@@ -55,6 +57,11 @@ def trace_per_weight(
             for _ in range(draws):
                 for i, value in enumerate(estimate(model, weights, batch, generator)):
                     sums[i] += value
+    if bad := [name for name, value in zip(linears, sums, strict=True) if not math.isfinite(value)]:
+        raise ValueError(
+            f"{method!r} sensitivities of {len(bad)} of {len(linears)} Linears, such as {bad[0]}, are not finite in "
+            f"{weights[0].dtype}; load the model in float32 or bfloat16, or use allocation='uniform' or 'owl'"
+        )
     runs = len(batches) * draws
     return {name: sums[i] / (runs * weights[i].numel()) for i, name in enumerate(linears)}
 
@@ -105,7 +112,7 @@ def _outputs(model: nn.Module, batch: Batch) -> list[tuple[Tensor, Tensor | None
 
     Raises ValueError for an output that is neither, or not finite.
     """
-    found = model(**given_to_model(batch))
+    found = model(**given_to_model(batch, model))
     try:
         answer = checked_answer(model, found, batch)
     except NoLossError as error:

@@ -410,8 +410,12 @@ def plot(results: Sequence[Result], file: Path) -> None:
     from matplotlib import pyplot
 
     models = list(dict.fromkeys(r.model for r in results))
-    figure, axes = pyplot.subplots(1, len(models), figsize=(6 * len(models), 4.2), squeeze=False)
-    for axis, model in zip(axes[0], models, strict=True):
+    wide = min(2, len(models))
+    high = math.ceil(len(models) / wide)
+    figure, axes = pyplot.subplots(high, wide, figsize=(6 * wide, 4.2 * high), squeeze=False)
+    for axis in axes.flat[len(models) :]:
+        axis.remove()
+    for axis, model in zip(axes.flat, models, strict=False):
         mine = [r for r in results if r.model == model]
         for place, method in enumerate(METHODS):
             points = curve(mine, method)

@@ -277,13 +277,6 @@ def accuracy_table(
     return markdown(["true bits", *(f"{bits:g}" for bits in widths)], lines)
 
 
-def whisper_rivals() -> str:
-    """Each point at its own true bits: there are two for a method, too far apart to interpolate."""
-    rows = [row for row in read_rows(CSVS / "accuracy.csv", accuracy.Result) if row.model == whisper.BUNDLED]
-    lines = [[METHODS[row.method], f"{row.true_bits:.2f}", f"{row.damage:.4f}"] for row in rows]
-    return markdown(["Linears", "true bits", "KL"], sorted(lines, key=lambda line: (-float(line[1]), float(line[2]))))
-
-
 PRUNING = {
     "magnitude": "magnitude", "wanda": "wanda", "wanda + owl": "wanda, shares by OWL",
     "sparsegpt published": "sparsegpt as published", "mixed published": "mixed-sparsity as published",
@@ -628,7 +621,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "structured-heads": lambda: structured_table("tiny_moe", "3, 2 of 4", (0.75, 0.5), percent=True),
     "structured-speed": structured_speed_table,
     "whisper": whisper_table,
-    "whisper-rivals": whisper_rivals,
+    "accuracy-whisper": lambda: accuracy_table(
+        whisper.BUNDLED, [method for method in METHODS if method != accuracy.TUNED], ENCODER_BITS, 4
+    ),
     "experts-prior": lambda: experts_calibration(experts_accuracy.PRIOR),
     "experts-bits": lambda: experts_calibration(experts_accuracy.SHARE),
     "experts-goal": experts_goal,

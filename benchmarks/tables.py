@@ -392,8 +392,9 @@ def low_rank_speed_table() -> str:
     ]  # fmt: skip
     first, days = rows[0], sorted(row["timestamp"][:10] for row in rows)
     busy = max(float(row["others_cpu"]) for row in rows)
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
     return markdown(["N x K", "tokens (M)", "processor", "dense", "low rank", "ratio"], lines) + (
-        f"\n\nMeasured on {'; '.join(devices)}; {first['threads']} thread; torch {first['torch']}; {' to '.join(dict.fromkeys((days[0], days[-1])))}. "
+        f"\n\nMeasured on {'; '.join(devices)}; {first['threads']} thread; torch {first['torch']}; {when}. "
         f"Other processes used at most {100 * busy:.0f} % of the CPUs."
     )
 

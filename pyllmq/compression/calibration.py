@@ -270,7 +270,7 @@ def given_to_model(batch: Batch, model: Any) -> Batch:
     """The arguments of its forward. Sounds and images, which processors make in float32, are in the model's own dtype."""
     dtype = getattr(model, "dtype", None)
     return {
-        key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        key: value.to(dtype) if isinstance(dtype, torch.dtype) and value.is_floating_point() else value
         for key, value in batch.items()
         if key not in LABELS
     }

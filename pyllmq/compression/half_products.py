@@ -18,16 +18,17 @@ from torch.utils._pytree import tree_map
 _SLICE = 1 << 23
 """Numbers of the second operand that are widened at once, 32 MB: a head may be one of half a billion."""
 
-_aten = torch.ops.aten
-_PRODUCTS = {
-    _aten.bmm.default,
-    _aten.baddbmm.default,
-    _aten.convolution.default,
-    _aten.convolution_backward.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-}
-_ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu.default
-_BY_COLUMNS = {_aten.mm.default, _aten.addmm.default}
+
+def _operations(*names: str) -> set[Any]:
+    """Those of them that this torch has."""
+    return {getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)}
+
+
+_ATTENTION = _operations("_scaled_dot_product_flash_attention_for_cpu")
+_BY_COLUMNS = _operations("mm", "addmm")
+_PRODUCTS = _operations(
+    *("bmm", "baddbmm", "convolution", "convolution_backward", "_scaled_dot_product_flash_attention_for_cpu_backward")
+)
 
 
 class WideProducts(TorchDispatchMode):
@@ -41,7 +42,7 @@ class WideProducts(TorchDispatchMode):
         self, op: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if op not in _PRODUCTS and op not in _BY_COLUMNS and op is not _ATTENTION:
+        if op not in _PRODUCTS and op not in _BY_COLUMNS and op not in _ATTENTION:
             return op(*args, **kwargs)
         dtype, device = args[0].dtype, args[0].device
         if dtype not in self.dtypes or device.type != "cpu":
@@ -49,7 +50,7 @@ class WideProducts(TorchDispatchMode):
         if op in _BY_COLUMNS:
             return _by_columns(op, args, kwargs)
         found = op(*tree_map(_widened, args), **tree_map(_widened, kwargs))
-        if op is _ATTENTION:  # beside it stands the logarithm of its sums, fp32 for every dtype
+        if op in _ATTENTION:  # beside it stands the logarithm of its sums, fp32 for every dtype
             return found[0].to(dtype), *found[1:]
         return tree_map(lambda value: value.to(dtype) if isinstance(value, Tensor) else value, found)
 

@@ -193,9 +193,8 @@ def _train(
         exact = [nn.Parameter(p.detach().float().clone()) for p in others]
         groups: list[dict[str, Any]] = [{"params": moves}, {"params": [*exact, *biases], "scale": OTHERS}]
         optimizer = torch.optim.Adam(groups, lr=learning_rate, betas=(0.9, 0.95))
-        used = {p.dtype for p in scope.parameters()}
-        device = next(scope.parameters()).device.type
-        scaler = torch.amp.GradScaler(device, init_scale=SCALE, enabled=torch.float16 in used)
+        used = {p.dtype for p in others} | {module.dense_dtype for module in trained.values()}
+        scaler = torch.amp.GradScaler(moves[0].device.type, init_scale=SCALE, enabled=torch.float16 in used)
         with gradients_for(model, [*moves, *others, *biases]):
             for step in range(steps):
                 rate = learning_rate * _schedule(step, steps)

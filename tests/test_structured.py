@@ -281,6 +281,28 @@ def test_resuming_another_job_is_refused(tmp_path):
         prune_folder(tmp_path / "dense", tmp_path / "out", StructuredConfig(0.75), batches, resume=True, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("make", "parts", "why"),
+    [
+        (models.tiny_bert, ("heads",), "no setting of BertConfig says"),
+        (models.tiny_mixtral, ("mlp",), "no MLP was found"),
+    ],
+)
+def test_what_is_refused_leaves_nothing_behind(make, parts, why, tmp_path):
+    """Before the first block is done, and after the last."""
+    model = make()
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match=why):
+        prune_folder(
+            tmp_path / "dense",
+            tmp_path / "out",
+            StructuredConfig(0.5, parts=parts),
+            inputs_of(model),
+            progress=False,
+        )
+    assert [file.name for file in tmp_path.iterdir()] == ["dense"]
+
+
 def test_heads_are_those_of_a_brute_force_search():
     weight = torch.randn(9, 12, dtype=torch.float64)
     x = torch.randn(80, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)

@@ -92,10 +92,16 @@ class Manifest:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Raises RuntimeError if another process is at work on the same job. Clears what a killed one left half written."""
+        """Raises RuntimeError if another process is at work on the same job. Clears what a killed one left half written, and what
+        is left of a job that is refused before anything of it is finished."""
         with _lock(self.place):
             self._clear()
-            yield
+            try:
+                yield
+            except ValueError:
+                if not self.finished:
+                    self.remove()
+                raise
 
     def _clear(self) -> None:
         """By what the manifest names, not by our own suffix: safetensors writes under a passing name of its own (`.tmp...`)."""

@@ -112,7 +112,11 @@ def prune_folder(
             _take_shapes(model, entry["shapes"])
         for module in linears.values():
             follow_weight(module)
-        work.finish()
+        try:
+            work.finish()
+        except ValueError:
+            manifest.remove()  # a resumed job would end in the same way
+            raise
         if manifest.folder.is_dir():
             name = type(model).__name__
             put_whole(manifest, streamed, target, others, lambda folder: StreamedModel(folder, architecture=name))

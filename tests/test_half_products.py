@@ -37,6 +37,8 @@ PRODUCTS: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[int, ...]]]] =
     "2 c - a b": (lambda c, a, b: torch.addmm(c, a, b, beta=2, alpha=-1), [(3,), (5, 7), (7, 3)]),
     "nothing": (torch.mm, [(0, 7), (7, 3)]),
     "batches": (torch.bmm, [(2, 5, 7), (2, 7, 3)]),
+    "one c + batches": (torch.baddbmm, [(1, 5, 3), (2, 5, 7), (2, 7, 3)]),
+    "no batches": (torch.bmm, [(0, 5, 7), (0, 7, 3)]),
     "c + batches": (torch.baddbmm, [(2, 5, 3), (2, 5, 7), (2, 7, 3)]),
     "convolution": (lambda x, w, b: functional.conv1d(x, w, b, stride=2), [(2, 6, 11), (4, 6, 3), (4,)]),
     "patches": (lambda x, w: functional.conv2d(x, w, stride=4), [(2, 3, 8, 8), (5, 3, 4, 4)]),

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 _SLICE = 1 << 23
-"""Numbers of the second operand that are widened at once, 32 MB: a head may be one of half a billion."""
+"""Numbers that are widened at once, 32 MB: a head may be one of half a billion, and scores of attention as many."""
 
 
 def _operations(*names: str) -> set[Any]:
@@ -25,9 +25,9 @@ def _operations(*names: str) -> set[Any]:
 
 
 _ATTENTION = _operations("_scaled_dot_product_flash_attention_for_cpu")
-_BY_COLUMNS = _operations("mm", "addmm")
+_BY_COLUMNS, _BY_MATRICES = _operations("mm", "addmm"), _operations("bmm", "baddbmm")
 _PRODUCTS = _operations(
-    *("bmm", "baddbmm", "convolution", "convolution_backward", "_scaled_dot_product_flash_attention_for_cpu_backward")
+    *("convolution", "convolution_backward", "_scaled_dot_product_flash_attention_for_cpu_backward")
 )
 
 
@@ -42,13 +42,15 @@ class WideProducts(TorchDispatchMode):
         self, op: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if op not in _PRODUCTS and op not in _BY_COLUMNS and op not in _ATTENTION:
+        if not any(op in some for some in (_BY_COLUMNS, _BY_MATRICES, _PRODUCTS, _ATTENTION)):
             return op(*args, **kwargs)
         dtype, device = args[0].dtype, args[0].device
         if dtype not in self.dtypes or device.type != "cpu":
             return op(*args, **kwargs)
         if op in _BY_COLUMNS:
             return _by_columns(op, args, kwargs)
+        if op in _BY_MATRICES:
+            return _by_matrices(op, args, kwargs)
         found = op(*tree_map(_widened, args), **tree_map(_widened, kwargs))
         if op in _ATTENTION:  # beside it stands the logarithm of its sums, fp32 for every dtype
             return found[0].to(dtype), *found[1:]
@@ -86,4 +88,16 @@ def _by_columns(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tens
         columns = slice(begin, begin + step)
         part = [c[..., columns].float() if c.dim() and c.shape[-1] > 1 else c.float() for c in added]
         out[:, columns] = op(*part, wide, b[:, columns].float(), **kwargs).to(dtype)
+    return out
+
+
+def _by_matrices(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """a b or c + a b for a batch of matrices, some of them after the others."""
+    *added, a, b = args
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    step = max(1, _SLICE // max(1, a.shape[1] * a.shape[2] + b.shape[1] * b.shape[2]))
+    for begin in range(0, len(a), step):
+        some = slice(begin, begin + step)
+        part = [c[some].float() if c.dim() == 3 and len(c) > 1 else c.float() for c in added]
+        out[some] = op(*part, a[some].float(), b[some].float(), **kwargs).to(a.dtype)
     return out

@@ -110,7 +110,7 @@ def narrow(model: Any, method: str, keep: float, batches: Sequence[Batch]) -> No
     width = getattr(model.config, "intermediate_size", None) or model.config.decoder_ffn_dim
     readers = {n: m for n, m in select_linears(model).items() if dense_weight(m).shape[1] == width}
     loop = BlockLoop(model, batches[0], batches)
-    run = CalibrationRun(loop, covariance=True)
+    run = CalibrationRun(loop, silence=True, covariance=True)
     chains = loop.find_chains(find_stages(model, readers, outside=False))
     with torch.no_grad():
         for i, chain in enumerate(chains):

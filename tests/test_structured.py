@@ -281,6 +281,24 @@ def test_resuming_another_job_is_refused(tmp_path):
         prune_folder(tmp_path / "dense", tmp_path / "out", StructuredConfig(0.75), batches, resume=True, progress=False)
 
 
+def test_what_follows_a_sound_counts():
+    """Whisper's encoder and the decoder that reads it see silence, so channels that speak there must not go unseen."""
+    generator = torch.Generator().manual_seed(0)
+    frames = (torch.arange(40) < torch.tensor([[40], [16]])).long()
+    batch = {
+        "input_features": torch.randn(2, 16, 40, generator=generator),
+        "decoder_input_ids": torch.randint(1, 60, (2, 12), generator=generator),
+    }
+    found = []
+    for given in (batch, batch | {"attention_mask": frames}):
+        torch.manual_seed(3)
+        model = models.tiny_whisper()
+        prune_structured(model, StructuredConfig(0.5), [given])
+        found.append(model.state_dict())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
 @pytest.mark.parametrize(
     ("make", "parts", "why"),
     [

@@ -234,7 +234,7 @@ class StructuredPass:
         except NoLossError as error:
             warnings.warn(f"all MLPs get one width, as with allocation='uniform': {error}", stacklevel=3)
             return
-        run, budget = CalibrationRun(loop, covariance=True), 0.0
+        run, budget = CalibrationRun(loop, silence=True, covariance=True), 0.0
         widths: dict[str, list[int]] = {}
         options: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -275,7 +275,7 @@ class StructuredPass:
 
     def visitor(self, loop: BlockLoop) -> Callable[[Stage, Callable[[int], Any]], None]:
         """What narrows a stage, for `BlockLoop.walk`; `cut` has to be called when it ran for the last time."""
-        run, parts = CalibrationRun(loop, covariance=True), self.config.parts
+        run, parts = CalibrationRun(loop, silence=True, covariance=True), self.config.parts
 
         def visit(stage: Stage, forward: Callable[[int], Any]) -> None:
             if stage.name in self.gone or not any(self._chosen(name) for name in stage.linears):

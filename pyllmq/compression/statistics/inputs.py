@@ -412,7 +412,10 @@ def _mask_of(run: CalibrationRun, name: str, current: int, given: Tensor) -> Ten
     """Of the tokens [B, L] of a Linear's input [B, L, K]."""
     if given.dim() != 3:
         return None
-    return token_mask(run.batches[current], name, given.shape[:2], run.loop.crosses(given))
+    batch = run.batches[current]
+    if run.silence and "input_ids" not in batch:
+        batch = {key: value for key, value in batch.items() if key != "attention_mask"}
+    return token_mask(batch, name, given.shape[:2], run.loop.crosses(given))
 
 
 def _real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:

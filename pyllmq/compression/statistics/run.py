@@ -21,6 +21,8 @@ class CalibrationRun:
     """Weights of rows and tokens by the loss; empty: all alike."""
     sequential: bool = True
     """The Linears of a block see the change of those before them in the block."""
+    silence: bool = False
+    """What follows a sound counts, too. Whisper sees it, whatever the mask says."""
     covariance: bool = False
     """Hessians are the mean of x x^T, and the mean of x comes with them where all Linears have a bias; else 2/n sum x x^T."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,10 +25,6 @@ from .models import token_batches
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return functional.scaled_dot_product_attention(query, key, value)
-
-
 PRODUCTS: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[int, ...]]]] = {
     "x W^T": (functional.linear, [(5, 7), (9, 7)]),
     "x W^T + b": (functional.linear, [(5, 7), (9, 7), (9,)]),
@@ -42,7 +38,7 @@ PRODUCTS: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[int, ...]]]] =
     "c + batches": (torch.baddbmm, [(2, 5, 3), (2, 5, 7), (2, 7, 3)]),
     "convolution": (lambda x, w, b: functional.conv1d(x, w, b, stride=2), [(2, 6, 11), (4, 6, 3), (4,)]),
     "patches": (lambda x, w: functional.conv2d(x, w, stride=4), [(2, 3, 8, 8), (5, 3, 4, 4)]),
-    "attention": (attention, [(2, 3, 5, 8)] * 3),
+    "attention": (functional.scaled_dot_product_attention, [(2, 3, 5, 8)] * 3),
     "causal attention": (
         lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=True),
         [(2, 3, 5, 8)] * 3,
@@ -101,7 +97,7 @@ def test_it_is_used_where_the_processor_has_no_products(monkeypatch):
 
 
 def test_what_onednn_multiplies_is_not_widened():
-    """One case of two holds on every machine: this says which, so that a renamed function of torch is seen."""
+    """By torch's own names, so that a renamed function is seen."""
     names = ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
     wanted = [dtype for dtype, name in zip(HALVES, names, strict=True) if not getattr(torch.ops.mkldnn, name)()]
     assert dtypes_without_products() == wanted
@@ -123,13 +119,6 @@ class HalfProducts(TorchDispatchMode):
         if half and any(word in name for word in ("mm.", "mv.", "conv", "attention", "matmul")):
             self.seen.add(name)
         return op(*args, **(kwargs or {}))
-
-
-@pytest.fixture(autouse=True)
-def no_products(request, monkeypatch) -> Iterator[None]:
-    if "job" in request.fixturenames:
-        monkeypatch.setattr(half_products, "dtypes_without_products", lambda: list(HALVES))
-    yield
 
 
 def seeded(make: Callable[[], Any]) -> Any:
@@ -178,8 +167,9 @@ JOBS: dict[str, Callable[[Any, Any], Any]] = {
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("dtype", HALVES)
-def test_a_job_multiplies_nothing_in_half_precision(dtype, job, kind):
+def test_a_job_multiplies_nothing_in_half_precision(dtype, job, kind, monkeypatch):
     """Of float32 sounds and images, too, as the processors of transformers make them."""
+    monkeypatch.setattr(half_products, "dtypes_without_products", lambda: list(HALVES))
     make, batches = MODELS[kind]
     model = seeded(make).to(dtype)
     with HalfProducts() as products:
@@ -218,12 +208,12 @@ def test_tuning_goes_as_in_fp32(kind, dtype):
 
 
 def with_an_infinite_gradient() -> Any:
+    def spoil(module: Any, args: Any, y: torch.Tensor) -> None:
+        if y.requires_grad:
+            y.register_hook(lambda gradient: gradient * torch.inf)
+
     model = seeded(models.tiny_llama).half()
-    model.model.norm.register_forward_hook(
-        lambda module, args, y: (
-            y.register_hook(lambda gradient: gradient * torch.inf) and None if y.requires_grad else None
-        )
-    )
+    model.model.norm.register_forward_hook(spoil)
     return model
 
 
